@@ -1,0 +1,35 @@
+"""The error family: every message says what was wrong, the value, the rule and the way out."""
+
+from __future__ import annotations
+
+
+class LbsError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class FormatError(LbsError, ValueError):
+    """Codes, planes or a program break the rules of the format."""
+
+
+class ShapeError(LbsError, ValueError):
+    """A tensor of another shape, dtype or device than the packed layer was made for."""
+
+
+class CheckpointError(LbsError, ValueError):
+    """A file that is truncated, damaged, foreign, newer, or claims more than it holds."""
+
+
+class PlanError(LbsError, ValueError):
+    """A plan, bit chain or budget that cannot be applied to the model."""
+
+
+class GraphError(LbsError, ValueError):
+    """A model that cannot be traced, converted or packed."""
+
+
+class TrainingError(LbsError, RuntimeError):
+    """Training cannot go on: not a number, or a run folder of another configuration."""
+
+
+class BackendError(LbsError, RuntimeError):
+    """A back end the user named is missing or cannot serve the problem."""
