@@ -1,0 +1,99 @@
+// lbs_kernels._cpu: functions over raw pointers; shapes, dtypes and lifetimes are checked by the Python that calls them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+
+#include "common/check.h"
+#include "common/cpu_features.h"
+#include "common/format.h"
+#include "common/threads.h"
+#include "fakequant/fakequant.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+lbs::FloatType float_type(int code) {
+    lbs::require(code == 0 || code == 1, "dtype code " + std::to_string(code) + " is unknown: 0 is float32, 1 is bfloat16");
+    return static_cast<lbs::FloatType>(code);
+}
+
+void check_count(int64_t count) { lbs::require(count >= 0, "count is " + std::to_string(count) + "; it cannot be negative"); }
+
+void fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float scale, float step, float n, float low, int threads,
+                        int dtype, const std::string& isa) {
+    check_count(count);
+    const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y), scale, step, n, low, float_type(dtype)};
+    const lbs::Isa resolved = lbs::resolve_isa(isa);
+    py::gil_scoped_release release;
+    lbs::fake_quant_forward(task, count, threads, resolved);
+}
+
+float fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v, float n, int threads, int dtype,
+                          const std::string& isa) {
+    check_count(count);
+    lbs::require(v > 0.0f && std::isfinite(v), "fake_quant_backward: v is " + std::to_string(v) + "; it must be positive and finite");
+    const float scale = static_cast<float>(static_cast<double>(n) / static_cast<double>(v));
+    const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx), v, n, scale,
+                                      float_type(dtype)};
+    const lbs::Isa resolved = lbs::resolve_isa(isa);
+    py::gil_scoped_release release;
+    return lbs::fake_quant_backward(task, count, threads, resolved);
+}
+
+py::dict isa_reasons() {
+    py::dict reasons;
+    for (lbs::Isa isa : {lbs::Isa::kPortable, lbs::Isa::kAvx2, lbs::Isa::kAvx512Vnni, lbs::Isa::kAmx, lbs::Isa::kAmxModel})
+        reasons[lbs::isa_name(isa)] = lbs::isa_reason(isa);
+    return reasons;
+}
+
+// Raises the class `name` of lbs_kernels.errors.
+void set_error(const char* name, const char* message) {
+    const py::object type = py::module_::import("lbs_kernels.errors").attr(name);
+    PyErr_SetString(type.ptr(), message);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "Packed kernels for the processor. Pointers are addresses of contiguous memory.";
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const lbs::FormatError& e) {
+            set_error("FormatError", e.what());
+        } catch (const lbs::BackendError& e) {
+            set_error("BackendError", e.what());
+        }
+    });
+
+    module.attr("WORD") = lbs::kWord;
+    module.attr("FORMAT_VERSION") = lbs::kFormatVersion;
+    module.attr("PROGRAM_VERSION") = lbs::kProgramVersion;
+    module.attr("BLOB_ALIGNMENT") = lbs::kBlobAlignment;
+
+    module.def("cpu_features", [] {
+        py::dict features;
+        for (const auto& [name, present] : lbs::cpu_features()) features[name.c_str()] = present;
+        return features;
+    }, "What the processor and the operating system allow: dict of name -> bool.");
+    module.def("isa_reasons", &isa_reasons, "dict of instruction set -> why it cannot run here ('' where it can).");
+    module.def("resolve_isa", [](const std::string& name) { return std::string(lbs::isa_name(lbs::resolve_isa(name))); },
+               py::arg("name") = "auto", "The instruction set `name` stands for. Raises BackendError.");
+
+    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"), py::arg("scale"),
+               py::arg("step"), py::arg("n"), py::arg("low") = 0.0f, py::arg("threads") = 1, py::arg("dtype") = 0,
+               py::arg("isa") = "auto",
+               "y = clamp(rint(x * scale), low, n) * step. dtype: 0 float32, 1 bfloat16 (arithmetic is float32).");
+    module.def("fake_quant_backward", &fake_quant_backward, py::arg("x_ptr"), py::arg("gy_ptr"), py::arg("gx_ptr"),
+               py::arg("count"), py::arg("v"), py::arg("n"), py::arg("threads") = 1, py::arg("dtype") = 0,
+               py::arg("isa") = "auto",
+               "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 above, 0 below).");
+}

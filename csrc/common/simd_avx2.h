@@ -1,0 +1,116 @@
+// Vector type of the AVX2 kernels (with FMA and F16C): 8 lanes. The names are explained in simd_portable.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Simd {
+    static constexpr int L = 8;
+    static constexpr const char* kName = "avx2";
+
+    using I = __m256i;
+    using F = __m256;
+
+    static I lane_mask(uint32_t mask) {  // bit i -> lane i all ones
+        const I bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
+    }
+    static I izero() { return _mm256_setzero_si256(); }
+    static I iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static void istore(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+    static I iload_mask(I old, uint32_t mask, const void* p) {
+        const I lanes = lane_mask(mask);
+        const I loaded = _mm256_maskload_epi32(static_cast<const int*>(p), lanes);
+        return _mm256_blendv_epi8(old, loaded, lanes);
+    }
+    static void istore_mask(void* p, uint32_t mask, I a) { _mm256_maskstore_epi32(static_cast<int*>(p), lane_mask(mask), a); }
+    static void istore_compress(void* p, uint32_t mask, I a) {
+        alignas(32) int32_t lanes[L];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), a);
+        char* bytes = static_cast<char*>(p);
+        for (; mask; mask &= mask - 1, bytes += 4) __builtin_memcpy(bytes, &lanes[__builtin_ctz(mask)], 4);
+    }
+    static I igather(const void* p, const int32_t* offsets) {
+        return _mm256_i32gather_epi32(static_cast<const int*>(p), iload(offsets), 1);
+    }
+    static I ibroadcast(const void* p) {
+        int32_t value;
+        __builtin_memcpy(&value, p, 4);
+        return _mm256_set1_epi32(value);
+    }
+    static I iset(int32_t value) { return _mm256_set1_epi32(value); }
+    static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I ishl(I a, int count) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(count)); }
+    static I ipack4(I q0, I q1, I q2, I q3) {
+        const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
+        return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
+    }
+    static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
+    // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the wide way.
+    template <bool kWide>
+    static I dot(I acc, I a, I w) {
+        if constexpr (!kWide) {
+            const I pairs = _mm256_maddubs_epi16(a, w);
+            return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        } else {
+            const I a_even = _mm256_and_si256(a, _mm256_set1_epi16(255));
+            const I a_odd = _mm256_srli_epi16(a, 8);
+            const I w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
+            const I w_odd = _mm256_srai_epi16(w, 8);
+            const I sum = _mm256_add_epi32(_mm256_madd_epi16(a_even, w_even), _mm256_madd_epi16(a_odd, w_odd));
+            return _mm256_add_epi32(acc, sum);
+        }
+    }
+
+    static F fset(float value) { return _mm256_set1_ps(value); }
+    static F fload(const float* p) { return _mm256_loadu_ps(p); }
+    static F fload_mask(const float* p, uint32_t mask) { return _mm256_maskload_ps(p, lane_mask(mask)); }
+    static void fstore(float* p, F a) { _mm256_storeu_ps(p, a); }
+    static void fstore_mask(float* p, uint32_t mask, F a) { _mm256_maskstore_ps(p, lane_mask(mask), a); }
+    static F fcvt(I a) { return _mm256_cvtepi32_ps(a); }
+    static F ffma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F fadd(F a, F b) { return _mm256_add_ps(a, b); }
+    static F fsub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F fmul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fmax(F a, F b) { return _mm256_max_ps(a, b); }
+    static F fmin(F a, F b) { return _mm256_min_ps(a, b); }
+    static F fround(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static I ifromf(F a) { return _mm256_cvtps_epi32(a); }
+    static F fkeep_inside(F x, F low, F high, F a) {
+        const F inside = _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ));
+        return _mm256_and_ps(inside, a);
+    }
+    static F fkeep_above(F x, F high, F a) { return _mm256_and_ps(_mm256_cmp_ps(x, high, _CMP_GT_OQ), a); }
+    static float fsum(F a) {
+        alignas(32) float lanes[L];
+        _mm256_store_ps(lanes, a);
+        float total = 0.0f;
+        for (float lane : lanes) total += lane;
+        return total;
+    }
+
+    static F fload_bf16(const uint16_t* p) {
+        const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    static I bf16_bits(F a) {
+        const I bits = _mm256_castps_si256(a);
+        const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const I sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        const I nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+        return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+    }
+    static void fstore_bf16(uint16_t* p, F a) {
+        const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_bits(a), izero()), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    }
+    static F fround_bf16(F a) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(a), 16)); }
+    static F fround_f16(F a) {
+        return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+};
+
+}  // namespace

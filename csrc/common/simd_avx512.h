@@ -1,0 +1,92 @@
+// Vector type of the AVX-512 VNNI kernels: 16 lanes. The names are explained in simd_portable.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Simd {
+    static constexpr int L = 16;
+    static constexpr const char* kName = "avx512vnni";
+
+    using I = __m512i;
+    using F = __m512;
+
+    static I izero() { return _mm512_setzero_si512(); }
+    static I iload(const void* p) { return _mm512_loadu_si512(p); }
+    static void istore(void* p, I a) { _mm512_storeu_si512(p, a); }
+    static I iload_mask(I old, uint32_t mask, const void* p) {
+        return _mm512_mask_loadu_epi32(old, static_cast<__mmask16>(mask), p);
+    }
+    static void istore_mask(void* p, uint32_t mask, I a) { _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(mask), a); }
+    static void istore_compress(void* p, uint32_t mask, I a) {
+        // The register form and a masked store: compressing straight into memory is microcoded on Zen.
+        const I low = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a);
+        const uint32_t count = static_cast<uint32_t>(__builtin_popcount(mask));
+        _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1u), low);
+    }
+    static I igather(const void* p, const int32_t* offsets) {
+        return _mm512_i32gather_epi32(_mm512_loadu_si512(offsets), p, 1);
+    }
+    static I ibroadcast(const void* p) {
+        int32_t value;
+        __builtin_memcpy(&value, p, 4);
+        return _mm512_set1_epi32(value);
+    }
+    static I iset(int32_t value) { return _mm512_set1_epi32(value); }
+    static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I ishl(I a, int count) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(count)); }
+    static I ipack4(I q0, I q1, I q2, I q3) {
+        const I low = _mm512_or_si512(q0, _mm512_slli_epi32(q1, 8));
+        return _mm512_ternarylogic_epi32(low, _mm512_slli_epi32(q2, 16), _mm512_slli_epi32(q3, 24), 0xfe);
+    }
+    static I max_bytes(I a, I b) { return _mm512_max_epu8(a, b); }
+    template <bool kWide>
+    static I dot(I acc, I a, I w) {
+        return _mm512_dpbusd_epi32(acc, a, w);
+    }
+
+    static F fset(float value) { return _mm512_set1_ps(value); }
+    static F fload(const float* p) { return _mm512_loadu_ps(p); }
+    static F fload_mask(const float* p, uint32_t mask) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p); }
+    static void fstore(float* p, F a) { _mm512_storeu_ps(p, a); }
+    static void fstore_mask(float* p, uint32_t mask, F a) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), a); }
+    static F fcvt(I a) { return _mm512_cvtepi32_ps(a); }
+    static F ffma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F fadd(F a, F b) { return _mm512_add_ps(a, b); }
+    static F fsub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fmax(F a, F b) { return _mm512_max_ps(a, b); }
+    static F fmin(F a, F b) { return _mm512_min_ps(a, b); }
+    static F fround(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static I ifromf(F a) { return _mm512_cvtps_epi32(a); }
+    static F fkeep_inside(F x, F low, F high, F a) {
+        const __mmask16 above_low = _mm512_cmp_ps_mask(x, low, _CMP_GE_OQ);
+        return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above_low, x, high, _CMP_LE_OQ), a);
+    }
+    static F fkeep_above(F x, F high, F a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, high, _CMP_GT_OQ), a); }
+    static float fsum(F a) { return _mm512_reduce_add_ps(a); }
+
+    static F fload_bf16(const uint16_t* p) {
+        const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static I bf16_bits(F a) {  // in the low half of each lane; AVX512-BF16 would flush subnormals, so by hand
+        const I bits = _mm512_castps_si512(a);
+        const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const I sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+        return _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0));
+    }
+    static void fstore_bf16(uint16_t* p, F a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(a)));
+    }
+    static F fround_bf16(F a) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a), 16)); }
+    static F fround_f16(F a) {
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+};
+
+}  // namespace

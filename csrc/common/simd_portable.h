@@ -1,0 +1,244 @@
+// Vector type of the portable kernels: 16 lanes in plain arrays, for the compiler to vectorise as it can.
+// Every simd_*.h offers the same names, so that a kernel is written once. Anonymous namespace: each instruction set has
+// its own translation unit, and none of its code may be shared by the linker with another one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+    static constexpr int L = 16;  // lanes: 32-bit integers, floats, or groups of four code bytes
+    static constexpr const char* kName = "portable";
+
+    struct I {
+        int32_t v[L];
+    };
+    struct F {
+        float v[L];
+    };
+
+    static I izero() {
+        I r;
+        for (int i = 0; i < L; ++i) r.v[i] = 0;
+        return r;
+    }
+    static I iload(const void* p) {
+        I r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    static void istore(void* p, I a) { std::memcpy(p, a.v, sizeof a.v); }
+    // Lanes of `mask` from p[lane], the others from `old`; memory of other lanes is not touched.
+    static I iload_mask(I old, uint32_t mask, const void* p) {
+        const char* bytes = static_cast<const char*>(p);
+        for (int i = 0; i < L; ++i)
+            if (mask >> i & 1) std::memcpy(&old.v[i], bytes + 4 * i, 4);
+        return old;
+    }
+    static void istore_mask(void* p, uint32_t mask, I a) {
+        char* bytes = static_cast<char*>(p);
+        for (int i = 0; i < L; ++i)
+            if (mask >> i & 1) std::memcpy(bytes + 4 * i, &a.v[i], 4);
+    }
+    // Lanes of `mask` moved together to the low lanes, then the first popcount(mask) stored.
+    static void istore_compress(void* p, uint32_t mask, I a) {
+        char* bytes = static_cast<char*>(p);
+        for (int i = 0; i < L; ++i)
+            if (mask >> i & 1) {
+                std::memcpy(bytes, &a.v[i], 4);
+                bytes += 4;
+            }
+    }
+    static I igather(const void* p, const int32_t* offsets) {
+        I r;
+        for (int i = 0; i < L; ++i) std::memcpy(&r.v[i], static_cast<const char*>(p) + offsets[i], 4);
+        return r;
+    }
+    static I ibroadcast(const void* p) {
+        int32_t value;
+        std::memcpy(&value, p, 4);
+        return iset(value);
+    }
+    static I iset(int32_t value) {
+        I r;
+        for (int i = 0; i < L; ++i) r.v[i] = value;
+        return r;
+    }
+    static I iadd(I a, I b) {
+        for (int i = 0; i < L; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
+        return a;
+    }
+    static I ishl(I a, int count) {
+        for (int i = 0; i < L; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << count);
+        return a;
+    }
+    // q0 | q1 << 8 | q2 << 16 | q3 << 24 for codes 0..255
+    static I ipack4(I q0, I q1, I q2, I q3) {
+        for (int i = 0; i < L; ++i)
+            q0.v[i] = static_cast<int32_t>(static_cast<uint32_t>(q0.v[i]) | static_cast<uint32_t>(q1.v[i]) << 8 |
+                                           static_cast<uint32_t>(q2.v[i]) << 16 | static_cast<uint32_t>(q3.v[i]) << 24);
+        return q0;
+    }
+    static I max_bytes(I a, I b) {
+        uint8_t x[4 * L], y[4 * L];
+        std::memcpy(x, a.v, sizeof x);
+        std::memcpy(y, b.v, sizeof y);
+        for (int i = 0; i < 4 * L; ++i) x[i] = x[i] > y[i] ? x[i] : y[i];
+        std::memcpy(a.v, x, sizeof x);
+        return a;
+    }
+    // acc + sum of four products: unsigned bytes of a, signed bytes of w
+    template <bool kWide>
+    static I dot(I acc, I a, I w) {
+        for (int i = 0; i < L; ++i) {
+            const uint32_t x = static_cast<uint32_t>(a.v[i]);
+            const uint32_t y = static_cast<uint32_t>(w.v[i]);
+            acc.v[i] += static_cast<int32_t>(x & 255) * static_cast<int8_t>(y) +
+                        static_cast<int32_t>(x >> 8 & 255) * static_cast<int8_t>(y >> 8) +
+                        static_cast<int32_t>(x >> 16 & 255) * static_cast<int8_t>(y >> 16) +
+                        static_cast<int32_t>(x >> 24) * static_cast<int8_t>(y >> 24);
+        }
+        return acc;
+    }
+
+    static F fset(float value) {
+        F r;
+        for (int i = 0; i < L; ++i) r.v[i] = value;
+        return r;
+    }
+    static F fload(const float* p) {
+        F r;
+        std::memcpy(r.v, p, sizeof r.v);
+        return r;
+    }
+    static F fload_mask(const float* p, uint32_t mask) {
+        F r = fset(0.0f);
+        for (int i = 0; i < L; ++i)
+            if (mask >> i & 1) r.v[i] = p[i];
+        return r;
+    }
+    static void fstore(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+    static void fstore_mask(float* p, uint32_t mask, F a) {
+        for (int i = 0; i < L; ++i)
+            if (mask >> i & 1) p[i] = a.v[i];
+    }
+    static F fcvt(I a) {
+        F r;
+        for (int i = 0; i < L; ++i) r.v[i] = static_cast<float>(a.v[i]);
+        return r;
+    }
+    static F ffma(F a, F b, F c) {
+        for (int i = 0; i < L; ++i) a.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+        return a;
+    }
+    static F fadd(F a, F b) {
+        for (int i = 0; i < L; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+    static F fsub(F a, F b) {
+        for (int i = 0; i < L; ++i) a.v[i] -= b.v[i];
+        return a;
+    }
+    static F fmul(F a, F b) {
+        for (int i = 0; i < L; ++i) a.v[i] *= b.v[i];
+        return a;
+    }
+    // max and min return b where either operand is not a number, and where both are zero: the rule of maxps and minps.
+    static F fmax(F a, F b) {
+        for (int i = 0; i < L; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+        return a;
+    }
+    static F fmin(F a, F b) {
+        for (int i = 0; i < L; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+        return a;
+    }
+    // Round half to even; exact for |a| < 2^22, which every caller ensures by clamping first.
+    static F fround(F a) {
+        for (int i = 0; i < L; ++i) {
+            const float big = 12582912.0f;  // 1.5 * 2^23: the sum has no fraction bits
+            const float sum = a.v[i] + big;
+            a.v[i] = sum - big;
+        }
+        return a;
+    }
+    static I ifromf(F a) {  // round half to even; |a| < 2^22
+        I r;
+        a = fround(a);
+        for (int i = 0; i < L; ++i) r.v[i] = static_cast<int32_t>(a.v[i]);
+        return r;
+    }
+    // a where low <= x <= high, otherwise 0
+    static F fkeep_inside(F x, F low, F high, F a) {
+        for (int i = 0; i < L; ++i) a.v[i] = (x.v[i] >= low.v[i] && x.v[i] <= high.v[i]) ? a.v[i] : 0.0f;
+        return a;
+    }
+    // a where x > high, otherwise 0
+    static F fkeep_above(F x, F high, F a) {
+        for (int i = 0; i < L; ++i) a.v[i] = x.v[i] > high.v[i] ? a.v[i] : 0.0f;
+        return a;
+    }
+    static float fsum(F a) {
+        float total = 0.0f;
+        for (int i = 0; i < L; ++i) total += a.v[i];
+        return total;
+    }
+
+    static F fload_bf16(const uint16_t* p) {
+        F r;
+        for (int i = 0; i < L; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+            std::memcpy(&r.v[i], &bits, 4);
+        }
+        return r;
+    }
+    static void fstore_bf16(uint16_t* p, F a) {
+        for (int i = 0; i < L; ++i) p[i] = bf16_bits(a.v[i]);
+    }
+    static F fround_bf16(F a) {
+        for (int i = 0; i < L; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(bf16_bits(a.v[i])) << 16;
+            std::memcpy(&a.v[i], &bits, 4);
+        }
+        return a;
+    }
+    static F fround_f16(F a) {
+        for (int i = 0; i < L; ++i) a.v[i] = f16_round(a.v[i]);
+        return a;
+    }
+
+    static uint16_t bf16_bits(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+        return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    }
+    // The nearest binary16 value, half to even, as a float: scaled so that one float32 addition does the rounding.
+    static float f16_round(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        const uint32_t sign = bits & 0x80000000u;
+        bits ^= sign;
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        float result;
+        if (!(magnitude < 65520.0f)) {
+            result = magnitude > 0.0f ? INFINITY : magnitude;  // the second case is not a number
+        } else if (magnitude < 6.103515625e-05f) {             // 2^-14: subnormal, steps of 2^-24
+            result = (magnitude + 0.5f) - 0.5f;
+        } else {
+            uint32_t rounded = bits + 0xfffu + (bits >> 13 & 1);
+            rounded &= ~0x1fffu;
+            std::memcpy(&result, &rounded, 4);
+        }
+        uint32_t out;
+        std::memcpy(&out, &result, 4);
+        out |= sign;
+        std::memcpy(&result, &out, 4);
+        return result;
+    }
+};
+
+}  // namespace

@@ -1,0 +1,45 @@
+#include <algorithm>
+#include <vector>
+
+#include "common/threads.h"
+#include "fakequant/fakequant.h"
+#include "isa/kernels.h"
+
+namespace lbs {
+namespace {
+
+constexpr int64_t kChunk = 1 << 15;       // elements: 128 KB of float32, within L2 and enough to hide a thread's start
+constexpr int64_t kWorthAThread = 1 << 16;  // elements below which waking a second thread costs more than it saves
+
+// Calls part(chunk) for every chunk, in equal runs per thread.
+template <class Part>
+void over_chunks(int64_t count, int threads, const Part& part) {
+    const int64_t chunks = (count + kChunk - 1) / kChunk;
+    if (count < kWorthAThread) threads = 1;
+    parallel(threads, [&](int rank, int ranks) {
+        const int64_t begin = chunks * rank / ranks, end = chunks * (rank + 1) / ranks;
+        for (int64_t chunk = begin; chunk < end; ++chunk) part(chunk);
+    });
+}
+
+}  // namespace
+
+void fake_quant_forward(const FakeQuantForward& task, int64_t count, int threads, Isa isa) {
+    const FakeQuantForwardKernel kernel = kernels_for(isa).fake_quant_forward;
+    over_chunks(count, threads, [&](int64_t chunk) {
+        kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk));
+    });
+}
+
+float fake_quant_backward(const FakeQuantBackward& task, int64_t count, int threads, Isa isa) {
+    const FakeQuantBackwardKernel kernel = kernels_for(isa).fake_quant_backward;
+    std::vector<double> sums(static_cast<size_t>((count + kChunk - 1) / kChunk));
+    over_chunks(count, threads, [&](int64_t chunk) {
+        sums[static_cast<size_t>(chunk)] = kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk));
+    });
+    double total = 0.0;
+    for (double sum : sums) total += sum;
+    return static_cast<float>(total);
+}
+
+}  // namespace lbs

@@ -1,0 +1,13 @@
+#include "common/simd_portable.h"
+#include "fakequant/fakequant_kernel.h"
+#include "isa/kernels.h"
+
+namespace lbs {
+
+const KernelTable kPortableKernels = {
+    Simd::L,
+    fake_quant_forward_kernel,
+    fake_quant_backward_kernel,
+};
+
+}  // namespace lbs

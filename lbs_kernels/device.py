@@ -1,0 +1,57 @@
+"""What this machine has: processor features, instruction sets of the native kernels, threads, GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from lbs_kernels import extension
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the operating system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Flags the native kernels choose by, name -> present; empty where the native module is missing."""
+    return dict(extension.cpu.cpu_features()) if extension.cpu is not None else {}
+
+
+def isa_reasons() -> dict[str, str]:
+    """Instruction set -> why its kernels cannot run here, "" where they can; empty without the native module."""
+    return dict(extension.cpu.isa_reasons()) if extension.cpu is not None else {}
+
+
+def default_isa() -> str | None:
+    """The instruction set isa="auto" stands for here; None without the native module."""
+    return str(extension.cpu.resolve_isa("auto")) if extension.cpu is not None else None
+
+
+def processors() -> int:
+    """Processors this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads a native call uses unless told otherwise: torch's number, at most the processors there are."""
+    return max(1, min(torch.get_num_threads(), processors()))
+
+
+def gpu_name() -> str | None:
+    """Name and compute capability of GPU 0, or None."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{torch.cuda.get_device_name(0)} (sm_{major}{minor})"
