@@ -33,3 +33,7 @@ class TrainingError(LbsError, RuntimeError):
 
 class BackendError(LbsError, RuntimeError):
     """A back end the user named is missing or cannot serve the problem."""
+
+
+class DataError(LbsError, ValueError):
+    """A data set that is missing, damaged, or of another shape than the format says."""

@@ -14,6 +14,8 @@ _WIDTHS = (16, 32, 64)
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with an identity or 1x1 projection shortcut."""
 
+    expansion = 1
+
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
@@ -37,12 +39,16 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """``6n + 2`` layers: a 3x3 stem, three stages of ``n`` basic blocks, mean pooling and a classifier.
 
-    Input ``[N, 3, 32, 32]`` float; output logits ``[N, num_classes]``.
+    Input ``[N, in_channels, H, W]`` float, 32x32 in the paper; output logits ``[N, num_classes]``.
     """
 
-    def __init__(self, blocks: int, num_classes: int = 100) -> None:
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(self, blocks: int, num_classes: int = 100, in_channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, _WIDTHS[0], 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, _WIDTHS[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
         self.relu = nn.ReLU()
         channels = _WIDTHS[0]
@@ -70,3 +76,8 @@ def cifar_resnet20(num_classes: int = 100) -> CifarResNet:
 def cifar_resnet56(num_classes: int = 100) -> CifarResNet:
     """ResNet-56 for 32x32 images, 0.86M parameters, 126M multiply-accumulates."""
     return CifarResNet(9, num_classes)
+
+
+def digits_resnet8(num_classes: int = 10) -> CifarResNet:
+    """ResNet-8 for scikit-learn's 8x8 grey digits, 0.08M parameters, 0.8M multiply-accumulates."""
+    return CifarResNet(1, num_classes, in_channels=1)

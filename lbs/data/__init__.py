@@ -1,0 +1,58 @@
+"""Image sets in memory and the loader that batches them.
+
+>>> import lbs.data
+>>> data = lbs.data.load("digits")
+>>> data.image_shape, len(data.train_x), len(data.test_x)
+((1, 8, 8), 1437, 360)
+>>> images, labels = next(iter(lbs.data.train_loader(data, batch_size=16)))
+>>> images.shape
+torch.Size([16, 1, 8, 8])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lbs.data.builtin import digits, synthetic
+from lbs.data.cifar100 import cifar100, is_python_layout
+from lbs.data.folder import from_folder
+from lbs.data.image_data import ImageData, from_arrays
+from lbs.data.loader import TensorLoader, crop_and_flip, eval_loader, normalize, train_loader
+from lbs.data.npz import from_npz
+from lbs_kernels.errors import DataError
+
+_BUILTIN: dict[str, Callable[[], ImageData]] = {"digits": digits, "synthetic": synthetic}
+
+
+def load(source: str | Path) -> ImageData:
+    """An image set by name ("digits", "synthetic") or path: a .npz file, a folder that is or holds
+    `cifar-100-python`, or a folder with train/<class>/*.png and test/<class>/*.png.
+
+    Raises DataError where nothing readable is found.
+    """
+    if str(source) in _BUILTIN:
+        return _BUILTIN[str(source)]()
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"no data set at {path}; give a path that exists, or one of {', '.join(_BUILTIN)}")
+    if path.is_file():
+        return from_npz(path)
+    return cifar100(path) if is_python_layout(path) else from_folder(path)
+
+
+__all__ = [
+    "ImageData",
+    "TensorLoader",
+    "cifar100",
+    "crop_and_flip",
+    "digits",
+    "eval_loader",
+    "from_arrays",
+    "from_folder",
+    "from_npz",
+    "load",
+    "normalize",
+    "synthetic",
+    "train_loader",
+]

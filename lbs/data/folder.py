@@ -1,0 +1,80 @@
+"""Image sets from folders: <root>/train/<class>/*.png and <root>/test/<class>/*.png."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lbs.data.image_data import ImageData, from_arrays
+from lbs_kernels.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+
+
+def from_folder(
+    path: str | Path,
+    *,
+    channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageData:
+    """Read <path>/train/<class>/* and <path>/test/<class>/* (or val instead of test); classes in name order.
+
+    channels: 3 reads colour, 1 grey. All images must have one size. Statistics are measured on the training images
+    unless given. Raises DataError for missing folders, unreadable images and sizes that differ.
+    """
+    root = Path(path)
+    if channels not in (1, 3):
+        raise DataError(f"channels is {channels}; images are read with 3 (colour) or 1 (grey)")
+    if not (root / "train").is_dir():
+        raise DataError(f"no folder {root / 'train'}; images are expected at {root}/train/<class>/*.png")
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if test is None:
+        raise DataError(f"{root} has a train folder but no test or val folder; both are needed")
+    classes = _class_names(root / "train")
+    if _class_names(test) != classes:
+        odd = sorted(set(classes) ^ set(_class_names(test)))
+        raise DataError(f"{root}: the classes {', '.join(odd[:5])} are in only one of train and {test.name}")
+    arrays: dict[str, np.ndarray] = {}
+    for part, folder in (("train", root / "train"), ("test", test)):
+        arrays[f"{part}_x"], arrays[f"{part}_y"] = _read_part(folder, classes, channels)
+    return from_arrays(root.name, arrays, classes=classes, mean=mean, std=std)
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise DataError(f"{folder} has no class folders; images are expected at {folder}/<class>/*.png")
+    return names
+
+
+def _read_part(folder: Path, classes: list[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = sorted(file for file in (folder / name).iterdir() if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"{folder / name} holds no images; {', '.join(SUFFIXES)} are read")
+        for file in files:
+            image = _read_image(file, channels)
+            if images and image.shape != images[0].shape:
+                raise DataError(
+                    f"{file} is {image.shape[1]}x{image.shape[0]} but the images before it are "
+                    f"{images[0].shape[1]}x{images[0].shape[0]}; resize them to one size"
+                )
+            images.append(image)
+            labels.append(label)
+    return np.stack(images), np.array(labels, dtype=np.int64)
+
+
+def _read_image(file: Path, channels: int) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    # PIL reports damaged PNGs as SyntaxError and oversized ones as DecompressionBombError.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as an image ({error}); repair or remove it") from error
+    return pixels.reshape(*pixels.shape[:2], channels)

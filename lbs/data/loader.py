@@ -1,0 +1,193 @@
+"""TensorLoader: shuffled, augmented, normalised batches of an image tensor, reproducible and resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbs.data.image_data import ImageData
+from lbs_kernels.errors import DataError, TrainingError
+
+CROP_PADDING = 4
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory: (x / 255 - mean) / std, in float32.
+
+    The same three roundings as torchvision's ToTensor and Normalize, so weights trained with those see equal inputs.
+    """
+    pixels = images.to(torch.float32).div_(255)
+    pixels.sub_(torch.tensor(mean, device=images.device)).div_(torch.tensor(std, device=images.device))
+    return pixels.permute(0, 3, 1, 2)
+
+
+def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int = CROP_PADDING) -> Tensor:
+    """Pad uint8 [N, H, W, C] by black pixels, cut a window of the old size, mirror it where asked.
+
+    offsets: int64 [N, 2] in 0..2*padding, row and column of the window in the padded image (`padding` = no shift).
+    flips: bool [N], left to right. One gather for the whole batch.
+    """
+    count, height, width, _ = images.shape
+    padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]
+    rows = torch.arange(height, device=images.device) + offsets[:, :1]
+    index = torch.arange(count, device=images.device)
+    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class TensorLoader:
+    """Iterates batches (float32 [n, C, H, W], int64 [n]); one `for` loop is one epoch.
+
+    What an epoch draws depends on (seed, epoch) only, not on what ran before. `state_dict` tells the position after
+    the batch that was yielded last; after `load_state_dict` the next loop goes on there, in the middle of an epoch if
+    need be. A loop left early by `break` without a state starts its epoch again.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: int64 [N].
+        mean, std: one value per channel, of pixels scaled to 0..1.
+        batch_size: at least 1; the last batch may be smaller unless `drop_last`.
+        shuffle: draw a new order each epoch.
+        augment: crop with `padding` black pixels around (added before normalisation), and flip horizontally.
+        seed: with the epoch's number, decides order and augmentation.
+        device: where the batches are made; the images are moved there once.
+
+    Raises DataError for sizes that do not fit, TrainingError for a state of another loader.
+
+    Example:
+        >>> import torch
+        >>> images, labels = torch.zeros(5, 8, 8, 1, dtype=torch.uint8), torch.arange(5)
+        >>> loader = TensorLoader(images, labels, mean=(0.5,), std=(0.5,), batch_size=2)
+        >>> [tuple(x.shape) for x, y in loader]
+        [(2, 1, 8, 8), (2, 1, 8, 8), (1, 1, 8, 8)]
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        padding: int = CROP_PADDING,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise DataError(f"images are {images.dtype} {tuple(images.shape)}; a loader needs uint8 [N, H, W, C]")
+        if len(images) == 0 or len(labels) != len(images):
+            raise DataError(
+                f"{len(images)} images and {len(labels)} labels; a loader needs at least one, each labelled"
+            )
+        if not len(mean) == len(std) == images.shape[3]:
+            raise DataError(f"mean has {len(mean)} and std {len(std)} values for images of {images.shape[3]} channels")
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}; it must be at least 1")
+        if padding < 0:
+            raise DataError(f"padding is {padding}; it must be 0 or more black pixels")
+        if drop_last and batch_size > len(images):
+            raise DataError(f"batch_size {batch_size} with drop_last leaves no batch of {len(images)} images")
+        self.images = images.to(device) if device is not None else images
+        self.labels = labels.to(self.images.device)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.seed, self.drop_last, self.padding = seed, drop_last, padding
+        self.epoch = 0
+        self._next_batch = 0
+        self._resume = False
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        first = self._next_batch if self._resume else 0
+        self._resume = False
+        order, offsets, flips = self._draw(self.epoch)
+        epoch, batches = self.epoch, len(self)
+        for index in range(first, batches):
+            rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+            images = self.images[rows]
+            if self.augment:
+                images = crop_and_flip(images, offsets[rows], flips[rows], self.padding)
+            last = index + 1 == batches
+            self.epoch, self._next_batch = (epoch + 1, 0) if last else (epoch, index + 1)
+            yield normalize(images, self.mean, self.std), self.labels[rows]
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Order [N], and by image crop offsets [N, 2] and flips [N]; drawn on the CPU, so equal on any device."""
+        count, device = len(self.images), self.images.device
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        offsets = torch.randint(0, 2 * self.padding + 1, (count, 2), generator=generator)
+        flips = torch.rand(count, generator=generator) < 0.5
+        return order.to(device), offsets.to(device), flips.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch yielded last, and what it is only valid for."""
+        return {"epoch": self.epoch, "batch": self._next_batch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a saved position. Raises TrainingError if it was saved by a loader of other settings."""
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise TrainingError(
+                    f"the saved loader position has {key} = {state.get(key)!r}, this loader {value!r}; the batches "
+                    "would differ, so resume with the settings of the saved run"
+                )
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or not 0 <= batch < len(self):
+            raise TrainingError(
+                f"the saved loader position is epoch {epoch!r}, batch {batch!r}; the epoch must be 0 or more and the "
+                f"batch below {len(self)}"
+            )
+        self.epoch, self._next_batch, self._resume = epoch, batch, True
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "images": len(self.images),
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "augment": self.augment,
+            "padding": self.padding,
+            "drop_last": self.drop_last,
+        }
+
+
+def train_loader(
+    data: ImageData,
+    batch_size: int = 128,
+    *,
+    augment: bool = True,
+    seed: int = 0,
+    drop_last: bool = True,
+    **options: Any,
+) -> TensorLoader:
+    """Shuffled and, unless switched off, augmented batches of the training images; see TensorLoader."""
+    return TensorLoader(
+        data.train_x,
+        data.train_y,
+        mean=data.mean,
+        std=data.std,
+        batch_size=batch_size,
+        shuffle=True,
+        augment=augment,
+        seed=seed,
+        drop_last=drop_last,
+        **options,
+    )
+
+
+def eval_loader(data: ImageData, batch_size: int = 256, **options: Any) -> TensorLoader:
+    """All test images in their order, not augmented; see TensorLoader."""
+    return TensorLoader(data.test_x, data.test_y, mean=data.mean, std=data.std, batch_size=batch_size, **options)

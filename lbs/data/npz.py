@@ -1,0 +1,44 @@
+"""Image sets from .npz files, never unpickling."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lbs.data.image_data import ImageData, from_arrays
+from lbs_kernels.errors import DataError
+
+KEYS = ("train_x", "train_y", "test_x", "test_y")
+
+
+def from_npz(path: str | Path, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> ImageData:
+    """Read uint8 images train_x, test_x [N, H, W, C] and integer labels train_y, test_y [N] from a .npz file.
+
+    Statistics are measured on the training images unless given. Raises DataError for a missing or damaged file, a
+    missing array, and shapes that do not fit.
+    """
+    arrays = read_npz(path)
+    return from_arrays(Path(path).stem, arrays, mean=mean, std=std)
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """The four arrays of the file as they are stored. Raises DataError."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no file {path}; give the path of a .npz file with the arrays {', '.join(KEYS)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} holds a single array; a .npz file with {', '.join(KEYS)} is needed")
+            missing = [key for key in KEYS if key not in archive.files]
+            if missing:
+                raise DataError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(archive.files)}")
+            return {key: archive[key] for key in KEYS}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a readable .npz file ({error}); write it again with numpy.savez") from error
