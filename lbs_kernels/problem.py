@@ -26,11 +26,11 @@ class Problem:
 
     @property
     def out_height(self) -> int:
-        return _out_size(self.height, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0])
+        return output_size(self.height, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0])
 
     @property
     def out_width(self) -> int:
-        return _out_size(self.width, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1])
+        return output_size(self.width, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1])
 
     @property
     def reduction(self) -> int:
@@ -51,5 +51,6 @@ class Problem:
         return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}_{self.device}"
 
 
-def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Output pixels of one dimension of a convolution or pooling window (floor)."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

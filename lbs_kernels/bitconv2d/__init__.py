@@ -1,0 +1,1 @@
+"""Integer convolution of codes with bit-plane weights."""

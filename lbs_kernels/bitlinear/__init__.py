@@ -1,0 +1,1 @@
+"""Integer matrix product of codes with bit-plane weights."""

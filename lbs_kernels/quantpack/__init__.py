@@ -1,0 +1,1 @@
+"""Floats to codes: the way into a packed region."""
