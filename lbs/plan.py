@@ -1,0 +1,157 @@
+"""Plan: bits and kept filters of every layer; the treaty between search and packing, as JSON a person can edit."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lbs_kernels.errors import PlanError
+from lbs_kernels.problem import Problem
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer. Geometry is that of the unpruned layer for one image; `kept` lists the filters that live."""
+
+    name: str
+    kind: str  # conv2d | linear
+    w_bits: int
+    a_bits: int
+    in_channels: int
+    filters: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    height: int = 1  # of the input
+    width: int = 1
+    positions: int = 1  # linear: how many positions it is applied at
+    kept: tuple[int, ...] | None = None  # None: all
+    source: str | None = None  # the layer whose filters are this layer's input channels, if they can be pruned
+
+    @property
+    def kept_filters(self) -> int:
+        return self.filters if self.kept is None else len(self.kept)
+
+    def problem(self, in_channels: int | None = None, out_channels: int | None = None, batch: int = 1) -> Problem:
+        """The layer as a Problem, with other channel counts where they are given."""
+        return Problem(
+            "bitlinear" if self.kind == "linear" else "bitconv2d",
+            batch * self.positions,
+            self.height,
+            self.width,
+            in_channels or self.in_channels,
+            out_channels or self.filters,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.w_bits,
+            self.a_bits,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layers in execution order.
+
+    >>> plan = Plan((LayerPlan("fc", "linear", 8, 8, 64, 10),))
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    layers: tuple[LayerPlan, ...]
+    model: str = ""
+    version: int = PLAN_VERSION
+
+    def layer(self, name: str) -> LayerPlan:
+        """The layer called `name`.
+
+        Raises:
+            PlanError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise PlanError(f"plan has no layer {name!r}; it has {', '.join(entry.name for entry in self.layers)}")
+
+    def kept_inputs(self, layer: LayerPlan) -> int:
+        """Input channels of `layer` that live."""
+        return layer.in_channels if layer.source is None else self.layer(layer.source).kept_filters
+
+    def bops(self) -> int:
+        """Bit operations of one image: sum of k_h k_w C_in C_out/groups H_out W_out b_w b_a over kept channels."""
+        return sum(self.macs(layer) * layer.w_bits * layer.a_bits for layer in self.layers)
+
+    def macs(self, layer: LayerPlan) -> int:
+        """Multiply-accumulates of one layer and image, kept channels only."""
+        return layer.problem(self.kept_inputs(layer), layer.kept_filters).macs
+
+    def full_precision_bops(self) -> int:
+        """The same network at 32 x 32 bits, nothing pruned."""
+        return sum(layer.problem().macs * 1024 for layer in self.layers)
+
+    def to_json(self) -> str:
+        """Indented JSON, one layer after the other."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read `to_json`'s text.
+
+        Raises:
+            PlanError: not JSON, a field missing or of another kind, or a newer version.
+        """
+        try:
+            body = json.loads(text)
+            version = int(body.get("version", 0))
+            if version > PLAN_VERSION:
+                raise PlanError(f"plan version {version} is newer than {PLAN_VERSION}, which this release reads; upgrade lbs")
+            return Plan(tuple(_read_layer(entry) for entry in body["layers"]), str(body.get("model", "")))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"not a plan: {type(error).__name__}: {error}; write plans with Plan.to_json") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a temporary name beside `path`, then rename."""
+        target = Path(path)
+        scratch = target.with_name(target.name + ".part")
+        scratch.write_text(self.to_json())
+        os.replace(scratch, target)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan file."""
+        return Plan.from_json(Path(path).read_text())
+
+
+def _read_layer(entry: dict[str, Any]) -> LayerPlan:
+    fields = dict(entry)
+    for key in ("kernel", "stride", "padding", "dilation"):
+        if key in fields:
+            fields[key] = tuple(int(v) for v in fields[key])
+    if fields.get("kept") is not None:
+        fields["kept"] = tuple(int(v) for v in fields["kept"])
+    layer = LayerPlan(**fields)
+    _check_layer(layer)
+    return layer
+
+
+def _check_layer(layer: LayerPlan) -> None:
+    for label, bits in (("w_bits", layer.w_bits), ("a_bits", layer.a_bits)):
+        if not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise PlanError(f"layer {layer.name}: {label}={bits!r}; a width is an integer from 1 to 8")
+    if layer.kept is None:
+        return
+    if not layer.kept or list(layer.kept) != sorted(set(layer.kept)):
+        raise PlanError(f"layer {layer.name}: kept={layer.kept}; list at least one filter, rising, none twice")
+    if layer.kept[0] < 0 or layer.kept[-1] >= layer.filters:
+        raise PlanError(f"layer {layer.name}: kept filter {layer.kept[-1]} is outside 0..{layer.filters - 1}")

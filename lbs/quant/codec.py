@@ -1,0 +1,117 @@
+"""The one home of codes: how a float becomes an integer, and how it comes back (method: LBS eq. 1-6).
+
+Everything that trains, freezes, packs or verifies calls these functions, so that what is trained is what is packed.
+They work in the dtype they are given: float32 while training, float64 while verifying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lbs_kernels.errors import PlanError
+
+SUPPORTED_BITS = (2, 3, 4, 6, 8)
+_ABOVE_ONE = "each width must be an integer multiple of the one before"
+
+
+def levels(bits: int) -> int:
+    """n = 2^bits - 1, the largest code."""
+    return (1 << bits) - 1
+
+
+def check_chain(bits: Sequence[int]) -> tuple[int, ...]:
+    """Return the chain as a tuple if bit sharing is exact on it (LBS eq. 8-12).
+
+    >>> check_chain((2, 4, 8))
+    (2, 4, 8)
+
+    Raises:
+        PlanError: empty, out of 1..8, or a width that is no integer multiple of the one before.
+    """
+    chain = tuple(int(b) for b in bits)
+    if not chain:
+        raise PlanError("bit chain () is empty; name at least one width, for example (2, 4, 8)")
+    for width in chain:
+        if not 1 <= width <= 8:
+            raise PlanError(f"bit chain {chain}: {width} bits are outside 1..8; use widths such as (2, 4, 8)")
+    for narrow, wide in zip(chain, chain[1:], strict=False):
+        if wide <= narrow or wide % narrow:
+            raise PlanError(
+                f"bit chain {chain}: {wide} is no larger integer multiple of {narrow}; {_ABOVE_ONE}, "
+                "for example (2, 4, 8), or else the shared levels do not nest"
+            )
+    return chain
+
+
+def activation_scale(v: Tensor, bits: int, signed: bool = False) -> Tensor:
+    """n / v, or n / (2 v) for signed activations: what a float is multiplied by to reach code units."""
+    half = 2.0 if signed else 1.0
+    return levels(bits) / (half * v)
+
+
+def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
+    """Codes 0..n of activations, in x's dtype (LBS eq. 1, 5; half to even).
+
+        unsigned   q = clamp(rint(x * (n / v)), 0, n)
+        signed     q = clamp(rint(x * (n / (2 v)) + n / 2), 0, n)
+
+    Arguments:
+        x: any shape, floating. v: positive scalar tensor, the clipping range.
+    """
+    t = x * activation_scale(v, bits, signed)
+    if signed:
+        t = t + levels(bits) / 2
+    return t.round().clamp(0, levels(bits))
+
+
+def activation_values(codes: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
+    """Real values of activation codes: v * q / n, signed v * (2 q - n) / n."""
+    step = v / levels(bits)
+    return (2 * codes - levels(bits)) * step if signed else codes * step
+
+
+def weight_codes(w: Tensor, v: Tensor, bits: int) -> Tensor:
+    """Codes 0..n of standardised weights, in w's dtype: rint(n * (clip(w / v, -1, 1) + 1) / 2) (LBS eq. 2, 6)."""
+    n = levels(bits)
+    return ((w / v).clamp(-1, 1) * (n / 2) + n / 2).round()
+
+
+def weight_values(codes: Tensor, v: Tensor, bits: int) -> Tensor:
+    """Real values of weight codes: v * (2 q - n) / n. There is no zero level."""
+    return (2 * codes - levels(bits)) * (v / levels(bits))
+
+
+def input_codes(x: Tensor, step: Tensor, zero: int) -> Tensor:
+    """Codes 0..255 of the network input: clamp(rint(x / step) + zero, 0, 255), 1 / step rounded to x's dtype."""
+    return ((x * (1.0 / step)).round() + zero).clamp(0, 255)
+
+
+def input_values(codes: Tensor, step: Tensor, zero: int) -> Tensor:
+    """Real values of input codes: step * (q - zero)."""
+    return (codes - zero) * step
+
+
+def standardize(w: Tensor, mode: str, kept: Tensor | None = None) -> Tensor:
+    """Divide weights by their standard deviation over the kept entries (detached), `full` also subtracts the mean.
+
+    Arguments:
+        w: weights of one layer. mode: `scale`, `full` or `none`. kept: 1 for entries that live, broadcastable to w.
+    """
+    if mode == "none":
+        return w
+    with torch.no_grad():
+        mean, std = weight_statistics(w, kept)
+    return (w - mean) / std if mode == "full" else w / std
+
+
+def weight_statistics(w: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (biased) of the kept entries of w, as scalars."""
+    if kept is None:
+        return w.mean(), w.std(unbiased=False)
+    mask = kept.expand_as(w)
+    count = mask.sum()
+    mean = (w * mask).sum() / count
+    return mean, (((w - mean) ** 2 * mask).sum() / count).sqrt()

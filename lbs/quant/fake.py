@@ -1,0 +1,68 @@
+"""Quantize-and-decode with a straight-through gradient: the training face of the codec.
+
+Each function here decodes exactly the codes of `codec`, and passes gradients through `round` unchanged
+(LBS eq. 4). The range v learns by LSQ-like gradients: (y - x) / v inside the range, 1 above, -1 or 0 below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbs.quant import codec
+
+
+class _FakeActivation(torch.autograd.Function):
+    """y = decode(encode(x)), arithmetic in float32 whatever x's dtype (autocast)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, bits: int, signed: bool) -> Tensor:
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        y = codec.activation_values(codec.activation_codes(wide, v, bits, signed), v, bits, signed).to(x.dtype)
+        ctx.save_for_backward(x, v, y)
+        ctx.signed = signed
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, y = ctx.saved_tensors
+        grad_x, grad_v = ste_gradients(grads[0], x, v, y, ctx.signed)
+        return grad_x, grad_v, None, None
+
+
+def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of y = decode(encode(x)) to x and v, given dL/dy.
+
+    Returns:
+        grad_x like x: grad where x lies in the range, else 0. grad_v: scalar, sum of grad * dy/dv.
+    """
+    low = -v if signed else torch.zeros_like(v)
+    below, above = x < low, x > v
+    outside = below | above
+    grad_x = grad.masked_fill(outside, 0)
+    inner = (grad_x * (y - x)).sum(dtype=torch.promote_types(v.dtype, torch.float32)) / v
+    edge = grad.masked_fill(~above, 0).sum(dtype=inner.dtype)
+    if signed:
+        edge = edge - grad.masked_fill(~below, 0).sum(dtype=inner.dtype)
+    return grad_x, (inner + edge).to(v.dtype).reshape(v.shape)
+
+
+def fake_activation(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
+    """Quantized activations in x's dtype and shape, differentiable in x and v.
+
+    >>> fake_activation(torch.tensor([-1.0, 0.3, 2.0]), torch.tensor(1.0), 2).tolist()[1:]
+    [0.3333333432674408, 1.0]
+    """
+    return _FakeActivation.apply(x, v, bits, signed)  # type: ignore[no-any-return]
+
+
+def fake_weight(w: Tensor, v: Tensor, bits: int) -> Tensor:
+    """Quantized weights v * (2 q - n) / n of standardised weights w, differentiable in w and v."""
+    clipped = (w / v).clamp(-1, 1)
+    with torch.no_grad():
+        hard = codec.weight_codes(w, v, bits)
+        n = codec.levels(bits)
+        residual = (2 * hard - n) / n - clipped
+    return v * (clipped + residual)

@@ -1,0 +1,130 @@
+"""Layers of fixed bits: what a frozen network is made of and what packing reads.
+
+A layer computes conv(Q_a(x), c * Q_w(w / std(w))) + bias. The constant c (`output_scale`) is the standard deviation the
+weights had when the layer was made, so that standardising a float network changes nothing but the rounding, with or
+without a norm behind the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lbs.quant import codec, fake
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs_kernels.errors import GraphError
+
+STANDARDIZE = ("scale", "full", "none")
+
+
+class QuantLayer(nn.Module):
+    """What convolution and linear layers share: weight codes, ranges, the input quantizer."""
+
+    weight: Tensor
+    w_range: nn.Parameter
+    output_scale: Tensor
+    quantizer: ActivationQuantizer | InputQuantizer
+
+    def _init_quant(self, w_bits: int, quantizer: ActivationQuantizer | InputQuantizer, standardize: str) -> None:
+        if standardize not in STANDARDIZE:
+            raise GraphError(f"standardize={standardize!r} is unknown; use one of {', '.join(STANDARDIZE)}")
+        self.w_bits = w_bits
+        self.standardize = standardize
+        self.quantizer = quantizer
+        self.w_range = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("output_scale", torch.tensor(1.0))
+        self.kept: tuple[int, ...] | None = None  # indices among the filters before pruning; None: all
+        self.total_filters = int(self.weight.shape[0])
+        self.quantize = True  # False while a float model is being observed
+
+    @property
+    def a_bits(self) -> int:
+        return int(self.quantizer.bits)
+
+    def float_weight(self) -> Tensor:
+        """Standardised weights, before quantization, without `output_scale`."""
+        return codec.standardize(self.weight, self.standardize)
+
+    def weight_codes(self) -> Tensor:
+        """Integer codes like `weight`, in its dtype: exactly what is packed."""
+        return codec.weight_codes(self.float_weight(), self.w_range.abs(), self.w_bits)
+
+    def weight_step(self) -> float:
+        """Real value of one unit of 2 q - n: output_scale * v_w / n."""
+        v = float(self.w_range.detach().double().abs())
+        return float(self.output_scale.double()) * v / codec.levels(self.w_bits)
+
+    def quantized_weight(self) -> Tensor:
+        """Weights used by `forward`, differentiable."""
+        return fake.fake_weight(self.float_weight(), self.w_range.abs(), self.w_bits) * self.output_scale
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Activations used by `forward`, differentiable."""
+        return self.quantizer(x)
+
+    def adopt_scale(self) -> None:
+        """Set `output_scale` to the present standard deviation, so that values keep their size."""
+        if self.standardize == "none":
+            return
+        with torch.no_grad():
+            _, std = codec.weight_statistics(self.weight)
+            self.output_scale.copy_(std)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(input, weight) of the float operation: quantized, or as they are while observing."""
+        if not self.quantize:
+            return x, self.weight
+        return self.quantized_input(x), self.quantized_weight()
+
+    def extra_repr(self) -> str:
+        base = super().extra_repr()
+        return f"{base}, w_bits={self.w_bits}, a_bits={self.a_bits}, filters={self.weight.shape[0]}/{self.total_filters}"
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """Convolution of b-bit weights and activations. Input [N, C, H, W], output [N, O, H', W'].
+
+    Raises:
+        GraphError: padding that is not zeros, or given as a word.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        w_bits: int = 8,
+        quantizer: ActivationQuantizer | InputQuantizer | None = None,
+        standardize: str = "scale",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise GraphError(
+                f"padding {self.padding!r} in mode {self.padding_mode!r} has no integer form; use zeros and numbers"
+            )
+        self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, weight = self.operands(x)
+        return F.conv2d(source, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """Linear layer of b-bit weights and activations. Input [..., C], output [..., O]."""
+
+    def __init__(
+        self,
+        *args: Any,
+        w_bits: int = 8,
+        quantizer: ActivationQuantizer | InputQuantizer | None = None,
+        standardize: str = "scale",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, weight = self.operands(x)
+        return F.linear(source, weight, self.bias)
