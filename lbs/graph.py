@@ -1,0 +1,230 @@
+"""What a model is made of: a torch.fx trace with shapes, quantizable layers, and channels that can be cut together."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lbs.plan import LayerPlan, Plan
+from lbs_kernels.errors import GraphError
+
+NORMS = (nn.BatchNorm2d,)
+POINTWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_LEAVES = (nn.Conv2d, nn.Linear, *NORMS, *POINTWISE, *POOLS, nn.Flatten)
+_POINTWISE_CALLS: tuple[Any, ...] = (torch.relu, nn.functional.relu, nn.functional.relu6, "relu", "relu_")
+_POOL_CALLS: tuple[Any, ...] = (nn.functional.adaptive_avg_pool2d, nn.functional.max_pool2d, nn.functional.avg_pool2d)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """The filters of one convolution and everything that must lose the same channels with them."""
+
+    producer: str
+    norms: tuple[str, ...]
+    consumers: tuple[str, ...]
+    prunable: bool
+    reason: str = ""  # why not
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What packing and costing need to know of a model besides its modules. Kept on it as `lbs_record`."""
+
+    input_shape: tuple[int, ...]  # without the batch
+    plan: Plan
+    groups: tuple[ChannelGroup, ...]
+    unconverted: tuple[tuple[str, str], ...] = ()  # (layer, reason)
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A traced model: node.meta["shape"] holds the shape of each node's output."""
+
+    module: fx.GraphModule
+    layers: dict[str, LayerPlan]
+    groups: dict[str, ChannelGroup]
+
+
+class _Tracer(fx.Tracer):
+    """Keeps the layers of a network whole, also those that subclass torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the graph once and notes every output shape."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
+
+
+def trace(model: nn.Module, example: Tensor) -> ModelGraph:
+    """Trace a model symbolically and run it once, in eval mode and without gradients.
+
+    Arguments:
+        example: one input batch [N, C, H, W].
+
+    Raises:
+        GraphError: control flow that depends on values (file and line are named), or an example that does not fit.
+    """
+    tracer = _Tracer()
+    try:
+        module = fx.GraphModule(model, tracer.trace(model))
+    except Exception as error:
+        raise GraphError(_trace_message(model, error)) from error
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            _Shapes(module).run(example)
+    except Exception as error:
+        raise GraphError(
+            f"{type(model).__name__} failed on an example of shape {tuple(example.shape)}: {error}; "
+            "give an example batch such as the model is trained on"
+        ) from error
+    finally:
+        model.train(was_training)
+    layers = {n.target: geometry(str(n.target), module.get_submodule(str(n.target)), n) for n in layer_nodes(module)}
+    groups = {str(n.target): _group(module, n) for n in layer_nodes(module) if _is_conv(module, n)}
+    return ModelGraph(module, {str(k): v for k, v in layers.items()}, groups)
+
+
+def _trace_message(model: nn.Module, error: Exception) -> str:
+    """Name the user's own line: the last frame outside torch."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in f.filename.split("/")]
+    frames = [f for f in frames if not f.filename.endswith("lbs/graph.py") and not f.filename.startswith("<")]
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "unknown place"
+    return (
+        f"{type(model).__name__} cannot be traced ({type(error).__name__}: {error}) at {where}; "
+        "move control flow that depends on tensor values out of forward. Without a trace bits can still be searched "
+        "and fine-tuned with prepare(..., SearchConfig(pruning=False, trace=False)), but filters cannot be removed "
+        "and the model cannot be packed"
+    )
+
+
+def layer_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """Nodes that call a convolution or linear layer, in execution order."""
+    return [n for n in module.graph.nodes if isinstance(called_module(module, n), nn.Conv2d | nn.Linear)]
+
+
+def called_module(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module a node calls, or None."""
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def geometry(name: str, layer: nn.Module, node: fx.Node) -> LayerPlan:
+    """LayerPlan of a layer, at 8 / 8 bits until a plan says otherwise."""
+    source = node.args[0]
+    shape = source.meta["shape"] if isinstance(source, fx.Node) else node.meta["shape"]
+    if isinstance(layer, nn.Linear):
+        positions = 1
+        for size in shape[1:-1]:
+            positions *= int(size)
+        return LayerPlan(name, "linear", 8, 8, layer.in_features, layer.out_features, positions=positions)
+    if not isinstance(layer, nn.Conv2d):
+        raise GraphError(f"{name} is a {type(layer).__name__}; only Conv2d and Linear layers have a geometry")
+    padding = layer.padding if not isinstance(layer.padding, str) else (0, 0)
+    return LayerPlan(
+        name,
+        "conv2d",
+        8,
+        8,
+        layer.in_channels,
+        layer.out_channels,
+        _pair(layer.kernel_size),
+        _pair(layer.stride),
+        _pair(padding),
+        _pair(layer.dilation),
+        layer.groups,
+        int(shape[2]),
+        int(shape[3]),
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[1]))
+
+
+def _is_conv(module: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(called_module(module, node), nn.Conv2d)
+
+
+def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
+    """Follow a convolution's channels to everything that reads them."""
+    norms: list[str] = []
+    consumers: list[str] = []
+    reasons: list[str] = []
+    seen: set[fx.Node] = set()
+    stack = list(producer.users)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        target = called_module(module, node)
+        if isinstance(target, NORMS):
+            norms.append(str(node.target))
+        elif isinstance(target, nn.Conv2d):
+            if target.groups != 1:
+                reasons.append(f"its channels feed the grouped convolution {node.target}")
+            consumers.append(str(node.target))
+            continue
+        elif isinstance(target, nn.Linear):
+            if target.in_features != producer.meta["shape"][1]:
+                reasons.append(f"its channels are flattened with pixels before {node.target}")
+            consumers.append(str(node.target))
+            continue
+        elif not _keeps_channels(node, target):
+            reasons.append(f"its channels reach {node.name} ({_what(node)})")
+            continue
+        stack.extend(node.users)
+    layer = called_module(module, producer)
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        reasons.append("it is a grouped convolution")
+    if not consumers:
+        reasons.append("no convolution reads its channels")
+    if sum(n.target == producer.target for n in module.graph.nodes if n.op == "call_module") > 1:
+        reasons.append("it is called more than once")
+    names = tuple(sorted(set(norms))), tuple(sorted(set(consumers)))
+    return ChannelGroup(str(producer.target), *names, not reasons, "; ".join(dict.fromkeys(reasons)))
+
+
+def _keeps_channels(node: fx.Node, target: nn.Module | None) -> bool:
+    if isinstance(target, (*POINTWISE, *POOLS, nn.Flatten)):
+        return True
+    return node.target in (*_POINTWISE_CALLS, *_POOL_CALLS, torch.flatten, "flatten")
+
+
+def _what(node: fx.Node) -> str:
+    return "the model's output" if node.op == "output" else str(getattr(node.target, "__name__", node.target))
+
+
+def template_plan(graph: ModelGraph, name: str) -> Plan:
+    """Plan of the traced model at 8 / 8 bits, nothing pruned; `source` names layers whose filters could go."""
+    sources = {c: g.producer for g in graph.groups.values() if g.prunable for c in g.consumers}
+    layers = (replace(layer, source=sources.get(layer.name)) for layer in graph.layers.values())
+    return Plan(tuple(layers), name)
+
+
+def record_of(model: nn.Module) -> ModelRecord:
+    """The record a model was given by `lbs.prepare` or `lbs.uniform`.
+
+    Raises:
+        GraphError: the model has none.
+    """
+    record = getattr(model, "lbs_record", None)
+    if not isinstance(record, ModelRecord):
+        raise GraphError(
+            f"{type(model).__name__} carries no record of its shapes; make it with lbs.prepare or lbs.uniform, "
+            "or give example= a batch"
+        )
+    return record
