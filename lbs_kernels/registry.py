@@ -1,0 +1,158 @@
+"""Which back end serves what: every candidate answers with None or a reason, and the choice can be explained.
+
+Adding a back end is adding one row to `BACKENDS`. The choice comes from the measured table (`tuning_table.py`); where
+nothing was measured, the first candidate of the default order that can serve.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lbs_kernels import extension, tuning_table
+from lbs_kernels.errors import BackendError
+from lbs_kernels.problem import Problem
+
+OPS = ("bitconv2d", "bitlinear", "quantpack", "pool")
+
+
+def _reference_reason(device_type: str) -> str | None:
+    return None
+
+
+def _cpu_reason(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"it runs on the processor, the tensors lie on {device_type}"
+    if extension.cpu is None:
+        return extension.cpu_reason
+    return None if hasattr(extension.cpu, "Program") else "the native module was built without programs; build it again"
+
+
+def _triton_reason(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it: pip install triton"
+    if importlib.util.find_spec("lbs_kernels.triton_runner") is None:
+        return "this build has no Triton runner"
+    if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"the tensors lie on {device_type}; move them to a GPU, or set TRITON_INTERPRET=1 to test without one"
+
+
+# Order = default preference. Triton in the interpreter never is: on the CPU it only runs where it is named.
+BACKENDS: dict[str, Callable[[str], str | None]] = {
+    "cpu": _cpu_reason,
+    "triton": _triton_reason,
+    "reference": _reference_reason,
+}
+AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One back end's answer for one problem: a reason why not, or its measured time if there is one."""
+
+    backend: str
+    reason: str | None
+    seconds: float | None
+    chosen: bool
+
+    def __str__(self) -> str:
+        mark = "->" if self.chosen else "  "
+        if self.reason is not None:
+            return f"{mark} {self.backend}: cannot serve: {self.reason}"
+        time = f"{self.seconds * 1e6:.1f} us" if self.seconds is not None else "not measured"
+        return f"{mark} {self.backend}: {time}"
+
+
+def backend_reason(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run on tensors of this device type ("cpu", "cuda"), or None where it can.
+
+    Raises:
+        BackendError: no such back end.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"back end {backend!r} does not exist; choose one of auto, {', '.join(BACKENDS)}")
+    return BACKENDS[backend](device_type)
+
+
+def available_backends(device_type: str = "cpu") -> list[str]:
+    """Back ends that can run on tensors of this device type."""
+    return [name for name in BACKENDS if backend_reason(name, device_type) is None]
+
+
+def resolve(backend: str, device_type: str) -> str:
+    """The back end for a whole program: the one named, or the first of the default order that can run.
+
+    Raises:
+        BackendError: the named back end cannot run here; the reason is told.
+    """
+    if backend == "auto":
+        order = AUTOMATIC.get(device_type, ("reference",))
+        return next(name for name in order if backend_reason(name, device_type) is None)
+    reason = backend_reason(backend, device_type)
+    if reason is not None:
+        raise BackendError(f"back end {backend!r} cannot run here: {reason}")
+    return backend
+
+
+def supports(backend: str, problem: Problem) -> str | None:
+    """Why `backend` cannot serve `problem`, or None where it can.
+
+    Beyond the device, the answer is that of `supports(problem)` in lbs_kernels/<op>/<backend>_impl.py, if it has one.
+    """
+    if problem.op not in OPS:
+        return f"{problem.op} is not an operation; there are {', '.join(OPS)}"
+    reason = backend_reason(backend, problem.device.split(":")[0])
+    if reason is not None:
+        return reason
+    name = f"lbs_kernels.{problem.op}.{backend}_impl"
+    if importlib.util.find_spec(name) is None:
+        return None
+    answer = getattr(importlib.import_module(name), "supports", None)
+    return None if answer is None else answer(problem)
+
+
+def choose(problem: Problem, backend: str = "auto") -> str:
+    """The back end that runs `problem`.
+
+    Raises:
+        BackendError: the named back end cannot serve; only "auto" may fall back.
+    """
+    if backend != "auto":
+        reason = supports(backend, problem)
+        if reason is not None:
+            raise BackendError(f"back end {backend!r} cannot serve {problem}: {reason}")
+        return backend
+    order = AUTOMATIC.get(problem.device.split(":")[0], ("reference",))
+    able = [name for name in order if supports(name, problem) is None]
+    measured = {name: seconds for name, seconds in tuning_table.times(problem).items() if name in able}
+    if measured:
+        return min(measured, key=lambda name: measured[name])
+    if not able:
+        raise BackendError(f"no back end serves {problem}: {'; '.join(str(row) for row in _rows(problem, None))}")
+    return able[0]
+
+
+def explain(problem: Problem) -> list[Candidate]:
+    """Every back end with its reason or its measured time, the choice of "auto" marked."""
+    try:
+        chosen = choose(problem)
+    except BackendError:
+        chosen = None
+    return _rows(problem, chosen)
+
+
+def _rows(problem: Problem, chosen: str | None) -> list[Candidate]:
+    times = tuning_table.times(problem)
+    return [Candidate(name, supports(name, problem), times.get(name), name == chosen) for name in BACKENDS]
+
+
+def device_slug(device: torch.device | str) -> str:
+    """File-name form of a device: "cpu", or the GPU's name in lower case with dashes."""
+    device = torch.device(device)
+    return tuning_table.slug(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")

@@ -1,0 +1,418 @@
+"""Valid programs for tests: a builder, named cases chosen by reason, and random networks.
+
+    program, blob = CASES["preact_residual"](seed=0)
+    program, blob = random_program(seed=3)
+    inputs = random_inputs(program, batch=2, seed=1)
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lbs_kernels.format import pack_weights
+from lbs_kernels.problem import output_size
+from lbs_kernels.program import (
+    Consumer,
+    ConvStep,
+    Emit,
+    LinearStep,
+    PoolStep,
+    Program,
+    QuantPackStep,
+    Step,
+    TensorSpec,
+    build_blob,
+)
+
+
+def float32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+class Builder:
+    """Collects tensors, steps and arrays. Random numbers are scaled so that most codes are neither 0 nor n."""
+
+    def __init__(self, seed: int, stream_dtype: str = "float32") -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.stream_dtype = stream_dtype
+        self.tensors: list[TensorSpec] = []
+        self.steps: list[Step] = []
+        self.arrays: dict[str, Tensor] = {}
+        self.inputs: list[int] = []
+        self.outputs: list[int] = []
+
+    def build(self) -> tuple[Program, Tensor]:
+        specs, blob, digest = build_blob(self.arrays)
+        program = Program(
+            tuple(self.tensors), tuple(self.steps), tuple(self.inputs), tuple(self.outputs), specs, self.stream_dtype, digest
+        )
+        return program, blob
+
+    def _tensor(self, form: str, shape: tuple[int, int, int], **extra: object) -> int:
+        height, width, channels = shape
+        index = len(self.tensors)
+        self.tensors.append(TensorSpec(f"{form}{index}", form, channels, height, width, **extra))  # type: ignore[arg-type]
+        return index
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        spec = self.tensors[index]
+        return spec.height, spec.width, spec.channels
+
+    def image(self, channels: int, height: int, width: int) -> int:
+        index = self._tensor("image", (height, width, channels))
+        self.inputs.append(index)
+        return index
+
+    def stream(self, shape: tuple[int, int, int], output: bool = False, flat: bool = False) -> int:
+        index = self._tensor("stream", shape, flat=flat)
+        if output:
+            self.outputs.append(index)
+        return index
+
+    def floats(self, name: str, count: int, low: float, high: float, signs: bool = False) -> str:
+        values = torch.rand(count, generator=self.generator) * (high - low) + low
+        if signs:
+            values *= torch.randint(0, 2, (count,), generator=self.generator) * 2 - 1
+        key = f"{name}{len(self.arrays)}"
+        self.arrays[key] = values
+        return key
+
+    def consumer(
+        self,
+        shape: tuple[int, int, int],
+        bits: int,
+        *,
+        zero: int = 0,
+        signed: bool = False,
+        top: float = 2.5,
+        norm: bool = False,
+        relu: bool = False,
+    ) -> Consumer:
+        """A new code tensor that holds 0 .. top (or -top .. top if signed, or -zero/n .. of the range) of y."""
+        n = (1 << bits) - 1
+        scale = float32(n / (2 * top) if signed or zero else n / top)
+        tensor = self._tensor("codes", shape, bits=bits, zero=zero, signed=signed)
+        scale_key = self.floats("norm.scale", shape[2], 0.4, 1.2, signs=True) if norm else None
+        bias_key = self.floats("norm.bias", shape[2], -0.2, 0.8) if norm else None
+        return Consumer(tensor, bits, scale, zero, signed, scale_key, bias_key, relu)
+
+    def quantize(self, source: int, emit: Emit) -> None:
+        self.steps.append(QuantPackStep(f"step{len(self.steps)}", source, emit))
+
+    def conv_shape(
+        self,
+        source: int,
+        filters: int,
+        kernel: tuple[int, int] = (3, 3),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> tuple[int, int, int]:
+        height, width, _ = self.shape(source)
+        return (
+            output_size(height, kernel[0], stride[0], padding[0], dilation[0]),
+            output_size(width, kernel[1], stride[1], padding[1], dilation[1]),
+            filters,
+        )
+
+    def _weights(self, source: int, filters: int, kernel: tuple[int, int], groups: int, w_bits: int) -> tuple[str, ...]:
+        spec = self.tensors[source]
+        channels = spec.channels // groups
+        codes = torch.randint(0, 1 << w_bits, (filters, *kernel, channels), generator=self.generator, dtype=torch.uint8)
+        planes = f"planes{len(self.arrays)}"
+        self.arrays[planes] = pack_weights(codes, w_bits)
+        n_w, n_x = (1 << w_bits) - 1, (1 << spec.bits) - 1
+        reduction = kernel[0] * kernel[1] * channels
+        spread = math.sqrt(reduction) * math.sqrt((n_w + 2) * n_w / 3) * n_x * (1.0 if spec.signed else 0.55)
+        multiplier = self.floats("multiplier", filters, 0.5 / spread, 1.5 / spread, signs=True)
+        return planes, multiplier, self.floats("bias", filters, 0.0, 1.0)
+
+    def conv(
+        self,
+        source: int,
+        emit: Emit,
+        filters: int,
+        *,
+        w_bits: int,
+        kernel: tuple[int, int] = (3, 3),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        total_filters: int | None = None,
+    ) -> None:
+        planes, multiplier, bias = self._weights(source, filters, kernel, groups, w_bits)
+        name = f"step{len(self.steps)}"
+        total = filters if total_filters is None else total_filters
+        self.steps.append(
+            ConvStep(
+                name, source, emit, w_bits, kernel, stride, padding, dilation, groups, total, planes, multiplier, bias
+            )
+        )
+
+    def linear(self, source: int, emit: Emit, filters: int, *, w_bits: int) -> None:
+        planes, multiplier, bias = self._weights(source, filters, (1, 1), 1, w_bits)
+        self.steps.append(LinearStep(f"step{len(self.steps)}", source, emit, w_bits, filters, planes, multiplier, bias))
+
+    def pool(
+        self,
+        source: int,
+        emit: Emit,
+        kind: str,
+        kernel: tuple[int, int] = (1, 1),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.steps.append(PoolStep(f"step{len(self.steps)}", source, emit, kind, kernel, stride, padding))  # type: ignore[arg-type]
+
+
+def random_inputs(program: Program, batch: int, seed: int) -> list[Tensor]:
+    """Fresh images, normal with mean .3, so that the network-input codes use their whole range."""
+    generator = torch.Generator().manual_seed(seed)
+    specs = [program.tensors[index] for index in program.inputs]
+    return [torch.randn(batch, s.channels, s.height, s.width, generator=generator) + 0.3 for s in specs]
+
+
+def share_unsaturated(program: Program, trace: dict[int, Tensor]) -> float:
+    """Share of codes of the whole trace that are neither 0 nor n: a test on saturated codes would prove nothing."""
+    inside, total = 0, 0
+    for index, spec in enumerate(program.tensors):
+        if spec.form == "codes" and spec.bits > 1:
+            codes = trace[index]
+            inside += int(((codes > 0) & (codes < (1 << spec.bits) - 1)).sum())
+            total += codes.numel()
+    return inside / total if total else 1.0
+
+
+def one_conv(
+    seed: int,
+    *,
+    channels: int,
+    filters: int,
+    size: tuple[int, int],
+    w_bits: int,
+    a_bits: int,
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    zero: int = 0,
+    signed: bool = False,
+    out_bits: int = 4,
+    stream_dtype: str = "float32",
+) -> tuple[Program, Tensor]:
+    """image -> codes -> one convolution -> a stream (returned) and codes: every form an epilogue writes."""
+    b = Builder(seed, stream_dtype)
+    image = b.image(channels, *size)
+    codes = b.consumer((*size, channels), a_bits, zero=zero, signed=signed)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, filters, kernel, stride, padding, dilation)
+    emit = Emit(stream=b.stream(shape, output=True), consumers=(b.consumer(shape, out_bits),))
+    b.conv(
+        codes.tensor,
+        emit,
+        filters,
+        w_bits=w_bits,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    return b.build()
+
+
+def _head(b: Builder, stream: int, classes: int, bits: int = 8) -> None:
+    """Global mean -> codes -> linear -> flat output, from a stream."""
+    channels = b.shape(stream)[2]
+    codes = b.consumer((1, 1, channels), bits)
+    b.pool(stream, Emit(consumers=(codes,)), "mean")
+    b.linear(codes.tensor, Emit(stream=b.stream((1, 1, classes), output=True, flat=True)), classes, w_bits=bits)
+
+
+def _stem(b: Builder, channels: int, size: tuple[int, int]) -> int:
+    """Network input with a zero point; returns the code tensor."""
+    image = b.image(channels, *size)
+    codes = b.consumer((*size, channels), 8, zero=117, top=2.5)
+    b.quantize(image, Emit(consumers=(codes,)))
+    return codes.tensor
+
+
+def chain(seed: int) -> tuple[Program, Tensor]:
+    """No residual: codes straight to codes through 8/8, 4/2 (13 kept filters) and 2/4, then a head over 44 channels."""
+    b = Builder(seed)
+    x = _stem(b, 3, (9, 7))
+    for filters, w_bits, out_bits, stride in ((16, 8, 2, 1), (13, 4, 4, 2), (33, 2, 8, 1)):
+        shape = b.conv_shape(x, filters, stride=(stride, stride))
+        consumer = b.consumer(shape, out_bits)
+        b.conv(x, Emit(low=0.0, consumers=(consumer,)), filters, w_bits=w_bits, stride=(stride, stride), total_filters=48)
+        x = consumer.tensor
+    shape = b.conv_shape(x, 44, (1, 1), padding=(0, 0))
+    stream = b.stream(shape)
+    b.conv(x, Emit(low=0.0, high=6.0, stream=stream), 44, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    _head(b, stream, 10)
+    return b.build()
+
+
+def preact_residual(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Pre-activation blocks: a stream read by norms of several consumers, stride 2 with a 1x1 shortcut convolution."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (8, 8))
+    shape = b.conv_shape(x, 16)
+    stream = b.stream(shape)
+    first = b.consumer(shape, 4, norm=True, relu=True)
+    b.conv(x, Emit(stream=stream, consumers=(first,)), 16, w_bits=8)
+    # Plain block: 16 -> 13 kept -> 16, residual added to the stream, next consumers at two different widths.
+    shape = b.conv_shape(first.tensor, 13)
+    middle = b.consumer(shape, 2)
+    b.conv(first.tensor, Emit(low=0.0, consumers=(middle,)), 13, w_bits=4, total_filters=16)
+    shape = b.conv_shape(middle.tensor, 16)
+    joined = b.stream(shape)
+    conv_in = b.consumer(shape, 8, norm=True, relu=True)
+    shortcut_in = b.consumer(shape, 2, norm=True, relu=True)
+    b.conv(middle.tensor, Emit(residual=stream, stream=joined, consumers=(conv_in, shortcut_in)), 16, w_bits=2)
+    # Down-sampling block: the shortcut is a strided 1x1 convolution stored as a stream and added later.
+    down = b.conv_shape(shortcut_in.tensor, 32, (1, 1), (2, 2), (0, 0))
+    shortcut = b.stream(down)
+    b.conv(shortcut_in.tensor, Emit(stream=shortcut), 32, w_bits=4, kernel=(1, 1), stride=(2, 2), padding=(0, 0))
+    middle = b.consumer(down, 4)
+    b.conv(conv_in.tensor, Emit(low=0.0, consumers=(middle,)), 32, w_bits=2, stride=(2, 2))
+    last = b.stream(down, output=True)
+    b.conv(middle.tensor, Emit(residual=shortcut, low=0.0, stream=last), 32, w_bits=8)
+    _head(b, last, 7)
+    return b.build()
+
+
+def imagenet_stem(seed: int) -> tuple[Program, Tensor]:
+    """7x7 stride 2 stem, maximum of codes with padding, bottleneck with a residual, maximum of a stream."""
+    b = Builder(seed)
+    x = _stem(b, 3, (23, 21))
+    shape = b.conv_shape(x, 24, (7, 7), (2, 2), (3, 3))
+    wide = b.consumer(shape, 4)
+    b.conv(x, Emit(low=0.0, consumers=(wide,)), 24, w_bits=8, kernel=(7, 7), stride=(2, 2), padding=(3, 3))
+    pooled_shape = b.conv_shape(wide.tensor, 24, (3, 3), (2, 2), (1, 1))
+    pooled = b.consumer(pooled_shape, 4)
+    b.pool(wide.tensor, Emit(consumers=(pooled,)), "max", (3, 3), (2, 2), (1, 1))
+    height, width, _ = pooled_shape
+    reduced = b.consumer((height, width, 20), 2)
+    b.conv(pooled.tensor, Emit(low=0.0, consumers=(reduced,)), 20, w_bits=4, kernel=(1, 1), padding=(0, 0))
+    spatial = b.consumer((height, width, 11), 4)
+    b.conv(reduced.tensor, Emit(low=0.0, consumers=(spatial,)), 11, w_bits=2, total_filters=20)
+    shortcut = b.stream((height, width, 65))
+    b.conv(pooled.tensor, Emit(stream=shortcut), 65, w_bits=4, kernel=(1, 1), padding=(0, 0))
+    joined = b.stream((height, width, 65))
+    emit = Emit(residual=shortcut, low=0.0, stream=joined)
+    b.conv(spatial.tensor, emit, 65, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    halved = b.conv_shape(joined, 65, (2, 2), (2, 2), (0, 0))
+    top = b.stream(halved, output=True)
+    b.pool(joined, Emit(stream=top, consumers=(b.consumer(halved, 4, norm=True, relu=True),)), "max", (2, 2), (2, 2))
+    _head(b, top, 5)
+    return b.build()
+
+
+def depthwise(seed: int) -> tuple[Program, Tensor]:
+    """Inverted residual: 1x1 expand, 3x3 depthwise, 1x1 project (signed input), grouped and dilated convolutions."""
+    b = Builder(seed)
+    x = _stem(b, 3, (8, 9))
+    shape = b.conv_shape(x, 12, stride=(2, 1))
+    base = b.stream(shape)
+    entry = b.consumer(shape, 4, signed=True)
+    b.conv(x, Emit(low=0.0, high=6.0, stream=base, consumers=(entry,)), 12, w_bits=8, stride=(2, 1))
+    height, width, _ = shape
+    wide = b.consumer((height, width, 36), 4)
+    b.conv(entry.tensor, Emit(low=0.0, high=6.0, consumers=(wide,)), 36, w_bits=4, kernel=(1, 1), padding=(0, 0))
+    spatial = b.consumer((height, width, 36), 8)
+    b.conv(wide.tensor, Emit(low=0.0, high=6.0, consumers=(spatial,)), 36, w_bits=8, groups=36)
+    joined = b.stream((height, width, 12))
+    grouped_in = b.consumer((height, width, 12), 4, relu=True)
+    emit = Emit(residual=base, stream=joined, consumers=(grouped_in,))
+    b.conv(spatial.tensor, emit, 12, w_bits=4, kernel=(1, 1), padding=(0, 0))
+    shape = b.conv_shape(grouped_in.tensor, 20, dilation=(2, 2), padding=(2, 2))
+    last = b.stream(shape)
+    b.conv(grouped_in.tensor, Emit(stream=last), 20, w_bits=2, groups=4, dilation=(2, 2), padding=(2, 2))
+    _head(b, last, 3)
+    return b.build()
+
+
+def one_pixel(seed: int) -> tuple[Program, Tensor]:
+    """Everything at its smallest: one channel, one pixel, one filter, one bit."""
+    b = Builder(seed)
+    image = b.image(1, 1, 1)
+    codes = b.consumer((1, 1, 1), 1)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = (1, 1, 1)
+    middle = b.consumer(shape, 1)
+    b.conv(codes.tensor, Emit(consumers=(middle,)), 1, w_bits=1)
+    b.linear(middle.tensor, Emit(stream=b.stream(shape, output=True, flat=True)), 1, w_bits=1)
+    return b.build()
+
+
+CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
+    "chain": chain,
+    "preact_residual": preact_residual,
+    "preact_residual_bfloat16": lambda seed: preact_residual(seed, "bfloat16"),
+    "preact_residual_float16": lambda seed: preact_residual(seed, "float16"),
+    "imagenet_stem": imagenet_stem,
+    "depthwise": depthwise,
+    "one_pixel": one_pixel,
+}
+
+
+def random_program(seed: int) -> tuple[Program, Tensor]:
+    """A small random network: 1 to 4 residual or plain blocks of random widths (13, 31, 32, 33, 44, ...), bits and strides."""
+    choice = random.Random(seed)
+    b = Builder(seed, choice.choice(["float32", "float16", "bfloat16"]))
+    x = _stem(b, choice.choice([1, 3, 4]), (choice.randint(4, 13), choice.randint(4, 13)))
+    filters = choice.choice([8, 13, 16, 31, 32, 33, 44])
+    shape = b.conv_shape(x, filters)
+    stream = b.stream(shape)
+    b.conv(x, Emit(low=choice.choice([None, 0.0]), stream=stream), filters, w_bits=8)
+    for _ in range(choice.randint(1, 4)):
+        stream = _random_block(b, choice, stream)
+    _head(b, stream, choice.choice([1, 10, 100]), choice.choice([4, 8]))
+    return b.build()
+
+
+def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
+    """Read a stream into codes (a quantpack step), two convolutions, and a new stream with or without the residual."""
+    def bits() -> int:
+        return choice.choice([2, 4, 8])
+
+    shape = b.shape(stream)
+    entry = b.consumer(shape, bits(), norm=choice.random() < 0.7, relu=True)
+    b.quantize(stream, Emit(consumers=(entry,)))
+    kernel = choice.choice([(1, 1), (3, 3), (3, 1), (5, 5)])
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    stride = choice.choice([(1, 1), (1, 1), (2, 2)]) if min(shape[:2]) > 2 else (1, 1)
+    hidden = choice.choice([5, 13, 16, 31, 32, 33, 44, 65])
+    middle_shape = b.conv_shape(entry.tensor, hidden, kernel, stride, padding)
+    middle = b.consumer(middle_shape, bits())
+    emit = Emit(low=0.0, high=choice.choice([None, 6.0]), consumers=(middle,))
+    b.conv(entry.tensor, emit, hidden, w_bits=bits(), kernel=kernel, stride=stride, padding=padding, total_filters=80)
+    filters = shape[2] if choice.random() < 0.7 else choice.choice([16, 24, 47])
+    last_shape = (*middle_shape[:2], filters)
+    residual: int | None = None
+    if last_shape == shape:
+        residual = stream
+    elif choice.random() < 0.7:
+        residual = b.stream(last_shape)
+        shortcut = Emit(stream=residual)
+        b.conv(entry.tensor, shortcut, filters, w_bits=bits(), kernel=(1, 1), stride=stride, padding=(0, 0))
+    joined = b.stream(last_shape)
+    emit = Emit(residual=residual, low=choice.choice([None, 0.0]), stream=joined)
+    b.conv(middle.tensor, emit, filters, w_bits=bits())
+    return joined
+
+
+def with_step(program: Program, index: int, **changes: object) -> Program:
+    """The program with fields of one step replaced, for tests of refusal."""
+    steps = list(program.steps)
+    steps[index] = replace(steps[index], **changes)  # type: ignore[arg-type]
+    return replace(program, steps=tuple(steps))
