@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lbs import cost
 from lbs_kernels.errors import PlanError
 from lbs_kernels.problem import Problem
 
@@ -88,15 +89,18 @@ class Plan:
 
     def bops(self) -> int:
         """Bit operations of one image: sum of k_h k_w C_in C_out/groups H_out W_out b_w b_a over kept channels."""
-        return sum(self.macs(layer) * layer.w_bits * layer.a_bits for layer in self.layers)
+        return sum(cost.bops(self._kept_problem(layer)) for layer in self.layers)
 
     def macs(self, layer: LayerPlan) -> int:
         """Multiply-accumulates of one layer and image, kept channels only."""
-        return layer.problem(self.kept_inputs(layer), layer.kept_filters).macs
+        return cost.macs(self._kept_problem(layer))
 
     def full_precision_bops(self) -> int:
         """The same network at 32 x 32 bits, nothing pruned."""
-        return sum(layer.problem().macs * 1024 for layer in self.layers)
+        return sum(cost.bops(cost.full_precision(layer.problem())) for layer in self.layers)
+
+    def _kept_problem(self, layer: LayerPlan) -> Problem:
+        return layer.problem(self.kept_inputs(layer), layer.kept_filters)
 
     def to_json(self) -> str:
         """Indented JSON, one layer after the other."""

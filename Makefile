@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` set themselves up in .venv, once, from nothing.
+# PYTHON3 names another Python to create .venv with; pip's own configuration decides where packages come from.
+
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint typecheck check-imports pytest setup clean
+
+help:
+	@echo "make quickstart   search, pack, verify and time a small network on real digits"
+	@echo "make test         lint, types, import directions, doctests and tests"
+	@echo "make lint         ruff alone"
+	@echo "make clean        remove what was built, keep $(VENV)"
+
+quickstart: setup
+	$(BIN)/lbs quickstart
+
+test: lint typecheck check-imports pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+typecheck: setup
+	$(BIN)/mypy
+
+check-imports: setup
+	$(BIN)/lint-imports
+
+pytest: setup
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.installed $(VENV)/.native
+
+# Everything but the native modules. The project goes in last, editable, with the build tools already there.
+$(VENV)/.installed: pyproject.toml constraints.txt tools/make_venv.sh
+	tools/make_venv.sh $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools pybind11 ninja
+	LBS_BUILD_CPU=0 LBS_BUILD_CUDA=0 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	rm -f $(VENV)/.native
+	touch $@
+
+# In place and incremental: only what changed is compiled again.
+$(VENV)/.native: $(VENV)/.installed $(NATIVE_SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -f lbs_kernels/_cpu*.so lbs_kernels/_cuda*.so lbs_kernels/_build_report.json $(VENV)/.native
+	find lbs lbs_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
