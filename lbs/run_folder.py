@@ -1,0 +1,148 @@
+"""RunFolder: where a run keeps its files, each written so that a kill or a full disk never damages what was there.
+
+    config.json          what was asked for, one section per phase      metrics.jsonl   one row per log line and epoch
+    environment.json     versions and machine of the last command       results.json    one section per command
+    checkpoints/         where each phase can go on                     plan.json       bits and kept filters
+    float.safetensors    searched.safetensors    model.safetensors      weights after each phase
+    *.lbs.safetensors    the packed network      report.html, *.png     the report
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbs_kernels import device
+from lbs_kernels.errors import CheckpointError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, flush to the disk, rename.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the file that was there before is untouched.
+    """
+    scratch = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} could not be written ({len(content)} bytes): {error}; "
+            "what was saved before is untouched: make room, then go on with --resume"
+        ) from error
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Indented JSON, written like `write_bytes`."""
+    write_bytes(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CheckpointError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; is this a run folder?") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}; restore it, or start the run in a new folder") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record beside every result."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": device.cpu_name(),
+        "isa": device.default_isa(),
+        "processors": device.processors(),
+        "threads": torch.get_num_threads(),
+        "gpu": device.gpu_name(),
+        "command": " ".join(["lbs", *sys.argv[1:]]),
+    }
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def file(self, name: str) -> Path:
+        """A file of the folder."""
+        return self.path / name
+
+    def checkpoint(self, phase: str) -> Path:
+        """Where `phase` can go on."""
+        return self.path / "checkpoints" / f"{phase}.safetensors"
+
+    def best(self, phase: str) -> Path:
+        """The best weights of `phase` by test accuracy."""
+        return self.path / "checkpoints" / f"{phase}-best.safetensors"
+
+    def create(self) -> None:
+        """Make the folder and note the environment."""
+        write_json(self.file("environment.json"), environment())
+
+    def results(self) -> dict[str, Any]:
+        """All sections of results.json; empty before the first."""
+        path = self.file("results.json")
+        return dict(read_json(path)) if path.exists() else {}
+
+    def add_result(self, section: str, body: dict[str, Any]) -> None:
+        """Replace one section of results.json."""
+        write_json(self.file("results.json"), {**self.results(), section: body})
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """One line to metrics.jsonl. Values that are not finite become null."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(_finite(row), separators=(",", ":"))
+        with self.file("metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl now."""
+        path = self.file("metrics.jsonl")
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        """Forget the rows written after the checkpoint that noted `size`, so that none comes twice."""
+        path = self.file("metrics.jsonl")
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last line cut short by a kill is left out."""
+        path = self.file("metrics.jsonl")
+        rows: list[dict[str, Any]] = []
+        if not path.exists():
+            return rows
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number == len(lines):
+                    break
+                raise CheckpointError(f"{path}, line {number} is not JSON: {error}; delete that line") from error
+        return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

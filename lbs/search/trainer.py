@@ -1,0 +1,332 @@
+"""Trainer: the loop of every phase (float training, search, fine-tuning), resumable after a kill at any step.
+
+A step launches work and reads nothing back from the device; losses are summed there and read every `log_every` steps.
+On the CPU, where reading is free, every loss is checked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lbs.data import TensorLoader
+from lbs.run_folder import RunFolder
+from lbs.search import checkpoint
+from lbs.search.nonfinite import finite_weights, first_nonfinite
+from lbs.search.recipe import Recipe
+from lbs_kernels.errors import CheckpointError, TrainingError
+
+
+class BudgetTerm(Protocol):
+    """What the trainer asks of a budget."""
+
+    def __call__(self) -> Tensor: ...
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Progress(Protocol):
+    """Told how far a phase is."""
+
+    def begin(self, phase: str, total: int, done: int) -> None: ...
+
+    def advance(self, steps: int) -> None: ...
+
+    def note(self, row: dict[str, Any]) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a phase reached. Accuracies are test top-1 in 0..1, None where there was no test set."""
+
+    phase: str
+    epochs: int
+    steps: int
+    loss: float
+    accuracy: float | None  # of the last epoch: the weights that are kept
+    best_accuracy: float | None
+    best_epoch: int | None
+    seconds: float  # of this and the resumed sessions
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 accuracy in 0..1, in float32, with the mode of `model` restored. One wait for the device, at the end."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    correct, count = torch.zeros((), dtype=torch.int64, device=device), 0
+    for images, labels in loader:
+        logits = model(images.to(device))
+        correct += (logits.argmax(1) == labels.to(device)).sum()
+        count += len(labels)
+    model.train(was_training)
+    return int(correct) / count
+
+
+class Trainer:
+    """Trains `model` in place by `recipe`.
+
+    Arguments:
+        model: on its device already. train, test: loaders; without `test` no accuracy is measured.
+        groups: parameter groups for SGD, each with its own lr (`search.parameter_groups`); without them all parameters
+            share the recipe's, and only tensors of two or more dimensions decay.
+        budget: added to the loss, stepped after each optimizer step. teacher: float model to distil from.
+        folder: where metrics and checkpoints go; without it nothing is written. observe: returns what a log row of
+            the search shows besides the loss (bops, lambda, gates); called only when a row is written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TensorLoader,
+        recipe: Recipe,
+        *,
+        phase: str,
+        test: Iterable[tuple[Tensor, Tensor]] | None = None,
+        groups: list[dict[str, Any]] | None = None,
+        budget: BudgetTerm | None = None,
+        teacher: nn.Module | None = None,
+        folder: RunFolder | None = None,
+        progress: Progress | None = None,
+        observe: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        if recipe.distill and teacher is None:
+            raise TrainingError(f"distill={recipe.distill} needs a teacher; give the float model, or distill=0")
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = next(model.parameters()).device
+        self.train, self.test, self.recipe, self.phase = train, test, recipe, phase
+        self.budget, self.folder, self.progress = budget, folder, progress
+        self.observe = observe
+        self.teacher = teacher.to(self.device).eval() if recipe.distill and teacher is not None else None
+        self.optimizer = torch.optim.SGD(
+            groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
+        )
+        self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.epoch = self.step = 0
+        self.best: tuple[float, int] | None = None
+        self.accuracy: float | None = None
+        self.loss = float("nan")
+        self._seconds = 0.0
+        self._images = torch.zeros(())  # the latest batch, to look for the layer that broke
+        # Sums on the device: window loss, window task loss, window correct, epoch loss, epoch correct.
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self._seen = [0, 0, 0]  # window steps, window images, epoch images
+
+    def fit(self, resume: bool = False) -> TrainResult:
+        """Train to the end of the recipe.
+
+        Raises:
+            TrainingError: the loss is not finite (the layer is named; the last checkpoint stays as it was).
+            CheckpointError: nothing to resume from, or the disk is full.
+        """
+        if resume:
+            self.load()
+        started = time.monotonic() - self._seconds
+        saved = time.monotonic()
+        if self.progress:
+            self.progress.begin(self.phase, self.recipe.epochs * len(self.train), self.step)
+        while self.epoch < self.recipe.epochs:
+            self.model.train()
+            for images, labels in self.train:
+                self._train_step(images, labels)
+                if self.progress:
+                    self.progress.advance(1)
+                self._seconds = time.monotonic() - started
+                at_end = self.step % len(self.train) == 0
+                if not at_end and time.monotonic() - saved >= self.recipe.checkpoint_seconds:
+                    self.save()
+                    saved = time.monotonic()
+            self._end_epoch()
+            self._seconds = time.monotonic() - started
+            self.save()
+            saved = time.monotonic()
+        if self.progress:
+            self.progress.end()
+        best_accuracy, best_epoch = self.best or (None, None)
+        return TrainResult(
+            self.phase, self.epoch, self.step, self.loss, self.accuracy, best_accuracy, best_epoch, self._seconds
+        )
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        factor = self.recipe.lr_factor(self.step, len(self.train))
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = lr * factor
+        images = self._images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp == "bf16"):
+            logits = self.model(images)
+            task = self._task_loss(logits, labels, images)
+        loss = task if self.budget is None else task + self.budget()
+        log = (self.step + 1) % self.recipe.log_every == 0
+        if (self.device.type == "cpu" or log) and not bool(loss.detach().isfinite()):
+            self._stop()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.budget is not None:
+            self.budget.step()
+        self.step += 1
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+            self._sums += torch.stack([loss.double(), task.double(), correct.double(), loss.double(), correct.double()])
+        self._seen = [self._seen[0] + 1, self._seen[1] + len(labels), self._seen[2] + len(labels)]
+        if log:
+            self._write_step()
+
+    def _task_loss(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        recipe = self.recipe
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            target = F.log_softmax(self.teacher(images).float() / recipe.temperature, 1)
+        soft = F.kl_div(F.log_softmax(logits / recipe.temperature, 1), target, reduction="batchmean", log_target=True)
+        return (1 - recipe.distill) * loss + recipe.distill * recipe.temperature**2 * soft
+
+    def _stop(self) -> None:
+        where = first_nonfinite(self.model, self._images)
+        kept = f"; the last good checkpoint is {self.folder.checkpoint(self.phase)}" if self.folder else ""
+        raise TrainingError(
+            f"{self.phase}: the loss of step {self.step} (epoch {self.epoch}) is not finite; {where}{kept}. "
+            f"Lower --lr (now {self.recipe.lr:g}) and start the phase again"
+        )
+
+    def _write_step(self) -> None:
+        sums = self._sums.tolist()
+        steps, images, _ = self._seen
+        row: dict[str, Any] = {
+            "phase": self.phase,
+            "kind": "step",
+            "step": self.step,
+            "epoch": (self.step - 1) // len(self.train),
+            "loss": sums[0] / steps,
+            "task_loss": sums[1] / steps,
+            "train_accuracy": sums[2] / images,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self._seconds, 3),
+        }
+        self._record(row)
+        self._sums[:3] = 0
+        self._seen[:2] = [0, 0]
+
+    def _end_epoch(self) -> None:
+        sums = self._sums.tolist()
+        steps, images = len(self.train), self._seen[2]
+        self.loss = sums[3] / steps
+        if not self.loss < float("inf") or not finite_weights(self.model):
+            self._stop()
+        self.epoch += 1
+        last = self.epoch == self.recipe.epochs
+        measured = self.test is not None and (last or self.epoch % self.recipe.eval_every == 0)
+        if measured and self.test is not None:
+            self.accuracy = evaluate(self.model, self.test)
+            if self.best is None or self.accuracy > self.best[0]:
+                self.best = (self.accuracy, self.epoch)
+                if self.folder:
+                    checkpoint.save_weights(self.folder.best(self.phase), self.model)
+        row = {
+            "phase": self.phase,
+            "kind": "epoch",
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "train_accuracy": sums[4] / images,
+            "test_accuracy": self.accuracy if measured else None,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(self._seconds, 3),
+        }
+        self._record(row)
+        self._sums[3:] = 0
+        self._seen[2] = 0
+
+    def _record(self, row: dict[str, Any]) -> None:
+        if self.observe is not None:
+            row |= self.observe()
+        if self.folder:
+            self.folder.append_metrics(row)
+        if self.progress:
+            self.progress.note(row)
+
+    def save(self) -> None:
+        """Write all that the next step depends on, unless a weight is not finite. Nothing without a folder."""
+        if self.folder is None:
+            return
+        if not finite_weights(self.model):
+            self._stop()
+        tensors = {
+            **_prefixed("model", self.model.state_dict()),
+            **_prefixed("momentum", checkpoint.optimizer_tensors(self.optimizer, self.model)),
+            **_prefixed("random", checkpoint.random_tensors()),
+            "sums": self._sums,
+        }
+        state = {
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seen": self._seen,
+            "best": self.best,
+            "accuracy": self.accuracy,
+            "loss": self.loss if self.loss == self.loss else None,
+            "seconds": self._seconds,
+            "loader": self.train.state_dict(),
+            "budget": self.budget.state_dict() if self.budget is not None else None,
+            "metrics_bytes": self.folder.metrics_size(),
+        }
+        checkpoint.save(self.folder.checkpoint(self.phase), tensors, state)
+
+    def load(self) -> None:
+        """Go on where `save` was. Raises CheckpointError or TrainingError where the file does not fit."""
+        if self.folder is None:
+            raise CheckpointError("there is no run folder to resume from; give folder=")
+        path = self.folder.checkpoint(self.phase)
+        tensors, state = checkpoint.load(path)
+        if state.get("phase") != self.phase:
+            raise CheckpointError(f"{path} is of the phase {state.get('phase')!r}, not {self.phase!r}")
+        checkpoint.apply_weights(self.model, _below("model", tensors), path)
+        checkpoint.restore_optimizer(self.optimizer, self.model, _below("momentum", tensors))
+        self.train.load_state_dict(state["loader"])
+        if self.budget is not None:
+            with torch.no_grad():
+                self.budget.load_state_dict(state["budget"])
+        self.epoch, self.step, self._seen = state["epoch"], state["step"], list(state["seen"])
+        self.best = (state["best"][0], state["best"][1]) if state["best"] else None
+        self.accuracy, self._seconds = state["accuracy"], state["seconds"]
+        self.loss = float("nan") if state["loss"] is None else state["loss"]
+        self._sums.copy_(tensors["sums"])
+        self.folder.cut_metrics(state["metrics_bytes"])
+        checkpoint.restore_random(_below("random", tensors))
+
+
+def default_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Weights decay; norms, biases and ranges do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "lr": recipe.lr, "weight_decay": 0.0},
+    ]
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{key}": value for key, value in tensors.items()}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(prefix) + 1 :]: value for key, value in tensors.items() if key.startswith(prefix + "/")}
