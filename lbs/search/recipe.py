@@ -15,9 +15,9 @@ AMP = ("off", "bf16")
 class Recipe:
     """SGD with Nesterov momentum .9, one learning-rate factor for all parameter groups.
 
-    schedule: `cosine` to 0 over all steps, `step` divides by 10 at each epoch of `milestones`, `constant`. warmup: epochs
-    of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32. distill: weight 0..1 of
-    the loss against a teacher's softened logits (temperature 4), the rest goes to the labels.
+    schedule: `cosine` to 0 over all steps, `step` divides by 10 at each epoch of `milestones`, `constant`.
+    warmup: epochs of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32.
+    distill: weight 0..1 of the loss against a teacher's logits softened by `temperature`; the rest is the labels'.
     """
 
     epochs: int
