@@ -3,7 +3,8 @@
     f = float32(acc);  y = fma(f, M[o], B[o])                       one rounding
     y = y + float32(residual);  y = max(y, low);  y = min(y, high)
     stream: y is rounded to the stream type, and from here on y is the STORED value
-    consumer: u = fma(y, G[c], H[c]);  u = max(u, 0);  t = u * scale;  t = t + n / 2 (signed);  q = clamp(rint(t) + zero, 0, n)
+    consumer: u = fma(y, G[c], H[c]);  u = max(u, 0);  t = u * scale;  t = t + n / 2 (signed)
+              q = clamp(rint(t) + zero, 0, n)
 
 `max` and `min` are those of IEEE maxNum: a NaN loses against the bound, so a NaN input becomes the lowest code.
 """
@@ -127,7 +128,7 @@ def thresholds(
         FormatError: more than 4 bits, or a residual.
     """
     if consumer.bits > THRESHOLD_BITS:
-        raise FormatError(f"consumer has {consumer.bits} bits; thresholds serve at most {THRESHOLD_BITS}, use the floats")
+        raise FormatError(f"consumer has {consumer.bits} bits; thresholds serve up to {THRESHOLD_BITS}, use the floats")
     if emit.residual is not None:
         raise FormatError("emit adds a residual; thresholds depend on the accumulator alone, use the floats")
     levels = (1 << consumer.bits) - 1
@@ -143,7 +144,8 @@ def thresholds(
     level = torch.arange(1, levels + 1, device=multiplier.device).expand(filters, levels)
     flip = codes_at(-end)[:, 0] > codes_at(end)[:, 0]
     sign = torch.where(flip, -1, 1).unsqueeze(1)
-    # Along x = sign * acc the code never falls. Invariant: code(low) < level (low may be the sentinel), code(high) >= level.
+    # Along x = sign * acc the code never falls. Invariant: code(low) < level <= code(high), where the two ends may be
+    # the sentinels beyond the limit.
     low, high = -end - 1, end + 1
     while bool((high - low > 1).any()):
         middle = torch.div(low + high, 2, rounding_mode="floor")

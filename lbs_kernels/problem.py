@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation at one size. `op` is a folder name below lbs_kernels; images are [batch, height, width, channels]."""
+    """One operation at one size. `op` is a folder name below lbs_kernels; images are [N, height, width, channels]."""
 
     op: str
     batch: int

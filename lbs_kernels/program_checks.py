@@ -79,7 +79,7 @@ def _check_tensor(spec: TensorSpec, place: str) -> None:
         if not 0 <= spec.zero < 1 << spec.bits:
             raise FormatError(f"{place} has zero = {spec.zero}; it is a code, 0 to {(1 << spec.bits) - 1}")
         if spec.signed and spec.zero:
-            raise FormatError(f"{place} is signed with zero = {spec.zero}; signed codes have no code for 0, set it to 0")
+            raise FormatError(f"{place} is signed with zero = {spec.zero}; signed codes have none, set it to 0")
     elif spec.bits or spec.zero or spec.signed:
         raise FormatError(f"{place} is a {spec.form} with bits, zero or sign; only codes have them")
     if spec.flat and (spec.form != "stream" or spec.height * spec.width != 1):
@@ -97,7 +97,7 @@ def _check_array(program: Program, key: str, blob_bytes: int | None) -> None:
         raise FormatError(f"{place} starts at byte {spec.offset}; offsets are multiples of {BLOB_ALIGNMENT}, from 0")
     if blob_bytes is not None and spec.offset + spec.nbytes > blob_bytes:
         raise FormatError(
-            f"{place} ends at byte {spec.offset + spec.nbytes}; the blob has {blob_bytes}: truncated, or another program's"
+            f"{place} ends at byte {spec.offset + spec.nbytes}; the blob has {blob_bytes}: it is truncated or another's"
         )
 
 
@@ -170,7 +170,8 @@ class _Walk:
                 raise FormatError(f"{place} has padding {step.padding}; it is 0 to the extent of the kernel")
         if source.signed and step.padding != (0, 0):
             raise FormatError(f"{place} pads signed codes, which have no code for 0; use unsigned codes or no padding")
-        filters = self._check_weights(step, source.channels, step.kernel[0] * step.kernel[1], step.groups, source, place)
+        taps = step.kernel[0] * step.kernel[1]
+        filters = self._check_weights(step, source, taps, step.groups, place)
         sizes = zip((source.height, source.width), step.kernel, step.stride, step.padding, step.dilation, strict=True)
         height, width = (output_size(*size) for size in sizes)
         if height < 1 or width < 1:
@@ -180,13 +181,14 @@ class _Walk:
     def _check_linear(self, step: LinearStep, source: TensorSpec, place: str) -> Shape:
         _expect_form(source, ("codes",), place)
         if source.height * source.width != 1:
-            raise FormatError(f"{place} reads {source.height} x {source.width} pixels; a linear step reads one, pool first")
-        return 1, 1, self._check_weights(step, source.channels, 1, 1, source, place)
+            raise FormatError(f"{place} reads {source.height} x {source.width} pixels; it needs one, pool first")
+        return 1, 1, self._check_weights(step, source, 1, 1, place)
 
     def _check_weights(
-        self, step: ConvStep | LinearStep, channels: int, taps: int, groups: int, source: TensorSpec, place: str
+        self, step: ConvStep | LinearStep, source: TensorSpec, taps: int, groups: int, place: str
     ) -> int:
         """Bits, groups, planes, multiplier and bias of a step; returns the number of filters."""
+        channels = source.channels
         if not 1 <= step.w_bits <= MAX_BITS:
             raise FormatError(f"{place} has {step.w_bits} weight bits; they are 1 to {MAX_BITS}")
         if groups < 1 or channels % groups:
@@ -240,7 +242,9 @@ class _Walk:
                 f"({target.name}), which has {(target.bits, target.zero, target.signed)}"
             )
         if scaled and not (_is_float32(consumer.scale) and consumer.scale > 0):
-            raise FormatError(f"{place} has scale {consumer.scale!r}; it is a positive, exact float32 value, round it first")
+            raise FormatError(
+                f"{place} has scale {consumer.scale!r}; it is positive and exact in float32, round it first"
+            )
         if (consumer.pre_scale is None) != (consumer.pre_bias is None):
             raise FormatError(f"{place} has only one of pre_scale and pre_bias; give both or none")
         if consumer.pre_scale is not None and consumer.pre_bias is not None:
@@ -252,7 +256,7 @@ def _check_pool(step: PoolStep, source: TensorSpec, place: str) -> Shape:
     if step.kind == "mean":
         _expect_form(source, ("stream",), place)
         if step.kernel not in ((1, 1), (source.height, source.width)) or step.padding != (0, 0):
-            raise FormatError(f"{place} has kernel {step.kernel}, padding {step.padding}; the mean is global and unpadded")
+            raise FormatError(f"{place} has kernel {step.kernel}, padding {step.padding}; the mean is global, unpadded")
         return 1, 1, source.channels
     if step.kind != "max":
         raise FormatError(f"{place} has kind {step.kind!r}; expected max or mean")

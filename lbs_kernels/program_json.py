@@ -44,7 +44,7 @@ def read_program(text: str, blob_bytes: int | None = None) -> Program:
     version = body.get("version")
     if type(version) is not int or not 1 <= version <= PROGRAM_VERSION:
         raise FormatError(
-            f"program has version {version!r}; this library reads versions 1 to {PROGRAM_VERSION}, update it or pack again"
+            f"program has version {version!r}; this library reads 1 to {PROGRAM_VERSION}, update it or pack again"
         )
     program = _convert(body, Program, "program")
     validate(program, blob_bytes)

@@ -54,7 +54,11 @@ class ReferenceRunner:
             y = bitconv2d.scale_accumulator(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif isinstance(step, LinearStep):
             acc = bitlinear.accumulate(
-                x.flatten(1), program.array(blob, step.planes), a_bits=source.bits, zero=source.zero, signed=source.signed
+                x.flatten(1),
+                program.array(blob, step.planes),
+                a_bits=source.bits,
+                zero=source.zero,
+                signed=source.signed,
             )
             acc = acc[:, None, None]
             y = bitconv2d.scale_accumulator(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
@@ -69,6 +73,6 @@ class ReferenceRunner:
 
     def _output(self, index: int, stream: Tensor) -> Tensor:
         spec = self.program.tensors[index]
-        result = stream.float()
-        # A stream stored as float32 must not be handed out as a view of the traced tensor.
-        return result.flatten(1).clone() if spec.flat else result.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+        result = stream.float().permute(0, 3, 1, 2)
+        # A copy: a stream stored as float32 must not be handed out as a view of the traced tensor.
+        return result.flatten(1).clone() if spec.flat else result.clone(memory_format=torch.contiguous_format)

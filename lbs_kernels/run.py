@@ -33,7 +33,7 @@ class Runner(Protocol):
 
 
 class CompiledProgram:
-    """A program on one back end, ready to run. `fallback` says why "auto" did not take its first choice, or is empty."""
+    """A program on one back end, ready to run. `fallback`: why "auto" did not take its first choice, or empty."""
 
     def __init__(self, text: str, blob: Tensor, backend: str = "auto") -> None:
         """

@@ -70,7 +70,7 @@ def read(path: Path) -> TuningTable:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is not a tuning table ({error!r}); delete it and measure again") from error
     if version != TABLE_VERSION:
-        raise FormatError(f"{path} has version {version}; this library reads {TABLE_VERSION}, delete it and measure again")
+        raise FormatError(f"{path} has version {version}; this library reads {TABLE_VERSION}, measure again")
     for key, times in table.rows.items():
         for backend, seconds in times.items():
             if not (math.isfinite(seconds) and seconds > 0):
@@ -98,7 +98,7 @@ def write(path: Path, table: TuningTable) -> None:
 
 @functools.cache
 def load(device: str) -> TuningTable:
-    """The shipped table of a device (its slug) with this machine's measurements on top; empty where there is neither."""
+    """The shipped table of a device (its slug) with this machine's own measurements on top; may be empty."""
     table = TuningTable(device)
     for folder in (SHIPPED, user_folder()):
         path = folder / f"{device}.json"

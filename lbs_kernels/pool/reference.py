@@ -23,8 +23,8 @@ def max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], paddin
 def mean_pool(x: Tensor) -> Tensor:
     """Global mean float32 [N, 1, 1, C] of a stream [N, H, W, C].
 
-    y[c] = (((x[0, c] + x[1, c]) + x[2, c]) + ...) * float32(1 / (H W)): float32 sums over pixels in row-major order. The
-    order is part of the definition, so that every back end gives the same bits.
+    y[c] = (((x[0, c] + x[1, c]) + x[2, c]) + ...) * float32(1 / (H W)): float32 sums over pixels in row-major order.
+    The order is part of the definition, so that every back end gives the same bits.
     """
     pixels = x.float().flatten(1, 2)
     count = pixels.shape[1]

@@ -1,8 +1,8 @@
 """Valid programs for tests: a builder, named cases chosen by reason, and random networks.
 
-    program, blob = CASES["preact_residual"](seed=0)
-    program, blob = random_program(seed=3)
-    inputs = random_inputs(program, batch=2, seed=1)
+program, blob = CASES["preact_residual"](seed=0)
+program, blob = random_program(seed=3)
+inputs = random_inputs(program, batch=2, seed=1)
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ class Builder:
     def build(self) -> tuple[Program, Tensor]:
         specs, blob, digest = build_blob(self.arrays)
         program = Program(
-            tuple(self.tensors), tuple(self.steps), tuple(self.inputs), tuple(self.outputs), specs, self.stream_dtype, digest
+            tuple(self.tensors),
+            tuple(self.steps),
+            tuple(self.inputs),
+            tuple(self.outputs),
+            specs,
+            self.stream_dtype,
+            digest,
         )
         return program, blob
 
@@ -252,7 +258,9 @@ def chain(seed: int) -> tuple[Program, Tensor]:
     for filters, w_bits, out_bits, stride in ((16, 8, 2, 1), (13, 4, 4, 2), (33, 2, 8, 1)):
         shape = b.conv_shape(x, filters, stride=(stride, stride))
         consumer = b.consumer(shape, out_bits)
-        b.conv(x, Emit(low=0.0, consumers=(consumer,)), filters, w_bits=w_bits, stride=(stride, stride), total_filters=48)
+        b.conv(
+            x, Emit(low=0.0, consumers=(consumer,)), filters, w_bits=w_bits, stride=(stride, stride), total_filters=48
+        )
         x = consumer.tensor
     shape = b.conv_shape(x, 44, (1, 1), padding=(0, 0))
     stream = b.stream(shape)
@@ -366,7 +374,7 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
 
 
 def random_program(seed: int) -> tuple[Program, Tensor]:
-    """A small random network: 1 to 4 residual or plain blocks of random widths (13, 31, 32, 33, 44, ...), bits and strides."""
+    """A small random network: 1 to 4 residual or plain blocks of random widths, bits, kernels and strides."""
     choice = random.Random(seed)
     b = Builder(seed, choice.choice(["float32", "float16", "bfloat16"]))
     x = _stem(b, choice.choice([1, 3, 4]), (choice.randint(4, 13), choice.randint(4, 13)))
@@ -382,6 +390,7 @@ def random_program(seed: int) -> tuple[Program, Tensor]:
 
 def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     """Read a stream into codes (a quantpack step), two convolutions, and a new stream with or without the residual."""
+
     def bits() -> int:
         return choice.choice([2, 4, 8])
 
