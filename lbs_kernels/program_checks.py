@@ -218,7 +218,7 @@ class _Walk:
             _expect_form(residual, ("stream",), f"{place} (residual)")
             _expect_shape(residual, shape, f"{place} (residual)")
         for name, bound in (("low", emit.low), ("high", emit.high)):
-            if bound is not None and not _is_float32(bound):
+            if bound is not None and not is_float32(bound):
                 raise FormatError(f"{place} has {name} = {bound!r}; bounds are exact float32 values, round it first")
         if emit.low is not None and emit.high is not None and emit.low > emit.high:
             raise FormatError(f"{place} clamps to {emit.low} .. {emit.high}; low is at most high")
@@ -241,7 +241,7 @@ class _Walk:
                 f"{place} writes codes with (bits, zero, signed) = {written} into tensor {consumer.tensor} "
                 f"({target.name}), which has {(target.bits, target.zero, target.signed)}"
             )
-        if scaled and not (_is_float32(consumer.scale) and consumer.scale > 0):
+        if scaled and not (is_float32(consumer.scale) and consumer.scale > 0):
             raise FormatError(
                 f"{place} has scale {consumer.scale!r}; it is positive and exact in float32, round it first"
             )
@@ -297,7 +297,7 @@ def _expect_shape(spec: TensorSpec, shape: Shape, place: str) -> None:
         raise FormatError(f"{place}: {spec.name} has height, width, channels {actual}; the step computes {shape}")
 
 
-def _is_float32(value: float) -> bool:
+def is_float32(value: float) -> bool:
     """Whether a finite Python float is exactly a float32 value (so that every parser reads the same number)."""
     if not math.isfinite(value):
         return False

@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lbs_kernels import registry
+from lbs_kernels import library, registry
 from lbs_kernels.cpu_runner import CpuRunner
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.program import STREAM_DTYPES, Program, blob_digest
@@ -244,14 +244,4 @@ def _op_fake(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
     return _fake_outputs(parsed, inputs)
 
 
-def _register() -> Any:
-    library = torch.library.Library("lbs_kernels", "FRAGMENT")
-    library.define(
-        "run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    library.impl("run_program", _op, "CompositeExplicitAutograd")
-    torch.library.register_fake("lbs_kernels::run_program", _op_fake, lib=library)
-    return library
-
-
-_library = _register()  # kept: the op lives as long as this object
+library.define("run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]", _op, _op_fake)

@@ -1,0 +1,83 @@
+"""`lbs_kernels::quantpack`: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lbs_kernels import library, registry
+from lbs_kernels.epilogue import encode_reference
+from lbs_kernels.errors import FormatError, ShapeError
+from lbs_kernels.one_step import OneStep
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import Consumer, Emit, QuantPackStep
+from lbs_kernels.program_checks import is_float32
+from lbs_kernels.quantpack import reference
+
+SCHEMA = "quantpack(Tensor x, float scale, int bits, int zero, bool signed, str backend) -> Tensor"
+
+
+def quantpack(
+    x: Tensor, *, scale: float, bits: int, zero: int = 0, signed: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Codes of an image: q = clamp(rint(t) + zero, 0, n), t = float32(x * scale), plus n / 2 if signed; half to even.
+
+    `pack_planes` turns the codes into bit-planes.
+
+    Args:
+        x: float32 [N, C, H, W]. NaN gives code 0.
+        scale: n / v, n / (2 v) if signed, or 1 / s; positive and exact in float32.
+        bits: 1 .. 8. zero: the code of real 0. signed: codes mean v (2 q - n) / n.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        uint8 [N, H, W, C].
+
+    Raises:
+        ShapeError, FormatError, BackendError: as `bitconv2d`.
+
+    >>> quantpack(torch.tensor([-1.0, 0.5, 1.5, 9.0]).reshape(1, 1, 2, 2), scale=1.0, bits=2).flatten()
+    tensor([0, 0, 2, 3], dtype=torch.uint8)
+    """
+    result: Tensor = torch.ops.lbs_kernels.quantpack(x, scale, bits, zero, signed, backend)
+    return result
+
+
+def _problem(x: Tensor, scale: float, bits: int, zero: int, signed: bool) -> Problem:
+    """The checked problem; sizes may be symbolic."""
+    if x.dtype is not torch.float32 or x.dim() != 4:
+        raise ShapeError(f"quantpack: x is {x.dtype} {list(x.shape)}; expected float32 [N, C, H, W]")
+    library.check_reading("quantpack", bits, zero, signed)
+    if not (is_float32(scale) and scale > 0):
+        raise FormatError(f"quantpack: scale = {scale!r}; it is positive and exact in float32, round it first")
+    batch, channels, height, width = x.shape
+    return Problem("quantpack", batch, height, width, channels, channels, a_bits=bits, device=x.device.type)
+
+
+def _implementation(x: Tensor, scale: float, bits: int, zero: int, signed: bool, backend: str) -> Tensor:
+    problem = _problem(x, scale, bits, zero, signed)
+    chosen = registry.choose(problem, backend)
+    if x.numel() == 0:
+        return _fake(x, scale, bits, zero, signed, backend)
+    if chosen == "reference":
+        values = reference.read_values(x, "image")
+        return encode_reference(values, Consumer(0, bits, scale, zero, signed)).contiguous()
+    region = OneStep()
+    size = (problem.height, problem.width, problem.in_channels)
+    image = region.image(size)
+    target = region.codes("codes", size, bits, zero, signed)
+    # A region must return something: the stored image, which the consumer then reads unchanged.
+    emit = Emit(stream=region.stream("values", size), consumers=(Consumer(target, bits, scale, zero, signed),))
+    region.steps.append(QuantPackStep("quantpack", image, emit))
+    trace: dict[int, Tensor] = {}
+    region.run(x, {}, chosen, trace)
+    return trace[target]
+
+
+def _fake(x: Tensor, scale: float, bits: int, zero: int, signed: bool, backend: str) -> Tensor:
+    _problem(x, scale, bits, zero, signed)
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, height, width, channels), dtype=torch.uint8)
+
+
+library.define(SCHEMA, _implementation, _fake)
