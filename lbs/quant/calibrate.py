@@ -1,0 +1,141 @@
+"""Ranges from data: mean squared error at a stated width, then norm statistics estimated again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbs.quant import codec
+from lbs.quant.layers import QuantLayer
+from lbs.quant.quantizers import InputQuantizer
+from lbs_kernels.errors import GraphError, PlanError
+
+_CANDIDATES = 80
+_SAMPLES = 65536
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4, norms: bool = True) -> nn.Module:
+    """Set every range of a searchable, uniform or frozen model from data, in place, and return it.
+
+    A range minimises the mean squared error at `bits` bits (4 suits a search that starts at 8 and ends near 4), or at
+    each layer's own width if None. The network input covers its observed minimum and maximum. Then the norms'
+    running statistics are estimated again with quantization on.
+
+    Arguments:
+        batches: input batches [N, C, H, W], used twice; a few hundred images do.
+
+    Raises:
+        PlanError: no batch. GraphError: values that are not finite; the layer is named.
+    """
+    stored = [b[0] if isinstance(b, list | tuple) else b for b in batches]
+    if not stored:
+        raise PlanError("calibrate got no batch; give at least one batch of real inputs")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    samples = _observe(model, layers, stored)
+    for name, layer in layers.items():
+        values = samples[name]
+        if not bool(values.isfinite().all()):
+            raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
+        _set_ranges(layer, values, bits)
+    if norms:
+        estimate_norms(model, stored)
+    return model
+
+
+def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tensor]) -> dict[str, Tensor]:
+    """Inputs of every layer while the model computes in float, thinned to a bounded sample with its extremes."""
+    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
+    handles = []
+    share = max(1, _SAMPLES // len(batches))
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            flat = args[0].detach().float().flatten()
+            stride = max(1, flat.numel() // share)
+            collected[name].append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
+
+        return record
+
+    was_training = model.training
+    model.eval()
+    for name, layer in layers.items():
+        layer.quantize = False
+        handles.append(layer.register_forward_pre_hook(hook(name)))
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            layer.quantize = True
+        model.train(was_training)
+    unused = [name for name, values in collected.items() if not values]
+    if unused:
+        raise GraphError(f"layers {', '.join(unused)} were not called by the calibration batches; exclude them")
+    return {name: torch.cat(values) for name, values in collected.items()}
+
+
+@torch.no_grad()
+def _set_ranges(layer: QuantLayer, values: Tensor, bits: int | None) -> None:
+    if layer.standardize != "none":
+        weights = layer.float_weight()
+    else:
+        weights = layer.weight
+    layer.w_range.fill_(_best_range(weights.flatten(), bits or layer.w_bits, "weight"))
+    quantizer = layer.quantizer
+    if isinstance(quantizer, InputQuantizer):
+        quantizer.set_range(float(values.min()), float(values.max()))
+        return
+    if float(values.min()) < 0 and not quantizer.signed:
+        if any(getattr(layer, "padding", (0,))):
+            raise GraphError(
+                "a signed activation feeds a layer that pads with zeros, and signed codes have no zero; "
+                "put a ReLU before the layer or exclude it"
+            )
+        quantizer.signed = True
+    kind = "signed" if quantizer.signed else "unsigned"
+    best = _best_range(values, bits or quantizer.bits, kind)
+    quantizer.set_range(-best if quantizer.signed else 0.0, best)
+
+
+def _best_range(values: Tensor, bits: int, kind: str) -> float:
+    """The clipping range with the least mean squared error among even shares of the largest magnitude."""
+    top = values.abs().max()
+    if not float(top) > 0:
+        return 1.0
+    errors = []
+    shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)
+    for share in shares:
+        v = top * share
+        if kind == "weight":
+            decoded = codec.weight_values(codec.weight_codes(values, v, bits), v, bits)
+        else:
+            signed = kind == "signed"
+            decoded = codec.activation_values(codec.activation_codes(values, v, bits, signed), v, bits, signed)
+        errors.append(((decoded - values) ** 2).mean())
+    return float(top * shares[int(torch.stack(errors).argmin())])
+
+
+def estimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace every norm's running statistics by their mean over the batches, quantization as it is."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)

@@ -1,0 +1,135 @@
+"""Searchable model -> quantized model: bits fixed, pruned filters physically gone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lbs.graph import ModelRecord, record_of
+from lbs.plan import LayerPlan, Plan
+from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.search.layers import SearchLayer
+from lbs.search.prepare import layer_arguments, layer_options, replace_layer
+from lbs_kernels.errors import PlanError
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan a searchable, uniform or frozen model follows right now."""
+    plan = record_of(model).plan
+    layers = []
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        kept = layer.kept
+        if isinstance(module, SearchLayer):
+            kept = module.prune.kept() if module.prune is not None else None
+            kept = None if kept is None or len(kept) == layer.filters else kept
+        layers.append(replace(layer, w_bits=int(module.w_bits), a_bits=int(module.a_bits), kept=kept))  # type: ignore[arg-type]
+    return replace(plan, layers=tuple(layers))
+
+
+def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
+    """A copy of a searchable (or uniform) model with fixed bits and without its pruned filters.
+
+    Arguments:
+        plan: what to apply; None takes what the gates say.
+
+    Raises:
+        PlanError: the plan names other layers or sizes, or prunes filters that cannot go.
+    """
+    plan = plan or plan_of(model)
+    model = copy.deepcopy(model)
+    record = record_of(model)
+    check_fit(plan, record)
+    kept = {entry.name: entry.kept for entry in plan.layers if entry.kept is not None and entry.kept_filters < entry.filters}
+    sources = {c: g.producer for g in record.groups if g.producer in kept for c in g.consumers}
+    for entry in plan.layers:
+        old = model.get_submodule(entry.name)
+        rows, columns = kept.get(entry.name), kept.get(sources.get(entry.name, ""))
+        replace_layer(model, entry.name, _fixed(old, entry, rows, columns))  # type: ignore[arg-type]
+    for group in record.groups:
+        if group.producer in kept:
+            for norm in group.norms:
+                _cut_norm(model.get_submodule(norm), kept[group.producer])  # type: ignore[arg-type]
+    fitted = tuple(replace(entry, source=record.plan.layer(entry.name).source) for entry in plan.layers)
+    model.lbs_record = replace(record, plan=replace(record.plan, layers=fitted))  # type: ignore[assignment]
+    return model
+
+
+def check_fit(plan: Plan, record: ModelRecord) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PlanError: names, sizes or prunability differ; the first difference is named.
+    """
+    names = [entry.name for entry in plan.layers]
+    expected = [entry.name for entry in record.plan.layers]
+    if sorted(names) != sorted(expected):
+        odd = sorted(set(names) ^ set(expected))
+        raise PlanError(f"plan does not fit the model: layers {', '.join(odd) or 'are listed twice'}; use the plan of this model")
+    groups = {group.producer: group for group in record.groups}
+    for entry in plan.layers:
+        own = record.plan.layer(entry.name)
+        for label in ("kind", "in_channels", "filters", "kernel", "stride", "groups"):
+            if getattr(entry, label) != getattr(own, label):
+                raise PlanError(
+                    f"plan does not fit the model: {entry.name} has {label} {getattr(own, label)}, the plan says "
+                    f"{getattr(entry, label)}; use the plan of this model"
+                )
+        if entry.kept_filters < entry.filters:
+            group = groups.get(entry.name)
+            if group is None or not group.prunable:
+                reason = group.reason if group is not None else "it is no convolution"
+                raise PlanError(f"plan prunes {entry.name}, whose filters cannot go: {reason}; keep all of them")
+
+
+def _fixed(
+    old: QuantLayer, entry: LayerPlan, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None
+) -> QuantLayer:
+    """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
+    quantizer: ActivationQuantizer | InputQuantizer
+    if isinstance(old.quantizer, InputQuantizer):
+        quantizer = old.quantizer
+        if entry.a_bits != 8:
+            raise PlanError(f"plan gives the first layer {entry.name} {entry.a_bits}-bit inputs; the network input has 8")
+    else:
+        quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
+        quantizer.range = old.quantizer.range
+    kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
+    new = kind(
+        *layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **layer_options(old)
+    )
+    weight, bias = old.weight, old.bias
+    if rows is not None:
+        weight = weight[torch.tensor(rows)]
+        bias = bias[torch.tensor(rows)] if isinstance(bias, Tensor) else None
+    if columns is not None:
+        weight = weight[:, torch.tensor(columns)]
+    new.weight = nn.Parameter(weight.detach().clone())
+    new.bias = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
+    new.w_range = old.w_range
+    new.output_scale.copy_(old.output_scale)
+    new.kept = rows
+    new.total_filters = entry.filters
+    if isinstance(new, QuantConv2d):
+        new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups
+    elif isinstance(new, QuantLinear):
+        new.out_features, new.in_features = int(weight.shape[0]), int(weight.shape[1])
+    new.train(old.training)
+    return new
+
+
+def _cut_norm(norm: nn.BatchNorm2d, kept: tuple[int, ...]) -> None:
+    index = torch.tensor(kept)
+    norm.num_features = len(kept)
+    for name in ("weight", "bias"):
+        value = getattr(norm, name)
+        if value is not None:
+            setattr(norm, name, nn.Parameter(value.detach()[index].clone()))
+    for name in ("running_mean", "running_var"):
+        value = getattr(norm, name)
+        if value is not None:
+            setattr(norm, name, value[index].clone())

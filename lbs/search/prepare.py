@@ -1,0 +1,225 @@
+"""Float model -> searchable model (`prepare`), and the uniform baseline (`uniform`)."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from lbs.graph import ChannelGroup, ModelGraph, ModelRecord, template_plan, trace
+from lbs.plan import Plan
+from lbs.quant.codec import check_chain
+from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.search.gates import PruneGate
+from lbs.search.layers import SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
+from lbs_kernels.errors import GraphError, PlanError
+
+EDGE_BITS = 8
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What is searched.
+
+    bits: chain of widths. group_size: filters per prune group (B). importance: `gamma` or the paper's `magnitude`.
+    exclude: name patterns left in float. The first convolution and the last linear layer stay at 8 / 8 bits.
+    """
+
+    bits: tuple[int, ...] = (2, 4, 8)
+    pruning: bool = True
+    group_size: int = 4
+    max_pruning_ratio: float = 0.5
+    importance: str = "gamma"
+    standardize: str = "scale"
+    exclude: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check_chain(self.bits)
+        if self.group_size < 1:
+            raise PlanError(f"group_size={self.group_size}; a group holds at least one filter")
+        if not 0 <= self.max_pruning_ratio < 1:
+            raise PlanError(f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least")
+        if self.importance not in ("gamma", "magnitude"):
+            raise PlanError(f"importance={self.importance!r} is unknown; use gamma or magnitude")
+
+
+def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = None) -> nn.Module:
+    """A copy of `model` whose convolution and linear layers have searchable bits and filters.
+
+    The copy carries `lbs_record`; `conversion_report(copy)` lists every layer. Follow with `lbs.calibrate`.
+
+    Arguments:
+        example: one input batch [N, C, H, W].
+
+    Raises:
+        GraphError: nothing can be converted, the model cannot be traced, or weights are not finite.
+    """
+    config = config or SearchConfig()
+    model, graph, record = _copy_and_trace(model, example, config.exclude)
+    first, last = _edges(record.plan)
+    for layer in record.plan.layers:
+        edge = layer.name in (first, last)
+        chain = (EDGE_BITS,) if edge else config.bits
+        quantizer: ActivationQuantizer | InputQuantizer
+        if layer.name == first:
+            quantizer = InputQuantizer()
+        elif edge or len(chain) == 1:
+            quantizer = ActivationQuantizer(chain[-1])
+        else:
+            quantizer = SearchQuantizer(chain)
+        old = model.get_submodule(layer.name)
+        new = _searchable(old, chain, quantizer, config)
+        replace_layer(model, layer.name, new)
+    if config.pruning:
+        _add_prune_gates(model, record, config, (first, last))
+    model.lbs_record = record  # type: ignore[assignment]
+    return model
+
+
+def uniform(model: nn.Module, example: Tensor, weight_bits: int = 8, activation_bits: int = 8) -> nn.Module:
+    """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate."""
+    for width in (weight_bits, activation_bits):
+        check_chain((width,))
+    model, _, record = _copy_and_trace(model, example, ())
+    first, last = _edges(record.plan)
+    layers = []
+    for layer in record.plan.layers:
+        edge = layer.name in (first, last)
+        w_bits, a_bits = (EDGE_BITS, EDGE_BITS) if edge else (weight_bits, activation_bits)
+        quantizer = InputQuantizer() if layer.name == first else ActivationQuantizer(a_bits)
+        replace_layer(model, layer.name, fixed_layer(model.get_submodule(layer.name), w_bits, quantizer, "scale"))
+        layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits))
+    model.lbs_record = replace(record, plan=Plan(tuple(layers), record.plan.model))  # type: ignore[assignment]
+    return model
+
+
+def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
+    """(layer, what became of it) for every layer of a prepared model, also those left in float and why."""
+    record: ModelRecord = model.lbs_record  # type: ignore[assignment]
+    reasons = {g.producer: g.reason for g in record.groups}
+    rows = []
+    for layer in record.plan.layers:
+        module = model.get_submodule(layer.name)
+        gate = getattr(module, "prune", None)
+        pruning = f"filters in {gate.groups} groups" if gate is not None else "filters kept: " + (
+            reasons.get(layer.name) or "first or last layer, or pruning is off"
+        )
+        searched = getattr(module, "w_gate", None)
+        rows.append((layer.name, f"bits {searched.chain if searched is not None else 'fixed at 8'}; {pruning}"))
+    return rows + [(name, f"left in float: {reason}") for name, reason in record.unconverted]
+
+
+def _copy_and_trace(
+    model: nn.Module, example: Tensor, exclude: tuple[str, ...]
+) -> tuple[nn.Module, ModelGraph, ModelRecord]:
+    if any(isinstance(m, QuantLayer) for m in model.modules()):
+        raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
+    model = copy.deepcopy(model)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
+    graph = trace(model, example)
+    plan = template_plan(graph, type(model).__name__)
+    unconverted = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            reason = _unconvertible(name, module, graph, exclude)
+            if reason:
+                unconverted.append((name, reason))
+    skipped = {name for name, _ in unconverted}
+    plan = replace(plan, layers=tuple(entry for entry in plan.layers if entry.name not in skipped))
+    if not plan.layers:
+        listed = "; ".join(f"{n}: {r}" for n, r in unconverted) or "it has no Conv2d and no Linear"
+        raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
+    groups = tuple(_without(g, skipped) for g in graph.groups.values())
+    return model, graph, ModelRecord(tuple(example.shape[1:]), plan, groups, tuple(unconverted))
+
+
+def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
+    if skipped & {group.producer, *group.consumers}:
+        return replace(group, prunable=False, reason="it touches a layer left in float")
+    return group
+
+
+def _unconvertible(name: str, module: nn.Conv2d | nn.Linear, graph: ModelGraph, exclude: tuple[str, ...]) -> str:
+    if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+        return "excluded by name"
+    if name not in graph.layers:
+        return "the forward pass does not call it"
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"padding {module.padding!r}, mode {module.padding_mode!r} has no integer form"
+    return ""
+
+
+def _edges(plan: Plan) -> tuple[str, str]:
+    return plan.layers[0].name, plan.layers[-1].name
+
+
+def _add_prune_gates(
+    model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]
+) -> None:
+    for group in record.groups:
+        if not group.prunable or group.producer in edges:
+            continue
+        producer = model.get_submodule(group.producer)
+        filters = producer.weight.shape[0]  # type: ignore[union-attr,index]
+        gate = PruneGate(int(filters), config.group_size, config.max_pruning_ratio)
+        producer.prune = gate
+        producer._norm = [model.get_submodule(n) for n in group.norms[:1]]  # type: ignore[assignment]
+        for name in group.consumers:
+            model.get_submodule(name)._input_gate = [gate]  # type: ignore[assignment]
+        producer.observe_filters()  # type: ignore[operator]
+
+
+def _searchable(
+    old: nn.Module, chain: tuple[int, ...], quantizer: ActivationQuantizer | InputQuantizer, config: SearchConfig
+) -> SearchLayer:
+    extra = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize, "importance": config.importance}
+    kind = SearchConv2d if isinstance(old, nn.Conv2d) else SearchLinear
+    new = kind(*layer_arguments(old), **extra, **layer_options(old))  # type: ignore[arg-type]
+    return adopt(new, old)  # type: ignore[return-value]
+
+
+def fixed_layer(
+    old: nn.Module, w_bits: int, quantizer: ActivationQuantizer | InputQuantizer, standardize: str
+) -> QuantLayer:
+    """A QuantConv2d or QuantLinear with the shape and weights of `old`."""
+    kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
+    new = kind(*layer_arguments(old), w_bits=w_bits, quantizer=quantizer, standardize=standardize, **layer_options(old))
+    return adopt(new, old)  # type: ignore[return-value]
+
+
+def layer_arguments(old: nn.Module) -> tuple[int, int] | tuple[int, int, object]:
+    """Positional constructor arguments that repeat `old`."""
+    if isinstance(old, nn.Conv2d):
+        return old.in_channels, old.out_channels, old.kernel_size
+    return old.in_features, old.out_features  # type: ignore[return-value]
+
+
+def layer_options(old: nn.Module) -> dict[str, object]:
+    """Keyword constructor arguments that repeat `old`."""
+    options: dict[str, object] = {"bias": old.bias is not None}
+    if isinstance(old, nn.Conv2d):
+        options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "groups": old.groups}
+        options["padding_mode"] = old.padding_mode
+    return options
+
+
+def adopt(new: QuantLayer, old: nn.Module) -> QuantLayer:
+    """Move weights, hooks and mode of `old` into `new`, and keep the size of its weights as `output_scale`."""
+    new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
+    new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+    new.train(old.training)
+    new.to(old.weight.device)  # type: ignore[arg-type]
+    if new.standardize != "none" and not isinstance(old, QuantLayer):
+        new.adopt_scale()
+    return new
+
+
+def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
