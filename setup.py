@@ -29,13 +29,17 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 # -ffp-contract=off: a fused multiply-add happens only where the format says so.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra".split()
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 ISA_FLAGS = {
-    "avx2": "-mavx2 -mfma -mf16c".split(),
-    "avx512vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c".split(),
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
 }
 ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"]
-ISA_FILES = {"avx2": ["isa/avx2.cpp"], "avx512vnni": ["isa/avx512vnni.cpp", "isa/amx_model.cpp"], "amx": ["isa/amx.cpp"]}
+ISA_FILES = {
+    "avx2": ["isa/avx2.cpp"],
+    "avx512vnni": ["isa/avx512vnni.cpp", "isa/amx_model.cpp"],
+    "amx": ["isa/amx.cpp"],
+}
 
 
 class BuildFailure(Exception):
@@ -132,7 +136,11 @@ class NinjaFile:
 
     def rule(self, name: str, command: list[str], depfile: bool = True) -> None:
         """A rule whose command uses $in, $out and $flags."""
-        self.lines += [f"rule {name}", f"  command = {escape(command).replace('$$', '$')}", f"  description = {name} $in"]
+        self.lines += [
+            f"rule {name}",
+            f"  command = {escape(command).replace('$$', '$')}",
+            f"  description = {name} $in",
+        ]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
@@ -167,7 +175,10 @@ def build_cpu(library: Path, work: Path, part: Part) -> None:
     special = {SOURCES / name: isa for isa, names in ISA_FILES.items() for name in names}
 
     ninja = NinjaFile(work)
-    ninja.rule("cxx", [*compiler.split(), "-MMD", "-MF", "$out.d", *flags, *includes, *defines, "$flags", "-c", "$in", "-o", "$out"])
+    ninja.rule(
+        "cxx",
+        [*compiler.split(), "-MMD", "-MF", "$out.d", *flags, *includes, *defines, "$flags", "-c", "$in", "-o", "$out"],
+    )
     ninja.rule("link", [*compiler.split(), "-shared", "$in", "-o", "$out", "$flags"], depfile=False)
     for source in sorted(SOURCES.rglob("*.cpp")):
         if source.name.endswith("_cuda.cpp"):
@@ -216,7 +227,9 @@ class BuildNative(build_ext):
         wish = os.environ.get(f"LBS_BUILD_{name.upper()}", "auto")
         try:
             if wish == "0":
-                raise BuildFailure(f"LBS_BUILD_{name.upper()}=0 left it out", f"LBS_BUILD_{name.upper()}=1 pip install -e .")
+                raise BuildFailure(
+                    f"LBS_BUILD_{name.upper()}=0 left it out", f"LBS_BUILD_{name.upper()}=1 pip install -e ."
+                )
             build(library, Path(self.build_temp).resolve() / name, part)  # type: ignore[operator]
             part.built = True
         except BuildFailure as failure:

@@ -9,6 +9,7 @@
 #include "common/format.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
+#include "program/runner.h"
 
 namespace py = pybind11;
 
@@ -54,6 +55,47 @@ py::dict isa_reasons() {
     return reasons;
 }
 
+using Pointers = std::vector<uintptr_t>;
+
+template <class T>
+std::vector<T*> pointers(const Pointers& addresses) {
+    std::vector<T*> result;
+    for (uintptr_t address : addresses) result.push_back(pointer<T>(address));
+    return result;
+}
+
+std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob, int64_t blob_bytes, const std::string& isa) {
+    lbs::require(blob_bytes >= 0, "blob_bytes is " + std::to_string(blob_bytes) + "; it cannot be negative");
+    py::gil_scoped_release release;
+    return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
+}
+
+void run(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads) {
+    const auto in = pointers<const float>(inputs);
+    const auto out = pointers<float>(outputs);
+    py::gil_scoped_release release;
+    runner.run(in, out, batch, threads, {}, nullptr);
+}
+
+void run_traced(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads,
+                const std::map<int, uintptr_t>& traces) {
+    const auto in = pointers<const float>(inputs);
+    const auto out = pointers<float>(outputs);
+    std::map<int, void*> targets;
+    for (const auto& [tensor, address] : traces) targets[tensor] = pointer<void>(address);
+    py::gil_scoped_release release;
+    runner.run(in, out, batch, threads, targets, nullptr);
+}
+
+std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads) {
+    const auto in = pointers<const float>(inputs);
+    const auto out = pointers<float>(outputs);
+    std::vector<double> seconds;
+    py::gil_scoped_release release;
+    runner.run(in, out, batch, threads, {}, &seconds);
+    return seconds;
+}
+
 // Raises the class `name` of lbs_kernels.errors.
 void set_error(const char* name, const char* message) {
     const py::object type = py::module_::import("lbs_kernels.errors").attr(name);
@@ -96,4 +138,18 @@ PYBIND11_MODULE(_cpu, module) {
                py::arg("count"), py::arg("v"), py::arg("n"), py::arg("threads") = 1, py::arg("dtype") = 0,
                py::arg("isa") = "auto",
                "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 above, 0 below).");
+
+    py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
+        .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"), py::arg("isa") = "auto",
+             "Reads the JSON text and copies what it needs of the blob. Raises FormatError, BackendError.")
+        .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
+             "Inputs and outputs: addresses of contiguous float32 [batch, C, H, W]. Releases the interpreter lock.")
+        .def("run_traced", &run_traced, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads"),
+             py::arg("trace_ptrs"),
+             "As run; trace_ptrs is tensor -> address of [batch, H, W, C], uint8 for codes, the stream type for streams.")
+        .def("step_times", &step_times, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
+             "As run; returns the seconds the first thread spent in every step.")
+        .def_property_readonly("isa", &lbs::Runner::isa, "The instruction set in use.")
+        .def_property_readonly("image_bytes", &lbs::Runner::image_bytes, "Bytes of all tensors of one image.")
+        .def_property_readonly("held_bytes", &lbs::Runner::held_bytes, "Bytes of working memory held for further calls.");
 }

@@ -9,7 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 8;
-    static constexpr const char* kName = "avx2";
+    static constexpr bool kNarrowDot = true;  // dot<false> takes pairs of products of at most 16 bits
 
     using I = __m256i;
     using F = __m256;

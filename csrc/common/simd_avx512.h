@@ -9,7 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 16;
-    static constexpr const char* kName = "avx512vnni";
+    static constexpr bool kNarrowDot = false;
 
     using I = __m512i;
     using F = __m512;

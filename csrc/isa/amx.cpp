@@ -1,11 +1,24 @@
 #include "common/simd_avx512.h"
+//
+#define LBS_TILES(row) row(2, 12) row(3, 8) row(6, 4)
+#define LBS_SUM_VECTORS 6
+#include "bitconv2d/bitconv2d_tiles.h"
+#include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"
+#include "pool/pool_kernel.h"
 
 namespace lbs {
 
 const KernelTable kAmxKernels = {
     Simd::L,
+    Simd::kNarrowDot ? 32767 : 0,
+    false,
+    kTileShapes,
+    conv_kernel,
+    linear_kernel,
+    emit_planes_kernel,
+    pool_codes_kernel,
     fake_quant_forward_kernel,
     fake_quant_backward_kernel,
 };

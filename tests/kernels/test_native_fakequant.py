@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
-from torch import Tensor
 
 if extension.cpu is None:
     pytest.skip(f"native module missing: {extension.cpu_reason}", allow_module_level=True)
@@ -77,7 +78,9 @@ def test_backward_equals_torch(isa: str, dtype: torch.dtype, bits: int) -> None:
             assert torch.equal(gx, torch.where(inside, gy, torch.zeros_like(gy)))
             assert grad == results[0][0]  # the number of threads does not matter
             # float32 terms of size |gy|, summed in float32 over blocks of 2048 / lanes
-            assert grad == pytest.approx((gy.double() * slope).sum().item(), abs=1e-6 * gy.double().abs().sum().item() + 1e-6)
+            assert grad == pytest.approx(
+                (gy.double() * slope).sum().item(), abs=1e-6 * gy.double().abs().sum().item() + 1e-6
+            )
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -1,0 +1,237 @@
+#include "bitconv2d/bitconv2d_cpu.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "common/format.h"
+
+namespace lbs {
+namespace {
+
+struct Block {
+    int first, width;
+};
+
+int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
+// Cycles per step of K of one tile: dots and loads both issue two per cycle, and a chain of dots has a latency of four
+// (Zen 5 and Sapphire Rapids alike). Only ratios matter.
+double tile_cost(int vectors, int filters, int pieces) {
+    const double dots = vectors * filters / 2.0;
+    const double loads = (vectors * std::max(1, pieces) + filters + 1) / 2.0;
+    return std::max({dots, loads, 4.0}) + 0.25;
+}
+
+double block_cost(TileShape shape, int vectors, int pieces) {
+    const int full = vectors / shape.vectors, rest = vectors % shape.vectors;
+    return full * tile_cost(shape.vectors, shape.filters, pieces) + (rest ? tile_cost(rest, shape.filters, pieces) : 0.0);
+}
+
+// The cheapest cut of `filters` (rounded up to four) into block widths.
+std::vector<Block> cut_filters(int filters, int vectors, int pieces, const TileShape* shapes) {
+    const int units = round_up(filters, 4) / 4;
+    std::vector<double> best(static_cast<size_t>(units) + 1, std::numeric_limits<double>::infinity());
+    std::vector<int> taken(static_cast<size_t>(units) + 1, 0);
+    best[0] = 0.0;
+    for (int i = 1; i <= units; ++i)
+        for (const TileShape* shape = shapes; shape->filters; ++shape) {
+            const int rest = i - shape->filters / 4;
+            if (rest < 0) continue;
+            const double cost = best[static_cast<size_t>(rest)] + block_cost(*shape, vectors, pieces);
+            if (cost < best[static_cast<size_t>(i)]) {
+                best[static_cast<size_t>(i)] = cost;
+                taken[static_cast<size_t>(i)] = shape->filters;
+            }
+        }
+    std::vector<int> widths;
+    for (int i = units; i > 0; i -= taken[static_cast<size_t>(i)] / 4) widths.push_back(taken[static_cast<size_t>(i)]);
+    std::sort(widths.rbegin(), widths.rend());
+    std::vector<Block> blocks;
+    int first = 0;
+    for (int width : widths) {
+        blocks.push_back({first, width});
+        first += width;
+    }
+    return blocks;
+}
+
+// Filters of different groups read different channels: a block never spans two groups unless four filters already do.
+std::vector<Block> cut_grouped(int filters, int per_group, const TileShape* shapes) {
+    std::vector<Block> blocks;
+    for (int first = 0; first < filters;) {
+        int width = 4;
+        const int group_end = (first / per_group + 1) * per_group;
+        for (const TileShape* shape = shapes; shape->filters; ++shape)
+            if (shape->filters > width && first + shape->filters <= group_end) width = shape->filters;
+        blocks.push_back({first, width});
+        first += width;
+    }
+    return blocks;
+}
+
+// Groups of four channels [first, last) that the filters of a block read.
+struct Range {
+    int first, last;
+};
+
+Range channel_range(const Block& block, int filters, int filters_per_group, int channels_per_group) {
+    const int last_filter = std::min(block.first + block.width, filters) - 1;
+    const int first = block.first / filters_per_group * channels_per_group / 4;
+    const int last = ((last_filter / filters_per_group + 1) * channels_per_group + 3) / 4;
+    return {first, last};
+}
+
+// Where weight codes go: int8 [k_steps][width][4], k in (row, group, column) order, zeros where nothing is.
+class BlockWriter {
+public:
+    BlockWriter(const StepSpec& step, const std::vector<uint8_t>& codes, int filters, int channels, int range)
+        : step_(step), codes_(codes), filters_(filters), channels_(channels), range_(range) {}
+
+    int steps() const { return step_.kernel.y * step_.kernel.x * range_; }
+
+    // value(filter, tap, channel) for every weight of the block.
+    template <class Value>
+    void write(const Block& block, int first_group, int8_t* out, const Value& value) const {
+        const int per_group = filters_ / step_.groups, taps = step_.kernel.y * step_.kernel.x;
+        for (int f = 0; f < block.width && block.first + f < filters_; ++f) {
+            const int filter = block.first + f;
+            const int base = filter / per_group * channels_;
+            for (int tap = 0; tap < taps; ++tap)
+                for (int c = 0; c < channels_; ++c) {
+                    const int channel = base + c - 4 * first_group;
+                    const int row = tap / step_.kernel.x, column = tap % step_.kernel.x;
+                    const int k = (row * range_ + channel / 4) * step_.kernel.x + column;
+                    out[(static_cast<size_t>(k) * block.width + f) * 4 + channel % 4] = static_cast<int8_t>(value(filter, tap, c));
+                }
+        }
+    }
+
+    int code(int filter, int tap, int channel) const {
+        const size_t taps = static_cast<size_t>(step_.kernel.y) * step_.kernel.x;
+        return codes_[(static_cast<size_t>(filter) * taps + tap) * channels_ + channel];
+    }
+
+private:
+    const StepSpec& step_;
+    const std::vector<uint8_t>& codes_;
+    int filters_, channels_, range_;
+};
+
+// A rows of the tile multiply: [filters / 16][k_steps / 16][16 filters][16 steps][4].
+const int8_t* tile_weights(const BlockWriter& writer, const StepSpec& step, int filters, Store& store) {
+    const int steps = writer.steps(), chunks = (steps + 15) / 16, groups = (filters + 15) / 16;
+    int8_t* tiles = store.make<int8_t>(static_cast<size_t>(groups) * chunks * 1024);
+    std::vector<int8_t> flat(static_cast<size_t>(steps) * 64);
+    for (int group = 0; group < groups; ++group) {
+        std::fill(flat.begin(), flat.end(), int8_t{0});
+        const auto value = [&](int filter, int tap, int c) { return stored_weight(writer.code(filter, tap, c), step.w_bits); };
+        writer.write({16 * group, 16}, 0, flat.data(), value);
+        for (int k = 0; k < steps; ++k)
+            for (int f = 0; f < 16; ++f)
+                std::copy_n(&flat[(static_cast<size_t>(k) * 16 + f) * 4], 4,
+                            tiles + (static_cast<size_t>(group) * chunks + k / 16) * 1024 + f * 64 + k % 16 * 4);
+    }
+    return tiles;
+}
+
+}  // namespace
+
+std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int filters, int taps, int channels) {
+    const size_t words = (static_cast<size_t>(channels) + kWord - 1) / kWord;
+    const size_t rows = static_cast<size_t>(filters) * taps;
+    std::vector<uint8_t> codes(rows * channels, 0);
+    for (int plane = 0; plane < bits; ++plane)
+        for (size_t row = 0; row < rows; ++row) {
+            const int32_t* word = planes + (static_cast<size_t>(plane) * rows + row) * words;
+            for (int c = 0; c < channels; ++c)
+                codes[row * channels + c] |= static_cast<uint8_t>((static_cast<uint32_t>(word[c / kWord]) >> (c % kWord) & 1u) << plane);
+        }
+    return codes;
+}
+
+AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source, int filters,
+                                 const std::vector<int64_t>& weight_sums, Store& store) {
+    AccumulatorPlan plan;
+    // 8 bits: 2q - 255 = 2 (q - 128) + 1, so sum (2q - 255) x = 2 dot + sum x.
+    plan.needs_sum = step.w_bits == 8;
+    plan.shift = plan.needs_sum ? 1 : 0;
+    int64_t offset = -source.zero;
+    if (source.is_signed) {
+        // sum (2q - n)(2x - m) = 2 sum (2q - n) x - m sum (2q - n)
+        plan.shift += 1;
+        plan.sum_shift = 1;
+        offset = -((1 << source.bits) - 1);
+    }
+    if (offset != 0) {
+        int32_t* constant = store.make<int32_t>(static_cast<size_t>(round_up(filters, kChannelPadding)));
+        for (int o = 0; o < filters; ++o) constant[o] = static_cast<int32_t>(offset * weight_sums[static_cast<size_t>(o)]);
+        plan.constant = constant;
+    }
+    plan.multiplier = store.padded(program.floats(step.multiplier, filters), filters);
+    plan.bias = store.padded(program.floats(step.bias, filters), filters);
+    return plan;
+}
+
+bool needs_wide_dot(const KernelTable& kernels, int w_bits, int a_bits) {
+    const int weight = w_bits == 8 ? 128 : (1 << w_bits) - 1;
+    return kernels.dot_bits != 0 && 2 * weight * ((1 << a_bits) - 1) > kernels.dot_bits;
+}
+
+void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels, Store& store,
+               ConvPlan& plan) {
+    const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
+    const int filters = static_cast<int>(program.array(step.planes).shape[1]);
+    const int channels = source.channels / step.groups, taps = step.kernel.y * step.kernel.x;
+    const std::vector<uint8_t> codes =
+        unpack_weight_codes(program.integers(step.planes, program.array(step.planes).count), step.w_bits, filters, taps, channels);
+
+    const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
+    const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
+    plan.input = step.input;
+    plan.map = load_map(store, layout, height, width, step.stride, kernels.lanes);
+    plan.wide = needs_wide_dot(kernels, step.w_bits, source.bits);
+
+    const int vectors = vector_count(static_cast<int64_t>(height) * width, kernels.lanes);
+    const std::vector<Block> cut = step.groups == 1 ? cut_filters(filters, vectors, plan.map.pieces, kernels.shapes)
+                                                    : cut_grouped(filters, filters / step.groups, kernels.shapes);
+    int range = 0;
+    for (const Block& block : cut) {
+        const Range groups = channel_range(block, filters, filters / step.groups, channels);
+        range = std::max(range, groups.last - groups.first);
+    }
+    plan.k_offsets = store.keep(window_offsets(layout, step, range));
+    const BlockWriter writer(step, codes, filters, channels, range);
+    plan.k_steps = writer.steps();
+
+    FilterBlock* blocks = store.make<FilterBlock>(cut.size());
+    for (size_t b = 0; b < cut.size(); ++b) {
+        const int first = std::min(channel_range(cut[b], filters, filters / step.groups, channels).first, layout.groups - range);
+        const size_t bytes = static_cast<size_t>(plan.k_steps) * cut[b].width * 4;
+        blocks[b].first = cut[b].first;
+        blocks[b].width = cut[b].width;
+        blocks[b].in_offset = static_cast<int32_t>(first * layout.group_pitch());
+        int8_t* weights = store.make<int8_t>(bytes);
+        writer.write(cut[b], first, weights, [&](int o, int tap, int c) { return stored_weight(writer.code(o, tap, c), step.w_bits); });
+        blocks[b].weights = weights;
+        if (step.w_bits == 8 && step.groups > 1) {
+            int8_t* ones = store.make<int8_t>(bytes);
+            writer.write(cut[b], first, ones, [](int, int, int) { return 1; });
+            blocks[b].ones = ones;
+        }
+    }
+    plan.blocks = blocks;
+    plan.block_count = static_cast<int>(cut.size());
+    if (step.w_bits == 8 && step.groups == 1) {
+        int8_t* ones = store.make<int8_t>(static_cast<size_t>(plan.k_steps) * 4);
+        writer.write({0, 1}, 0, ones, [](int, int, int) { return 1; });
+        plan.shared_ones = ones;
+    }
+    if (kernels.uses_tiles && step.groups == 1) plan.tiles = tile_weights(writer, step, filters, store);
+
+    std::vector<int64_t> sums(static_cast<size_t>(filters), 0);
+    for (size_t i = 0; i < codes.size(); ++i)
+        sums[i / (static_cast<size_t>(taps) * channels)] += 2 * codes[i] - ((1 << step.w_bits) - 1);
+    plan.acc = plan_accumulator(program, step, source, filters, sums, store);
+}
+
+}  // namespace lbs

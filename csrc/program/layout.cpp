@@ -1,0 +1,183 @@
+#include "program/layout.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "common/check.h"
+
+namespace lbs {
+namespace {
+
+// A run of one vector inside one row of the output map.
+struct Run {
+    int first_lane, count;
+    int y, x;
+};
+
+std::vector<std::vector<Run>> cut_into_rows(int height, int width, int lanes) {
+    const int64_t pixels = static_cast<int64_t>(height) * width;
+    std::vector<std::vector<Run>> vectors(static_cast<size_t>(vector_count(pixels, lanes)));
+    for (size_t v = 0; v < vectors.size(); ++v) {
+        int64_t pixel = static_cast<int64_t>(v) * lanes;
+        const int64_t end = std::min(pixel + lanes, pixels);
+        while (pixel < end) {
+            const int y = static_cast<int>(pixel / width), x = static_cast<int>(pixel % width);
+            const int count = static_cast<int>(std::min<int64_t>(end - pixel, width - x));
+            vectors[v].push_back({static_cast<int>(pixel - static_cast<int64_t>(v) * lanes), count, y, x});
+            pixel += count;
+        }
+    }
+    return vectors;
+}
+
+uint32_t lane_bits(int first, int count) { return ((count >= 32 ? 0u : 1u << count) - 1u) << first; }
+
+// The number of pieces a kernel is built for, 0 for one offset per lane.
+int supported_pieces(size_t most, int limit) {
+    for (int pieces = 1; pieces <= limit; pieces *= 2)
+        if (most <= static_cast<size_t>(pieces)) return pieces;
+    return 0;
+}
+
+PixelMap keep_pieces(Store& store, const std::vector<std::vector<Piece>>& vectors, int pieces, bool compress) {
+    PixelMap map;
+    map.pieces = pieces;
+    map.compress = compress;
+    Piece* table = store.make<Piece>(vectors.size() * static_cast<size_t>(pieces));
+    for (size_t v = 0; v < vectors.size(); ++v) {
+        Piece* row = table + v * static_cast<size_t>(pieces);
+        std::copy(vectors[v].begin(), vectors[v].end(), row);
+        for (size_t i = vectors[v].size(); i < static_cast<size_t>(pieces); ++i) row[i] = {row[0].offset, 0};
+    }
+    map.table = table;
+    return map;
+}
+
+template <class Offset>
+PixelMap keep_lanes(Store& store, int height, int width, int lanes, const Offset& offset) {
+    PixelMap map;
+    map.pieces = 0;
+    const int64_t pixels = static_cast<int64_t>(height) * width;
+    const int vectors = vector_count(pixels, lanes);
+    int32_t* table = store.make<int32_t>(static_cast<size_t>(vectors) * kMaxLanes);
+    for (int v = 0; v < vectors; ++v)
+        for (int lane = 0; lane < lanes; ++lane) {
+            const int64_t pixel = std::min(static_cast<int64_t>(v) * lanes + lane, pixels - 1);
+            table[v * kMaxLanes + lane] = static_cast<int32_t>(offset(static_cast<int>(pixel / width), static_cast<int>(pixel % width)));
+        }
+    map.lanes = table;
+    return map;
+}
+
+void widen(CodeLayout& layout, const StepSpec& step) {
+    const auto beyond = [](int size, int kernel, int stride, int padding, int dilation) {
+        const int outputs = output_size(size, kernel, stride, padding, dilation);
+        return std::max(0, (outputs - 1) * stride + (kernel - 1) * dilation - padding - (size - 1));
+    };
+    layout.top = std::max(layout.top, step.padding.y);
+    layout.left = std::max(layout.left, step.padding.x);
+    layout.bottom = std::max(layout.bottom, beyond(layout.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y));
+    layout.right = std::max(layout.right, beyond(layout.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x));
+}
+
+}  // namespace
+
+const float* Store::padded(const float* values, int count) {
+    const int total = (count + kChannelPadding - 1) / kChannelPadding * kChannelPadding;
+    float* result = make<float>(static_cast<size_t>(total));
+    std::memcpy(result, values, static_cast<size_t>(count) * sizeof(float));
+    return result;
+}
+
+const int32_t* Store::keep(const std::vector<int32_t>& values) {
+    int32_t* result = make<int32_t>(values.size());
+    std::copy(values.begin(), values.end(), result);
+    return result;
+}
+
+uint32_t tail_mask(int64_t pixels, int lanes) {
+    const int rest = static_cast<int>(pixels % lanes);
+    return lane_bits(0, rest == 0 ? lanes : rest);
+}
+
+std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
+    std::vector<CodeLayout> layouts(program.tensors.size());
+    std::vector<int> strides(program.tensors.size(), 0);  // 0: not read through a window yet, -1: by several
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const TensorSpec& tensor = program.tensors[i];
+        layouts[i].height = tensor.height;
+        layouts[i].width = tensor.width;
+        layouts[i].groups = (tensor.channels + 3) / 4;
+        layouts[i].zero = tensor.zero;
+    }
+    for (const StepSpec& step : program.steps) {
+        const auto input = static_cast<size_t>(step.input);
+        if (program.tensors[input].form != Form::kCodes) continue;
+        widen(layouts[input], step);
+        if (strides[input] == 0) strides[input] = step.stride.x;
+        else if (strides[input] != step.stride.x) strides[input] = -1;
+    }
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        if (strides[i] > 1 && strides[i] <= layouts[i].width) layouts[i].phases = strides[i];
+        if (program.tensors[i].form != Form::kCodes) continue;
+        require(layouts[i].bytes() + kSlack < std::numeric_limits<int32_t>::max(),
+                "tensor '" + program.tensors[i].name + "' needs more than 2 GiB per image with its padding");
+    }
+    return layouts;
+}
+
+std::vector<int32_t> window_offsets(const CodeLayout& layout, const StepSpec& step, int groups) {
+    std::vector<int32_t> offsets;
+    for (int ky = 0; ky < step.kernel.y; ++ky)
+        for (int group = 0; group < groups; ++group)
+            for (int kx = 0; kx < step.kernel.x; ++kx) {
+                const int64_t tap = layout.offset(ky * step.dilation.y - step.padding.y, kx * step.dilation.x - step.padding.x);
+                offsets.push_back(static_cast<int32_t>(tap + group * layout.group_pitch()));
+            }
+    return offsets;
+}
+
+PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width, Pair stride, int lanes) {
+    // Relative to the taps of window_offsets. With phases the stride is in the layout: neighbours are one lane apart.
+    const int64_t row = stride.y * layout.row_pitch();
+    const bool split = layout.phases == stride.x;
+    const auto offset = [&](int y, int x) { return y * row + int64_t{4} * (split ? x : x * stride.x); };
+    std::vector<std::vector<Piece>> vectors;
+    size_t most = 1;
+    for (const std::vector<Run>& runs : cut_into_rows(height, width, lanes)) {
+        vectors.emplace_back();
+        for (const Run& run : runs)
+            vectors.back().push_back({static_cast<int32_t>(offset(run.y, run.x) - 4 * run.first_lane), lane_bits(run.first_lane, run.count)});
+        most = std::max(most, runs.size());
+    }
+    const int pieces = split ? supported_pieces(most, 4) : 0;
+    if (pieces == 0) return keep_lanes(store, height, width, lanes, offset);
+    return keep_pieces(store, vectors, pieces, false);
+}
+
+PixelMap store_map(Store& store, const CodeLayout& layout, int lanes) {
+    const auto offset = [&](int y, int x) { return layout.offset(y, x); };
+    std::vector<std::vector<Piece>> vectors;
+    size_t most = 1;
+    bool whole = true;
+    for (const std::vector<Run>& runs : cut_into_rows(layout.height, layout.width, lanes)) {
+        vectors.emplace_back();
+        for (const Run& run : runs)
+            for (int phase = 0; phase < std::min(layout.phases, run.count); ++phase) {
+                uint32_t mask = 0;
+                for (int i = phase; i < run.count; i += layout.phases) mask |= 1u << (run.first_lane + i);
+                // Compressed lanes start at the address itself, plain ones keep their place in the vector.
+                const int64_t first = offset(run.y, run.x + phase) - (layout.phases > 1 ? 0 : 4 * run.first_lane);
+                vectors.back().push_back({static_cast<int32_t>(first), mask});
+            }
+        most = std::max(most, vectors.back().size());
+        whole = whole && vectors.back().size() == 1 && vectors.back()[0].mask == lane_bits(0, lanes);
+    }
+    int pieces = supported_pieces(most, 8);
+    if (pieces == 0) return keep_lanes(store, layout.height, layout.width, lanes, offset);
+    if (pieces == 1 && !whole) pieces = 2;  // the tail must not overwrite what follows
+    return keep_pieces(store, vectors, pieces, layout.phases > 1);
+}
+
+}  // namespace lbs

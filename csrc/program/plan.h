@@ -1,0 +1,129 @@
+// What the kernels of an instruction set are told: plain structures, laid out once per program by plan_builder.
+//
+// Layouts, per image:
+//   codes    bytes [row][group][column][4]: four channels of one pixel lie together as one 32-bit lane, the groups of a
+//            row follow each other, padding included. Sixteen pixels of a row are one vector; a step of the
+//            convolution multiplies them with four weights of one filter, broadcast, and so any multiple of four kept
+//            filters runs without an idle lane. (kernel row, group) pairs lie a constant distance apart.
+//            A tensor read with a stride s keeps columns apart by their remainder: [row][group][column % s][column / s][4].
+//   streams  float32 [channel][pixel], values already rounded to the stream type.
+//
+// A vector is L consecutive output pixels in row-major order, so it may span rows: then it lies in several pieces.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lbs {
+
+constexpr int kMaxLanes = 16;
+constexpr int kMaxTile = 48;        // vectors of accumulators in the scratch of one thread
+constexpr int kSlack = 128;         // bytes readable past the end of every buffer
+constexpr int kChannelPadding = 16; // arrays per channel are padded to a multiple of this
+
+// A run of lanes of one vector that lies contiguous: lane i of `mask` at offset + 4 * i (loads and plain stores), or,
+// in a compressing map, the lanes of `mask` one after the other from `offset` on.
+struct Piece {
+    int32_t offset;
+    uint32_t mask;
+};
+
+struct PixelMap {
+    int pieces = 1;     // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
+    bool compress = false;
+    const Piece* table = nullptr;    // [vectors][pieces]
+    const int32_t* lanes = nullptr;  // [vectors][kMaxLanes] where pieces == 0
+};
+
+enum class StreamType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+struct ConsumerPlan {
+    int tensor = 0;
+    float scale = 1.0f;
+    float low = 0.0f, high = 0.0f;  // -zero and n - zero
+    float half = 0.0f;              // n / 2, added where `shifted` (signed codes)
+    bool shifted = false, relu = false;
+    int zero = 0;
+    const float* gain = nullptr;    // pre-activation norm, or none
+    const float* offset = nullptr;
+    PixelMap map;
+    int32_t group_pitch = 0;        // bytes from one group of four channels to the next
+};
+
+struct EmitPlan {
+    int channels = 0;
+    int64_t pixels = 0;      // of the output map
+    int vectors = 0;         // ceil(pixels / L)
+    uint32_t tail_mask = 0;  // valid lanes of the last vector
+    int residual = -1, stream = -1;
+    StreamType stream_type = StreamType::kFloat32;
+    bool has_low = false, has_high = false;
+    float low = 0.0f, high = 0.0f;
+    int consumer_count = 0;
+    const ConsumerPlan* consumers = nullptr;
+};
+
+// acc = (dot << shift) + (sum of the window's codes << sum_shift, where needed) + constant[filter]
+struct AccumulatorPlan {
+    int shift = 0;
+    bool needs_sum = false;
+    int sum_shift = 0;
+    const int32_t* constant = nullptr;
+    const float* multiplier = nullptr;
+    const float* bias = nullptr;
+};
+
+// `width` filters that share an input range; weights int8 [k_steps][width][4], `ones` the same with 1 where a channel counts.
+struct FilterBlock {
+    int first = 0, width = 0;
+    int32_t in_offset = 0;
+    const int8_t* weights = nullptr;
+    const int8_t* ones = nullptr;  // grouped layers of 8-bit weights only
+};
+
+struct ConvPlan {
+    int input = 0;
+    int k_steps = 0;
+    const int32_t* k_offsets = nullptr;  // bytes, [k_steps]
+    PixelMap map;
+    int block_count = 0;
+    const FilterBlock* blocks = nullptr;
+    const int8_t* shared_ones = nullptr;  // [k_steps][1][4]: the window's sum, the same for all filters
+    const int8_t* tiles = nullptr;        // AMX: [ceil(filters / 16)][ceil(k_steps / 16)][16][64]
+    bool wide = false;                    // products of a pair may exceed 16 bits
+    AccumulatorPlan acc;
+    EmitPlan emit;
+};
+
+struct LinearPlan {
+    int input = 0;
+    int outputs = 0;
+    int64_t in_offset = 0, in_pitch = 4;  // bytes to the pixel, and from one group of channels to the next
+    int k_steps = 0;
+    const int8_t* weights = nullptr;  // [ceil(outputs / L)][k_steps][L][4]
+    const int8_t* ones = nullptr;     // [k_steps][4]
+    bool wide = false;
+    AccumulatorPlan acc;
+    EmitPlan emit;
+};
+
+struct PoolCodesPlan {  // maximum of codes whose padding (code 0) never wins
+    int input = 0, output = 0;
+    int window = 0;
+    const int32_t* window_offsets = nullptr;  // bytes
+    int groups = 0;
+    int32_t in_pitch = 0, out_pitch = 0;  // bytes between groups
+    int vectors = 0;
+    uint32_t tail_mask = 0;
+    PixelMap in_map, out_map;
+};
+
+// Where the tensors of one image are, and working memory of one thread.
+struct RunContext {
+    unsigned char* const* tensors;
+    int32_t* accumulators;  // [kMaxTile][kMaxLanes]
+    int32_t* sums;          // as many lanes as the largest output map has, rounded up
+    int8_t* tile_pack;      // AMX: [2][ceil(k_steps / 16)][16][64]
+};
+
+}  // namespace lbs

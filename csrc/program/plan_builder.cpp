@@ -1,0 +1,228 @@
+#include "program/plan_builder.h"
+
+#include <algorithm>
+
+#include "bitconv2d/bitconv2d_cpu.h"
+#include "bitlinear/bitlinear_cpu.h"
+#include "common/check.h"
+
+namespace lbs {
+namespace {
+
+constexpr int64_t kLine = 64;  // slots start at cache lines
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+const TensorSpec& target_of(const ProgramSpec& spec, const StepSpec& step) {
+    const int index = step.emit.stream >= 0 ? step.emit.stream : step.emit.consumers.at(0).tensor;
+    return spec.tensors[static_cast<size_t>(index)];
+}
+
+// One tap on one pixel is a matrix-vector product.
+bool is_matrix(const StepSpec& step, const TensorSpec& source) {
+    return step.kind == StepKind::kLinear ||
+           (step.kind == StepKind::kConv && source.pixels() == 1 && step.kernel.y == 1 && step.kernel.x == 1 && step.groups == 1 &&
+            step.padding.y == 0 && step.padding.x == 0);
+}
+
+std::vector<int> tensors_read(const StepSpec& step) {
+    std::vector<int> reads{step.input};
+    if (step.emit.residual >= 0) reads.push_back(step.emit.residual);
+    return reads;
+}
+
+}  // namespace
+
+ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const KernelTable& table)
+    : spec(text, blob, blob_bytes), kernels(table), layouts(choose_layouts(spec)) {
+    plan_steps();
+    assign_slots();
+    place_meetings();
+}
+
+void ProgramPlan::plan_steps() {
+    steps.resize(spec.steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+        const StepSpec& step = spec.steps[i];
+        const TensorSpec& source = spec.tensors[static_cast<size_t>(step.input)];
+        const CodeLayout& layout = layouts[static_cast<size_t>(step.input)];
+        require(step.emit.stream >= 0 || !step.emit.consumers.empty(), "step '" + step.name + "' writes nothing");
+        StepPlan& plan = steps[i];
+        if (step.emit.stream >= 0) plan.writes.push_back(step.emit.stream);
+        for (const ConsumerSpec& consumer : step.emit.consumers) plan.writes.push_back(consumer.tensor);
+        const EmitPlan emit = plan_emit(step, target_of(spec, step));
+        if (is_matrix(step, source)) {
+            plan.run = StepPlan::Run::kLinear;
+            plan_linear(spec, step, layout, kernels, store, plan.linear);
+            plan.linear.emit = emit;
+        } else if (step.kind == StepKind::kConv) {
+            plan.run = StepPlan::Run::kConv;
+            plan_conv(spec, step, layout, kernels, store, plan.conv);
+            plan.conv.emit = emit;
+            sum_lanes = std::max(sum_lanes, static_cast<int64_t>(emit.vectors) * kernels.lanes);
+            tile_bytes = std::max(tile_bytes, round_up(plan.conv.k_steps, 16) * 128);
+        } else {
+            plan.emit = emit;
+            plan_pool(step, plan);
+        }
+    }
+}
+
+EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) {
+    EmitPlan plan;
+    plan.channels = target.channels;
+    plan.pixels = target.pixels();
+    plan.vectors = vector_count(plan.pixels, kernels.lanes);
+    plan.tail_mask = tail_mask(plan.pixels, kernels.lanes);
+    plan.residual = step.emit.residual;
+    plan.stream = step.emit.stream;
+    plan.stream_type = spec.stream_type;
+    plan.has_low = step.emit.has_low;
+    plan.has_high = step.emit.has_high;
+    plan.low = step.emit.low;
+    plan.high = step.emit.high;
+    plan.consumer_count = static_cast<int>(step.emit.consumers.size());
+    ConsumerPlan* consumers = store.make<ConsumerPlan>(step.emit.consumers.size());
+    for (size_t i = 0; i < step.emit.consumers.size(); ++i) {
+        const ConsumerSpec& consumer = step.emit.consumers[i];
+        const CodeLayout& layout = layouts[static_cast<size_t>(consumer.tensor)];
+        const float levels = static_cast<float>((1 << consumer.bits) - 1);
+        ConsumerPlan c;
+        c.tensor = consumer.tensor;
+        c.scale = consumer.scale;
+        c.zero = consumer.zero;
+        c.low = -static_cast<float>(consumer.zero);
+        c.high = levels - static_cast<float>(consumer.zero);
+        c.half = levels / 2.0f;
+        c.shifted = consumer.is_signed;
+        c.relu = consumer.relu;
+        if (!consumer.pre_scale.empty()) {
+            c.gain = store.padded(spec.floats(consumer.pre_scale, target.channels), target.channels);
+            c.offset = store.padded(spec.floats(consumer.pre_bias, target.channels), target.channels);
+        }
+        c.map = store_map(store, layout, kernels.lanes);
+        c.group_pitch = static_cast<int32_t>(layout.group_pitch());
+        consumers[i] = c;
+    }
+    plan.consumers = consumers;
+    return plan;
+}
+
+void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
+    const TensorSpec& source = spec.tensors[static_cast<size_t>(step.input)];
+    if (step.kind == StepKind::kMeanPool) {
+        plan.run = StepPlan::Run::kMeanStream;
+        float_count = std::max<int64_t>(float_count, source.channels + kMaxLanes);
+    } else if (step.kind == StepKind::kMaxPool && source.form == Form::kStream) {
+        plan.run = StepPlan::Run::kMaxStream;
+        float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
+    } else if (step.kind == StepKind::kMaxPool) {
+        // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it.
+        plan.run = source.zero == 0 && !source.is_signed ? StepPlan::Run::kMaxCodes : StepPlan::Run::kMaxCodesAnyZero;
+        const CodeLayout& in = layouts[static_cast<size_t>(step.input)];
+        const int output = step.emit.consumers[0].tensor;
+        const CodeLayout& out = layouts[static_cast<size_t>(output)];
+        const std::vector<int32_t> offsets = window_offsets(in, step, 1);
+        plan.pool.input = step.input;
+        plan.pool.output = output;
+        plan.pool.window = static_cast<int>(offsets.size());
+        plan.pool.window_offsets = store.keep(offsets);
+        plan.pool.groups = in.groups;
+        plan.pool.in_pitch = static_cast<int32_t>(in.group_pitch());
+        plan.pool.out_pitch = static_cast<int32_t>(out.group_pitch());
+        plan.pool.vectors = plan.emit.vectors;
+        plan.pool.tail_mask = plan.emit.tail_mask;
+        plan.pool.in_map = load_map(store, in, out.height, out.width, step.stride, kernels.lanes);
+        plan.pool.out_map = store_map(store, out, kernels.lanes);
+    }
+}
+
+void ProgramPlan::assign_slots() {
+    const size_t count = spec.tensors.size();
+    std::vector<int> last_use(count, -1);
+    for (size_t i = 0; i < steps.size(); ++i)
+        for (int tensor : tensors_read(spec.steps[i])) last_use[static_cast<size_t>(tensor)] = static_cast<int>(i);
+    slot_of.assign(count, -1);
+    std::vector<bool> external(count, false);
+    for (int output : spec.outputs) external[static_cast<size_t>(output)] = true;
+    std::vector<int> free;
+
+    // A free slot: for codes one of the same layout; for a stream the smallest that is large enough, or the largest to grow.
+    const auto take = [&](const Slot& wish) {
+        int best = -1;
+        for (int candidate : free) {
+            const Slot& slot = slots[static_cast<size_t>(candidate)];
+            if (slot.is_codes != wish.is_codes || (wish.is_codes && !(slot.layout == wish.layout))) continue;
+            if (best < 0) best = candidate;
+            const int64_t size = slot.bytes, held = slots[static_cast<size_t>(best)].bytes;
+            if (held < wish.bytes ? size > held : size >= wish.bytes && size < held) best = candidate;
+        }
+        if (best < 0) {
+            slots.push_back(wish);
+            return static_cast<int>(slots.size()) - 1;
+        }
+        free.erase(std::find(free.begin(), free.end(), best));
+        slots[static_cast<size_t>(best)].bytes = std::max(slots[static_cast<size_t>(best)].bytes, wish.bytes);
+        return best;
+    };
+    const auto release = [&](int tensor, size_t step) {
+        const int slot = slot_of[static_cast<size_t>(tensor)];
+        const bool over = last_use[static_cast<size_t>(tensor)] <= static_cast<int>(step);
+        if (slot >= 0 && over && std::find(free.begin(), free.end(), slot) == free.end()) free.push_back(slot);
+    };
+
+    for (size_t i = 0; i < steps.size(); ++i) {
+        const EmitSpec& emit = spec.steps[i].emit;
+        const std::vector<int> reads = tensors_read(spec.steps[i]);
+        for (int tensor : steps[i].writes) {
+            const TensorSpec& target = spec.tensors[static_cast<size_t>(tensor)];
+            if (external[static_cast<size_t>(tensor)]) continue;
+            // Each element of the residual is read just before the stream's is written, so they may share.
+            const bool in_place = tensor == emit.stream && emit.residual >= 0 && emit.residual != spec.steps[i].input &&
+                                  last_use[static_cast<size_t>(emit.residual)] == static_cast<int>(i) &&
+                                  slot_of[static_cast<size_t>(emit.residual)] >= 0;
+            if (in_place) {
+                slot_of[static_cast<size_t>(tensor)] = slot_of[static_cast<size_t>(emit.residual)];
+                continue;
+            }
+            Slot wish;
+            wish.is_codes = target.form == Form::kCodes;
+            if (wish.is_codes) wish.layout = layouts[static_cast<size_t>(tensor)];
+            wish.bytes = wish.is_codes ? wish.layout.bytes() : 4 * target.pixels() * target.channels;
+            slot_of[static_cast<size_t>(tensor)] = take(wish);
+        }
+        for (int tensor : reads) {
+            const bool shared = emit.stream >= 0 && slot_of[static_cast<size_t>(emit.stream)] == slot_of[static_cast<size_t>(tensor)];
+            if (!shared) release(tensor, i);
+        }
+        for (int tensor : steps[i].writes) release(tensor, i);  // those nobody reads
+    }
+    for (Slot& slot : slots) {
+        slot.offset = arena_bytes;
+        arena_bytes += round_up(slot.bytes + kSlack, kLine);
+    }
+}
+
+void ProgramPlan::place_meetings() {
+    // Memory is told apart by slot; what the caller owns by tensor.
+    const auto place = [&](int tensor) {
+        const int slot = slot_of[static_cast<size_t>(tensor)];
+        return slot >= 0 ? slot : static_cast<int>(slots.size()) + tensor;
+    };
+    std::vector<int> read, written;
+    const auto holds = [](const std::vector<int>& places, int one) { return std::find(places.begin(), places.end(), one) != places.end(); };
+    for (size_t i = 0; i < steps.size(); ++i) {
+        bool meet = false;
+        for (int tensor : tensors_read(spec.steps[i])) meet = meet || holds(written, place(tensor));
+        for (int tensor : steps[i].writes) meet = meet || holds(written, place(tensor)) || holds(read, place(tensor));
+        if (meet) {
+            read.clear();
+            written.clear();
+        }
+        steps[i].meet_before = meet;
+        for (int tensor : tensors_read(spec.steps[i])) read.push_back(place(tensor));
+        for (int tensor : steps[i].writes) written.push_back(place(tensor));
+    }
+}
+
+}  // namespace lbs

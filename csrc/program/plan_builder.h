@@ -1,0 +1,56 @@
+// From a program to what the kernels are told: layouts, weights, buffers, and where threads must meet.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "isa/kernels.h"
+#include "program/layout.h"
+#include "program/program.h"
+
+namespace lbs {
+
+struct StepPlan {
+    enum class Run { kQuantPack, kConv, kLinear, kMaxStream, kMeanStream, kMaxCodes, kMaxCodesAnyZero };
+
+    Run run = Run::kQuantPack;
+    ConvPlan conv;
+    LinearPlan linear;
+    PoolCodesPlan pool;
+    EmitPlan emit;                 // of the steps that emit planes of floats
+    std::vector<int> writes;       // tensors
+    bool meet_before = false;      // threads that share an image wait here for each other
+};
+
+// A piece of one image's memory. Tensors that never live at the same time may share it.
+struct Slot {
+    int64_t offset = 0, bytes = 0;
+    bool is_codes = false;
+    CodeLayout layout;  // of codes: padding is written once, so only equal layouts share a slot
+};
+
+// All of it is read-only once built.
+struct ProgramPlan {
+    ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const KernelTable& table);
+
+    ProgramSpec spec;
+    const KernelTable& kernels;
+    Store store;
+    std::vector<CodeLayout> layouts;
+    std::vector<StepPlan> steps;
+    std::vector<Slot> slots;
+    std::vector<int> slot_of;      // tensor -> slot, -1 for images and outputs, which the caller owns
+    int64_t arena_bytes = 0;
+    int64_t sum_lanes = 0;         // scratch sizes of one thread
+    int64_t float_count = 0;
+    int64_t tile_bytes = 0;
+
+private:
+    void plan_steps();
+    EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
+    void plan_pool(const StepSpec& step, StepPlan& plan);
+    void assign_slots();
+    void place_meetings();
+};
+
+}  // namespace lbs

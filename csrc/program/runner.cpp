@@ -1,0 +1,226 @@
+#include "program/runner.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "common/check.h"
+#include "common/threads.h"
+#include "pool/pool_cpu.h"
+#include "program/trace.h"
+
+namespace lbs {
+namespace {
+
+struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+};
+using Block = std::unique_ptr<unsigned char[], Free>;
+
+Block allocate(int64_t bytes) {
+    const size_t size = (static_cast<size_t>(bytes) + kSlack + 63) / 64 * 64;
+    auto* p = static_cast<unsigned char*>(std::aligned_alloc(64, size));
+    if (!p) throw std::bad_alloc();
+    std::memset(p, 0, size);
+    return Block(p);
+}
+
+struct Share {
+    int first, last;
+};
+
+}  // namespace
+
+// Threads that work on one image together; one alone needs no barrier.
+struct Runner::Team {
+    int rank, ranks;
+    SpinBarrier* barrier;
+};
+
+namespace {
+
+// This thread's part of [0, count).
+template <class Team>
+Share share(int count, const Team& team) {
+    const auto bound = [&](int rank) { return static_cast<int>(static_cast<int64_t>(count) * rank / team.ranks); };
+    return {bound(team.rank), bound(team.rank + 1)};
+}
+
+}  // namespace
+
+struct Runner::Memory {
+    Block arena, accumulators, sums, floats, tiles;
+    std::vector<unsigned char*> tensors;
+    int64_t bytes = 0;
+
+    explicit Memory(const ProgramPlan& plan) {
+        const auto make = [this](int64_t count) {
+            bytes += count;
+            return allocate(count);
+        };
+        arena = make(plan.arena_bytes);
+        accumulators = make(int64_t{4} * kMaxTile * kMaxLanes);
+        sums = make(4 * plan.sum_lanes);
+        floats = make(4 * plan.float_count);
+        tiles = make(plan.kernels.uses_tiles ? plan.tile_bytes : 0);
+        for (const Slot& slot : plan.slots)
+            if (slot.is_codes) std::memset(arena.get() + slot.offset, slot.layout.zero, static_cast<size_t>(slot.bytes));
+        tensors.assign(plan.spec.tensors.size(), nullptr);
+    }
+
+    // Tensors lie in the arena of `owner`, which may be another thread's.
+    void point_at(const Memory& owner, const ProgramPlan& plan) {
+        for (size_t i = 0; i < tensors.size(); ++i)
+            if (plan.slot_of[i] >= 0) tensors[i] = owner.arena.get() + plan.slots[static_cast<size_t>(plan.slot_of[i])].offset;
+    }
+};
+
+struct Runner::Call {
+    const std::vector<const float*>& inputs;
+    const std::vector<float*>& outputs;
+    const std::map<int, void*>& traces;
+};
+
+Runner::Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa)
+    : isa_(resolve_isa(isa)), plan_(std::make_unique<ProgramPlan>(text, blob, blob_bytes, kernels_for(isa_))) {}
+
+Runner::~Runner() = default;
+
+Runner::Memory& Runner::memory(int rank) { return *memories_[static_cast<size_t>(rank)]; }
+
+int64_t Runner::held_bytes() const {
+    int64_t total = 0;
+    for (const auto& memory : memories_) total += memory->bytes;
+    return total;
+}
+
+void Runner::run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch, int threads,
+                 const std::map<int, void*>& traces, std::vector<double>* seconds) {
+    require(inputs.size() == plan_->spec.inputs.size() && outputs.size() == plan_->spec.outputs.size(),
+            "the program has " + std::to_string(plan_->spec.inputs.size()) + " inputs and " + std::to_string(plan_->spec.outputs.size()) +
+                " outputs; " + std::to_string(inputs.size()) + " and " + std::to_string(outputs.size()) + " were given");
+    require(batch >= 0 && threads >= 1, "batch is " + std::to_string(batch) + " with " + std::to_string(threads) +
+                                            " threads; a batch is not negative and needs a thread");
+    std::lock_guard<std::mutex> lock(turn_);
+    threads = std::min(threads, max_threads());
+    while (static_cast<int>(memories_.size()) < threads) memories_.push_back(std::make_unique<Memory>(*plan_));
+    if (seconds) seconds->assign(plan_->steps.size(), 0.0);
+    const Call call{inputs, outputs, traces};
+
+    std::atomic<int64_t> next{0};
+    SpinBarrier barrier(threads);
+    parallel(batch == 0 ? 1 : threads, [&](int rank, int ranks) {
+        // Whole images while there is one for every thread; the rest is shared, which keeps all threads busy to the end.
+        const int64_t alone = batch - batch % ranks;
+        // The time of the first thread's steps: side by side with it, the others do their part of the batch.
+        std::vector<double>* clock = rank == 0 ? seconds : nullptr;
+        Memory& own = memory(rank);
+        for (int64_t image = next++; image < alone; image = next++) run_image(call, image, {0, 1, nullptr}, own, own, clock);
+        if (alone == batch) return;
+        barrier.wait();  // the first thread's memory is shared from here on
+        for (int64_t image = alone; image < batch; ++image) {
+            run_image(call, image, {rank, ranks, &barrier}, own, memory(0), clock);
+            barrier.wait();
+        }
+    });
+}
+
+void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared, std::vector<double>* seconds) {
+    std::vector<unsigned char*>& tensors = own.tensors;
+    const ProgramSpec& spec = plan_->spec;
+    own.point_at(shared, *plan_);
+    for (size_t i = 0; i < spec.inputs.size(); ++i) {
+        const TensorSpec& tensor = spec.tensors[static_cast<size_t>(spec.inputs[i])];
+        const float* x = call.inputs[i] + image * tensor.pixels() * tensor.channels;
+        // Inputs are only ever read; one table serves both directions.
+        tensors[static_cast<size_t>(spec.inputs[i])] = reinterpret_cast<unsigned char*>(const_cast<float*>(x));
+    }
+    for (size_t i = 0; i < spec.outputs.size(); ++i) {
+        const TensorSpec& tensor = spec.tensors[static_cast<size_t>(spec.outputs[i])];
+        float* y = call.outputs[i] + image * tensor.pixels() * tensor.channels;
+        tensors[static_cast<size_t>(spec.outputs[i])] = reinterpret_cast<unsigned char*>(y);
+    }
+    RunContext context;
+    context.tensors = tensors.data();
+    context.accumulators = reinterpret_cast<int32_t*>(own.accumulators.get());
+    context.sums = reinterpret_cast<int32_t*>(own.sums.get());
+    context.tile_pack = reinterpret_cast<int8_t*>(own.tiles.get());
+    float* floats = reinterpret_cast<float*>(own.floats.get());
+
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point start;
+    if (seconds) start = Clock::now();
+    for (size_t i = 0; i < plan_->steps.size(); ++i) {
+        const StepPlan& step = plan_->steps[i];
+        if (team.barrier && (step.meet_before || !call.traces.empty())) team.barrier->wait();
+        run_step(step, spec.steps[i], team, context, floats);
+        if (!call.traces.empty()) {
+            if (team.barrier) team.barrier->wait();
+            if (team.rank == 0) export_tensors(*plan_, step.writes, call.traces, image, tensors.data());
+        }
+        if (seconds) {
+            const Clock::time_point end = Clock::now();
+            (*seconds)[i] += std::chrono::duration<double>(end - start).count();
+            start = end;
+        }
+    }
+}
+
+void Runner::run_step(const StepPlan& step, const StepSpec& spec, const Team& team, const RunContext& context, float* floats) const {
+    const KernelTable& kernels = plan_->kernels;
+    const unsigned char* in = context.tensors[spec.input];
+    const TensorSpec& source = plan_->spec.tensors[static_cast<size_t>(spec.input)];
+    switch (step.run) {
+        case StepPlan::Run::kQuantPack: {
+            const Share part = share(step.emit.vectors, team);
+            kernels.emit_planes(step.emit, context, reinterpret_cast<const float*>(in), 0, 0, (step.emit.channels + 3) / 4, part.first, part.last);
+            return;
+        }
+        case StepPlan::Run::kConv: {
+            // Pixels are shared where every thread gets some, otherwise filters (late layers of small images).
+            const bool by_pixels = step.conv.emit.vectors >= team.ranks;
+            const Share vectors = by_pixels ? share(step.conv.emit.vectors, team) : Share{0, step.conv.emit.vectors};
+            const Share blocks = by_pixels ? Share{0, step.conv.block_count} : share(step.conv.block_count, team);
+            kernels.conv(step.conv, context, vectors.first, vectors.last, blocks.first, blocks.last);
+            return;
+        }
+        case StepPlan::Run::kLinear: {
+            const Share groups = share(vector_count(step.linear.outputs, kernels.lanes), team);
+            kernels.linear(step.linear, context, groups.first, groups.last);
+            return;
+        }
+        case StepPlan::Run::kMaxStream: {
+            const Share groups = share((source.channels + 3) / 4, team);
+            float* row = floats + 4 * step.emit.pixels;
+            for (int group = groups.first; group < groups.last; ++group) {
+                for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel)
+                    max_plane(reinterpret_cast<const float*>(in) + channel * source.pixels(), source.height, source.width, spec, row,
+                              floats + channel % 4 * step.emit.pixels);
+                kernels.emit_planes(step.emit, context, floats, 4 * group, group, group + 1, 0, step.emit.vectors);
+            }
+            return;
+        }
+        case StepPlan::Run::kMeanStream:
+            if (team.rank != 0) return;
+            mean_planes(reinterpret_cast<const float*>(in), source.channels, source.pixels(), floats);
+            kernels.emit_planes(step.emit, context, floats, 0, 0, (source.channels + 3) / 4, 0, 1);
+            return;
+        case StepPlan::Run::kMaxCodes: {
+            const Share groups = share(step.pool.groups, team);
+            kernels.pool_codes(step.pool, context, groups.first, groups.last);
+            return;
+        }
+        case StepPlan::Run::kMaxCodesAnyZero: {
+            const Share groups = share(step.pool.groups, team);
+            const size_t output = static_cast<size_t>(step.pool.output);
+            max_codes(in, plan_->layouts[static_cast<size_t>(spec.input)], spec, context.tensors[output], plan_->layouts[output], groups.first,
+                      groups.last);
+            return;
+        }
+    }
+}
+
+}  // namespace lbs

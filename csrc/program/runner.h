@@ -1,0 +1,48 @@
+// Runs a program: whole images per thread for a batch, threads together on one image for the rest.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "common/cpu_features.h"
+#include "program/plan_builder.h"
+
+namespace lbs {
+
+class Runner {
+public:
+    // Copies what it needs of the blob. Raises FormatError or BackendError.
+    Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa);
+    ~Runner();
+
+    const char* isa() const { return isa_name(isa_); }
+    const std::vector<StepSpec>& step_specs() const { return plan_->spec.steps; }
+
+    // inputs[i]: float32 [batch, C, H, W] of the i-th input; outputs[i] likewise, written. Calls from several threads take turns.
+    // traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams.
+    // seconds: where given, gets the time the first thread spent in every step, which adds up to about the time of the call.
+    void run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch, int threads,
+             const std::map<int, void*>& traces, std::vector<double>* seconds);
+
+    // Bytes of working memory held now, and that of one image.
+    int64_t held_bytes() const;
+    int64_t image_bytes() const { return plan_->arena_bytes; }
+
+private:
+    struct Memory;  // of one thread
+    struct Call;
+    struct Team;
+    Memory& memory(int rank);
+    void run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared, std::vector<double>* seconds);
+    void run_step(const StepPlan& step, const StepSpec& spec, const Team& team, const RunContext& context, float* floats) const;
+
+    const Isa isa_;
+    std::unique_ptr<ProgramPlan> plan_;
+    std::mutex turn_;
+    std::vector<std::unique_ptr<Memory>> memories_;
+};
+
+}  // namespace lbs
