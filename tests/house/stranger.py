@@ -1,0 +1,141 @@
+"""A reader of packed networks written from docs/format.md alone: numpy and the standard library, nothing of lbs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+F32 = np.float32
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c rounded once to float32: the float64 sum is rounded to odd first."""
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + addend
+    shadow = total - product
+    error = (product - (total - shadow)) + (addend - shadow)
+    even = (total.view(np.int64) & 1) == 0
+    toward = np.where(error > 0, np.inf, -np.inf)
+    return np.where((error != 0) & even, np.nextafter(total, toward), total).astype(F32)
+
+
+def round_stream(y: np.ndarray, dtype: str) -> np.ndarray:
+    """y as the stream type stores it, as float32."""
+    if dtype == "float32":
+        return y
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return y.astype(np.float16).astype(F32)
+    bits = y.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+    return rounded.astype(np.uint32).view(F32)
+
+
+def unpack(planes: np.ndarray, channels: int) -> np.ndarray:
+    """Codes int64 [..., C] of planes int32 [bits, ..., CW]."""
+    bits = (planes.view(np.uint32)[..., None] >> np.arange(32, dtype=np.uint32)) & 1
+    flat = bits.reshape(*planes.shape[:-1], -1)
+    assert not flat[..., channels:].any()
+    return sum(flat[p, ..., :channels].astype(np.int64) << p for p in range(len(planes)))
+
+
+class Stranger:
+    """One program: `Stranger(text, blob)(images)` gives its outputs; `tensors` holds everything computed."""
+
+    def __init__(self, text: str, blob: bytes) -> None:
+        self.program: dict[str, Any] = json.loads(text)
+        assert self.program["version"] == 1
+        digest = self.program.get("digest", "")
+        assert digest in ("", hashlib.sha256(blob).hexdigest())
+        self.blob = blob
+        self.tensors: dict[int, np.ndarray] = {}
+
+    def __call__(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        program = self.program
+        self.tensors = {i: x.transpose(0, 2, 3, 1) for i, x in zip(program["inputs"], images, strict=True)}
+        for step in program["steps"]:
+            x, spec = self.tensors[step["input"]], program["tensors"][step["input"]]
+            if step["op"] == "quantpack":
+                self.emit(step["emit"], x)
+            elif step["op"] == "pool" and step["kind"] == "max" and spec["form"] == "codes":
+                self.tensors[step["emit"]["consumers"][0]["tensor"]] = self.pool_max(step, x)
+            elif step["op"] == "pool":
+                self.emit(step["emit"], self.pool_max(step, x) if step["kind"] == "max" else self.pool_mean(x))
+            else:
+                self.emit(step["emit"], self.integer_layer(step, x, spec))
+        results = []
+        for index in program["outputs"]:
+            y = self.tensors[index]
+            results.append(y[:, 0, 0, :] if program["tensors"][index].get("flat") else y.transpose(0, 3, 1, 2))
+        return results
+
+    def array(self, key: str) -> np.ndarray:
+        spec = self.program["arrays"][key]
+        count = int(np.prod(spec["shape"]))
+        return np.frombuffer(self.blob, f"<{spec['dtype'][0]}4", count, spec["offset"]).reshape(spec["shape"])
+
+    def integer_layer(self, step: dict[str, Any], x: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
+        kernel, stride = step.get("kernel", [1, 1]), step.get("stride", [1, 1])
+        padding, dilation, groups = step.get("padding", [0, 0]), step.get("dilation", [1, 1]), step.get("groups", 1)
+        depth = spec["channels"] // groups
+        weight = 2 * unpack(self.array(step["planes"]), depth) - (2 ** step["w_bits"] - 1)  # [O, T, C]
+        if spec.get("signed"):
+            value = 2 * x.astype(np.int64) - (2 ** spec["bits"] - 1)
+        else:
+            value = x.astype(np.int64) - spec.get("zero", 0)
+        value = np.pad(value, ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)))
+        size = [(value.shape[1 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+        filters = len(weight) // groups
+        acc = np.zeros((len(x), *size, len(weight)), np.int64)
+        for row in range(kernel[0]):
+            for column in range(kernel[1]):
+                r, c = row * dilation[0], column * dilation[1]
+                window = value[:, r : r + stride[0] * size[0] : stride[0], c : c + stride[1] * size[1] : stride[1]]
+                window = window[:, : size[0], : size[1]]
+                for g in range(groups):
+                    taps = weight[g * filters : (g + 1) * filters, row * kernel[1] + column]
+                    acc[..., g * filters : (g + 1) * filters] += window[..., g * depth : (g + 1) * depth] @ taps.T
+        assert np.abs(acc).max(initial=0) < 2**31
+        return fma(acc.astype(F32), self.array(step["multiplier"]), self.array(step["bias"]))
+
+    def pool_max(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
+        kernel, stride, padding = (
+            step.get(k, d) for k, d in (("kernel", [1, 1]), ("stride", [1, 1]), ("padding", [0, 0]))
+        )
+        lowest = -np.inf if x.dtype == F32 else 0
+        x = np.pad(x, ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)), constant_values=lowest)
+        windows = np.lib.stride_tricks.sliding_window_view(x, kernel, axis=(1, 2))[:, :: stride[0], :: stride[1]]
+        return windows.max(axis=(-2, -1))
+
+    def pool_mean(self, x: np.ndarray) -> np.ndarray:
+        pixels = x.reshape(len(x), -1, x.shape[3])
+        total = pixels[:, 0].copy()
+        for index in range(1, pixels.shape[1]):
+            total += pixels[:, index]
+        return (total * F32(1 / pixels.shape[1]))[:, None, None]
+
+    def emit(self, emit: dict[str, Any], y: np.ndarray) -> None:
+        if emit.get("residual") is not None:
+            y = y + self.tensors[emit["residual"]]
+        if emit.get("low") is not None:
+            y = np.fmax(y, F32(emit["low"]))
+        if emit.get("high") is not None:
+            y = np.fmin(y, F32(emit["high"]))
+        if emit.get("stream") is not None:
+            y = round_stream(y, self.program.get("stream_dtype", "float32"))
+            self.tensors[emit["stream"]] = y
+        for consumer in emit.get("consumers", []):
+            n = 2 ** consumer["bits"] - 1
+            u = y
+            if consumer.get("pre_scale") is not None:
+                u = fma(y, self.array(consumer["pre_scale"]), self.array(consumer["pre_bias"]))
+            if consumer.get("relu"):
+                u = np.fmax(u, F32(0))
+            t = u * F32(consumer["scale"])
+            if consumer.get("signed"):
+                t = t + F32(n / 2)
+            q = np.fmin(np.fmax(np.rint(t) + F32(consumer.get("zero", 0)), F32(0)), F32(n))
+            self.tensors[consumer["tensor"]] = q.astype(np.uint8)

@@ -1,0 +1,44 @@
+"""docs/format.md is enough to write a reader: one made from it alone computes what the project computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import programs
+import pytest
+import stranger
+import torch
+
+from lbs_kernels.program import Program
+from lbs_kernels.reference_runner import ReferenceRunner
+
+
+def _agree(program: Program, blob: torch.Tensor, batch: int, seed: int) -> None:
+    images = programs.random_inputs(program, batch, seed)
+    trace: dict[int, torch.Tensor] = {}
+    expected = ReferenceRunner(program, blob).run(images, trace)
+    reader = stranger.Stranger(program.to_json(), blob.numpy().tobytes())
+    results = reader([image.numpy() for image in images])
+    for index, spec in enumerate(program.tensors):
+        if spec.form != "image":
+            ours = trace[index].float().numpy()
+            assert np.array_equal(reader.tensors[index].astype(np.float32), ours), f"tensor {index} ({spec.name})"
+    for ours, theirs in zip(expected, results, strict=True):
+        assert np.array_equal(ours.numpy(), theirs)
+    assert programs.share_unsaturated(program, trace) > 0.2
+
+
+@pytest.mark.parametrize("case", [name for name in programs.CASES if name != "one_pixel"])
+def test_reader_written_from_the_page_agrees(case: str) -> None:
+    program, blob = programs.CASES[case](11)
+    _agree(program, blob, batch=2, seed=12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reader_agrees_on_random_programs(seed: int) -> None:
+    program, blob = programs.random_program(100 + seed)
+    _agree(program, blob, batch=3, seed=seed)
+
+
+def test_example_of_the_page() -> None:
+    planes = np.array([[5], [6]], np.int32)
+    assert stranger.unpack(planes, 3).tolist() == [1, 2, 3]
