@@ -1,0 +1,81 @@
+"""bitconv2d in Triton: the implicit GEMM of triton_gemm.py with a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lbs_kernels.bitconv2d import tuning
+from lbs_kernels.errors import BackendError, ShapeError
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import ConvStep, Program, TensorSpec
+from lbs_kernels.triton_common import Launch
+from lbs_kernels.triton_emit import bind_emit
+from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, gemm_accumulate, gemm_reason, gemm_shape
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this back end cannot serve `problem`, or None."""
+    return gemm_reason(problem)
+
+
+def problem_of(step: ConvStep, source: TensorSpec, filters: int, batch: int, device: str) -> Problem:
+    """The key of one step at one batch size."""
+    return Problem(
+        "bitconv2d", batch, source.height, source.width, source.channels, filters, step.kernel, step.stride,
+        step.padding, step.dilation, step.groups, step.w_bits, source.bits, device,
+    )  # fmt: skip
+
+
+def bind(
+    step: ConvStep,
+    problem: Problem,
+    config: tuning.Config,
+    program: Program,
+    arrays: Mapping[str, Tensor],
+    weights: GemmWeights,
+    buffers: Mapping[int, Tensor],
+) -> Launch:
+    """One launch of the step, its buffers fixed."""
+    target, meta = bind_emit(step.emit, program, arrays, buffers)
+    multiplier, bias = arrays[step.multiplier], arrays[step.bias]
+    shape = gemm_shape(problem, program.tensors[step.input])
+    return bind_gemm(buffers[step.input], weights, multiplier, bias, target, meta, shape, config)
+
+
+def accumulate(
+    x_codes: Tensor,
+    w_planes: Tensor,
+    *,
+    a_bits: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    zero: int = 0,
+    signed: bool = False,
+    config: tuning.Config | None = None,
+) -> Tensor:
+    """The accumulator int32 [N, H', W', O]; arguments as in reference.py, plus the launch configuration.
+
+    Raises:
+        BackendError: groups, or a configuration that does not fit.
+        FormatError: the accumulator could overflow, or the planes do not fit the channels.
+        ShapeError: signed codes with padding.
+    """
+    if signed and padding != (0, 0):
+        raise ShapeError(f"padding {padding} of signed codes: they have no code for 0; pad before encoding")
+    batch, height, width, channels = x_codes.shape
+    w_bits, filters = w_planes.shape[:2]
+    problem = Problem(
+        "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, groups, w_bits, a_bits,
+        str(x_codes.device),
+    )  # fmt: skip
+    config = tuning.default(problem) if config is None else config
+    reason = supports(problem) or tuning.invalid_reason(config, problem)
+    if reason is not None:
+        raise BackendError(f"triton cannot serve {problem}: {reason}")
+    source = TensorSpec("x", "codes", channels, height, width, a_bits, zero, signed)
+    return gemm_accumulate(x_codes, w_planes, source, problem, config)

@@ -1,0 +1,71 @@
+"""bitlinear in Triton: the implicit GEMM of triton_gemm.py on one pixel per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lbs_kernels.bitlinear import tuning
+from lbs_kernels.errors import BackendError
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import LinearStep, Program, TensorSpec
+from lbs_kernels.triton_common import Launch
+from lbs_kernels.triton_emit import bind_emit
+from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, gemm_accumulate, gemm_reason, gemm_shape
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this back end cannot serve `problem`, or None."""
+    return gemm_reason(problem)
+
+
+def problem_of(step: LinearStep, source: TensorSpec, filters: int, batch: int, device: str) -> Problem:
+    """The key of one step at one batch size."""
+    return Problem(
+        "bitlinear", batch, 1, 1, source.channels, filters, w_bits=step.w_bits, a_bits=source.bits, device=device
+    )
+
+
+def bind(
+    step: LinearStep,
+    problem: Problem,
+    config: tuning.Config,
+    program: Program,
+    arrays: Mapping[str, Tensor],
+    weights: GemmWeights,
+    buffers: Mapping[int, Tensor],
+) -> Launch:
+    """One launch of the step, its buffers fixed."""
+    target, meta = bind_emit(step.emit, program, arrays, buffers)
+    multiplier, bias = arrays[step.multiplier], arrays[step.bias]
+    shape = gemm_shape(problem, program.tensors[step.input])
+    return bind_gemm(buffers[step.input], weights, multiplier, bias, target, meta, shape, config)
+
+
+def accumulate(
+    x_codes: Tensor,
+    w_planes: Tensor,
+    *,
+    a_bits: int,
+    zero: int = 0,
+    signed: bool = False,
+    config: tuning.Config | None = None,
+) -> Tensor:
+    """The accumulator int32 [N, O]; arguments as in reference.py, plus the launch configuration.
+
+    Raises:
+        BackendError: a configuration that does not fit.
+        FormatError: the accumulator could overflow, or the planes do not fit the channels.
+    """
+    batch, channels = x_codes.shape
+    w_bits, filters = w_planes.shape[:2]
+    problem = Problem(
+        "bitlinear", batch, 1, 1, channels, filters, w_bits=w_bits, a_bits=a_bits, device=str(x_codes.device)
+    )
+    config = tuning.default(problem) if config is None else config
+    reason = supports(problem) or tuning.invalid_reason(config, problem)
+    if reason is not None:
+        raise BackendError(f"triton cannot serve {problem}: {reason}")
+    source = TensorSpec("x", "codes", channels, 1, 1, a_bits, zero, signed)
+    return gemm_accumulate(x_codes[:, None, None], w_planes, source, problem, config)[:, 0, 0]

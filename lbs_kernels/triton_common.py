@@ -1,0 +1,132 @@
+"""Exact float steps, streams and bit-planes for the Triton kernels.
+
+Exactness. Every kernel is launched with `LAUNCH_OPTIONS`, which forbids the compiler to contract a multiplication and an
+addition into one rounding; where the epilogue asks for a fused multiply-add, `fma` says so. The interpreter of Triton
+rounds `tl.fma` twice and lets NaN win a maximum, so those have a second form, chosen when this file is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Set by TRITON_INTERPRET=1 before Triton is first imported: kernels run in Python, on CPU tensors.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LAUNCH_OPTIONS = {"enable_fp_fusion": False}
+WORD = tl.constexpr(32)
+
+Launch = Callable[[list[Tensor]], None]  # takes the region's inputs and enqueues one kernel
+
+
+@triton.jit
+def fma(a, b, c):
+    """float32(a * b + c), rounded once."""
+    if INTERPRETED:
+        # The product is exact in float64; the sum is rounded to odd there, which makes the second rounding harmless.
+        product = a.to(tl.float64) * b.to(tl.float64)
+        addend = c.to(tl.float64)
+        total = product + addend
+        shadow = total - product
+        error = (product - (total - shadow)) + (addend - shadow)
+        bits = total.to(tl.int64, bitcast=True)
+        inexact = (error != 0) & (tl.abs(total) < float("inf")) & (tl.abs(error) < float("inf")) & ((bits & 1) == 0)
+        away = tl.where((error > 0) == (total > 0), 1, -1).to(tl.int64)
+        result = tl.where(inexact, bits + away, bits).to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        result = tl.fma(a, b, c)
+    return result
+
+
+@triton.jit
+def at_least(x, low):
+    """IEEE maxNum: a NaN becomes `low`."""
+    if INTERPRETED:
+        result = tl.where(x >= low, x, low)
+    else:
+        result = tl.maximum(x, low)
+    return result
+
+
+@triton.jit
+def at_most(x, high):
+    """IEEE minNum: a NaN becomes `high`."""
+    if INTERPRETED:
+        result = tl.where(x <= high, x, high)
+    else:
+        result = tl.minimum(x, high)
+    return result
+
+
+@triton.jit
+def load_stream(pointer, mask, DTYPE: tl.constexpr):
+    """float32 values of a stream; bfloat16 arrives as int16."""
+    value = tl.load(pointer, mask=mask, other=0)
+    if DTYPE == "bfloat16":
+        value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def store_stream(pointer, y, mask, DTYPE: tl.constexpr):
+    """Store y in the stream type and return the stored value as float32.
+
+    bfloat16 is rounded half to even on the bit pattern, the same code on a GPU and in the interpreter.
+    """
+    if DTYPE == "bfloat16":
+        bits = y.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # Adding could carry a NaN into an infinity: keep the upper half and set the quiet bit instead.
+        rounded = tl.where(y == y, rounded, (bits >> 16) | 0x40)
+        tl.store(pointer, rounded.to(tl.int16), mask=mask)
+        stored = (rounded << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == "float16":
+        half = y.to(tl.float16)
+        tl.store(pointer, half, mask=mask)
+        stored = half.to(tl.float32)
+    else:
+        tl.store(pointer, y, mask=mask)
+        stored = y
+    return stored
+
+
+@triton.jit
+def unpack_planes(pointer, plane_stride, mask, BITS: tl.constexpr):
+    """Codes int32 [R, 32 W] of words pointed at by [R, W]; plane p lies p * plane_stride words further."""
+    lane = tl.arange(0, 32)[None, None, :]
+    words = tl.load(pointer, mask=mask, other=0)
+    codes = (words[:, :, None] >> lane) & 1  # [R, W, 32]
+    for plane in tl.static_range(1, BITS):
+        words = tl.load(pointer + plane * plane_stride, mask=mask, other=0)
+        codes = codes | (((words[:, :, None] >> lane) & 1) << plane)
+    return tl.reshape(codes, [pointer.shape[0], pointer.shape[1] * 32])
+
+
+@triton.jit
+def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constexpr):
+    """Planes int32 [M, BITS, CW] of codes int32 [R, BLOCK]; channels beyond `columns` become 0 bits.
+
+    `first` is a multiple of BLOCK, and BLOCK a multiple of 32 or at least `columns`: a word is written by one program.
+    """
+    BLOCK: tl.constexpr = codes.shape[1]
+    LANES: tl.constexpr = BLOCK if BLOCK < WORD else WORD
+    codes = tl.where((first + tl.arange(0, BLOCK) < columns)[None, :], codes, 0)
+    lanes = tl.reshape(codes, [codes.shape[0], BLOCK // LANES, LANES])
+    lane = tl.arange(0, LANES)[None, None, :]
+    word = first // WORD + tl.arange(0, BLOCK // LANES)
+    words = (columns + WORD - 1) // WORD
+    target = pointer + row[:, None] * (BITS * words) + word[None, :]
+    mask = row_mask[:, None] & (word < words)[None, :]
+    for plane in tl.static_range(BITS):
+        # The bits of one word are disjoint, so the sum is an OR.
+        packed = tl.sum(((lanes >> plane) & 1) << lane, axis=2)
+        tl.store(target + plane * words, packed, mask=mask)
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes `device` current while kernels are launched; nothing on the CPU (interpreter)."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
