@@ -93,9 +93,13 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
         ) from error
     finally:
         model.train(was_training)
-    layers = {n.target: geometry(str(n.target), module.get_submodule(str(n.target)), n) for n in layer_nodes(module)}
+    layers = {}
+    for node in layer_nodes(module):
+        source = node.args[0]
+        shape = source.meta["shape"] if isinstance(source, fx.Node) else node.meta["shape"]
+        layers[str(node.target)] = geometry(str(node.target), module.get_submodule(str(node.target)), shape)
     groups = {str(n.target): _group(module, n) for n in layer_nodes(module) if _is_conv(module, n)}
-    return ModelGraph(module, {str(k): v for k, v in layers.items()}, groups)
+    return ModelGraph(module, layers, groups)
 
 
 def _trace_message(model: nn.Module, error: Exception) -> str:
@@ -121,10 +125,33 @@ def called_module(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def geometry(name: str, layer: nn.Module, node: fx.Node) -> LayerPlan:
-    """LayerPlan of a layer, at 8 / 8 bits until a plan says otherwise."""
-    source = node.args[0]
-    shape = source.meta["shape"] if isinstance(source, fx.Node) else node.meta["shape"]
+def observe_layers(model: nn.Module, example: Tensor) -> dict[str, LayerPlan]:
+    """Geometry of the convolution and linear layers that one forward pass calls, in that order, without a trace."""
+    found: dict[str, LayerPlan] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.setdefault(name, geometry(name, layer, tuple(args[0].shape)))
+
+        return hook
+
+    handles = [
+        m.register_forward_pre_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return found
+
+
+def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
+    """LayerPlan of a layer whose input has `shape`, at 8 / 8 bits until a plan says otherwise."""
     if isinstance(layer, nn.Linear):
         positions = 1
         for size in shape[1:-1]:
@@ -208,11 +235,10 @@ def _what(node: fx.Node) -> str:
     return "the model's output" if node.op == "output" else str(getattr(node.target, "__name__", node.target))
 
 
-def template_plan(graph: ModelGraph, name: str) -> Plan:
-    """Plan of the traced model at 8 / 8 bits, nothing pruned; `source` names layers whose filters could go."""
-    sources = {c: g.producer for g in graph.groups.values() if g.prunable for c in g.consumers}
-    layers = (replace(layer, source=sources.get(layer.name)) for layer in graph.layers.values())
-    return Plan(tuple(layers), name)
+def template_plan(layers: dict[str, LayerPlan], groups: dict[str, ChannelGroup], name: str) -> Plan:
+    """Plan at 8 / 8 bits, nothing pruned; `source` names layers whose filters could go."""
+    sources = {c: g.producer for g in groups.values() if g.prunable for c in g.consumers}
+    return Plan(tuple(replace(layer, source=sources.get(layer.name)) for layer in layers.values()), name)
 
 
 def record_of(model: nn.Module) -> ModelRecord:

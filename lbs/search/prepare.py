@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from lbs.graph import ChannelGroup, ModelGraph, ModelRecord, template_plan, trace
-from lbs.plan import Plan
+from lbs.graph import ChannelGroup, ModelRecord, observe_layers, template_plan, trace
+from lbs.plan import LayerPlan, Plan
 from lbs.quant.codec import check_chain
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
@@ -25,7 +25,8 @@ class SearchConfig:
     """What is searched.
 
     bits: chain of widths. group_size: filters per prune group (B). importance: `gamma` or the paper's `magnitude`.
-    exclude: name patterns left in float. The first convolution and the last linear layer stay at 8 / 8 bits.
+    exclude: name patterns left in float. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
+    be searched and fine-tuned, not packed. The first convolution and the last linear layer stay at 8 / 8 bits.
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
@@ -35,13 +36,18 @@ class SearchConfig:
     importance: str = "gamma"
     standardize: str = "scale"
     exclude: tuple[str, ...] = field(default=())
+    trace: bool = True
 
     def __post_init__(self) -> None:
         check_chain(self.bits)
+        if self.pruning and not self.trace:
+            raise PlanError("pruning=True needs trace=True: filters are cut along the traced graph; set pruning=False")
         if self.group_size < 1:
             raise PlanError(f"group_size={self.group_size}; a group holds at least one filter")
         if not 0 <= self.max_pruning_ratio < 1:
-            raise PlanError(f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least")
+            raise PlanError(
+                f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"
+            )
         if self.importance not in ("gamma", "magnitude"):
             raise PlanError(f"importance={self.importance!r} is unknown; use gamma or magnitude")
 
@@ -58,7 +64,7 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         GraphError: nothing can be converted, the model cannot be traced, or weights are not finite.
     """
     config = config or SearchConfig()
-    model, graph, record = _copy_and_trace(model, example, config.exclude)
+    model, record = _copy_and_trace(model, example, config)
     first, last = _edges(record.plan)
     for layer in record.plan.layers:
         edge = layer.name in (first, last)
@@ -83,7 +89,7 @@ def uniform(model: nn.Module, example: Tensor, weight_bits: int = 8, activation_
     """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate."""
     for width in (weight_bits, activation_bits):
         check_chain((width,))
-    model, _, record = _copy_and_trace(model, example, ())
+    model, record = _copy_and_trace(model, example, SearchConfig())
     first, last = _edges(record.plan)
     layers = []
     for layer in record.plan.layers:
@@ -104,29 +110,29 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
     for layer in record.plan.layers:
         module = model.get_submodule(layer.name)
         gate = getattr(module, "prune", None)
-        pruning = f"filters in {gate.groups} groups" if gate is not None else "filters kept: " + (
-            reasons.get(layer.name) or "first or last layer, or pruning is off"
+        pruning = (
+            f"filters in {gate.groups} groups"
+            if gate is not None
+            else "filters kept: " + (reasons.get(layer.name) or "first or last layer, or pruning is off")
         )
         searched = getattr(module, "w_gate", None)
         rows.append((layer.name, f"bits {searched.chain if searched is not None else 'fixed at 8'}; {pruning}"))
     return rows + [(name, f"left in float: {reason}") for name, reason in record.unconverted]
 
 
-def _copy_and_trace(
-    model: nn.Module, example: Tensor, exclude: tuple[str, ...]
-) -> tuple[nn.Module, ModelGraph, ModelRecord]:
+def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> tuple[nn.Module, ModelRecord]:
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
     model = copy.deepcopy(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
-    graph = trace(model, example)
-    plan = template_plan(graph, type(model).__name__)
+    layers, found = _layers_and_groups(model, example, config)
+    plan = template_plan(layers, found, type(model).__name__)
     unconverted = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            reason = _unconvertible(name, module, graph, exclude)
+            reason = _unconvertible(name, module, layers, config.exclude)
             if reason:
                 unconverted.append((name, reason))
     skipped = {name for name, _ in unconverted}
@@ -134,8 +140,17 @@ def _copy_and_trace(
     if not plan.layers:
         listed = "; ".join(f"{n}: {r}" for n, r in unconverted) or "it has no Conv2d and no Linear"
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
-    groups = tuple(_without(g, skipped) for g in graph.groups.values())
-    return model, graph, ModelRecord(tuple(example.shape[1:]), plan, groups, tuple(unconverted))
+    groups = tuple(_without(g, skipped) for g in found.values())
+    return model, ModelRecord(tuple(example.shape[1:]), plan, groups, tuple(unconverted))
+
+
+def _layers_and_groups(
+    model: nn.Module, example: Tensor, config: SearchConfig
+) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup]]:
+    if not config.trace:
+        return observe_layers(model, example), {}
+    graph = trace(model, example)
+    return graph.layers, graph.groups
 
 
 def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
@@ -144,10 +159,12 @@ def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
     return group
 
 
-def _unconvertible(name: str, module: nn.Conv2d | nn.Linear, graph: ModelGraph, exclude: tuple[str, ...]) -> str:
+def _unconvertible(
+    name: str, module: nn.Conv2d | nn.Linear, layers: dict[str, LayerPlan], exclude: tuple[str, ...]
+) -> str:
     if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
         return "excluded by name"
-    if name not in graph.layers:
+    if name not in layers:
         return "the forward pass does not call it"
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"padding {module.padding!r}, mode {module.padding_mode!r} has no integer form"
@@ -158,9 +175,7 @@ def _edges(plan: Plan) -> tuple[str, str]:
     return plan.layers[0].name, plan.layers[-1].name
 
 
-def _add_prune_gates(
-    model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]
-) -> None:
+def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]) -> None:
     for group in record.groups:
         if not group.prunable or group.producer in edges:
             continue
