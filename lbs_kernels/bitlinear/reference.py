@@ -2,6 +2,8 @@
 
     acc[n, o] = sum_c (2 qw[o, c] - n_w) * x[n, c],     x = qx - zero, or 2 qx - n_x if signed
     y = fma(float32(acc), multiplier[o], bias[o])
+
+The sum runs in float64, where every partial sum is exact, so the order of additions does not matter.
 """
 
 from __future__ import annotations
