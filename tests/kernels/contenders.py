@@ -1,0 +1,47 @@
+"""The back ends a test compares with the reference: those that can run here; the others are skipped with their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from lbs_kernels.registry import backend_reason
+
+
+def _contender(backend: str, device: str) -> object:
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    reason = backend_reason(backend, device)
+    if reason is not None:
+        marks.append(pytest.mark.skip(reason=f"{backend}: {reason}"))
+    return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)
+
+
+# (back end, device of the tensors); Triton on the CPU is its interpreter.
+CONTENDERS = [_contender("cpu", "cpu"), _contender("triton", "cpu"), _contender("triton", "cuda")]
+
+
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """Every torch.empty is filled with NaN or the largest integer, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal in every element, dtype and shape; the message names the first difference."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {list(actual.shape)}, expected {list(expected.shape)}"
+    wrong = actual.cpu() != expected.cpu()
+    if bool(wrong.any()):
+        place = tuple(int(i) for i in wrong.nonzero()[0])
+        found, wanted = actual.cpu()[place].item(), expected.cpu()[place].item()
+        share = float(wrong.float().mean())
+        pytest.fail(f"{what} differs in {share:.2%} of its elements, first at {place}: {found}, expected {wanted}")
