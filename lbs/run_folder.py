@@ -92,8 +92,8 @@ class RunFolder:
         """The best weights of `phase` by test accuracy."""
         return self.path / "checkpoints" / f"{phase}-best.safetensors"
 
-    def create(self) -> None:
-        """Make the folder and note the environment."""
+    def note_environment(self) -> None:
+        """Versions and machine of the command that works here now."""
         write_json(self.file("environment.json"), environment())
 
     def results(self) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""What a command tells: plain lines or one JSON document on stdout, progress as a bar or as lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_PLAIN_SECONDS = 15.0
+
+
+class Console:
+    """Lines for people, or with --json one document at the end; then lines and progress go to stderr."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.stream = sys.stderr if as_json else sys.stdout
+
+    def say(self, line: str = "") -> None:
+        """One line for people."""
+        print(line, file=self.stream, flush=True)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Columns, numbers to the right."""
+        cells = [[str(cell) for cell in row] for row in (header, *rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        right = [all(_numeric(row[i]) for row in cells[1:]) for i in range(len(header))]
+        for number, row in enumerate(cells):
+            line = "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+            self.say(line.rstrip())
+            if number == 0:
+                self.say("  ".join("-" * width for width in widths))
+
+    def finish(self, body: dict[str, Any]) -> None:
+        """The JSON document, if one was asked for."""
+        if self.as_json:
+            print(json.dumps(body, indent=1, default=str))
+
+    def progress(self) -> BarProgress | LineProgress:
+        """A bar on a terminal, plain lines otherwise."""
+        return BarProgress() if sys.stderr.isatty() else LineProgress(self)
+
+
+def console(args: argparse.Namespace) -> Console:
+    """The console of a command line."""
+    return Console(args.json)
+
+
+def _numeric(cell: str) -> bool:
+    return cell.strip("-+x%., MGKBusmi/") .isdigit() or not cell.strip("-") or cell.replace(".", "").isdigit()
+
+
+class LineProgress:
+    """One line per epoch, and one every 15 s in between."""
+
+    def __init__(self, target: Console) -> None:
+        self.target = target
+        self.phase, self.total, self.done = "", 0, 0
+        self.last = 0.0
+
+    def begin(self, phase: str, total: int, done: int) -> None:
+        """A phase of `total` steps starts, `done` of them behind it."""
+        self.phase, self.total, self.done, self.last = phase, total, done, time.monotonic()
+
+    def advance(self, steps: int) -> None:
+        """Steps were done."""
+        self.done += steps
+
+    def note(self, row: dict[str, Any]) -> None:
+        """A metrics row was written."""
+        if row["kind"] == "epoch" or time.monotonic() - self.last > _PLAIN_SECONDS:
+            self.last = time.monotonic()
+            self.target.say(f"{self.phase} {self.done}/{self.total}: {describe(row)}")
+
+    def end(self) -> None:
+        """The phase is over."""
+
+
+class BarProgress:
+    """A tqdm bar on stderr."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def begin(self, phase: str, total: int, done: int) -> None:
+        """A phase of `total` steps starts, `done` of them behind it."""
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=phase, total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def advance(self, steps: int) -> None:
+        """Steps were done."""
+        self.bar.update(steps)
+
+    def note(self, row: dict[str, Any]) -> None:
+        """A metrics row was written."""
+        self.bar.set_postfix_str(describe(row))
+
+    def end(self) -> None:
+        """The phase is over."""
+        self.bar.close()
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A metrics row in a few words."""
+    parts = [f"epoch {row['epoch']}", f"loss {row['loss']:.3f}"] if row.get("loss") is not None else []
+    for key, label in (("train_accuracy", "train"), ("test_accuracy", "test")):
+        if row.get(key) is not None:
+            parts.append(f"{label} {row[key]:.2%}")
+    if row.get("bops"):
+        parts.append(f"{bops(row['bops'])} BOPs{' (met, held)' if row.get('frozen') else ''}")
+    return ", ".join(parts)
+
+
+def bops(value: float) -> str:
+    """Bit operations in the unit papers use.
+
+    >>> bops(630_600_000), bops(34.7e9)
+    ('630.6M', '34.70G')
+    """
+    return f"{value / 1e9:.2f}G" if value >= 1e10 else f"{value / 1e6:.1f}M"
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(123_456), size(3_500_000)
+    ('123.5 kB', '3.50 MB')
+    """
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

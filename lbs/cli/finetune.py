@@ -1,0 +1,42 @@
+"""`lbs finetune`: the searched network, a plan by hand, or a uniform baseline, trained at fixed bits."""
+
+from __future__ import annotations
+
+import argparse
+
+from lbs.cli.console import bops, console
+from lbs.cli.options import add_training, asked, numbers, session
+from lbs.config import FinetuneRun, open_run
+from lbs.search.phases import run_finetune
+from lbs_kernels.errors import PlanError
+
+_UNSET = argparse.SUPPRESS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of fine-tuning."""
+    add_training(parser)
+    parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
+    parser.add_argument(
+        "--uniform", type=numbers, default=_UNSET, metavar="W,A", help="one width for all weights, one for activations"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fine-tune and print last and best accuracy."""
+    out = console(args)
+    current = session(args, out)
+    options = asked(args)
+    if len(options.get("uniform", (8, 8))) != 2:
+        raise PlanError(f"--uniform {options['uniform']}: give two widths, weights and activations, such as 4,4")
+    config = open_run(FinetuneRun, current.folder, options, args.resume, inherit="search")
+    current.folder.note_environment()
+    section = run_finetune(config, current)
+    if section["accuracy"] is not None:
+        out.say(
+            f"fine-tuned: {section['accuracy']:.2%} after the last epoch (kept), best {section['best_accuracy']:.2%} "
+            f"in epoch {section['best_epoch']}; {bops(section['bops'])} BOPs"
+        )
+    out.say(f"next: lbs pack --run {args.run}")
+    out.finish(section)
+    return 0

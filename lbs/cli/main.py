@@ -1,0 +1,63 @@
+"""`lbs`: finds the sub-command, runs it, and turns errors into one clear line and an exit code.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "quickstart": "search, pack, verify and time a small network on real digits, in about two minutes",
+    "search": "find bits and filters of every layer within a budget",
+    "finetune": "train the searched network at its fixed bits",
+    "pack": "write the network of a run as bit-planes, and check the file",
+    "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
+    "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",
+    "bench": "time a packed network against torch in the same process",
+    "report": "write report.html and pictures of a run",
+    "doctor": "say what this machine lacks, why, and the command that mends it",
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's file is imported, so that help is quick."""
+    parser = argparse.ArgumentParser(prog="lbs", description="Search the bits and filters of a network, pack it, run it.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            importlib.import_module(f"lbs.cli.{name}").add_arguments(sub)
+            sub.add_argument("--json", action="store_true", help="print one JSON document; all else goes to stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        args = build_parser(chosen).parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed what was wrong, or the help
+        return int(stop.code or 0)
+    from lbs_kernels.errors import LbsError
+
+    try:
+        return int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+    except (LbsError, OSError) as error:
+        message = " ".join(str(error).split("\n"))
+        print(f"lbs {args.command}: {message}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": message, "kind": type(error).__name__}))
+        return 2
+    except KeyboardInterrupt:
+        print(f"lbs {args.command}: interrupted; a training command goes on with --resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from lbs.cli.console import Console
+from lbs.run_folder import RunFolder
+from lbs.search.phases import Session, file_digest
+from lbs_kernels.errors import BackendError, LbsError
+
+_UNSET = argparse.SUPPRESS  # an option that was not named is not in the namespace: config.py decides
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`2,4,8` -> (2, 4, 8)."""
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def decimals(text: str) -> tuple[float, ...]:
+    """`.5,.4` -> (0.5, 0.4)."""
+    return tuple(float(part) for part in text.split(",") if part.strip())
+
+
+def bit_operations(text: str) -> float:
+    """A share (`0.03`), a count (`650000000`), or a count with a unit (`650M`, `34.7G`).
+
+    >>> bit_operations("650M")
+    650000000.0
+    """
+    units = {"K": 1e3, "M": 1e6, "G": 1e9}
+    unit = units.get(text[-1:].upper())
+    value = float(text[:-1]) * unit if unit else float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no budget; give a share such as 0.03 or a count such as 650M")
+    return value
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """--threads and --device: may differ when a run goes on."""
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Options of every training command."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
+    parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
+    parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or an image folder")
+    parser.add_argument("--model", default=_UNSET, metavar="NAME", help="a name of lbs.models, or module:function")
+    parser.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
+    parser.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
+    parser.add_argument("--std", type=decimals, default=_UNSET, metavar="S,..", help="pixel deviation per channel")
+    parser.add_argument(
+        "--no-augment", dest="augment", action="store_false", default=_UNSET, help="no random crops and flips"
+    )
+    for name, kind, text in (
+        ("epochs", int, "epochs"),
+        ("batch-size", int, "images per step"),
+        ("lr", float, "learning rate of weights"),
+        ("weight-decay", float, "weight decay of weights"),
+        ("warmup", float, "epochs of linear rise"),
+        ("label-smoothing", float, "label smoothing"),
+        ("distill", float, "share of the loss against the float network's outputs, 0..1"),
+        ("seed", int, "seed of order, augmentation and initialisation"),
+        ("log-every", int, "steps between two rows of metrics"),
+        ("eval-every", int, "epochs between two measurements on the test images"),
+        ("calibration", int, "training images that set the ranges"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=_UNSET, metavar="N", help=text)
+    parser.add_argument(
+        "--schedule", choices=("cosine", "step", "constant"), default=_UNSET, help="curve of the learning rate"
+    )
+    parser.add_argument(
+        "--milestones", type=numbers, default=_UNSET, metavar="E,..", help="epochs at which `step` divides by 10"
+    )
+    parser.add_argument("--amp", choices=("off", "bf16"), default=_UNSET, help="bfloat16 autocast while training")
+    add_machine(parser)
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration fields the user named."""
+    own = {"command", "json", "run", "resume", "threads", "device"}
+    found = {key: value for key, value in vars(args).items() if key not in own}
+    for key in ("weights", "plan"):
+        if found.get(key):
+            found[f"{key}_digest"] = file_digest(found[key])
+    return found
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many threads. Raises LbsError below 1."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise LbsError(f"--threads {threads}; at least 1 is needed")
+    torch.set_num_threads(threads)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device named, or cuda where there is one. Raises BackendError where it is missing."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackendError(f"--device {name} is no device; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"--device {name}: torch sees no GPU here; use --device cpu, or ask lbs doctor")
+    return device
+
+
+def session(args: argparse.Namespace, out: Console) -> Session:
+    """Folder, device and console of a training command."""
+    set_threads(args.threads)
+    folder = RunFolder(args.run)
+    return Session(folder, device_of(args.device), args.resume, out.progress(), out.say)

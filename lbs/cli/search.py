@@ -1,0 +1,54 @@
+"""`lbs search`: float network -> plan.json and the searched network."""
+
+from __future__ import annotations
+
+import argparse
+
+from lbs.cli.console import bops, console
+from lbs.cli.options import add_training, asked, bit_operations, numbers, session
+from lbs.config import SearchRun, open_run
+from lbs.search.phases import run_search
+from lbs_kernels.errors import PlanError
+
+_UNSET = argparse.SUPPRESS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the search."""
+    add_training(parser)
+    parser.add_argument("--bops", type=bit_operations, default=_UNSET, help="budget: 0.03 (share), 650M, 34.7G")
+    parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
+    parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
+    parser.add_argument("--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together")
+    parser.add_argument("--max-pruning-ratio", type=float, default=_UNSET, metavar="R", help="largest share per layer")
+    parser.add_argument("--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters")
+    for name, text in (
+        ("gate-lr", "learning rate of bit thresholds"),
+        ("prune-lr", "learning rate of pruning thresholds"),
+        ("strength", "weight of the budget term at the start"),
+        ("gain", "growth of that weight per step above the target"),
+        ("float-lr", "learning rate of --float-epochs"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=_UNSET, metavar="X", help=text)
+    parser.add_argument(
+        "--float-epochs", type=int, default=_UNSET, metavar="N", help="train the float network first, without --weights"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, and print target and result."""
+    out = console(args)
+    current = session(args, out)
+    options = asked(args)
+    if not args.resume and "bops" not in options:
+        raise PlanError("--bops is missing; name a budget: a share such as 0.03, or a count such as 650M")
+    config = open_run(SearchRun, current.folder, options, args.resume)
+    current.folder.note_environment()
+    section = run_search(config, current)
+    out.say(
+        f"searched: {section['frozen_accuracy']:.2%} before fine-tuning, {bops(section['bops'])} BOPs of "
+        f"{bops(section['target_bops'])} allowed ({bops(section['full_precision_bops'])} in full precision)"
+    )
+    out.say(f"next: lbs finetune --run {args.run}")
+    out.finish(section)
+    return 0

@@ -1,0 +1,136 @@
+"""The network of a run: built by name, and rebuilt from the files of its folder."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lbs.data
+import lbs.models
+from lbs.config import RunConfig
+from lbs.plan import Plan
+from lbs.quant import QuantLayer
+from lbs.run_folder import RunFolder, read_json, write_json
+from lbs.search import checkpoint
+from lbs.search.freeze import freeze
+from lbs.search.prepare import SearchConfig, prepare
+from lbs_kernels.errors import CheckpointError, DataError, LbsError
+
+FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class NetworkCard:
+    """network.json: what is needed to rebuild the network of a run, and to feed it images."""
+
+    model: str
+    data: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    signed: tuple[str, ...] = ()  # layers whose input codes are signed
+
+    def example(self) -> Tensor:
+        """Zeros float32 [1, C, H, W]."""
+        return torch.zeros(1, *self.input_shape)
+
+    def write(self, folder: RunFolder) -> None:
+        """Save as network.json."""
+        write_json(folder.file("network.json"), self.__dict__)
+
+    @staticmethod
+    def read(folder: RunFolder) -> NetworkCard:
+        """Raises CheckpointError where the folder holds no run, or a damaged one."""
+        body = read_json(folder.file("network.json"))
+        try:
+            return NetworkCard(**{key: tuple(v) if isinstance(v, list) else v for key, v in body.items()})
+        except TypeError as error:
+            raise CheckpointError(f"{folder.file('network.json')} lacks or has odd fields: {error}") from error
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    """A float network by registry name, or by `module:function`, called with the number of classes.
+
+    Raises:
+        LbsError: an unknown name, or a function that gives no module.
+    """
+    if ":" not in name:
+        return lbs.models.create(name, num_classes)
+    module_name, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module beside the user, as with `python -m`
+    try:
+        made = getattr(importlib.import_module(module_name), function)(num_classes)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise LbsError(f"--model {name}: {error}; give module:function, called with the number of classes") from error
+    if not isinstance(made, nn.Module):
+        raise LbsError(f"--model {name} made a {type(made).__name__}; it must return a torch.nn.Module")
+    return made
+
+
+def prune_group(name: str) -> int:
+    """Filters pruned together unless the user says otherwise."""
+    return lbs.models.REGISTRY[name].prune_group if name in lbs.models.REGISTRY else 4
+
+
+def load_data(source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> lbs.data.ImageData:
+    """The image set, with other pixel statistics where they are given."""
+    data = lbs.data.load(source)
+    if bool(mean) != bool(std):
+        raise DataError(f"mean {mean} and std {std} must be given together, one value per channel each")
+    return replace(data, mean=mean, std=std) if mean else data
+
+
+def card_of(config: RunConfig, data: lbs.data.ImageData) -> NetworkCard:
+    """The card of a configuration's network for its image set."""
+    return NetworkCard(config.model, config.data, len(data.classes), data.image_shape, data.mean, data.std)
+
+
+def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:
+    """The card that also notes which inputs are signed, which calibration decides."""
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, QuantLayer)}
+    return replace(card, signed=tuple(name for name, m in layers.items() if m.quantizer.signed))
+
+
+def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
+    """Float network -> quantized network of fixed bits by `plan`; ranges are those of an uncalibrated layer."""
+    prunes = any(layer.kept is not None for layer in plan.layers)
+    network = freeze(prepare(model, card.example(), SearchConfig(pruning=prunes)), plan)
+    for name in card.signed:
+        quantizer: Any = network.get_submodule(name).quantizer
+        quantizer.signed = True
+    return network
+
+
+def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
+    """The quantized network of a run folder, fine-tuned if it was, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: no finished search in the folder, or weights that do not fit the plan.
+    """
+    card = NetworkCard.read(folder)
+    path = folder.file(FINAL) if folder.file(FINAL).exists() else folder.file(SEARCHED)
+    if not path.exists() or not folder.file("plan.json").exists():
+        raise CheckpointError(f"{folder.path} holds no searched network yet; run lbs search --run {folder.path} first")
+    network = apply_plan(build(card.model, card.num_classes), card, Plan.load(folder.file("plan.json")))
+    checkpoint.apply_weights(network, checkpoint.load_weights(path), path)
+    return network.eval(), card
+
+
+def images_of(card: NetworkCard) -> lbs.data.ImageData:
+    """The image set the network was made for, normalised as it expects."""
+    return load_data(card.data, card.mean, card.std)
+
+
+def weights_path(config_weights: str, folder: RunFolder) -> Path | None:
+    """Where the float weights of a run are: the file the user named, or the folder's own; None if neither."""
+    if config_weights:
+        return Path(config_weights)
+    return folder.file(FLOAT) if folder.file(FLOAT).exists() else None
