@@ -1,4 +1,4 @@
-"""The back ends a test compares with the reference: those that can run here; the others are skipped with their reason."""
+"""The back ends a test compares with the reference: those that can run here; others are skipped with their reason."""
 
 from __future__ import annotations
 

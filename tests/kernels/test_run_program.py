@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contenders import CONTENDERS, assert_same, filled_memory
+from programs import CASES, one_conv, preact_residual, random_inputs, random_program, share_unsaturated
+from torch import Tensor
+
+from lbs_kernels import run
+from lbs_kernels.errors import BackendError, FormatError, ShapeError
+from lbs_kernels.program import Program, blob_digest
+from lbs_kernels.run import clear_runners, program_text, run_program
+
+
+def compare(program: Program, blob: Tensor, batch: int, backend: str, device: str, seed: int = 5) -> None:
+    """Every tensor of the program and every output, against the reference on the CPU."""
+    images = random_inputs(program, batch, seed)
+    expected: dict[int, Tensor] = {}
+    outputs = run_program(program, blob, images, backend="reference", trace=expected)
+    assert share_unsaturated(program, expected) > 0.4
+    actual: dict[int, Tensor] = {}
+    moved = [x.to(device) for x in images]
+    with filled_memory():
+        traced = run_program(program, blob.to(device), moved, backend=backend, trace=actual)
+        plain = run_program(program, blob.to(device), moved, backend=backend)
+    assert sorted(actual) == sorted(expected) == list(range(len(program.tensors)))
+    for index, spec in enumerate(program.tensors):
+        assert_same(actual[index], expected[index], f"tensor {index} ({spec.form}, {spec.bits} bits)")
+    for index, (first, second, wanted) in enumerate(zip(traced, plain, outputs, strict=True)):
+        assert_same(first, wanted, f"traced output {index}")
+        assert_same(second, wanted, f"output {index}")
+        assert second.is_contiguous()
+
+
+@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_named_programs_equal_the_reference(case: str, batch: int, backend: str, device: str) -> None:
+    compare(*CASES[case](11), batch, backend, device)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs_equal_the_reference(seed: int, backend: str, device: str) -> None:
+    compare(*random_program(seed), 2, backend, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize("seed", range(100, 400))
+def test_many_random_programs_equal_the_reference(seed: int, backend: str, device: str) -> None:
+    compare(*random_program(seed), seed % 4 + 1, backend, device)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_do_not_change_the_result(threads: int) -> None:
+    program, blob = preact_residual(1)
+    images = random_inputs(program, 5, 0)
+    expected = run_program(program, blob, images, backend="reference")
+    for actual, wanted in zip(run_program(program, blob, images, threads=threads), expected, strict=True):
+        assert_same(actual, wanted, f"output of {threads} threads")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_empty_batch_gives_empty_outputs(backend: str) -> None:
+    program, blob = preact_residual(0)
+    trace: dict[int, Tensor] = {}
+    outputs = run_program(program, blob, random_inputs(program, 0, 0), backend=backend, trace=trace)
+    assert [tuple(y.shape) for y in outputs] == [(0, 32, 4, 4), (0, 7)]
+    assert sorted(trace) == list(range(len(program.tensors)))
+    assert {trace[i].shape[0] for i in trace} == {0}
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_layout_of_the_image_does_not_matter(backend: str) -> None:
+    program, blob = preact_residual(0)
+    (image,) = random_inputs(program, 2, 0)
+    expected = run_program(program, blob, [image], backend="reference")
+    wide = torch.zeros(2, 3, 8, 20)
+    wide[..., 3:11] = image
+    for other in (image.to(memory_format=torch.channels_last), wide[..., 3:11]):
+        for actual, wanted in zip(run_program(program, blob, [other], backend=backend), expected, strict=True):
+            assert_same(actual, wanted, "output")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_not_a_number_and_infinity_in_the_image(backend: str) -> None:
+    program, blob = one_conv(0, channels=3, filters=5, size=(4, 4), w_bits=4, a_bits=8, zero=100)
+    (image,) = random_inputs(program, 1, 0)
+    image[0, 0, 0, 0], image[0, 1, 1, 1], image[0, 2, 2, 2] = float("nan"), float("inf"), -float("inf")
+    trace: dict[int, Tensor] = {}
+    run_program(program, blob, [image], backend=backend, trace=trace)
+    codes = trace[1]
+    assert [int(codes[0, 0, 0, 0]), int(codes[0, 1, 1, 1]), int(codes[0, 2, 2, 2])] == [0, 255, 0]
+    expected: dict[int, Tensor] = {}
+    run_program(program, blob, [image], backend="reference", trace=expected)
+    assert_same(trace[2], expected[2], "stream")
+
+
+def test_outputs_are_fresh_memory() -> None:
+    program, blob = preact_residual(0)
+    images = random_inputs(program, 2, 0)
+    for backend in ("reference", "auto"):
+        trace: dict[int, Tensor] = {}
+        first = run_program(program, blob, images, backend=backend, trace=trace)
+        second = run_program(program, blob, images, backend=backend)
+        kept = [y.clone() for y in second]
+        for y in first:
+            y.zero_()
+        stream = trace[program.outputs[0]]
+        assert bool(stream.any())
+        for y, wanted in zip(second, kept, strict=True):
+            assert_same(y, wanted, "second output")
+
+
+BAD_INPUTS = {
+    "channels": (lambda x: [x[:, :2]], r"\[2, 2, 8, 8\]; the program was packed for \[N, 3, 8, 8\]"),
+    "size": (lambda x: [x[..., :7]], r"\[2, 3, 8, 7\]"),
+    "dimensions": (lambda x: [x[0]], r"\[3, 8, 8\]"),
+    "float64": (lambda x: [x.double()], r"torch\.float64; a packed region takes float32"),
+    "float16": (lambda x: [x.half()], r"torch\.float16"),
+    "device": (lambda x: [x.to("meta")], "lies on meta, the packed weights on cpu"),
+    "number": (lambda x: [x, x], "2 inputs; the program was packed for 1"),
+    "none": (lambda x: [], "0 inputs"),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_inputs_that_do_not_fit_are_refused(name: str, backend: str) -> None:
+    change, message = BAD_INPUTS[name]
+    program, blob = preact_residual(0)
+    (image,) = random_inputs(program, 2, 0)
+    with pytest.raises(ShapeError, match=message):
+        run_program(program, blob, change(image), backend=backend)
+
+
+def test_backends_that_cannot_run_are_named() -> None:
+    program, blob = preact_residual(0)
+    images = random_inputs(program, 1, 0)
+    with pytest.raises(BackendError, match="'gpu' does not exist; choose one of auto, cpu, triton, reference"):
+        run_program(program, blob, images, backend="gpu")
+    with pytest.raises(ShapeError, match="threads = 0"):
+        run_program(program, blob, images, threads=0)
+
+
+def test_the_blob_of_another_program_is_refused() -> None:
+    program, blob = preact_residual(0)
+    _, other = preact_residual(1)
+    images = random_inputs(program, 1, 0)
+    with pytest.raises(FormatError, match="damaged or belong to another network"):
+        run_program(program, other, images)
+    with pytest.raises(FormatError, match="truncated"):
+        run_program(program, blob[:-64].clone(), images)
+    with pytest.raises(FormatError, match="expected contiguous uint8"):
+        run_program(program, blob.view(torch.int32), images)
+
+
+def test_a_flipped_bit_in_the_blob_is_noticed_after_a_first_run() -> None:
+    program, blob = preact_residual(0)
+    images = random_inputs(program, 1, 0)
+    run_program(program, blob, images)
+    blob[7] ^= 4
+    with pytest.raises(FormatError, match="damaged"):
+        run_program(program, blob, images)
+
+
+def test_two_programs_of_equal_length_are_told_apart() -> None:
+    program, blob = one_conv(0, channels=3, filters=5, size=(4, 4), w_bits=4, a_bits=4)
+    step = program.steps[0]
+    halved = replace(step.emit.consumers[0], scale=step.emit.consumers[0].scale / 2)
+    other = replace(program, steps=(replace(step, emit=replace(step.emit, consumers=(halved,))), *program.steps[1:]))
+    images = random_inputs(program, 1, 0)
+    for candidate in (program, other, program):
+        wanted = run_program(candidate, blob, images, backend="reference")[0]
+        assert_same(run_program(candidate, blob, images)[0], wanted, "output")
+
+
+def test_a_program_is_parsed_and_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear_runners()
+    count = {"parsed": 0, "hashed": 0}
+    read, digest = run.read_program, run.blob_digest
+    monkeypatch.setattr(run, "read_program", lambda *a: count.update(parsed=count["parsed"] + 1) or read(*a))
+    monkeypatch.setattr(run, "blob_digest", lambda *a: count.update(hashed=count["hashed"] + 1) or digest(*a))
+    program, blob = preact_residual(0)
+    text = program_text(program)
+    images = random_inputs(program, 1, 0)
+    for _ in range(3):
+        run_program(program, blob, images)
+        run_program(text[:1] + text[1:], blob, images)
+        torch.ops.lbs_kernels.run_program(images, blob, text)
+    assert count == {"parsed": 1, "hashed": 1}
+
+
+def test_the_cache_is_bounded() -> None:
+    clear_runners()
+    for seed in range(run.MAX_RUNNERS + 5):
+        program, blob = CASES["one_pixel"](seed)
+        run_program(program, blob, random_inputs(program, 1, 0), backend="reference")
+    assert len(run._runners) == run.MAX_RUNNERS
+    clear_runners()
+
+
+def test_inference_mode_blob() -> None:
+    with torch.inference_mode():
+        program, blob = preact_residual(0)
+        images = random_inputs(program, 1, 0)
+        expected = run_program(program, blob, images, backend="reference")
+        assert_same(run_program(program, blob, images)[1], expected[1], "output")
+
+
+class Region(torch.nn.Module):
+    """What a packed model does: one region between ordinary float operations."""
+
+    def __init__(self, program: Program, blob: Tensor) -> None:
+        super().__init__()
+        self.text = program.to_json()
+        self.register_buffer("blob", blob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features, logits = torch.ops.lbs_kernels.run_program([x * 0.5], self.blob, self.text)
+        return logits + features.mean(dim=(1, 2, 3))[:, None]
+
+
+@pytest.fixture
+def region() -> Region:
+    return Region(*preact_residual(0))
+
+
+def test_op_is_well_formed(region: Region) -> None:
+    program, blob = preact_residual(0)
+    arguments = (random_inputs(program, 2, 0), blob, program.to_json())
+    torch.library.opcheck(torch.ops.lbs_kernels.run_program.default, arguments, raise_exception=True)
+
+
+def test_op_under_compile_with_any_batch(region: Region) -> None:
+    compiled = torch.compile(region, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 5, 3):
+        x = torch.randn(batch, 3, 8, 8)
+        assert_same(compiled(x), region(x), "compiled output")
+
+
+@pytest.mark.slow
+def test_op_under_inductor(region: Region) -> None:
+    compiled = torch.compile(region, fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(compiled(x), region(x), rtol=1e-6)
+
+
+def test_op_under_export_with_any_batch(region: Region) -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(region, (torch.randn(2, 3, 8, 8),), dynamic_shapes={"x": {0: batch}})
+    assert "lbs_kernels.run_program" in exported.graph_module.code
+    for size in (1, 7):
+        x = torch.randn(size, 3, 8, 8)
+        assert_same(exported.module()(x), region(x), "exported output")
+
+
+def test_fake_refuses_what_the_real_op_refuses(region: Region) -> None:
+    with pytest.raises(ShapeError, match=r"packed for float32 \[N, 3, 8, 8\]"):
+        region.to("meta")(torch.randn(2, 3, 8, 9, device="meta"))
+    with pytest.raises(ShapeError):
+        region(torch.randn(2, 4, 8, 8, device="meta"))
+
+
+def test_digest_is_that_of_the_bytes() -> None:
+    program, blob = preact_residual(0)
+    assert program.digest == blob_digest(blob.clone())
