@@ -24,6 +24,7 @@ class RunConfig:
     """What every training command has. Accuracies and metrics depend on nothing else but machine and versions."""
 
     command: ClassVar[str] = ""
+    phases: ClassVar[tuple[str, ...]] = ()  # whose checkpoints are this command's
 
     data: str = ""
     model: str = ""
@@ -62,6 +63,7 @@ class SearchRun(RunConfig):
     """`lbs search`."""
 
     command: ClassVar[str] = "search"
+    phases: ClassVar[tuple[str, ...]] = ("float", "search")
 
     bops: float = 0.0  # at most 1: a share of full precision; above: bit operations of one image
     bits: tuple[int, ...] = (2, 4, 8)
@@ -73,6 +75,7 @@ class SearchRun(RunConfig):
     prune_lr: float = 0.05
     strength: float = 1.0  # of the budget term, at the start
     gain: float = 0.01
+    stop_when_met: bool = True  # the gates stand still from there on, and fine-tuning follows
     float_epochs: int = 0  # train the float network first, where there are no weights
     float_lr: float = 0.1
 
@@ -82,6 +85,7 @@ class FinetuneRun(RunConfig):
     """`lbs finetune`."""
 
     command: ClassVar[str] = "finetune"
+    phases: ClassVar[tuple[str, ...]] = ("finetune",)
 
     lr: float = 0.01
     plan: str = ""  # file of a plan; "": the run folder's own
@@ -146,7 +150,7 @@ def open_run(kind: type[C], folder: RunFolder, asked: dict[str, Any], resume: bo
         saved = from_dict(kind, section, f"{path}, section {kind.command}")
         refuse_changes(saved, asked, str(path))
         return saved
-    if section is not None:
+    if any(folder.checkpoint(phase).exists() for phase in kind.phases):
         raise TrainingError(
             f"{folder.path} already holds a {kind.command}; go on with --resume, or name a new folder with --run"
         )

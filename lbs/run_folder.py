@@ -1,10 +1,10 @@
 """RunFolder: where a run keeps its files, each written so that a kill or a full disk never damages what was there.
 
-    config.json          what was asked for, one section per phase      metrics.jsonl   one row per log line and epoch
-    environment.json     versions and machine of the last command       results.json    one section per command
-    checkpoints/         where each phase can go on                     plan.json       bits and kept filters
-    float.safetensors    searched.safetensors    model.safetensors      weights after each phase
-    *.lbs.safetensors    the packed network      report.html, *.png     the report
+config.json          what was asked for, one section per phase      metrics.jsonl   one row per log line and epoch
+environment.json     versions and machine of the last command       results.json    one section per command
+checkpoints/         where each phase can go on                     plan.json       bits and kept filters
+float.safetensors    searched.safetensors    model.safetensors      weights after each phase
+*.lbs.safetensors    the packed network      report.html, *.png     the report
 """
 
 from __future__ import annotations
@@ -108,20 +108,15 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line to metrics.jsonl. Values that are not finite become null."""
         self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(_finite(row), separators=(",", ":"))
         with self.file("metrics.jsonl").open("a") as file:
-            file.write(line + "\n")
+            file.write(_line(row))
 
-    def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl now."""
+    def keep_metrics(self, phase: str, steps: int) -> None:
+        """Forget the rows of `phase` beyond the checkpoint it goes on from, so that none comes twice."""
         path = self.file("metrics.jsonl")
-        return path.stat().st_size if path.exists() else 0
-
-    def cut_metrics(self, size: int) -> None:
-        """Forget the rows written after the checkpoint that noted `size`, so that none comes twice."""
-        path = self.file("metrics.jsonl")
-        if path.exists() and path.stat().st_size > size:
-            os.truncate(path, size)
+        if path.exists():
+            kept = [row for row in self.metrics() if row.get("phase") != phase or row["step"] <= steps]
+            write_bytes(path, "".join(_line(row) for row in kept).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows; a last line cut short by a kill is left out."""
@@ -138,6 +133,10 @@ class RunFolder:
                     break
                 raise CheckpointError(f"{path}, line {number} is not JSON: {error}; delete that line") from error
         return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), separators=(",", ":")) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def console(args: argparse.Namespace) -> Console:
 
 
 def _numeric(cell: str) -> bool:
-    return cell.strip("-+x%., MGKBusmi/") .isdigit() or not cell.strip("-") or cell.replace(".", "").isdigit()
+    return bool(re.fullmatch(r"[-+]?(\d[\d.,]*)?\s?(%|x|k?B|MB|M|G|us|ms|s)?", cell))
 
 
 class LineProgress:

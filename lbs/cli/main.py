@@ -26,7 +26,9 @@ COMMANDS = {
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser; only the chosen command's file is imported, so that help is quick."""
-    parser = argparse.ArgumentParser(prog="lbs", description="Search the bits and filters of a network, pack it, run it.")
+    parser = argparse.ArgumentParser(
+        prog="lbs", description="Search the bits and filters of a network, pack it, run it."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=float, default=_UNSET, metavar="X", help=text)
     parser.add_argument(
+        "--all-epochs",
+        dest="stop_when_met",
+        action="store_false",
+        default=_UNSET,
+        help="train on with held gates when the budget is met",
+    )
+    parser.add_argument(
         "--float-epochs", type=int, default=_UNSET, metavar="N", help="train the float network first, without --weights"
     )
 

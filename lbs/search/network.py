@@ -50,7 +50,8 @@ class NetworkCard:
         """Raises CheckpointError where the folder holds no run, or a damaged one."""
         body = read_json(folder.file("network.json"))
         try:
-            return NetworkCard(**{key: tuple(v) if isinstance(v, list) else v for key, v in body.items()})
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
+            return NetworkCard(**values)
         except TypeError as error:
             raise CheckpointError(f"{folder.file('network.json')} lacks or has odd fields: {error}") from error
 

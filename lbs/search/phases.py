@@ -84,6 +84,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         folder=session.folder,
         progress=session.progress,
         observe=lambda: _gate_row(searched, budget),
+        stop=(lambda: budget.frozen) if config.stop_when_met else None,
     )
     result = trainer.fit(session.resume and session.folder.checkpoint("search").exists())
     outcome = budget.finish()
@@ -183,9 +184,7 @@ def _float_network(config: SearchRun, data: lbs.data.ImageData, card: NetworkCar
     return model
 
 
-def _train_float(
-    model: nn.Module, config: SearchRun, data: lbs.data.ImageData, session: Session
-) -> dict[str, Any]:
+def _train_float(model: nn.Module, config: SearchRun, data: lbs.data.ImageData, session: Session) -> dict[str, Any]:
     recipe = Recipe(config.float_epochs, config.float_lr, weight_decay=5e-4, warmup=1.0, amp=config.amp)
     trainer = Trainer(
         model,

@@ -90,6 +90,7 @@ class Trainer:
         budget: added to the loss, stepped after each optimizer step. teacher: float model to distil from.
         folder: where metrics and checkpoints go; without it nothing is written. observe: returns what a log row of
             the search shows besides the loss (bops, lambda, gates); called only when a row is written.
+        stop: asked after each step whether the phase has reached its goal; it must not wait for the device.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Trainer:
         folder: RunFolder | None = None,
         progress: Progress | None = None,
         observe: Callable[[], dict[str, Any]] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         if recipe.distill and teacher is None:
             raise TrainingError(f"distill={recipe.distill} needs a teacher; give the float model, or distill=0")
@@ -113,13 +115,14 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.train, self.test, self.recipe, self.phase = train, test, recipe, phase
         self.budget, self.folder, self.progress = budget, folder, progress
-        self.observe = observe
+        self.observe, self.stop = observe, stop
         self.teacher = teacher.to(self.device).eval() if recipe.distill and teacher is not None else None
         self.optimizer = torch.optim.SGD(
             groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
         )
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.epoch = self.step = 0
+        self.finished = False
         self.best: tuple[float, int] | None = None
         self.accuracy: float | None = None
         self.loss = float("nan")
@@ -127,7 +130,7 @@ class Trainer:
         self._images = torch.zeros(())  # the latest batch, to look for the layer that broke
         # Sums on the device: window loss, window task loss, window correct, epoch loss, epoch correct.
         self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        self._seen = [0, 0, 0]  # window steps, window images, epoch images
+        self._seen = [0, 0, 0, 0]  # window steps, window images, epoch steps, epoch images
 
     def fit(self, resume: bool = False) -> TrainResult:
         """Train to the end of the recipe.
@@ -138,17 +141,22 @@ class Trainer:
         """
         if resume:
             self.load()
+        elif self.folder:
+            self.folder.keep_metrics(self.phase, 0)
         started = time.monotonic() - self._seconds
         saved = time.monotonic()
         if self.progress:
             self.progress.begin(self.phase, self.recipe.epochs * len(self.train), self.step)
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.recipe.epochs and not self.finished:
             self.model.train()
             for images, labels in self.train:
                 self._train_step(images, labels)
                 if self.progress:
                     self.progress.advance(1)
                 self._seconds = time.monotonic() - started
+                self.finished = self.stop is not None and self.stop()
+                if self.finished:
+                    break
                 at_end = self.step % len(self.train) == 0
                 if not at_end and time.monotonic() - saved >= self.recipe.checkpoint_seconds:
                     self.save()
@@ -186,7 +194,7 @@ class Trainer:
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self._sums += torch.stack([loss.double(), task.double(), correct.double(), loss.double(), correct.double()])
-        self._seen = [self._seen[0] + 1, self._seen[1] + len(labels), self._seen[2] + len(labels)]
+        self._seen = [old + new for old, new in zip(self._seen, (1, len(labels), 1, len(labels)), strict=True)]
         if log:
             self._write_step()
 
@@ -211,7 +219,7 @@ class Trainer:
 
     def _write_step(self) -> None:
         sums = self._sums.tolist()
-        steps, images, _ = self._seen
+        steps, images = self._seen[:2]
         row: dict[str, Any] = {
             "phase": self.phase,
             "kind": "step",
@@ -229,12 +237,12 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         sums = self._sums.tolist()
-        steps, images = len(self.train), self._seen[2]
+        steps, images = self._seen[2:]
         self.loss = sums[3] / steps
         if not self.loss < float("inf") or not finite_weights(self.model):
             self._stop()
         self.epoch += 1
-        last = self.epoch == self.recipe.epochs
+        last = self.finished or self.epoch == self.recipe.epochs
         measured = self.test is not None and (last or self.epoch % self.recipe.eval_every == 0)
         if measured and self.test is not None:
             self.accuracy = evaluate(self.model, self.test)
@@ -255,7 +263,7 @@ class Trainer:
         }
         self._record(row)
         self._sums[3:] = 0
-        self._seen[2] = 0
+        self._seen[2:] = [0, 0]
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.observe is not None:
@@ -281,6 +289,7 @@ class Trainer:
             "phase": self.phase,
             "epoch": self.epoch,
             "step": self.step,
+            "finished": self.finished,
             "seen": self._seen,
             "best": self.best,
             "accuracy": self.accuracy,
@@ -288,7 +297,6 @@ class Trainer:
             "seconds": self._seconds,
             "loader": self.train.state_dict(),
             "budget": self.budget.state_dict() if self.budget is not None else None,
-            "metrics_bytes": self.folder.metrics_size(),
         }
         checkpoint.save(self.folder.checkpoint(self.phase), tensors, state)
 
@@ -306,12 +314,13 @@ class Trainer:
         if self.budget is not None:
             with torch.no_grad():
                 self.budget.load_state_dict(state["budget"])
-        self.epoch, self.step, self._seen = state["epoch"], state["step"], list(state["seen"])
+        self.epoch, self.step, self.finished = state["epoch"], state["step"], state["finished"]
+        self._seen = list(state["seen"])
         self.best = (state["best"][0], state["best"][1]) if state["best"] else None
         self.accuracy, self._seconds = state["accuracy"], state["seconds"]
         self.loss = float("nan") if state["loss"] is None else state["loss"]
         self._sums.copy_(tensors["sums"])
-        self.folder.cut_metrics(state["metrics_bytes"])
+        self.folder.keep_metrics(self.phase, self.step)
         checkpoint.restore_random(_below("random", tensors))
 
 

@@ -114,6 +114,19 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, kill: int) 
     assert [row["step"] for row in rows(whole) if row["kind"] == "step"] == list(range(2, 19, 2))
 
 
+def test_a_phase_that_reached_its_goal_stops_there(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    trainer = make(folder, "search")
+    assert isinstance(trainer.budget, Budget)
+    trainer.stop = lambda: trainer.budget.frozen  # type: ignore[union-attr]
+    result = trainer.fit()
+    assert trainer.budget.frozen
+    assert result.steps == trainer.budget.steps < 18
+    assert result.accuracy is not None
+    again = make(folder, "search").fit(resume=True)
+    assert (again.steps, again.loss, again.accuracy) == (result.steps, result.loss, result.accuracy)
+
+
 def test_training_learns_and_evaluates_every_image(tmp_path: Path) -> None:
     trainer = make(RunFolder(tmp_path), "float", epochs=12)
     before = evaluate(trainer.model, lbs.data.eval_loader(DATA, 7))
@@ -121,9 +134,7 @@ def test_training_learns_and_evaluates_every_image(tmp_path: Path) -> None:
     assert result.accuracy is not None
     assert result.accuracy > before + 0.2
     trainer.model.eval()
-    hits = sum(
-        int(trainer.model(x).argmax(1).eq(y).sum()) for x, y in lbs.data.eval_loader(DATA, 1)
-    )
+    hits = sum(int(trainer.model(x).argmax(1).eq(y).sum()) for x, y in lbs.data.eval_loader(DATA, 1))
     assert evaluate(trainer.model, lbs.data.eval_loader(DATA, 7)) == hits / len(DATA.test_y)
     best = checkpoint.load_weights(RunFolder(tmp_path).best("float"))
     assert best.keys() == trainer.model.state_dict().keys()
