@@ -25,8 +25,8 @@ class ElementwiseConfig:
 def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:
     """Why `config` cannot run `problem`, or None. The one place where the rule is stated.
 
-    Blocks are powers of two; a tile holds whole words of 32 channels, or all channels there are, and at most 64 elements
-    per thread.
+    Blocks are powers of two; a tile holds whole words of 32 channels, or all channels there are, and at most 64
+    elements per thread.
     """
     if any(size < 1 or size & (size - 1) for size in (config.block_m, config.block_c, config.warps)):
         return f"{config}: blocks and warps are powers of two"

@@ -1,4 +1,4 @@
-"""Launch configuration of the implicit GEMM that serves bitconv2d and bitlinear, and when it is legal. Needs no Triton."""
+"""Launch configuration of the implicit GEMM of bitconv2d and bitlinear, and when it is legal. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lbs_kernels.format import WORD, words
 from lbs_kernels.problem import Problem
 
 REGISTERS = 128  # of a thread's 255: what the accumulator tile may take, beside operands and addresses
+OPERAND = 64  # elements of one operand a thread unpacks per step; with 128, ptxas spills at 8-bit weights
 SHARED_BYTES = 96 * 1024  # of the 99 KiB one block may use on sm_86, sm_89 and sm_120; sm_80 and sm_90 have more
 
 
@@ -34,7 +35,7 @@ def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
 
     - blocks are powers of two, pixels and filters at least 16 (a tensor-core fragment);
     - a tile of filters holds whole words of 32 channels, or all filters there are: planes are written word by word;
-    - the accumulator leaves registers for the rest, and both operands of every stage fit shared memory;
+    - accumulator and unpacked operands fit the registers, and both operands of every stage fit shared memory;
     - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each.
     """
     sizes = (config.block_m, config.block_o, config.block_words, config.warps)
@@ -51,6 +52,9 @@ def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
         return f"{config}: {config.warps} warps for a tile of {config.block_m} x {config.block_o}, some would idle"
     if tile > REGISTERS * 32 * config.warps:
         return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {REGISTERS} leave room"
+    operand = WORD * config.block_words * max(config.block_m, config.block_o)
+    if operand > OPERAND * 32 * config.warps:
+        return f"{config}: {operand // (32 * config.warps)} operand elements per thread; at most {OPERAND} do not spill"
     shared = config.stages * WORD * config.block_words * (config.block_m + config.block_o)
     if shared > SHARED_BYTES:
         return f"{config}: operands take {shared} bytes of shared memory; at most {SHARED_BYTES}"

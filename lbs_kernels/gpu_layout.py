@@ -46,8 +46,8 @@ def storage(spec: TensorSpec, stream_dtype: str, batch: int) -> tuple[torch.dtyp
     shape: tuple[int, ...] = (batch, spec.height, spec.width)
     if batch * spec.height * spec.width * pixel_elements(spec) > MAX_INDEX:
         raise ShapeError(
-            f"{spec.name} has {batch} x {spec.height} x {spec.width} pixels of {pixel_elements(spec)} elements; the GPU "
-            f"kernels count to {MAX_INDEX}, split the batch"
+            f"{spec.name} has {batch} x {spec.height} x {spec.width} pixels of {pixel_elements(spec)} elements; "
+            f"the GPU kernels count to {MAX_INDEX}, split the batch"
         )
     if spec.form != "codes":
         return STREAM_DTYPES[stream_dtype], (*shape, spec.channels)
@@ -86,7 +86,7 @@ class Slot:
 
 
 def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
-    """First and last step (inclusive) at which each tensor must keep its values; inputs are the caller's, outputs stay."""
+    """First and last step (inclusive) at which each tensor must keep its values; outputs stay to the end."""
     spans: dict[int, tuple[int, int]] = {}
     for at, step in enumerate(program.steps):
         emit = step.emit
@@ -101,7 +101,7 @@ def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
 
 
 def plan_arena(program: Program, batch: int) -> tuple[dict[int, Slot], int]:
-    """Offsets for every tensor that steps write, and the arena's size: two tensors overlap only if never alive together.
+    """Offsets for every tensor that steps write, and the arena's size. Tensors overlap only if never alive together.
 
     First fit in order of writing: networks are chains, and the gap a dead tensor leaves suits a later one.
     """

@@ -1,7 +1,7 @@
 """Exact float steps, streams and bit-planes for the Triton kernels.
 
-Exactness. Every kernel is launched with `LAUNCH_OPTIONS`, which forbids the compiler to contract a multiplication and an
-addition into one rounding; where the epilogue asks for a fused multiply-add, `fma` says so. The interpreter of Triton
+Exactness. Every kernel is launched with `LAUNCH_OPTIONS`, which forbids the compiler to contract a multiplication and
+an addition into one rounding; where the epilogue asks for a fused multiply-add, `fma` says so. Triton's interpreter
 rounds `tl.fma` twice and lets NaN win a maximum, so those have a second form, chosen when this file is imported.
 """
 
@@ -45,21 +45,13 @@ def fma(a, b, c):
 @triton.jit
 def at_least(x, low):
     """IEEE maxNum: a NaN becomes `low`."""
-    if INTERPRETED:
-        result = tl.where(x >= low, x, low)
-    else:
-        result = tl.maximum(x, low)
-    return result
+    return tl.where(x >= low, x, low) if INTERPRETED else tl.maximum(x, low)
 
 
 @triton.jit
 def at_most(x, high):
     """IEEE minNum: a NaN becomes `high`."""
-    if INTERPRETED:
-        result = tl.where(x <= high, x, high)
-    else:
-        result = tl.minimum(x, high)
-    return result
+    return tl.where(x <= high, x, high) if INTERPRETED else tl.minimum(x, high)
 
 
 @triton.jit

@@ -76,10 +76,7 @@ def load_weights(w_ptr, filter_index, tap, first_word, shape, META: tl.constexpr
     pointer = w_ptr + (filter_index[:, None] * TAPS + tap) * words + word[None, :]
     mask = (filter_index < shape.filters)[:, None] & (word < words)[None, :]
     codes = unpack_planes(pointer, shape.filters * TAPS * words, mask, META.w_bits)
-    if META.w_bits == 8:
-        w = codes - 128
-    else:
-        w = 2 * codes - LEVELS
+    w = codes - 128 if META.w_bits == 8 else 2 * codes - LEVELS
     if META.tail:
         # x holds nothing in particular beyond the last channel; a weight of 0 makes it harmless.
         channel = first_word * 32 + tl.arange(0, 32 * BLOCK_WORDS)
@@ -115,6 +112,8 @@ def load_activations(
 @triton.jit
 def accumulate(x_ptr, w_ptr, offset_ptr, row, row_mask, column, shape, META: tl.constexpr, CONFIG: tl.constexpr):
     """The accumulator int32 [BLOCK_M, BLOCK_O] of pixels `row` and filters `column`."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_O: tl.constexpr = CONFIG.block_o
     BLOCK_K: tl.constexpr = 32 * CONFIG.block_words
     pixels = shape.out_height * shape.out_width
     image = row // pixels
@@ -125,11 +124,11 @@ def accumulate(x_ptr, w_ptr, offset_ptr, row, row_mask, column, shape, META: tl.
     first_x = out_x * shape.stride_w - shape.pad_w
     word_blocks = (shape.channels + BLOCK_K - 1) // BLOCK_K
     if CONFIG.weights_first:
-        acc = tl.zeros([CONFIG.block_o, CONFIG.block_m], dtype=tl.int32)
+        acc = tl.zeros([BLOCK_O, BLOCK_M], dtype=tl.int32)
     else:
-        acc = tl.zeros([CONFIG.block_m, CONFIG.block_o], dtype=tl.int32)
-    x_sum = tl.zeros([CONFIG.block_m], dtype=tl.int32)
-    # One flat loop over taps and word blocks: the compiler pipelines innermost loops only, and few layers have many of both.
+        acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.int32)
+    x_sum = tl.zeros([BLOCK_M], dtype=tl.int32)
+    # One flat loop over taps and word blocks: the compiler pipelines innermost loops only, and those would be short.
     for step in range(0, META.kernel[0] * META.kernel[1] * word_blocks):
         tap = step // word_blocks
         first_word = (step % word_blocks) * CONFIG.block_words

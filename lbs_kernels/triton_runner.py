@@ -18,7 +18,7 @@ from lbs_kernels.gpu_layout import arena_view, plan_arena, to_logical
 from lbs_kernels.pool import triton_impl as pool
 from lbs_kernels.pool import tuning as pool_tuning
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, LinearStep, Program, QuantPackStep, Step
+from lbs_kernels.program import ConvStep, LinearStep, Program, Step
 from lbs_kernels.quantpack import triton_impl as quantpack
 from lbs_kernels.quantpack import tuning as quantpack_tuning
 from lbs_kernels.triton_common import INTERPRETED, Launch, device_guard
@@ -69,8 +69,8 @@ class TritonRunner:
         self.configs = dict(configs or {})
         if self.device.type != "cuda" and not INTERPRETED.value:
             raise BackendError(
-                f"triton cannot run on {self.device}: kernels need a CUDA device; move the tensors to one, take another "
-                "back end, or set TRITON_INTERPRET=1 before Triton is imported to test without a GPU"
+                f"triton cannot run on {self.device}: kernels need a CUDA device; move the tensors to one, take "
+                "another back end, or set TRITON_INTERPRET=1 before Triton is imported to test without a GPU"
             )
         self.arrays = {key: program.array(blob, key).to(self.device) for key in program.arrays}
         self._weights: dict[str, GemmWeights] = {}

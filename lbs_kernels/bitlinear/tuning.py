@@ -1,4 +1,4 @@
-"""Launch configurations of bitlinear on a GPU: it runs the shared implicit GEMM, whose rules are stated in gemm_config.py."""
+"""Launch configurations of bitlinear on a GPU: those of the shared implicit GEMM (gemm_config.py)."""
 
 from __future__ import annotations
 

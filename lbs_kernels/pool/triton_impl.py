@@ -59,16 +59,18 @@ def max_codes_kernel(
     x_ptr, out_ptr, shape, BITS: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Maximum of codes: planes [.., BITS, CW], or bytes for 8 bits, whose bias does not change their order."""
-    BLOCK_WORDS: tl.constexpr = (CONFIG.block_c + 31) // 32
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    BLOCK_WORDS: tl.constexpr = (BLOCK_C + 31) // 32
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
     row_mask = row < shape.rows
     words = (shape.channels + 31) // 32
     word = first // 32 + tl.arange(0, BLOCK_WORDS)
     channel = first + tl.arange(0, CONFIG.block_c)
     if BITS == 8:
-        best = tl.full([CONFIG.block_m, CONFIG.block_c], -128, dtype=tl.int32)
+        best = tl.full([BLOCK_M, BLOCK_C], -128, dtype=tl.int32)
     else:
-        best = tl.zeros([CONFIG.block_m, BLOCK_WORDS * 32], dtype=tl.int32)
+        best = tl.zeros([BLOCK_M, BLOCK_WORDS * 32], dtype=tl.int32)
     for tap in range(KERNEL_H * KERNEL_W):
         pixel, inside = window_pixel(row, row_mask, tap // KERNEL_W, tap % KERNEL_W, shape)
         start = x_ptr + pixel[:, None] * shape.pitch
@@ -91,10 +93,12 @@ def max_stream_kernel(
     x_ptr, target, shape, EMIT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Maximum of a stream, emitted; a NaN in the window wins, as in torch."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
     row_mask = row < shape.rows
-    channel = first + tl.arange(0, CONFIG.block_c)
-    best = tl.full([CONFIG.block_m, CONFIG.block_c], float("-inf"), dtype=tl.float32)
+    channel = first + tl.arange(0, BLOCK_C)
+    best = tl.full([BLOCK_M, BLOCK_C], float("-inf"), dtype=tl.float32)
     for tap in range(KERNEL_H * KERNEL_W):
         pixel, inside = window_pixel(row, row_mask, tap // KERNEL_W, tap % KERNEL_W, shape)
         mask = inside[:, None] & (channel < shape.channels)[None, :]
