@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lbs.report.units import bops
+
 _PLAIN_SECONDS = 15.0
 
 
@@ -114,21 +116,3 @@ def describe(row: dict[str, Any]) -> str:
     if row.get("bops"):
         parts.append(f"{bops(row['bops'])} BOPs{' (met, held)' if row.get('frozen') else ''}")
     return ", ".join(parts)
-
-
-def bops(value: float) -> str:
-    """Bit operations in the unit papers use.
-
-    >>> bops(630_600_000), bops(34.7e9)
-    ('630.6M', '34.70G')
-    """
-    return f"{value / 1e9:.2f}G" if value >= 1e10 else f"{value / 1e6:.1f}M"
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(123_456), size(3_500_000)
-    ('123.5 kB', '3.50 MB')
-    """
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

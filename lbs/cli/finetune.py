@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lbs.cli.console import bops, console
+from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, numbers, session
 from lbs.config import FinetuneRun, open_run
+from lbs.report.units import bops
 from lbs.search.phases import run_finetune
 from lbs_kernels.errors import PlanError
 

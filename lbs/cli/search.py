@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lbs.cli.console import bops, console
+from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, bit_operations, numbers, session
 from lbs.config import SearchRun, open_run
+from lbs.report.units import bops
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
 

@@ -128,8 +128,8 @@ class Trainer:
         self.loss = float("nan")
         self._seconds = 0.0
         self._images = torch.zeros(())  # the latest batch, to look for the layer that broke
-        # Sums on the device: window loss, window task loss, window correct, epoch loss, epoch correct.
-        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        # Sums on the device since the last row (row 0) and since the epoch began (row 1): loss, task loss, correct.
+        self._sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
         self._seen = [0, 0, 0, 0]  # window steps, window images, epoch steps, epoch images
 
     def fit(self, resume: bool = False) -> TrainResult:
@@ -193,7 +193,7 @@ class Trainer:
         self.step += 1
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-            self._sums += torch.stack([loss.double(), task.double(), correct.double(), loss.double(), correct.double()])
+            self._sums += torch.stack([loss.double(), task.double(), correct.double()])
         self._seen = [old + new for old, new in zip(self._seen, (1, len(labels), 1, len(labels)), strict=True)]
         if log:
             self._write_step()
@@ -218,7 +218,7 @@ class Trainer:
         )
 
     def _write_step(self) -> None:
-        sums = self._sums.tolist()
+        sums = self._sums[0].tolist()
         steps, images = self._seen[:2]
         row: dict[str, Any] = {
             "phase": self.phase,
@@ -232,13 +232,13 @@ class Trainer:
             "seconds": round(self._seconds, 3),
         }
         self._record(row)
-        self._sums[:3] = 0
+        self._sums[0] = 0
         self._seen[:2] = [0, 0]
 
     def _end_epoch(self) -> None:
-        sums = self._sums.tolist()
+        sums = self._sums[1].tolist()
         steps, images = self._seen[2:]
-        self.loss = sums[3] / steps
+        self.loss = sums[0] / steps
         if not self.loss < float("inf") or not finite_weights(self.model):
             self._stop()
         self.epoch += 1
@@ -256,13 +256,14 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "loss": self.loss,
-            "train_accuracy": sums[4] / images,
+            "task_loss": sums[1] / steps,
+            "train_accuracy": sums[2] / images,
             "test_accuracy": self.accuracy if measured else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(self._seconds, 3),
         }
         self._record(row)
-        self._sums[3:] = 0
+        self._sums[1] = 0
         self._seen[2:] = [0, 0]
 
     def _record(self, row: dict[str, Any]) -> None:

@@ -1,0 +1,100 @@
+"""Record: everything a run folder holds, each part possibly missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbs.cost import bops, float_weight_bytes, full_precision, weight_bytes
+from lbs.plan import LayerPlan, Plan
+from lbs.run_folder import RunFolder, read_json
+from lbs_kernels.errors import CheckpointError
+
+PHASES = ("float", "search", "finetune")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of the plan, with what it cost before and costs now."""
+
+    layer: LayerPlan
+    inputs: int  # input channels that live
+    full_bops: int  # 32 x 32 bits, nothing pruned
+    bops: int
+    full_bytes: int  # float32 weights, nothing pruned
+    bytes: int  # planes, multiplier and bias
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a run. Sections of results.json, rows of metrics.jsonl by phase, layers of the plan."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    layers: tuple[LayerRow, ...] = ()
+
+    def epochs(self, phase: str) -> list[dict[str, Any]]:
+        """Rows written at the end of each epoch."""
+        return [row for row in self.metrics.get(phase, []) if row.get("kind") == "epoch"]
+
+    def gates(self) -> list[dict[str, Any]]:
+        """Rows of the search that show gates, in step order."""
+        return [row for row in self.metrics.get("search", []) if row.get("gates")]
+
+    def value(self, section: str, key: str) -> Any:
+        """A value of results.json, or None."""
+        return self.results.get(section, {}).get(key)
+
+    def bench_rows(self) -> list[dict[str, Any]]:
+        """Rows of the benchmark."""
+        return list(self.results.get("bench", {}).get("rows", []))
+
+
+def read(path: str | Path) -> Record:
+    """Read a run folder.
+
+    Raises:
+        CheckpointError: there is no such folder, it holds nothing of a run, or a file is damaged.
+    """
+    folder = RunFolder(path)
+    if not folder.path.is_dir():
+        raise CheckpointError(f"no run folder {folder.path}; lbs search, finetune or quickstart make one")
+    parts = {name: _optional(folder.file(f"{name}.json")) for name in ("config", "environment", "results", "network")}
+    rows = folder.metrics()
+    plan = Plan.load(folder.file("plan.json")) if folder.file("plan.json").exists() else None
+    if not rows and plan is None and not parts["results"]:
+        raise CheckpointError(f"{folder.path} holds no metrics, no plan and no results; there is nothing to report")
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        metrics.setdefault(str(row.get("phase")), []).append(row)
+    return Record(folder.path.resolve().name, metrics=metrics, layers=layer_rows(plan), **parts)
+
+
+def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
+    """Costs of every layer by the formulas of lbs.cost."""
+    if plan is None:
+        return ()
+    rows = []
+    for layer in plan.layers:
+        inputs = plan.kept_inputs(layer)
+        now, before = layer.problem(inputs, layer.kept_filters), layer.problem()
+        rows.append(
+            LayerRow(
+                layer,
+                inputs,
+                bops(full_precision(before)),
+                bops(now),
+                float_weight_bytes(before),
+                weight_bytes(now),
+            )
+        )
+    return tuple(rows)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.exists() else {}
