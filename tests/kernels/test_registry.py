@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lbs_kernels import extension, registry, tuning_table
+from lbs_kernels.errors import BackendError, FormatError
+from lbs_kernels.problem import Problem
+from lbs_kernels.tuning_table import TuningTable
+
+PROBLEM = Problem("bitconv2d", 1, 8, 8, 16, 32, (3, 3), padding=(1, 1), w_bits=4, a_bits=2)
+
+
+@pytest.fixture(autouse=True)
+def empty_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No measured times but those a test writes."""
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path / "mine"))
+    monkeypatch.setattr(tuning_table, "SHIPPED", tmp_path / "shipped")
+    tuning_table.load.cache_clear()
+    yield tmp_path
+    tuning_table.load.cache_clear()
+
+
+@pytest.fixture
+def both_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: None)
+
+
+def test_the_default_is_native_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: None)
+    assert registry.choose(PROBLEM) == "cpu"
+    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
+    assert registry.choose(PROBLEM) == "reference"
+    assert registry.resolve("auto", "cpu") == "reference"
+
+
+def test_a_named_backend_that_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
+    with pytest.raises(
+        BackendError, match="'cpu' cannot serve bitconv2d_n1_16x8x8_to32_k3x3_s1_p1_w4a2_cpu: no compiler"
+    ):
+        registry.choose(PROBLEM, "cpu")
+    with pytest.raises(BackendError, match="cannot run here: no compiler"):
+        registry.resolve("cpu", "cpu")
+    with pytest.raises(BackendError, match="'gpu' does not exist"):
+        registry.resolve("gpu", "cpu")
+
+
+def test_reasons() -> None:
+    assert "runs on the processor" in str(registry.backend_reason("cpu", "cuda"))
+    assert registry.backend_reason("reference", "cuda") is None
+    assert "not an operation" in str(registry.supports("reference", replace(PROBLEM, op="fft")))
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert registry.supports("triton", PROBLEM) is not None
+        assert "triton" not in registry.available_backends("cpu")
+
+
+def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "cpu", None)
+    monkeypatch.setattr(extension, "cpu_reason", "no C++17 compiler was found; to mend it: apt-get install g++")
+    assert registry.choose(PROBLEM) == "reference"
+    rows = {row.backend: row for row in registry.explain(PROBLEM)}
+    assert "apt-get install g++" in str(rows["cpu"])
+    assert rows["reference"].chosen
+    assert str(rows["reference"]) == "-> reference: not measured"
+
+
+@pytest.mark.usefixtures("both_serve")
+def test_measured_times_decide(empty_tables: Path) -> None:
+    table = TuningTable("cpu", {str(PROBLEM): {"cpu": 3e-5, "reference": 2e-5}})
+    tuning_table.write(empty_tables / "shipped" / "cpu.json", table)
+    assert registry.choose(PROBLEM) == "reference"
+    assert registry.choose(replace(PROBLEM, batch=2)) == "cpu"  # not measured: the default order
+    # What was measured here wins over what was shipped.
+    tuning_table.write(empty_tables / "mine" / "cpu.json", TuningTable("cpu", {str(PROBLEM): {"cpu": 1e-5}}))
+    assert registry.choose(PROBLEM) == "cpu"
+    rows = {row.backend: row for row in registry.explain(PROBLEM)}
+    assert str(rows["cpu"]) == "-> cpu: 10.0 us"
+    assert str(rows["reference"]) == "   reference: 20.0 us"
+    assert [row.chosen for row in rows.values()].count(True) == 1
+
+
+def test_a_fast_backend_that_cannot_serve_is_not_chosen(empty_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
+    tuning_table.write(empty_tables / "mine" / "cpu.json", TuningTable("cpu", {str(PROBLEM): {"cpu": 1e-9}}))
+    assert registry.choose(PROBLEM) == "reference"
+
+
+def test_tables_survive_writing(empty_tables: Path) -> None:
+    path = empty_tables / "deep" / "table.json"
+    table = TuningTable("nvidia-h200", {str(PROBLEM): {"triton": 1.25e-6}})
+    tuning_table.write(path, table)
+    assert tuning_table.read(path) == table
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+
+
+def test_a_failed_write_leaves_the_old_table(empty_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = empty_tables / "table.json"
+    tuning_table.write(path, TuningTable("cpu", {"a": {"cpu": 1.0}}))
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        tuning_table.write(path, TuningTable("cpu", {"b": {"cpu": 2.0}}))
+    assert tuning_table.read(path).rows == {"a": {"cpu": 1.0}}
+    assert [p.name for p in empty_tables.iterdir()] == ["table.json"]
+
+
+def test_merging_keeps_both_and_prefers_the_newer() -> None:
+    old = TuningTable("cpu", {"a": {"cpu": 1.0, "reference": 2.0}, "b": {"cpu": 3.0}})
+    merged = old.merged(TuningTable("cpu", {"a": {"cpu": 0.5}, "c": {"cpu": 4.0}}))
+    assert merged.rows == {"a": {"cpu": 0.5, "reference": 2.0}, "b": {"cpu": 3.0}, "c": {"cpu": 4.0}}
+    assert old.rows["a"] == {"cpu": 1.0, "reference": 2.0}
+    with pytest.raises(FormatError, match="times belong to one device"):
+        old.merged(TuningTable("nvidia-h200"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "not a tuning table"),
+        ("[]", "not a tuning table"),
+        ('{"version": 1}', "not a tuning table"),
+        ('{"version": 2, "device": "cpu", "rows": {}}', "has version 2"),
+        ('{"version": 1, "device": "cpu", "rows": {"a": {"cpu": -1.0}}}', "times are positive"),
+        ('{"version": 1, "device": "cpu", "rows": {"a": {"cpu": NaN}}}', "times are positive"),
+        ('{"version": 1, "device": "cpu", "rows": {"a": [1]}}', "not a tuning table"),
+    ],
+)
+def test_damaged_tables_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=message):
+        tuning_table.read(path)
+
+
+def test_shipped_tables_are_readable() -> None:
+    for path in (Path(tuning_table.__file__).with_name("tuning")).glob("*.json"):
+        assert tuning_table.read(path).device == path.stem
+        json.loads(path.read_text())
+
+
+def test_slug() -> None:
+    assert tuning_table.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from lbs_kernels import timing
+from lbs_kernels.errors import ShapeError
+from lbs_kernels.timing import Times, interleave, quantile
+
+
+class Clock:
+    """A clock that only the contenders move: makes measurements exact."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def contender(self, name: str, seconds: float) -> object:
+        def call() -> None:
+            self.now += seconds
+            self.order.append(name)
+
+        return call
+
+
+def test_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    contenders = {"slow": clock.contender("slow", 4e-3), "fast": clock.contender("fast", 1e-3)}
+    times = interleave(contenders, rounds=5, warmup=0.01)
+    assert list(times) == ["slow", "fast"]
+    assert times["slow"].median == pytest.approx(4e-3)
+    assert times["fast"].p20 == pytest.approx(1e-3) == times["fast"].p80
+    assert times["fast"].ratio(times["slow"]) == pytest.approx(4.0)
+    assert str(times["fast"]) == "fast: 1000.0 us [1000.0 1000.0]"
+
+
+def test_contenders_alternate_and_take_turns_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    contenders = {name: clock.contender(name, 1e-3) for name in "abc"}
+    interleave(contenders, rounds=4, warmup=0.0005)
+    assert "".join(clock.order) == "abc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_warm_up_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    interleave({"a": clock.contender("a", 1e-3)}, rounds=1, warmup=0.0205)
+    assert len(clock.order) == 21 + 1
+
+
+def test_short_calls_are_repeated_until_the_clock_can_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    times = interleave({"a": clock.contender("a", 2.0**-20)}, rounds=3, warmup=2.0**-20)
+    repeats = (len(clock.order) - 1) / 3
+    assert repeats * 2.0**-20 >= timing.MIN_SPAN
+    assert times["a"].median == pytest.approx(2.0**-20)
+
+
+def test_real_time_is_measured() -> None:
+    times = interleave({"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, rounds=3, warmup=0.01)
+    assert 0.01 <= times["sleep"].median < 0.1
+    assert times["nothing"].median < 1e-3
+
+
+def test_ratio_pairs_rounds() -> None:
+    """Both slow down in the same rounds: the ratio does not see it, the medians do."""
+    ours, theirs = Times("ours", (1.0, 10.0, 1.0, 10.0, 20.0)), Times("theirs", (2.0, 20.0, 2.0, 20.0, 40.0))
+    assert ours.ratio(theirs) == 2.0
+    with pytest.raises(ShapeError, match="time them in one run"):
+        ours.ratio(Times("other", (1.0,)))
+
+
+def test_quantiles_interpolate() -> None:
+    assert quantile([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.2) == 2.0
+    assert quantile([10.0, 0.0], 0.8) == 8.0
+    assert quantile([7.0], 0.2) == 7.0
+
+
+def test_no_rounds_is_refused() -> None:
+    with pytest.raises(ShapeError, match="rounds = 0"):
+        interleave({"a": lambda: None}, rounds=0)
+
+
+@pytest.mark.gpu
+def test_events_and_graphs_on_a_gpu() -> None:
+    import torch
+
+    x = torch.randn(2048, 2048, device="cuda")
+    graph = timing.cuda_graph(lambda: x @ x)
+    times = interleave({"eager": lambda: x @ x, "graph": graph}, device="cuda", rounds=5, warmup=0.05)
+    cold = interleave({"graph": graph}, device="cuda", rounds=5, warmup=0.05, cold_l2=True)
+    for measured in (*times.values(), *cold.values()):
+        assert 1e-6 < measured.median < 1.0
