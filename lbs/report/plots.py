@@ -104,9 +104,9 @@ def costs(record: Record) -> Figure | None:
         return None
     figure = _figure(max(9.0, 0.36 * len(record.layers) + 1.5), 4.8)
     panels = figure.subplots(2, 1, sharex=True)
-    for axis, title, now, full, unit in (
-        (panels[0], "Bit operations per image", "bops", "full_bops", bops),
-        (panels[1], "Weight bytes", "bytes", "full_bytes", size),
+    for axis, title, now, full, unit, less in (
+        (panels[0], "Bit operations per image", "bops", "full_bops", bops, "fewer"),
+        (panels[1], "Weight bytes", "bytes", "full_bytes", size, "smaller"),
     ):
         before, after = [getattr(r, full) for r in record.layers], [getattr(r, now) for r in record.layers]
         places = np.arange(len(before))
@@ -116,7 +116,7 @@ def costs(record: Record) -> Figure | None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: unit(value)))
         axis.set_ylim(min(after) / 2, max(before) * 2)
         ratio = times(sum(before) / sum(after))
-        axis.set_title(f"{title}: {unit(sum(before))} before, {unit(sum(after))} after ({ratio} less)")
+        axis.set_title(f"{title}: {unit(sum(before))} before, {unit(sum(after))} after ({ratio} {less})")
         axis.grid(visible=False, axis="x")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     _layer_axis(panels[1], [row.layer.name for row in record.layers])

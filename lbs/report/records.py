@@ -43,8 +43,9 @@ class Record:
         return [row for row in self.metrics.get(phase, []) if row.get("kind") == "epoch"]
 
     def gates(self) -> list[dict[str, Any]]:
-        """Rows of the search that show gates, in step order."""
-        return [row for row in self.metrics.get("search", []) if row.get("gates")]
+        """Rows of the search that show gates, one per step, in step order."""
+        rows = {row["step"]: row for row in self.metrics.get("search", []) if row.get("gates")}
+        return [rows[step] for step in sorted(rows)]
 
     def value(self, section: str, key: str) -> Any:
         """A value of results.json, or None."""

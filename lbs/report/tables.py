@@ -52,8 +52,8 @@ def _cost_tiles(record: Record) -> list[Tile | None]:
     if not record.layers:
         return []
     now, full = sum(row.bops for row in record.layers), sum(row.full_bops for row in record.layers)
-    detail = f"of {bops(full)} in full precision ({times(full / now)} fewer)"
-    found: list[Tile | None] = [Tile("Bit operations per image", bops(now), detail)]
+    detail = f"per image; float {bops(full)}, {times(full / now)} fewer"
+    found: list[Tile | None] = [Tile("Bit operations", bops(now), detail)]
     packed, before = record.value("pack", "bytes"), record.value("float", "bytes")
     if packed is not None:
         found.append(Tile("Packed file", size(packed), f"float weights {size(before)}" if before else ""))
