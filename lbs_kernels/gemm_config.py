@@ -69,6 +69,9 @@ def is_valid(config: GemmConfig, problem: Problem) -> bool:
 def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
     """Valid configurations worth timing: no tile twice as large as the problem, no word block beyond its channels."""
     rows = problem.batch * problem.out_height * problem.out_width
+    if problem.groups > 1:
+        yield from _grouped_candidates(problem)
+        return
     for block_m, block_o, block_words in product((16, 32, 64, 128, 256), (16, 32, 64, 128), (1, 2, 4)):
         wasteful = (
             (block_m > 16 and block_m >= 2 * rows)
@@ -83,6 +86,14 @@ def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
                 yield config
 
 
+def _grouped_candidates(problem: Problem) -> Iterator[GemmConfig]:
+    """The direct kernel of grouped convolutions has one element of the tile per product and no word blocks."""
+    for block_m, warps in product((16, 32, 64), (4, 8)):
+        config = GemmConfig(block_m, _power_at_least(problem.out_channels, 16, 32), 1, warps, 2, weights_first=False)
+        if is_valid(config, problem):
+            yield config
+
+
 def _power_at_least(size: int, smallest: int, largest: int) -> int:
     power = smallest
     while power < size and power < largest:
@@ -95,6 +106,8 @@ def gemm_default(problem: Problem) -> GemmConfig:
 
     One tile covers up to 64 filters; pixels fill the rest, fewer where the whole problem would not occupy 128 blocks.
     """
+    if problem.groups > 1:
+        return next(_grouped_candidates(problem))
     rows = problem.batch * problem.out_height * problem.out_width
     block_o = _power_at_least(problem.out_channels, 16, 64)
     blocks = -(-problem.out_channels // block_o)

@@ -64,6 +64,7 @@ class GemmShape(NamedTuple):
     pad_w: int
     dilation_h: int
     dilation_w: int
+    groups: int
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def gemm_kernel(
 
 @triton.jit
 def accumulator_kernel(x_ptr, w_ptr, offset_ptr, acc_ptr, shape, META: tl.constexpr, CONFIG: tl.constexpr):
-    """The accumulator alone, int32 [M, O]: what the single operations return and the tests compare."""
+    """The accumulator alone, int32 [M, O]: exact where float32 would round it, for tests."""
     row, first = tile(shape, CONFIG)
     row_mask = row < shape.rows
     column = first + tl.arange(0, CONFIG.block_o)
@@ -210,12 +211,15 @@ class GemmWeights:
     meta: GemmMeta  # `tail` depends on the configuration and is set at launch
 
 
-def prepare_weights(planes: Tensor, kernel: tuple[int, int], source: TensorSpec, device: torch.device) -> GemmWeights:
+def prepare_weights(
+    planes: Tensor, kernel: tuple[int, int], groups: int, source: TensorSpec, device: torch.device
+) -> GemmWeights:
     """Weights for the activations of `source`; sums over k are taken once, here.
 
     Args:
-        planes: int32 [w_bits, O, T, CW], T = kernel taps.
+        planes: int32 [w_bits, O, T, CW], T = kernel taps, CW over the channels of one group.
         kernel: (rows, columns).
+        groups: of the convolution.
         source: channels, bits, zero and sign of the activations.
         device: where the kernels run.
 
@@ -223,17 +227,18 @@ def prepare_weights(planes: Tensor, kernel: tuple[int, int], source: TensorSpec,
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
     """
     w_bits, _, taps, _ = planes.shape
-    check_accumulator(taps * source.channels, w_bits, source.bits, source.name)
+    channels = source.channels // groups
+    check_accumulator(taps * channels, w_bits, source.bits, source.name)
     levels = (1 << w_bits) - 1
     w_scale, w_shift = (2, 1) if w_bits == 8 else (1, 0)
     if source.bits == 8:
         x_scale, x_shift = (2, 1) if source.signed else (1, 128 - source.zero)
     else:
         x_scale, x_shift = 1, 0
-    codes = unpack_weights(planes.cpu(), source.channels).long()
+    codes = unpack_weights(planes.cpu(), channels).long()
     w_sum = (codes - 128 if w_bits == 8 else 2 * codes - levels).sum(dim=(1, 2))
     # int64 here, int32 on the device: only the sum with the dot product has to fit, the rest wraps around.
-    offset = w_scale * x_shift * w_sum + w_shift * x_shift * taps * source.channels
+    offset = w_scale * x_shift * w_sum + w_shift * x_shift * taps * channels
     meta = GemmMeta(
         kernel, w_bits, source.bits, source.zero, source.signed, w_scale * x_scale, w_shift * x_scale, tail=False
     )
@@ -254,13 +259,12 @@ def gemm_shape(problem: Problem, source: TensorSpec) -> GemmShape:
         *problem.stride,
         *problem.padding,
         *problem.dilation,
+        problem.groups,
     )
 
 
 def gemm_reason(problem: Problem) -> str | None:
-    """Why the kernel cannot serve `problem`, or None."""
-    if problem.groups != 1:
-        return f"{problem.groups} groups; the implicit GEMM multiplies all channels with all filters"
+    """Why the kernels cannot serve `problem`, or None."""
     if not 1 <= problem.w_bits <= 8 or not 1 <= problem.a_bits <= 8:
         return f"w{problem.w_bits}a{problem.a_bits}; codes have 1 to 8 bits"
     return None
@@ -302,8 +306,8 @@ def bind_gemm(
 def gemm_accumulate(
     x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: GemmConfig
 ) -> Tensor:
-    """The accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW]."""
-    weights = prepare_weights(w_planes, problem.kernel, source, x_codes.device)
+    """The accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW], one group."""
+    weights = prepare_weights(w_planes, problem.kernel, 1, source, x_codes.device)
     x = from_logical(x_codes, source)
     shape = gemm_shape(problem, source)
     size = (problem.batch, problem.out_height, problem.out_width, problem.out_channels)

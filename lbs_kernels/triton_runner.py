@@ -77,9 +77,9 @@ class TritonRunner:
         for step in program.steps:
             self._config(step, self._problem(step, batch=1))
             if isinstance(step, ConvStep | LinearStep):
-                kernel = step.kernel if isinstance(step, ConvStep) else (1, 1)
-                source = program.tensors[step.input]
-                self._weights[step.name] = prepare_weights(self.arrays[step.planes], kernel, source, self.device)
+                kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
+                source, planes = program.tensors[step.input], self.arrays[step.planes]
+                self._weights[step.name] = prepare_weights(planes, kernel, groups, source, self.device)
         self._plans: dict[int, BatchPlan] = {}
 
     def run(

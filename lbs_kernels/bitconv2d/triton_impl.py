@@ -1,4 +1,4 @@
-"""bitconv2d in Triton: the implicit GEMM of triton_gemm.py with a window."""
+"""bitconv2d in Triton: the implicit GEMM of triton_gemm.py with a window, or the direct sum where there are groups."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lbs_kernels.program import ConvStep, Program, TensorSpec
 from lbs_kernels.triton_common import Launch
 from lbs_kernels.triton_emit import bind_emit
 from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, gemm_accumulate, gemm_reason, gemm_shape
+from lbs_kernels.triton_grouped import bind_grouped
 
 
 def supports(problem: Problem) -> str | None:
@@ -41,7 +42,8 @@ def bind(
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     multiplier, bias = arrays[step.multiplier], arrays[step.bias]
     shape = gemm_shape(problem, program.tensors[step.input])
-    return bind_gemm(buffers[step.input], weights, multiplier, bias, target, meta, shape, config)
+    bind_kernel = bind_gemm if step.groups == 1 else bind_grouped
+    return bind_kernel(buffers[step.input], weights, multiplier, bias, target, meta, shape, config)
 
 
 def accumulate(
@@ -53,15 +55,14 @@ def accumulate(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
     zero: int = 0,
     signed: bool = False,
     config: tuning.Config | None = None,
 ) -> Tensor:
-    """The accumulator int32 [N, H', W', O]; arguments as in reference.py, plus the launch configuration.
+    """The accumulator int32 [N, H', W', O] of one group; arguments as in reference.py, plus the launch configuration.
 
     Raises:
-        BackendError: groups, or a configuration that does not fit.
+        BackendError: a configuration that does not fit.
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
         ShapeError: signed codes with padding.
     """
@@ -70,7 +71,7 @@ def accumulate(
     batch, height, width, channels = x_codes.shape
     w_bits, filters = w_planes.shape[:2]
     problem = Problem(
-        "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, groups, w_bits, a_bits,
+        "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, 1, w_bits, a_bits,
         str(x_codes.device),
     )  # fmt: skip
     config = tuning.default(problem) if config is None else config

@@ -8,8 +8,11 @@ kernels[0].ptx, kernels[0].spill_bytes
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +32,21 @@ class Compiled:
 
     name: str
     ptx: str
+    cubin: bytes
     log: str  # of ptxas -v
-    shared_bytes: int
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The machine code, by the disassembler that Triton ships."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [
+                str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"),
+                "-sass",
+                file.name,
+            ]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     @property
     def registers(self) -> int:
@@ -74,7 +90,7 @@ def compiling(target: str, folder: Path) -> Iterator[list[Compiled]]:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, **{**kwargs, "warmup": True})
-        kernels.append(Compiled(kernel.name, kernel.asm["ptx"], log.getvalue(), kernel.metadata.shared))
+        kernels.append(Compiled(kernel.name, kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue()))
         return kernel
 
     with contextlib.ExitStack() as stack:

@@ -45,7 +45,7 @@ def test_garbage_in_unused_bytes_is_ignored_and_in_unused_bits_refused() -> None
 def test_a_tensor_too_large_to_count_is_refused() -> None:
     spec = TensorSpec("big", "stream", 1024, 1024, 1024)
     storage(spec, "float32", batch=1)
-    with pytest.raises(ShapeError, match="2 x 1024 x 1024 pixels of 1024 elements.*split the batch"):
+    with pytest.raises(ShapeError, match=r"2 x 1024 x 1024 pixels of 1024 elements.*split the batch"):
         storage(spec, "float32", batch=2)
 
 

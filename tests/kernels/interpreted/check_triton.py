@@ -1,0 +1,221 @@
+"""The Triton kernels in Triton's interpreter against the reference, every element.
+
+Triton decides whether to interpret when it is imported, so these run in a process of their own, started by
+tests/kernels/test_triton_interpreted.py; by hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted/check_triton.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import programs
+import pytest
+import torch
+from contenders import assert_same
+from torch import Tensor
+
+from lbs_kernels.bitconv2d import reference as conv_reference
+from lbs_kernels.bitconv2d import triton_impl as conv_triton
+from lbs_kernels.bitlinear import reference as linear_reference
+from lbs_kernels.bitlinear import triton_impl as linear_triton
+from lbs_kernels.errors import BackendError, ShapeError
+from lbs_kernels.format import pack_weights
+from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.program import Program
+from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.triton_common import INTERPRETED
+from lbs_kernels.triton_runner import TritonRunner
+
+BITS = (2, 4, 8)
+SMALL = GemmConfig(block_m=16, block_o=32, block_words=1, warps=4, stages=2, weights_first=False)
+# Masked-out lanes of a tile may hold anything, infinities too; numpy warns where a GPU would not.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+def test_the_interpreter_is_on() -> None:
+    assert INTERPRETED.value
+
+
+def check(
+    program: Program, blob: Tensor, images: list[Tensor], runner: TritonRunner | None = None
+) -> dict[int, Tensor]:
+    """Trace and outputs equal the reference, from buffers full of garbage; returns the reference's trace."""
+    expected: dict[int, Tensor] = {}
+    outputs = ReferenceRunner(program, blob).run(images, expected)
+    runner = TritonRunner(program, blob, "cpu") if runner is None else runner
+    runner.plan(images[0].shape[0]).arena.random_(generator=torch.Generator().manual_seed(0))
+    actual: dict[int, Tensor] = {}
+    results = runner.run(images, actual)
+    assert actual.keys() == expected.keys()
+    for index in set(expected) - set(program.inputs):
+        spec = program.tensors[index]
+        assert_same(actual[index], expected[index], f"tensor {index} ({spec.name})")
+    for result, output in zip(results, outputs, strict=True):
+        assert_same(result, output, "output")
+    return expected
+
+
+@pytest.mark.parametrize("name", ["chain", "preact_residual_bfloat16", "depthwise", "one_pixel"])
+def test_named_programs(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("name", ["imagenet_stem", "preact_residual", "preact_residual_float16"])
+def test_more_named_programs(name: str) -> None:
+    program, blob = programs.CASES[name](seed=3)
+    trace = check(program, blob, programs.random_inputs(program, batch=1, seed=4))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_random_programs(seed: int) -> None:
+    program, blob = programs.random_program(seed)
+    check(program, blob, programs.random_inputs(program, batch=1 + seed % 3, seed=seed))
+
+
+# 33 channels: a word and one bit. 13 filters of 64: what pruning leaves. 5 x 4 pixels: every window touches a border.
+@pytest.mark.parametrize("w_bits", BITS)
+@pytest.mark.parametrize("a_bits", BITS)
+def test_every_pair_of_bits(w_bits: int, a_bits: int) -> None:
+    out_bits = {2: 8, 4: 2, 8: 4}[w_bits]
+    program, blob = programs.one_conv(
+        w_bits + a_bits, channels=33, filters=13, size=(5, 4), w_bits=w_bits, a_bits=a_bits, out_bits=out_bits
+    )
+    trace = check(program, blob, programs.random_inputs(program, batch=1, seed=a_bits))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"size": (3, 3), "padding": (0, 0)},  # one output pixel
+        {"size": (7, 6), "stride": (2, 2)},  # odd and even borders under a stride
+        {"size": (6, 5), "stride": (3, 2), "padding": (0, 1)},
+        {"size": (7, 7), "dilation": (2, 3), "padding": (2, 3)},
+        {"size": (3, 4), "kernel": (5, 1), "padding": (5, 1)},  # windows wholly outside the image
+        {"size": (5, 5), "kernel": (1, 1), "padding": (0, 0), "stride": (2, 2)},
+        {"size": (4, 4), "a_bits": 8, "zero": 117},  # padding is a code, not 0
+        {"size": (4, 4), "a_bits": 8, "zero": 255, "w_bits": 8},
+        {"size": (4, 4), "a_bits": 4, "zero": 5},
+        {"size": (4, 4), "a_bits": 8, "signed": True, "w_bits": 8, "padding": (0, 0)},
+        {"size": (4, 4), "a_bits": 8, "signed": True, "w_bits": 2, "padding": (0, 0)},
+        {"size": (4, 4), "a_bits": 2, "signed": True, "w_bits": 8, "padding": (0, 0)},
+        {"size": (4, 4), "a_bits": 1, "w_bits": 7, "out_bits": 7},
+        {"size": (4, 4), "a_bits": 7, "w_bits": 3, "out_bits": 1},
+        {"size": (4, 4), "groups": 4, "channels": 8, "filters": 12, "a_bits": 8, "zero": 3, "w_bits": 8},
+        {"size": (2, 3), "groups": 2, "channels": 70, "filters": 34, "a_bits": 2, "kernel": (1, 1), "padding": (0, 0)},
+    ],
+    ids=lambda geometry: "-".join(f"{key}{value}" for key, value in geometry.items()).replace(" ", ""),
+)
+def test_geometry_and_reading_of_codes(geometry: dict[str, object]) -> None:
+    defaults = {"channels": 5, "filters": 7, "w_bits": 4, "a_bits": 4}
+    program, blob = programs.one_conv(11, **{**defaults, **geometry})  # type: ignore[arg-type]
+    check(program, blob, programs.random_inputs(program, batch=2, seed=5))
+
+
+# Words +-1 (31, 32, 33), bytes +-1 of a pitch (15, 17), filters +-1 of a tile of 32, rows +-1 of a tile of 16.
+@pytest.mark.parametrize(
+    ("channels", "filters", "rows"), [(31, 31, 15), (32, 32, 16), (33, 33, 17), (15, 1, 33), (17, 65, 1), (65, 64, 16)]
+)
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (8, 8), (8, 4), (4, 8)])
+def test_accumulator_around_tiles(channels: int, filters: int, rows: int, w_bits: int, a_bits: int) -> None:
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randint(0, 1 << a_bits, (1, rows, 1, channels), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << w_bits, (filters, 1, 1, channels), generator=generator, dtype=torch.uint8)
+    planes = pack_weights(codes, w_bits)
+    expected = conv_reference.accumulate(x, planes, a_bits=a_bits, kernel=(1, 1))
+    actual = conv_triton.accumulate(x, planes, a_bits=a_bits, kernel=(1, 1), config=SMALL)
+    assert_same(actual, expected, "accumulator")
+
+
+@pytest.mark.parametrize("words", [1, 2, 4])
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_every_order_of_operands_and_word_block(words: int, weights_first: bool) -> None:
+    config = GemmConfig(32, 32, words, warps=4, stages=3, weights_first=weights_first)
+    generator = torch.Generator().manual_seed(words)
+    x = torch.randint(0, 256, (2, 4, 5, 70), generator=generator, dtype=torch.uint8)
+    planes = pack_weights(torch.randint(0, 256, (33, 3, 3, 70), generator=generator, dtype=torch.uint8), 8)
+    window = {"a_bits": 8, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": 9}
+    expected = conv_reference.accumulate(x, planes, **window)
+    assert_same(conv_triton.accumulate(x, planes, **window, config=config), expected, "accumulator")
+
+
+# K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536) and cancel around 0.
+@pytest.mark.parametrize("weight", [0, 255])
+def test_accumulator_at_the_overflow_corner(weight: int) -> None:
+    channels = (2**31 - 1) // (255 * 255)
+    x = torch.full((1, channels), 255, dtype=torch.uint8)
+    planes = pack_weights(torch.full((1, 1, 1, channels), weight, dtype=torch.uint8), 8)
+    expected = linear_reference.accumulate(x, planes, a_bits=8)
+    assert abs(int(expected)) == channels * 255 * 255
+    config = GemmConfig(16, 16, block_words=4, warps=4, stages=2, weights_first=True)  # few steps: this is slow here
+    assert_same(linear_triton.accumulate(x, planes, a_bits=8, config=config), expected, "accumulator")
+
+
+def test_not_a_number_and_infinity_become_codes() -> None:
+    program, blob = programs.one_conv(0, channels=3, filters=4, size=(3, 3), w_bits=4, a_bits=8, zero=100)
+    images = programs.random_inputs(program, batch=1, seed=0)
+    images[0][0, :, 1, 1] = torch.tensor([math.nan, math.inf, -math.inf])
+    check(program, blob, images)
+
+
+def test_ties_round_to_even_and_bounds_saturate() -> None:
+    b = programs.Builder(seed=0)
+    image = b.image(1, 1, 8)
+    shape = (1, 8, 1)
+    target = programs.Consumer(b._tensor("codes", shape, bits=4), 4, scale=1.0)
+    b.quantize(image, programs.Emit(stream=b.stream(shape, output=True), consumers=(target,)))
+    program, blob = b.build()
+    values = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, 14.5, 15.5, 1e30]).reshape(1, 1, 1, 8)
+    trace = check(program, blob, [values])
+    assert trace[target.tensor].flatten().tolist() == [0, 2, 2, 4, 0, 14, 15, 15]
+
+
+def test_a_runner_serves_several_batches_from_kept_buffers() -> None:
+    program, blob = programs.one_conv(0, channels=3, filters=5, size=(4, 4), w_bits=2, a_bits=2)
+    runner = TritonRunner(program, blob, "cpu")
+    first = runner.plan(2)
+    for batch, seed in ((2, 0), (3, 1), (2, 2)):
+        check(program, blob, programs.random_inputs(program, batch, seed), runner)
+    assert runner.plan(2) is first
+    runner.release()
+    assert runner.plan(2) is not first
+
+
+def test_outputs_go_where_the_caller_says() -> None:
+    program, blob = programs.preact_residual(0)
+    images = programs.random_inputs(program, 1, 0)
+    runner = TritonRunner(program, blob, "cpu")
+    expected = runner.run(images)
+    out = [torch.full_like(value, math.nan) for value in expected]
+    results = runner.run(images, out=out)
+    for result, target, value in zip(results, out, expected, strict=True):
+        assert result is target
+        assert_same(target, value, "output")
+    again = runner.run(images)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(again, expected, strict=True))
+
+
+def test_configurations_by_step_name() -> None:
+    program, blob = programs.one_conv(0, channels=40, filters=40, size=(4, 4), w_bits=4, a_bits=8)
+    runner = TritonRunner(program, blob, "cpu", {"step1": SMALL})
+    check(program, blob, programs.random_inputs(program, 1, 0), runner)
+    shared = GemmConfig(16, 16, 1, 4, 2, False)
+    with pytest.raises(BackendError, match=r"step 'step1'.*40 filters in blocks of 16 would share words"):
+        TritonRunner(program, blob, "cpu", {"step1": shared})
+
+
+def test_what_is_refused() -> None:
+    x = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    planes = pack_weights(torch.zeros(2, 3, 3, 3, dtype=torch.uint8), 4)
+    with pytest.raises(ShapeError, match=r"padding \(1, 1\) of signed codes"):
+        conv_triton.accumulate(x, planes, a_bits=4, kernel=(3, 3), padding=(1, 1), signed=True)
+    with pytest.raises(BackendError, match="powers of two"):
+        conv_triton.accumulate(x, planes, a_bits=4, kernel=(3, 3), config=GemmConfig(24, 16, 1, 4, 2, True))
+    empty = conv_triton.accumulate(x[:0], planes, a_bits=4, kernel=(3, 3))
+    assert tuple(empty.shape) == (0, 2, 2, 2)
