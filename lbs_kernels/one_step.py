@@ -53,12 +53,16 @@ class OneStep:
         self.steps.append(QuantPackStep("input", image, emit))
         return target
 
+    def build(self, arrays: dict[str, Tensor]) -> tuple[Program, Tensor]:
+        """The program and its blob."""
+        specs, blob, digest = build_blob(arrays)
+        return Program(tuple(self.tensors), tuple(self.steps), (0,), tuple(self.outputs), specs, digest=digest), blob
+
     def run(
         self, image: Tensor, arrays: dict[str, Tensor], backend: str, trace: dict[int, Tensor] | None = None
     ) -> list[Tensor]:
         """Run on an image float32 [N, C, H, W] of the device that the back end shall use."""
-        specs, blob, digest = build_blob(arrays)
-        program = Program(tuple(self.tensors), tuple(self.steps), (0,), tuple(self.outputs), specs, digest=digest)
+        program, blob = self.build(arrays)
         return CompiledProgram(program.to_json(), blob.to(image.device), backend).run([image], trace=trace)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lbs_kernels import timing
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.timing import Times, interleave, quantile
+from lbs_kernels.timing import SelfTimed, Times, interleave, quantile
 
 
 class Clock:
@@ -61,6 +61,14 @@ def test_real_time_is_measured() -> None:
     times = interleave({"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, rounds=3, warmup=0.01)
     assert 0.01 <= times["sleep"].median < 0.1
     assert times["nothing"].median < 1e-3
+
+
+def test_a_contender_may_time_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    whole = clock.contender("step", 1e-3)
+    times = interleave({"step": SelfTimed(lambda: whole() or 2.5e-4)}, rounds=3, warmup=1e-3)
+    assert times["step"].median == pytest.approx(2.5e-4)
+    assert len(clock.order) == 1 + 3
 
 
 def test_ratio_pairs_rounds() -> None:

@@ -1,0 +1,90 @@
+"""bitlinear on the linear layers of real networks, against torch float32, bfloat16 (float16 on a GPU) and oneDNN int8.
+
+python benchmarks/bench_bitlinear.py --networks resnet18 mobilenet_v2 --batch 64 --threads 1 --save
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from common import Case, Contender, arguments, bit_pairs, layers, packed, recorded, require_backend, run, torch_dtypes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lbs_kernels.format import pack_weights
+from lbs_kernels.one_step import OneStep, code_image
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import Emit, LinearStep
+
+
+def packed_contenders(problem: Problem, threads: int) -> dict[str, Contender]:
+    """The layer as a classifier: codes in, floats out."""
+    channels, filters = problem.in_channels, problem.out_channels
+    w = torch.randint(0, 1 << problem.w_bits, (filters, 1, 1, channels), dtype=torch.uint8)
+    x = torch.randint(0, 1 << problem.a_bits, (problem.batch, 1, 1, channels), dtype=torch.uint8)
+    region = OneStep()
+    codes = region.code_input((1, 1, channels), problem.a_bits, 0, False)
+    emit = Emit(stream=region.stream("y", (1, 1, filters)))
+    region.steps.append(LinearStep("linear", codes, emit, problem.w_bits, filters, "w", "m", "b"))
+    arrays = {"w": pack_weights(w, problem.w_bits), "m": torch.randn(filters), "b": torch.randn(filters)}
+    image = code_image(x, problem.a_bits, 0, False).to(problem.device)
+    return packed(*region.build(arrays), image, 1, threads)
+
+
+def torch_contenders(problem: Problem) -> dict[str, Contender]:
+    """The same layer with bias in torch."""
+    x = torch.randn(problem.batch, problem.in_channels, device=problem.device)
+    w = torch.randn(problem.out_channels, problem.in_channels, device=problem.device)
+    found: dict[str, Contender] = {}
+    for name, dtype in torch_dtypes(problem.device).items():
+        operands = (x.to(dtype), w.to(dtype), torch.randn(problem.out_channels, device=problem.device, dtype=dtype))
+
+        def call(operands: tuple[Tensor, ...] = operands) -> Tensor:
+            return F.linear(*operands)
+
+        found[name] = recorded(call, problem.device)
+    return found
+
+
+def onednn_contender(problem: Problem) -> dict[str, Contender]:
+    """oneDNN's int8 matrix product with bias through torch."""
+    x = torch.quantize_per_tensor(torch.rand(problem.batch, problem.in_channels), 1 / 255, 0, torch.quint8)
+    w = torch.quantize_per_tensor(torch.randn(problem.out_channels, problem.in_channels), 0.02, 0, torch.qint8)
+    weights = torch.ops.quantized.linear_prepack(w, torch.randn(problem.out_channels))
+    return {"oneDNN int8": lambda: torch.ops.quantized.linear(x, weights, 0.05, 0)}
+
+
+def bytes_moved(problem: Problem, w_bits: int, a_bits: int, out_bits: int) -> float:
+    """Input, weights and output, read or written once."""
+    rows, inputs, outputs = problem.batch, problem.in_channels, problem.out_channels
+    return (rows * inputs * a_bits + inputs * outputs * w_bits + rows * outputs * out_bits) / 8
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    widths = {"torch float32": 32, "torch bfloat16": 16, "torch float16": 16, "oneDNN int8": 8}
+    for w_bits, a_bits in bit_pairs(args):
+        for layer, _ in layers(args.networks, nn.Linear):
+            size = (args.batch, 1, 1, layer.in_features, layer.out_features)
+            problem = Problem("bitlinear", *size, w_bits=w_bits, a_bits=a_bits, device=args.device)
+            ours = packed_contenders(problem, args.threads)
+            theirs = torch_contenders(problem)
+            if args.device == "cpu":
+                theirs |= onednn_contender(problem)
+            moved = {name: bytes_moved(problem, widths[name], widths[name], widths[name]) for name in theirs}
+            moved |= {name: bytes_moved(problem, w_bits, a_bits, 32) for name in ours}
+            yield Case(problem, ours | theirs, moved, 2 * problem.macs)
+
+
+def main() -> None:
+    args = arguments("bitlinear")
+    require_backend(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.quantized.engine = "onednn"
+    names = ("OpenVINO int8", "ONNX Runtime int8") if args.device == "cpu" else ("torch TF32", "torchao", "gemlite")
+    run("bitlinear", cases(args), args, dict.fromkeys(names, "not timed by this benchmark"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""quantpack on the inputs of real networks, against torch's own quantizer and the same arithmetic in torch calls.
+
+python benchmarks/bench_quantpack.py --networks resnet18 preresnet20 --batch 8 --threads 1 --save
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from common import Case, Contender, arguments, bit_pairs, packed, recorded, require_backend, run
+from torch import Tensor
+
+import lbs.models
+from lbs_kernels.one_step import OneStep
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import Consumer, Emit, PoolStep, QuantPackStep
+
+SCALE, ZERO = 48.0, 117
+
+
+def packed_contenders(problem: Problem, image: Tensor, zero: int, threads: int) -> dict[str, Contender]:
+    """Image in, codes out. A region must return something: the mean of a second look at the image."""
+    region = OneStep()
+    size = (problem.height, problem.width, problem.in_channels)
+    source = region.image(size)
+    codes = Consumer(region.codes("codes", size, problem.a_bits, zero, False), problem.a_bits, SCALE, zero)
+    region.steps.append(QuantPackStep("quantpack", source, Emit(consumers=(codes,))))
+    values = region.stream("values", size, output=False)
+    region.steps.append(QuantPackStep("values", source, Emit(stream=values)))
+    mean = region.stream("mean", (1, 1, problem.in_channels))
+    region.steps.append(PoolStep("mean", values, Emit(stream=mean), "mean"))
+    found = packed(*region.build({}), image, 0, threads)
+    return {"packed": found["packed"]}  # the whole call holds two more steps and says nothing
+
+
+def torch_contenders(image: Tensor, bits: int, zero: int) -> dict[str, Contender]:
+    """Codes as uint8, channels last."""
+    x = image.contiguous(memory_format=torch.channels_last)
+    n = (1 << bits) - 1
+
+    def calls() -> Tensor:
+        return (x * SCALE).round_().add_(zero).clamp_(0, n).to(torch.uint8)
+
+    found = {"torch calls": recorded(calls, str(image.device))}
+    if bits == 8 and image.device.type == "cpu":
+        found["torch quantizer"] = lambda: torch.quantize_per_tensor(x, 1 / SCALE, zero, torch.quint8)
+    return found
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    shapes = dict.fromkeys(lbs.models.entry(name).input_shape for name in args.networks)
+    for bits in dict.fromkeys(a_bits for _, a_bits in bit_pairs(args)):
+        zero = ZERO if bits == 8 else 0
+        for channels, height, width in shapes:
+            size = (args.batch, height, width, channels, channels)
+            problem = Problem("quantpack", *size, a_bits=bits, device=args.device)
+            image = torch.randn(args.batch, channels, height, width, device=args.device)
+            contenders = packed_contenders(problem, image, zero, args.threads) | torch_contenders(image, bits, zero)
+            moved = {name: image.numel() * (4 + (bits / 8 if name == "packed" else 1)) for name in contenders}
+            yield Case(problem, contenders, moved, 0.0)
+
+
+def main() -> None:
+    args = arguments("quantpack")
+    require_backend(args.device)
+    run("quantpack", cases(args), args, {})
+
+
+if __name__ == "__main__":
+    main()
