@@ -23,7 +23,6 @@ _FACE = {
     "PackedModel": "lbs.pack.model",
     "Plan": "lbs.plan",
     "SearchConfig": "lbs.search.prepare",
-    "bench": "lbs.pack.bench",
     "calibrate": "lbs.quant.calibrate",
     "explain": "lbs.pack.explain",
     "freeze": "lbs.search.freeze",
@@ -33,7 +32,7 @@ _FACE = {
     "verify": "lbs.pack.verify",
 }
 # Packages that are called like the function of the same name -> module that defines it.
-_CALLABLE = {"pack": "lbs.pack.model", "report": "lbs.report.page"}
+_CALLABLE = {"pack": "lbs.pack.packing", "report": "lbs.report.page"}
 _MODULES = {"errors": "lbs_kernels.errors"}
 
 __all__ = [
@@ -92,11 +91,11 @@ def __dir__() -> list[str]:
 sys.modules[__name__].__class__ = _Face
 
 if TYPE_CHECKING:
-    from lbs.pack.bench import bench as bench
+    from lbs.bench import bench as bench
     from lbs.pack.checkpoint import load as load
     from lbs.pack.explain import explain as explain
     from lbs.pack.model import PackedModel as PackedModel
-    from lbs.pack.model import pack as pack
+    from lbs.pack.packing import pack as pack
     from lbs.pack.verify import verify as verify
     from lbs.plan import Plan as Plan
     from lbs.quant.calibrate import calibrate as calibrate

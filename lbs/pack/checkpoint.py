@@ -1,0 +1,38 @@
+"""`load`: a packed network from its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lbs.pack.model import PackedModel
+from lbs.pack.serial import read
+from lbs_kernels.errors import BackendError
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> PackedModel:
+    """Read a packed network that `PackedModel.save` wrote, onto any device.
+
+    Nothing is unpickled and no code of the file is run. Sizes are compared with the file before anything is allocated.
+
+    Args:
+        path: a `.lbs.safetensors` file.
+        device: where the model shall run.
+
+    Raises:
+        CheckpointError: missing, truncated, damaged, foreign, or of a newer version.
+        BackendError: a device this machine does not have.
+
+    Example:
+        packed = lbs.load("network.lbs.safetensors", device="cuda")
+        logits = packed(images.to("cuda"))
+    """
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {device}: torch sees no GPU here; load onto the CPU, or install a torch with CUDA")
+    parts = read(Path(path))
+    packed = PackedModel(
+        parts.graph, input_shape=parts.input_shape, kept_float=parts.kept_float, plan=parts.plan, name=parts.name
+    )
+    return packed.to(target)

@@ -1,0 +1,67 @@
+"""What cannot be packed at all, refused before anything is built."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.quantizers import InputQuantizer
+from lbs_kernels.errors import GraphError
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """Layers of fixed bits by name.
+
+    Raises:
+        GraphError: there are none, or the model is still being searched.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    searched = [name for name, layer in layers.items() if not isinstance(layer, QuantConv2d | QuantLinear)]
+    if searched:
+        raise GraphError(
+            f"{searched[0]} and {len(searched) - 1} more layers are still searchable; fix bits and filters first: "
+            "lbs.pack(lbs.freeze(model))"
+        )
+    if not layers:
+        raise GraphError(
+            f"{type(model).__name__} has no quantized layer, so there is nothing to pack; make it with lbs.prepare and "
+            "lbs.freeze, or with lbs.uniform and lbs.calibrate"
+        )
+    return layers
+
+
+def check_layer(name: str, layer: QuantLayer) -> None:
+    """Refuse weights, ranges and steps that give no codes, and signed activations into zero padding.
+
+    Raises:
+        GraphError: names the layer, the value and the rule.
+    """
+    if not layer.quantize:
+        raise GraphError(f"{name} computes in float at present (quantize is False); set it to True, or calibrate again")
+    quantizer = layer.quantizer
+    tensors: dict[str, Tensor] = {"weight": layer.weight, "w_range": layer.w_range, "output_scale": layer.output_scale}
+    if isinstance(layer.bias, Tensor):
+        tensors["bias"] = layer.bias
+    for key, value in (("w_range", layer.w_range), ("output_scale", layer.output_scale)):
+        _check_positive(name, key, float(value.detach().abs()))
+    _check_positive(name, "the step of its quantizer", quantizer.step())
+    for key, value in tensors.items():
+        if not bool(value.detach().isfinite().all()):
+            raise GraphError(f"{name}.{key} holds NaN or infinite values; load or train finite ones")
+    if isinstance(quantizer, InputQuantizer) and not 0 <= quantizer.zero <= 255:
+        raise GraphError(f"{name} has input zero {quantizer.zero}; it is a code, 0 to 255: calibrate again")
+    if quantizer.signed and any(getattr(layer, "padding", (0,))):
+        raise GraphError(
+            f"{name} pads signed activations with zeros (padding {getattr(layer, 'padding', None)}), and signed codes "
+            "have no zero; put a ReLU before it, or leave it in float (SearchConfig(exclude=...))"
+        )
+    with torch.no_grad():
+        codes = layer.weight_codes()
+    if not bool(codes.isfinite().all()):
+        raise GraphError(f"{name}: its weights give no codes (are all of them equal?); train it, or leave it in float")
+
+
+def _check_positive(name: str, what: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise GraphError(f"{name}: {what} is {value}; it must be positive and finite, calibrate or train it again")

@@ -1,0 +1,126 @@
+"""PackedModel: a packed network as a module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lbs.pack.region import PackedRegion
+from lbs.pack.serial import PackedParts, write
+from lbs.plan import Plan
+from lbs_kernels.errors import ShapeError
+from lbs_kernels.program import Program
+
+
+class PackedModel(nn.Module):
+    """A packed network: float32 images [N, C, H, W] in, what the model returns out.
+
+    `graph` is a torch.fx GraphModule in which every region of packed layers is one call. `kept_float` lists what was
+    not packed, each with its reason. `plan` holds the bits and kept filters it was made from, if there was a record.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        *,
+        input_shape: tuple[int, ...],
+        kept_float: tuple[tuple[str, str], ...] = (),
+        plan: Plan | None = None,
+        name: str = "",
+    ) -> None:
+        """
+        Args:
+            graph: as `outer_graph` builds it.
+            input_shape: of one image, [C, H, W].
+        """
+        super().__init__()
+        self.graph = graph
+        self.input_shape = tuple(input_shape)
+        self.kept_float = kept_float
+        self.plan = plan
+        self.name = name
+        self.eval()
+
+    @property
+    def regions(self) -> list[PackedRegion]:
+        """The packed regions in execution order."""
+        found = {name: m for name, m in self.graph.named_children() if isinstance(m, PackedRegion)}
+        return [found[f"region{index}"] for index in range(len(found))]
+
+    @property
+    def programs(self) -> list[Program]:
+        """The regions' programs."""
+        return [region.program for region in self.regions]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weights lie."""
+        blob: Tensor = self.graph.region0.blob  # type: ignore[assignment,union-attr]
+        return blob.device
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of planes, multipliers and biases of all regions."""
+        return sum(region.blob.numel() for region in self.regions)
+
+    def forward(self, x: Tensor) -> Any:
+        """What the model computes, in evaluation mode. An empty batch gives empty outputs.
+
+        Raises:
+            ShapeError: another rank, channel count, size, dtype or device than the model was packed for.
+        """
+        self.check_input(x)
+        return self.graph(x)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises ShapeError where `x` is no batch the model was packed for."""
+        if x.dim() != len(self.input_shape) + 1 or tuple(x.shape[1:]) != self.input_shape:
+            wanted = ", ".join(str(size) for size in self.input_shape)
+            raise ShapeError(
+                f"input has shape {list(x.shape)}; the model was packed for [N, {wanted}]: give a batch of such "
+                "images, or pack the model for this size (lbs.pack(model, example=...))"
+            )
+        if x.dtype != torch.float32:
+            raise ShapeError(f"input is {x.dtype}; a packed model takes float32 images, convert them with x.float()")
+        if x.device != self.device:
+            raise ShapeError(f"input lies on {x.device}, the packed model on {self.device}; move one with .to(...)")
+
+    def run_traced(self, x: Tensor, backend: str = "auto") -> tuple[Any, list[dict[int, Tensor]]]:
+        """Output, and for each region all tensors of its program by number (see `PackedRegion.run_traced`)."""
+        self.check_input(x)
+        walk = _Tracing(self.graph, backend)
+        with torch.no_grad():
+            output = walk.run(x)
+        return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
+
+    def save(self, path: str | Path) -> None:
+        """Write one file that `lbs.load` reads.
+
+        Raises:
+            CheckpointError: a float part that has no form without pickle, or a disk that is full; an old file stays.
+        """
+        parts = PackedParts(self.graph, self.input_shape, self.kept_float, self.plan, self.name)
+        write(Path(path), parts)
+
+    def extra_repr(self) -> str:
+        layers = sum(hasattr(step, "w_bits") for program in self.programs for step in program.steps)
+        return f"{self.name or 'network'}: {layers} packed layers, {self.packed_bytes} bytes, input {self.input_shape}"
+
+
+class _Tracing(fx.Interpreter):
+    """Runs the outer graph and keeps every tensor of every region."""
+
+    def __init__(self, graph: fx.GraphModule, backend: str) -> None:
+        super().__init__(graph)
+        self.backend = backend
+        self.traces: dict[str, dict[int, Tensor]] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        region = self.fetch_attr(target)
+        if not isinstance(region, PackedRegion):
+            return super().call_module(target, args, kwargs)
+        outputs, self.traces[target] = region.run_traced(args, self.backend)
+        return outputs

@@ -1,0 +1,78 @@
+"""`pack`: from a quantized model to a PackedModel, verified."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from lbs.pack.checks import quantized_layers
+from lbs.pack.lower import lower
+from lbs.pack.model import PackedModel
+from lbs.pack.outer import outer_graph
+from lbs.pack.tracing import trace_model
+from lbs.pack.verify import verify as compare
+from lbs_kernels.errors import FormatError, GraphError
+from lbs_kernels.program import STREAM_DTYPES
+
+_log = logging.getLogger("lbs")
+
+
+def pack(
+    model: nn.Module, *, example: Tensor | None = None, stream_dtype: str = "float32", verify: bool = True
+) -> PackedModel:
+    """Pack a quantized model: weights into bit-planes, norms into the epilogue, layers into one program per region.
+
+    The model is read as it computes in evaluation mode, and stays as it is. Layers that cannot be packed remain float
+    modules; they are logged and listed in `kept_float`.
+
+    Args:
+        model: made by `lbs.freeze` or `lbs.uniform`.
+        example: float32 images [N, C, H, W] such as the model is used on; needed where the model carries no record
+            of its input shape. Verification uses it.
+        stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16".
+        verify: compare a few images (the example, or random ones) layer by layer with the float64 evaluation.
+
+    Returns:
+        PackedModel on the model's device.
+
+    Raises:
+        GraphError: still searchable, nothing to pack, untraceable, values that are not finite, signed activations that
+            are padded with zeros, or a verification that failed (the layer is named). FormatError: an accumulator that
+            could overflow.
+
+    Example:
+        packed = lbs.pack(lbs.freeze(model))
+        packed.save("network.lbs.safetensors")
+        logits = packed(images)
+    """
+    if stream_dtype not in STREAM_DTYPES:
+        raise FormatError(f"stream_dtype is {stream_dtype!r}; choose one of {', '.join(STREAM_DTYPES)}")
+    quantized_layers(model)
+    graph, shape = trace_model(model, example)
+    lowered = lower(graph, stream_dtype)
+    record = getattr(model, "lbs_record", None)
+    name = type(model).__name__
+    device = next(iter(model.parameters())).device
+    packed = PackedModel(
+        outer_graph(graph, lowered),
+        input_shape=shape,
+        kept_float=lowered.kept_float,
+        plan=record.plan if record is not None else None,
+        name=name,
+    ).to(device)
+    for label, reason in packed.kept_float:
+        _log.warning("%s: %s stays in float: %s", name, label, reason)
+    if verify:
+        _verify(model, packed, example)
+    return packed
+
+
+def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:
+    if example is None:
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(2, *packed.input_shape, generator=generator)
+    report = compare(model, packed, example[:4].to(packed.device))
+    if not report.ok:
+        raise GraphError(f"the packed model does not equal the model: {report.first_difference}\n{report}")

@@ -1,0 +1,45 @@
+"""Tracing a quantized model as it computes in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lbs.graph import ModelGraph, record_of, trace
+from lbs_kernels.errors import ShapeError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, tuple[int, ...]]:
+    """Trace a model on `example`, or on zeros of the shape it carries a record of.
+
+    Returns:
+        The graph, and the shape [C, H, W] of one image.
+
+    Raises:
+        GraphError: no record and no example, or a model that cannot be traced. ShapeError: an example that is no
+            batch of float32 images.
+    """
+    shape = tuple(record_of(model).input_shape) if example is None else tuple(example.shape[1:])
+    device = next(iter(model.parameters())).device
+    images = torch.zeros((2, *shape), device=device) if example is None else example[:2].to(device)
+    if images.dtype != torch.float32 or images.dim() != 4 or images.shape[0] == 0:
+        raise ShapeError(
+            f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W]"
+        )
+    with evaluating(model):
+        return trace(model, images), shape

@@ -1,0 +1,248 @@
+"""`verify`: a packed model against the quantized model it was made from, layer by layer, in float64.
+
+The traced model is evaluated in float64 with its weights' codes. Wherever the packed program stores a tensor, the two
+are compared and the evaluation goes on with the PACKED tensor (teacher forcing), so that an element on a rounding
+boundary changes nothing behind it, and what differs first is what is wrong.
+
+- Codes are equal, except where the float64 value before rounding lies within the tolerance of a rounding boundary;
+  those are counted. The tolerance is BOUNDARY code units, or more where the float32 error bound of the value is larger.
+- Streams and outputs lie within that float32 error bound. It is carried along with the values: each product, sum and
+  store of the epilogue adds its own rounding (u = 2^-24), and every stream that is taken over starts from 0 again.
+- Weight codes are compared with the stored planes, all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from lbs.graph import called_module
+from lbs.pack.fold import affine
+from lbs.pack.lower import step_names
+from lbs.pack.packed_tensors import PackedTensors
+from lbs.pack.patterns import Op, classify
+from lbs.pack.tracing import evaluating, trace_model
+from lbs.pack.verify_report import Check, VerifyReport, merged
+from lbs.quant import codec
+from lbs.quant.layers import QuantLayer
+from lbs_kernels.errors import GraphError
+
+BATCH = 32  # images evaluated at once, to bound the memory
+BOUNDARY = 1e-4
+UNIT = 2.0**-24  # half a step of float32
+OUTER_TOLERANCE = 1e-4  # of the largest magnitude: float modules between regions, whose kernels torch chooses
+_STREAM_UNIT = {"float32": UNIT, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> VerifyReport:
+    """Compare a packed model with the quantized model on a batch.
+
+    Args:
+        model: the quantized model `packed` was made from. packed: PackedModel.
+        x: float32 images [N, C, H, W] on the device of both.
+        backend: whose codes are compared: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        VerifyReport; `ok` is False where anything differs, and `first_difference` names it.
+
+    Raises:
+        GraphError: the packed model has other layers than the model. ShapeError: a batch of another shape.
+
+    Example:
+        report = lbs.verify(model, packed, images)
+        print(report)
+    """
+    packed.check_input(x)
+    graph, _ = trace_model(model, x if len(x) else None)
+    checks, agreeing = [], []
+    with torch.no_grad(), evaluating(model):
+        for part in x.split(BATCH) if len(x) else [x]:
+            output, traces = packed.run_traced(part, backend)
+            tensors = PackedTensors(packed.programs, [region.blob for region in packed.regions], traces)
+            judge = _Judge(graph.module, tensors)
+            judge.compare_outputs(judge.run(part), output)
+            checks.append(tuple(judge.checks))
+            agreeing.append(_agreeing(model(part), output))
+    same = None if None in agreeing else sum(count for count in agreeing if count is not None)
+    return VerifyReport(merged(checks), len(x), same)
+
+
+def _agreeing(reference: Any, output: Any) -> int | None:
+    """Images on which the model in float32 and the packed model have the same largest logit; None without logits."""
+    if not isinstance(reference, Tensor) or not isinstance(output, Tensor) or output.dim() != 2:
+        return None
+    return int((reference.argmax(1) == output.argmax(1)).sum())
+
+
+class _Judge(fx.Interpreter):
+    """Float64 evaluation of the traced model that compares itself with the packed tensors as it goes."""
+
+    def __init__(self, module: fx.GraphModule, tensors: PackedTensors) -> None:
+        super().__init__(module)
+        self.traced = module
+        self.tensors = tensors
+        self.names = step_names(module)
+        self.bounds: dict[fx.Node, Tensor] = {}
+        self.checks: list[Check] = []
+        self.doubles: dict[str, nn.Module] = {}
+        unknown = sorted(set(tensors.steps) - set(self.names.values()))
+        if unknown:
+            raise GraphError(f"the packed model has a layer {unknown[0]}, the model has none; it was made from another")
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's float64 value, replaced by the packed one where there is one."""
+        if n.op == "placeholder":
+            value = super().run_node(n).double()
+            self.bounds[n] = torch.zeros_like(value)
+            return value
+        layer = called_module(self.traced, n)
+        if isinstance(layer, QuantLayer) and self.names[n] in self.tensors.steps:
+            value, bound = self._layer(n, layer)
+        else:
+            value = super().run_node(n)
+            if not isinstance(value, Tensor) or n.op == "output":
+                return value
+            bound = self._bound(n, value)
+        if n.name in self.tensors.streams:
+            value, bound = self._stream(n, value, bound)
+        elif n.name in self.tensors.images:
+            value, bound = self._image(n, value)
+        self.bounds[n] = bound
+        for dead in self.user_to_last_uses.get(n, []):
+            self.bounds.pop(dead, None)
+        return value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Float modules compute in float64; a quantized layer left in float computes as it is."""
+        module = self.fetch_attr(target)
+        if isinstance(module, QuantLayer):
+            return module(*(arg.float() for arg in args)).double()
+        if target not in self.doubles:
+            self.doubles[target] = copy.deepcopy(module).double()
+        return self.doubles[target](*args, **kwargs)
+
+    # Packed layers.
+
+    def _layer(self, node: fx.Node, layer: QuantLayer) -> tuple[Tensor, Tensor]:
+        """Compare the codes of a layer's input and its weights; evaluate it on the packed codes."""
+        name = self.names[node]
+        value, bound = self.env[node.args[0]], self.bounds[node.args[0]]  # type: ignore[index]
+        codes = self.tensors.input_codes(name, value.shape)
+        self._compare_codes(name, layer, value, bound, codes)
+        weights = self._weights(name, layer)
+        # In units of the two steps every sum is an exact integer, so that what is 0 stays 0.
+        units = (layer.quantizer.values(codes) / layer.quantizer.step()).round()
+        product = _apply(layer, units, weights) * (layer.weight_step() * layer.quantizer.step())
+        y = product
+        if isinstance(layer.bias, Tensor):
+            y = product + layer.bias.double().reshape(-1, *([1] * (product.dim() - 2)))
+        # fma(float32(acc), M, B): acc, M, B (|B| <= |product| + |y|) and the result are rounded once each.
+        return y, UNIT * (3 * product.abs() + 2 * y.abs())
+
+    def _compare_codes(self, name: str, layer: QuantLayer, value: Tensor, bound: Tensor, codes: Tensor) -> None:
+        quantizer = layer.quantizer
+        scale = quantizer.scale()
+        expected = quantizer.codes(value)
+        t = value * scale + (codec.levels(quantizer.bits) / 2 if quantizer.signed else 0)
+        distance = ((t - t.floor()) - 0.5).abs()
+        tolerance = (bound * scale + 3 * UNIT * t.abs()).clamp_min(BOUNDARY)
+        differs = expected != codes
+        excused = differs & (distance <= tolerance) & ((expected - codes).abs() <= 1)
+        writer = self.tensors.writer_of_input(name)
+        self.checks.append(
+            Check(
+                writer,
+                f"codes read by {name}",
+                codes.numel(),
+                int((differs & ~excused).sum()),
+                int(excused.sum()),
+                float((expected - codes).abs().max()) if codes.numel() else 0.0,
+                float(tolerance.max()) if codes.numel() else 0.0,
+            )
+        )
+
+    def _weights(self, name: str, layer: QuantLayer) -> Tensor:
+        """2 q - n of the model's own weight codes, which are compared with the stored planes."""
+        codes = layer.weight_codes()
+        stored = self.tensors.weight_codes(name, codes.shape)
+        differ = int((codes != stored).sum())
+        largest = float((codes - stored).abs().max())
+        self.checks.append(Check(name, "weight codes", codes.numel(), differ, 0, largest, 0.0))
+        return 2 * codes.double() - codec.levels(layer.w_bits)
+
+    # Floats.
+
+    def _stream(self, node: fx.Node, value: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare a stored stream, and go on with it."""
+        stored, writer, dtype = self.tensors.stream(node.name, value.shape)
+        tolerance = bound + _STREAM_UNIT[dtype] * (value.abs() + bound)
+        self._compare_floats(writer, f"stream {node.name}", value, stored, tolerance)
+        return stored, torch.zeros_like(stored)
+
+    def _image(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What a later region is given by float modules."""
+        given = self.tensors.images[node.name].double().reshape(value.shape)
+        tolerance = torch.full_like(value, OUTER_TOLERANCE) * value.abs().amax() if value.numel() else value
+        self._compare_floats(node.name, "float input of a region", value, given, tolerance)
+        return given, torch.zeros_like(given)
+
+    def _compare_floats(self, writer: str, what: str, value: Tensor, actual: Tensor, tolerance: Tensor) -> None:
+        error = (value - actual).abs()
+        wrong = int((~(error <= tolerance)).sum())  # a NaN counts
+        largest = float(error.max()) if error.numel() else 0.0
+        limit = float(tolerance.max()) if error.numel() else 0.0
+        self.checks.append(Check(writer, what, value.numel(), wrong, 0, largest, limit))
+
+    def compare_outputs(self, expected: Any, actual: Any) -> None:
+        """Compare what the models return; outputs that are no packed stream have the tolerance of float modules."""
+        wanted, given = _tensors(expected), _tensors(actual)
+        if len(wanted) != len(given):
+            raise GraphError(f"the model returns {len(wanted)} tensors, the packed model {len(given)}; pack it again")
+        for index, (one, other) in enumerate(zip(wanted, given, strict=True)):
+            limit = OUTER_TOLERANCE * one.abs().amax() if one.numel() else one.sum()
+            self._compare_floats("output", f"output {index}", one, other.double(), torch.ones_like(one) * limit)
+
+    def _bound(self, node: fx.Node, value: Tensor) -> Tensor:
+        """How far float32 arithmetic of the packed program may lie from `value`, element by element."""
+        op = classify(self.traced, node)
+        sources = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.bounds]
+        if not isinstance(op, Op) or not sources:
+            return torch.zeros_like(value)
+        bound = self.bounds[sources[0]]
+        if op.kind == "norm":
+            return self._norm_bound(node, value, bound, self.env[sources[0]])
+        if op.kind == "add":
+            return bound + self.bounds[sources[-1]] + UNIT * value.abs()
+        if op.kind == "max_pool":
+            return F.max_pool2d(bound, op.kernel, op.stride, op.padding)
+        if op.kind == "mean_pool":
+            source = self.env[sources[0]]
+            pixels = source[0, 0].numel()
+            return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
+        return bound.reshape(value.shape)
+
+    def _norm_bound(self, node: fx.Node, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
+        norm = called_module(self.traced, node)
+        if not isinstance(norm, nn.BatchNorm2d):
+            return bound
+        gain = affine(norm, str(node.target))[0].abs().to(value.device)[:, None, None]
+        return gain * bound + 2 * UNIT * (gain * source.abs() + value.abs())
+
+
+def _apply(layer: QuantLayer, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer without its bias, in float64."""
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return F.linear(x, weight)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
