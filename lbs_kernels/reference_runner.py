@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lbs_kernels.bitconv2d import reference as bitconv2d
 from lbs_kernels.bitlinear import reference as bitlinear
-from lbs_kernels.epilogue import emit_reference
+from lbs_kernels.epilogue import emit_reference, fma32
 from lbs_kernels.pool import reference as pool
 from lbs_kernels.program import ConvStep, LinearStep, Program, QuantPackStep, Step
 from lbs_kernels.quantpack import reference as quantpack
@@ -51,7 +51,7 @@ class ReferenceRunner:
                 zero=source.zero,
                 signed=source.signed,
             )
-            y = bitconv2d.scale_accumulator(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
+            y = fma32(acc.float(), program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif isinstance(step, LinearStep):
             acc = bitlinear.accumulate(
                 x.flatten(1),
@@ -61,7 +61,7 @@ class ReferenceRunner:
                 signed=source.signed,
             )
             acc = acc[:, None, None]
-            y = bitconv2d.scale_accumulator(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
+            y = fma32(acc.float(), program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif step.kind == "max":
             y = pool.max_pool(x, step.kernel, step.stride, step.padding)
             if source.form == "codes":  # the codes pass unchanged, there is nothing to emit

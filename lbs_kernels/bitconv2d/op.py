@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lbs_kernels import library, registry
 from lbs_kernels.bitconv2d import reference
+from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.format import check_accumulator
 from lbs_kernels.one_step import OneStep, code_image
@@ -157,7 +158,7 @@ def _implementation(
         zero=zero,
         signed=signed,
     )
-    return reference.scale_accumulator(acc, multiplier, bias).contiguous()
+    return fma32(acc.float(), multiplier, bias).contiguous()
 
 
 def _one_step(

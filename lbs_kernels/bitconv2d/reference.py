@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.format import check_accumulator, unpack_weights
 
@@ -70,8 +69,3 @@ def accumulate(
             image, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
     return acc.permute(0, 2, 3, 1).to(torch.int32)
-
-
-def scale_accumulator(acc: Tensor, multiplier: Tensor, bias: Tensor) -> Tensor:
-    """Steps 1 and 2 of the epilogue: float32 [..., O] of int32 [..., O]."""
-    return fma32(acc.float(), multiplier, bias)

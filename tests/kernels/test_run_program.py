@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,18 @@ def test_not_a_number_and_infinity_in_the_image(backend: str) -> None:
     expected: dict[int, Tensor] = {}
     run_program(program, blob, [image], backend="reference", trace=expected)
     assert_same(trace[2], expected[2], "stream")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_calls_from_many_python_threads(backend: str) -> None:
+    program, blob = preact_residual(0)
+    batches = [random_inputs(program, 1 + i % 3, i) for i in range(24)]
+    expected = [run_program(program, blob, images, backend="reference") for images in batches]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda images: run_program(program, blob, images, backend=backend, threads=2), batches))
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_same(actual[0], wanted[0], "features")
+        assert_same(actual[1], wanted[1], "logits")
 
 
 def test_outputs_are_fresh_memory() -> None:
