@@ -1,0 +1,36 @@
+"""`lbs pack`: the network of a run as one .lbs.safetensors file."""
+
+from __future__ import annotations
+
+import argparse
+
+from lbs.cli.console import console
+from lbs.cli.options import set_threads
+from lbs.cli.stages import pack_run
+from lbs.report.units import size
+from lbs.run_folder import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run folder and the type of residual streams."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder with a searched network")
+    parser.add_argument(
+        "--stream-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="what residual streams are stored in",
+    )
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack, and say how large the file is."""
+    out = console(args)
+    set_threads(args.threads)
+    section = pack_run(RunFolder(args.run), args.stream_dtype)
+    for name, reason in section["kept_float"]:
+        out.say(f"{name} stays in float: {reason}")
+    out.say(f"packed: {section['file']}, {size(section['bytes'])}; codes of every layer checked")
+    out.say(f"next: lbs verify --run {args.run}; lbs bench --run {args.run}")
+    out.finish(section)
+    return 0

@@ -1,0 +1,81 @@
+"""What happens to a run after training: pack, verify. Each stage writes its section of results.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lbs
+import lbs.data
+from lbs.cli.packed import PACKED, of_run
+from lbs.run_folder import RunFolder
+from lbs.search import network
+
+_EXAMPLES = 4
+
+
+def pack_run(folder: RunFolder, stream_dtype: str = "float32") -> dict[str, Any]:
+    """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer."""
+    model, card = network.load_network(folder)
+    images, _ = next(iter(lbs.data.eval_loader(network.images_of(card), _EXAMPLES)))
+    packed = lbs.pack(model, example=images, stream_dtype=stream_dtype)
+    path = folder.file(PACKED)
+    packed.save(path)
+    section = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "packed_bytes": packed.packed_bytes,
+        "stream_dtype": stream_dtype,
+        "kept_float": [list(row) for row in packed.kept_float],
+    }
+    folder.add_result("pack", section)
+    return section
+
+
+def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dict[str, Any]:
+    """Compare the saved file with the trained network: every code on `images` test images, every prediction on all.
+
+    An image whose prediction differs is compared code by code too: it is excused only where all that differs lies on a
+    rounding boundary, and never if `strict`.
+    """
+    model, card = network.load_network(folder)
+    packed = of_run(folder).packed
+    data = network.images_of(card)
+    report = lbs.verify(model, packed, _some(data, images))
+    trained, served, labels = _predictions(model, packed, data)
+    differing = (trained != served).nonzero().flatten()
+    excused = True
+    if len(differing):
+        x = lbs.data.normalize(data.test_x[differing], data.mean, data.std)
+        excused = not strict and lbs.verify(model, packed, x).ok
+    section = {
+        "images": len(labels),
+        "equal_predictions": len(labels) - len(differing),
+        "differing_images": differing.tolist(),
+        "packed_accuracy": float((served == labels).double().mean()),
+        "trained_accuracy": float((trained == labels).double().mean()),
+        "codes": report.codes,
+        "codes_on_boundary": report.near_boundary,
+        "first_difference": report.first_difference,
+        "passed": report.ok and excused,
+    }
+    folder.add_result("verify", section)
+    return section
+
+
+def _some(data: lbs.data.ImageData, count: int) -> Tensor:
+    """`count` test images spread over the whole set."""
+    places = torch.linspace(0, len(data.test_x) - 1, min(count, len(data.test_x))).long()
+    return lbs.data.normalize(data.test_x[places], data.mean, data.std)
+
+
+@torch.inference_mode()
+def _predictions(model: nn.Module, packed: nn.Module, data: lbs.data.ImageData) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes by the trained network, by the packed one, and the labels, of all test images."""
+    trained, served = [], []
+    for images, _ in lbs.data.eval_loader(data):
+        trained.append(model(images).argmax(1))
+        served.append(packed(images).argmax(1))
+    return torch.cat(trained), torch.cat(served), data.test_y

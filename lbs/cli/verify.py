@@ -1,0 +1,42 @@
+"""`lbs verify`: is the packed file the network that was trained?"""
+
+from __future__ import annotations
+
+import argparse
+
+from lbs.cli.console import Console, console
+from lbs.cli.options import set_threads
+from lbs.cli.stages import verify_run
+from lbs.report.units import percent
+from lbs.run_folder import RunFolder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run folder, and how much is compared."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder with a packed network")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="test images compared code by code")
+    parser.add_argument("--strict", action="store_true", help="fail if any prediction differs, even on a boundary")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, and return 1 where something differs that no rounding boundary explains."""
+    out = console(args)
+    set_threads(args.threads)
+    section = verify_run(RunFolder(args.run), args.images, args.strict)
+    show(out, section)
+    out.finish(section)
+    return 0 if section["passed"] else 1
+
+
+def show(out: Console, section: dict[str, object]) -> None:
+    """The result in two lines."""
+    out.say(
+        f"codes: {section['codes']} compared, {section['codes_on_boundary']} on a rounding boundary; "
+        f"first difference: {section['first_difference'] or 'none'}"
+    )
+    out.say(
+        f"predictions: {section['equal_predictions']} of {section['images']} equal; top-1 packed "
+        f"{percent(section['packed_accuracy'])}, trained {percent(section['trained_accuracy'])}: "  # type: ignore[arg-type]
+        f"{'passed' if section['passed'] else 'FAILED'}"
+    )
