@@ -1,7 +1,7 @@
 """Loss-aware Bit Sharing: search bits and filters of a network, pack it into bit-planes, run it.
 
-`import lbs` is light: a name of the public face is imported when it is first used. `lbs.pack` and `lbs.report` are
-packages and functions at once; their package objects can be called.
+`import lbs` is light: a name of the public face is imported when it is first used. `lbs.bench`, `lbs.pack` and
+`lbs.report` are modules and functions at once; their module objects can be called.
 
     >>> import lbs
     >>> lbs.SearchConfig(bits=(2, 4, 8)).bits
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ _FACE = {
     "uniform": "lbs.search.prepare",
     "verify": "lbs.pack.verify",
 }
-# Packages that are called like the function of the same name -> module that defines it.
-_CALLABLE = {"pack": "lbs.pack.packing", "report": "lbs.report.page"}
+# Modules that are called like the function of the same name -> module that defines it.
+_CALLABLE = {"bench": "lbs.bench", "pack": "lbs.pack.packing", "report": "lbs.report.page"}
 _MODULES = {"errors": "lbs_kernels.errors"}
 
 __all__ = [
@@ -54,20 +55,25 @@ __all__ = [
 ]
 
 
-class _CallablePackage(ModuleType):
-    """A package that can be called like the function that bears its name."""
+class _CallableModule(ModuleType):
+    """A module that can be called like the function that bears its name."""
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        name = self.__name__.rpartition(".")[2]
+        function: Callable[..., Any] = getattr(importlib.import_module(_CALLABLE[name]), name)
+        return function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        return getattr(importlib.import_module(_CALLABLE[name]), name)(*args, **kwargs)
+        return self.__wrapped__(*args, **kwargs)
 
 
 class _Face(ModuleType):
-    """This package. The import system sets each sub-package as an attribute here, whoever imports it first."""
+    """This package. The import system sets each sub-module as an attribute here, whoever imports it first."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CALLABLE and isinstance(value, ModuleType):
-            value.__class__ = _CallablePackage
+            value.__class__ = _CallableModule
         super().__setattr__(name, value)
 
 

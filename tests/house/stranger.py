@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,63 @@ def unpack(planes: np.ndarray, channels: int) -> np.ndarray:
     flat = bits.reshape(*planes.shape[:-1], -1)
     assert not flat[..., channels:].any()
     return sum(flat[p, ..., :channels].astype(np.int64) << p for p in range(len(planes)))
+
+
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of a file, its digest checked."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    metadata = header.pop("__metadata__")
+    assert (metadata["format"], metadata["version"]) == ("lbs-packed", "1")
+    blank = raw.replace(f'"digest":"{metadata["digest"]}"'.encode(), f'"digest":"{"0" * 64}"'.encode(), 1)
+    assert hashlib.sha256(blank).hexdigest() == metadata["digest"]
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        kind = {"F32": "<f4", "I32": "<i4", "I64": "<i8"}[entry["dtype"]]
+        tensors[name] = np.frombuffer(data[begin:end], kind).reshape(entry["shape"])
+    return tensors, metadata
+
+
+def lay_blob(program: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    """The blob of a program from its arrays by key."""
+    blob = bytearray(sum(-(-array.nbytes // 64) * 64 for array in arrays.values()))
+    for key, spec in program["arrays"].items():
+        assert arrays[key].shape == tuple(spec["shape"])
+        blob[spec["offset"] : spec["offset"] + arrays[key].nbytes] = arrays[key].tobytes()
+    return bytes(blob)
+
+
+def run_file(path: Path, images: np.ndarray) -> np.ndarray:
+    """What a network that is packed whole computes."""
+    tensors, metadata = read_file(path)
+    regions = {}
+    for index in range(sum(key.startswith("program") for key in metadata)):
+        prefix, text = f"region{index}.", metadata[f"program{index}"]
+        arrays = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        regions[f"region{index}"] = Stranger(text, lay_blob(json.loads(text), arrays))
+    values: dict[str, Any] = {}
+
+    def decode(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, body),) = value.items()
+        return values[body] if kind == "node" else tuple(decode(item) for item in body)
+
+    for node in json.loads(metadata["graph"])["nodes"]:
+        args = decode(node["args"])
+        if node["op"] == "output":
+            return args[0]
+        if node["op"] == "placeholder":
+            values[node["name"]] = images
+        elif node["op"] == "call_module":
+            inputs = [x if x.ndim == 4 else x[:, :, None, None] for x in args]
+            values[node["name"]] = regions[node["target"]](inputs)
+        else:
+            assert node["target"] == "operator.getitem"
+            values[node["name"]] = args[0][args[1]]
+    raise AssertionError("a graph without an output")
 
 
 class Stranger:

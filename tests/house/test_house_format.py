@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import programs
 import pytest
 import stranger
 import torch
 
+import lbs
+import lbs.models
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
@@ -37,6 +41,21 @@ def test_reader_written_from_the_page_agrees(case: str) -> None:
 def test_reader_agrees_on_random_programs(seed: int) -> None:
     program, blob = programs.random_program(100 + seed)
     _agree(program, blob, batch=3, seed=seed)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("digits_resnet8", (2, 4)), ("cifar_resnet20", (4, 2))])
+def test_reader_runs_a_packed_file(tmp_path: Path, name: str, bits: tuple[int, int]) -> None:
+    torch.manual_seed(5)
+    _, channels, height, width = lbs.models.example(name).shape
+    images = torch.rand(6, channels, height, width)
+    model = lbs.uniform(lbs.models.create(name), images[:2], *bits)
+    lbs.calibrate(model, [images])
+    path = tmp_path / "network.lbs.safetensors"
+    lbs.pack(model.eval()).save(path)
+    expected = lbs.load(path)(images)
+    result = stranger.run_file(path, images.numpy())
+    assert np.array_equal(expected.numpy(), result)
+    assert expected.std() > 0
 
 
 def test_example_of_the_page() -> None:
