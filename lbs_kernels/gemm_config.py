@@ -9,8 +9,9 @@ from itertools import product
 from lbs_kernels.format import WORD, words
 from lbs_kernels.problem import Problem
 
-REGISTERS = 128  # of a thread's 255: what the accumulator tile may take, beside operands and addresses
-OPERAND = 64  # elements of one operand a thread unpacks per step; with 128, ptxas spills at 8-bit weights
+# Per thread, of its 255 registers. With 128 of either, ptxas 12.8 (sm_80 and sm_90a) spills at some pair of bits.
+ACCUMULATORS = 64
+OPERAND = 64  # elements of one operand unpacked per step
 SHARED_BYTES = 96 * 1024  # of the 99 KiB one block may use on sm_86, sm_89 and sm_120; sm_80 and sm_90 have more
 
 
@@ -50,8 +51,8 @@ def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
     tile = config.block_m * config.block_o
     if tile < 16 * 8 * config.warps:
         return f"{config}: {config.warps} warps for a tile of {config.block_m} x {config.block_o}, some would idle"
-    if tile > REGISTERS * 32 * config.warps:
-        return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {REGISTERS} leave room"
+    if tile > ACCUMULATORS * 32 * config.warps:
+        return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {ACCUMULATORS} do not spill"
     operand = WORD * config.block_words * max(config.block_m, config.block_o)
     if operand > OPERAND * 32 * config.warps:
         return f"{config}: {operand // (32 * config.warps)} operand elements per thread; at most {OPERAND} do not spill"

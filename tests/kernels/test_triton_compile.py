@@ -177,7 +177,7 @@ def test_shipped_configurations(
 @TARGET
 @pytest.mark.parametrize("weights_first", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(256, 64, 1, 4), (256, 128, 2, 8), (64, 64, 2, 4), (32, 64, 2, 4), (128, 128, 1, 4), (16, 64, 2, 4)]
+    "shape", [(128, 64, 2, 4), (64, 128, 2, 4), (128, 128, 2, 8), (256, 64, 2, 8), (64, 64, 2, 4), (128, 128, 4, 8)]
 )
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(8, 8), (8, 2), (4, 4)])
 def test_largest_valid_configurations_do_not_spill(

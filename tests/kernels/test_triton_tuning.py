@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ FINE = GemmConfig(128, 64, 2, 4, 3, weights_first=True)
         ({"stages": 6}, "1 to 5 stages"),
         ({"block_m": 16, "block_o": 32, "warps": 8}, "some would idle"),
         ({"block_m": 256, "block_o": 128, "block_words": 1}, "256 accumulators per thread"),
-        ({"block_words": 4}, "128 operand elements per thread"),
+        ({"block_words": 4, "warps": 4}, "128 operand elements per thread"),
         ({"block_m": 128, "block_o": 128, "block_words": 4, "warps": 8, "stages": 5}, "bytes of shared memory"),
     ],
 )
@@ -48,11 +49,16 @@ def test_a_small_tile_may_hold_all_filters() -> None:
     assert not conv_tuning.is_valid(replace(FINE, block_o=16), replace(LAYER, out_channels=17))
 
 
+@functools.cache
+def network_problems(network: str) -> frozenset[Problem]:
+    layers = lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network)).layers
+    return frozenset(layer.problem for layer in layers)
+
+
 @pytest.mark.parametrize("network", ["resnet18", "resnet50", "mobilenet_v2", "cifar_resnet20", "preresnet56"])
 @pytest.mark.parametrize("batch", [1, 32, 256])
 def test_defaults_and_candidates_serve_every_layer(network: str, batch: int) -> None:
-    layers = lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network)).layers
-    for problem in {replace(layer.problem, batch=batch) for layer in layers}:
+    for problem in {replace(problem, batch=batch) for problem in network_problems(network)}:
         tuning = conv_tuning if problem.op == "bitconv2d" else linear_tuning
         assert tuning.invalid_reason(tuning.default(problem), problem) is None
         found = tuning.candidates(problem)

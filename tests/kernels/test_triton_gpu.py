@@ -1,0 +1,125 @@
+"""The Triton back end on a GPU against the reference, every element; run with -m gpu on a machine that has one."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import programs
+import pytest
+import torch
+from contenders import assert_same
+from torch import Tensor
+
+from lbs_kernels.bitconv2d import reference as conv_reference
+from lbs_kernels.bitconv2d import tuning as conv_tuning
+from lbs_kernels.format import pack_weights
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import Program
+from lbs_kernels.reference_runner import ReferenceRunner
+
+if TYPE_CHECKING:
+    from lbs_kernels.triton_runner import TritonRunner
+
+pytestmark = pytest.mark.gpu
+BITS = (2, 4, 8)
+
+
+def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[TritonRunner, list[Tensor]]:
+    from lbs_kernels.triton_runner import TritonRunner  # here, so that collecting needs no Triton
+
+    images = [image.cuda() for image in programs.random_inputs(program, batch, seed)]
+    return TritonRunner(program, blob, "cuda"), images
+
+
+def check(program: Program, blob: Tensor, batch: int, seed: int) -> None:
+    """Trace and outputs equal the reference, from buffers full of garbage."""
+    runner, images = runner_and_images(program, blob, batch, seed)
+    expected: dict[int, Tensor] = {}
+    outputs = ReferenceRunner(program, blob).run([image.cpu() for image in images], expected)
+    runner.plan(batch).arena.random_()
+    actual: dict[int, Tensor] = {}
+    results = runner.run(images, actual)
+    for index in set(expected) - set(program.inputs):
+        assert_same(actual[index], expected[index], f"tensor {index} ({program.tensors[index].name})")
+    for result, output in zip(results, outputs, strict=True):
+        assert_same(result, output, "output")
+
+
+@pytest.mark.parametrize("name", sorted(programs.CASES))
+@pytest.mark.parametrize("batch", [1, 5])
+def test_named_programs(name: str, batch: int) -> None:
+    check(*programs.CASES[name](seed=7), batch=batch, seed=batch)
+
+
+@pytest.mark.parametrize("seed", range(200, 216))
+def test_random_programs(seed: int) -> None:
+    check(*programs.random_program(seed), batch=1 + seed % 4, seed=seed)
+
+
+@pytest.mark.parametrize("w_bits", BITS)
+@pytest.mark.parametrize("a_bits", BITS)
+def test_every_pair_of_bits_at_network_size(w_bits: int, a_bits: int) -> None:
+    program, blob = programs.one_conv(
+        0, channels=128, filters=100, size=(28, 28), w_bits=w_bits, a_bits=a_bits, out_bits=a_bits, stride=(2, 2)
+    )
+    check(program, blob, batch=4, seed=w_bits)
+
+
+# Two configurations of every tile, so that each layout conversion the compiler picks is compared once.
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (8, 8)])
+def test_accumulator_of_every_tile(w_bits: int, a_bits: int) -> None:
+    from lbs_kernels.bitconv2d import triton_impl
+
+    generator = torch.Generator().manual_seed(w_bits)
+    x = torch.randint(0, 1 << a_bits, (2, 17, 15, 96), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << w_bits, (130, 3, 3, 96), generator=generator, dtype=torch.uint8)
+    planes = pack_weights(codes, w_bits)
+    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1)}
+    expected = conv_reference.accumulate(x, planes, **window)
+    problem = Problem("bitconv2d", 2, 17, 15, 96, 130, (3, 3), (2, 1), (1, 1), w_bits=w_bits, a_bits=a_bits)
+    chosen = {
+        (c.block_m, c.block_o, c.block_words, c.warps, c.weights_first): c for c in conv_tuning.candidates(problem)
+    }
+    for config in list(chosen.values())[::3]:
+        actual = triton_impl.accumulate(x.cuda(), planes.cuda(), **window, config=config)
+        assert_same(actual, expected, f"accumulator of {config}")
+
+
+def test_not_a_number_and_infinity_become_codes() -> None:
+    program, blob = programs.one_conv(0, channels=3, filters=4, size=(3, 3), w_bits=4, a_bits=8, zero=100)
+    runner, images = runner_and_images(program, blob, 1, 0)
+    images[0][0, :, 1, 1] = torch.tensor([math.nan, math.inf, -math.inf], device="cuda")
+    output = ReferenceRunner(program, blob).run([images[0].cpu()])[0]
+    assert_same(runner.run(images)[0], output, "output")
+
+
+def test_graph_replay_equals_the_call() -> None:
+    program, blob = programs.preact_residual(0)
+    runner, static = runner_and_images(program, blob, 3, 0)
+    out = runner.run(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        runner.run(static, out=out)
+    for seed in (1, 2):
+        fresh = [image.cuda() for image in programs.random_inputs(program, 3, seed)]
+        for target, image in zip(static, fresh, strict=True):
+            target.copy_(image)
+        graph.replay()
+        expected = ReferenceRunner(program, blob).run([image.cpu() for image in fresh])
+        for result, output in zip(out, expected, strict=True):
+            assert_same(result, output, "replayed output")
+
+
+def test_steady_state_neither_allocates_nor_waits() -> None:
+    program, blob = programs.imagenet_stem(0)
+    runner, images = runner_and_images(program, blob, 2, 0)
+    out = runner.run(images)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner.run(images, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
