@@ -18,7 +18,7 @@ from lbs_kernels.program import Program
 class PackedModel(nn.Module):
     """A packed network: float32 images [N, C, H, W] in, what the model returns out.
 
-    `graph` is a torch.fx GraphModule in which every region of packed layers is one call. `kept_float` lists what was
+    `body` is a torch.fx GraphModule in which every region of packed layers is one call. `kept_float` lists what was
     not packed, each with its reason. `plan` holds the bits and kept filters it was made from, if there was a record.
     """
 
@@ -37,7 +37,7 @@ class PackedModel(nn.Module):
             input_shape: of one image, [C, H, W].
         """
         super().__init__()
-        self.graph = graph
+        self.body = graph  # not "graph": an exported GraphModule has an attribute of that name
         self.input_shape = tuple(input_shape)
         self.kept_float = kept_float
         self.plan = plan
@@ -47,7 +47,7 @@ class PackedModel(nn.Module):
     @property
     def regions(self) -> list[PackedRegion]:
         """The packed regions in execution order."""
-        found = {name: m for name, m in self.graph.named_children() if isinstance(m, PackedRegion)}
+        found = {name: m for name, m in self.body.named_children() if isinstance(m, PackedRegion)}
         return [found[f"region{index}"] for index in range(len(found))]
 
     @property
@@ -58,7 +58,7 @@ class PackedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the packed weights lie."""
-        blob: Tensor = self.graph.region0.blob  # type: ignore[assignment,union-attr]
+        blob: Tensor = self.body.region0.blob  # type: ignore[assignment,union-attr]
         return blob.device
 
     @property
@@ -73,7 +73,7 @@ class PackedModel(nn.Module):
             ShapeError: another rank, channel count, size, dtype or device than the model was packed for.
         """
         self.check_input(x)
-        return self.graph(x)
+        return self.body(x)
 
     def check_input(self, x: Tensor) -> None:
         """Raises ShapeError where `x` is no batch the model was packed for."""
@@ -91,7 +91,7 @@ class PackedModel(nn.Module):
     def run_traced(self, x: Tensor, backend: str = "auto") -> tuple[Any, list[dict[int, Tensor]]]:
         """Output, and for each region all tensors of its program by number (see `PackedRegion.run_traced`)."""
         self.check_input(x)
-        walk = _Tracing(self.graph, backend)
+        walk = _Tracing(self.body, backend)
         with torch.no_grad():
             output = walk.run(x)
         return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
@@ -102,7 +102,7 @@ class PackedModel(nn.Module):
         Raises:
             CheckpointError: a float part that has no form without pickle, or a disk that is full; an old file stays.
         """
-        parts = PackedParts(self.graph, self.input_shape, self.kept_float, self.plan, self.name)
+        parts = PackedParts(self.body, self.input_shape, self.kept_float, self.plan, self.name)
         write(Path(path), parts)
 
     def extra_repr(self) -> str:
