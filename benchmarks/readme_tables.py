@@ -1,0 +1,139 @@
+"""Writes the tables of README.md between its markers, from result files alone.
+
+    python benchmarks/readme_tables.py            rewrite README.md
+    python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
+
+Read are lbs/zoo/data/*.record.json (shipped networks) and benchmarks/results/<device>/*.json: level `model` as
+`lbs bench --json` prints it, level `op` as bench_<op>.py saves it. Files of other kinds are listed by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+Body = dict[str, Any]
+
+
+def network_table(path: str, body: Body) -> list[str]:
+    """A shipped network: accuracy, cost, size."""
+    name = Path(path).name.removesuffix(".record.json")
+    pruned = body.get("pruned_layers") or {}
+    rows = [
+        ("top-1, fine-tuned, in torch", f"{body['fine_tuned_top1']:.2f} %"),
+        ("top-1, packed", f"{body['packed_top1']:.2f} %"),
+        ("equal predictions", f"{body['equal_predictions']:,} of {body['images']:,} test images"),
+        ("bit operations", f"{body['bops'] / 1e6:.1f}M of {body['full_precision_bops'] / 1e6:.1f}M"),
+        ("(weight, activation) bits", ", ".join(f"{w}/{a}" for w, a in body["bits"])),
+        ("layers with pruned filters", str(len(pruned))),
+        ("file", f"{body['bytes']:,} bytes"),
+        ("training", str(body["schedule"])),
+    ]
+    return [f"**{name}** (`{path}`)", "", *_table(["", "measured"], rows)]
+
+
+def model_table(path: str, body: Body) -> list[str]:
+    """Whole networks: one row per batch and contender."""
+    rows = []
+    for row in body["rows"]:
+        times = f"{row['median'] * 1e3:.3f} [{row['p20'] * 1e3:.3f} {row['p80'] * 1e3:.3f}]"
+        ratio = ", ".join(f"{value:.2f}x {name}" for name, value in row["ratios"].items())
+        rows.append((str(row["batch"]), row["contender"], times, ratio if row["contender"] == "packed" else ""))
+    network = Path(path).stem.removeprefix("model_")
+    title = f"**{network}** on {body['device']}, {body['threads']} threads, torch {body['header']['torch']} (`{path}`)"
+    lines = [title, "", *_table(["batch", "contender", "ms per batch, median [p20 p80]", "speed of packed over"], rows)]
+    return [*lines, *_remarks(body)]
+
+
+def op_table(path: str, body: Body) -> list[str]:
+    """One operation: geometric means over all layers, and over how many."""
+    header = body["header"]
+    baselines = sorted({name for means in body["geomean"].values() for name in means})
+    rows = [
+        (contender, *(f"{means[name]:.2f}x" if name in means else "" for name in baselines))
+        for contender, means in body["geomean"].items()
+    ]
+    problems = len({row["problem"] for row in body["rows"]})
+    title = (
+        f"**{body['op']}**, geometric mean over {problems} layers and bit widths, {header['device']}, batch "
+        f"{header['batch']}, {header['threads']} threads (`{path}`)"
+    )
+    return [title, "", *_table(["speed of", *(f"over {name}" for name in baselines)], rows), *_remarks(body)]
+
+
+TABLES: dict[str, Callable[[str, Body], list[str]]] = {"model": model_table, "op": op_table}
+
+
+def measured(root: Path = ROOT) -> str:
+    """Everything between the markers."""
+    parts: list[list[str]] = []
+    for file in sorted((root / "lbs" / "zoo" / "data").glob("*.record.json")):
+        parts.append(network_table(_relative(file, root), json.loads(file.read_text())))
+    others: list[str] = []
+    for file in sorted((root / "benchmarks" / "results").glob("*/*.json")):
+        body, path = json.loads(file.read_text()), _relative(file, root)
+        table = TABLES.get(body.get("level", ""))
+        if table is None:
+            others.append(f"`{path}`")
+        else:
+            parts.append(table(path, body))
+    if others:
+        parts.append([f"Without a table here: {', '.join(others)}."])
+    if not parts:
+        parts.append(["Nothing yet: there are no result files."])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def rewritten(readme: str, tables: str) -> str:
+    """README with `tables` between the markers.
+
+    Raises:
+        ValueError: the markers are not there exactly once, in order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md needs the lines {BEGIN} and {END} once each, in this order")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = rewritten(before, measured())
+    if before == after:
+        return 0
+    if args.check:
+        print("README.md does not say what the result files say; run: python benchmarks/readme_tables.py")
+        return 1
+    readme.write_text(after)
+    print(f"wrote {readme}")
+    return 0
+
+
+def _remarks(body: Body) -> list[str]:
+    lines = [f"Not timed: {name}: {reason}." for name, reason in body.get("missing", {}).items()]
+    lines += [f"{note[:1].upper()}{note[1:]}." for note in body.get("notes", ())]
+    return ["", *lines] if lines else []
+
+
+def _table(heads: list[str], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

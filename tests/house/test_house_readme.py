@@ -1,0 +1,86 @@
+"""README: its tables are those of the result files, and its example runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import readme_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = {
+    "version": 1,
+    "level": "model",
+    "device": "Some CPU",
+    "threads": 2,
+    "header": {"torch": "2.13.0"},
+    "rows": [
+        {
+            "batch": 1,
+            "contender": "packed",
+            "median": 0.0012,
+            "p20": 0.0011,
+            "p80": 0.002,
+            "ratios": {"torch float32": 6.5},
+        },
+        {"batch": 1, "contender": "torch float32", "median": 0.0078, "p20": 0.007, "p80": 0.01, "ratios": {}},
+    ],
+    "missing": {"torch bfloat16": "not asked for"},
+    "notes": ["the float baselines are pruned"],
+}
+OP = {
+    "version": 1,
+    "level": "op",
+    "op": "bitconv2d",
+    "header": {"device": "Some CPU", "batch": 1, "threads": 1},
+    "rows": [{"problem": "a"}, {"problem": "a"}, {"problem": "b"}],
+    "geomean": {"packed": {"torch float32": 12.345}},
+}
+
+
+def _root(tmp_path: Path, **files: dict[str, object]) -> Path:
+    folder = tmp_path / "benchmarks" / "results" / "cpu"
+    folder.mkdir(parents=True)
+    for name, body in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(body))
+    return tmp_path
+
+
+def test_readme_says_what_the_result_files_say() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme_tables.rewritten(readme, readme_tables.measured()) == readme, "run benchmarks/readme_tables.py"
+
+
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert ": met" in printed
+    assert (tmp_path / "digits.lbs.safetensors").stat().st_size > 10_000
+
+
+def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None:
+    text = readme_tables.measured(_root(tmp_path, model_net=MODEL, op_bitconv2d=OP, layers={"part": "layers"}))
+    assert "| 1 | packed | 1.200 [1.100 2.000] | 6.50x torch float32 |" in text
+    assert "| 1 | torch float32 | 7.800 [7.000 10.000] |  |" in text
+    assert "Not timed: torch bfloat16: not asked for." in text
+    assert "The float baselines are pruned." in text
+    assert "over 2 layers" in text
+    assert "| packed | 12.35x |" in text
+    for name in ("model_net", "op_bitconv2d", "layers"):
+        assert f"`benchmarks/results/cpu/{name}.json`" in text
+
+
+def test_no_result_files(tmp_path: Path) -> None:
+    assert "no result files" in readme_tables.measured(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", f"{readme_tables.BEGIN}", f"{readme_tables.END}\n{readme_tables.BEGIN}"])
+def test_readme_without_markers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="needs the lines"):
+        readme_tables.rewritten(text, "")
