@@ -349,6 +349,31 @@ def depthwise(seed: int) -> tuple[Program, Tensor]:
     return b.build()
 
 
+def many_consumers(seed: int) -> tuple[Program, Tensor]:
+    """One convolution, seven consumers: every way to read a tensor, also those where 0 is not the lowest code."""
+    b = Builder(seed, "bfloat16")
+    x = _stem(b, 3, (6, 5))
+    shape = b.conv_shape(x, 21)
+    consumers = (
+        b.consumer(shape, 1),
+        b.consumer(shape, 2, signed=True, relu=True),
+        b.consumer(shape, 4, zero=5, relu=True),
+        b.consumer(shape, 8, zero=90, norm=True),
+        b.consumer(shape, 4, signed=True, norm=True, relu=True),
+        b.consumer(shape, 3, norm=True),
+        b.consumer(shape, 6, relu=True),
+    )
+    b.conv(x, Emit(high=1.5, stream=b.stream(shape), consumers=consumers), 21, w_bits=8)
+    last = 0
+    for consumer in consumers:  # each is read once; the streams add up
+        out = b.stream((*shape[:2], 9))
+        emit = Emit(residual=last or None, stream=out)
+        b.conv(consumer.tensor, emit, 9, w_bits=4, kernel=(1, 1), padding=(0, 0))
+        last = out
+    b.outputs.append(last)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -369,6 +394,7 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "preact_residual_float16": lambda seed: preact_residual(seed, "float16"),
     "imagenet_stem": imagenet_stem,
     "depthwise": depthwise,
+    "many_consumers": many_consumers,
     "one_pixel": one_pixel,
 }
 

@@ -102,6 +102,14 @@ def test_encode_signed_has_no_zero() -> None:
     assert codes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_relu_comes_before_the_code() -> None:
+    """It shows where 0 is not the lowest code."""
+    program, blob = tiny_program({})
+    y = torch.tensor([-9.0, -0.6, 0.4, 1.2])
+    assert consume_reference(y, Consumer(0, 2, 1.0, signed=True, relu=True), program, blob).tolist() == [2, 2, 2, 3]
+    assert consume_reference(y, Consumer(0, 4, 1.0, zero=5, relu=True), program, blob).tolist() == [5, 5, 5, 6]
+
+
 @pytest.mark.parametrize(
     "consumer",
     [Consumer(0, 4, 3.25), Consumer(0, 8, 37.5, zero=117), Consumer(0, 2, 0.75, signed=True), Consumer(0, 1, 0.5)],

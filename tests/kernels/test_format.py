@@ -116,5 +116,7 @@ def test_other_dtypes_and_shapes_are_refused() -> None:
 def test_accumulator_guard_is_exact() -> None:
     # 255 * 255 * 33025 = 2147450625 < 2^31 = 2147483648 <= 255 * 255 * 33026
     check_accumulator(33025, 8, 8, "fits")
+    with pytest.raises(FormatError, match="sum to 2147483648"):
+        check_accumulator(1 << 31, 1, 1, "exactly 2^31")
     with pytest.raises(FormatError, match=r"33026 products .* 255 .* 255 .* 2147515650"):
         check_accumulator(33026, 8, 8, "wide")

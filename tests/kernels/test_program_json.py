@@ -150,6 +150,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "huge dilation": (lambda t: conv(t).update(dilation=[10**9, 1]), "dilation .* sizes are 1 to"),
     "another stride": (lambda t: conv(t).update(stride=[2, 2]), "the step computes"),
     "zero groups": (lambda t: conv(t).update(groups=0), "0 groups of 3 channels"),
+    "groups do not divide the filters": (lambda t: conv(t).update(groups=3), "16 filters in 3 groups"),
     "groups do not divide": (lambda t: conv(t).update(groups=2), "groups divide the channels"),
     "nine weight bits": (lambda t: conv(t).update(w_bits=9), "9 weight bits"),
     "other weight bits": (lambda t: conv(t).update(w_bits=4), "the step needs int32"),

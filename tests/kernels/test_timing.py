@@ -73,8 +73,10 @@ def test_a_contender_may_time_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ratio_pairs_rounds() -> None:
     """Both slow down in the same rounds: the ratio does not see it, the medians do."""
-    ours, theirs = Times("ours", (1.0, 10.0, 1.0, 10.0, 20.0)), Times("theirs", (2.0, 20.0, 2.0, 20.0, 40.0))
+    ours, theirs = Times("ours", (1.0, 2.0, 4.0, 8.0)), Times("theirs", (2.0, 4.0, 8.0, 16.0))
+    reordered = Times("theirs", (16.0, 8.0, 4.0, 2.0))
     assert ours.ratio(theirs) == 2.0
+    assert ours.ratio(reordered) != 2.0
     with pytest.raises(ShapeError, match="time them in one run"):
         ours.ratio(Times("other", (1.0,)))
 
