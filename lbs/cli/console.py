@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from lbs.report.units import bops
@@ -26,17 +24,6 @@ class Console:
         """One line for people."""
         print(line, file=self.stream, flush=True)
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Columns, numbers to the right."""
-        cells = [[str(cell) for cell in row] for row in (header, *rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-        right = [all(_numeric(row[i]) for row in cells[1:]) for i in range(len(header))]
-        for number, row in enumerate(cells):
-            line = "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
-            self.say(line.rstrip())
-            if number == 0:
-                self.say("  ".join("-" * width for width in widths))
-
     def finish(self, body: dict[str, Any]) -> None:
         """The JSON document, if one was asked for."""
         if self.as_json:
@@ -50,10 +37,6 @@ class Console:
 def console(args: argparse.Namespace) -> Console:
     """The console of a command line."""
     return Console(args.json)
-
-
-def _numeric(cell: str) -> bool:
-    return bool(re.fullmatch(r"[-+]?(\d[\d.,]*)?\s?(%|x|k?B|MB|M|G|us|ms|s)?", cell))
 
 
 class LineProgress:

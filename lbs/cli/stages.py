@@ -1,7 +1,8 @@
-"""What happens to a run after training: pack, verify. Each stage writes its section of results.json."""
+"""What happens to a run after training: pack, verify, bench. Each stage writes its section of results.json."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
         "passed": report.ok and excused,
     }
     folder.add_result("verify", section)
+    return section
+
+
+def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
+    """Time the packed network of a run against its float network and our uniform 8 bits. Options as `lbs.bench`."""
+    source = of_run(folder)
+    timed = lbs.bench(source.packed, model=source.float_model, **options)
+    say(str(timed))
+    section = timed.to_json()
+    folder.add_result("bench", section)
     return section
 
 

@@ -59,11 +59,17 @@ class NetworkCard:
 def build(name: str, num_classes: int) -> nn.Module:
     """A float network by registry name, or by `module:function`, called with the number of classes.
 
+    It is in channels_last memory, as the trainer wants it, so that a network read back from a file sums in the same
+    order as the one that was trained.
+
     Raises:
         LbsError: an unknown name, or a function that gives no module.
     """
-    if ":" not in name:
-        return lbs.models.create(name, num_classes)
+    made = lbs.models.create(name, num_classes) if ":" not in name else _import(name, num_classes)
+    return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _import(name: str, num_classes: int) -> nn.Module:
     module_name, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module beside the user, as with `python -m`

@@ -24,6 +24,11 @@ PLAN = Plan(
 )
 
 
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_PNG_DPI", 20)
+
+
 def bench_rows() -> list[dict[str, Any]]:
     rows = []
     for batch, base in ((1, 2e-3), (64, 4e-2)):

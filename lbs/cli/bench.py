@@ -1,0 +1,49 @@
+"""`lbs bench`: a packed network against torch and our uniform 8 bits, in one process, interleaved."""
+
+from __future__ import annotations
+
+import argparse
+
+import lbs
+from lbs.bench import BASELINES
+from lbs.cli.console import console
+from lbs.cli.options import numbers
+from lbs.cli.packed import add_source, source_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which network, and against what it is timed."""
+    add_source(parser)
+    parser.add_argument(
+        "--batches", type=numbers, default=(1, 64), metavar="N,..", help="images per call (default 1,64)"
+    )
+    parser.add_argument(
+        "--baselines",
+        type=lambda text: tuple(text.split(",")),
+        default=("float32", "bfloat16", "uniform8"),
+        metavar="NAME,..",
+        help=f"of {', '.join(BASELINES)} (default float32,bfloat16,uniform8)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=30, metavar="N", help="measurements of each contender (default 30)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; with --run it is kept for the report."""
+    out = console(args)
+    source = source_of(args)
+    timed = lbs.bench(
+        source.packed,
+        batches=args.batches,
+        threads=args.threads,
+        model=source.float_model,
+        baselines=args.baselines,
+        rounds=args.rounds,
+    )
+    section = timed.to_json()
+    if source.folder is not None:
+        source.folder.add_result("bench", section)
+    out.say(str(timed))
+    out.finish(section)
+    return 0

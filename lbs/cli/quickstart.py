@@ -1,0 +1,95 @@
+"""`lbs quickstart`: the whole road on scikit-learn's real digits, from training to the report, in about a minute."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbs.cli.console import Console, console
+from lbs.cli.stages import bench_run, pack_run, verify_run
+from lbs.cli.verify import show
+from lbs.config import FinetuneRun, SearchRun, open_run
+from lbs.report.page import report
+from lbs.report.units import bops, percent, size
+from lbs.run_folder import RunFolder
+from lbs.search.phases import Session, run_finetune, run_search
+from lbs_kernels.device import processors
+
+# 8x8 images: threads cost more than they bring (2 threads on 2 busy cores were 15 times slower than one).
+TRAINING_THREADS = 1
+LEAST_ACCURACY = 0.97
+SEARCH: dict[str, Any] = {
+    "data": "digits",
+    "model": "digits_resnet8",
+    "augment": False,  # mirrored digits are other digits
+    "batch_size": 64,
+    "float_epochs": 12,
+    "epochs": 20,
+    "lr": 0.005,
+    "bops": 0.02,
+    "strength": 1.4,
+    "log_every": 5,
+}
+FINETUNE: dict[str, Any] = {"epochs": 12, "batch_size": 64, "lr": 0.02, "distill": 0.5}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the run goes, and the threads of the benchmark."""
+    parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/quickstart, or the next free number)")
+    parser.add_argument("--threads", type=int, default=min(2, processors()), help="threads of the benchmark")
+
+
+def run(args: argparse.Namespace) -> int:
+    """All stages; 1 where the packed network is not the trained one, or learned too little."""
+    out = console(args)
+    started = time.monotonic()
+    folder = RunFolder(args.run or free_folder(Path("runs")))
+    folder.note_environment()
+    torch.set_num_threads(TRAINING_THREADS)
+    session = Session(folder, torch.device("cpu"), progress=out.progress(), say=out.say)
+
+    _title(out, 1, f"train a float network on real digits, then search its bits and filters ({folder.path})")
+    searched = run_search(open_run(SearchRun, folder, SEARCH, resume=False), session)
+    _title(out, 2, "fine-tune at the bits that were found")
+    tuned = run_finetune(open_run(FinetuneRun, folder, FINETUNE, resume=False, inherit="search"), session)
+    _title(out, 3, "pack into bit-planes")
+    packed = pack_run(folder)
+    out.say(f"{packed['file']}: {size(packed['bytes'])}")
+    _title(out, 4, "verify: codes of every layer, predictions on every test image")
+    verified = verify_run(folder, strict=True)
+    show(out, verified)
+    _title(out, 5, f"time it against torch in the same process, {args.threads} threads")
+    timed = bench_run(folder, out.say, threads=args.threads)
+    _title(out, 6, "write the report")
+    page = report(folder.path)
+    passed = verified["passed"] and verified["packed_accuracy"] >= LEAST_ACCURACY
+    seconds = time.monotonic() - started
+    before = percent(folder.results()["float"]["accuracy"])
+    out.say(
+        f"{percent(verified['packed_accuracy'])} of the test images (float {before}), {bops(tuned['bops'])} BOPs of "
+        f"{bops(searched['target_bops'])} allowed, {size(packed['bytes'])}, {seconds:.0f} s"
+    )
+    out.say(f"open {page}")
+    if not passed:
+        out.say(
+            f"FAILED: every prediction must be equal and at least {percent(LEAST_ACCURACY)} right; "
+            f"{verified['first_difference'] or 'see the lines above'}"
+        )
+    out.finish({"passed": passed, "seconds": seconds, "page": str(page), **folder.results(), "bench": timed})
+    return 0 if passed else 1
+
+
+def free_folder(parent: Path) -> Path:
+    """runs/quickstart, or runs/quickstart-2 and so on: an old run is never touched."""
+    names = itertools.chain(["quickstart"], (f"quickstart-{number}" for number in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def _title(out: Console, number: int, text: str) -> None:
+    out.say()
+    out.say(f"[{number}/6] {text}")

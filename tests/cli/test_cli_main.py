@@ -1,0 +1,122 @@
+"""The shell's door: exit codes, help, errors in one line, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from lbs.cli import doctor, main
+from lbs.cli.options import bit_operations, numbers
+from lbs_kernels import extension
+from lbs_kernels.errors import PlanError
+
+
+def test_every_command_has_help_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in main.COMMANDS:
+        assert main.main([name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "--json" in text
+        assert name in text
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in main.COMMANDS)
+    assert main.main([]) == 2
+    assert main.main(["fly"]) == 2
+    assert main.main(["search"]) == 2
+    assert "--run" in capsys.readouterr().err
+    assert main.main(["search", "--run", "x", "--epochs", "many"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"), [(PlanError("bits (3, 4):\nno chain"), 2), (OSError("disk"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_errors_are_one_line_and_a_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], outcome: BaseException, code: int
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise outcome
+
+    fake: Any = types.ModuleType("lbs.cli.report")
+    fake.add_arguments, fake.run = (lambda parser: None), run
+    monkeypatch.setitem(sys.modules, "lbs.cli.report", fake)
+    assert main.main(["report", "--json"]) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lbs report: ")
+    assert captured.err.count("\n") == 1
+    if code == 2:
+        body = json.loads(captured.out)
+        assert body["kind"] == type(outcome).__name__
+        assert "\n" not in body["error"]
+
+
+def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake: Any = types.ModuleType("lbs.cli.report")
+    fake.add_arguments, fake.run = (lambda parser: None), lambda args: 1 // 0
+    monkeypatch.setitem(sys.modules, "lbs.cli.report", fake)
+    with pytest.raises(ZeroDivisionError):
+        main.main(["report"])
+
+
+def test_numbers_in_options() -> None:
+    assert numbers("2,4,8") == (2, 4, 8)
+    assert [bit_operations(text) for text in ("0.03", "650M", "34.7G", "12k", "5000")] == [
+        0.03,
+        650e6,
+        34.7e9,
+        12e3,
+        5000.0,
+    ]
+    for bad in ("0", "-3M"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no budget"):
+            bit_operations(bad)
+
+
+def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main.main(["doctor", "--json"])
+    body = json.loads(capsys.readouterr().out)
+    assert code == (0 if body["healthy"] else 1)
+    found = {finding["what"]: finding for finding in body["findings"]}
+    assert {"native CPU module", "native CUDA module", "GPU", "Triton", "processor"} <= found.keys()
+    for finding in body["findings"]:
+        assert finding["state"] == "ok" or finding["fix"], f"{finding['what']} has no way out"
+
+
+def test_doctor_says_what_is_missing_why_and_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = {"cpu": {"built": False, "reason": "no C++17 compiler was found", "fix": "apt-get install g++"}}
+    monkeypatch.setattr(extension, "cpu", None)
+    monkeypatch.setattr(extension, "cpu_reason", "no C++17 compiler was found; to mend it: apt-get install g++")
+    monkeypatch.setattr(extension, "build_report", lambda: report)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert main.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "MISSING  native CPU module: no C++17 compiler was found" in text
+    assert "fix: apt-get install g++" in text
+    assert "fix: pip install triton" in text
+    assert "needed and missing: native CPU module" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("it was never built; build it: pip install -e .", ("it was never built", "pip install -e .")),
+        ("it was built but does not load: x; build again: pip install -e .", None),
+    ],
+)
+def test_doctor_without_a_build_report(
+    monkeypatch: pytest.MonkeyPatch, reason: str, words: tuple[str, str] | None
+) -> None:
+    monkeypatch.setattr(extension, "build_report", dict)
+    why, fix = doctor._build_words("cpu", reason)
+    assert fix == "pip install -e ."
+    assert reason.startswith(why)
+    assert words is None or (why, fix) == words

@@ -1,0 +1,281 @@
+"""A run from the shell: search, fine-tune, pack, verify, bench, report; kills, resumption and bad input on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lbs.cli import main, quickstart, stages
+from lbs.plan import Plan
+from lbs.report.page import report
+from lbs.search import checkpoint
+from lbs.search.trainer import Trainer
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
+        self.norm0 = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.relu, self.pool = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = self.relu(self.norm0(self.stem(x)))
+        x = self.relu(self.norm1(self.conv1(x)))
+        x = self.relu(self.norm2(self.conv2(x)))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+class Branching(Net):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = -x
+        return super().forward(x)
+"""
+SEARCH = "--data digits --model tiny_cli_net:Net --no-augment --batch-size 64 --float-epochs 2 --epochs 2 --bops 0.03"
+SEARCH += " --log-every 5 --threads 1 --lr 0.01 --calibration 128"
+FINETUNE = "--epochs 2 --batch-size 64 --lr 0.02 --threads 1 --distill 0.3 --calibration 128"
+Command = Callable[..., tuple[int, Any, str]]
+
+
+@pytest.fixture
+def lbs_command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `lbs ... --json`: (exit code, parsed stdout, stderr)."""
+
+    def run(line: str) -> tuple[int, Any, str]:
+        capsys.readouterr()
+        code = main.main([*line.split(), "--json"])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out) if captured.out else None, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the network and a run that was searched and fine-tuned."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "tiny_cli_net.py").write_text(NETWORK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        assert main.main(f"search --run whole {SEARCH}".split()) == 0
+        assert main.main(f"finetune --run whole {FINETUNE}".split()) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+
+
+def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> None:
+    run = home / "whole"
+    results = json.loads((run / "results.json").read_text())
+    plan = Plan.load(run / "plan.json")
+    assert plan.bops() == results["finetune"]["bops"] <= results["search"]["target_bops"]
+    assert results["search"]["target_bops"] == 0.03 * plan.full_precision_bops()
+    code, packed, _ = lbs_command("pack --run whole")
+    assert code == 0
+    assert packed["bytes"] == (run / packed["file"]).stat().st_size
+    code, verified, _ = lbs_command("verify --run whole --images 40 --strict")
+    assert code == 0
+    assert verified["equal_predictions"] == verified["images"] == 360
+    assert verified["packed_accuracy"] == results["finetune"]["accuracy"] > 0.5
+    code, explained, _ = lbs_command("explain --run whole --batch 2")
+    assert code == 0
+    assert [row["name"] for row in explained["rows"] if row["w_bits"]] == [layer.name for layer in plan.layers]
+    code, timed, _ = lbs_command("bench --run whole --batches 1,3 --rounds 3 --threads 1 --baselines float32,uniform8")
+    assert code == 0
+    assert {(row["contender"], row["batch"]) for row in timed["rows"]} == {
+        (name, batch) for name in ("packed", "torch float32", "packed uniform 8-bit") for batch in (1, 3)
+    }
+    code, written, _ = lbs_command("report whole")
+    assert code == 0
+    assert (written["pictures"], Path(written["page"]).name) == (
+        ["bits.png", "cost.png", "gates.png", "latency.png", "training.png"],
+        "report.html",
+    )
+    code, alone, _ = lbs_command(f"explain {run / packed['file']}")
+    assert [row["kept_filters"] for row in alone["rows"]] == [row["kept_filters"] for row in explained["rows"]]
+
+
+@pytest.mark.parametrize(("command", "kill"), [("search", 9), ("search", 30), ("search", 60), ("finetune", 30)])
+def test_a_killed_command_goes_on_to_the_same_bits(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, command: str, kill: int
+) -> None:
+    """Killed inside the first float epoch (no checkpoint yet), between and inside later ones."""
+    run = f"killed-{command}-{kill}"
+    if command == "finetune":
+        shutil.copytree(home / "whole", home / run, ignore=shutil.ignore_patterns("finetune*", "model.safetensors"))
+    step, left = Trainer._train_step, [kill]
+
+    def counted(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        step(self, images, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", counted)
+        options = SEARCH if command == "search" else FINETUNE
+        code, _, errors = lbs_command(f"{command} --run {run} {options}")
+        assert code == 130
+        assert "goes on with --resume" in errors
+    resume = "--resume" if any((home / run / "checkpoints").glob(f"{command}.*")) or kill > 9 else options
+    code, _, errors = lbs_command(f"{command} --run {run} {resume}")
+    assert code == 0, errors
+    name = "searched.safetensors" if command == "search" else "model.safetensors"
+    again, expected = (checkpoint.load_weights(home / folder / name) for folder in (run, "whole"))
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[key], expected[key]) for key in expected)
+    if command == "search":
+        assert (home / run / "plan.json").read_text() == (home / "whole/plan.json").read_text()
+
+
+def test_a_run_is_not_resumed_with_another_configuration(home: Path, lbs_command: Command) -> None:
+    before = (home / "whole/checkpoints/search.safetensors").read_bytes()
+    code, body, errors = lbs_command("search --run whole --resume --lr 0.5 --bits 2,4")
+    assert code == 2
+    assert "bits (2, 4, 8), asked is (2, 4); lr 0.01, asked is 0.5" in body["error"]
+    assert body["error"] in errors
+    code, body, _ = lbs_command(f"search --run whole {SEARCH}")
+    assert (code, body["kind"]) == (2, "TrainingError")
+    assert "already holds a search" in body["error"]
+    assert (home / "whole/checkpoints/search.safetensors").read_bytes() == before
+    code, body, _ = lbs_command("finetune --run nothing --resume")
+    assert "no finetune to resume" in body["error"]
+
+
+def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Command) -> None:
+    shutil.copytree(home / "whole", home / "again")
+    rows = (home / "again/metrics.jsonl").read_text()
+    code, section, _ = lbs_command("search --run again --resume")
+    assert code == 0
+    assert section["steps"] == json.loads((home / "whole/results.json").read_text())["search"]["steps"]
+    assert (home / "again/metrics.jsonl").read_text() == rows
+    for name in ("searched.safetensors", "plan.json"):
+        assert (home / "again" / name).read_bytes() == (home / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("search --run bad --data nowhere.npz --model digits_resnet8 --bops 0.03", "no data set at nowhere.npz"),
+        ("search --run bad --data digits --model resnet9000 --bops 0.03 --float-epochs 1", "no model is called"),
+        ("search --run bad --data digits --model tiny_cli_net:Nut --bops 0.03 --float-epochs 1", "tiny_cli_net:Nut"),
+        ("search --run bad --data digits --model digits_resnet8 --float-epochs 1", "--bops is missing"),
+        ("search --run bad --data digits --model digits_resnet8 --bops 0.03", "no float weights to start from"),
+        ("search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights none.pth", "none.pth"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --bits 2,3", "bit chain"),
+        ("search --run bad --data digits --model digits_resnet8 --bops 0.0001 --weights w.pth", "out of reach"),
+        ("search --run bad --data digits --model cifar_resnet20 --bops 0.03 --weights w.pth", "does not fit the model"),
+        (
+            "search --run bad --data digits --model tiny_cli_net:Branching --bops 0.03 --weights n.pth",
+            "tiny_cli_net.py",
+        ),
+        ("search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights nan.pth", "NaN or infinite"),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights w.pth --device gpu9",
+            "no device",
+        ),
+        ("finetune --run bad --data digits --model digits_resnet8", "no searched network"),
+        ("finetune --run bad --data digits --model digits_resnet8 --uniform 4", "give two widths"),
+        ("finetune --run bad --data digits --model digits_resnet8 --weights w.pth --plan whole/plan.json", "plan"),
+        ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "lr=0.0"),
+        ("pack --run bad", "network.json"),
+        ("verify --run whole/checkpoints", "network.json"),
+        ("explain --run whole --zoo x", "name one packed network"),
+        ("explain whole/config.json", "config.json"),
+        ("bench --zoo imagenet", "the zoo has no network"),
+        ("report nowhere", "no run folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str, message: str) -> None:
+    import lbs.models
+
+    if not (home / "w.pth").exists():
+        state = lbs.models.create("digits_resnet8").state_dict()
+        torch.save(state, home / "w.pth")
+        state["fc.weight"][0, 0] = float("nan")
+        torch.save(state, home / "nan.pth")
+        shutil.copy(home / "whole/float.safetensors", home / "n.safetensors")
+        torch.save(checkpoint.load_weights(home / "n.safetensors"), home / "n.pth")
+    shutil.rmtree(home / "bad", ignore_errors=True)
+    code, body, errors = lbs_command(line)
+    assert code == 2, errors
+    assert message in body["error"], body["error"]
+    assert errors.rstrip("\n").split("\n")[-1] == f"lbs {line.split()[0]}: {body['error']}"
+
+
+def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_command: Command) -> None:
+    shutil.copytree(home / "whole", home / "forged")
+    assert lbs_command("pack --run forged")[0] == 0
+    weights = checkpoint.load_weights(home / "forged/model.safetensors")
+    weights["conv2.weight"][3] *= -1
+    checkpoint.safetensors.torch.save_file(weights, home / "forged/model.safetensors")
+    code, section, errors = lbs_command("verify --run forged")
+    assert code == 1
+    assert not section["passed"]
+    assert "conv2" in section["first_difference"]
+    assert "FAILED" in errors
+
+
+def test_uniform_and_hand_made_plans_are_fine_tuned(home: Path, lbs_command: Command) -> None:
+    weights = "--weights whole/float.safetensors --data digits --model tiny_cli_net:Net --no-augment"
+    short = "--epochs 1 --batch-size 128 --threads 1 --calibration 64"
+    code, section, _ = lbs_command(f"finetune --run uniform --uniform 4,2 {weights} {short}")
+    assert code == 0
+    assert {(x.w_bits, x.a_bits) for x in Plan.load(home / "uniform/plan.json").layers} == {(8, 8), (4, 2)}
+    text = (home / "whole/plan.json").read_text()
+    plan = Plan.from_json(text)
+    body = json.loads(text)
+    body["layers"][1].update(w_bits=2, kept=[0, 3, 5, 9])
+    (home / "hand.json").write_text(json.dumps(body))
+    code, section, errors = lbs_command(f"finetune --run hand --plan hand.json {weights} {short}")
+    assert code == 0, errors
+    assert section["bops"] == Plan.load(home / "hand.json").bops() < plan.bops()
+    assert lbs_command("pack --run hand")[0] == 0
+    assert lbs_command("verify --run hand --images 8")[0] == 0
+
+
+def test_quickstart(home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole road, shortened; then a packed network that disagrees once must fail."""
+    monkeypatch.setattr(quickstart, "SEARCH", {**quickstart.SEARCH, "float_epochs": 4, "epochs": 1})
+    monkeypatch.setattr(quickstart, "FINETUNE", {**quickstart.FINETUNE, "epochs": 1})
+    monkeypatch.setattr(quickstart, "LEAST_ACCURACY", 0.8)
+    timed = stages.bench_run
+    monkeypatch.setattr(quickstart, "bench_run", lambda *args, threads: timed(*args, threads=threads, rounds=2))
+    code, body, errors = lbs_command("quickstart --threads 1")
+    assert code == 0, errors
+    assert body["passed"]
+    assert body["verify"]["equal_predictions"] == 360
+    assert (home / "runs/quickstart/report.html").exists()
+    assert {row["contender"] for row in body["bench"]["rows"]} >= {"packed", "torch float32", "torch bfloat16"}
+    assert quickstart.free_folder(home / "runs").name == "quickstart-2"
+
+    def disagree(*args: Any, **options: Any) -> dict[str, Any]:
+        return {**stages.verify_run(*args, **options), "equal_predictions": 359, "passed": False}
+
+    monkeypatch.setattr(quickstart, "SEARCH", {**quickstart.SEARCH, "float_epochs": 1})
+    monkeypatch.setattr(quickstart, "verify_run", disagree)
+    monkeypatch.setattr(quickstart, "bench_run", lambda *args, **options: {})
+    monkeypatch.setattr(quickstart, "report", lambda path: report(home / "runs/quickstart"))
+    code, body, errors = lbs_command("quickstart --run other")
+    assert code == 1
+    assert not body["passed"]
+    assert "every prediction must be equal" in errors
