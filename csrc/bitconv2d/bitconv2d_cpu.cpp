@@ -8,54 +8,52 @@
 namespace lbs {
 namespace {
 
+int round_up(int value, int step) { return (value + step - 1) / step * step; }
+
 struct Block {
     int first, width;
 };
 
-int round_up(int value, int step) { return (value + step - 1) / step * step; }
-
-// Cycles per step of K of one tile: dots and loads both issue two per cycle, and a chain of dots has a latency of four
-// (Zen 5 and Sapphire Rapids alike). Only ratios matter.
-double tile_cost(int vectors, int filters, int pieces) {
+// Cycles of one tile: dots and loads issue two per cycle each, and a dot takes four. See bitconv2d_kernel.h for the
+// cost of the epilogue. Measured on Zen 5; only ratios matter.
+double tile_cost(int vectors, int filters, int pieces, int k_steps) {
     const double dots = vectors * filters / 2.0;
-    const double loads = (vectors * std::max(1, pieces) + filters + 1) / 2.0;
-    return std::max({dots, loads, 4.0}) + 0.25;
+    const double loads = (vectors * std::max(1, pieces) * 2 + filters + 1) / 2.0;  // activations mostly cross cache lines
+    const double epilogue = vectors * filters / 4 * (vectors * filters >= 24 ? 7.0 : 20.0);
+    return k_steps * std::max({dots, loads, 4.0}) + epilogue;
 }
 
-double block_cost(TileShape shape, int vectors, int pieces) {
+double block_cost(TileShape shape, int vectors, int pieces, int k_steps) {
     const int full = vectors / shape.vectors, rest = vectors % shape.vectors;
-    return full * tile_cost(shape.vectors, shape.filters, pieces) + (rest ? tile_cost(rest, shape.filters, pieces) : 0.0);
+    return full * tile_cost(shape.vectors, shape.filters, pieces, k_steps) + (rest ? tile_cost(rest, shape.filters, pieces, k_steps) : 0.0);
 }
 
 // The cheapest cut of `filters` (rounded up to four) into block widths.
-std::vector<Block> cut_filters(int filters, int vectors, int pieces, const TileShape* shapes) {
-    const int units = round_up(filters, 4) / 4;
-    std::vector<double> best(static_cast<size_t>(units) + 1, std::numeric_limits<double>::infinity());
-    std::vector<int> taken(static_cast<size_t>(units) + 1, 0);
+std::vector<Block> cut_filters(int filters, int vectors, int pieces, int k_steps, const TileShape* shapes) {
+    const size_t units = static_cast<size_t>(round_up(filters, 4) / 4);
+    std::vector<double> best(units + 1, std::numeric_limits<double>::infinity());
+    std::vector<int> taken(units + 1, 0);
     best[0] = 0.0;
-    for (int i = 1; i <= units; ++i)
-        for (const TileShape* shape = shapes; shape->filters; ++shape) {
-            const int rest = i - shape->filters / 4;
-            if (rest < 0) continue;
-            const double cost = best[static_cast<size_t>(rest)] + block_cost(*shape, vectors, pieces);
-            if (cost < best[static_cast<size_t>(i)]) {
-                best[static_cast<size_t>(i)] = cost;
-                taken[static_cast<size_t>(i)] = shape->filters;
+    for (const TileShape* shape = shapes; shape->filters; ++shape) {
+        const size_t width = static_cast<size_t>(shape->filters / 4);
+        const double cost = block_cost(*shape, vectors, pieces, k_steps);
+        for (size_t i = width; i <= units; ++i)
+            if (best[i - width] + cost < best[i]) {
+                best[i] = best[i - width] + cost;
+                taken[i] = shape->filters;
             }
-        }
-    std::vector<int> widths;
-    for (int i = units; i > 0; i -= taken[static_cast<size_t>(i)] / 4) widths.push_back(taken[static_cast<size_t>(i)]);
-    std::sort(widths.rbegin(), widths.rend());
+    }
     std::vector<Block> blocks;
+    for (size_t i = units; i > 0; i -= static_cast<size_t>(taken[i] / 4)) blocks.push_back({0, taken[i]});
     int first = 0;
-    for (int width : widths) {
-        blocks.push_back({first, width});
-        first += width;
+    for (Block& block : blocks) {
+        block.first = first;
+        first += block.width;
     }
     return blocks;
 }
 
-// Filters of different groups read different channels: a block never spans two groups unless four filters already do.
+// Filters of different groups read different channels: a block spans two groups only where four filters already do.
 std::vector<Block> cut_grouped(int filters, int per_group, const TileShape* shapes) {
     std::vector<Block> blocks;
     for (int first = 0; first < filters;) {
@@ -89,19 +87,19 @@ public:
 
     int steps() const { return step_.kernel.y * step_.kernel.x * range_; }
 
-    // value(filter, tap, channel) for every weight of the block.
+    // value(filter, tap, channel) for every weight of `width` filters.
     template <class Value>
-    void write(const Block& block, int first_group, int8_t* out, const Value& value) const {
+    void write(int first, int width, int first_group, int8_t* out, const Value& value) const {
         const int per_group = filters_ / step_.groups, taps = step_.kernel.y * step_.kernel.x;
-        for (int f = 0; f < block.width && block.first + f < filters_; ++f) {
-            const int filter = block.first + f;
+        for (int f = 0; f < width && first + f < filters_; ++f) {
+            const int filter = first + f;
             const int base = filter / per_group * channels_;
             for (int tap = 0; tap < taps; ++tap)
                 for (int c = 0; c < channels_; ++c) {
                     const int channel = base + c - 4 * first_group;
                     const int row = tap / step_.kernel.x, column = tap % step_.kernel.x;
                     const int k = (row * range_ + channel / 4) * step_.kernel.x + column;
-                    out[(static_cast<size_t>(k) * block.width + f) * 4 + channel % 4] = static_cast<int8_t>(value(filter, tap, c));
+                    out[(static_cast<size_t>(k) * width + f) * 4 + channel % 4] = static_cast<int8_t>(value(filter, tap, c));
                 }
         }
     }
@@ -125,7 +123,7 @@ const int8_t* tile_weights(const BlockWriter& writer, const StepSpec& step, int 
     for (int group = 0; group < groups; ++group) {
         std::fill(flat.begin(), flat.end(), int8_t{0});
         const auto value = [&](int filter, int tap, int c) { return stored_weight(writer.code(filter, tap, c), step.w_bits); };
-        writer.write({16 * group, 16}, 0, flat.data(), value);
+        writer.write(16 * group, 16, 0, flat.data(), value);
         for (int k = 0; k < steps; ++k)
             for (int f = 0; f < 16; ++f)
                 std::copy_n(&flat[(static_cast<size_t>(k) * 16 + f) * 4], 4,
@@ -191,12 +189,14 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     plan.map = load_map(store, layout, height, width, step.stride, kernels.lanes);
     plan.wide = needs_wide_dot(kernels, step.w_bits, source.bits);
 
+    const int per_group = filters / step.groups;
     const int vectors = vector_count(static_cast<int64_t>(height) * width, kernels.lanes);
-    const std::vector<Block> cut = step.groups == 1 ? cut_filters(filters, vectors, plan.map.pieces, kernels.shapes)
-                                                    : cut_grouped(filters, filters / step.groups, kernels.shapes);
+    const std::vector<Block> cut = step.groups == 1
+                                       ? cut_filters(filters, vectors, plan.map.pieces, taps * layout.groups, kernels.shapes)
+                                       : cut_grouped(filters, per_group, kernels.shapes);
     int range = 0;
     for (const Block& block : cut) {
-        const Range groups = channel_range(block, filters, filters / step.groups, channels);
+        const Range groups = channel_range(block, filters, per_group, channels);
         range = std::max(range, groups.last - groups.first);
     }
     plan.k_offsets = store.keep(window_offsets(layout, step, range));
@@ -205,17 +205,16 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
 
     FilterBlock* blocks = store.make<FilterBlock>(cut.size());
     for (size_t b = 0; b < cut.size(); ++b) {
-        const int first = std::min(channel_range(cut[b], filters, filters / step.groups, channels).first, layout.groups - range);
-        const size_t bytes = static_cast<size_t>(plan.k_steps) * cut[b].width * 4;
-        blocks[b].first = cut[b].first;
-        blocks[b].width = cut[b].width;
-        blocks[b].in_offset = static_cast<int32_t>(first * layout.group_pitch());
+        const Block& block = cut[b];
+        const int first = std::min(channel_range(block, filters, per_group, channels).first, layout.groups - range);
+        const size_t bytes = static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
         int8_t* weights = store.make<int8_t>(bytes);
-        writer.write(cut[b], first, weights, [&](int o, int tap, int c) { return stored_weight(writer.code(o, tap, c), step.w_bits); });
-        blocks[b].weights = weights;
+        writer.write(block.first, block.width, first, weights,
+                     [&](int o, int tap, int c) { return stored_weight(writer.code(o, tap, c), step.w_bits); });
+        blocks[b] = {block.first, block.width, static_cast<int32_t>(first * layout.group_pitch()), weights, nullptr};
         if (step.w_bits == 8 && step.groups > 1) {
             int8_t* ones = store.make<int8_t>(bytes);
-            writer.write(cut[b], first, ones, [](int, int, int) { return 1; });
+            writer.write(block.first, block.width, first, ones, [](int, int, int) { return 1; });
             blocks[b].ones = ones;
         }
     }
@@ -223,10 +222,13 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     plan.block_count = static_cast<int>(cut.size());
     if (step.w_bits == 8 && step.groups == 1) {
         int8_t* ones = store.make<int8_t>(static_cast<size_t>(plan.k_steps) * 4);
-        writer.write({0, 1}, 0, ones, [](int, int, int) { return 1; });
+        writer.write(0, 1, 0, ones, [](int, int, int) { return 1; });
         plan.shared_ones = ones;
     }
-    if (kernels.uses_tiles && step.groups == 1) plan.tiles = tile_weights(writer, step, filters, store);
+    if (kernels.uses_tiles && step.groups == 1) {
+        plan.tiles = tile_weights(writer, step, filters, store);
+        plan.block_count = (filters + 15) / 16;
+    }
 
     std::vector<int64_t> sums(static_cast<size_t>(filters), 0);
     for (size_t i = 0; i < codes.size(); ++i)

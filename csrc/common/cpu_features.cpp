@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/check.h"
+#include "isa/kernels.h"
 
 namespace lbs {
 namespace {
@@ -84,6 +85,24 @@ bool has_avx512() {
     return f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni;
 }
 
+bool amx_works() {
+#if defined(LBS_BUILD_AMX)
+    static const bool works = amx_self_check();
+    return works;
+#else
+    return false;
+#endif
+}
+
+bool amx_model_works() {
+#if defined(LBS_BUILD_AVX512VNNI)
+    static const bool works = amx_model_self_check();
+    return works;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -116,12 +135,14 @@ std::string isa_reason(Isa isa) {
 #endif
             if (!has_avx512()) return "the AMX kernels also need AVX-512 VNNI, which this processor lacks";
             if (!flags().amx_tile || !flags().amx_int8) return "this processor lacks AMX-TILE or AMX-INT8";
-            return flags().amx_permitted ? "" : "the kernel refused permission to use tile data";
+            if (!flags().amx_permitted) return "the kernel refused permission to use tile data";
+            return amx_works() ? "" : "its tile multiply failed the self-check";
         case Isa::kAmxModel:
 #if !defined(LBS_BUILD_AVX512VNNI)
             return "this build has no AVX-512 VNNI part, which the tile model uses outside the tiles";
 #endif
-            return has_avx512() ? "" : "the tile model uses AVX-512 outside the tiles, which this processor lacks";
+            if (!has_avx512()) return "the tile model uses AVX-512 outside the tiles, which this processor lacks";
+            return amx_model_works() ? "" : "its tile multiply failed the self-check";
     }
     return "unknown instruction set";
 }

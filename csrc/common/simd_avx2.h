@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 8;
+    static constexpr int kSumVectors = 4;
     static constexpr bool kNarrowDot = true;  // dot<false> takes pairs of products of at most 16 bits
 
     using I = __m256i;

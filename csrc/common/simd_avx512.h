@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 16;
+    static constexpr int kSumVectors = 6;
     static constexpr bool kNarrowDot = false;
 
     using I = __m512i;

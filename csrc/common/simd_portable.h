@@ -11,6 +11,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 16;  // lanes: 32-bit integers, floats, or groups of four code bytes
+    static constexpr int kSumVectors = 1;  // summed together
     static constexpr bool kNarrowDot = false;  // true where dot<false> takes pairs of products of at most 16 bits only
 
     struct I {

@@ -1,8 +1,11 @@
 #include "common/simd_avx512.h"
-//
+
+// Tiles of the convolution: row(vectors, filters), filters in multiples of four.
 #define LBS_TILES(row) row(2, 12) row(3, 8) row(6, 4)
-#define LBS_SUM_VECTORS 6
-#include "bitconv2d/bitconv2d_tiles.h"
+
+// Real tile instructions.
+#define LBS_NATIVE_TILES
+#include "bitconv2d/bitconv2d_amx.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"
@@ -13,14 +16,16 @@ namespace lbs {
 const KernelTable kAmxKernels = {
     Simd::L,
     Simd::kNarrowDot ? 32767 : 0,
-    false,
+    true,
     kTileShapes,
-    conv_kernel,
+    conv_amx_kernel,
     linear_kernel,
     emit_planes_kernel,
     pool_codes_kernel,
     fake_quant_forward_kernel,
     fake_quant_backward_kernel,
 };
+
+bool amx_self_check() { return tiles_self_check(); }
 
 }  // namespace lbs

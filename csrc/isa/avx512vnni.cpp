@@ -1,8 +1,9 @@
 #include "common/simd_avx512.h"
-//
+
+// Tiles of the convolution: row(vectors, filters), filters in multiples of four.
 #define LBS_TILES(row) row(2, 12) row(3, 8) row(6, 4)
-#define LBS_SUM_VECTORS 6
-#include "bitconv2d/bitconv2d_tiles.h"
+
+#include "bitconv2d/bitconv2d_kernel.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"

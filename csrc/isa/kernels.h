@@ -37,6 +37,10 @@ extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAmxKernels;
 extern const KernelTable kAmxModelKernels;
 
+// Whether tile multiplies give what plain loops give; only to be called where they can be executed.
+bool amx_self_check();
+bool amx_model_self_check();
+
 // The table of an instruction set that resolve_isa has allowed.
 const KernelTable& kernels_for(Isa isa);
 

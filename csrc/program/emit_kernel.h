@@ -3,24 +3,46 @@
 
 #include "program/plan.h"
 
+// The vectors of a quad stay in registers only where everything on their way is inlined.
+#define LBS_INLINE inline __attribute__((always_inline))
+
 namespace {
 
-inline Simd::F round_to_stream(Simd::F y, lbs::StreamType type) {
+LBS_INLINE Simd::F round_to_stream(Simd::F y, lbs::StreamType type) {
     if (type == lbs::StreamType::kFloat16) return Simd::fround_f16(y);
     if (type == lbs::StreamType::kBfloat16) return Simd::fround_bf16(y);
     return y;
 }
 
-// q = clamp(rint(u * scale [+ n / 2]) + zero, 0, n). Clamping before rounding gives the same, its bounds being integers;
-// not a number becomes the low bound.
-inline Simd::I encode(const lbs::ConsumerPlan& c, Simd::F u) {
-    Simd::F t = Simd::fmul(u, Simd::fset(c.scale));
-    if (c.shifted) t = Simd::fadd(t, Simd::fset(c.half));
-    t = Simd::fmin(Simd::fmax(t, Simd::fset(c.low)), Simd::fset(c.high));
-    return Simd::ifromf(t);
+// Four vectors: four channels of the same pixels.
+struct Quad {
+    Simd::F v[4];
+};
+
+template <class Op>
+LBS_INLINE Quad each(Quad a, const Op& op) {
+    return {{op(a.v[0], 0), op(a.v[1], 1), op(a.v[2], 2), op(a.v[3], 3)}};
 }
 
-inline void store_lanes(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
+// Codes of four channels, packed: q = clamp(rint(u * scale [+ n / 2]) + zero, 0, n). Clamping before rounding gives the
+// same, its bounds being integers; not a number becomes the low bound.
+LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positive, Quad u) {
+    if (c.gain)
+        u = each(u, [&](Simd::F x, int j) { return Simd::ffma(x, Simd::fset(c.gain[channel + j]), Simd::fset(c.offset[channel + j])); });
+    if (c.relu) u = each(u, [](Simd::F x, int) { return Simd::fmax(x, Simd::fset(0.0f)); });
+    const Simd::F scale = Simd::fset(c.scale), high = Simd::fset(c.high);
+    Quad t = each(u, [&](Simd::F x, int) { return Simd::fmul(x, scale); });
+    if (c.shifted) t = each(t, [&](Simd::F x, int) { return Simd::fadd(x, Simd::fset(c.half)); });
+    if (!positive || c.gain || c.zero)
+        t = each(t, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.low)); });
+    t = each(t, [&](Simd::F x, int) { return Simd::fmin(x, high); });
+    Simd::I q[4] = {Simd::ifromf(t.v[0]), Simd::ifromf(t.v[1]), Simd::ifromf(t.v[2]), Simd::ifromf(t.v[3])};
+    if (c.zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    return Simd::ipack4(q[0], q[1], q[2], q[3]);
+}
+
+__attribute__((noinline)) void store_lanes(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
     int32_t lanes[Simd::L];
     Simd::istore(lanes, word);
     const int32_t* offsets = map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes;
@@ -28,10 +50,9 @@ inline void store_lanes(unsigned char* base, const lbs::PixelMap& map, int vecto
         if (valid >> i & 1) __builtin_memcpy(base + offsets[i], &lanes[i], 4);
 }
 
-inline void store_word(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
+LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
     if (map.pieces == 0) return store_lanes(base, map, vector, valid, word);
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
-    if (map.pieces == 1) return Simd::istore(base + piece->offset, word);
     for (int i = 0; i < map.pieces; ++i) {
         if (piece[i].mask == 0) break;
         if (map.compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);
@@ -39,54 +60,66 @@ inline void store_word(unsigned char* base, const lbs::PixelMap& map, int vector
     }
 }
 
-// Emits `vector` of the channels [channel, channel + 4), of which those below e.channels exist.
-inline void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, Simd::F (&y)[4]) {
-    constexpr uint32_t kAll = (1u << Simd::L) - 1u;
-    const uint32_t valid = vector + 1 < e.vectors ? kAll : e.tail_mask;
-    const int live = e.channels - channel < 4 ? e.channels - channel : 4;
+LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
+    if (map.pieces == 1) Simd::istore(base + map.table[vector].offset, word);
+    else store_pieces(base, map, vector, valid, word);
+}
+
+// Emits `vector` of the channels [channel, channel + 4). kWhole: all four exist and all lanes are valid.
+template <bool kWhole>
+LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, uint32_t valid, Quad y) {
+    const int live = kWhole || e.channels - channel >= 4 ? 4 : e.channels - channel;
     const int64_t first = channel * e.pixels + static_cast<int64_t>(vector) * Simd::L;
     if (e.residual >= 0) {
         const float* residual = reinterpret_cast<const float*>(run.tensors[e.residual]) + first;
-        for (int j = 0; j < live; ++j) y[j] = Simd::fadd(y[j], Simd::fload_mask(residual + j * e.pixels, valid));
+        y = each(y, [&](Simd::F x, int j) {
+            if constexpr (kWhole) return Simd::fadd(x, Simd::fload(residual + j * e.pixels));
+            else return Simd::fadd(x, Simd::fload_mask(residual + j * e.pixels, j < live ? valid : 0));
+        });
     }
-    if (e.has_low)
-        for (int j = 0; j < 4; ++j) y[j] = Simd::fmax(Simd::fset(e.low), y[j]);
-    if (e.has_high)
-        for (int j = 0; j < 4; ++j) y[j] = Simd::fmin(Simd::fset(e.high), y[j]);
+    // The bound second: not a number becomes the bound.
+    if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
+    if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
     if (e.stream >= 0) {
+        if (e.stream_type != lbs::StreamType::kFloat32) y = each(y, [&](Simd::F x, int) { return round_to_stream(x, e.stream_type); });
         float* stream = reinterpret_cast<float*>(run.tensors[e.stream]) + first;
-        for (int j = 0; j < live; ++j) {
-            y[j] = round_to_stream(y[j], e.stream_type);
-            Simd::fstore_mask(stream + j * e.pixels, valid, y[j]);
+        for (int j = 0; j < 4; ++j) {
+            if constexpr (kWhole) Simd::fstore(stream + j * e.pixels, y.v[j]);
+            else if (j < live) Simd::fstore_mask(stream + j * e.pixels, valid, y.v[j]);
         }
     }
+    const bool positive = e.has_low && e.low >= 0.0f;
     for (int k = 0; k < e.consumer_count; ++k) {
         const lbs::ConsumerPlan& c = e.consumers[k];
-        Simd::I q[4];
-        for (int j = 0; j < 4; ++j) {
-            Simd::F u = y[j];
-            if (c.gain) u = Simd::ffma(u, Simd::fset(c.gain[channel + j]), Simd::fset(c.offset[channel + j]));
-            if (c.relu) u = Simd::fmax(Simd::fset(0.0f), u);
-            q[j] = encode(c, u);
-            if (c.zero) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
-        }
-        store_word(run.tensors[c.tensor] + channel / 4 * c.group_pitch, c.map, vector, valid, Simd::ipack4(q[0], q[1], q[2], q[3]));
+        const Simd::I word = encode4(c, channel, positive, y);
+        store_word(run.tensors[c.tensor] + channel / 4 * c.group_pitch, c.map, vector, valid, word);
     }
+}
+
+// Chooses between the two; most vectors are whole.
+LBS_INLINE void emit4_any(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, const Quad& y) {
+    constexpr uint32_t kAll = (1u << Simd::L) - 1u;
+    const uint32_t valid = vector + 1 < e.vectors ? kAll : e.tail_mask;
+    if (valid == kAll && channel + 4 <= e.channels) emit4<true>(e, run, channel, vector, kAll, y);
+    else emit4<false>(e, run, channel, vector, valid, y);
 }
 
 // Steps 1 and 2 for four filters: y = fma(float(acc), M, B). `dots` and `sums` are [4] rows of `dot_pitch` and `sum_pitch`
 // integers (a pitch of 0 shares one row).
-inline void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector,
+LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector,
                     const int32_t* dots, int dot_pitch, const int32_t* sums, int sum_pitch) {
-    Simd::F y[4];
-    for (int j = 0; j < 4; ++j) {
-        Simd::I acc = Simd::iload(dots + j * dot_pitch);
-        if (a.shift) acc = Simd::ishl(acc, a.shift);
-        if (sums) acc = Simd::iadd(acc, Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
-        if (a.constant) acc = Simd::iadd(acc, Simd::iset(a.constant[channel + j]));
-        y[j] = Simd::ffma(Simd::fcvt(acc), Simd::fset(a.multiplier[channel + j]), Simd::fset(a.bias[channel + j]));
-    }
-    emit4(e, run, channel, vector, y);
+    Simd::I acc[4];
+    for (int j = 0; j < 4; ++j) acc[j] = Simd::iload(dots + j * dot_pitch);
+    if (a.shift)
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
+    if (sums)
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
+    if (a.constant)
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));
+    Quad y;
+    for (int j = 0; j < 4; ++j)
+        y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(a.multiplier[channel + j]), Simd::fset(a.bias[channel + j]));
+    emit4_any(e, run, channel, vector, y);
 }
 
 // Emits channel groups [first, last) of float planes [channel][pixels]; plane 0 of `values` is channel `base_channel`.
@@ -99,10 +132,10 @@ void emit_planes_kernel(const lbs::EmitPlan& e, const lbs::RunContext& run, cons
         const float* plane = values + (channel - base_channel) * e.pixels;
         for (int vector = first_vector; vector < last_vector; ++vector) {
             const uint32_t valid = vector + 1 < e.vectors ? kAll : e.tail_mask;
-            Simd::F y[4] = {Simd::fset(0.0f), Simd::fset(0.0f), Simd::fset(0.0f), Simd::fset(0.0f)};
-            for (int j = 0; j < live; ++j)
-                y[j] = Simd::fload_mask(plane + j * e.pixels + static_cast<int64_t>(vector) * Simd::L, valid);
-            emit4(e, run, channel, vector, y);
+            Quad y;
+            for (int j = 0; j < 4; ++j)
+                y.v[j] = Simd::fload_mask(plane + j * e.pixels + static_cast<int64_t>(vector) * Simd::L, j < live ? valid : 0);
+            emit4_any(e, run, channel, vector, y);
         }
     }
 }

@@ -17,7 +17,7 @@
 namespace lbs {
 
 constexpr int kMaxLanes = 16;
-constexpr int kMaxTile = 48;        // vectors of accumulators in the scratch of one thread
+constexpr int kMaxTile = 64;        // vectors of accumulators in the scratch of one thread
 constexpr int kSlack = 128;         // bytes readable past the end of every buffer
 constexpr int kChannelPadding = 16; // arrays per channel are padded to a multiple of this
 

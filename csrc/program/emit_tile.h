@@ -1,0 +1,121 @@
+// The epilogue of a tile, written to run in the shadow of the next tile's dot products.
+//
+// A tile's results wait in memory while the next tile computes; between parts of that tile's K loop one vector after the
+// other is finished. The processor overlaps the two, which a separate epilogue does not allow: its chain of dependent
+// operations is longer than the reorder buffer (on Zen 5: 30 cycles per four vectors of results apart, 12 interleaved).
+#pragma once
+
+#include "program/emit_kernel.h"
+#include "program/plan.h"
+
+namespace {
+
+constexpr uint32_t kAllLanes = (1u << Simd::L) - 1u;
+
+// What the epilogue of one step needs, gathered before its loops.
+struct FastEmit {
+    const lbs::AccumulatorPlan* acc;
+    const lbs::EmitPlan* plan;
+    const lbs::RunContext* run;
+    bool usable;  // nothing rarer than a residual, bounds, a float32 stream and unsigned codes
+    bool plain;   // the dot product is the accumulator
+    bool positive;
+    int64_t pixels;
+    const float* residual;
+    float* stream;
+
+    LBS_INLINE FastEmit(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& context)
+        : acc(&a), plan(&e), run(&context), usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high),
+          plain(!a.shift && !a.needs_sum && !a.constant), positive(e.has_low && e.low >= 0.0f), pixels(e.pixels),
+          residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
+          stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
+        for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted && !e.consumers[k].zero;
+    }
+};
+
+// Filters by vectors, computed and not yet emitted: rows of L integers, [vectors][filters].
+struct Tile {
+    int channel = 0, filters = 0, vector = 0, quads = 0;  // a quad: four filters of one vector
+    int rows = 0;                   // of dots from one vector to the next
+    bool fast = false;
+    bool own_sums = false;          // sums has rows like dots, otherwise one per vector
+    const int32_t* dots = nullptr;
+    const int32_t* sums = nullptr;
+    int64_t first = 0;              // of the stream: channel, vector
+
+    Tile() = default;
+    LBS_INLINE Tile(const FastEmit& f, int channel_, int filters_, int vector_, int vectors, const int32_t* dots_)
+        : channel(channel_), filters(filters_), vector(vector_), quads(vectors * filters_ / 4), rows(filters_), dots(dots_),
+          first(channel_ * f.pixels + static_cast<int64_t>(vector_) * Simd::L) {
+        const lbs::EmitPlan& e = *f.plan;
+        fast = f.usable && channel + filters <= e.channels && (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
+    }
+    LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + (p * rows + f) * Simd::L; }
+    LBS_INLINE const int32_t* sums_of(int p, int f) const { return sums + (own_sums ? p * rows + f : p) * Simd::L; }
+    LBS_INLINE int sum_pitch() const { return own_sums ? Simd::L : 0; }
+};
+
+__attribute__((noinline)) void emit_rare(const FastEmit& fast, const Tile& tile, int p, int f) {
+    finish4(*fast.acc, *fast.plan, *fast.run, tile.channel + f, tile.vector + p, tile.dots_of(p, f), Simd::L,
+            tile.sums ? tile.sums_of(p, f) : nullptr, tile.sum_pitch());
+}
+
+LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad u) {
+    const Simd::F scale = Simd::fset(c.scale), high = Simd::fset(c.high);
+    if (c.gain) {
+        const float* gain = c.gain + channel;
+        const float* offset = c.offset + channel;
+        u = each(u, [&](Simd::F x, int j) { return Simd::ffma(x, Simd::fset(gain[j]), Simd::fset(offset[j])); });
+    }
+    u = each(u, [&](Simd::F x, int) { return Simd::fmul(x, scale); });
+    // Below zero there is only code 0, so this is the consumer's ReLU too.
+    if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(0.0f)); });
+    u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
+    const Simd::I word = Simd::ipack4(Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3]));
+    unsigned char* base = fast.run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
+    if (__builtin_expect(c.map.pieces == 1, 1)) Simd::istore(base + c.map.table[vector].offset, word);
+    else store_pieces(base, c.map, vector, kAllLanes, word);
+}
+
+// Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
+LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) {
+    if (__builtin_expect(!tile.fast, 0)) return emit_rare(fast, tile, p, f);
+    const int32_t* dots = tile.dots_of(p, f);
+    const lbs::AccumulatorPlan& a = *fast.acc;
+    const int channel = tile.channel + f;
+    Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + Simd::L), Simd::iload(dots + 2 * Simd::L), Simd::iload(dots + 3 * Simd::L)};
+    if (!fast.plain) {
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
+        if (tile.sums) {
+            const int32_t* sums = tile.sums_of(p, f);
+            const int pitch = tile.sum_pitch();
+            for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * pitch), a.sum_shift));
+        }
+        if (a.constant)
+            for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));
+    }
+    const float* gain = a.multiplier + channel;
+    const float* offset = a.bias + channel;
+    Quad y;
+    for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
+    const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
+    if (fast.residual) {
+        const float* residual = fast.residual + first;
+        y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });
+    }
+    const lbs::EmitPlan& e = *fast.plan;
+    if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
+    if (fast.stream) {
+        float* stream = fast.stream + first;
+        for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * pixels, y.v[j]);
+    }
+    const lbs::ConsumerPlan* c = e.consumers;
+    for (const lbs::ConsumerPlan* end = c + e.consumer_count; c != end; ++c) fast_consumer(*c, fast, channel, tile.vector + p, y);
+}
+
+inline void emit_tile(const FastEmit& fast, const Tile& tile) {
+    for (int p = 0; p * tile.filters < 4 * tile.quads; ++p)
+        for (int f = 0; f < tile.filters; f += 4) emit_quad(fast, tile, p, f);
+}
+
+}  // namespace
