@@ -17,7 +17,7 @@ from lbs.report.units import bops, seconds, size, times
 
 WEIGHTS, ACTIVATIONS, KEPT, FULL, INK, QUIET = "#2f6db3", "#e07b39", "#3f9b6c", "#c9d3de", "#22303c", "#6b7a88"
 PHASE_COLORS = {"float": "#8a94a0", "search": WEIGHTS, "finetune": KEPT}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",

@@ -24,9 +24,11 @@ PLAN = Plan(
 )
 
 
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_PNG_DPI", 20)
+@pytest.fixture
+def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed but not rendered, which takes seconds."""
+    monkeypatch.setattr(page, "png", lambda figure: b"")
+    monkeypatch.setattr(page, "svg_data", lambda figure: "data:,")
 
 
 def bench_rows() -> list[dict[str, Any]]:
@@ -103,6 +105,7 @@ def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part", EVERYTHING)
+@pytest.mark.usefixtures("sketches")
 def test_every_part_may_be_missing(tmp_path: Path, part: str) -> None:
     folder = RunFolder(tmp_path / "run")
     fill(folder, *(other for other in EVERYTHING if other != part))
@@ -133,6 +136,7 @@ def test_totals_are_those_of_the_plan() -> None:
     assert all(len(row) == len(table.header) for row in table.rows)
 
 
+@pytest.mark.usefixtures("sketches")
 def test_names_are_escaped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     fill(folder, "results")
@@ -140,6 +144,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "<script>" not in page.report(folder.path).read_text()
 
 
+@pytest.mark.usefixtures("sketches")
 def test_a_missed_budget_and_a_failed_check_are_shown_as_such(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     fill(folder, *EVERYTHING)
