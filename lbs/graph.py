@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +51,7 @@ class ModelGraph:
     module: fx.GraphModule
     layers: dict[str, LayerPlan]
     groups: dict[str, ChannelGroup]
+    repeated: frozenset[str] = frozenset()  # layers that are called more than once
 
 
 class _Tracer(fx.Tracer):
@@ -77,29 +81,46 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
         GraphError: control flow that depends on values (file and line are named), or an example that does not fit.
     """
     tracer = _Tracer()
-    try:
-        module = fx.GraphModule(model, tracer.trace(model))
-    except Exception as error:
-        raise GraphError(_trace_message(model, error)) from error
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
+    with _evaluating(model):  # also while tracing: `if self.training` takes the branch of inference
+        try:
+            module = fx.GraphModule(model, tracer.trace(model))
+        except Exception as error:
+            raise GraphError(_trace_message(model, error)) from error
+        try:
             _Shapes(module).run(example)
-    except Exception as error:
-        raise GraphError(
-            f"{type(model).__name__} failed on an example of shape {tuple(example.shape)}: {error}; "
-            "give an example batch such as the model is trained on"
-        ) from error
-    finally:
-        model.train(was_training)
+        except Exception as error:
+            raise GraphError(_example_message(model, example, error)) from error
     layers = {}
     for node in layer_nodes(module):
         source = node.args[0]
         shape = source.meta["shape"] if isinstance(source, fx.Node) else node.meta["shape"]
         layers[str(node.target)] = geometry(str(node.target), module.get_submodule(str(node.target)), shape)
     groups = {str(n.target): _group(module, n) for n in layer_nodes(module) if _is_conv(module, n)}
-    return ModelGraph(module, layers, groups)
+    return ModelGraph(module, layers, groups, _repeated(str(n.target) for n in layer_nodes(module)))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode and no gradients, each one's mode restored afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _repeated(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name for name, calls in Counter(names).items() if calls > 1)
+
+
+def _example_message(model: nn.Module, example: Tensor, error: Exception) -> str:
+    return (
+        f"{type(model).__name__} failed on an example of shape {tuple(example.shape)}: {error}; "
+        "give an example batch such as the model is trained on"
+    )
 
 
 def _trace_message(model: nn.Module, error: Exception) -> str:
@@ -125,12 +146,18 @@ def called_module(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def observe_layers(model: nn.Module, example: Tensor) -> dict[str, LayerPlan]:
-    """Geometry of the convolution and linear layers that one forward pass calls, in that order, without a trace."""
+def observe_layers(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerPlan], frozenset[str]]:
+    """Geometry of the layers that one forward pass calls, in that order, without a trace; and those called twice.
+
+    Raises:
+        GraphError: an example that does not fit.
+    """
     found: dict[str, LayerPlan] = {}
+    calls: list[str] = []
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            calls.append(name)
             found.setdefault(name, geometry(name, layer, tuple(args[0].shape)))
 
         return hook
@@ -138,16 +165,15 @@ def observe_layers(model: nn.Module, example: Tensor) -> dict[str, LayerPlan]:
     handles = [
         m.register_forward_pre_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
     ]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with _evaluating(model):
             model(example)
+    except Exception as error:
+        raise GraphError(_example_message(model, example, error)) from error
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    return found
+    return found, _repeated(calls)
 
 
 def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
@@ -219,8 +245,9 @@ def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
         reasons.append("it is a grouped convolution")
     if not consumers:
         reasons.append("no convolution reads its channels")
-    if sum(n.target == producer.target for n in module.graph.nodes if n.op == "call_module") > 1:
-        reasons.append("it is called more than once")
+    twice = _repeated(str(n.target) for n in module.graph.nodes if n.op == "call_module")
+    for name in sorted({str(producer.target), *norms, *consumers} & twice):
+        reasons.append(f"{name} is called more than once")
     names = tuple(sorted(set(norms))), tuple(sorted(set(consumers)))
     return ChannelGroup(str(producer.target), *names, not reasons, "; ".join(dict.fromkeys(reasons)))
 

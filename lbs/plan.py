@@ -117,8 +117,12 @@ class Plan:
             body = json.loads(text)
             version = int(body.get("version", 0))
             if version > PLAN_VERSION:
-                raise PlanError(f"plan version {version} is newer than {PLAN_VERSION}, which this release reads; upgrade lbs")
-            return Plan(tuple(_read_layer(entry) for entry in body["layers"]), str(body.get("model", "")))
+                raise PlanError(
+                    f"plan version {version} is newer than {PLAN_VERSION}, which this release reads; upgrade lbs"
+                )
+            layers = tuple(_read_layer(entry) for entry in body["layers"])
+            _check_names(layers)
+            return Plan(layers, str(body.get("model", "")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -133,29 +137,88 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan file."""
-        return Plan.from_json(Path(path).read_text())
+        """Read a plan file.
+
+        Raises:
+            PlanError: a file that cannot be read, or is no plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}; give the path of a plan.json") from error
+        return Plan.from_json(text)
 
 
 def _read_layer(entry: dict[str, Any]) -> LayerPlan:
-    fields = dict(entry)
-    for key in ("kernel", "stride", "padding", "dilation"):
-        if key in fields:
-            fields[key] = tuple(int(v) for v in fields[key])
-    if fields.get("kept") is not None:
-        fields["kept"] = tuple(int(v) for v in fields["kept"])
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     layer = LayerPlan(**fields)
-    _check_layer(layer)
+    check_layer(layer)
     return layer
 
 
-def _check_layer(layer: LayerPlan) -> None:
-    for label, bits in (("w_bits", layer.w_bits), ("a_bits", layer.a_bits)):
-        if not isinstance(bits, int) or not 1 <= bits <= 8:
+_AT_LEAST = {"in_channels": 1, "filters": 1, "groups": 1, "height": 1, "width": 1, "positions": 1}
+_PAIRS_AT_LEAST = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
+
+
+def check_layer(layer: LayerPlan) -> None:
+    """Refuse a layer whose fields are of another kind, or outside what they may be.
+
+    Raises:
+        PlanError: the layer, the field, its value and the rule are named.
+    """
+    if not isinstance(layer.name, str) or not layer.name:
+        raise PlanError(f"layer name {layer.name!r}; a layer is named by its path in the model, such as layer1.0.conv1")
+    if layer.kind not in ("conv2d", "linear"):
+        raise PlanError(f"layer {layer.name}: kind={layer.kind!r}; a layer is a conv2d or linear")
+    if layer.source is not None and not isinstance(layer.source, str):
+        raise PlanError(f"layer {layer.name}: source={layer.source!r}; name a layer, or null")
+    for label in ("w_bits", "a_bits"):
+        bits = getattr(layer, label)
+        if not _is_whole(bits) or not 1 <= bits <= 8:
             raise PlanError(f"layer {layer.name}: {label}={bits!r}; a width is an integer from 1 to 8")
+    for label, low in _AT_LEAST.items():
+        value = getattr(layer, label)
+        if not _is_whole(value) or value < low:
+            raise PlanError(f"layer {layer.name}: {label}={value!r}; give an integer of at least {low}")
+    for label, low in _PAIRS_AT_LEAST.items():
+        value = getattr(layer, label)
+        pair = isinstance(value, tuple) and len(value) == 2
+        if not pair or not all(_is_whole(v) and v >= low for v in value):
+            raise PlanError(f"layer {layer.name}: {label}={value!r}; give two integers of at least {low}")
+    _check_kept(layer)
+
+
+def _check_kept(layer: LayerPlan) -> None:
     if layer.kept is None:
         return
-    if not layer.kept or list(layer.kept) != sorted(set(layer.kept)):
-        raise PlanError(f"layer {layer.name}: kept={layer.kept}; list at least one filter, rising, none twice")
-    if layer.kept[0] < 0 or layer.kept[-1] >= layer.filters:
-        raise PlanError(f"layer {layer.name}: kept filter {layer.kept[-1]} is outside 0..{layer.filters - 1}")
+    whole = isinstance(layer.kept, tuple) and all(_is_whole(index) for index in layer.kept)
+    if not whole or not layer.kept or list(layer.kept) != sorted(set(layer.kept)):
+        raise PlanError(
+            f"layer {layer.name}: kept={layer.kept!r}; list at least one filter by integer index, rising, none twice"
+        )
+    outside = [index for index in layer.kept if not 0 <= index < layer.filters]
+    if outside:
+        raise PlanError(f"layer {layer.name}: kept filter {outside[0]} is outside 0..{layer.filters - 1}")
+
+
+def _check_names(layers: tuple[LayerPlan, ...]) -> None:
+    """Names are unique and `source` names a layer whose filters are this one's input channels."""
+    by_name = {layer.name: layer for layer in layers}
+    if len(by_name) != len(layers):
+        twice = sorted({layer.name for layer in layers if sum(o.name == layer.name for o in layers) > 1})
+        raise PlanError(f"plan lists {', '.join(twice)} more than once; one entry per layer")
+    for layer in layers:
+        if layer.source is None:
+            continue
+        source = by_name.get(layer.source)
+        if source is None:
+            raise PlanError(f"layer {layer.name}: source={layer.source!r} is no layer of the plan")
+        if source.filters != layer.in_channels:
+            raise PlanError(
+                f"layer {layer.name} reads {layer.in_channels} channels, but its source {source.name} has "
+                f"{source.filters} filters"
+            )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

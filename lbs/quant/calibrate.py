@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,18 +29,22 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4,
         batches: input batches [N, C, H, W], used twice; a few hundred images do.
 
     Raises:
-        PlanError: no batch. GraphError: values that are not finite; the layer is named.
+        PlanError: no batch, or one without images. GraphError: values that are not finite, a layer that is never
+            called, or a signed activation in front of zero padding; the layer is named.
     """
     stored = [b[0] if isinstance(b, list | tuple) else b for b in batches]
     if not stored:
         raise PlanError("calibrate got no batch; give at least one batch of real inputs")
+    empty = [index for index, batch in enumerate(stored) if not batch.numel()]
+    if empty:
+        raise PlanError(f"calibration batch {empty[0]} of shape {tuple(stored[empty[0]].shape)} is empty; leave it out")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
     samples = _observe(model, layers, stored)
     for name, layer in layers.items():
         values = samples[name]
         if not bool(values.isfinite().all()):
             raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
-        _set_ranges(layer, values, bits)
+        _set_ranges(name, layer, values, bits)
     if norms:
         estimate_norms(model, stored)
     return model
@@ -54,7 +59,7 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tens
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             flat = args[0].detach().float().flatten()
-            stride = max(1, flat.numel() // share)
+            stride = _stride(flat.numel(), share)
             collected[name].append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
 
         return record
@@ -80,13 +85,17 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tens
     return {name: torch.cat(values) for name, values in collected.items()}
 
 
+def _stride(count: int, share: int) -> int:
+    """Distance between samples, without a common factor with `count`: a power of two would see one image column."""
+    stride = max(1, count // share)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
 @torch.no_grad()
-def _set_ranges(layer: QuantLayer, values: Tensor, bits: int | None) -> None:
-    if layer.standardize != "none":
-        weights = layer.float_weight()
-    else:
-        weights = layer.weight
-    layer.w_range.fill_(_best_range(weights.flatten(), bits or layer.w_bits, "weight"))
+def _set_ranges(name: str, layer: QuantLayer, values: Tensor, bits: int | None) -> None:
+    layer.w_range.fill_(_best_range(layer.float_weight().flatten(), bits or layer.w_bits, "weight"))
     quantizer = layer.quantizer
     if isinstance(quantizer, InputQuantizer):
         quantizer.set_range(float(values.min()), float(values.max()))
@@ -94,8 +103,8 @@ def _set_ranges(layer: QuantLayer, values: Tensor, bits: int | None) -> None:
     if float(values.min()) < 0 and not quantizer.signed:
         if any(getattr(layer, "padding", (0,))):
             raise GraphError(
-                "a signed activation feeds a layer that pads with zeros, and signed codes have no zero; "
-                "put a ReLU before the layer or exclude it"
+                f"{name} reads values down to {float(values.min()):.3g} and pads with zeros, but signed codes have no "
+                "zero; put a ReLU before the layer or exclude it"
             )
         quantizer.signed = True
     kind = "signed" if quantizer.signed else "unsigned"

@@ -7,13 +7,13 @@ They work in the dtype they are given: float32 while training, float64 while ver
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lbs_kernels.errors import PlanError
 
-SUPPORTED_BITS = (2, 3, 4, 6, 8)
 _ABOVE_ONE = "each width must be an integer multiple of the one before"
 
 
@@ -37,13 +37,18 @@ def check_chain(bits: Sequence[int]) -> tuple[int, ...]:
     for width in chain:
         if not 1 <= width <= 8:
             raise PlanError(f"bit chain {chain}: {width} bits are outside 1..8; use widths such as (2, 4, 8)")
-    for narrow, wide in zip(chain, chain[1:], strict=False):
+    for narrow, wide in pairwise(chain):
         if wide <= narrow or wide % narrow:
             raise PlanError(
                 f"bit chain {chain}: {wide} is no larger integer multiple of {narrow}; {_ABOVE_ONE}, "
                 "for example (2, 4, 8), or else the shared levels do not nest"
             )
     return chain
+
+
+def wide(x: Tensor) -> Tensor:
+    """x itself if float32 or float64, else float32: codes of half-precision tensors are computed in float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def activation_scale(v: Tensor, bits: int, signed: bool = False) -> Tensor:
@@ -108,10 +113,18 @@ def standardize(w: Tensor, mode: str, kept: Tensor | None = None) -> Tensor:
 
 
 def weight_statistics(w: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (biased) of the kept entries of w, as scalars."""
+    """Mean and standard deviation (biased) of the kept entries of w, as scalars in w's dtype.
+
+    Sums run in float64, so that neither the threads, nor the instruction set, nor whether dead filters are masked or
+    cut decide a code. Entries that are all equal (a single weight, say) have deviation 1: they stay as they are.
+    """
+    values = w.double()
     if kept is None:
-        return w.mean(), w.std(unbiased=False)
-    mask = kept.expand_as(w)
-    count = mask.sum()
-    mean = (w * mask).sum() / count
-    return mean, (((w - mean) ** 2 * mask).sum() / count).sqrt()
+        mean, variance = values.mean(), values.var(unbiased=False)
+    else:
+        mask = kept.expand_as(w)
+        count = mask.sum(dtype=torch.float64)
+        mean = (values * mask).sum() / count
+        variance = ((values - mean) ** 2 * mask).sum() / count
+    std = variance.sqrt().to(w.dtype)
+    return mean.to(w.dtype), torch.where(std > 0, std, torch.ones_like(std))

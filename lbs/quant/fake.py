@@ -25,15 +25,16 @@ class _FakeActivation(torch.autograd.Function):
         if ctx.fused:
             ctx.save_for_backward(x, v)
             return _fused_forward(x, v, bits)
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        y = codec.activation_values(codec.activation_codes(wide, v, bits, signed), v, bits, signed).to(x.dtype)
+        codes = codec.activation_codes(codec.wide(x), v, bits, signed)
+        y = codec.activation_values(codes, v, bits, signed).to(x.dtype)
         ctx.save_for_backward(x, v, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.fused:
-            return *_fused_backward(grads[0], *ctx.saved_tensors, ctx.bits), None, None
+            x, v = ctx.saved_tensors
+            return *_fused_backward(grads[0], x, v, ctx.bits), None, None
         x, v, y = ctx.saved_tensors
         grad_x, grad_v = ste_gradients(grads[0], x, v, y, ctx.signed)
         return grad_x, grad_v, None, None
@@ -45,7 +46,13 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 def _fusible(x: Tensor, v: Tensor) -> bool:
     """Whether the native one-pass kernels serve this tensor: on the CPU, dense in memory, float32 range."""
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return extension.cpu is not None and x.device.type == "cpu" and x.dtype in _DTYPE_CODES and dense and v.dtype == torch.float32
+    return (
+        extension.cpu is not None
+        and x.device.type == "cpu"
+        and x.dtype in _DTYPE_CODES
+        and dense
+        and v.dtype == torch.float32
+    )
 
 
 def _fused_forward(x: Tensor, v: Tensor, bits: int) -> Tensor:
@@ -77,8 +84,9 @@ def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, signed: bool) -
     Returns:
         grad_x like x: grad where x lies in the range, else 0. grad_v: scalar, sum of grad * dy/dv.
     """
-    low = -v if signed else torch.zeros_like(v)
-    below, above = x < low, x > v
+    # One dimension keeps the comparison in float32: beside a scalar v, x in bfloat16 would round v.
+    edge_v = v.reshape(1) if x.dim() else v
+    below, above = x < (-edge_v if signed else 0), x > edge_v
     outside = below | above
     grad_x = grad.masked_fill(outside, 0)
     inner = (grad_x * (y - x)).sum(dtype=torch.promote_types(v.dtype, torch.float32)) / v
@@ -94,14 +102,24 @@ def fake_activation(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Te
     >>> fake_activation(torch.tensor([-1.0, 0.3, 2.0]), torch.tensor(1.0), 2).tolist()[1:]
     [0.3333333432674408, 1.0]
     """
-    return _FakeActivation.apply(x, v, bits, signed)  # type: ignore[no-any-return]
+    return _FakeActivation.apply(x, v, bits, signed)
+
+
+class _FakeWeight(torch.autograd.Function):
+    """Decoded weight codes, to the last bit."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, v: Tensor, bits: int) -> Tensor:
+        y = codec.weight_values(codec.weight_codes(w, v, bits), v, bits)
+        ctx.save_for_backward(w, v, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w, v, y = ctx.saved_tensors
+        return *ste_gradients(grads[0], w, v, y, signed=True), None
 
 
 def fake_weight(w: Tensor, v: Tensor, bits: int) -> Tensor:
     """Quantized weights v * (2 q - n) / n of standardised weights w, differentiable in w and v."""
-    clipped = (w / v).clamp(-1, 1)
-    with torch.no_grad():
-        hard = codec.weight_codes(w, v, bits)
-        n = codec.levels(bits)
-        residual = (2 * hard - n) / n - clipped
-    return v * (clipped + residual)
+    return _FakeWeight.apply(w, v, bits)

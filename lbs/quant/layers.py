@@ -24,6 +24,7 @@ class QuantLayer(nn.Module):
     """What convolution and linear layers share: weight codes, ranges, the input quantizer."""
 
     weight: Tensor
+    bias: Tensor | None
     w_range: nn.Parameter
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
@@ -73,15 +74,50 @@ class QuantLayer(nn.Module):
             _, std = codec.weight_statistics(self.weight)
             self.output_scale.copy_(std)
 
+    def unrounded_weight(self) -> Tensor:
+        """The weights that `quantized_weight` rounds: what a layer computes with while it is observed."""
+        return self.float_weight() * self.output_scale
+
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(input, weight) of the float operation: quantized, or as they are while observing."""
+        """(input, weight) of the float operation: quantized, or unrounded while observing."""
         if not self.quantize:
-            return x, self.weight
+            return x, self.unrounded_weight()
         return self.quantized_input(x), self.quantized_weight()
+
+    @property
+    def computes_integers(self) -> bool:
+        """Whether `forward` takes the exact path: evaluation without gradients, quantized."""
+        return self.quantize and not self.training and not torch.is_grad_enabled()
+
+    def integer_forward(self, x: Tensor) -> Tensor:
+        """The layer with an exact accumulator, as every packed back end computes it; in x's dtype.
+
+        Integers below 2^24 (2^53) are exact in float32 (float64) whatever the order of the sums, so threads and
+        instruction sets change nothing, and the packed network differs only by the roundings of its epilogue.
+        Devices whose convolutions may transform their operands get float64.
+        """
+        x = codec.wide(x)
+        units = self.quantizer.units(self.quantizer.codes(x))
+        weights = 2 * self.weight_codes() - codec.levels(self.w_bits)
+        bound = weights[0].numel() * codec.levels(self.w_bits) * codec.levels(self.a_bits)
+        narrow = x.dtype == torch.float32 and x.device.type == "cpu" and bound < 1 << 24
+        dtype = torch.float32 if narrow else torch.float64
+        with torch.autocast(x.device.type, enabled=False):
+            acc = self.product(units.to(dtype), weights.to(dtype))
+        y = acc.to(x.dtype) * (self.weight_step() * self.quantizer.step())
+        if self.bias is None:
+            return y
+        return y + (self.bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else self.bias)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The float operation without its bias."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         base = super().extra_repr()
-        return f"{base}, w_bits={self.w_bits}, a_bits={self.a_bits}, filters={self.weight.shape[0]}/{self.total_filters}"
+        return (
+            f"{base}, w_bits={self.w_bits}, a_bits={self.a_bits}, filters={self.weight.shape[0]}/{self.total_filters}"
+        )
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -106,7 +142,12 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             )
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.computes_integers:
+            return self.integer_forward(x)
         source, weight = self.operands(x)
         return F.conv2d(source, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -125,6 +166,11 @@ class QuantLinear(QuantLayer, nn.Linear):
         super().__init__(*args, **kwargs)
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.computes_integers:
+            return self.integer_forward(x)
         source, weight = self.operands(x)
         return F.linear(source, weight, self.bias)

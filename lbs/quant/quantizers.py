@@ -24,12 +24,17 @@ class ActivationQuantizer(nn.Module):
         return 0
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x in x's dtype."""
-        return codec.activation_codes(x, self.range.abs().to(x.dtype), self.bits, self.signed)
+        """Integer codes of x, computed in x's dtype (half precision: in float32)."""
+        source = codec.wide(x)
+        return codec.activation_codes(source, self.range.abs().to(source.dtype), self.bits, self.signed)
 
     def values(self, codes: Tensor) -> Tensor:
         """Real values of codes."""
         return codec.activation_values(codes, self.range.abs().to(codes.dtype), self.bits, self.signed)
+
+    def units(self, codes: Tensor) -> Tensor:
+        """What codes count as in the accumulator: q, or 2 q - n if signed."""
+        return 2 * codes - codec.levels(self.bits) if self.signed else codes
 
     def step(self) -> float:
         """Real value of one code unit of the accumulator: v / n."""
@@ -47,7 +52,9 @@ class ActivationQuantizer(nn.Module):
         """Clip at `high`, or at the larger of |low|, |high| if signed."""
         value = max(abs(low), abs(high)) if self.signed else high
         if not value > 0:
-            raise PlanError(f"activation range [{low}, {high}] is empty; calibrate on batches in which the layer is active")
+            raise PlanError(
+                f"activation range [{low}, {high}] is empty; calibrate on batches in which the layer is active"
+            )
         with torch.no_grad():
             self.range.fill_(value)
 
@@ -73,12 +80,17 @@ class InputQuantizer(nn.Module):
         return int(self.zero_point)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x in x's dtype."""
-        return codec.input_codes(x, self.step_size.to(x.dtype), self.zero)
+        """Integer codes of x, computed in x's dtype (half precision: in float32)."""
+        source = codec.wide(x)
+        return codec.input_codes(source, self.step_size.to(source.dtype), self.zero)
 
     def values(self, codes: Tensor) -> Tensor:
         """Real values of codes."""
         return codec.input_values(codes, self.step_size.to(codes.dtype), self.zero)
+
+    def units(self, codes: Tensor) -> Tensor:
+        """What codes count as in the accumulator: q - zero."""
+        return codes - self.zero
 
     def step(self) -> float:
         """Real value of one code unit."""
@@ -89,8 +101,7 @@ class InputQuantizer(nn.Module):
         return float(1.0 / self.step_size.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        return self.values(self.codes(wide)).to(x.dtype)
+        return self.values(self.codes(x)).to(x.dtype)
 
     def set_range(self, low: float, high: float) -> None:
         """Cover [low, high], widened to hold 0, with 256 steps."""

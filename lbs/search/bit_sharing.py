@@ -30,7 +30,10 @@ def unit(x: Tensor, v: Tensor, kind: str) -> Tensor:
 
 
 def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
-    """A_j = mean |z - z_hat_(j-1)| for every gate, float [J]; a gate behind a closed one sees the value it would refine."""
+    """A_j = mean |z - z_hat_(j-1)| for every gate, float [J].
+
+    A gate behind a closed one sees the same partial sum as that one: the value it would refine.
+    """
     z_scale = v if kind == "unsigned" else 2 * v
     clipped = x.clamp(0 if kind == "unsigned" else -v.item(), v.item())
     values: list[Tensor] = []
@@ -43,11 +46,11 @@ def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """Value at the open width; straight-through to x and v; d/dg_j = closed later gates' share of the residuals."""
+    """Value at the open width; straight-through to x and v; to the gates as `_gate_gradients` says."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, gates: Tensor, chain: tuple[int, ...], level: int, kind: str) -> Tensor:
-        y = quantize_at(_wide(x), v, chain[level], kind).to(x.dtype)
+        y = quantize_at(codec.wide(x), v, chain[level], kind).to(x.dtype)
         ctx.save_for_backward(x, v, y)
         ctx.setup = (chain, level, kind)
         return y
@@ -60,16 +63,15 @@ class _Gated(torch.autograd.Function):
         return grad_x, grad_v, _gate_gradients(grads[0], x, v, y, chain, level, kind), None, None, None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def _gate_gradients(
     grad: Tensor, x: Tensor, v: Tensor, y: Tensor, chain: tuple[int, ...], level: int, kind: str
 ) -> Tensor:
-    """dL/dg [J]: for an open gate j the sum over dL/dy * (y - y_(j-1)); for the first closed one dL/dy * (y_j - y);
-    gates behind a closed one get none."""
-    wide_grad, wide_x, wide_y = _wide(grad), _wide(x), _wide(y)
+    """dL/dg [J]: for an open gate j the sum of dL/dy * (y - y_(j-1)), for the first closed one of dL/dy * (y_j - y).
+
+    Gates behind a closed one get none, and count as closed in the gradient of the one before them: a gate re-opens
+    for the next width only.
+    """
+    wide_grad, wide_x, wide_y = codec.wide(grad), codec.wide(x), codec.wide(y)
     result = torch.zeros(len(chain) - 1, dtype=v.dtype, device=v.device)
     for j in range(min(level + 1, len(chain) - 1)):
         other = quantize_at(wide_x, v, chain[j] if j < level else chain[level + 1], kind)
@@ -85,6 +87,6 @@ def gated(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
         x: any shape, floating. v: positive scalar. kind: `unsigned`, `signed` or `weight`.
     """
     with torch.no_grad():
-        statistics = gate_statistics(_wide(x), v, gate, kind)
+        statistics = gate_statistics(codec.wide(x), v, gate, kind)
     gates = gate.observe(statistics)
-    return _Gated.apply(x, v, gates, gate.chain, gate.level, kind)  # type: ignore[no-any-return]
+    return _Gated.apply(x, v, gates, gate.chain, gate.level, kind)

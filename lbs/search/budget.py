@@ -1,7 +1,7 @@
-"""The budget: a differentiable cost term whose weight is driven until the target is met (LBS eq. 16; method notes 5, 8).
+"""The budget: a differentiable cost term whose weight is driven until the target is met (LBS eq. 16).
 
-    loss = task + budget()          budget() = lambda * log R,  R = bit operations under the present gates
-    loss.backward(); optimizer.step(); budget.step()
+loss = task + budget()          budget() = lambda * log R,  R = bit operations under the present gates
+loss.backward(); optimizer.step(); budget.step()
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lbs.cost import pair_macs
 from lbs.graph import record_of
 from lbs.plan import LayerPlan
 from lbs.search.freeze import plan_of
@@ -30,7 +31,8 @@ class BudgetResult:
 
     def __str__(self) -> str:
         state = "met" if self.value <= self.target else "MISSED"
-        return f"budget {self.target / 1e6:.1f}M BOPs, result {self.value / 1e6:.1f}M ({self.value / self.target:.1%}): {state}"
+        share = f"{self.value / self.target:.1%}"
+        return f"budget {self.target / 1e6:.1f}M BOPs, result {self.value / 1e6:.1f}M ({share}): {state}"
 
 
 class Budget:
@@ -45,10 +47,15 @@ class Budget:
         strength: starting lambda. gain: growth of lambda per step while above the target (integral part, in log R).
 
     Raises:
-        PlanError: a target outside what the gates can reach; the smallest reachable value is named.
+        PlanError: a target that is no positive number, or outside what the gates can reach; the smallest reachable
+            value is named.
     """
 
     def __init__(self, model: nn.Module, bops: float, strength: float = 1.0, gain: float = 0.01) -> None:
+        if not (math.isfinite(bops) and bops > 0):
+            raise PlanError(
+                f"budget bops={bops}; give a fraction of full precision in (0, 1], or bit operations of one image"
+            )
         self.model = model
         self.plan = record_of(model).plan
         self.full_precision = self.plan.full_precision_bops()
@@ -59,8 +66,8 @@ class Budget:
         floor = self._reachable_floor()
         if not floor <= self.target:
             raise PlanError(
-                f"budget {self.target / 1e6:.3f}M BOPs is out of reach; the gates reach {floor / 1e6:.3f}M at the least. "
-                "Raise it, allow narrower bits or a larger max_pruning_ratio"
+                f"budget {self.target / 1e6:.3f}M BOPs is out of reach; the gates reach {floor / 1e6:.3f}M at the "
+                "least. Raise it, allow narrower bits or a larger max_pruning_ratio"
             )
         self.strength, self.gain = strength, gain
         self.steps, self.frozen = 0, False
@@ -96,21 +103,27 @@ class Budget:
         return total
 
     def cost(self) -> Tensor:
-        """R: bit operations under the present gates, differentiable in the active side's and the prune thresholds."""
-        terms = []
+        """R: bit operations under the present gates, differentiable in the active side's and the prune thresholds.
+
+        A float64 scalar: whole numbers, so it equals `value` exactly as long as alphas have not moved since the last
+        forward pass.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=next(self.model.parameters()).device)
         for layer in self.plan.layers:
             module = self.layers[layer.name]
             w_bits = _soft(module.w_gate, module.w_bits)
             gate = module.quantizer.gate if isinstance(module.quantizer, SearchQuantizer) else None
             a_bits = _soft(gate, module.quantizer.bits)
-            terms.append(self._pairs(layer, module) * w_bits * a_bits)
-        return torch.stack([t if isinstance(t, Tensor) else torch.tensor(float(t)) for t in terms]).sum()
+            total = total + self._pairs(layer, module) * w_bits * a_bits
+        return total
 
     def _pairs(self, layer: LayerPlan, module: SearchLayer) -> Tensor | float:
-        per_pair = layer.problem().macs / (layer.in_channels * layer.filters)
-        outputs: Tensor | float = layer.filters if module.prune is None else module.prune.mask().sum()
-        inputs: Tensor | float = module._input_gate[0].mask().sum() if module._input_gate else layer.in_channels
-        return per_pair * inputs * outputs
+        """Multiply-accumulates of the layer over the filters that live."""
+        outputs: Tensor | float = layer.filters if module.prune is None else module.prune.mask().double().sum()
+        inputs: Tensor | float = layer.in_channels
+        if module._input_gate:
+            inputs = module._input_gate[0].mask().double().sum()
+        return inputs * outputs * (pair_macs(layer.problem()) / layer.groups)
 
     def __call__(self) -> Tensor:
         """lambda * log R; zero once frozen."""
@@ -118,7 +131,7 @@ class Budget:
             return torch.zeros(())
         for layer in self.layers.values():
             layer.observe_filters()
-        return self.strength * self.cost().log()
+        return self.strength * self.cost().log().float()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -160,7 +173,10 @@ class Budget:
         return self.result()
 
     def _close_cheapest(self) -> None:
-        """Close the gate with the smallest error added per bit operation saved, until the target holds."""
+        """Close the gate with the smallest error added per bit operation saved, until the target holds.
+
+        Filters go only after every width is at its narrowest, one group at a time.
+        """
         while self.value() > self.target:
             options = []
             for name, gate, weights in self.bit_gates():
@@ -171,13 +187,26 @@ class Budget:
                 _, name, gate = min(options, key=lambda option: option[:2])
                 gate.close_to(gate.level - 1)
                 self._sync(name)
-                continue
-            closable = [p for p in self.prune_gates() if len(p.kept()) > p.filters * (1 - p.max_ratio)]
-            if not closable:
+            elif not self._close_weakest_group():
                 return
-            for prune in closable:
-                prune.alpha.fill_(float("inf"))
-                prune.clamp()
+
+    def _close_weakest_group(self) -> bool:
+        """Close the filter group of least importance per bit operation saved; False if none may close."""
+        options = []
+        present = self.value()
+        for index, prune in enumerate(self.prune_gates()):
+            group = prune.weakest()
+            if group is not None:
+                before = int(prune.forced[group])
+                prune.force(group, 0)
+                saved = present - self.value()
+                prune.force(group, before)
+                options.append((float(_finite(prune.statistic[group])) / saved, index, group))
+        if not options:
+            return False
+        _, index, group = min(options)
+        self.prune_gates()[index].force(group, 0)
+        return True
 
     def _spend_rest(self) -> None:
         """Open the gate whose error is largest per bit operation, as long as one fits."""
@@ -234,8 +263,7 @@ def _least(gate: PruneGate | None) -> float:
     """Smallest share of filters a prune gate can leave."""
     if gate is None:
         return 1.0
-    groups = max(1, gate.groups - int(gate.max_ratio * gate.groups))
-    return min(1.0, groups * gate.size / gate.filters)
+    return min(1.0, gate.least * gate.size / gate.filters)
 
 
 def _soft(gate: BitGate | None, bits: int) -> Tensor | float:
@@ -262,5 +290,7 @@ def parameter_groups(
     ]
     for name, params, rate in (("bit_gates", bit_alphas, gate_lr), ("prune_gates", prune_alphas, prune_lr)):
         if params:
-            groups.append({"params": params, "lr": rate, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "name": name})
+            groups.append(
+                {"params": params, "lr": rate, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "name": name}
+            )
     return groups

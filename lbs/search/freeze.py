@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lbs.graph import ModelRecord, record_of
-from lbs.plan import LayerPlan, Plan
+from lbs.plan import LayerPlan, Plan, check_layer
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.layers import SearchLayer
-from lbs.search.prepare import layer_arguments, layer_options, replace_layer
+from lbs.search.prepare import layer_arguments, layer_options, like, move_hooks, replace_layer
 from lbs_kernels.errors import PlanError
 
 
@@ -35,7 +35,7 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     """A copy of a searchable (or uniform) model with fixed bits and without its pruned filters.
 
     Arguments:
-        plan: what to apply; None takes what the gates say.
+        plan: bits and kept filters to apply, in any order of layers; None takes what the gates say.
 
     Raises:
         PlanError: the plan names other layers or sizes, or prunes filters that cannot go.
@@ -44,19 +44,40 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     model = copy.deepcopy(model)
     record = record_of(model)
     check_fit(plan, record)
-    kept = {entry.name: entry.kept for entry in plan.layers if entry.kept is not None and entry.kept_filters < entry.filters}
+    plan = replace(record.plan, layers=tuple(_fitted(plan.layer(own.name), own) for own in record.plan.layers))
+    kept = {entry.name: entry.kept for entry in plan.layers if entry.kept is not None}
+    present = {entry.name: _rows(model.get_submodule(entry.name), entry) for entry in plan.layers}
     sources = {c: g.producer for g in record.groups if g.producer in kept for c in g.consumers}
     for entry in plan.layers:
         old = model.get_submodule(entry.name)
-        rows, columns = kept.get(entry.name), kept.get(sources.get(entry.name, ""))
+        rows, columns = present[entry.name], present.get(sources.get(entry.name, ""))
         replace_layer(model, entry.name, _fixed(old, entry, rows, columns))  # type: ignore[arg-type]
     for group in record.groups:
-        if group.producer in kept:
+        rows = present.get(group.producer)
+        if rows is not None:
             for norm in group.norms:
-                _cut_norm(model.get_submodule(norm), kept[group.producer])  # type: ignore[arg-type]
-    fitted = tuple(replace(entry, source=record.plan.layer(entry.name).source) for entry in plan.layers)
-    model.lbs_record = replace(record, plan=replace(record.plan, layers=fitted))  # type: ignore[assignment]
+                _cut_norm(model.get_submodule(norm), rows)  # type: ignore[arg-type]
+    model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
     return model
+
+
+def _fitted(entry: LayerPlan, own: LayerPlan) -> LayerPlan:
+    """Bits and kept filters of a plan's entry, the geometry of the model."""
+    kept = entry.kept if entry.kept_filters < entry.filters else None
+    return replace(own, w_bits=entry.w_bits, a_bits=entry.a_bits, kept=kept)
+
+
+def _rows(layer: nn.Module, entry: LayerPlan) -> tuple[int, ...] | None:
+    """Rows of the layer's weights that the plan keeps; None for all. A frozen layer may have lost filters already."""
+    there = getattr(layer, "kept", None)
+    if there is None:
+        return entry.kept
+    gone = sorted(set(entry.kept or range(entry.filters)) - set(there))
+    if gone:
+        raise PlanError(
+            f"plan keeps filters {gone} of {entry.name}, which were cut before; start from the searchable model"
+        )
+    return tuple(there.index(index) for index in entry.kept or ())
 
 
 def check_fit(plan: Plan, record: ModelRecord) -> None:
@@ -69,11 +90,14 @@ def check_fit(plan: Plan, record: ModelRecord) -> None:
     expected = [entry.name for entry in record.plan.layers]
     if sorted(names) != sorted(expected):
         odd = sorted(set(names) ^ set(expected))
-        raise PlanError(f"plan does not fit the model: layers {', '.join(odd) or 'are listed twice'}; use the plan of this model")
+        raise PlanError(
+            f"plan does not fit the model: layers {', '.join(odd) or 'are listed twice'}; use the plan of this model"
+        )
     groups = {group.producer: group for group in record.groups}
     for entry in plan.layers:
         own = record.plan.layer(entry.name)
-        for label in ("kind", "in_channels", "filters", "kernel", "stride", "groups"):
+        check_layer(entry)
+        for label in ("kind", "in_channels", "filters", "kernel", "stride", "padding", "dilation", "groups"):
             if getattr(entry, label) != getattr(own, label):
                 raise PlanError(
                     f"plan does not fit the model: {entry.name} has {label} {getattr(own, label)}, the plan says "
@@ -94,25 +118,34 @@ def _fixed(
     if isinstance(old.quantizer, InputQuantizer):
         quantizer = old.quantizer
         if entry.a_bits != 8:
-            raise PlanError(f"plan gives the first layer {entry.name} {entry.a_bits}-bit inputs; the network input has 8")
+            raise PlanError(
+                f"plan gives the first layer {entry.name} {entry.a_bits}-bit inputs; the network input has 8"
+            )
     else:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
         quantizer.range = old.quantizer.range
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
     new = kind(
-        *layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **layer_options(old)
+        *layer_arguments(old),
+        w_bits=entry.w_bits,
+        quantizer=quantizer,
+        standardize=old.standardize,
+        **layer_options(old),
     )
-    weight, bias = old.weight, old.bias
+    like(new, old)
+    move_hooks(new, old)
+    weight: Tensor = old.weight
+    bias: Tensor | None = old.bias  # type: ignore[assignment]
     if rows is not None:
         weight = weight[torch.tensor(rows)]
-        bias = bias[torch.tensor(rows)] if isinstance(bias, Tensor) else None
+        bias = bias[torch.tensor(rows)] if bias is not None else None
     if columns is not None:
         weight = weight[:, torch.tensor(columns)]
     new.weight = nn.Parameter(weight.detach().clone())
-    new.bias = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
+    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None
     new.w_range = old.w_range
     new.output_scale.copy_(old.output_scale)
-    new.kept = rows
+    new.kept = entry.kept
     new.total_filters = entry.filters
     if isinstance(new, QuantConv2d):
         new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups

@@ -28,7 +28,7 @@ class _Step(torch.autograd.Function):
 
 def step(statistic: Tensor, alpha: Tensor) -> Tensor:
     """Hard gates 0/1 in alpha's dtype, shape of `statistic` broadcast with alpha, differentiable in both."""
-    return _Step.apply(statistic, alpha)  # type: ignore[no-any-return]
+    return _Step.apply(statistic, alpha)
 
 
 class BitGate(nn.Module):
@@ -93,8 +93,8 @@ class BitGate(nn.Module):
 class PruneGate(nn.Module):
     """One threshold for the filter groups of a layer: g_c = 1(A_c > alpha), c = 0..G-1, groups of `size` filters.
 
-    At most `max_ratio` of the groups close, and never all of them. `importance` names the statistic: `magnitude` is the
-    paper's mean |w| / max |w|; `gamma` uses the following norm's |gamma| / max |gamma|.
+    At most `max_ratio` of the groups close, and never all of them; groups that tie at that cap stay open. The statistic
+    is what `observe` is given: the paper's mean |w| / max |w|, or the following norm's |gamma| / max |gamma|.
     """
 
     def __init__(self, filters: int, size: int, max_ratio: float) -> None:
@@ -123,13 +123,17 @@ class PruneGate(nn.Module):
         free = step(self.statistic, self._capped_alpha())
         return torch.where(self.forced >= 0, self.forced.to(free.dtype), free)
 
+    @property
+    def least(self) -> int:
+        """Groups that stay open whatever alpha says."""
+        return max(1, self.groups - int(self.max_ratio * self.groups))
+
     def _capped_alpha(self) -> Tensor:
-        """alpha, lowered so that enough groups stay open."""
-        keep = max(1, self.groups - int(self.max_ratio * self.groups))
-        limit = self.statistic.detach().sort(descending=True).values[keep - 1]
+        """alpha, lowered so that enough groups stay open (also where their statistic is 0)."""
+        limit = self.statistic.detach().sort(descending=True).values[self.least - 1]
         if not bool(limit.isfinite()):
             return self.alpha
-        return torch.minimum(self.alpha, limit * 0.999999)
+        return torch.minimum(self.alpha, limit * 0.999999 - 1e-20)
 
     def mask(self) -> Tensor:
         """Per-filter mask [filters] of 0 and 1, differentiable."""
@@ -139,6 +143,19 @@ class PruneGate(nn.Module):
     def clamp(self) -> None:
         """alpha >= 0 and within the cap."""
         self.alpha.copy_(self._capped_alpha().clamp(min=0))
+
+    @torch.no_grad()
+    def weakest(self) -> int | None:
+        """The open group with the smallest statistic; None if no more may close."""
+        gates = self.gates()
+        if int(gates.sum()) <= self.least:
+            return None
+        return int(torch.where(gates > 0, self.statistic, torch.inf).argmin())
+
+    @torch.no_grad()
+    def force(self, group: int, state: int) -> None:
+        """Hold one group closed (0) or open (1), or let alpha decide (-1)."""
+        self.forced[group] = state
 
     @torch.no_grad()
     def freeze(self) -> None:

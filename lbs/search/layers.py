@@ -56,25 +56,26 @@ class SearchLayer(QuantLayer):
         """1 for weights between living channels, broadcastable to `weight`; None if all live."""
         if self.prune is None and not self._input_gate:
             return None
+        window = [1] * (self.weight.dim() - 2)
+        alive = self.weight.new_ones(1, 1, *window)
         with torch.no_grad():
-            alive = torch.ones_like(self.weight[:, :, ...].reshape(self.weight.shape[0], self.weight.shape[1], -1)[..., :1])
             if self.prune is not None:
-                alive = alive * self.prune.mask()[:, None, None]
+                alive = alive * self.prune.mask().view(-1, 1, *window)
             if self._input_gate:
-                alive = alive * self._input_gate[0].mask()[None, :, None]
-            return alive.reshape(*alive.shape[:2], *([1] * (self.weight.dim() - 2)))
+                alive = alive * self._input_gate[0].mask().view(1, -1, *window)
+        return alive
 
     def observe_filters(self) -> None:
         """Give the prune gate this iteration's importance of each filter."""
         if self.prune is None:
             return
         if self.importance == "gamma" and self._norm:
-            size = self._norm[0].weight.abs()  # type: ignore[union-attr,operator]
+            size = self._norm[0].weight.abs()  # type: ignore[operator]
+            largest = size.detach().max()
         else:
-            size = self.weight.abs().flatten(1).mean(1) / self.weight.detach().abs().max()
-            self.prune.observe(size)
-            return
-        self.prune.observe(size / size.detach().max())
+            size = self.weight.abs().flatten(1).mean(1)
+            largest = self.weight.detach().abs().max()
+        self.prune.observe(size / largest.clamp(min=torch.finfo(size.dtype).tiny))  # all zero: no group ranks higher
 
     def quantized_weight(self) -> Tensor:
         v, w = self.w_range.abs(), self.float_weight()
@@ -84,18 +85,30 @@ class SearchLayer(QuantLayer):
             self.w_bits = gate.bits
         else:
             quantized = fake.fake_weight(w, v, self.w_bits)
-        quantized = quantized * self.output_scale
-        if self._input_gate:
-            mask = self._input_gate[0].mask()
-            quantized = quantized * mask.view(1, -1, *([1] * (quantized.dim() - 2)))
-        return quantized
+        return self._cut_inputs(quantized * self.output_scale)
+
+    def unrounded_weight(self) -> Tensor:
+        return self._cut_inputs(super().unrounded_weight())
+
+    def _cut_inputs(self, weight: Tensor) -> Tensor:
+        """Zero where the feeding layer's filters are closed."""
+        if not self._input_gate:
+            return weight
+        return weight * self._input_gate[0].mask().view(1, -1, *([1] * (weight.dim() - 2)))
 
 
 class SearchConv2d(SearchLayer, nn.Conv2d):
     """A convolution under search; tensors as in torch.nn.Conv2d."""
 
-    def __init__(self, *args: Any, chain: tuple[int, ...], quantizer: ActivationQuantizer | InputQuantizer,
-                 standardize: str, importance: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        chain: tuple[int, ...],
+        quantizer: ActivationQuantizer | InputQuantizer,
+        standardize: str,
+        importance: str,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._init_quant(chain[-1], quantizer, standardize)
         self._init_search(chain, importance)
@@ -108,8 +121,15 @@ class SearchConv2d(SearchLayer, nn.Conv2d):
 class SearchLinear(SearchLayer, nn.Linear):
     """A linear layer under search; tensors as in torch.nn.Linear."""
 
-    def __init__(self, *args: Any, chain: tuple[int, ...], quantizer: ActivationQuantizer | InputQuantizer,
-                 standardize: str, importance: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        chain: tuple[int, ...],
+        quantizer: ActivationQuantizer | InputQuantizer,
+        standardize: str,
+        importance: str,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._init_quant(chain[-1], quantizer, standardize)
         self._init_search(chain, importance)

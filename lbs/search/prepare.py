@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import fnmatch
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lbs.graph import ChannelGroup, ModelRecord, observe_layers, template_plan, trace
+from lbs.graph import ChannelGroup, ModelRecord, observe_layers, record_of, template_plan, trace
 from lbs.plan import LayerPlan, Plan
 from lbs.quant.codec import check_chain
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -25,8 +27,9 @@ class SearchConfig:
     """What is searched.
 
     bits: chain of widths. group_size: filters per prune group (B). importance: `gamma` or the paper's `magnitude`.
-    exclude: name patterns left in float. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
-    be searched and fine-tuned, not packed. The first convolution and the last linear layer stay at 8 / 8 bits.
+    exclude: name patterns left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx
+    cannot trace; they can be searched and fine-tuned, not packed. The first convolution and the last linear layer stay
+    at 8 / 8 bits.
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
@@ -39,7 +42,7 @@ class SearchConfig:
     trace: bool = True
 
     def __post_init__(self) -> None:
-        check_chain(self.bits)
+        object.__setattr__(self, "bits", check_chain(self.bits))
         if self.pruning and not self.trace:
             raise PlanError("pruning=True needs trace=True: filters are cut along the traced graph; set pruning=False")
         if self.group_size < 1:
@@ -104,11 +107,11 @@ def uniform(model: nn.Module, example: Tensor, weight_bits: int = 8, activation_
 
 def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
     """(layer, what became of it) for every layer of a prepared model, also those left in float and why."""
-    record: ModelRecord = model.lbs_record  # type: ignore[assignment]
+    record = record_of(model)
     reasons = {g.producer: g.reason for g in record.groups}
     rows = []
     for layer in record.plan.layers:
-        module = model.get_submodule(layer.name)
+        module: Any = model.get_submodule(layer.name)
         gate = getattr(module, "prune", None)
         pruning = (
             f"filters in {gate.groups} groups"
@@ -116,7 +119,8 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
             else "filters kept: " + (reasons.get(layer.name) or "first or last layer, or pruning is off")
         )
         searched = getattr(module, "w_gate", None)
-        rows.append((layer.name, f"bits {searched.chain if searched is not None else 'fixed at 8'}; {pruning}"))
+        bits = searched.chain if searched is not None else f"fixed at {module.w_bits}/{module.a_bits}"
+        rows.append((layer.name, f"bits {bits}; {pruning}"))
     return rows + [(name, f"left in float: {reason}") for name, reason in record.unconverted]
 
 
@@ -127,30 +131,39 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
-    layers, found = _layers_and_groups(model, example, config)
-    plan = template_plan(layers, found, type(model).__name__)
+    layers, found, repeated = _layers_and_groups(model, example, config)
     unconverted = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            reason = _unconvertible(name, module, layers, config.exclude)
+            reason = _unconvertible(name, module, layers, config.exclude, repeated)
             if reason:
                 unconverted.append((name, reason))
+    _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
-    plan = replace(plan, layers=tuple(entry for entry in plan.layers if entry.name not in skipped))
+    groups = {name: _without(group, skipped) for name, group in found.items()}
+    kept = {name: layer for name, layer in layers.items() if name not in skipped}
+    plan = template_plan(kept, groups, type(model).__name__)
     if not plan.layers:
         listed = "; ".join(f"{n}: {r}" for n, r in unconverted) or "it has no Conv2d and no Linear"
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
-    groups = tuple(_without(g, skipped) for g in found.values())
-    return model, ModelRecord(tuple(example.shape[1:]), plan, groups, tuple(unconverted))
+    return model, ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted))
 
 
 def _layers_and_groups(
     model: nn.Module, example: Tensor, config: SearchConfig
-) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup]]:
+) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup], frozenset[str]]:
     if not config.trace:
-        return observe_layers(model, example), {}
+        layers, repeated = observe_layers(model, example)
+        return layers, {}, repeated
     graph = trace(model, example)
-    return graph.layers, graph.groups
+    return graph.layers, graph.groups, graph.repeated
+
+
+def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise PlanError(f"exclude={pattern!r} matches no layer; the layers are {', '.join(names)}")
 
 
 def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
@@ -160,12 +173,25 @@ def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
 
 
 def _unconvertible(
-    name: str, module: nn.Conv2d | nn.Linear, layers: dict[str, LayerPlan], exclude: tuple[str, ...]
+    name: str,
+    module: nn.Conv2d | nn.Linear,
+    layers: dict[str, LayerPlan],
+    exclude: tuple[str, ...],
+    repeated: frozenset[str],
 ) -> str:
+    """Why a layer stays in float; "" if it need not."""
     if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
         return "excluded by name"
     if name not in layers:
         return "the forward pass does not call it"
+    if name in repeated:
+        return "the forward pass calls it more than once, and one set of codes and costs cannot stand for all uses"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed by a parametrization"
+    plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(module), method, None) is not getattr(plain, method, None):
+            return f"{type(module).__name__} has a {method} of its own"
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"padding {module.padding!r}, mode {module.padding_mode!r} has no integer form"
     return ""
@@ -179,14 +205,15 @@ def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig
     for group in record.groups:
         if not group.prunable or group.producer in edges:
             continue
-        producer = model.get_submodule(group.producer)
-        filters = producer.weight.shape[0]  # type: ignore[union-attr,index]
-        gate = PruneGate(int(filters), config.group_size, config.max_pruning_ratio)
-        producer.prune = gate
-        producer._norm = [model.get_submodule(n) for n in group.norms[:1]]  # type: ignore[assignment]
+        producer: Any = model.get_submodule(group.producer)
+        gate = PruneGate(int(producer.weight.shape[0]), config.group_size, config.max_pruning_ratio)
+        producer.prune = gate.to(producer.weight.device)
+        norms = [model.get_submodule(name) for name in group.norms]
+        producer._norm = [norm for norm in norms if norm.weight is not None][:1]
         for name in group.consumers:
-            model.get_submodule(name)._input_gate = [gate]  # type: ignore[assignment]
-        producer.observe_filters()  # type: ignore[operator]
+            consumer: Any = model.get_submodule(name)
+            consumer._input_gate = [gate]
+        producer.observe_filters()
 
 
 def _searchable(
@@ -204,7 +231,7 @@ def fixed_layer(
     """A QuantConv2d or QuantLinear with the shape and weights of `old`."""
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
     new = kind(*layer_arguments(old), w_bits=w_bits, quantizer=quantizer, standardize=standardize, **layer_options(old))
-    return adopt(new, old)  # type: ignore[return-value]
+    return adopt(new, old)
 
 
 def layer_arguments(old: nn.Module) -> tuple[int, int] | tuple[int, int, object]:
@@ -226,15 +253,34 @@ def layer_options(old: nn.Module) -> dict[str, object]:
 def adopt(new: QuantLayer, old: nn.Module) -> QuantLayer:
     """Move weights, hooks and mode of `old` into `new`, and keep the size of its weights as `output_scale`."""
     new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
-    new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+    move_hooks(new, old)
     new.train(old.training)
-    new.to(old.weight.device)  # type: ignore[arg-type]
+    like(new, old)
     if new.standardize != "none" and not isinstance(old, QuantLayer):
         new.adopt_scale()
     return new
 
 
+def like(new: nn.Module, old: nn.Module) -> None:
+    """Move `new` to the device of `old`, and to float64 if `old` is (ranges stay float32 beside shorter weights)."""
+    weight: Tensor = old.weight  # type: ignore[assignment]
+    new.to(weight.device)
+    if weight.dtype == torch.float64:
+        new.double()
+
+
+def move_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Hooks that users put on `old` serve `new`."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for suffix in ("", "_with_kwargs", "_always_called"):
+            if hasattr(old, kind + suffix):
+                setattr(new, kind + suffix, getattr(old, kind + suffix))
+
+
 def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where `name` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    """Put `new` where `name` is, and wherever else the same module is registered."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, leaf, new)
