@@ -33,9 +33,9 @@ from lbs_kernels import device as machine
 from lbs_kernels.errors import BackendError
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import Program
-from lbs_kernels.registry import device_slug
 from lbs_kernels.run import CompiledProgram
 from lbs_kernels.timing import SelfTimed, Times, cuda_graph, interleave
+from lbs_kernels.tuning_table import device_slug
 
 RESULTS = Path(__file__).with_name("results")
 Contender = Callable[[], object]

@@ -12,8 +12,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from lbs_kernels import extension, tuning_table
 from lbs_kernels.errors import BackendError
 from lbs_kernels.problem import Problem
@@ -150,9 +148,3 @@ def explain(problem: Problem) -> list[Candidate]:
 def _rows(problem: Problem, chosen: str | None) -> list[Candidate]:
     times = tuning_table.times(problem)
     return [Candidate(name, supports(name, problem), times.get(name), name == chosen) for name in BACKENDS]
-
-
-def device_slug(device: torch.device | str) -> str:
-    """File-name form of a device: "cpu", or the GPU's name in lower case with dashes."""
-    device = torch.device(device)
-    return tuning_table.slug(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")

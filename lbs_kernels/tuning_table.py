@@ -15,6 +15,9 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from lbs_kernels.device import cpu_name
 from lbs_kernels.errors import FormatError
 from lbs_kernels.problem import Problem
 
@@ -46,6 +49,20 @@ class TuningTable:
 def slug(name: str) -> str:
     """A device name as a file name: lower case, words joined by dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def device_slug(device: str) -> str:
+    """The machine behind a device string: the processor's or the GPU's name as a file name ("nvidia-h200").
+
+    Where the device is not there ("cuda" without a GPU), the string itself: it has no times.
+    """
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        return slug(cpu_name())
+    if kind == "cuda" and torch.cuda.is_available():
+        return slug(torch.cuda.get_device_name(device))
+    return slug(device)
 
 
 def user_folder() -> Path:
@@ -109,4 +126,4 @@ def load(device: str) -> TuningTable:
 
 def times(problem: Problem) -> dict[str, float]:
     """Median seconds of each measured back end for `problem`, on the device the problem names."""
-    return load(slug(problem.device)).rows.get(str(problem), {})
+    return load(device_slug(problem.device)).rows.get(str(problem), {})

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from lbs_kernels import extension, registry, tuning_table
+from lbs_kernels.device import cpu_name
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.problem import Problem
-from lbs_kernels.tuning_table import TuningTable
+from lbs_kernels.tuning_table import TuningTable, device_slug
 
 PROBLEM = Problem("bitconv2d", 1, 8, 8, 16, 32, (3, 3), padding=(1, 1), w_bits=4, a_bits=2)
 
@@ -20,6 +21,7 @@ def empty_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No measured times but those a test writes."""
     monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path / "mine"))
     monkeypatch.setattr(tuning_table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning_table, "device_slug", lambda device: device)
     tuning_table.load.cache_clear()
     yield tmp_path
     tuning_table.load.cache_clear()
@@ -147,4 +149,6 @@ def test_shipped_tables_are_readable() -> None:
 
 
 def test_slug() -> None:
+    assert device_slug("cpu") == tuning_table.slug(cpu_name()) != ""
+    assert device_slug("meta") == "meta"
     assert tuning_table.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"

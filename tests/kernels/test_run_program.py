@@ -20,7 +20,7 @@ def compare(program: Program, blob: Tensor, batch: int, backend: str, device: st
     images = random_inputs(program, batch, seed)
     expected: dict[int, Tensor] = {}
     outputs = run_program(program, blob, images, backend="reference", trace=expected)
-    assert share_unsaturated(program, expected) > 0.4
+    assert share_unsaturated(program, expected) > 0.3  # 2-bit codes after a ReLU are 0 half of the time
     actual: dict[int, Tensor] = {}
     moved = [x.to(device) for x in images]
     with filled_memory():
