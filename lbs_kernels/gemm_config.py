@@ -9,9 +9,10 @@ from itertools import product
 from lbs_kernels.format import WORD, words
 from lbs_kernels.problem import Problem
 
-# Per thread, of its 255 registers. With 128 of either, ptxas 12.8 (sm_80 and sm_90a) spills at some pair of bits.
+# Per thread, of its 255 registers; with twice as many of any, ptxas 12.8 spills on sm_80 or sm_90a at some pair of bits.
 ACCUMULATORS = 64
 OPERAND = 64  # elements of one operand unpacked per step
+WEIGHTS_OF_8_BITS = 32  # eight planes are held while they are unpacked
 SHARED_BYTES = 96 * 1024  # of the 99 KiB one block may use on sm_86, sm_89 and sm_120; sm_80 and sm_90 have more
 
 
@@ -53,9 +54,13 @@ def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
         return f"{config}: {config.warps} warps for a tile of {config.block_m} x {config.block_o}, some would idle"
     if tile > ACCUMULATORS * 32 * config.warps:
         return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {ACCUMULATORS} do not spill"
-    operand = WORD * config.block_words * max(config.block_m, config.block_o)
-    if operand > OPERAND * 32 * config.warps:
-        return f"{config}: {operand // (32 * config.warps)} operand elements per thread; at most {OPERAND} do not spill"
+    for name, block, most in (
+        ("activations", config.block_m, OPERAND),
+        ("weights", config.block_o, WEIGHTS_OF_8_BITS if problem.w_bits == 8 else OPERAND),
+    ):
+        count = WORD * config.block_words * block // (32 * config.warps)
+        if count > most:
+            return f"{config}: {count} {name} of w{problem.w_bits} per thread and step; at most {most} do not spill"
     shared = config.stages * WORD * config.block_words * (config.block_m + config.block_o)
     if shared > SHARED_BYTES:
         return f"{config}: operands take {shared} bytes of shared memory; at most {SHARED_BYTES}"

@@ -59,29 +59,32 @@ class EmitTarget(NamedTuple):
 
 
 @triton.jit
-def store_codes(y, row, row_mask, first, columns, target, META: tl.constexpr):
-    """Step 6 for one consumer: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes."""
-    LEVELS: tl.constexpr = (1 << META.bits) - 1
+def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
+    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes."""
+    CONSUMER: tl.constexpr = META.consumers[INDEX]
+    BITS: tl.constexpr = CONSUMER.bits
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    target = targets[INDEX]
     column = first + tl.arange(0, y.shape[1])
     u = y
-    if META.pre_norm:
+    if CONSUMER.pre_norm:
         column_mask = column < columns
         pre_scale = tl.load(target.pre_scale + column, mask=column_mask, other=0.0)
         pre_bias = tl.load(target.pre_bias + column, mask=column_mask, other=0.0)
         u = fma(u, pre_scale[None, :], pre_bias[None, :])
-    if META.relu:
+    if CONSUMER.relu:
         u = at_least(u, 0.0)
     t = u * target.scale
-    if META.signed:
+    if CONSUMER.signed:
         t = t + LEVELS / 2
     # Both bounds are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
-    t = at_most(at_least(t, -1.0 * META.zero), 1.0 * (LEVELS - META.zero))
-    codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + META.zero
-    if META.bits == 8:
+    t = at_most(at_least(t, -1.0 * CONSUMER.zero), 1.0 * (LEVELS - CONSUMER.zero))
+    codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
+    if BITS == 8:
         mask = row_mask[:, None] & (column < columns)[None, :]
         tl.store(target.codes + row[:, None] * target.pitch + column[None, :], (codes - 128).to(tl.int8), mask=mask)
     else:
-        store_planes(target.codes, codes, row, row_mask, first, columns, META.bits)
+        store_planes(target.codes, codes, row, row_mask, first, columns, BITS)
 
 
 @triton.jit
@@ -91,19 +94,23 @@ def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
     y: float32 [BLOCK_M, BLOCK_O] of pixels `row` [BLOCK_M] (masked) and channels first .. first + BLOCK_O - 1, of which
     those below `columns` exist.
     """
+    # Triton 3.5 takes constexpr arguments from named locals only, not from fields of one.
+    LOW: tl.constexpr = META.low
+    HIGH: tl.constexpr = META.high
+    DTYPE: tl.constexpr = META.stream_dtype
     column = first + tl.arange(0, y.shape[1])
     mask = row_mask[:, None] & (column < columns)[None, :]
     index = row[:, None] * columns + column[None, :]
     if META.residual:
-        y = y + load_stream(target.residual + index, mask, META.stream_dtype)
-    if META.low is not None:
-        y = at_least(y, META.low)
-    if META.high is not None:
-        y = at_most(y, META.high)
+        y = y + load_stream(target.residual + index, mask, DTYPE)
+    if LOW is not None:
+        y = at_least(y, LOW)
+    if HIGH is not None:
+        y = at_most(y, HIGH)
     if META.stream:
-        y = store_stream(target.stream + index, y, mask, META.stream_dtype)
+        y = store_stream(target.stream + index, y, mask, DTYPE)
     for i in tl.static_range(len(META.consumers)):
-        store_codes(y, row, row_mask, first, columns, target.consumers[i], META.consumers[i])
+        store_codes(y, row, row_mask, first, columns, target.consumers, META, i)
 
 
 def kernel_view(stream: Tensor) -> Tensor:

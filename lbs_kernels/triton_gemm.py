@@ -71,13 +71,14 @@ class GemmShape(NamedTuple):
 def load_weights(w_ptr, filter_index, tap, first_word, shape, META: tl.constexpr, BLOCK_WORDS: tl.constexpr):
     """w int8 [BLOCK_O, 32 BLOCK_WORDS] of one tap: filters `filter_index`, channels from word `first_word` on."""
     TAPS: tl.constexpr = META.kernel[0] * META.kernel[1]
-    LEVELS: tl.constexpr = (1 << META.w_bits) - 1
+    BITS: tl.constexpr = META.w_bits
+    LEVELS: tl.constexpr = (1 << BITS) - 1
     word = first_word + tl.arange(0, BLOCK_WORDS)
     words = (shape.channels + 31) // 32
     pointer = w_ptr + (filter_index[:, None] * TAPS + tap) * words + word[None, :]
     mask = (filter_index < shape.filters)[:, None] & (word < words)[None, :]
-    codes = unpack_planes(pointer, shape.filters * TAPS * words, mask, META.w_bits)
-    w = codes - 128 if META.w_bits == 8 else 2 * codes - LEVELS
+    codes = unpack_planes(pointer, shape.filters * TAPS * words, mask, BITS)
+    w = codes - 128 if BITS == 8 else 2 * codes - LEVELS
     if META.tail:
         # x holds nothing in particular beyond the last channel; a weight of 0 makes it harmless.
         channel = first_word * 32 + tl.arange(0, 32 * BLOCK_WORDS)
@@ -90,9 +91,10 @@ def load_activations(
     x_ptr, image_row, in_y, in_x, inside, first_word, shape, META: tl.constexpr, BLOCK_WORDS: tl.constexpr
 ):
     """x int8 [BLOCK_M, 32 BLOCK_WORDS] of one tap: pixels (in_y, in_x), the value of code `zero` where not inside."""
-    LEVELS: tl.constexpr = (1 << META.a_bits) - 1
+    BITS: tl.constexpr = META.a_bits
+    LEVELS: tl.constexpr = (1 << BITS) - 1
     pixel = (image_row + in_y) * shape.width + in_x
-    if META.a_bits == 8:
+    if BITS == 8:
         channel = first_word * 32 + tl.arange(0, 32 * BLOCK_WORDS)
         # The pitch is a multiple of 16 and so is every run of valid elements: the mask does not break up the loads.
         mask = inside[:, None] & (channel < shape.pitch)[None, :]
@@ -101,7 +103,7 @@ def load_activations(
         word = first_word + tl.arange(0, BLOCK_WORDS)
         words = (shape.channels + 31) // 32
         pointer = x_ptr + pixel[:, None] * shape.pitch + word[None, :]
-        codes = unpack_planes(pointer, words, inside[:, None] & (word < words)[None, :], META.a_bits)
+        codes = unpack_planes(pointer, words, inside[:, None] & (word < words)[None, :], BITS)
         if META.signed:
             codes = 2 * codes - LEVELS
         elif META.zero != 0:
@@ -115,7 +117,8 @@ def accumulate(x_ptr, w_ptr, offset_ptr, row, row_mask, column, shape, META: tl.
     """The accumulator int32 [BLOCK_M, BLOCK_O] of pixels `row` and filters `column`."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_O: tl.constexpr = CONFIG.block_o
-    BLOCK_K: tl.constexpr = 32 * CONFIG.block_words
+    BLOCK_WORDS: tl.constexpr = CONFIG.block_words
+    BLOCK_K: tl.constexpr = 32 * BLOCK_WORDS
     pixels = shape.out_height * shape.out_width
     image = row // pixels
     out_y = (row % pixels) // shape.out_width
@@ -132,12 +135,12 @@ def accumulate(x_ptr, w_ptr, offset_ptr, row, row_mask, column, shape, META: tl.
     # One flat loop over taps and word blocks: the compiler pipelines innermost loops only, and those would be short.
     for step in range(0, META.kernel[0] * META.kernel[1] * word_blocks):
         tap = step // word_blocks
-        first_word = (step % word_blocks) * CONFIG.block_words
+        first_word = (step % word_blocks) * BLOCK_WORDS
         in_y = first_y + (tap // META.kernel[1]) * shape.dilation_h
         in_x = first_x + (tap % META.kernel[1]) * shape.dilation_w
         inside = row_mask & (in_y >= 0) & (in_y < shape.height) & (in_x >= 0) & (in_x < shape.width)
-        x = load_activations(x_ptr, image_row, in_y, in_x, inside, first_word, shape, META, CONFIG.block_words)
-        w = load_weights(w_ptr, column, tap, first_word, shape, META, CONFIG.block_words)
+        x = load_activations(x_ptr, image_row, in_y, in_x, inside, first_word, shape, META, BLOCK_WORDS)
+        w = load_weights(w_ptr, column, tap, first_word, shape, META, BLOCK_WORDS)
         if META.sum_scale != 0:
             terms = x.to(tl.int32)
             if META.tail:

@@ -46,8 +46,10 @@ def grouped_kernel(
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_O: tl.constexpr = CONFIG.block_o
     TAPS: tl.constexpr = META.kernel[0] * META.kernel[1]
-    W_LEVELS: tl.constexpr = (1 << META.w_bits) - 1
-    A_LEVELS: tl.constexpr = (1 << META.a_bits) - 1
+    W_BITS: tl.constexpr = META.w_bits
+    A_BITS: tl.constexpr = META.a_bits
+    W_LEVELS: tl.constexpr = (1 << W_BITS) - 1
+    A_LEVELS: tl.constexpr = (1 << A_BITS) - 1
     row, first = tile(shape, CONFIG)
     row_mask = row < shape.rows
     column = first + tl.arange(0, BLOCK_O)
@@ -70,13 +72,13 @@ def grouped_kernel(
         mask = inside[:, None] & column_mask[None, :]
         pixel = x_ptr + ((image_row + in_y) * shape.width + in_x)[:, None] * shape.pitch
         channel = (first_channel + member)[None, :]
-        if META.a_bits == 8:
+        if A_BITS == 8:
             codes = tl.load(pixel + channel, mask=mask, other=0).to(tl.int32) + 128
         else:
-            codes = load_code_bits(pixel + channel // 32, words, channel % 32, mask, META.a_bits)
+            codes = load_code_bits(pixel + channel // 32, words, channel % 32, mask, A_BITS)
         x = 2 * codes - A_LEVELS if META.signed else codes - META.zero
         w_word = w_ptr + (column * TAPS + tap) * group_words + member // 32
-        w_codes = load_code_bits(w_word, shape.filters * TAPS * group_words, member % 32, column_mask, META.w_bits)
+        w_codes = load_code_bits(w_word, shape.filters * TAPS * group_words, member % 32, column_mask, W_BITS)
         acc += tl.where(mask, x, 0) * (2 * w_codes - W_LEVELS)[None, :]
     multiplier = tl.load(multiplier_ptr + column, mask=column_mask, other=0.0)
     bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0)

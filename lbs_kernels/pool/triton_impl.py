@@ -95,6 +95,7 @@ def max_stream_kernel(
     """Maximum of a stream, emitted; a NaN in the window wins, as in torch."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_C: tl.constexpr = CONFIG.block_c
+    DTYPE: tl.constexpr = EMIT.stream_dtype
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
     row_mask = row < shape.rows
     channel = first + tl.arange(0, BLOCK_C)
@@ -102,7 +103,7 @@ def max_stream_kernel(
     for tap in range(KERNEL_H * KERNEL_W):
         pixel, inside = window_pixel(row, row_mask, tap // KERNEL_W, tap % KERNEL_W, shape)
         mask = inside[:, None] & (channel < shape.channels)[None, :]
-        values = load_stream(x_ptr + pixel[:, None] * shape.channels + channel[None, :], mask, EMIT.stream_dtype)
+        values = load_stream(x_ptr + pixel[:, None] * shape.channels + channel[None, :], mask, DTYPE)
         values = tl.where(mask, values, float("-inf"))
         best = tl.maximum(best, values, propagate_nan=tl.PropagateNan.ALL)
     emit(best, row, row_mask, first, shape.channels, target, EMIT)
@@ -111,14 +112,15 @@ def max_stream_kernel(
 @triton.jit
 def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """Global mean: one float32 addition per pixel, in row-major order, then one multiplication; emitted."""
+    DTYPE: tl.constexpr = EMIT.stream_dtype
     row, first = pool_tile(rows, channels, CONFIG)
     row_mask = row < rows
     channel = first + tl.arange(0, CONFIG.block_c)
     mask = row_mask[:, None] & (channel < channels)[None, :]
     start = x_ptr + (row * pixels)[:, None] * channels + channel[None, :]
-    total = load_stream(start, mask, EMIT.stream_dtype)
+    total = load_stream(start, mask, DTYPE)
     for pixel in range(1, pixels):
-        total += load_stream(start + pixel * channels, mask, EMIT.stream_dtype)
+        total += load_stream(start + pixel * channels, mask, DTYPE)
     emit(total * inverse, row, row_mask, first, channels, target, EMIT)
 
 

@@ -20,6 +20,7 @@ def quantpack_kernel(
     x_ptr, target, rows, channels, pixels, IMAGE: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr
 ):
     """One tile of pixels and channels. x: float32 [N, C, pixels] if IMAGE, else a stream [rows, C]."""
+    DTYPE: tl.constexpr = EMIT.stream_dtype
     channel_blocks = (channels + CONFIG.block_c - 1) // CONFIG.block_c
     program = tl.program_id(0)
     row = (program // channel_blocks) * CONFIG.block_m + tl.arange(0, CONFIG.block_m)
@@ -32,7 +33,7 @@ def quantpack_kernel(
         index = (image * channels)[:, None] * pixels + channel[None, :] * pixels + (row % pixels)[:, None]
         y = tl.load(x_ptr + index, mask=mask, other=0.0)
     else:
-        y = load_stream(x_ptr + row[:, None] * channels + channel[None, :], mask, EMIT.stream_dtype)
+        y = load_stream(x_ptr + row[:, None] * channels + channel[None, :], mask, DTYPE)
     emit(y, row, row_mask, first, channels, target, EMIT)
 
 

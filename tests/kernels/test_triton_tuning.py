@@ -32,7 +32,8 @@ FINE = GemmConfig(128, 64, 2, 4, 3, weights_first=True)
         ({"stages": 6}, "1 to 5 stages"),
         ({"block_m": 16, "block_o": 32, "warps": 8}, "some would idle"),
         ({"block_m": 256, "block_o": 128, "block_words": 1}, "256 accumulators per thread"),
-        ({"block_words": 4, "warps": 4}, "128 operand elements per thread"),
+        ({"block_words": 4, "warps": 4}, "128 activations of w4 per thread"),
+        ({"block_m": 64, "block_o": 128, "block_words": 4}, "128 weights of w4 per thread"),
         ({"block_m": 128, "block_o": 128, "block_words": 4, "warps": 8, "stages": 5}, "bytes of shared memory"),
     ],
 )
@@ -41,6 +42,12 @@ def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
     found = conv_tuning.invalid_reason(replace(FINE, **change), LAYER)
     assert found is not None
     assert reason in found
+
+
+def test_weights_of_eight_bits_get_fewer_registers() -> None:
+    wide = replace(FINE, block_m=64, block_o=128)
+    assert conv_tuning.is_valid(wide, LAYER)
+    assert not conv_tuning.is_valid(wide, replace(LAYER, w_bits=8))
 
 
 def test_a_small_tile_may_hold_all_filters() -> None:
