@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
@@ -142,23 +143,31 @@ def recorded(call: Contender, device: str) -> Contender:
 
 
 def header(args: argparse.Namespace) -> dict[str, object]:
-    """Machine, versions and settings."""
+    """Machine, versions and settings; `changed`: the sources differ from the commit; `load`: others were at work."""
     on_gpu = torch.device(args.device).type == "cuda"
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "device": machine.gpu_name() if on_gpu else machine.cpu_name(),
         "isa": None if on_gpu else machine.default_isa(),
         "processors": machine.processors(),
+        "load": os.getloadavg()[0],
         "threads": args.threads,
         "batch": args.batch,
         "rounds": args.rounds,
         "l2": "warm" if on_gpu else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "csrc", "lbs_kernels", "benchmarks")),
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git prints, or nothing outside a repository."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def roofs(device: str) -> dict[str, float]:
