@@ -242,7 +242,7 @@ def latency(record: Record) -> Figure | None:
             )
             panel.text(row["p80"] + 0.015 * median.max(), place, text, va="center", fontsize=8.5)
         panel.set_xlim(0, 1.38 * max(row["p80"] for row in here))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value) if value else "0"))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 1e3:g} ms"))
         panel.locator_params(axis="x", nbins=4)
         panel.tick_params(axis="y", length=0)
         panel.grid(visible=False, axis="y")

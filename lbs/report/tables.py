@@ -68,15 +68,10 @@ def _check_tiles(record: Record) -> list[Tile | None]:
     found: list[Tile | None] = []
     equal, images = record.value("verify", "equal_predictions"), record.value("verify", "images")
     if equal is not None:
-        text = f"{equal} of {images} predictions equal"
-        found.append(
-            Tile(
-                "Packed = trained",
-                "yes" if record.value("verify", "passed") else "no",
-                text,
-                _state(bool(record.value("verify", "passed"))),
-            )
-        )
+        passed = bool(record.value("verify", "passed"))
+        rest = ", the rest on rounding boundaries" if passed and equal != images else ""
+        text = f"{equal} of {images} predictions equal{rest}"
+        found.append(Tile("Packed = trained", "yes" if passed else "no", text, _state(passed)))
     speed = _speeds(record)
     if speed:
         text = ", ".join(f"{times(ratio)} at batch {batch}" for batch, ratio in speed)
@@ -120,7 +115,10 @@ def layer_table(record: Record) -> Table:
         kept = sum(row.layer.kept_filters for row in record.layers)
         filters = f"{kept} / {sum(row.layer.filters for row in record.layers)}"
         rows.append(("total", "", "", "", filters, bops(sums[0]), bops(sums[1]), size(sums[2]), size(sums[3])))
-    note = "BOPs: bit operations of one image. Full: 32 x 32 bits, nothing pruned. Bytes: planes, multiplier and bias."
+    note = (
+        "BOPs: bit operations of one image. Full: 32 x 32 bits, nothing pruned. Bytes: planes, multiplier and bias; "
+        "planes fill words of 32 channels, so a layer that reads few channels can be larger than its floats."
+    )
     return Table("Layers", header, tuple(rows), note)
 
 

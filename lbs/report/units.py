@@ -6,9 +6,11 @@ from __future__ import annotations
 def bops(value: float) -> str:
     """Bit operations in the units papers use.
 
-    >>> bops(630_600_000), bops(34.7e9)
-    ('630.6M', '34.70G')
+    >>> bops(40_960), bops(630_600_000), bops(34.7e9)
+    ('41.0k', '630.6M', '34.70G')
     """
+    if value < 1e6:
+        return f"{value / 1e3:.1f}k" if value else "0"
     return f"{value / 1e9:.2f}G" if value >= 1e10 else f"{value / 1e6:.1f}M"
 
 
