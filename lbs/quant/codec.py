@@ -52,9 +52,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 def activation_scale(v: Tensor, bits: int, signed: bool = False) -> Tensor:
-    """n / v, or n / (2 v) for signed activations: what a float is multiplied by to reach code units."""
-    half = 2.0 if signed else 1.0
-    return levels(bits) / (half * v)
+    """n / v, or n / (2 v) for signed activations: what a float is multiplied by to reach code units.
+
+    One rounding, in v's dtype. A number divided by a tensor would take two: torch multiplies by the reciprocal.
+    """
+    return torch.full_like(v, levels(bits)) / (2 * v if signed else v)
 
 
 def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:

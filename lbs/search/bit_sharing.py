@@ -32,13 +32,15 @@ def unit(x: Tensor, v: Tensor, kind: str) -> Tensor:
 def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
     """A_j = mean |z - z_hat_(j-1)| for every gate, float [J].
 
-    A gate behind a closed one sees the same partial sum as that one: the value it would refine.
+    Gates behind a closed one see the same partial sum as that one: the value they would refine.
     """
     z_scale = v if kind == "unsigned" else 2 * v
     clipped = x.clamp(0 if kind == "unsigned" else -v.item(), v.item())
     values: list[Tensor] = []
+    closed = False
     for j, bits in enumerate(gate.chain[:-1]):
-        if j and values[-1] <= gate.alpha[j - 1]:
+        closed = closed or bool(j and values[-1] <= gate.alpha[j - 1])
+        if closed:
             values.append(values[-1])
             continue
         values.append((clipped - quantize_at(x, v, bits, kind)).abs_().mean() / z_scale)

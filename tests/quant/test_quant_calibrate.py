@@ -1,0 +1,200 @@
+"""Calibration: lossless standardisation, ranges of least squared error, norms, and inputs that are refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lbs.models
+from lbs.quant import codec
+from lbs.quant.calibrate import _stride, calibrate, estimate_norms
+from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.search.prepare import SearchConfig, prepare, uniform
+from lbs_kernels.errors import GraphError, PlanError
+
+
+def images(seed: int = 0, count: int = 8, channels: int = 1, size: int = 8) -> Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    """digits_resnet8 whose norms have seen data, so that running statistics matter."""
+    torch.manual_seed(seed)
+    model = lbs.models.create("digits_resnet8").train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images(seed))
+    return model.eval()
+
+
+def quant_layers(model: nn.Module) -> list[QuantLayer]:
+    return [m for m in model.modules() if isinstance(m, QuantLayer)]
+
+
+@pytest.mark.parametrize("standardize", ["scale", "none"])
+def test_standardising_a_float_network_changes_nothing_but_the_rounding(standardize: str) -> None:
+    model = small_model().double()
+    searched = prepare(model, images()[:1].double(), SearchConfig(standardize=standardize))
+    for layer in quant_layers(searched):
+        layer.quantize = False
+    x = images(5).double()
+    torch.testing.assert_close(searched(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_observed_weights_are_those_that_are_rounded() -> None:
+    """After training the deviation has moved away from output_scale: ranges must fit what the layer computes with."""
+    layer = QuantConv2d(3, 4, 3, bias=False)
+    layer.adopt_scale()
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    layer.w_range.data.fill_(float(layer.float_weight().detach().abs().max()))
+    x = images(channels=3)
+    step = layer.weight_step()
+    layer.quantize = False
+    _, observed = layer.operands(x)
+    assert (observed - layer.quantized_weight()).abs().max() <= step * 1.001
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ranges_have_the_least_squared_error(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    layer = QuantLinear(64, 32, w_bits=bits, quantizer=ActivationQuantizer(bits))
+    x = torch.randn(500, 64, generator=generator).relu()
+    calibrate(layer, [x], bits=None)
+    weights = layer.float_weight().detach()
+
+    def errors(v: float) -> tuple[float, float]:
+        r = torch.tensor(v)
+        a = codec.activation_values(codec.activation_codes(x, r, bits), r, bits)
+        w = codec.weight_values(codec.weight_codes(weights, r, bits), r, bits)
+        return float(((a - x) ** 2).mean()), float(((w - weights) ** 2).mean())
+
+    assert isinstance(layer.quantizer, ActivationQuantizer)
+    best_a, best_w = errors(layer.quantizer.range.item())[0], errors(layer.w_range.item())[1]
+    grid = [errors(float(v)) for v in torch.linspace(0.05, 1, 300) * max(float(x.max()), float(weights.abs().max()))]
+    # 80 candidates instead of 300, and a thinned sample: a little above the true minimum, far below the maximum's
+    assert best_a <= 1.05 * min(a for a, _ in grid)
+    assert best_w <= 1.05 * min(w for _, w in grid)
+
+
+def test_stride_sees_every_column() -> None:
+    for count, share in ((128 * 16 * 32 * 32, 65536), (64 * 64 * 8 * 8, 8192), (7, 100), (1, 1), (30, 7)):
+        stride = _stride(count, share)
+        assert stride >= max(1, count // share)
+        assert stride < 2 * max(1, count // share) + 2
+        for width in (2, 4, 8, 32):
+            if count % width == 0 and count // stride >= width:
+                assert len({i % width for i in range(0, count, stride)}) == width
+
+
+def test_network_input_covers_its_extremes() -> None:
+    model = small_model()
+    x = images(3)
+    x[2, 0, 3, 5] = 9.5  # one pixel the stride may miss
+    calibrated = calibrate(uniform(model, x[:1], 4, 4), [x])
+    quantizer = quant_layers(calibrated)[0].quantizer
+    assert isinstance(quantizer, InputQuantizer)
+    assert quantizer.codes(torch.tensor([float(x.min()), 9.5])).tolist() == [0, 255]
+
+
+def test_norms_are_estimated_again() -> None:
+    model = uniform(small_model(), images()[:1], 4, 4)
+    batches = [images(1), images(2)]
+    calibrate(model, batches, norms=False)
+    before = copy.deepcopy(model.state_dict())
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    estimate_norms(model, batches)
+    # the first norm sees the first convolution's output, whatever the later ones do
+    outputs = [model.conv1(x) for x in batches]  # type: ignore[operator]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
+    variance = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
+    torch.testing.assert_close(model.bn1.running_mean, mean, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(model.bn1.running_var, variance, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    assert not torch.equal(before["bn1.running_mean"], model.state_dict()["bn1.running_mean"])
+    assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+    assert not model.training
+
+
+def test_modes_and_hooks_are_put_back() -> None:
+    model = prepare(small_model().train(), images()[:1])
+    calibrate(model, [images()])
+    assert model.training
+    for layer in quant_layers(model):
+        assert layer.quantize
+        assert not layer._forward_pre_hooks
+
+
+def test_pairs_of_images_and_labels_are_taken() -> None:
+    a = calibrate(uniform(small_model(), images()[:1]), [images(1)])
+    b = calibrate(uniform(small_model(), images()[:1]), iter([(images(1), torch.zeros(8))]))
+    assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
+
+
+def test_not_a_number_names_the_layer_and_leaves_quantization_on() -> None:
+    model = uniform(small_model(), images()[:1])
+    bad = images()
+    bad[1, 0, 2, 2] = float("nan")
+    with pytest.raises(GraphError, match="input of conv1 holds NaN"):
+        calibrate(model, [images(), bad])
+    with torch.no_grad():
+        model.bn1.weight[0] = float("inf")  # type: ignore[union-attr,index]
+    with pytest.raises(GraphError, match=r"input of layer1\.0\.conv1 holds NaN or infinite"):
+        calibrate(model, [images()])
+    assert all(layer.quantize for layer in quant_layers(model))
+
+
+def test_no_batches_and_empty_batches_are_refused() -> None:
+    model = uniform(small_model(), images()[:1])
+    with pytest.raises(PlanError, match="got no batch"):
+        calibrate(model, [])
+    with pytest.raises(PlanError, match=r"batch 1 of shape \(0, 1, 8, 8\) is empty"):
+        calibrate(model, [images(), images()[:0]])
+
+
+class _Signed(nn.Module):
+    """The second convolution reads values of both signs."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.body = nn.Conv2d(4, 4, 3, padding=padding)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).relu())
+
+
+def test_signed_activations_in_front_of_padding_are_refused_by_name() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(GraphError, match=r"body reads values down to -.* pads with zeros"):
+        calibrate(uniform(_Signed(padding=1), images()[:1]), [images()])
+
+
+def test_signed_activations_without_padding_become_signed() -> None:
+    torch.manual_seed(0)
+    model = calibrate(uniform(_Signed(padding=0), images()[:1]), [images()])
+    stem, body, head = quant_layers(model)
+    assert not stem.quantizer.signed
+    assert body.quantizer.signed
+    assert not head.quantizer.signed
+
+
+def test_a_layer_that_is_never_called_is_named() -> None:
+    model = uniform(small_model(), images()[:1])
+    model.forward = lambda x: model.conv1(x)  # type: ignore[method-assign,operator,assignment]
+    with pytest.raises(GraphError, match=r"layer1\.0\.conv1.* were not called"):
+        calibrate(model, [images()])
+
+
+def test_a_dead_layer_keeps_a_legal_range() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model.bn1.weight.zero_()  # type: ignore[union-attr,operator]
+        model.bn1.bias.fill_(-1)  # type: ignore[union-attr,operator]
+    calibrated = calibrate(uniform(model, images()[:1]), [images()])
+    assert torch.isfinite(calibrated(images())).all()
+    assert all(float(layer.w_range) > 0 for layer in quant_layers(calibrated))

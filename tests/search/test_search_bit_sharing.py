@@ -1,0 +1,194 @@
+"""Bit sharing: the gated value against the nested residuals, gradients of alpha against autograd, gates that idle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lbs.quant import codec
+from lbs.search.bit_sharing import gate_statistics, gated, unit
+from lbs.search.budget import parameter_groups
+from lbs.search.gates import BitGate
+from lbs.search.layers import SearchConv2d, SearchQuantizer
+
+KINDS = ["unsigned", "signed", "weight"]
+CHAINS = [(2, 4, 8), (2, 6), (3, 6), (1, 2, 4, 8)]
+
+
+class _Step(torch.autograd.Function):
+    """1(A > alpha) with the sigmoid's slope to alpha, written apart from the product's own."""
+
+    @staticmethod
+    def forward(ctx, statistic, alpha):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(statistic, alpha)
+        return (statistic > alpha).to(alpha)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        statistic, alpha = ctx.saved_tensors
+        e = torch.exp(-(statistic - alpha))
+        return None, -grad * e / (1 + e) ** 2
+
+
+def decode(z: Tensor, v: Tensor, kind: str) -> Tensor:
+    return v * z if kind == "unsigned" else v * (2 * z - 1)
+
+
+def discrete(z: Tensor, bits: int) -> Tensor:
+    n = 2**bits - 1
+    return (n * z).round() / n
+
+
+def explicit(x: Tensor, v: Tensor, alpha: Tensor, chain: tuple[int, ...], kind: str) -> tuple[Tensor, list[Tensor]]:
+    """z_b1 + g_2 (r_b2 + g_3 (r_b3 + ...)) (LBS eq. 12-13), gates one after the other; value and statistics.
+
+    x and v count as constants here: the straight-through estimator cancels their path through the residuals. A gate
+    behind a closed one counts as closed.
+    """
+    z = unit(x, v, kind).detach()
+    partial = discrete(z, chain[0])
+    total: Tensor = partial
+    product = torch.ones((), dtype=x.dtype)
+    statistics = []
+    for j, bits in enumerate(chain[1:]):
+        statistic = (z - partial).abs().mean()
+        statistics.append(statistic)
+        gate = _Step.apply(statistic, alpha[j])
+        residual = discrete(z - partial, bits)
+        product = product * gate
+        total = total + product * residual
+        if not gate:
+            break
+        partial = partial + residual
+    return decode(total, v.detach(), kind), statistics
+
+
+def sample(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(40, 11, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gate_at(chain: tuple[int, ...], level: int, x: Tensor, v: Tensor, kind: str) -> BitGate:
+    """A gate whose thresholds leave chain[level] open on x."""
+    gate = BitGate(chain).double()
+    statistics = gate_statistics(x, v, gate, kind)
+    with torch.no_grad():
+        gate.alpha.copy_(statistics * 0.5)
+        if level < len(chain) - 1:
+            gate.alpha[level] = statistics[level] * 1.01
+    return gate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_value_equals_the_nested_residuals(chain: tuple[int, ...], kind: str) -> None:
+    x, v = sample(1), torch.tensor(1.3, dtype=torch.float64)
+    for level, bits in enumerate(chain):
+        gate = gate_at(chain, level, x, v, kind)
+        y = gated(x, v, gate, kind)
+        expected, statistics = explicit(x, v, gate.alpha, chain, kind)
+        assert gate.bits == bits
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gate.statistic[: len(statistics)], torch.stack(statistics), rtol=1e-9, atol=1e-12)
+        assert (gate.statistic[len(statistics) :] == gate.statistic[len(statistics) - 1]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_alpha_gradients_equal_the_explicit_formulation(chain: tuple[int, ...], kind: str) -> None:
+    x, v, weight = sample(2), torch.tensor(1.1, dtype=torch.float64), sample(3)
+    for level in range(len(chain)):
+        gate = gate_at(chain, level, x, v, kind)
+        (got,) = torch.autograd.grad(gated(x, v, gate, kind), gate.alpha, weight)
+        twin = gate.alpha.detach().clone().requires_grad_()
+        (expected,) = torch.autograd.grad(explicit(x, v, twin, chain, kind)[0], twin, weight)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        assert got[min(level, len(chain) - 2)] != 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_x_and_v_see_the_straight_through_gradient_of_the_open_width(kind: str) -> None:
+    from lbs.quant.fake import fake_activation, fake_weight
+
+    x, v = sample(4).requires_grad_(), torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    gate = gate_at((2, 4, 8), 1, x.detach(), v.detach(), kind)
+    plain = fake_weight(x, v, 4) if kind == "weight" else fake_activation(x, v, 4, kind == "signed")
+    y = gated(x, v, gate, kind)
+    assert torch.equal(y, plain)
+    for got, wanted in zip(
+        torch.autograd.grad(y, (x, v), sample(5)), torch.autograd.grad(plain, (x, v), sample(5)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(CHAINS),
+    st.sampled_from(KINDS),
+    st.integers(0, 10**6),
+    st.floats(0.05, 5),
+)
+def test_any_chain_any_range(chain: tuple[int, ...], kind: str, seed: int, v: float) -> None:
+    """Value and statistics of open gates; ties of a coarse step have measure zero in random data."""
+    x, scale = sample(seed), torch.tensor(v, dtype=torch.float64)
+    gate = BitGate(chain).double()
+    y = gated(x, scale, gate, kind)
+    expected, _ = explicit(x, scale, gate.alpha, chain, kind)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    signed = kind != "unsigned"
+    assert y.detach().abs().max() <= v * (1 + 1e-12)
+    if kind == "weight":
+        assert torch.equal(y, codec.weight_values(codec.weight_codes(x, scale, gate.bits), scale, gate.bits))
+    else:
+        codes = codec.activation_codes(x, scale, gate.bits, signed)
+        assert torch.equal(y, codec.activation_values(codes, scale, gate.bits, signed))
+
+
+def test_bfloat16_activations_decide_in_float32() -> None:
+    x = sample(6, torch.float32).relu().bfloat16()
+    v = torch.tensor(1.7)
+    gate, reference = BitGate((2, 4, 8)), BitGate((2, 4, 8))
+    y = gated(x, v, gate, "unsigned")
+    wide = gated(x.float(), v, reference, "unsigned")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, wide.bfloat16())
+    assert torch.equal(gate.statistic, reference.statistic)
+
+
+def test_idle_gates_do_not_drift() -> None:
+    """Weight gates on even steps, activation gates on odd ones; the idle side keeps its very bits."""
+    torch.manual_seed(0)
+    layer = SearchConv2d(
+        3, 4, 3, chain=(2, 4, 8), quantizer=SearchQuantizer((2, 4, 8)), standardize="scale", importance="gamma"
+    )
+    layer.adopt_scale()
+    net = nn.Sequential(layer)
+    optimizer = torch.optim.SGD(parameter_groups(net, lr=0.01, gate_lr=0.01), lr=0.01, momentum=0.9, nesterov=True)
+    w_gate, a_gate = layer.w_gate, layer.quantizer.gate
+    assert w_gate is not None
+    moved = {"weights": 0, "activations": 0}
+    for iteration in range(12):
+        w_gate.active, a_gate.active = iteration % 2 == 0, iteration % 2 == 1
+        before = w_gate.alpha.detach().clone(), a_gate.alpha.detach().clone()
+        optimizer.zero_grad()
+        loss = net(torch.rand(2, 3, 6, 6)).square().mean() + w_gate.soft_bits() * w_gate.active
+        (loss + a_gate.soft_bits() * a_gate.active).backward()
+        optimizer.step()
+        idle, active = (1, 0) if iteration % 2 == 0 else (0, 1)
+        now = w_gate.alpha.detach(), a_gate.alpha.detach()
+        assert torch.equal(now[idle], before[idle])
+        moved["weights" if active == 0 else "activations"] += int(not torch.equal(now[active], before[active]))
+    assert moved == {"weights": 6, "activations": 6}
+
+
+def test_evaluation_neither_looks_nor_decides() -> None:
+    quantizer = SearchQuantizer((2, 4, 8))
+    quantizer.gate.active = True
+    quantizer.eval()
+    quantizer.bits = 4
+    before = quantizer.gate.statistic.clone()
+    quantizer(torch.rand(3, 3))
+    assert torch.equal(quantizer.gate.statistic, before)
+    assert quantizer.bits == 4
