@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -32,7 +31,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
 
 
 def check_layer(name: str, layer: QuantLayer) -> None:
-    """Refuse weights, ranges and steps that give no codes, and signed activations into zero padding.
+    """Refuse weights, ranges and steps that are not finite, and signed activations into zero padding.
 
     Raises:
         GraphError: names the layer, the value and the rule.
@@ -56,10 +55,6 @@ def check_layer(name: str, layer: QuantLayer) -> None:
             f"{name} pads signed activations with zeros (padding {getattr(layer, 'padding', None)}), and signed codes "
             "have no zero; put a ReLU before it, or leave it in float (SearchConfig(exclude=...))"
         )
-    with torch.no_grad():
-        codes = layer.weight_codes()
-    if not bool(codes.isfinite().all()):
-        raise GraphError(f"{name}: its weights give no codes (are all of them equal?); train it, or leave it in float")
 
 
 def _check_positive(name: str, what: str, value: float) -> None:

@@ -42,7 +42,7 @@ class PackedModel(nn.Module):
         self.kept_float = kept_float
         self.plan = plan
         self.name = name
-        self.eval()
+        self.requires_grad_(False).eval()
 
     @property
     def regions(self) -> list[PackedRegion]:

@@ -15,8 +15,8 @@ from lbs_kernels.program import ConvStep, LinearStep, Program
 class PackedTensors:
     """Tensors of one traced run of all regions, in the shapes of the float model.
 
-    steps: names of the packed layers. streams: names of the nodes whose floats are stored. images: node -> what a
-    region was given.
+    steps: names of the packed layers. streams: node -> where its floats are stored. images: node -> what float modules
+    gave to a region.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class PackedTensors:
     ) -> None:
         self._programs, self._blobs, self._traces = programs, blobs, traces
         self.steps: dict[str, tuple[int, ConvStep | LinearStep]] = {}
-        self.streams: dict[str, tuple[int, int]] = {}
+        self.streams: dict[str, list[tuple[int, int]]] = {}
         self.images: dict[str, Tensor] = {}
         self._writers: list[dict[int, str]] = []
         for region, program in enumerate(programs):
@@ -38,8 +38,8 @@ class PackedTensors:
             self._writers.append(writers)
             for index, spec in enumerate(program.tensors):
                 if spec.form == "stream":
-                    self.streams[spec.name] = (region, index)
-                elif spec.form == "image":
+                    self.streams.setdefault(spec.name, []).append((region, index))
+                elif spec.form == "image" and spec.name not in self.streams:  # else an earlier region's result
                     self.images[spec.name] = traces[region][index]
 
     def input_codes(self, name: str, shape: torch.Size) -> Tensor:
@@ -63,11 +63,16 @@ class PackedTensors:
         codes = codes.reshape(codes.shape[0], *kernel, codes.shape[2])
         return _logical(codes, shape, name)
 
-    def stream(self, name: str, shape: torch.Size) -> tuple[Tensor, str, str]:
-        """float64 stream of the node `name` as `shape`, the step that wrote it, and its dtype's name."""
-        region, index = self.streams[name]
-        stored = _logical(self._traces[region][index], shape, name).double()
-        return stored, self._writers[region][index], self._programs[region].stream_dtype
+    def stored(self, name: str, shape: torch.Size) -> list[tuple[Tensor, str, str]]:
+        """Every stream of the node `name`: float64 as `shape`, the step that wrote it, and its dtype's name."""
+        return [
+            (
+                _logical(self._traces[region][index], shape, name).double(),
+                self._writers[region][index],
+                self._programs[region].stream_dtype,
+            )
+            for region, index in self.streams[name]
+        ]
 
 
 def _logical(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:

@@ -53,12 +53,13 @@ def pack(
     graph, shape = trace_model(model, example)
     lowered = lower(graph, stream_dtype)
     record = getattr(model, "lbs_record", None)
+    left_out = dict(record.unconverted) if record is not None else {}  # layers that were never quantized, and why
     name = type(model).__name__
     device = next(iter(model.parameters())).device
     packed = PackedModel(
         outer_graph(graph, lowered),
         input_shape=shape,
-        kept_float=lowered.kept_float,
+        kept_float=tuple((label, left_out.get(label, reason)) for label, reason in lowered.kept_float),
         plan=record.plan if record is not None else None,
         name=name,
     ).to(device)

@@ -50,7 +50,7 @@ def write(path: Path, parts: PackedParts) -> None:
     regions = [(name, module) for name, module in parts.graph.named_children() if isinstance(module, PackedRegion)]
     for name, region in regions:
         metadata[name.replace("region", "program")] = region.text
-        for key in region.program.arrays:
+        for key in sorted(region.program.arrays):
             tensors[f"{name}.{key}"] = region.program.array(region.blob, key)
     blobs = {f"{name}.blob" for name, _ in regions}
     tensors |= {_FLOAT + key: value for key, value in parts.graph.state_dict().items() if key not in blobs}

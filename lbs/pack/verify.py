@@ -107,10 +107,10 @@ class _Judge(fx.Interpreter):
             if not isinstance(value, Tensor) or n.op == "output":
                 return value
             bound = self._bound(n, value)
+        if n.name in self.tensors.images:
+            value, bound = self._image(n, value)
         if n.name in self.tensors.streams:
             value, bound = self._stream(n, value, bound)
-        elif n.name in self.tensors.images:
-            value, bound = self._image(n, value)
         self.bounds[n] = bound
         for dead in self.user_to_last_uses.get(n, []):
             self.bounds.pop(dead, None)
@@ -147,11 +147,12 @@ class _Judge(fx.Interpreter):
         quantizer = layer.quantizer
         scale = quantizer.scale()
         expected = quantizer.codes(value)
-        t = value * scale + (codec.levels(quantizer.bits) / 2 if quantizer.signed else 0)
-        distance = ((t - t.floor()) - 0.5).abs()
+        n = codec.levels(quantizer.bits)
+        t = value * scale + (n / 2 if quantizer.signed else 0)
         tolerance = (bound * scale + 3 * UNIT * t.abs()).clamp_min(BOUNDARY)
+        lowest, highest = (((t + d).round() + quantizer.zero).clamp(0, n) for d in (-tolerance, tolerance))
         differs = expected != codes
-        excused = differs & (distance <= tolerance) & ((expected - codes).abs() <= 1)
+        excused = differs & (lowest <= codes) & (codes <= highest)
         writer = self.tensors.writer_of_input(name)
         self.checks.append(
             Check(
@@ -178,9 +179,9 @@ class _Judge(fx.Interpreter):
 
     def _stream(self, node: fx.Node, value: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         """Compare a stored stream, and go on with it."""
-        stored, writer, dtype = self.tensors.stream(node.name, value.shape)
-        tolerance = bound + _STREAM_UNIT[dtype] * (value.abs() + bound)
-        self._compare_floats(writer, f"stream {node.name}", value, stored, tolerance)
+        for stored, writer, dtype in self.tensors.stored(node.name, value.shape):
+            tolerance = bound + _STREAM_UNIT[dtype] * (value.abs() + bound)
+            self._compare_floats(writer, f"stream {node.name}", value, stored, tolerance)
         return stored, torch.zeros_like(stored)
 
     def _image(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +222,7 @@ class _Judge(fx.Interpreter):
             return F.max_pool2d(bound, op.kernel, op.stride, op.padding)
         if op.kind == "mean_pool":
             source = self.env[sources[0]]
-            pixels = source[0, 0].numel()
+            pixels = source.shape[2] * source.shape[3]
             return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
         return bound.reshape(value.shape)
 

@@ -1,0 +1,267 @@
+"""One small net per pattern: it packs into the form it should, and equals the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pack_nets
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lbs.pack.model import PackedModel
+from lbs_kernels.errors import GraphError
+from lbs_kernels.program import ConvStep, LinearStep, PoolStep, QuantPackStep
+
+SHAPE = (3, 9, 7)
+
+
+class Net(nn.Module):
+    """A stem, one inner convolution, a classifier; `middle` is the pattern under test."""
+
+    def __init__(self, middle: Callable[[Net, Tensor], object], channels: int = 8, **inner: object) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.inner = nn.Conv2d(channels, channels, **{"kernel_size": 3, "padding": 1, **inner})  # type: ignore[arg-type]
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.other = nn.Conv2d(channels, channels, 1)
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(channels, 5)
+        self.wide = nn.Linear(channels * 20, 5)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(0.5)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> object:
+        return self.middle(self, torch.relu(self.norm(self.stem(x))))
+
+
+def head(net: Net, x: Tensor) -> Tensor:
+    return net.fc(torch.flatten(net.mean(x), 1))
+
+
+def packed_net(middle: Callable[[Net, Tensor], object], **inner: object) -> PackedModel:
+    torch.manual_seed(3)
+    model = pack_nets.quantized(Net(middle, **inner), SHAPE)
+    return pack_nets.check_equal(model, SHAPE)
+
+
+def operations(packed: PackedModel) -> list[list[str]]:
+    return [[step.op for step in program.steps] for program in packed.programs]
+
+
+WHOLE = ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitlinear"]
+
+ONE_REGION: dict[str, tuple[Callable[[Net, Tensor], object], list[str]]] = {
+    "plain": (lambda n, x: head(n, n.relu(n.norm2(n.inner(x)))), WHOLE),
+    "bias_without_norm": (lambda n, x: head(n, n.relu(n.inner(x))), WHOLE),
+    "two_norms": (lambda n, x: head(n, n.relu(n.norm2(n.norm(n.inner(x))))), WHOLE),
+    "residual_left": (lambda n, x: head(n, n.relu(n.norm2(n.inner(x)) + x)), WHOLE),
+    "residual_right": (lambda n, x: head(n, n.relu(x + n.norm2(n.inner(x)))), WHOLE),
+    "residual_in_place": (lambda n, x: head(n, n.norm2(n.inner(x)).add_(x).relu_()), WHOLE),
+    "residual_method": (lambda n, x: head(n, torch.add(x, n.inner(x)).relu()), WHOLE),
+    "residual_without_relu": (lambda n, x: head(n, x + n.inner(x)), WHOLE),
+    "relu6": (lambda n, x: head(n, F.relu6(n.inner(x))), WHOLE),
+    "hardtanh": (lambda n, x: head(n, F.hardtanh(n.inner(x), 0.1, 0.7)), WHOLE),
+    "clamp_after_clamp": (lambda n, x: head(n, torch.clamp(n.inner(x), 0.2, 1.5).clamp(max=0.9)), WHOLE),
+    "dropout": (lambda n, x: n.fc(n.drop(torch.flatten(n.mean(n.drop(n.inner(x))), 1))), WHOLE),
+    "mean_call": (lambda n, x: n.fc(n.relu(n.inner(x)).mean((2, 3))), WHOLE),
+    "mean_keepdim": (lambda n, x: n.fc(n.inner(x).mean([-2, -1], keepdim=True).flatten(1)), WHOLE),
+    "average_of_all": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), (9, 7)).view(x.size(0), -1)), WHOLE),
+    "view_by_shape": (lambda n, x: n.fc(n.mean(n.inner(x)).reshape(x.shape[0], -1)), WHOLE),
+    "unused_branch": (lambda n, x: (n.other(x), head(n, n.inner(x)))[1], WHOLE),
+    "relu_behind_a_stream": (
+        lambda n, x: head(n, n.relu(n.inner(x)) + x),
+        ["quantpack", "bitconv2d", "bitconv2d", "quantpack", "pool", "bitlinear"],
+    ),
+    "sum_with_itself": (
+        lambda n, x: head(n, n.inner(x + x)),
+        ["quantpack", "bitconv2d", "quantpack", "bitconv2d", "pool", "bitlinear"],
+    ),
+    "two_layers_of_one_value": (lambda n, x: head(n, n.inner(x) + n.other(x)), [*WHOLE[:3], *WHOLE[2:]]),
+    "max_pool_of_codes": (lambda n, x: head(n, n.inner(n.pool(x))), ["quantpack", "bitconv2d", "pool", *WHOLE[2:]]),
+    "max_pool_of_a_stream": (
+        lambda n, x: head(n, n.inner(n.pool(x)) + n.pool(x)),
+        ["quantpack", "bitconv2d", "pool", "bitconv2d", "pool", "pool", "bitlinear"],
+    ),
+    "max_pool_then_relu": (
+        lambda n, x: head(n, n.inner(n.relu(n.pool(n.other(x))))),
+        ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitconv2d", "pool", "bitlinear"],
+    ),
+    "pre_activation": (
+        lambda n, x: head(n, x + n.inner(n.relu(n.norm2(x)))),
+        WHOLE,
+    ),
+    "pre_activation_for_two": (
+        lambda n, x: head(n, n.other(n.relu(n.norm2(x))) + n.inner(n.relu(n.norm2(x))) + x),
+        ["quantpack", "bitconv2d", "bitconv2d", "bitconv2d", "quantpack", "pool", "bitlinear"],
+    ),
+    "norm_alone_before_a_layer": (lambda n, x: head(n, x + n.inner(n.norm2(x).relu())), WHOLE),
+    "flattened_pixels": (
+        lambda n, x: n.wide(torch.flatten(n.relu(n.pool(n.inner(x))), 1)),
+        ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitconv2d"],
+    ),
+    "flatten_then_relu": (
+        lambda n, x: n.wide(n.relu(n.drop(torch.flatten(n.pool(n.inner(x)), 1)))),
+        ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitconv2d"],
+    ),
+    "several_results": (
+        lambda n, x: (n.inner(x), {"y": head(n, x)}),
+        ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitlinear"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_REGION)
+def test_one_region(name: str) -> None:
+    middle, steps = ONE_REGION[name]
+    packed = packed_net(middle)
+    assert packed.kept_float == ()
+    found = operations(packed)
+    assert len(found) == 1
+    assert sorted(found[0]) == sorted(steps)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"groups": 4},
+        {"groups": 8},
+        {"dilation": 2, "padding": 2},
+        {"stride": 2},
+        {"kernel_size": (1, 3), "padding": (0, 1)},
+    ],
+    ids=str,
+)
+def test_geometry(inner: dict[str, object]) -> None:
+    packed = packed_net(lambda n, x: head(n, n.relu(n.inner(x))), **inner)
+    assert packed.kept_float == ()
+
+
+SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
+    "sigmoid_between": (lambda n, x: head(n, n.inner(torch.sigmoid(x))), 2, ["sigmoid"]),
+    "gate": (lambda n, x: head(n, n.inner(x * torch.sigmoid(n.other(x)))), 2, ["sigmoid", "mul"]),
+    "softmax_at_the_end": (lambda n, x: torch.softmax(head(n, n.inner(x)), 1), 1, ["softmax"]),
+    "concatenation": (
+        lambda n, x: n.fc(torch.cat([n.inner(x)[:, :4], n.other(x)[:, 4:]], 1).mean((2, 3))),
+        2,
+        ["getitem", "getitem_1", "cat"],
+    ),
+    "average_of_windows": (lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 2))), 2, ["avg_pool2d"]),
+    "flattened_for_a_float_operation": (
+        lambda n, x: n.wide(torch.tanh(torch.flatten(n.pool(x), 1))),
+        2,
+        ["flatten", "tanh"],
+    ),
+    "norm_before_a_sum": (lambda n, x: head(n, n.inner(n.relu(n.norm2(x) + x))), 2, ["norm2"]),
+    "size_used_by_a_float_operation": (lambda n, x: head(n, n.inner(x * x.size(1))), 2, ["size", "mul"]),
+    "broadcast_sum": (lambda n, x: head(n, n.inner(x + n.mean(x))), 2, ["add"]),
+    "relu_no_layer_reads": (lambda n, x: torch.relu(torch.sigmoid(head(n, n.inner(x)))), 1, ["sigmoid", "relu_1"]),
+    "linear_on_positions": (
+        lambda n, x: n.fc(n.inner(x).flatten(2).transpose(1, 2)).mean(1),
+        1,
+        ["flatten", "transpose", "fc", "mean"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_float_parts_between_regions(name: str) -> None:
+    middle, regions, floats = SPLIT[name]
+    packed = packed_net(middle)
+    assert len(packed.programs) == regions
+    assert [label for label, _ in packed.kept_float] == floats
+    assert all(reason for _, reason in packed.kept_float)
+
+
+def test_norm_folds_into_the_layer_and_pre_activation_into_its_readers() -> None:
+    packed = packed_net(lambda n, x: head(n, x + n.inner(n.relu(n.norm2(x)))))
+    stem = packed.programs[0].steps[1]
+    assert isinstance(stem, ConvStep)
+    (reader,) = stem.emit.consumers
+    assert (reader.pre_scale, reader.pre_bias, reader.relu) == ("norm2.scale", "norm2.shift", True)
+    assert stem.emit.stream is not None
+
+
+def test_layers_that_want_the_same_codes_share_them() -> None:
+    torch.manual_seed(3)
+    model = pack_nets.quantized(Net(lambda n, x: head(n, n.inner(x) + n.other(x))), SHAPE)
+    apart = pack_nets.check_equal(model, SHAPE)
+    model.other.quantizer.range.data.copy_(model.inner.quantizer.range.data * 0.9)
+    different = pack_nets.check_equal(model, SHAPE)
+    count = [sum(spec.form == "codes" for spec in packed.programs[0].tensors) for packed in (apart, different)]
+    assert count[1] == count[0] + 1
+
+
+def test_codes_are_pooled_as_codes_and_no_stream_is_stored() -> None:
+    packed = packed_net(lambda n, x: head(n, n.inner(n.pool(x))))
+    program = packed.programs[0]
+    pool = next(step for step in program.steps if isinstance(step, PoolStep) and step.kind == "max")
+    assert program.tensors[pool.input].form == "codes"
+    assert sum(spec.form == "stream" for spec in program.tensors) == 2  # what is averaged, and the logits
+
+
+def test_flattened_pixels_become_a_window_over_the_image() -> None:
+    packed = packed_net(lambda n, x: n.wide(torch.flatten(n.pool(x), 1)))
+    last = packed.programs[0].steps[-1]
+    assert isinstance(last, ConvStep)
+    assert last.kernel == (5, 4)
+    assert packed.programs[0].tensors[-1].flat
+
+
+def test_linear_network_on_flat_images() -> None:
+    class Perceptron(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3 * 9 * 7, 16), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(torch.flatten(x, 1))))
+
+    torch.manual_seed(0)
+    packed = pack_nets.check_equal(pack_nets.quantized(Perceptron(), SHAPE), SHAPE)
+    kinds = [type(step) for step in packed.programs[0].steps]
+    assert kinds == [QuantPackStep, ConvStep, LinearStep]
+
+
+def test_layer_called_twice_makes_two_steps() -> None:
+    torch.manual_seed(3)
+    model = pack_nets.quantized(Net(lambda n, x: head(n, n.relu(n.inner(x)))), SHAPE)
+    model.middle = lambda n, x: head(n, n.relu(n.norm2(n.inner(n.relu(n.inner(x))))))
+    packed = pack_nets.check_equal(model, SHAPE)
+    assert [step.name for step in packed.programs[0].steps[2:4]] == ["inner", "inner#2"]
+
+
+def test_layers_that_were_never_quantized_say_why() -> None:
+    torch.manual_seed(3)
+    model = Net(lambda n, x: head(n, n.inner(n.relu(n.inner(x)))))
+    packed = pack_nets.check_equal(pack_nets.quantized(model, SHAPE), SHAPE)
+    assert dict(packed.kept_float)["inner"] == dict(pack_nets.quantized(model, SHAPE).lbs_record.unconverted)["inner"]
+
+
+def test_float_stem_gives_the_region_an_image() -> None:
+    class FloatStem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(torch.tanh(self.norm(x))).mean((2, 3)))
+
+    packed = pack_nets.check_equal(pack_nets.quantized(FloatStem(), SHAPE), SHAPE)
+    assert [name for name, _ in packed.kept_float] == ["norm", "tanh"]
+
+
+def test_value_changed_in_place_and_read_again_is_refused() -> None:
+    def shared(n: Net, x: Tensor) -> Tensor:
+        y = n.inner(x)
+        return head(n, F.relu(y, inplace=True) + y)
+
+    torch.manual_seed(3)
+    model = pack_nets.quantized(Net(shared), SHAPE)
+    with pytest.raises(GraphError, match=r"in place, and add reads it afterwards; use the form that is not in place"):
+        pack_nets.check_equal(model, SHAPE)
