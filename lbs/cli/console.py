@@ -75,7 +75,7 @@ class BarProgress:
         """A phase of `total` steps starts, `done` of them behind it."""
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=phase, total=total, initial=done, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(desc=phase, total=total, initial=done, unit=" steps", dynamic_ncols=True)
 
     def advance(self, steps: int) -> None:
         """Steps were done."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lbs.cli import doctor, main
+from lbs.cli.console import Console
 from lbs.cli.options import bit_operations, numbers
 from lbs_kernels import extension
 from lbs_kernels.errors import PlanError
@@ -120,3 +121,21 @@ def test_doctor_without_a_build_report(
     assert fix == "pip install -e ."
     assert reason.startswith(why)
     assert words is None or (why, fix) == words
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_otherwise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"kind": "epoch", "epoch": 1, "loss": 0.5, "test_accuracy": 0.75, "bops": 2e6, "frozen": True}
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setenv("COLUMNS", "150")
+        progress = Console(as_json=True).progress()
+        progress.begin("search", 10, 2)
+        progress.advance(3)
+        progress.note(row)
+        progress.end()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert ("5/10 [" in captured.err) == terminal
+        assert (captured.err == "search 5/10: epoch 1, loss 0.500, test 75.00%, 2.0M BOPs (met, held)\n") != terminal
