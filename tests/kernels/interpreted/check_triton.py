@@ -13,6 +13,8 @@ import math
 import programs
 import pytest
 import torch
+import triton
+import triton.language as tl
 from contenders import assert_same
 from torch import Tensor
 
@@ -20,12 +22,13 @@ from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitconv2d import triton_impl as conv_triton
 from lbs_kernels.bitlinear import reference as linear_reference
 from lbs_kernels.bitlinear import triton_impl as linear_triton
+from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.format import pack_weights
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.triton_common import INTERPRETED
+from lbs_kernels.triton_common import INTERPRETED, fma
 from lbs_kernels.triton_runner import TritonRunner
 
 BITS = (2, 4, 8)
@@ -174,6 +177,59 @@ def test_ties_round_to_even_and_bounds_saturate() -> None:
     values = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, 14.5, 15.5, 1e30]).reshape(1, 1, 1, 8)
     trace = check(program, blob, [values])
     assert trace[target.tensor].flatten().tolist() == [0, 2, 2, 4, 0, 14, 15, 15]
+
+
+@triton.jit
+def fma_kernel(a_ptr, b_ptr, c_ptr, out_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(out_ptr + index, fma(tl.load(a_ptr + index), tl.load(b_ptr + index), tl.load(c_ptr + index)))
+
+
+def test_fma_rounds_once() -> None:
+    """Products halfway between two float32 numbers, moved off the tie by an addend that float64 loses."""
+    generator = torch.Generator().manual_seed(0)
+    a = 1 + torch.randint(0, 1 << 11, (256,), generator=generator) * 2.0**-12 + 2.0**-12
+    b = 1 + torch.randint(0, 1 << 11, (256,), generator=generator) * 2.0**-12 + 2.0**-12
+    sign = torch.randint(0, 2, (256,), generator=generator) * 2.0 - 1
+    c = sign * 2.0 ** -torch.randint(60, 90, (256,), generator=generator)
+    out = torch.empty(256)
+    fma_kernel[(1,)](a, b, c, out, SIZE=256)
+    expected = fma32(a, b, c)
+    assert_same(out, expected, "fma")
+    twice = (a.double() * b.double() + c.double()).float()
+    assert not torch.equal(twice, expected)  # the data tell one rounding from two
+
+
+@pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
+def test_streams_are_clamped_and_rounded_half_to_even(stream_dtype: str) -> None:
+    b = programs.Builder(0, stream_dtype)
+    image = b.image(2, 4, 8)
+    shape = (4, 8, 2)
+    b.quantize(image, programs.Emit(low=-1.5, high=2.25, stream=b.stream(shape, output=True)))
+    program, blob = b.build()
+    images = programs.random_inputs(program, 1, 0)
+    # Half of a last bit of bfloat16 and of float16 above 1, on even and odd neighbours, and one bit beside the tie.
+    for bit in (8, 11):
+        ties = 1 + torch.arange(8) * 2.0 ** (1 - bit) + 2.0**-bit
+        images[0][0, 0, bit % 4] = ties
+        images[0][0, 1, bit % 4] = ties + 2.0**-23
+    images[0][0, :, 1, :2] = torch.tensor([[math.nan, math.inf], [-math.inf, -0.0]])
+    expected = ReferenceRunner(program, blob).run(images)[0]
+    actual = TritonRunner(program, blob, "cpu").run(images)[0]
+    assert float(actual.nan_to_num().min()) == -1.5
+    assert float(actual.nan_to_num().max()) == 2.25
+    assert_same(actual.nan_to_num(7.0), expected.nan_to_num(7.0), "stream")
+
+
+def test_the_mean_adds_in_order_and_multiplies_once() -> None:
+    b = programs.Builder(0)
+    image = b.image(5, 7, 7)
+    stream = b.stream((7, 7, 5))
+    b.quantize(image, programs.Emit(stream=stream))
+    b.pool(stream, programs.Emit(stream=b.stream((1, 1, 5), output=True, flat=True)), "mean")
+    program, blob = b.build()
+    images = [image * 2.0 ** torch.arange(7) for image in programs.random_inputs(program, 3, 0)]
+    check(program, blob, images)
 
 
 def test_a_runner_serves_several_batches_from_kept_buffers() -> None:
