@@ -43,15 +43,21 @@ def main() -> None:
     loader = train_loader(data, seed=args.seed)
     calibration = [x for _, (x, _) in zip(range(CALIBRATION_BATCHES), loader, strict=False)]
     plan_path, weights_path = args.out / "plan.json", args.out / "model.safetensors"
-    record: dict[str, object] = {"schedule": f"at most {args.epochs} of 200 fine-tuning epochs, {args.minutes} minutes"}
+    training_path = args.out / "training.json"
     if not args.evaluate_only:
         frozen = search(model, loader, calibration, args.bops)
         plan_of(frozen).save(plan_path)
-        record["epochs"] = finetune(frozen, model, train_loader(data, seed=args.seed + 1), args, weights_path)
+        epochs = finetune(frozen, model, train_loader(data, seed=args.seed + 1), args, weights_path)
+        training = {
+            "schedule": f"{epochs} of 200 fine-tuning epochs, bfloat16 autocast",
+            "seed": args.seed,
+            "lr": args.lr,
+        }
+        training_path.write_text(json.dumps(training))
     prepared = lbs.prepare(model, calibration[0][:2], lbs.SearchConfig(max_pruning_ratio=PRUNING_CAP))
     frozen = lbs.freeze(prepared, Plan.load(plan_path))
     frozen.load_state_dict(load_file(str(weights_path)))
-    record |= evaluate(frozen.eval(), data, args.out)
+    record = json.loads(training_path.read_text()) | evaluate(frozen.eval(), data, args.out)
     (args.out / "record.json").write_text(json.dumps(record, indent=1))
     print(json.dumps(record, indent=1))
 
@@ -132,7 +138,8 @@ def evaluate(model: nn.Module, data: np.lib.npyio.NpzFile, out: Path) -> dict[st
     images, labels = normalize(torch.from_numpy(data["test_x"]), MEAN, STD), torch.from_numpy(data["test_y"]).long()
     tuned = torch.cat([model(x).argmax(1) for x in images.split(500)])
     served = torch.cat([packed(x).argmax(1) for x in images.split(500)])
-    report = lbs.verify(model, packed, images[:500])
+    differing = images[tuned != served]
+    report = lbs.verify(model, packed, torch.cat([differing, images[:200]]))
     plan = plan_of(model)
     return {
         "images": len(labels),
@@ -141,6 +148,7 @@ def evaluate(model: nn.Module, data: np.lib.npyio.NpzFile, out: Path) -> dict[st
         "equal_predictions": int((tuned == served).sum()),
         "bops": plan.bops(),
         "full_precision_bops": plan.full_precision_bops(),
+        "epoch": "last",
         "bits": sorted({(layer.w_bits, layer.a_bits) for layer in plan.layers}),
         "pruned_layers": {e.name: f"{e.kept_filters}/{e.filters}" for e in plan.layers if e.kept_filters < e.filters},
         "bytes": path.stat().st_size,
