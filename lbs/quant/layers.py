@@ -24,7 +24,6 @@ class QuantLayer(nn.Module):
     """What convolution and linear layers share: weight codes, ranges, the input quantizer."""
 
     weight: Tensor
-    bias: Tensor | None
     w_range: nn.Parameter
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
@@ -105,9 +104,10 @@ class QuantLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             acc = self.product(units.to(dtype), weights.to(dtype))
         y = acc.to(x.dtype) * (self.weight_step() * self.quantizer.step())
-        if self.bias is None:
+        bias = self.bias
+        if not isinstance(bias, Tensor):
             return y
-        return y + (self.bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else self.bias)
+        return y + (bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else bias)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float operation without its bias."""
