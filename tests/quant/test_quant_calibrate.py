@@ -197,4 +197,4 @@ def test_a_dead_layer_keeps_a_legal_range() -> None:
         model.bn1.bias.fill_(-1)  # type: ignore[union-attr,operator]
     calibrated = calibrate(uniform(model, images()[:1]), [images()])
     assert torch.isfinite(calibrated(images())).all()
-    assert all(float(layer.w_range) > 0 for layer in quant_layers(calibrated))
+    assert all(layer.w_range.item() > 0 for layer in quant_layers(calibrated))

@@ -174,6 +174,19 @@ def test_projection_meets_the_target_closely(bops: float) -> None:
     assert f"{result.target / 1e6:.1f}M" in str(result)
 
 
+def test_what_is_left_over_is_spent() -> None:
+    model = searchable("cifar_resnet20", SearchConfig(pruning=False))
+    budget = Budget(model, bops=0.03)
+    for _, gate, _ in budget.bit_gates():
+        gate.close_to(0)
+    for name in budget.layers:
+        budget._sync(name)
+    budget.freeze()  # far below the target
+    assert budget.value() < 0.3 * budget.target
+    result = budget.finish()
+    assert 0.97 * result.target <= result.value <= result.target
+
+
 def train(model: nn.Module, budget: Budget, steps: int) -> list[tuple[int, bool]]:
     optimizer = torch.optim.SGD(parameter_groups(model, lr=0.01, gate_lr=0.02), lr=0.01, momentum=0.9, nesterov=True)
     rows = []
