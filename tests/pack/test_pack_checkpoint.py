@@ -251,6 +251,14 @@ def test_lies_with_a_fitting_digest(saved: Path, name: str) -> None:
         lbs.load(saved)
 
 
+def test_another_weight_with_a_fitting_digest_of_the_file(saved: Path) -> None:
+    header, data = header_of(saved)
+    place = header["region0.conv1.planes"]["data_offsets"][0]
+    rewrite(saved, header, data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(CheckpointError, match="program 0 was packed with other arrays than the file holds"):
+        lbs.load(saved)
+
+
 def test_rewriting_itself_is_harmless(saved: Path) -> None:
     """The lies above are refused for what they say, not for how they were written."""
     rewrite(saved, *header_of(saved))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from lbs.models.cifar_resnet import BasicBlock
+from lbs.models.resnet import ResNet
 from lbs.pack.packing import pack
 from lbs.pack.verify import verify
 from lbs_kernels.program import ConvStep, LinearStep, Program
@@ -59,8 +61,10 @@ def test_preactivation_network_leaves_its_last_norm_in_float() -> None:
     assert len(layer_steps(packed.programs[0])) + len(layer_steps(packed.programs[1])) == 22
 
 
-def test_resnet18_pools_its_stem() -> None:
-    model = pack_nets.network("resnet18", 4, 2, size=64)
+def test_imagenet_resnet_pools_its_stem() -> None:
+    torch.manual_seed(7)
+    float_model = ResNet(BasicBlock, (1, 1, 1, 1), 20)  # the layer shapes of ResNet-18, each block once
+    model = pack_nets.quantized(float_model, (3, 64, 64), w_bits=4, a_bits=2)
     packed = pack_nets.check_equal(model, (3, 64, 64), batch=2)
     assert packed.kept_float == ()
     assert [step.op for step in packed.programs[0].steps[:3]] == ["quantpack", "bitconv2d", "pool"]

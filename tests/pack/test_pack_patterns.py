@@ -77,6 +77,27 @@ ONE_REGION: dict[str, tuple[Callable[[Net, Tensor], object], list[str]]] = {
         lambda n, x: head(n, n.relu(n.inner(x)) + x),
         ["quantpack", "bitconv2d", "bitconv2d", "quantpack", "pool", "bitlinear"],
     ),
+    "value_and_its_relu": (
+        lambda n, x: head(n, (lambda y: n.relu(y) + y)(n.inner(x))),
+        ["quantpack", "bitconv2d", "bitconv2d", "quantpack", "quantpack", "pool", "bitlinear"],
+    ),
+    "earlier_one_absorbs_the_sum": (
+        lambda n, x: head(n, n.inner(x) + n.relu(n.other(x))),
+        [*WHOLE[:3], *WHOLE[2:]],
+    ),
+    "clamps_that_cross": (lambda n, x: head(n, torch.clamp(n.inner(x), max=0.2).clamp(min=0.4, max=3.0)), WHOLE),
+    "norm_after_relu": (
+        lambda n, x: head(n, n.other(n.relu(n.norm2(n.relu(n.inner(x)))))),
+        [*WHOLE[:3], *WHOLE[2:]],
+    ),
+    "norm_after_sum": (
+        lambda n, x: head(n, n.other(n.relu(n.norm2(n.inner(x) + x)))),
+        [*WHOLE[:3], *WHOLE[2:]],
+    ),
+    "norm_of_a_shared_value": (
+        lambda n, x: head(n, (lambda y: n.other(n.relu(n.norm2(y))) + y)(n.inner(x))),
+        [*WHOLE[:3], *WHOLE[2:]],
+    ),
     "sum_with_itself": (
         lambda n, x: head(n, n.inner(x + x)),
         ["quantpack", "bitconv2d", "quantpack", "bitconv2d", "pool", "bitlinear"],
@@ -158,6 +179,7 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
     ),
     "norm_before_a_sum": (lambda n, x: head(n, n.inner(n.relu(n.norm2(x) + x))), 2, ["norm2"]),
     "size_used_by_a_float_operation": (lambda n, x: head(n, n.inner(x * x.size(1))), 2, ["size", "mul"]),
+    "scaled_sum": (lambda n, x: head(n, n.inner(torch.add(x, n.relu(n.other(x)), alpha=2))), 2, ["add"]),
     "broadcast_sum": (lambda n, x: head(n, n.inner(x + n.mean(x))), 2, ["add"]),
     "relu_no_layer_reads": (lambda n, x: torch.relu(torch.sigmoid(head(n, n.inner(x)))), 1, ["sigmoid", "relu_1"]),
     "linear_on_positions": (
@@ -194,6 +216,28 @@ def test_layers_that_want_the_same_codes_share_them() -> None:
     different = pack_nets.check_equal(model, SHAPE)
     count = [sum(spec.form == "codes" for spec in packed.programs[0].tensors) for packed in (apart, different)]
     assert count[1] == count[0] + 1
+
+
+def test_equal_ranges_behind_different_norms_and_relus_are_different_codes() -> None:
+    def branches(n: Net, x: Tensor) -> Tensor:
+        y = n.norm2(x)
+        return head(n, n.other(n.relu(y)) + n.third(y) + n.fourth(n.norm3(x)))
+
+    torch.manual_seed(3)
+    net = Net(branches)
+    net.third, net.fourth, net.norm3 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+    model = pack_nets.quantized(net, SHAPE)
+    for layer in (model.other, model.third, model.fourth):
+        layer.quantizer.signed = True
+        layer.quantizer.range.data.fill_(1.5)
+    packed = pack_nets.check_equal(model, SHAPE)
+    assert packed.kept_float == ()
+    stem = packed.programs[0].steps[1]
+    assert [(c.pre_scale, c.relu) for c in stem.emit.consumers] == [
+        ("norm2.scale", True),
+        ("norm2.scale", False),
+        ("norm3.scale", False),
+    ]
 
 
 def test_codes_are_pooled_as_codes_and_no_stream_is_stored() -> None:
