@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import re
 import subprocess
 import tempfile
@@ -63,14 +64,17 @@ class Compiled:
 class _NoDevice:
     """Stands in for the CUDA driver: says which GPU to compile for."""
 
+    _count = itertools.count()
+
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
+        self._number = next(self._count)  # not id(self), which a later object may have again
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> str:
-        return f"none {id(self)}"  # a key of the kernels' caches: nothing compiled before is found again
+        return f"none {self._number}"  # a key of the kernels' caches: nothing compiled before is found again
 
     def get_current_stream(self, device: str) -> int:
         return 0
