@@ -102,7 +102,7 @@ def include_flags() -> list[str]:
     python = sysconfig.get_paths()["include"]
     if not (Path(python) / "Python.h").exists():
         raise BuildFailure(f"Python.h is not in {python}", "apt-get install python3-dev   (then: pip install -e .)")
-    return [f"-I{SOURCES}", f"-isystem{pybind11.get_include()}", f"-isystem{python}"]
+    return [f"-I{SOURCES}", "-isystem", pybind11.get_include(), "-isystem", python]
 
 
 def find_ninja() -> str:
@@ -159,8 +159,10 @@ class NinjaFile:
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         done = subprocess.run([find_ninja(), "-C", str(self.folder)], capture_output=True, text=True)
         if done.returncode != 0:
-            tail = "\n".join(done.stdout.splitlines()[-25:])
-            raise BuildFailure(f"the compiler failed:\n{tail}", "mend what it names, then: pip install -e .")
+            lines = done.stdout.splitlines() + done.stderr.splitlines()
+            told = [line for line in lines if "error" in line or "fatal" in line] or lines
+            words = "the compiler failed: " + "\n".join(told[:8])
+            raise BuildFailure(words, "mend what it names, then: pip install -e .")
 
 
 def build_cpu(library: Path, work: Path, part: Part) -> None:
@@ -195,9 +197,9 @@ def build_cuda(library: Path, work: Path, part: Part) -> None:
     nvcc = find_nvcc()
     part.compiler = f"{nvcc}: {version_line(nvcc)}"
     archs = os.environ.get("LBS_CUDA_ARCHS", "80;90a").split(";")
-    part.details = {f"sm_{arch}": "built" for arch in archs}
     codes = [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    host = ["-ccbin", find_compiler().split()[0], "-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3"]
+    host = ["-ccbin", find_compiler().split()[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    host += ["-std=c++17", "-O3", "-fmad=false"]
     ninja = NinjaFile(work)
     includes = include_flags()
     ninja.rule("nvcc", [nvcc, "-MMD", "-MF", "$out.d", *host, *includes, *codes, "$flags", "-c", "$in", "-o", "$out"])
@@ -206,6 +208,7 @@ def build_cuda(library: Path, work: Path, part: Part) -> None:
         ninja.compile("nvcc", source, [])
     ninja.link(library, [])
     ninja.build()
+    part.details = {f"sm_{arch}": "built" for arch in archs}
 
 
 class BuildNative(build_ext):

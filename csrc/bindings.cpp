@@ -4,9 +4,9 @@
 
 #include <cmath>
 
-#include "common/check.h"
 #include "common/cpu_features.h"
 #include "common/format.h"
+#include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
 #include "program/runner.h"
@@ -96,30 +96,17 @@ std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, cons
     return seconds;
 }
 
-// Raises the class `name` of lbs_kernels.errors.
-void set_error(const char* name, const char* message) {
-    const py::object type = py::module_::import("lbs_kernels.errors").attr(name);
-    PyErr_SetString(type.ptr(), message);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Packed kernels for the processor. Pointers are addresses of contiguous memory.";
-    py::register_exception_translator([](std::exception_ptr error) {
-        try {
-            if (error) std::rethrow_exception(error);
-        } catch (const lbs::FormatError& e) {
-            set_error("FormatError", e.what());
-        } catch (const lbs::BackendError& e) {
-            set_error("BackendError", e.what());
-        }
-    });
+    lbs::register_errors();
 
     module.attr("WORD") = lbs::kWord;
     module.attr("FORMAT_VERSION") = lbs::kFormatVersion;
     module.attr("PROGRAM_VERSION") = lbs::kProgramVersion;
     module.attr("BLOB_ALIGNMENT") = lbs::kBlobAlignment;
+    module.attr("MAX_BITS") = lbs::kMaxBits;
 
     module.def("cpu_features", [] {
         py::dict features;
@@ -148,7 +135,7 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("trace_ptrs"),
              "As run; trace_ptrs is tensor -> address of [batch, H, W, C], uint8 for codes, the stream type for streams.")
         .def("step_times", &step_times, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
-             "As run; returns the seconds the first thread spent in every step.")
+             "As run; returns the seconds spent in every step, the mean over the threads.")
         .def_property_readonly("isa", &lbs::Runner::isa, "The instruction set in use.")
         .def_property_readonly("image_bytes", &lbs::Runner::image_bytes, "Bytes of all tensors of one image.")
         .def_property_readonly("held_bytes", &lbs::Runner::held_bytes, "Bytes of working memory held for further calls.");

@@ -18,7 +18,7 @@ _REPORT = Path(__file__).with_name("_build_report.json")
 
 
 def build_report() -> dict[str, Any]:
-    """What the build wrote down: {"cpu": {built, reason, fix, compiler, details}, "cuda": {...}}, empty if never built."""
+    """What the build wrote: {"cpu": {built, reason, fix, compiler, details}, "cuda": {...}}, empty if never built."""
     try:
         report = json.loads(_REPORT.read_text())
     except (OSError, ValueError):

@@ -309,7 +309,7 @@ def bind_gemm(
 def gemm_accumulate(
     x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: GemmConfig
 ) -> Tensor:
-    """The accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW], one group."""
+    """Accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW], one group."""
     weights = prepare_weights(w_planes, problem.kernel, 1, source, x_codes.device)
     x = from_logical(x_codes, source)
     shape = gemm_shape(problem, source)

@@ -96,11 +96,15 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
     }
 }
 
+// Whether channels up to `last` may be computed without looking which of them exist: codes of channels past the end lie
+// in the padding of their group, where nothing reads them as more than zero times something.
+inline bool channels_are_free(const lbs::EmitPlan& e, int last) { return last <= e.channels || (e.residual < 0 && e.stream < 0); }
+
 // Chooses between the two; most vectors are whole.
 LBS_INLINE void emit4_any(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, const Quad& y) {
     constexpr uint32_t kAll = (1u << Simd::L) - 1u;
     const uint32_t valid = vector + 1 < e.vectors ? kAll : e.tail_mask;
-    if (valid == kAll && channel + 4 <= e.channels) emit4<true>(e, run, channel, vector, kAll, y);
+    if (valid == kAll && channels_are_free(e, channel + 4)) emit4<true>(e, run, channel, vector, kAll, y);
     else emit4<false>(e, run, channel, vector, valid, y);
 }
 

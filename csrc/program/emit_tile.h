@@ -48,7 +48,7 @@ struct Tile {
         : channel(channel_), filters(filters_), vector(vector_), quads(vectors * filters_ / 4), rows(filters_), dots(dots_),
           first(channel_ * f.pixels + static_cast<int64_t>(vector_) * Simd::L) {
         const lbs::EmitPlan& e = *f.plan;
-        fast = f.usable && channel + filters <= e.channels && (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
+        fast = f.usable && channels_are_free(e, channel + filters) && (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
     }
     LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + (p * rows + f) * Simd::L; }
     LBS_INLINE const int32_t* sums_of(int p, int f) const { return sums + (own_sums ? p * rows + f : p) * Simd::L; }

@@ -107,16 +107,17 @@ void Runner::run(const std::vector<const float*>& inputs, const std::vector<floa
     std::lock_guard<std::mutex> lock(turn_);
     threads = std::min(threads, max_threads());
     while (static_cast<int>(memories_.size()) < threads) memories_.push_back(std::make_unique<Memory>(*plan_));
-    if (seconds) seconds->assign(plan_->steps.size(), 0.0);
+    std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0, std::vector<double>(plan_->steps.size(), 0.0));
     const Call call{inputs, outputs, traces};
 
     std::atomic<int64_t> next{0};
     SpinBarrier barrier(threads);
+    int used = 1;  // threads that really ran: one where another call holds the pool
     parallel(batch == 0 ? 1 : threads, [&](int rank, int ranks) {
         // Whole images while there is one for every thread; the rest is shared, which keeps all threads busy to the end.
+        if (rank == 0) used = ranks;
         const int64_t alone = batch - batch % ranks;
-        // The time of the first thread's steps: side by side with it, the others do their part of the batch.
-        std::vector<double>* clock = rank == 0 ? seconds : nullptr;
+        std::vector<double>* clock = seconds ? &clocks[static_cast<size_t>(rank)] : nullptr;
         Memory& own = memory(rank);
         for (int64_t image = next++; image < alone; image = next++) run_image(call, image, {0, 1, nullptr}, own, own, clock);
         if (alone == batch) return;
@@ -126,6 +127,10 @@ void Runner::run(const std::vector<const float*>& inputs, const std::vector<floa
             barrier.wait();
         }
     });
+    if (!seconds) return;
+    seconds->assign(plan_->steps.size(), 0.0);
+    for (const std::vector<double>& clock : clocks)
+        for (size_t i = 0; i < clock.size(); ++i) (*seconds)[i] += clock[i] / used;
 }
 
 void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared, std::vector<double>* seconds) {

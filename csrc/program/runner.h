@@ -23,7 +23,7 @@ public:
 
     // inputs[i]: float32 [batch, C, H, W] of the i-th input; outputs[i] likewise, written. Calls from several threads take turns.
     // traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams.
-    // seconds: where given, gets the time the first thread spent in every step, which adds up to about the time of the call.
+    // seconds: where given, gets the mean over the threads of the time spent in every step, which adds up to about the time of the call.
     void run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch, int threads,
              const std::map<int, void*>& traces, std::vector<double>* seconds);
 

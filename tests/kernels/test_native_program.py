@@ -1,4 +1,4 @@
-"""The native program runner against the reference, every code and stream value, on every instruction set of this machine."""
+"""The native runner against the reference, every code and stream value, on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_every_pair_of_bits(a_bits: int, isa: str) -> None:
             check(program, blob, isa, batches=(1,), threads=(1,))
 
 
-# Widths of one vector +-1, several rows in a vector, one column; strides that split columns; pads beyond the kernel's half.
+# Widths of one vector +-1, several rows in a vector, one column; strides that split columns; pads beyond half a kernel.
 GEOMETRY = {
     "rows_of_32": {"channels": 16, "filters": 12, "size": (4, 32)},
     "rows_of_16": {"channels": 12, "filters": 24, "size": (5, 16)},

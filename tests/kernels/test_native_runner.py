@@ -1,0 +1,239 @@
+"""The native module around its kernels: threads, concurrency, fork, memory, damaged programs, format constants."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from programs import CASES, random_inputs, random_program
+from torch import Tensor
+
+import lbs_kernels.program
+from lbs_kernels import device, extension, format
+from lbs_kernels.errors import BackendError, FormatError
+from lbs_kernels.program import Program
+from lbs_kernels.reference_runner import ReferenceRunner
+
+if extension.cpu is None:
+    pytest.skip(f"native module missing: {extension.cpu_reason}", allow_module_level=True)
+
+
+def native(program: Program, blob: Tensor, isa: str = "auto") -> object:
+    return extension.cpu.Program(program.to_json(), blob.data_ptr(), blob.numel(), isa)
+
+
+def call(runner: object, program: Program, inputs: list[Tensor], threads: int) -> list[Tensor]:
+    specs = [program.tensors[index] for index in program.outputs]
+    batch = inputs[0].shape[0]
+    outputs = [torch.full((batch, s.channels, s.height, s.width), math.nan) for s in specs]
+    runner.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs], batch, threads)  # type: ignore[attr-defined]
+    return outputs
+
+
+def equal(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_constants_are_those_of_the_python_side() -> None:
+    assert extension.cpu.WORD == format.WORD
+    assert extension.cpu.FORMAT_VERSION == format.FORMAT_VERSION
+    assert extension.cpu.PROGRAM_VERSION == lbs_kernels.program.PROGRAM_VERSION
+    assert extension.cpu.BLOB_ALIGNMENT == lbs_kernels.program.BLOB_ALIGNMENT
+    assert extension.cpu.MAX_BITS == format.MAX_BITS
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_batches_and_threads_do_not_matter(threads: int) -> None:
+    program, blob = CASES["preact_residual"](3)
+    inputs = random_inputs(program, 64, seed=1)
+    expected = ReferenceRunner(program, blob).run(inputs)
+    runner = native(program, blob)
+    for batch in (64, 0, 1, 2, 3, 7, 64):  # down and up again: memory is kept between calls
+        part = [x[:batch].contiguous() for x in inputs]
+        assert equal(call(runner, program, part, threads), [y[:batch] for y in expected])
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    """One program is shared and takes turns; others compete for the pool and then run alone."""
+    cases = [CASES[name](4) for name in ("chain", "depthwise", "preact_residual")]
+    inputs = [random_inputs(program, 3, seed=2) for program, _ in cases]
+    expected = [ReferenceRunner(*case).run(x) for case, x in zip(cases, inputs, strict=True)]
+    runners = [native(*case) for case in cases]
+    wrong: list[int] = []
+
+    def work(offset: int) -> None:
+        for turn in range(60):
+            i = (turn + offset) % len(cases)
+            if not equal(call(runners[i], cases[i][0], inputs[i], threads=2), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_forked_child_gets_threads_of_its_own() -> None:
+    code = """
+import os, sys, torch
+sys.path.insert(0, {tests!r})
+from programs import CASES, random_inputs
+from test_native_runner import call, equal, native
+program, blob = CASES["chain"](1)
+inputs = random_inputs(program, 5, seed=0)
+runner = native(program, blob)
+before = call(runner, program, inputs, threads=2)
+child = os.fork()
+if child == 0:
+    os._exit(0 if equal(call(runner, program, inputs, threads=2), before) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert equal(call(runner, program, inputs, threads=2), before)
+"""
+    code = code.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_working_memory_is_reused() -> None:
+    program, blob = CASES["chain"](0)
+    runner = native(program, blob)
+    inputs = random_inputs(program, 9, seed=0)
+    assert runner.held_bytes == 0  # type: ignore[attr-defined]
+    call(runner, program, inputs, threads=2)
+    held = runner.held_bytes  # type: ignore[attr-defined]
+    assert 0 < runner.image_bytes < held  # type: ignore[attr-defined]
+    for _ in range(3):
+        call(runner, program, inputs, threads=2)
+        assert runner.held_bytes == held  # type: ignore[attr-defined]
+    # Tensors that never live together share memory: less than all of them side by side.
+    assert runner.image_bytes < sum(s.channels * s.height * s.width * 4 for s in program.tensors) * 4  # type: ignore[attr-defined]
+
+
+def test_step_times_cover_every_step() -> None:
+    program, blob = CASES["preact_residual"](0)
+    inputs = random_inputs(program, 4, seed=0)
+    output = [
+        torch.empty(4, program.tensors[i].channels, program.tensors[i].height, program.tensors[i].width)
+        for i in program.outputs
+    ]
+    times = native(program, blob).step_times(  # type: ignore[attr-defined]
+        [x.data_ptr() for x in inputs], [y.data_ptr() for y in output], 4, 2
+    )
+    assert len(times) == len(program.steps)
+    assert all(0 < seconds < 1 for seconds in times)
+
+
+def test_arguments_are_checked() -> None:
+    program, blob = CASES["one_pixel"](0)
+    runner = native(program, blob)
+    with pytest.raises(FormatError, match="1 inputs and 1 outputs; 0 and 0 were given"):
+        runner.run([], [], 1, 1)  # type: ignore[attr-defined]
+    x = torch.zeros(1)
+    with pytest.raises(FormatError, match="batch is -1"):
+        runner.run([x.data_ptr()], [x.data_ptr()], -1, 1)  # type: ignore[attr-defined]
+    with pytest.raises(FormatError, match="0 threads"):
+        runner.run([x.data_ptr()], [x.data_ptr()], 1, 0)  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="isa 'neon' is unknown"):
+        native(program, blob, "neon")
+
+
+@pytest.mark.skipif(device.cpu_features().get("amx_int8", False), reason="this processor has AMX")
+def test_an_instruction_set_that_is_missing_is_refused() -> None:
+    program, blob = CASES["one_pixel"](0)
+    with pytest.raises(BackendError, match=r"isa 'amx' cannot run: .*lacks AMX"):
+        native(program, blob, "amx")
+
+
+def mutate(value: object, choice: random.Random) -> object:
+    """One random place of a JSON value changed."""
+    if isinstance(value, dict) and value and choice.random() < 0.95:
+        key = choice.choice(sorted(value))
+        if choice.random() < 0.02:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: mutate(value[key], choice)}
+    if isinstance(value, list) and value and choice.random() < 0.95:
+        index = choice.randrange(len(value))
+        return [*value[:index], mutate(value[index], choice), *value[index + 1 :]]
+    return choice.choice(
+        [-1, 0, 1, 2, 3, 7, 8, 9, 64, 1000, 2**31, 2**53, -(2**31), 0.5, 1e300, None, True, "", "planes0", [], {}]
+    )
+
+
+def test_damaged_programs_are_refused_or_run() -> None:
+    """The native reader on its own, without the checks in Python: no crash, no hang, no enormous allocation."""
+    choice = random.Random(9)
+    refused = 0
+    sources = [(program.to_json(), blob) for program, blob in map(random_program, range(7))]
+    for turn in range(1000):
+        source, blob = sources[turn % 7]
+        body = json.loads(source)
+        for _ in range(choice.randint(1, 2)):
+            body = mutate(body, choice)
+        try:
+            text = json.dumps(body)
+            runner = extension.cpu.Program(text, blob.data_ptr(), blob.numel(), "auto")
+        except FormatError:
+            refused += 1
+            continue
+        if runner.image_bytes > 1 << 24 or not isinstance(body, dict):
+            continue
+        shapes = [body["tensors"][i] for i in body["inputs"]]
+        inputs = [torch.randn(1, s["channels"], s["height"], s["width"]) for s in shapes]
+        shapes = [body["tensors"][i] for i in body["outputs"]]
+        outputs = [torch.empty(1, s["channels"], s["height"], s["width"]) for s in shapes]
+        runner.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs], 1, 1)
+    assert refused > 250
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "nul", '{"version":1', "1e999", '"\\x"', "[" * 100000, '{"a":1,"a":2}', "{} {}"]
+)
+def test_text_that_is_not_a_program(text: str) -> None:
+    with pytest.raises(FormatError, match="program text"):
+        extension.cpu.Program(text, 0, 0)
+
+
+def test_a_newer_version_is_refused() -> None:
+    program, blob = CASES["one_pixel"](0)
+    text = program.to_json().replace('"version":1', '"version":2')
+    with pytest.raises(FormatError, match="version 2; this library reads up to 1, update it"):
+        extension.cpu.Program(text, blob.data_ptr(), blob.numel())
+
+
+def test_a_truncated_blob_is_refused() -> None:
+    program, blob = CASES["chain"](0)
+    with pytest.raises(FormatError, match=f"outside the blob of {blob.numel() - 64} bytes"):
+        extension.cpu.Program(program.to_json(), blob.data_ptr(), blob.numel() - 64)
+
+
+def test_the_reason_for_a_missing_module_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(extension, "_REPORT", report)
+    assert extension._load("nothing") == (None, "it was never built; build it: pip install -e .")
+    report.write_text(
+        json.dumps({"nothing": {"built": False, "reason": "no C++17 compiler was found", "fix": "apt-get install g++"}})
+    )
+    assert extension._load("nothing") == (None, "no C++17 compiler was found; to mend it: apt-get install g++")
+    report.write_text("{")  # a damaged report is no report
+    assert extension.build_report() == {}
+    monkeypatch.setattr(extension, "cpu", None)
+    monkeypatch.setattr(extension, "cpu_reason", "left out")
+    with pytest.raises(BackendError, match="native CPU module is missing: left out"):
+        extension.require_cpu()
+
+
+def test_device_tells_what_there_is() -> None:
+    assert device.cpu_name()
+    assert device.default_isa() in device.isa_reasons()
+    assert device.isa_reasons()["portable"] == ""
+    assert 1 <= device.default_threads() <= device.processors() <= (os.cpu_count() or 1)

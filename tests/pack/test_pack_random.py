@@ -1,0 +1,91 @@
+"""Random networks: whatever order norms, clamps, sums, pools and float operations come in, packed equals the model."""
+
+from __future__ import annotations
+
+import random
+
+import pack_nets
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SHAPE = (3, 8, 8)
+CHANNELS = 4
+
+
+class RandomNet(nn.Module):
+    """A chain of random operations on a pool of values of one shape, then a classifier.
+
+    Every operation reads one or two earlier values, so values are shared, dropped, and summed in any order.
+    """
+
+    def __init__(self, seed: int, length: int = 12) -> None:
+        super().__init__()
+        chance = random.Random(seed)
+        torch.manual_seed(seed)
+        self.stem = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.steps: list[tuple[str, int, int]] = []
+        self.parts = nn.ModuleList()
+        kinds = [
+            "conv",
+            "conv",
+            "conv1",
+            "norm",
+            "norm",
+            "relu",
+            "relu",
+            "relu6",
+            "add",
+            "add",
+            "pool",
+            "drop",
+            "sigmoid",
+        ]
+        for index in range(length):
+            kind = chance.choice(kinds)
+            recent = [chance.randrange(max(0, index - 2), index + 1) for _ in range(2)]
+            self.steps.append((kind, recent[0], recent[1]))
+            self.parts.append(
+                {
+                    "conv": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=chance.choice([1, 2])),
+                    "conv1": lambda: nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False),
+                    "norm": lambda: nn.BatchNorm2d(CHANNELS),
+                    "pool": lambda: nn.MaxPool2d(3, 1, 1),
+                    "drop": lambda: nn.Dropout(0.1),
+                }.get(kind, nn.Identity)()
+            )
+        self.fc = nn.Linear(CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = [torch.relu(self.stem(x))]
+        for (kind, one, other), part in zip(self.steps, self.parts, strict=True):
+            y = values[one]
+            if kind == "conv":
+                y = torch.relu(y)  # signed codes have no zero to pad with
+            if kind == "relu":
+                y = F.relu(y)
+            elif kind == "relu6":
+                y = F.relu6(y)
+            elif kind == "add":
+                y = y + values[other]
+            elif kind == "sigmoid":
+                y = torch.sigmoid(y)
+            else:
+                y = part(y)
+            values.append(y)
+        return self.fc(values[-1].mean((2, 3))), values[-2]
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_network(seed: int) -> None:
+    model = pack_nets.quantized(RandomNet(seed), SHAPE, w_bits=4, a_bits=4)
+    packed = pack_nets.check_equal(model, SHAPE, batch=2)
+    assert all(name.startswith(("sigmoid", "parts", "relu", "add", "mean", "fc")) for name, _ in packed.kept_float)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1200))
+def test_many_random_networks(seed: int) -> None:
+    model = pack_nets.quantized(RandomNet(seed, length=20), SHAPE, w_bits=2, a_bits=8)
+    pack_nets.check_equal(model, SHAPE, batch=2)
