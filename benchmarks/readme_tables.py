@@ -62,9 +62,15 @@ def op_table(path: str, body: Body) -> list[str]:
     problems = len({row["problem"] for row in body["rows"]})
     title = (
         f"**{body['op']}**, geometric mean over {problems} layers and bit widths, {header['device']}, batch "
-        f"{header['batch']}, {header['threads']} threads (`{path}`)"
+        f"{header['batch']}, {header['threads']} threads, torch {header['torch']} (`{path}`)"
     )
     return [title, "", *_table(["speed of", *(f"over {name}" for name in baselines)], rows), *_remarks(body)]
+
+
+OP_LEGEND = (
+    "Single operations: `packed` is the step inside one native call, as it runs in a network; `packed call` is that "
+    "call on its own, with the conversion of its image and results. Below 1 is slower."
+)
 
 
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {"model": model_table, "op": op_table}
@@ -76,12 +82,16 @@ def measured(root: Path = ROOT) -> str:
     for file in sorted((root / "lbs" / "zoo" / "data").glob("*.record.json")):
         parts.append(network_table(_relative(file, root), json.loads(file.read_text())))
     others: list[str] = []
+    explained = False
     for file in sorted((root / "benchmarks" / "results").glob("*/*.json")):
         body, path = json.loads(file.read_text()), _relative(file, root)
         table = TABLES.get(body.get("level", ""))
         if table is None:
             others.append(f"`{path}`")
         else:
+            if table is op_table and not explained:
+                parts.append([OP_LEGEND])
+                explained = True
             parts.append(table(path, body))
     if others:
         parts.append([f"Without a table here: {', '.join(others)}."])
@@ -121,7 +131,10 @@ def main() -> int:
 
 
 def _remarks(body: Body) -> list[str]:
-    lines = [f"Not timed: {name}: {reason}." for name, reason in body.get("missing", {}).items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in body.get("missing", {}).items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"Not timed: {', '.join(names)} ({reason})." for reason, names in reasons.items()]
     lines += [f"{note[:1].upper()}{note[1:]}." for note in body.get("notes", ())]
     return ["", *lines] if lines else []
 

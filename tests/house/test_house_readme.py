@@ -35,7 +35,7 @@ OP = {
     "version": 1,
     "level": "op",
     "op": "bitconv2d",
-    "header": {"device": "Some CPU", "batch": 1, "threads": 1},
+    "header": {"device": "Some CPU", "batch": 1, "threads": 1, "torch": "2.13.0"},
     "rows": [{"problem": "a"}, {"problem": "a"}, {"problem": "b"}],
     "geomean": {"packed": {"torch float32": 12.345}},
 }
@@ -68,9 +68,10 @@ def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None
     text = readme_tables.measured(_root(tmp_path, model_net=MODEL, op_bitconv2d=OP, layers={"part": "layers"}))
     assert "| 1 | packed | 1.200 [1.100 2.000] | 6.50x torch float32 |" in text
     assert "| 1 | torch float32 | 7.800 [7.000 10.000] |  |" in text
-    assert "Not timed: torch bfloat16: not asked for." in text
+    assert "Not timed: torch bfloat16 (not asked for)." in text
     assert "The float baselines are pruned." in text
     assert "over 2 layers" in text
+    assert text.count(readme_tables.OP_LEGEND) == 1
     assert "| packed | 12.35x |" in text
     for name in ("model_net", "op_bitconv2d", "layers"):
         assert f"`benchmarks/results/cpu/{name}.json`" in text
