@@ -11,7 +11,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 help:
 	@echo "make quickstart   search, pack, verify and time a small network on real digits"
 	@echo "make test         lint, types, import directions, doctests and tests"
-	@echo "make lint         ruff alone"
+	@echo "make lint         ruff: rules and format"
 	@echo "make clean        remove what was built, keep $(VENV)"
 
 quickstart: setup
@@ -21,6 +21,7 @@ test: lint typecheck check-imports pytest
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 typecheck: setup
 	$(BIN)/mypy

@@ -3,8 +3,9 @@
     python benchmarks/readme_tables.py            rewrite README.md
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
-Read are lbs/zoo/data/*.record.json (shipped networks) and benchmarks/results/<device>/*.json: level `model` as
-`lbs bench --json` prints it, level `op` as bench_<op>.py saves it. Files of other kinds are listed by name.
+Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it and level `op` as
+bench_<op>.py saves it, and benchmarks/results/search/*.json, the records of searched networks. Files of other kinds
+are listed by name.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ Body = dict[str, Any]
 
 
 def network_table(path: str, body: Body) -> list[str]:
-    """A shipped network: accuracy, cost, size."""
-    name = Path(path).name.removesuffix(".record.json")
+    """A searched network: accuracy, cost, size."""
     pruned = body.get("pruned_layers") or {}
     rows = [
         ("top-1, fine-tuned, in torch", f"{body['fine_tuned_top1']:.2f} %"),
@@ -33,9 +33,9 @@ def network_table(path: str, body: Body) -> list[str]:
         ("(weight, activation) bits", ", ".join(f"{w}/{a}" for w, a in body["bits"])),
         ("layers with pruned filters", str(len(pruned))),
         ("file", f"{body['bytes']:,} bytes"),
-        ("training", str(body["schedule"])),
+        ("training", f"{body['schedule']}; the {body['epoch']} epoch is reported"),
     ]
-    return [f"**{name}** (`{path}`)", "", *_table(["", "measured"], rows)]
+    return [f"**{Path(path).stem}**, searched and packed (`{path}`)", "", *_table(["", "measured"], rows)]
 
 
 def model_table(path: str, body: Body) -> list[str]:
@@ -73,26 +73,24 @@ OP_LEGEND = (
 )
 
 
-TABLES: dict[str, Callable[[str, Body], list[str]]] = {"model": model_table, "op": op_table}
+# Level of a file, or its folder where it states none, in the order of the README.
+TABLES: dict[str, Callable[[str, Body], list[str]]] = {"search": network_table, "model": model_table, "op": op_table}
 
 
 def measured(root: Path = ROOT) -> str:
     """Everything between the markers."""
-    parts: list[list[str]] = []
-    for file in sorted((root / "lbs" / "zoo" / "data").glob("*.record.json")):
-        parts.append(network_table(_relative(file, root), json.loads(file.read_text())))
+    found: dict[str, list[list[str]]] = {level: [] for level in TABLES}
     others: list[str] = []
-    explained = False
     for file in sorted((root / "benchmarks" / "results").glob("*/*.json")):
-        body, path = json.loads(file.read_text()), _relative(file, root)
-        table = TABLES.get(body.get("level", ""))
-        if table is None:
-            others.append(f"`{path}`")
+        body, path = json.loads(file.read_text()), file.relative_to(root).as_posix()
+        level = body.get("level", file.parent.name)
+        if level in TABLES:
+            found[level].append(TABLES[level](path, body))
         else:
-            if table is op_table and not explained:
-                parts.append([OP_LEGEND])
-                explained = True
-            parts.append(table(path, body))
+            others.append(f"`{path}`")
+    if found["op"]:
+        found["op"].insert(0, [OP_LEGEND])
+    parts = [part for level in TABLES for part in found[level]]
     if others:
         parts.append([f"Without a table here: {', '.join(others)}."])
     if not parts:
@@ -142,10 +140,6 @@ def _remarks(body: Body) -> list[str]:
 def _table(heads: list[str], rows: list[tuple[str, ...]]) -> list[str]:
     lines = [heads, ["---"] * len(heads), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ class TensorSpec:
 class Consumer:
     """One code tensor written from a float value y (step 6 of the epilogue).
 
-        u = fma(y, G[c], H[c])        if pre_scale
-        u = max(u, 0)                 if relu
-        t = u * scale                 rounded to float32
-        t = t + n / 2                 if signed, rounded to float32
-        q = clamp(rint(t) + zero, 0, n),  n = 2^bits - 1, half to even
+    u = fma(y, G[c], H[c])        if pre_scale
+    u = max(u, 0)                 if relu
+    t = u * scale                 rounded to float32
+    t = t + n / 2                 if signed, rounded to float32
+    q = clamp(rint(t) + zero, 0, n),  n = 2^bits - 1, half to even
     """
 
     tensor: int

@@ -31,6 +31,19 @@ MODEL = {
     "missing": {"torch bfloat16": "not asked for"},
     "notes": ["the float baselines are pruned"],
 }
+RECORD = {
+    "schedule": "2 epochs",
+    "epoch": "last",
+    "fine_tuned_top1": 67.684,
+    "packed_top1": 67.7,
+    "equal_predictions": 9994,
+    "images": 10000,
+    "bops": 649478144,
+    "full_precision_bops": 41798598656,
+    "bits": [[4, 4], [8, 2]],
+    "pruned_layers": {"layer1.0.conv1": "12/16"},
+    "bytes": 251856,
+}
 OP = {
     "version": 1,
     "level": "op",
@@ -75,6 +88,16 @@ def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None
     assert "| packed | 12.35x |" in text
     for name in ("model_net", "op_bitconv2d", "layers"):
         assert f"`benchmarks/results/cpu/{name}.json`" in text
+
+
+def test_record_of_a_searched_network(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "results" / "search"
+    folder.mkdir(parents=True)
+    (folder / "net.json").write_text(json.dumps(RECORD))
+    text = readme_tables.measured(tmp_path)
+    for part in ("67.68 %", "67.70 %", "9,994 of 10,000", "649.5M of 41798.6M", "4/4, 8/2", "251,856 bytes"):
+        assert part in text
+    assert "`benchmarks/results/search/net.json`" in text
 
 
 def test_no_result_files(tmp_path: Path) -> None:
