@@ -1,7 +1,8 @@
 """The one stopwatch, for tuning and benchmarks: contenders interleaved in one run, medians with their spread.
 
 Every round times each contender once, in an order that rotates, so that a machine that slows down for a while slows
-all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`; on a GPU it is a pair of CUDA
+all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`, after a pause in which the threads
+of the contender before fall asleep, and one call that is not timed; on a GPU it is a pair of CUDA
 events. Ratios are medians of the ratios inside each round.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 from lbs_kernels.errors import ShapeError
 
+SETTLE = 5e-3  # seconds: OpenMP's idle threads spin for milliseconds after a torch call and would hold a core
 MIN_SPAN = 2e-4  # seconds of one CPU measurement: a thousand times the resolution and cost of the clock
 L2_FLUSH_BYTES = 256 << 20  # five times the largest L2 in use (50 MB on an H100, 60 MB on an H200)
 
@@ -149,6 +151,8 @@ def _warm_up(call: Callable[[], object], seconds: float, device: torch.device) -
 def _wall_clock(call: Callable[[], object], calls: int) -> float:
     if isinstance(call, SelfTimed):
         return sum(call.seconds() for _ in range(calls)) / calls
+    time.sleep(SETTLE)
+    call()
     start = time.perf_counter()
     for _ in range(calls):
         call()

@@ -1,6 +1,7 @@
 #include "common/threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <chrono>
@@ -31,10 +32,12 @@ void pause_processor() {
 #endif
 }
 
-// Spins until ready() or the time is over; true when ready.
+// Spins until ready() or the time is over; true when ready. It yields after the first looks: a thread that was just
+// woken may have been put on the caller's own processor, and would wait there for the caller's whole time slice
+// (batch 1, two threads: 1.7 ms instead of 0.09 ms on that machine).
 template <class Ready>
 bool spin_until(const Ready& ready) {
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < 256; ++i) {
         if (ready()) return true;
         pause_processor();
     }
@@ -44,8 +47,34 @@ bool spin_until(const Ready& ready) {
             if (ready()) return true;
             pause_processor();
         }
+        std::this_thread::yield();
     }
     return ready();
+}
+
+// The processor this thread runs on, -1 where the system does not tell.
+int current_processor() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// Moves this thread to another processor it may use, and leaves its affinity as it was. The kernel likes to wake a
+// thread where its waker runs; there it would share the caller's processor until the next load balancing, with another
+// one idle (batch 1, two threads: 0.32 ms instead of 0.09 ms on that machine).
+void leave_processor(int taken) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (taken < 0 || taken >= CPU_SETSIZE || sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(taken, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
+    sched_setaffinity(0, sizeof(allowed), &allowed);
+#else
+    (void)taken;
+#endif
 }
 
 class Pool {
@@ -59,6 +88,7 @@ public:
         while (static_cast<int>(workers_.size()) + 1 < threads) start_worker();
         job_ = &job;
         count_ = threads;
+        caller_ = current_processor();
         error_ = nullptr;
         running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
         {
@@ -98,6 +128,7 @@ private:
                 sleepers_.fetch_sub(1, std::memory_order_relaxed);
             }
             ++seen;
+            if (rank < count_ && caller_ >= 0 && current_processor() == caller_) leave_processor(caller_);
             if (rank < count_) attempt(rank);
             running_.fetch_sub(1, std::memory_order_release);
         }
@@ -107,6 +138,7 @@ private:
     std::vector<std::thread> workers_;
     const std::function<void(int, int)>* job_ = nullptr;
     int count_ = 0;
+    int caller_ = -1;  // the processor the caller runs on
     std::exception_ptr error_;
     std::mutex sleep_;
     std::condition_variable wake_;
