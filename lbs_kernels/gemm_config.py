@@ -11,7 +11,7 @@ from lbs_kernels.problem import Problem
 
 # Per thread, of its 255 registers; with twice as many of any, ptxas 12.8 spills on sm_80 or sm_90a at some bits.
 ACCUMULATORS = 64
-OPERAND = 64  # elements of one operand unpacked per step
+OPERANDS = 96  # activations and weights unpacked per step: 64 of one and 32 of the other
 WEIGHTS_OF_8_BITS = 32  # eight planes are held while they are unpacked
 SHARED_BYTES = 96 * 1024  # of the 99 KiB one block may use on sm_86, sm_89 and sm_120; sm_80 and sm_90 have more
 
@@ -54,13 +54,11 @@ def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
         return f"{config}: {config.warps} warps for a tile of {config.block_m} x {config.block_o}, some would idle"
     if tile > ACCUMULATORS * 32 * config.warps:
         return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {ACCUMULATORS} do not spill"
-    for name, block, most in (
-        ("activations", config.block_m, OPERAND),
-        ("weights", config.block_o, WEIGHTS_OF_8_BITS if problem.w_bits == 8 else OPERAND),
-    ):
-        count = WORD * config.block_words * block // (32 * config.warps)
-        if count > most:
-            return f"{config}: {count} {name} of w{problem.w_bits} per thread and step; at most {most} do not spill"
+    activations, weights = (config.block_words * block // config.warps for block in (config.block_m, config.block_o))
+    if activations + weights > OPERANDS:
+        return f"{config}: {activations} + {weights} operands per thread and step; at most {OPERANDS} do not spill"
+    if problem.w_bits == 8 and weights > WEIGHTS_OF_8_BITS:
+        return f"{config}: {weights} 8-bit weights per thread and step; at most {WEIGHTS_OF_8_BITS} do not spill"
     shared = config.stages * WORD * config.block_words * (config.block_m + config.block_o)
     if shared > SHARED_BYTES:
         return f"{config}: operands take {shared} bytes of shared memory; at most {SHARED_BYTES}"

@@ -1,9 +1,9 @@
 """The one stopwatch, for tuning and benchmarks: contenders interleaved in one run, medians with their spread.
 
 Every round times each contender once, in an order that rotates, so that a machine that slows down for a while slows
-all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`, after a pause in which the threads
-of the contender before fall asleep, and one call that is not timed; on a GPU it is a pair of CUDA
-events. Ratios are medians of the ratios inside each round.
+all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`, after a pause in which the
+threads of the contender before fall asleep and one call that is not timed; on a GPU it is a pair of CUDA events.
+Ratios are medians of the ratios inside each round.
 """
 
 from __future__ import annotations

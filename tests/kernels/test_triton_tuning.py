@@ -32,9 +32,9 @@ FINE = GemmConfig(128, 64, 2, 4, 3, weights_first=True)
         ({"stages": 6}, "1 to 5 stages"),
         ({"block_m": 16, "block_o": 32, "warps": 8}, "some would idle"),
         ({"block_m": 256, "block_o": 128, "block_words": 1}, "256 accumulators per thread"),
-        ({"block_words": 4, "warps": 4}, "128 activations of w4 per thread"),
-        ({"block_m": 64, "block_o": 128, "block_words": 4}, "128 weights of w4 per thread"),
-        ({"block_m": 128, "block_o": 128, "block_words": 4, "warps": 8, "stages": 5}, "bytes of shared memory"),
+        ({"block_words": 4, "warps": 4}, "128 + 64 operands per thread"),
+        ({"block_m": 64, "block_o": 128, "block_words": 4}, "64 + 128 operands per thread"),
+        ({"block_m": 128, "block_o": 64, "block_words": 4, "warps": 8, "stages": 5}, "bytes of shared memory"),
     ],
 )
 def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
@@ -47,7 +47,9 @@ def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
 def test_weights_of_eight_bits_get_fewer_registers() -> None:
     wide = replace(FINE, block_m=64, block_o=128)
     assert conv_tuning.is_valid(wide, LAYER)
-    assert not conv_tuning.is_valid(wide, replace(LAYER, w_bits=8))
+    found = conv_tuning.invalid_reason(wide, replace(LAYER, w_bits=8))
+    assert found is not None
+    assert "64 8-bit weights per thread" in found
 
 
 def test_a_small_tile_may_hold_all_filters() -> None:
