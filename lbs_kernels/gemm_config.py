@@ -9,7 +9,7 @@ from itertools import product
 from lbs_kernels.format import WORD, words
 from lbs_kernels.problem import Problem
 
-# Per thread, of its 255 registers; with twice as many of any, ptxas 12.8 spills on sm_80 or sm_90a at some bits.
+# Per thread, of its 255 registers: the next power of two of any spills with ptxas 12.8 on sm_80 or sm_90a at some bits.
 ACCUMULATORS = 64
 OPERANDS = 96  # activations and weights unpacked per step: 64 of one and 32 of the other
 WEIGHTS_OF_8_BITS = 32  # eight planes are held while they are unpacked
