@@ -1,4 +1,4 @@
-// lbs_kernels._cpu: functions over raw pointers; shapes, dtypes and lifetimes are checked by the Python that calls them.
+// lbs_kernels._cpu: functions over raw pointers; shapes, dtypes and lifetimes are checked by the calling Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,14 +21,17 @@ T* pointer(uintptr_t address) {
 }
 
 lbs::FloatType float_type(int code) {
-    lbs::require(code == 0 || code == 1, "dtype code " + std::to_string(code) + " is unknown: 0 is float32, 1 is bfloat16");
+    lbs::require(code == 0 || code == 1,
+                 "dtype code " + std::to_string(code) + " is unknown: 0 is float32, 1 is bfloat16");
     return static_cast<lbs::FloatType>(code);
 }
 
-void check_count(int64_t count) { lbs::require(count >= 0, "count is " + std::to_string(count) + "; it cannot be negative"); }
+void check_count(int64_t count) {
+    lbs::require(count >= 0, "count is " + std::to_string(count) + "; it cannot be negative");
+}
 
-void fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float scale, float step, float n, float low, int threads,
-                        int dtype, const std::string& isa) {
+void fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float scale, float step, float n, float low,
+                        int threads, int dtype, const std::string& isa) {
     check_count(count);
     const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y), scale, step, n, low, float_type(dtype)};
     const lbs::Isa resolved = lbs::resolve_isa(isa);
@@ -36,10 +39,11 @@ void fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float scale, fl
     lbs::fake_quant_forward(task, count, threads, resolved);
 }
 
-float fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v, float n, int threads, int dtype,
-                          const std::string& isa) {
+float fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v, float n, int threads,
+                          int dtype, const std::string& isa) {
     check_count(count);
-    lbs::require(v > 0.0f && std::isfinite(v), "fake_quant_backward: v is " + std::to_string(v) + "; it must be positive and finite");
+    lbs::require(v > 0.0f && std::isfinite(v),
+                 "fake_quant_backward: v is " + std::to_string(v) + "; it must be positive and finite");
     const float scale = static_cast<float>(static_cast<double>(n) / static_cast<double>(v));
     const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx), v, n, scale,
                                       float_type(dtype)};
@@ -50,7 +54,8 @@ float fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count
 
 py::dict isa_reasons() {
     py::dict reasons;
-    for (lbs::Isa isa : {lbs::Isa::kPortable, lbs::Isa::kAvx2, lbs::Isa::kAvx512Vnni, lbs::Isa::kAmx, lbs::Isa::kAmxModel})
+    for (lbs::Isa isa :
+         {lbs::Isa::kPortable, lbs::Isa::kAvx2, lbs::Isa::kAvx512Vnni, lbs::Isa::kAmx, lbs::Isa::kAmxModel})
         reasons[lbs::isa_name(isa)] = lbs::isa_reason(isa);
     return reasons;
 }
@@ -64,7 +69,8 @@ std::vector<T*> pointers(const Pointers& addresses) {
     return result;
 }
 
-std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob, int64_t blob_bytes, const std::string& isa) {
+std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob, int64_t blob_bytes,
+                                         const std::string& isa) {
     lbs::require(blob_bytes >= 0, "blob_bytes is " + std::to_string(blob_bytes) + "; it cannot be negative");
     py::gil_scoped_release release;
     return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
@@ -87,7 +93,8 @@ void run_traced(lbs::Runner& runner, const Pointers& inputs, const Pointers& out
     runner.run(in, out, batch, threads, targets, nullptr);
 }
 
-std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads) {
+std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch,
+                               int threads) {
     const auto in = pointers<const float>(inputs);
     const auto out = pointers<float>(outputs);
     std::vector<double> seconds;
@@ -108,35 +115,43 @@ PYBIND11_MODULE(_cpu, module) {
     module.attr("BLOB_ALIGNMENT") = lbs::kBlobAlignment;
     module.attr("MAX_BITS") = lbs::kMaxBits;
 
-    module.def("cpu_features", [] {
-        py::dict features;
-        for (const auto& [name, present] : lbs::cpu_features()) features[name.c_str()] = present;
-        return features;
-    }, "What the processor and the operating system allow: dict of name -> bool.");
+    module.def(
+        "cpu_features",
+        [] {
+            py::dict features;
+            for (const auto& [name, present] : lbs::cpu_features()) features[name.c_str()] = present;
+            return features;
+        },
+        "What the processor and the operating system allow: dict of name -> bool.");
     module.def("isa_reasons", &isa_reasons, "dict of instruction set -> why it cannot run here ('' where it can).");
-    module.def("resolve_isa", [](const std::string& name) { return std::string(lbs::isa_name(lbs::resolve_isa(name))); },
-               py::arg("name") = "auto", "The instruction set `name` stands for. Raises BackendError.");
+    module.def(
+        "resolve_isa", [](const std::string& name) { return std::string(lbs::isa_name(lbs::resolve_isa(name))); },
+        py::arg("name") = "auto", "The instruction set `name` stands for. Raises BackendError.");
 
-    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"), py::arg("scale"),
-               py::arg("step"), py::arg("n"), py::arg("low") = 0.0f, py::arg("threads") = 1, py::arg("dtype") = 0,
-               py::arg("isa") = "auto",
+    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"),
+               py::arg("scale"), py::arg("step"), py::arg("n"), py::arg("low") = 0.0f, py::arg("threads") = 1,
+               py::arg("dtype") = 0, py::arg("isa") = "auto",
                "y = clamp(rint(x * scale), low, n) * step. dtype: 0 float32, 1 bfloat16 (arithmetic is float32).");
     module.def("fake_quant_backward", &fake_quant_backward, py::arg("x_ptr"), py::arg("gy_ptr"), py::arg("gx_ptr"),
                py::arg("count"), py::arg("v"), py::arg("n"), py::arg("threads") = 1, py::arg("dtype") = 0,
                py::arg("isa") = "auto",
-               "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 above, 0 below).");
+               "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 "
+               "above, 0 below).");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
-        .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"), py::arg("isa") = "auto",
+        .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
+             py::arg("isa") = "auto",
              "Reads the JSON text and copies what it needs of the blob. Raises FormatError, BackendError.")
         .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
              "Inputs and outputs: addresses of contiguous float32 [batch, C, H, W]. Releases the interpreter lock.")
-        .def("run_traced", &run_traced, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads"),
-             py::arg("trace_ptrs"),
-             "As run; trace_ptrs is tensor -> address of [batch, H, W, C], uint8 for codes, the stream type for streams.")
-        .def("step_times", &step_times, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
-             "As run; returns the seconds spent in every step, the mean over the threads.")
+        .def("run_traced", &run_traced, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"),
+             py::arg("threads"), py::arg("trace_ptrs"),
+             "As run; trace_ptrs is tensor -> address of [batch, H, W, C], uint8 for codes, the stream type for "
+             "streams.")
+        .def("step_times", &step_times, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"),
+             py::arg("threads") = 1, "As run; returns the seconds spent in every step, the mean over the threads.")
         .def_property_readonly("isa", &lbs::Runner::isa, "The instruction set in use.")
         .def_property_readonly("image_bytes", &lbs::Runner::image_bytes, "Bytes of all tensors of one image.")
-        .def_property_readonly("held_bytes", &lbs::Runner::held_bytes, "Bytes of working memory held for further calls.");
+        .def_property_readonly("held_bytes", &lbs::Runner::held_bytes,
+                               "Bytes of working memory held for further calls.");
 }

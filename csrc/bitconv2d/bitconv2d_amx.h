@@ -1,8 +1,8 @@
 // Integer convolution with tile multiplies: sums [16 filters][16 pixels] += weights [16][64] x codes [16][16][4].
 //
 // The layout of codes is already the one the multiply wants: sixteen 32-bit lanes per group of four channels. For two
-// vectors of pixels the rows of all K are gathered once into a pack that stays in the first-level cache, then two by two
-// tiles run over it. Written against tiles.h; on machines without AMX only the model of it has been run.
+// vectors of pixels the rows of all K are gathered once into a pack that stays in the first-level cache, then two by
+// two tiles run over it. Written against tiles.h; on machines without AMX only the model of it has been run.
 #pragma once
 
 #include "bitconv2d/bitconv2d_kernel.h"
@@ -67,7 +67,8 @@ void multiply_tiles(const lbs::ConvPlan& plan, const lbs::RunContext& run, int g
 }
 
 template <int kV>
-void tile_groups(const lbs::ConvPlan& plan, const lbs::RunContext& run, const FastEmit& fast, int vector, int first_group, int last_group) {
+void tile_groups(const lbs::ConvPlan& plan, const lbs::RunContext& run, const FastEmit& fast, int vector,
+                 int first_group, int last_group) {
     static_assert(64 <= lbs::kMaxTile, "the scratch holds two by two tiles");
     for (int group = first_group; group < last_group; group += 2) {
         const int groups = last_group - group > 1 ? 2 : 1;
@@ -85,8 +86,8 @@ void tile_groups(const lbs::ConvPlan& plan, const lbs::RunContext& run, const Fa
 }
 
 // Here a block is a group of 16 filters.
-void conv_amx_kernel(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector, int first_block,
-                     int last_block) {
+void conv_amx_kernel(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector,
+                     int first_block, int last_block) {
     if (!plan.tiles) return conv_kernel(plan, run, first_vector, last_vector, first_block, last_block);
     const FastEmit fast(plan.acc, plan.emit, run);
     Tiles::configure();

@@ -18,14 +18,16 @@ struct Block {
 // cost of the epilogue. Measured on Zen 5; only ratios matter.
 double tile_cost(int vectors, int filters, int pieces, int k_steps) {
     const double dots = vectors * filters / 2.0;
-    const double loads = (vectors * std::max(1, pieces) * 2 + filters + 1) / 2.0;  // activations mostly cross cache lines
+    const double loads =
+        (vectors * std::max(1, pieces) * 2 + filters + 1) / 2.0;  // activations mostly cross cache lines
     const double epilogue = vectors * filters / 4 * (vectors * filters >= 24 ? 7.0 : 20.0);
     return k_steps * std::max({dots, loads, 4.0}) + epilogue;
 }
 
 double block_cost(TileShape shape, int vectors, int pieces, int k_steps) {
     const int full = vectors / shape.vectors, rest = vectors % shape.vectors;
-    return full * tile_cost(shape.vectors, shape.filters, pieces, k_steps) + (rest ? tile_cost(rest, shape.filters, pieces, k_steps) : 0.0);
+    return full * tile_cost(shape.vectors, shape.filters, pieces, k_steps) +
+           (rest ? tile_cost(rest, shape.filters, pieces, k_steps) : 0.0);
 }
 
 // The cheapest cut of `filters` (rounded up to four) into block widths.
@@ -99,7 +101,8 @@ public:
                     const int channel = base + c - 4 * first_group;
                     const int row = tap / step_.kernel.x, column = tap % step_.kernel.x;
                     const int k = (row * range_ + channel / 4) * step_.kernel.x + column;
-                    out[(static_cast<size_t>(k) * width + f) * 4 + channel % 4] = static_cast<int8_t>(value(filter, tap, c));
+                    out[(static_cast<size_t>(k) * width + f) * 4 + channel % 4] =
+                        static_cast<int8_t>(value(filter, tap, c));
                 }
         }
     }
@@ -122,7 +125,9 @@ const int8_t* tile_weights(const BlockWriter& writer, const StepSpec& step, int 
     std::vector<int8_t> flat(static_cast<size_t>(steps) * 64);
     for (int group = 0; group < groups; ++group) {
         std::fill(flat.begin(), flat.end(), int8_t{0});
-        const auto value = [&](int filter, int tap, int c) { return stored_weight(writer.code(filter, tap, c), step.w_bits); };
+        const auto value = [&](int filter, int tap, int c) {
+            return stored_weight(writer.code(filter, tap, c), step.w_bits);
+        };
         writer.write(16 * group, 16, 0, flat.data(), value);
         for (int k = 0; k < steps; ++k)
             for (int f = 0; f < 16; ++f)
@@ -142,13 +147,14 @@ std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int fi
         for (size_t row = 0; row < rows; ++row) {
             const int32_t* word = planes + (static_cast<size_t>(plane) * rows + row) * words;
             for (int c = 0; c < channels; ++c)
-                codes[row * channels + c] |= static_cast<uint8_t>((static_cast<uint32_t>(word[c / kWord]) >> (c % kWord) & 1u) << plane);
+                codes[row * channels + c] |=
+                    static_cast<uint8_t>((static_cast<uint32_t>(word[c / kWord]) >> (c % kWord) & 1u) << plane);
         }
     return codes;
 }
 
-AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source, int filters,
-                                 const std::vector<int64_t>& weight_sums, Store& store) {
+AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source,
+                                 int filters, const std::vector<int64_t>& weight_sums, Store& store) {
     AccumulatorPlan plan;
     // 8 bits: 2q - 255 = 2 (q - 128) + 1, so sum (2q - 255) x = 2 dot + sum x.
     plan.needs_sum = step.w_bits == 8;
@@ -162,7 +168,8 @@ AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& ste
     }
     if (offset != 0) {
         int32_t* constant = store.make<int32_t>(static_cast<size_t>(round_up(filters, kChannelPadding)));
-        for (int o = 0; o < filters; ++o) constant[o] = static_cast<int32_t>(offset * weight_sums[static_cast<size_t>(o)]);
+        for (int o = 0; o < filters; ++o)
+            constant[o] = static_cast<int32_t>(offset * weight_sums[static_cast<size_t>(o)]);
         plan.constant = constant;
     }
     plan.multiplier = store.padded(program.floats(step.multiplier, filters), filters);
@@ -175,13 +182,13 @@ bool needs_wide_dot(const KernelTable& kernels, int w_bits, int a_bits) {
     return kernels.dot_bits != 0 && 2 * weight * ((1 << a_bits) - 1) > kernels.dot_bits;
 }
 
-void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels, Store& store,
-               ConvPlan& plan) {
+void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
+               Store& store, ConvPlan& plan) {
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     const int filters = static_cast<int>(program.array(step.planes).shape[1]);
     const int channels = source.channels / step.groups, taps = step.kernel.y * step.kernel.x;
-    const std::vector<uint8_t> codes =
-        unpack_weight_codes(program.integers(step.planes, program.array(step.planes).count), step.w_bits, filters, taps, channels);
+    const std::vector<uint8_t> codes = unpack_weight_codes(
+        program.integers(step.planes, program.array(step.planes).count), step.w_bits, filters, taps, channels);
 
     const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
     const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
@@ -191,9 +198,9 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
 
     const int per_group = filters / step.groups;
     const int vectors = vector_count(static_cast<int64_t>(height) * width, kernels.lanes);
-    const std::vector<Block> cut = step.groups == 1
-                                       ? cut_filters(filters, vectors, plan.map.pieces, taps * layout.groups, kernels.shapes)
-                                       : cut_grouped(filters, per_group, kernels.shapes);
+    const std::vector<Block> cut =
+        step.groups == 1 ? cut_filters(filters, vectors, plan.map.pieces, taps * layout.groups, kernels.shapes)
+                         : cut_grouped(filters, per_group, kernels.shapes);
     int range = 0;
     for (const Block& block : cut) {
         const Range groups = channel_range(block, filters, per_group, channels);

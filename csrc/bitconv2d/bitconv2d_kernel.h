@@ -1,9 +1,9 @@
 // Integer convolution: tiles of kP vectors of pixels by kF filters whose accumulators stay in registers.
 //
-// Per step of K: a load of activations (4 channels of L pixels) per vector, a broadcast of 4 weights per filter, a dot per
-// pair. Measured on a Zen 5 (two dots a cycle): 2 x 12, 3 x 8 and 6 x 4 all run at 97 % of the dot units, and hide the
-// epilogue of the tile before, which runs between the parts of their K loop, but for 7 cycles per four vectors; tiles of
-// fewer than 24 accumulators leave 20 of them visible.
+// Per step of K: a load of activations (4 channels of L pixels) per vector, a broadcast of 4 weights per filter, a dot
+// per pair. Measured on a Zen 5 (two dots a cycle): 2 x 12, 3 x 8 and 6 x 4 all run at 97 % of the dot units, and hide
+// the epilogue of the tile before, which runs between the parts of their K loop, but for 7 cycles per four vectors;
+// tiles of fewer than 24 accumulators leave 20 of them visible.
 #pragma once
 
 #include "isa/kernels.h"
@@ -91,18 +91,19 @@ void conv_tile(const lbs::ConvPlan& plan, const unsigned char* in, int vector, c
 
 // A tile of `count` <= kP vectors.
 template <int kP, int kF, int kS, bool kWide>
-LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* in, int vector, int count, const int8_t* weights,
-                                int32_t* dots, const FastEmit& fast, const Tile& before) {
+LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* in, int vector, int count,
+                                const int8_t* weights, int32_t* dots, const FastEmit& fast, const Tile& before) {
     if constexpr (kP > 1) {
-        if (count < kP) return conv_tile_up_to<kP - 1, kF, kS, kWide>(plan, in, vector, count, weights, dots, fast, before);
+        if (count < kP)
+            return conv_tile_up_to<kP - 1, kF, kS, kWide>(plan, in, vector, count, weights, dots, fast, before);
     }
     conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, dots, fast, before);
 }
 
 // All tiles of a block of kF filters; leaves the last one in `before`.
 template <int kP, int kF, int kS, bool kWide>
-void conv_block(const lbs::ConvPlan& plan, const lbs::RunContext& run, const lbs::FilterBlock& block, int first, int last,
-                const FastEmit& fast, Tile& before) {
+void conv_block(const lbs::ConvPlan& plan, const lbs::RunContext& run, const lbs::FilterBlock& block, int first,
+                int last, const FastEmit& fast, Tile& before) {
     const unsigned char* in = run.tensors[plan.input] + block.in_offset;
     int32_t* dots = run.accumulators;
     int32_t* own_sums = dots + kP * kF * Simd::L;
@@ -122,8 +123,8 @@ void conv_block(const lbs::ConvPlan& plan, const lbs::RunContext& run, const lbs
 }
 
 template <int kS, bool kWide>
-void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector, int first_block,
-                 int last_block) {
+void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector,
+                 int first_block, int last_block) {
     const FastEmit fast(plan.acc, plan.emit, run);
     Tile before;  // nothing to emit yet
     if (plan.shared_ones) {
@@ -131,14 +132,17 @@ void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int firs
         for (int vector = first_vector; vector < last_vector; vector += kP) {
             const int count = last_vector - vector < kP ? last_vector - vector : kP;
             int32_t* sums = run.sums + static_cast<int64_t>(vector) * Simd::L;
-            conv_tile_up_to<kP, 1, kS, kWide>(plan, run.tensors[plan.input], vector, count, plan.shared_ones, sums, fast, before);
+            conv_tile_up_to<kP, 1, kS, kWide>(plan, run.tensors[plan.input], vector, count, plan.shared_ones, sums,
+                                              fast, before);
         }
     }
     for (int b = first_block; b < last_block; ++b) {
         const lbs::FilterBlock& block = plan.blocks[b];
         switch (block.width) {
-#define LBS_TILE(vectors, filters) \
-    case filters: conv_block<vectors, filters, kS, kWide>(plan, run, block, first_vector, last_vector, fast, before); break;
+#define LBS_TILE(vectors, filters)                                                                          \
+    case filters:                                                                                           \
+        conv_block<vectors, filters, kS, kWide>(plan, run, block, first_vector, last_vector, fast, before); \
+        break;
             LBS_TILES(LBS_TILE)
 #undef LBS_TILE
             default: break;
@@ -148,8 +152,8 @@ void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int firs
 }
 
 template <bool kWide>
-void conv_pieces(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector, int first_block,
-                 int last_block) {
+void conv_pieces(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector,
+                 int first_block, int last_block) {
     switch (plan.map.pieces) {
         case 1: return conv_blocks<1, kWide>(plan, run, first_vector, last_vector, first_block, last_block);
         case 2: return conv_blocks<2, kWide>(plan, run, first_vector, last_vector, first_block, last_block);
@@ -158,8 +162,8 @@ void conv_pieces(const lbs::ConvPlan& plan, const lbs::RunContext& run, int firs
     }
 }
 
-void conv_kernel(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector, int first_block,
-                 int last_block) {
+void conv_kernel(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector,
+                 int first_block, int last_block) {
     if constexpr (Simd::kNarrowDot) {
         if (plan.wide) return conv_pieces<true>(plan, run, first_vector, last_vector, first_block, last_block);
     }

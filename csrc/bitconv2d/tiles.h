@@ -1,4 +1,5 @@
-// The tile instructions the convolution needs, twice: as the processor's, and as a model in plain C++ that runs anywhere.
+// The tile instructions the convolution needs, twice: as the processor's, and as a model in plain C++ that runs
+// anywhere.
 //
 // Eight tiles of 16 rows of 64 bytes. Tiles 0-3 hold int32 sums [16 filters][16 pixels], 4 and 5 signed weights
 // [16 filters][64 of K], 6 and 7 unsigned codes [16 groups of K][16 pixels][4].
@@ -47,8 +48,8 @@ struct Tiles {
 
 #else
 
-// The same on memory of the thread, following the definition of each instruction (Intel, volume 2). Before configure and
-// after release a tile holds nothing useful, as on the processor, where using one is a fault.
+// The same on memory of the thread, following the definition of each instruction (Intel, volume 2). Before configure
+// and after release a tile holds nothing useful, as on the processor, where using one is a fault.
 struct Tiles {
     struct State {
         TileConfig config;

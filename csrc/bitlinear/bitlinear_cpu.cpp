@@ -4,12 +4,13 @@
 
 namespace lbs {
 
-void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels, Store& store,
-                 LinearPlan& plan) {
+void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
+                 Store& store, LinearPlan& plan) {
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     const ArraySpec& planes = program.array(step.planes);
     const int outputs = static_cast<int>(planes.shape[1]), channels = source.channels;
-    const std::vector<uint8_t> codes = unpack_weight_codes(program.integers(step.planes, planes.count), step.w_bits, outputs, 1, channels);
+    const std::vector<uint8_t> codes =
+        unpack_weight_codes(program.integers(step.planes, planes.count), step.w_bits, outputs, 1, channels);
 
     plan.input = step.input;
     plan.outputs = outputs;
@@ -24,7 +25,8 @@ void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLay
     for (size_t o = 0; o < static_cast<size_t>(outputs); ++o)
         for (size_t c = 0; c < static_cast<size_t>(channels); ++c) {
             const int code = codes[o * static_cast<size_t>(channels) + c];
-            weights[((o / lanes * steps + c / 4) * lanes + o % lanes) * 4 + c % 4] = static_cast<int8_t>(stored_weight(code, step.w_bits));
+            weights[((o / lanes * steps + c / 4) * lanes + o % lanes) * 4 + c % 4] =
+                static_cast<int8_t>(stored_weight(code, step.w_bits));
             sums[o] += 2 * code - ((1 << step.w_bits) - 1);
         }
     plan.weights = weights;

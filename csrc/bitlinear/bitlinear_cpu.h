@@ -9,7 +9,7 @@
 namespace lbs {
 
 // Everything of `plan` but its emit part. Also serves convolutions of one tap on one pixel.
-void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels, Store& store,
-                 LinearPlan& plan);
+void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
+                 Store& store, LinearPlan& plan);
 
 }  // namespace lbs

@@ -16,7 +16,8 @@ void linear_dots(const lbs::LinearPlan& plan, const unsigned char* in, int first
     for (int k = 0; k < plan.k_steps; ++k) {
         const Simd::I x = Simd::ibroadcast(in + k * plan.in_pitch);
         for (int b = 0; b < kBlocks; ++b)
-            acc[b] = Simd::template dot<kWide>(acc[b], x, Simd::iload(weights + b * block_bytes + int64_t{4} * Simd::L * k));
+            acc[b] =
+                Simd::template dot<kWide>(acc[b], x, Simd::iload(weights + b * block_bytes + int64_t{4} * Simd::L * k));
     }
     for (int b = 0; b < kBlocks; ++b) Simd::istore(dots + b * Simd::L, acc[b]);
 }
@@ -42,7 +43,8 @@ void linear_groups(const lbs::LinearPlan& plan, const lbs::RunContext& run, int 
         const int base = group * Simd::L;
         const int end = base + count * Simd::L < plan.outputs ? base + count * Simd::L : plan.outputs;
         for (int channel = base; channel < end; channel += 4)
-            finish4(plan.acc, plan.emit, run, channel, 0, run.accumulators + channel - base, 1, plan.acc.needs_sum ? sum : nullptr, 0);
+            finish4(plan.acc, plan.emit, run, channel, 0, run.accumulators + channel - base, 1,
+                    plan.acc.needs_sum ? sum : nullptr, 0);
     }
 }
 

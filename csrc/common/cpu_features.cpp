@@ -164,10 +164,17 @@ Isa resolve_isa(const std::string& name) {
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
     const Flags& f = flags();
-    return {{"avx2", f.avx2},         {"fma", f.fma},           {"f16c", f.f16c},
-            {"avx512f", f.avx512f},   {"avx512bw", f.avx512bw}, {"avx512vl", f.avx512vl},
-            {"avx512dq", f.avx512dq}, {"avx512vnni", f.avx512vnni}, {"amx_tile", f.amx_tile},
-            {"amx_int8", f.amx_int8}, {"amx_permitted", f.amx_permitted}};
+    return {{"avx2", f.avx2},
+            {"fma", f.fma},
+            {"f16c", f.f16c},
+            {"avx512f", f.avx512f},
+            {"avx512bw", f.avx512bw},
+            {"avx512vl", f.avx512vl},
+            {"avx512dq", f.avx512dq},
+            {"avx512vnni", f.avx512vnni},
+            {"amx_tile", f.amx_tile},
+            {"amx_int8", f.amx_int8},
+            {"amx_permitted", f.amx_permitted}};
 }
 
 }  // namespace lbs

@@ -1,4 +1,5 @@
-// Status checks and the device guard of the CUDA modules: every call is looked at, every failure says what was being done.
+// Status checks and the device guard of the CUDA modules: every call is looked at, every failure says what was being
+// done.
 #pragma once
 
 #include <cuda_runtime.h>

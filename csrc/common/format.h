@@ -1,12 +1,13 @@
-// Constants of the plane and program format; lbs_kernels/format.py and program.py state the same ones and a test compares them.
+// Constants of the plane and program format; lbs_kernels/format.py and program.py state the same ones and a test
+// compares them.
 #pragma once
 
 namespace lbs {
 
-constexpr int kWord = 32;             // channels in one plane word
-constexpr int kFormatVersion = 1;     // planes
-constexpr int kProgramVersion = 1;    // program text
-constexpr int kBlobAlignment = 64;    // bytes
-constexpr int kMaxBits = 8;           // of a code
+constexpr int kWord = 32;           // channels in one plane word
+constexpr int kFormatVersion = 1;   // planes
+constexpr int kProgramVersion = 1;  // program text
+constexpr int kBlobAlignment = 64;  // bytes
+constexpr int kMaxBits = 8;         // of a code
 
 }  // namespace lbs

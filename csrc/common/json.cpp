@@ -43,7 +43,9 @@ private:
     }
 
     void skip_space() {
-        while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r')) ++at_;
+        while (at_ < text_.size() &&
+               (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r'))
+            ++at_;
     }
 
     char peek() {
@@ -142,7 +144,9 @@ private:
             case 'r': out += '\r'; return;
             case 'b': out += '\b'; return;
             case 'f': out += '\f'; return;
-            case '"': case '\\': case '/': out += c; return;
+            case '"':
+            case '\\':
+            case '/': out += c; return;
             case 'u': break;
             default: fail("an unknown escape");
         }
@@ -186,7 +190,8 @@ double Json::number() const {
 
 int64_t Json::integer() const {
     const double value = number();
-    require(value == std::floor(value) && std::fabs(value) < 9007199254740992.0, "program text: expected a whole number");
+    require(value == std::floor(value) && std::fabs(value) < 9007199254740992.0,
+            "program text: expected a whole number");
     return static_cast<int64_t>(value);
 }
 

@@ -27,7 +27,9 @@ struct Simd {
         const I loaded = _mm256_maskload_epi32(static_cast<const int*>(p), lanes);
         return _mm256_blendv_epi8(old, loaded, lanes);
     }
-    static void istore_mask(void* p, uint32_t mask, I a) { _mm256_maskstore_epi32(static_cast<int*>(p), lane_mask(mask), a); }
+    static void istore_mask(void* p, uint32_t mask, I a) {
+        _mm256_maskstore_epi32(static_cast<int*>(p), lane_mask(mask), a);
+    }
     static void istore_compress(void* p, uint32_t mask, I a) {
         alignas(32) int32_t lanes[L];
         _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), a);
@@ -50,7 +52,8 @@ struct Simd {
         return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
     }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
-    // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the wide way.
+    // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the
+    // wide way.
     template <bool kWide>
     static I dot(I acc, I a, I w) {
         if constexpr (!kWide) {

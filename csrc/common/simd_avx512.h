@@ -21,7 +21,9 @@ struct Simd {
     static I iload_mask(I old, uint32_t mask, const void* p) {
         return _mm512_mask_loadu_epi32(old, static_cast<__mmask16>(mask), p);
     }
-    static void istore_mask(void* p, uint32_t mask, I a) { _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(mask), a); }
+    static void istore_mask(void* p, uint32_t mask, I a) {
+        _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(mask), a);
+    }
     static void istore_compress(void* p, uint32_t mask, I a) {
         // The register form and a masked store: compressing straight into memory is microcoded on Zen.
         const I low = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), a);
@@ -51,7 +53,9 @@ struct Simd {
 
     static F fset(float value) { return _mm512_set1_ps(value); }
     static F fload(const float* p) { return _mm512_loadu_ps(p); }
-    static F fload_mask(const float* p, uint32_t mask) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p); }
+    static F fload_mask(const float* p, uint32_t mask) {
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+    }
     static void fstore(float* p, F a) { _mm512_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), a); }
     static F fcvt(I a) { return _mm512_cvtepi32_ps(a); }

@@ -10,8 +10,8 @@
 namespace {
 
 struct Simd {
-    static constexpr int L = 16;  // lanes: 32-bit integers, floats, or groups of four code bytes
-    static constexpr int kSumVectors = 1;  // summed together
+    static constexpr int L = 16;               // lanes: 32-bit integers, floats, or groups of four code bytes
+    static constexpr int kSumVectors = 1;      // summed together
     static constexpr bool kNarrowDot = false;  // true where dot<false> takes pairs of products of at most 16 bits only
 
     struct I {
@@ -69,7 +69,8 @@ struct Simd {
         return r;
     }
     static I iadd(I a, I b) {
-        for (int i = 0; i < L; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
+        for (int i = 0; i < L; ++i)
+            a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
         return a;
     }
     static I ishl(I a, int count) {

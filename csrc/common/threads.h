@@ -9,10 +9,10 @@ namespace lbs {
 // Largest number of threads one call may use.
 int max_threads();
 
-// Runs job(rank, count) on `threads` threads at once, the caller being rank 0, and returns when all are done. `count` is
-// 1 when another call holds the pool: the job must not depend on the number it asked for. The first exception of
-// a rank is thrown again here. A child of fork() gets a fresh pool on its first call (no call may be under way in
-// another thread at the moment of the fork).
+// Runs job(rank, count) on `threads` threads at once, the caller being rank 0, and returns when all are done. `count`
+// is 1 when another call holds the pool: the job must not depend on the number it asked for. The first exception of a
+// rank is thrown again here. A child of fork() gets a fresh pool on its first call (no call may be under way in another
+// thread at the moment of the fork).
 void parallel(int threads, const std::function<void(int rank, int count)>& job);
 
 // Waits of threads that run together. Spins for a moment, then yields, then naps, so that it stays sane

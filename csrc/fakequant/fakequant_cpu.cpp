@@ -8,7 +8,7 @@
 namespace lbs {
 namespace {
 
-constexpr int64_t kChunk = 1 << 15;       // elements: 128 KB of float32, within L2 and enough to hide a thread's start
+constexpr int64_t kChunk = 1 << 15;  // elements: 128 KB of float32, within L2 and enough to hide a thread's start
 constexpr int64_t kWorthAThread = 1 << 16;  // elements below which waking a second thread costs more than it saves
 
 // Calls part(chunk) for every chunk, in equal runs per thread.
@@ -26,9 +26,8 @@ void over_chunks(int64_t count, int threads, const Part& part) {
 
 void fake_quant_forward(const FakeQuantForward& task, int64_t count, int threads, Isa isa) {
     const FakeQuantForwardKernel kernel = kernels_for(isa).fake_quant_forward;
-    over_chunks(count, threads, [&](int64_t chunk) {
-        kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk));
-    });
+    over_chunks(count, threads,
+                [&](int64_t chunk) { kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk)); });
 }
 
 float fake_quant_backward(const FakeQuantBackward& task, int64_t count, int threads, Isa isa) {

@@ -13,18 +13,19 @@ struct TileShape {
 };
 
 struct KernelTable {
-    int lanes;         // pixels in one vector
-    int dot_bits;      // largest |weight| * 2 * activation a dot instruction takes exactly; 0: all
-    bool uses_tiles;   // convolutions read ConvPlan::tiles
+    int lanes;        // pixels in one vector
+    int dot_bits;     // largest |weight| * 2 * activation a dot instruction takes exactly; 0: all
+    bool uses_tiles;  // convolutions read ConvPlan::tiles
     const TileShape* shapes;
 
     // Vectors [first_vector, last_vector) of the blocks [first_block, last_block).
-    void (*conv)(const ConvPlan& plan, const RunContext& run, int first_vector, int last_vector, int first_block, int last_block);
+    void (*conv)(const ConvPlan& plan, const RunContext& run, int first_vector, int last_vector, int first_block,
+                 int last_block);
     // Groups of L outputs [first, last).
     void (*linear)(const LinearPlan& plan, const RunContext& run, int first, int last);
     // Channel groups and vectors of float planes; plane 0 of `values` is channel `base_channel`.
-    void (*emit_planes)(const EmitPlan& plan, const RunContext& run, const float* values, int base_channel, int first_group, int last_group,
-                        int first_vector, int last_vector);
+    void (*emit_planes)(const EmitPlan& plan, const RunContext& run, const float* values, int base_channel,
+                        int first_group, int last_group, int first_vector, int last_vector);
     void (*pool_codes)(const PoolCodesPlan& plan, const RunContext& run, int first_group, int last_group);
 
     FakeQuantForwardKernel fake_quant_forward;

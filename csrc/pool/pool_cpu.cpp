@@ -56,8 +56,8 @@ void max_plane(const float* plane, int height, int width, const StepSpec& step, 
     }
 }
 
-void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out, const CodeLayout& out_layout,
-               int first_group, int last_group) {
+void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out,
+               const CodeLayout& out_layout, int first_group, int last_group) {
     for (int y = 0; y < out_layout.height; ++y) {
         const Span rows = window(y, step.stride.y, step.padding.y, step.kernel.y, in_layout.height);
         for (int x = 0; x < out_layout.width; ++x) {

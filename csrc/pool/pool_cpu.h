@@ -9,11 +9,12 @@ namespace lbs {
 // y = (((x[0] + x[1]) + x[2]) + ...) * float32(1 / pixels) for each channel of [channels][pixels].
 void mean_planes(const float* stream, int channels, int64_t pixels, float* out);
 
-// Maximum over each window of one plane [height][width]; padding never wins, not a number does. `row` holds width floats.
+// Maximum over each window of one plane [height][width]; padding never wins, not a number does. `row` holds width
+// floats.
 void max_plane(const float* plane, int height, int width, const StepSpec& step, float* row, float* out);
 
 // Maximum of codes, pixel by pixel, for any zero and sign; groups [first, last).
-void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out, const CodeLayout& out_layout,
-               int first_group, int last_group);
+void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out,
+               const CodeLayout& out_layout, int first_group, int last_group);
 
 }  // namespace lbs

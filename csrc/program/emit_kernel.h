@@ -28,13 +28,14 @@ LBS_INLINE Quad each(Quad a, const Op& op) {
 // same, its bounds being integers; not a number becomes the low bound.
 LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positive, Quad u) {
     if (c.gain)
-        u = each(u, [&](Simd::F x, int j) { return Simd::ffma(x, Simd::fset(c.gain[channel + j]), Simd::fset(c.offset[channel + j])); });
+        u = each(u, [&](Simd::F x, int j) {
+            return Simd::ffma(x, Simd::fset(c.gain[channel + j]), Simd::fset(c.offset[channel + j]));
+        });
     if (c.relu) u = each(u, [](Simd::F x, int) { return Simd::fmax(x, Simd::fset(0.0f)); });
     const Simd::F scale = Simd::fset(c.scale), high = Simd::fset(c.high);
     Quad t = each(u, [&](Simd::F x, int) { return Simd::fmul(x, scale); });
     if (c.shifted) t = each(t, [&](Simd::F x, int) { return Simd::fadd(x, Simd::fset(c.half)); });
-    if (!positive || c.gain || c.zero)
-        t = each(t, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.low)); });
+    if (!positive || c.gain || c.zero) t = each(t, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.low)); });
     t = each(t, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     Simd::I q[4] = {Simd::ifromf(t.v[0]), Simd::ifromf(t.v[1]), Simd::ifromf(t.v[2]), Simd::ifromf(t.v[3])};
     if (c.zero)
@@ -42,7 +43,8 @@ LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positiv
     return Simd::ipack4(q[0], q[1], q[2], q[3]);
 }
 
-__attribute__((noinline)) void store_lanes(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
+__attribute__((noinline)) void store_lanes(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid,
+                                           Simd::I word) {
     int32_t lanes[Simd::L];
     Simd::istore(lanes, word);
     const int32_t* offsets = map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes;
@@ -67,7 +69,8 @@ LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int ve
 
 // Emits `vector` of the channels [channel, channel + 4). kWhole: all four exist and all lanes are valid.
 template <bool kWhole>
-LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, uint32_t valid, Quad y) {
+LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, uint32_t valid,
+                      Quad y) {
     const int live = kWhole || e.channels - channel >= 4 ? 4 : e.channels - channel;
     const int64_t first = channel * e.pixels + static_cast<int64_t>(vector) * Simd::L;
     if (e.residual >= 0) {
@@ -81,7 +84,8 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
     if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
     if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
     if (e.stream >= 0) {
-        if (e.stream_type != lbs::StreamType::kFloat32) y = each(y, [&](Simd::F x, int) { return round_to_stream(x, e.stream_type); });
+        if (e.stream_type != lbs::StreamType::kFloat32)
+            y = each(y, [&](Simd::F x, int) { return round_to_stream(x, e.stream_type); });
         float* stream = reinterpret_cast<float*>(run.tensors[e.stream]) + first;
         for (int j = 0; j < 4; ++j) {
             if constexpr (kWhole) Simd::fstore(stream + j * e.pixels, y.v[j]);
@@ -98,7 +102,9 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
 
 // Whether channels up to `last` may be computed without looking which of them exist: codes of channels past the end lie
 // in the padding of their group, where nothing reads them as more than zero times something.
-inline bool channels_are_free(const lbs::EmitPlan& e, int last) { return last <= e.channels || (e.residual < 0 && e.stream < 0); }
+inline bool channels_are_free(const lbs::EmitPlan& e, int last) {
+    return last <= e.channels || (e.residual < 0 && e.stream < 0);
+}
 
 // Chooses between the two; most vectors are whole.
 LBS_INLINE void emit4_any(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, const Quad& y) {
@@ -108,16 +114,17 @@ LBS_INLINE void emit4_any(const lbs::EmitPlan& e, const lbs::RunContext& run, in
     else emit4<false>(e, run, channel, vector, valid, y);
 }
 
-// Steps 1 and 2 for four filters: y = fma(float(acc), M, B). `dots` and `sums` are [4] rows of `dot_pitch` and `sum_pitch`
-// integers (a pitch of 0 shares one row).
-LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector,
-                    const int32_t* dots, int dot_pitch, const int32_t* sums, int sum_pitch) {
+// Steps 1 and 2 for four filters: y = fma(float(acc), M, B). `dots` and `sums` are [4] rows of `dot_pitch` and
+// `sum_pitch` integers (a pitch of 0 shares one row).
+LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& run, int channel,
+                        int vector, const int32_t* dots, int dot_pitch, const int32_t* sums, int sum_pitch) {
     Simd::I acc[4];
     for (int j = 0; j < 4; ++j) acc[j] = Simd::iload(dots + j * dot_pitch);
     if (a.shift)
         for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
     if (sums)
-        for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
+        for (int j = 0; j < 4; ++j)
+            acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
     if (a.constant)
         for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));
     Quad y;
@@ -138,7 +145,8 @@ void emit_planes_kernel(const lbs::EmitPlan& e, const lbs::RunContext& run, cons
             const uint32_t valid = vector + 1 < e.vectors ? kAll : e.tail_mask;
             Quad y;
             for (int j = 0; j < 4; ++j)
-                y.v[j] = Simd::fload_mask(plane + j * e.pixels + static_cast<int64_t>(vector) * Simd::L, j < live ? valid : 0);
+                y.v[j] = Simd::fload_mask(plane + j * e.pixels + static_cast<int64_t>(vector) * Simd::L,
+                                          j < live ? valid : 0);
             emit4_any(e, run, channel, vector, y);
         }
     }

@@ -1,8 +1,9 @@
 // The epilogue of a tile, written to run in the shadow of the next tile's dot products.
 //
-// A tile's results wait in memory while the next tile computes; between parts of that tile's K loop one vector after the
-// other is finished. The processor overlaps the two, which a separate epilogue does not allow: its chain of dependent
-// operations is longer than the reorder buffer (on Zen 5: 30 cycles per four vectors of results apart, 12 interleaved).
+// A tile's results wait in memory while the next tile computes; between parts of that tile's K loop one vector after
+// the other is finished. The processor overlaps the two, which a separate epilogue does not allow: its chain of
+// dependent operations is longer than the reorder buffer (on Zen 5: 30 cycles per four vectors of results apart, 12
+// interleaved).
 #pragma once
 
 #include "program/emit_kernel.h"
@@ -25,8 +26,13 @@ struct FastEmit {
     float* stream;
 
     LBS_INLINE FastEmit(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& context)
-        : acc(&a), plan(&e), run(&context), usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high),
-          plain(!a.shift && !a.needs_sum && !a.constant), positive(e.has_low && e.low >= 0.0f), pixels(e.pixels),
+        : acc(&a),
+          plan(&e),
+          run(&context),
+          usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high),
+          plain(!a.shift && !a.needs_sum && !a.constant),
+          positive(e.has_low && e.low >= 0.0f),
+          pixels(e.pixels),
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
         for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted && !e.consumers[k].zero;
@@ -36,19 +42,25 @@ struct FastEmit {
 // Filters by vectors, computed and not yet emitted: rows of L integers, [vectors][filters].
 struct Tile {
     int channel = 0, filters = 0, vector = 0, quads = 0;  // a quad: four filters of one vector
-    int rows = 0;                   // of dots from one vector to the next
+    int rows = 0;                                         // of dots from one vector to the next
     bool fast = false;
-    bool own_sums = false;          // sums has rows like dots, otherwise one per vector
+    bool own_sums = false;  // sums has rows like dots, otherwise one per vector
     const int32_t* dots = nullptr;
     const int32_t* sums = nullptr;
-    int64_t first = 0;              // of the stream: channel, vector
+    int64_t first = 0;  // of the stream: channel, vector
 
     Tile() = default;
     LBS_INLINE Tile(const FastEmit& f, int channel_, int filters_, int vector_, int vectors, const int32_t* dots_)
-        : channel(channel_), filters(filters_), vector(vector_), quads(vectors * filters_ / 4), rows(filters_), dots(dots_),
+        : channel(channel_),
+          filters(filters_),
+          vector(vector_),
+          quads(vectors * filters_ / 4),
+          rows(filters_),
+          dots(dots_),
           first(channel_ * f.pixels + static_cast<int64_t>(vector_) * Simd::L) {
         const lbs::EmitPlan& e = *f.plan;
-        fast = f.usable && channels_are_free(e, channel + filters) && (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
+        fast = f.usable && channels_are_free(e, channel + filters) &&
+               (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
     }
     LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + (p * rows + f) * Simd::L; }
     LBS_INLINE const int32_t* sums_of(int p, int f) const { return sums + (own_sums ? p * rows + f : p) * Simd::L; }
@@ -71,7 +83,8 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     // Below zero there is only code 0, so this is the consumer's ReLU too.
     if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(0.0f)); });
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
-    const Simd::I word = Simd::ipack4(Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3]));
+    const Simd::I word =
+        Simd::ipack4(Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3]));
     unsigned char* base = fast.run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
     if (__builtin_expect(c.map.pieces == 1, 1)) Simd::istore(base + c.map.table[vector].offset, word);
     else store_pieces(base, c.map, vector, kAllLanes, word);
@@ -83,13 +96,15 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     const int32_t* dots = tile.dots_of(p, f);
     const lbs::AccumulatorPlan& a = *fast.acc;
     const int channel = tile.channel + f;
-    Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + Simd::L), Simd::iload(dots + 2 * Simd::L), Simd::iload(dots + 3 * Simd::L)};
+    Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + Simd::L), Simd::iload(dots + 2 * Simd::L),
+                      Simd::iload(dots + 3 * Simd::L)};
     if (!fast.plain) {
         for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
         if (tile.sums) {
             const int32_t* sums = tile.sums_of(p, f);
             const int pitch = tile.sum_pitch();
-            for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * pitch), a.sum_shift));
+            for (int j = 0; j < 4; ++j)
+                acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * pitch), a.sum_shift));
         }
         if (a.constant)
             for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));
@@ -110,7 +125,8 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
         for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * pixels, y.v[j]);
     }
     const lbs::ConsumerPlan* c = e.consumers;
-    for (const lbs::ConsumerPlan* end = c + e.consumer_count; c != end; ++c) fast_consumer(*c, fast, channel, tile.vector + p, y);
+    for (const lbs::ConsumerPlan* end = c + e.consumer_count; c != end; ++c)
+        fast_consumer(*c, fast, channel, tile.vector + p, y);
 }
 
 inline void emit_tile(const FastEmit& fast, const Tile& tile) {

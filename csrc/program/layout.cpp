@@ -64,7 +64,8 @@ PixelMap keep_lanes(Store& store, int height, int width, int lanes, const Offset
     for (int v = 0; v < vectors; ++v)
         for (int lane = 0; lane < lanes; ++lane) {
             const int64_t pixel = std::min(static_cast<int64_t>(v) * lanes + lane, pixels - 1);
-            table[v * kMaxLanes + lane] = static_cast<int32_t>(offset(static_cast<int>(pixel / width), static_cast<int>(pixel % width)));
+            table[v * kMaxLanes + lane] =
+                static_cast<int32_t>(offset(static_cast<int>(pixel / width), static_cast<int>(pixel % width)));
         }
     map.lanes = table;
     return map;
@@ -77,8 +78,10 @@ void widen(CodeLayout& layout, const StepSpec& step) {
     };
     layout.top = std::max(layout.top, step.padding.y);
     layout.left = std::max(layout.left, step.padding.x);
-    layout.bottom = std::max(layout.bottom, beyond(layout.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y));
-    layout.right = std::max(layout.right, beyond(layout.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x));
+    layout.bottom =
+        std::max(layout.bottom, beyond(layout.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y));
+    layout.right =
+        std::max(layout.right, beyond(layout.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x));
 }
 
 }  // namespace
@@ -132,7 +135,8 @@ std::vector<int32_t> window_offsets(const CodeLayout& layout, const StepSpec& st
     for (int ky = 0; ky < step.kernel.y; ++ky)
         for (int group = 0; group < groups; ++group)
             for (int kx = 0; kx < step.kernel.x; ++kx) {
-                const int64_t tap = layout.offset(ky * step.dilation.y - step.padding.y, kx * step.dilation.x - step.padding.x);
+                const int64_t tap =
+                    layout.offset(ky * step.dilation.y - step.padding.y, kx * step.dilation.x - step.padding.x);
                 offsets.push_back(static_cast<int32_t>(tap + group * layout.group_pitch()));
             }
     return offsets;
@@ -148,7 +152,8 @@ PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width,
     for (const std::vector<Run>& runs : cut_into_rows(height, width, lanes)) {
         vectors.emplace_back();
         for (const Run& run : runs)
-            vectors.back().push_back({static_cast<int32_t>(offset(run.y, run.x) - 4 * run.first_lane), lane_bits(run.first_lane, run.count)});
+            vectors.back().push_back({static_cast<int32_t>(offset(run.y, run.x) - 4 * run.first_lane),
+                                      lane_bits(run.first_lane, run.count)});
         most = std::max(most, runs.size());
     }
     const int pieces = split ? supported_pieces(most, 4) : 0;

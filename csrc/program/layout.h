@@ -43,8 +43,9 @@ struct CodeLayout {
     }
     int64_t offset(int y, int x, int channel) const { return offset(y, x) + channel / 4 * group_pitch() + channel % 4; }
     bool operator==(const CodeLayout& other) const {
-        return height == other.height && width == other.width && groups == other.groups && top == other.top && bottom == other.bottom &&
-               left == other.left && right == other.right && phases == other.phases && zero == other.zero;
+        return height == other.height && width == other.width && groups == other.groups && top == other.top &&
+               bottom == other.bottom && left == other.left && right == other.right && phases == other.phases &&
+               zero == other.zero;
     }
 };
 

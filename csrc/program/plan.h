@@ -5,7 +5,8 @@
 //            row follow each other, padding included. Sixteen pixels of a row are one vector; a step of the
 //            convolution multiplies them with four weights of one filter, broadcast, and so any multiple of four kept
 //            filters runs without an idle lane. (kernel row, group) pairs lie a constant distance apart.
-//            A tensor read with a stride s keeps columns apart by their remainder: [row][group][column % s][column / s][4].
+//            A tensor read with a stride s keeps columns apart by their remainder: [row][group][column % s][column /
+//            s][4].
 //   streams  float32 [channel][pixel], values already rounded to the stream type.
 //
 // A vector is L consecutive output pixels in row-major order, so it may span rows: then it lies in several pieces.
@@ -17,9 +18,9 @@
 namespace lbs {
 
 constexpr int kMaxLanes = 16;
-constexpr int kMaxTile = 64;        // vectors of accumulators in the scratch of one thread
-constexpr int kSlack = 128;         // bytes readable past the end of every buffer
-constexpr int kChannelPadding = 16; // arrays per channel are padded to a multiple of this
+constexpr int kMaxTile = 64;         // vectors of accumulators in the scratch of one thread
+constexpr int kSlack = 128;          // bytes readable past the end of every buffer
+constexpr int kChannelPadding = 16;  // arrays per channel are padded to a multiple of this
 
 // A run of lanes of one vector that lies contiguous: lane i of `mask` at offset + 4 * i (loads and plain stores), or,
 // in a compressing map, the lanes of `mask` one after the other from `offset` on.
@@ -29,7 +30,7 @@ struct Piece {
 };
 
 struct PixelMap {
-    int pieces = 1;     // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
+    int pieces = 1;  // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
     bool compress = false;
     const Piece* table = nullptr;    // [vectors][pieces]
     const int32_t* lanes = nullptr;  // [vectors][kMaxLanes] where pieces == 0
@@ -44,10 +45,10 @@ struct ConsumerPlan {
     float half = 0.0f;              // n / 2, added where `shifted` (signed codes)
     bool shifted = false, relu = false;
     int zero = 0;
-    const float* gain = nullptr;    // pre-activation norm, or none
+    const float* gain = nullptr;  // pre-activation norm, or none
     const float* offset = nullptr;
     PixelMap map;
-    int32_t group_pitch = 0;        // bytes from one group of four channels to the next
+    int32_t group_pitch = 0;  // bytes from one group of four channels to the next
 };
 
 struct EmitPlan {
@@ -73,7 +74,8 @@ struct AccumulatorPlan {
     const float* bias = nullptr;
 };
 
-// `width` filters that share an input range; weights int8 [k_steps][width][4], `ones` the same with 1 where a channel counts.
+// `width` filters that share an input range; weights int8 [k_steps][width][4], `ones` the same with 1 where a channel
+// counts.
 struct FilterBlock {
     int first = 0, width = 0;
     int32_t in_offset = 0;

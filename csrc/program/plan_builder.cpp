@@ -21,8 +21,8 @@ const TensorSpec& target_of(const ProgramSpec& spec, const StepSpec& step) {
 // One tap on one pixel is a matrix-vector product.
 bool is_matrix(const StepSpec& step, const TensorSpec& source) {
     return step.kind == StepKind::kLinear ||
-           (step.kind == StepKind::kConv && source.pixels() == 1 && step.kernel.y == 1 && step.kernel.x == 1 && step.groups == 1 &&
-            step.padding.y == 0 && step.padding.x == 0);
+           (step.kind == StepKind::kConv && source.pixels() == 1 && step.kernel.y == 1 && step.kernel.x == 1 &&
+            step.groups == 1 && step.padding.y == 0 && step.padding.x == 0);
 }
 
 std::vector<int> tensors_read(const StepSpec& step) {
@@ -33,7 +33,8 @@ std::vector<int> tensors_read(const StepSpec& step) {
 
 }  // namespace
 
-ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const KernelTable& table)
+ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes,
+                         const KernelTable& table)
     : spec(text, blob, blob_bytes), kernels(table), layouts(choose_layouts(spec)) {
     plan_steps();
     assign_slots();
@@ -147,7 +148,8 @@ void ProgramPlan::assign_slots() {
     for (int output : spec.outputs) external[static_cast<size_t>(output)] = true;
     std::vector<int> free;
 
-    // A free slot: for codes one of the same layout; for a stream the smallest that is large enough, or the largest to grow.
+    // A free slot: for codes one of the same layout; for a stream the smallest that is large enough, or the largest to
+    // grow.
     const auto take = [&](const Slot& wish) {
         int best = -1;
         for (int candidate : free) {
@@ -192,7 +194,8 @@ void ProgramPlan::assign_slots() {
             slot_of[static_cast<size_t>(tensor)] = take(wish);
         }
         for (int tensor : reads) {
-            const bool shared = emit.stream >= 0 && slot_of[static_cast<size_t>(emit.stream)] == slot_of[static_cast<size_t>(tensor)];
+            const bool shared =
+                emit.stream >= 0 && slot_of[static_cast<size_t>(emit.stream)] == slot_of[static_cast<size_t>(tensor)];
             if (!shared) release(tensor, i);
         }
         for (int tensor : steps[i].writes) release(tensor, i);  // those nobody reads
@@ -210,7 +213,9 @@ void ProgramPlan::place_meetings() {
         return slot >= 0 ? slot : static_cast<int>(slots.size()) + tensor;
     };
     std::vector<int> read, written;
-    const auto holds = [](const std::vector<int>& places, int one) { return std::find(places.begin(), places.end(), one) != places.end(); };
+    const auto holds = [](const std::vector<int>& places, int one) {
+        return std::find(places.begin(), places.end(), one) != places.end();
+    };
     for (size_t i = 0; i < steps.size(); ++i) {
         bool meet = false;
         for (int tensor : tensors_read(spec.steps[i])) meet = meet || holds(written, place(tensor));

@@ -17,9 +17,9 @@ struct StepPlan {
     ConvPlan conv;
     LinearPlan linear;
     PoolCodesPlan pool;
-    EmitPlan emit;                 // of the steps that emit planes of floats
-    std::vector<int> writes;       // tensors
-    bool meet_before = false;      // threads that share an image wait here for each other
+    EmitPlan emit;             // of the steps that emit planes of floats
+    std::vector<int> writes;   // tensors
+    bool meet_before = false;  // threads that share an image wait here for each other
 };
 
 // A piece of one image's memory. Tensors that never live at the same time may share it.
@@ -39,9 +39,9 @@ struct ProgramPlan {
     std::vector<CodeLayout> layouts;
     std::vector<StepPlan> steps;
     std::vector<Slot> slots;
-    std::vector<int> slot_of;      // tensor -> slot, -1 for images and outputs, which the caller owns
+    std::vector<int> slot_of;  // tensor -> slot, -1 for images and outputs, which the caller owns
     int64_t arena_bytes = 0;
-    int64_t sum_lanes = 0;         // scratch sizes of one thread
+    int64_t sum_lanes = 0;  // scratch sizes of one thread
     int64_t float_count = 0;
     int64_t tile_bytes = 0;
 

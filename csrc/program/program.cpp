@@ -24,7 +24,8 @@ TensorSpec read_tensor(const Json& value) {
     TensorSpec tensor;
     tensor.name = value.at("name").string();
     const std::string& form = value.at("form").string();
-    require(form == "image" || form == "codes" || form == "stream", "tensor '" + tensor.name + "' has form '" + form + "'");
+    require(form == "image" || form == "codes" || form == "stream",
+            "tensor '" + tensor.name + "' has form '" + form + "'");
     tensor.form = form == "image" ? Form::kImage : form == "codes" ? Form::kCodes : Form::kStream;
     tensor.channels = value.at("channels").small();
     tensor.height = value.at("height").small();
@@ -45,7 +46,8 @@ ConsumerSpec read_consumer(const Json& value) {
     consumer.scale = static_cast<float>(value.at("scale").number());
     consumer.pre_scale = read_optional_string(value.at("pre_scale"));
     consumer.pre_bias = read_optional_string(value.at("pre_bias"));
-    require(consumer.pre_scale.empty() == consumer.pre_bias.empty(), "a consumer has only one of pre_scale and pre_bias");
+    require(consumer.pre_scale.empty() == consumer.pre_bias.empty(),
+            "a consumer has only one of pre_scale and pre_bias");
     return consumer;
 }
 
@@ -140,7 +142,8 @@ private:
 
     void check(const StepSpec& step) {
         const std::string place = "step '" + step.name + "'";
-        require(in_range(step.input) && written_[static_cast<size_t>(step.input)], place + " reads a tensor before it is written");
+        require(in_range(step.input) && written_[static_cast<size_t>(step.input)],
+                place + " reads a tensor before it is written");
         const TensorSpec& source = tensor(step.input);
         int height = source.height, width = source.width, channels = source.channels;
         switch (step.kind) {
@@ -152,9 +155,7 @@ private:
                 check_weights(step, source, place);
                 channels = static_cast<int>(program_.array(step.planes).shape[1]);
                 break;
-            case StepKind::kMaxPool:
-                require(source.form != Form::kImage, place + " pools an image");
-                break;
+            case StepKind::kMaxPool: require(source.form != Form::kImage, place + " pools an image"); break;
             case StepKind::kMeanPool:
                 require(source.form == Form::kStream, place + " takes the mean of something that is not a stream");
                 height = width = 1;
@@ -172,36 +173,46 @@ private:
         for (const auto& [kernel, stride, padding, dilation] :
              {std::array{step.kernel.y, step.stride.y, step.padding.y, step.dilation.y},
               std::array{step.kernel.x, step.stride.x, step.padding.x, step.dilation.x}}) {
-            const bool sane = kernel >= 1 && stride >= 1 && dilation >= 1 && kernel <= 4096 && dilation <= 4096 && stride <= (1 << 24);
-            require(sane && padding >= 0 && padding <= dilation * (kernel - 1) + 1, place + " has an impossible window");
+            const bool sane = kernel >= 1 && stride >= 1 && dilation >= 1 && kernel <= 4096 && dilation <= 4096 &&
+                              stride <= (1 << 24);
+            require(sane && padding >= 0 && padding <= dilation * (kernel - 1) + 1,
+                    place + " has an impossible window");
             // Half the kernel: every window of a pool then holds a pixel.
-            require(step.kind == StepKind::kConv || padding <= kernel / 2, place + " pads more than half of its kernel");
+            require(step.kind == StepKind::kConv || padding <= kernel / 2,
+                    place + " pads more than half of its kernel");
         }
     }
 
     void check_weights(const StepSpec& step, const TensorSpec& source, const std::string& place) const {
         require(source.form == Form::kCodes, place + " multiplies something that is not codes");
-        require(step.w_bits >= 1 && step.w_bits <= kMaxBits, place + " has " + std::to_string(step.w_bits) + " weight bits");
-        require(step.groups >= 1 && source.channels % step.groups == 0, place + " has groups that do not divide the channels");
+        require(step.w_bits >= 1 && step.w_bits <= kMaxBits,
+                place + " has " + std::to_string(step.w_bits) + " weight bits");
+        require(step.groups >= 1 && source.channels % step.groups == 0,
+                place + " has groups that do not divide the channels");
         const ArraySpec& planes = program_.array(step.planes);
         require(planes.shape.size() == 4, place + " has planes of another rank than 4");
         const int64_t taps = static_cast<int64_t>(step.kernel.y) * step.kernel.x;
         const int64_t channels = source.channels / step.groups;
         const int64_t words = (channels + kWord - 1) / kWord;
-        require(planes.shape[0] == step.w_bits && planes.shape[2] == taps && planes.shape[3] == words && planes.shape[1] % step.groups == 0,
+        require(planes.shape[0] == step.w_bits && planes.shape[2] == taps && planes.shape[3] == words &&
+                    planes.shape[1] % step.groups == 0,
                 place + " has planes of another shape than its input and kernel need");
         const int64_t limit = taps * channels * ((1 << step.w_bits) - 1) * ((1 << source.bits) - 1);
-        require(limit < int64_t{1} << 31,
-                place + " could overflow its accumulator: " + std::to_string(taps * channels) + " products of weights up to " +
-                    std::to_string((1 << step.w_bits) - 1) + " and activations up to " + std::to_string((1 << source.bits) - 1));
-        require(step.kind != StepKind::kLinear || source.pixels() == 1, place + " is linear and reads more than one pixel");
-        require(!source.is_signed || (step.padding.y == 0 && step.padding.x == 0), place + " pads signed codes, which have no 0");
+        require(limit < int64_t{1} << 31, place +
+                                              " could overflow its accumulator: " + std::to_string(taps * channels) +
+                                              " products of weights up to " + std::to_string((1 << step.w_bits) - 1) +
+                                              " and activations up to " + std::to_string((1 << source.bits) - 1));
+        require(step.kind != StepKind::kLinear || source.pixels() == 1,
+                place + " is linear and reads more than one pixel");
+        require(!source.is_signed || (step.padding.y == 0 && step.padding.x == 0),
+                place + " pads signed codes, which have no 0");
     }
 
-    void check_emit(const StepSpec& step, const TensorSpec& source, int height, int width, int channels, const std::string& place) {
+    void check_emit(const StepSpec& step, const TensorSpec& source, int height, int width, int channels,
+                    const std::string& place) {
         const auto fits = [&](int index, Form form) {
-            return in_range(index) && tensor(index).form == form && tensor(index).height == height && tensor(index).width == width &&
-                   tensor(index).channels == channels;
+            return in_range(index) && tensor(index).form == form && tensor(index).height == height &&
+                   tensor(index).width == width && tensor(index).channels == channels;
         };
         const auto write = [&](int index) {
             require(!written_[static_cast<size_t>(index)], place + " writes a tensor a second time");
@@ -209,7 +220,8 @@ private:
         };
         const EmitSpec& emit = step.emit;
         if (emit.residual >= 0)
-            require(fits(emit.residual, Form::kStream) && written_[static_cast<size_t>(emit.residual)], place + " has an impossible residual");
+            require(fits(emit.residual, Form::kStream) && written_[static_cast<size_t>(emit.residual)],
+                    place + " has an impossible residual");
         if (emit.stream >= 0) {
             require(fits(emit.stream, Form::kStream), place + " has an impossible stream");
             write(emit.stream);
@@ -217,13 +229,15 @@ private:
         for (const ConsumerSpec& consumer : emit.consumers) {
             require(fits(consumer.tensor, Form::kCodes), place + " has an impossible consumer");
             const TensorSpec& target = tensor(consumer.tensor);
-            require(target.bits == consumer.bits && target.zero == consumer.zero && target.is_signed == consumer.is_signed,
-                    place + " writes codes of another kind than its target holds");
+            require(
+                target.bits == consumer.bits && target.zero == consumer.zero && target.is_signed == consumer.is_signed,
+                place + " writes codes of another kind than its target holds");
             write(consumer.tensor);
         }
         if (step.kind == StepKind::kMaxPool && source.form == Form::kCodes)
-            require(emit.consumers.size() == 1 && emit.stream < 0 && emit.residual < 0 && emit.consumers[0].zero == source.zero &&
-                        emit.consumers[0].is_signed == source.is_signed && emit.consumers[0].bits == source.bits,
+            require(emit.consumers.size() == 1 && emit.stream < 0 && emit.residual < 0 &&
+                        emit.consumers[0].zero == source.zero && emit.consumers[0].is_signed == source.is_signed &&
+                        emit.consumers[0].bits == source.bits,
                     place + " is a maximum of codes; it has one plain consumer of the same kind");
     }
 
@@ -241,12 +255,16 @@ int output_size(int size, int kernel, int stride, int padding, int dilation) {
 ProgramSpec::ProgramSpec(const std::string& text, const unsigned char* blob, int64_t blob_bytes) : blob_(blob) {
     const Json body = Json::parse(text);
     const int version = body.at("version").small();
-    require(version >= 1 && version <= kProgramVersion, "program has version " + std::to_string(version) + "; this library reads up to " +
-                                                            std::to_string(kProgramVersion) + ", update it or pack again");
+    require(version >= 1 && version <= kProgramVersion,
+            "program has version " + std::to_string(version) + "; this library reads up to " +
+                std::to_string(kProgramVersion) + ", update it or pack again");
     const std::string& type = body.at("stream_dtype").string();
     require(type == "float32" || type == "float16" || type == "bfloat16", "stream_dtype is '" + type + "'");
-    stream_type = type == "float32" ? StreamType::kFloat32 : type == "float16" ? StreamType::kFloat16 : StreamType::kBfloat16;
-    for (const auto& [key, value] : body.at("arrays").object()) arrays_.emplace(key, read_array(key, value, blob_bytes));
+    stream_type = type == "float32"   ? StreamType::kFloat32
+                  : type == "float16" ? StreamType::kFloat16
+                                      : StreamType::kBfloat16;
+    for (const auto& [key, value] : body.at("arrays").object())
+        arrays_.emplace(key, read_array(key, value, blob_bytes));
     for (const Json& value : body.at("tensors").array()) tensors.push_back(read_tensor(value));
     for (const Json& value : body.at("steps").array()) steps.push_back(read_step(value));
     for (const Json& value : body.at("inputs").array()) inputs.push_back(value.small());

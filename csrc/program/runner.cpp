@@ -67,14 +67,16 @@ struct Runner::Memory {
         floats = make(4 * plan.float_count);
         tiles = make(plan.kernels.uses_tiles ? plan.tile_bytes : 0);
         for (const Slot& slot : plan.slots)
-            if (slot.is_codes) std::memset(arena.get() + slot.offset, slot.layout.zero, static_cast<size_t>(slot.bytes));
+            if (slot.is_codes)
+                std::memset(arena.get() + slot.offset, slot.layout.zero, static_cast<size_t>(slot.bytes));
         tensors.assign(plan.spec.tensors.size(), nullptr);
     }
 
     // Tensors lie in the arena of `owner`, which may be another thread's.
     void point_at(const Memory& owner, const ProgramPlan& plan) {
         for (size_t i = 0; i < tensors.size(); ++i)
-            if (plan.slot_of[i] >= 0) tensors[i] = owner.arena.get() + plan.slots[static_cast<size_t>(plan.slot_of[i])].offset;
+            if (plan.slot_of[i] >= 0)
+                tensors[i] = owner.arena.get() + plan.slots[static_cast<size_t>(plan.slot_of[i])].offset;
     }
 };
 
@@ -97,29 +99,33 @@ int64_t Runner::held_bytes() const {
     return total;
 }
 
-void Runner::run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch, int threads,
-                 const std::map<int, void*>& traces, std::vector<double>* seconds) {
+void Runner::run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch,
+                 int threads, const std::map<int, void*>& traces, std::vector<double>* seconds) {
     require(inputs.size() == plan_->spec.inputs.size() && outputs.size() == plan_->spec.outputs.size(),
-            "the program has " + std::to_string(plan_->spec.inputs.size()) + " inputs and " + std::to_string(plan_->spec.outputs.size()) +
-                " outputs; " + std::to_string(inputs.size()) + " and " + std::to_string(outputs.size()) + " were given");
+            "the program has " + std::to_string(plan_->spec.inputs.size()) + " inputs and " +
+                std::to_string(plan_->spec.outputs.size()) + " outputs; " + std::to_string(inputs.size()) + " and " +
+                std::to_string(outputs.size()) + " were given");
     require(batch >= 0 && threads >= 1, "batch is " + std::to_string(batch) + " with " + std::to_string(threads) +
                                             " threads; a batch is not negative and needs a thread");
     std::lock_guard<std::mutex> lock(turn_);
     threads = std::min(threads, max_threads());
     while (static_cast<int>(memories_.size()) < threads) memories_.push_back(std::make_unique<Memory>(*plan_));
-    std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0, std::vector<double>(plan_->steps.size(), 0.0));
+    std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0,
+                                            std::vector<double>(plan_->steps.size(), 0.0));
     const Call call{inputs, outputs, traces};
 
     std::atomic<int64_t> next{0};
     SpinBarrier barrier(threads);
     int used = 1;  // threads that really ran: one where another call holds the pool
     parallel(batch == 0 ? 1 : threads, [&](int rank, int ranks) {
-        // Whole images while there is one for every thread; the rest is shared, which keeps all threads busy to the end.
+        // Whole images while there is one for every thread; the rest is shared, which keeps all threads busy to the
+        // end.
         if (rank == 0) used = ranks;
         const int64_t alone = batch - batch % ranks;
         std::vector<double>* clock = seconds ? &clocks[static_cast<size_t>(rank)] : nullptr;
         Memory& own = memory(rank);
-        for (int64_t image = next++; image < alone; image = next++) run_image(call, image, {0, 1, nullptr}, own, own, clock);
+        for (int64_t image = next++; image < alone; image = next++)
+            run_image(call, image, {0, 1, nullptr}, own, own, clock);
         if (alone == batch) return;
         barrier.wait();  // the first thread's memory is shared from here on
         for (int64_t image = alone; image < batch; ++image) {
@@ -133,7 +139,8 @@ void Runner::run(const std::vector<const float*>& inputs, const std::vector<floa
         for (size_t i = 0; i < clock.size(); ++i) (*seconds)[i] += clock[i] / used;
 }
 
-void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared, std::vector<double>* seconds) {
+void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared,
+                       std::vector<double>* seconds) {
     std::vector<unsigned char*>& tensors = own.tensors;
     const ProgramSpec& spec = plan_->spec;
     own.point_at(shared, *plan_);
@@ -174,14 +181,16 @@ void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory
     }
 }
 
-void Runner::run_step(const StepPlan& step, const StepSpec& spec, const Team& team, const RunContext& context, float* floats) const {
+void Runner::run_step(const StepPlan& step, const StepSpec& spec, const Team& team, const RunContext& context,
+                      float* floats) const {
     const KernelTable& kernels = plan_->kernels;
     const unsigned char* in = context.tensors[spec.input];
     const TensorSpec& source = plan_->spec.tensors[static_cast<size_t>(spec.input)];
     switch (step.run) {
         case StepPlan::Run::kQuantPack: {
             const Share part = share(step.emit.vectors, team);
-            kernels.emit_planes(step.emit, context, reinterpret_cast<const float*>(in), 0, 0, (step.emit.channels + 3) / 4, part.first, part.last);
+            kernels.emit_planes(step.emit, context, reinterpret_cast<const float*>(in), 0, 0,
+                                (step.emit.channels + 3) / 4, part.first, part.last);
             return;
         }
         case StepPlan::Run::kConv: {
@@ -202,8 +211,8 @@ void Runner::run_step(const StepPlan& step, const StepSpec& spec, const Team& te
             float* row = floats + 4 * step.emit.pixels;
             for (int group = groups.first; group < groups.last; ++group) {
                 for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel)
-                    max_plane(reinterpret_cast<const float*>(in) + channel * source.pixels(), source.height, source.width, spec, row,
-                              floats + channel % 4 * step.emit.pixels);
+                    max_plane(reinterpret_cast<const float*>(in) + channel * source.pixels(), source.height,
+                              source.width, spec, row, floats + channel % 4 * step.emit.pixels);
                 kernels.emit_planes(step.emit, context, floats, 4 * group, group, group + 1, 0, step.emit.vectors);
             }
             return;
@@ -221,8 +230,8 @@ void Runner::run_step(const StepPlan& step, const StepSpec& spec, const Team& te
         case StepPlan::Run::kMaxCodesAnyZero: {
             const Share groups = share(step.pool.groups, team);
             const size_t output = static_cast<size_t>(step.pool.output);
-            max_codes(in, plan_->layouts[static_cast<size_t>(spec.input)], spec, context.tensors[output], plan_->layouts[output], groups.first,
-                      groups.last);
+            max_codes(in, plan_->layouts[static_cast<size_t>(spec.input)], spec, context.tensors[output],
+                      plan_->layouts[output], groups.first, groups.last);
             return;
         }
     }

@@ -36,21 +36,24 @@ void export_stream(const TensorSpec& tensor, StreamType type, const float* in, v
             const float value = in[c * pixels + pixel];
             const int64_t at = pixel * tensor.channels + c;
             if (type == StreamType::kFloat32) static_cast<float*>(out)[at] = value;
-            else static_cast<uint16_t*>(out)[at] = type == StreamType::kFloat16 ? float16_bits(value) : bfloat16_bits(value);
+            else
+                static_cast<uint16_t*>(out)[at] =
+                    type == StreamType::kFloat16 ? float16_bits(value) : bfloat16_bits(value);
         }
 }
 
 }  // namespace
 
-void export_tensors(const ProgramPlan& plan, const std::vector<int>& written, const std::map<int, void*>& traces, int64_t image,
-                    unsigned char* const* tensors) {
+void export_tensors(const ProgramPlan& plan, const std::vector<int>& written, const std::map<int, void*>& traces,
+                    int64_t image, unsigned char* const* tensors) {
     for (int index : written) {
         const auto found = traces.find(index);
         if (found == traces.end()) continue;
         const auto i = static_cast<size_t>(index);
         const TensorSpec& tensor = plan.spec.tensors[i];
         const int64_t element = tensor.form == Form::kCodes ? 1 : plan.spec.stream_type == StreamType::kFloat32 ? 4 : 2;
-        unsigned char* out = static_cast<unsigned char*>(found->second) + image * tensor.pixels() * tensor.channels * element;
+        unsigned char* out =
+            static_cast<unsigned char*>(found->second) + image * tensor.pixels() * tensor.channels * element;
         if (tensor.form == Form::kCodes) export_codes(plan.layouts[i], tensor.channels, tensors[i], out);
         else export_stream(tensor, plan.spec.stream_type, reinterpret_cast<const float*>(tensors[i]), out);
     }
