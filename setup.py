@@ -4,8 +4,8 @@
 installation: what failed, why, and the command that mends it go to lbs_kernels/_build_report.json (`lbs doctor`
 shows it). Environment:
 
-    LBS_BUILD_CPU=0|auto         0 leaves the C++ module out
-    LBS_BUILD_CUDA=0|1|auto      1 makes a failure of the CUDA module an error; auto (the default) records it
+    LBS_BUILD_CPU=0|1|auto       0 leaves the C++ module out, 1 makes its failure an error
+    LBS_BUILD_CUDA=0|1|auto      the same for the CUDA module; auto (the default) records a failure and goes on
     LBS_CUDA_ARCHS="80;90a"      the GPU architectures compiled for
     LBS_CXXFLAGS                 more flags for the C++ compiler (a sanitizer, say)
     CXX, NVCC                    the compilers
