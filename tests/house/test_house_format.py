@@ -12,6 +12,7 @@ import torch
 
 import lbs
 import lbs.models
+import lbs.zoo
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
@@ -56,6 +57,13 @@ def test_reader_runs_a_packed_file(tmp_path: Path, name: str, bits: tuple[int, i
     result = stranger.run_file(path, images.numpy())
     assert np.array_equal(expected.numpy(), result)
     assert expected.std() > 0
+
+
+def test_reader_runs_the_shipped_network() -> None:
+    """A really searched network: pruned filters, mixed bits."""
+    path = lbs.zoo.entry("cifar100-resnet20").path
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(6))
+    assert np.array_equal(lbs.load(path)(images).numpy(), stranger.run_file(path, images.numpy()))
 
 
 def test_example_of_the_page() -> None:
