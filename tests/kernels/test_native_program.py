@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from programs import CASES, one_conv, random_inputs, random_program, share_unsaturated
+from programs import CASES, Builder, one_conv, random_inputs, random_program, share_unsaturated
 from torch import Tensor
 
 from lbs_kernels import extension
-from lbs_kernels.program import STREAM_DTYPES, Program
+from lbs_kernels.program import STREAM_DTYPES, Emit, Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
 if extension.cpu is None:
@@ -184,3 +184,21 @@ def test_not_a_number_and_infinity_in_the_image(isa: str) -> None:
     _, trace = run_native(program, blob, inputs, isa, 1, traced=True)
     for index, native in trace.items():
         assert torch.equal(native, expected_trace[index])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("channels", [1, 7, 8, 13])
+def test_mean_adds_in_the_defined_order(channels: int, isa: str) -> None:
+    """Returned as floats: the codes of other tests would hide another order of the sum."""
+    b = Builder(0)
+    image = b.image(channels, 7, 9)
+    stream = b.stream((7, 9, channels))
+    b.quantize(image, Emit(stream=stream))
+    b.pool(stream, Emit(stream=b.stream((1, 1, channels), output=True, flat=True)), "mean")
+    program, blob = b.build()
+    inputs = random_inputs(program, 5, seed=3)
+    expected = ReferenceRunner(program, blob).run(inputs)[0]
+    backwards = sum(inputs[0].flatten(2).flip(2).unbind(2)) * (1 / 63)
+    assert not torch.equal(backwards, expected)  # the order matters for these numbers
+    output = run_native(program, blob, inputs, isa, 2, traced=False)[0][0]
+    assert torch.equal(output.flatten(1), expected)

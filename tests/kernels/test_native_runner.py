@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import CASES, random_inputs, random_program
+from programs import CASES, one_conv, random_inputs, random_program
 from torch import Tensor
 
 import lbs_kernels.program
@@ -208,6 +208,19 @@ def test_a_newer_version_is_refused() -> None:
     text = program.to_json().replace('"version":1', '"version":2')
     with pytest.raises(FormatError, match="version 2; this library reads up to 1, update it"):
         extension.cpu.Program(text, blob.data_ptr(), blob.numel())
+
+
+def test_an_accumulator_that_could_overflow_is_refused() -> None:
+    limit = (2**31 - 1) // (255 * 255)
+    for channels in (limit, limit + 1):
+        program, blob = one_conv(
+            0, channels=channels, filters=1, size=(1, 1), w_bits=8, a_bits=8, kernel=(1, 1), padding=(0, 0)
+        )
+        if channels == limit:
+            native(program, blob)
+            continue
+        with pytest.raises(FormatError, match=f"could overflow its accumulator: {channels} products"):
+            native(program, blob)
 
 
 def test_a_truncated_blob_is_refused() -> None:
