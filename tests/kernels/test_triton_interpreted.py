@@ -34,6 +34,8 @@ def test_triton_equals_the_reference_on_random_programs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_run_program.py"])
+@pytest.mark.parametrize(
+    "file", ["test_run_program.py", "test_bitconv2d.py", "test_bitlinear.py", "test_pool.py", "test_quantpack.py"]
+)
 def test_tests_of_every_back_end_hold_for_triton(file: str, tmp_path: Path) -> None:
     run_interpreted(str(HERE / file), "-k", "triton", cache=tmp_path)
