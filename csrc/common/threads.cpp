@@ -182,10 +182,6 @@ void SpinBarrier::wait() {
     }
     const auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
     if (spin_until(passed)) return;
-    for (int i = 0; i < 64; ++i) {
-        if (passed()) return;
-        std::this_thread::yield();
-    }
     while (!passed()) std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 

@@ -1,0 +1,28 @@
+// The table of one instruction set. Included once per file of this folder, behind its Simd and its convolution.
+#pragma once
+
+#include "bitlinear/bitlinear_kernel.h"
+#include "fakequant/fakequant_kernel.h"
+#include "isa/kernels.h"
+#include "pool/pool_kernel.h"
+
+namespace lbs {
+namespace {  // the same names stand for other instructions in every file
+
+constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_tiles) {
+    return {
+        Simd::L,
+        Simd::kNarrowDot ? 32767 : 0,
+        uses_tiles,
+        kTileShapes,
+        conv,
+        linear_kernel,
+        emit_planes_kernel,
+        pool_codes_kernel,
+        fake_quant_forward_kernel,
+        fake_quant_backward_kernel,
+    };
+}
+
+}  // namespace
+}  // namespace lbs
