@@ -136,7 +136,7 @@ class _Judge(fx.Interpreter):
         weights = self._weights(name, layer)
         # In units of the two steps every sum is an exact integer, so that what is 0 stays 0.
         units = (layer.quantizer.values(codes) / layer.quantizer.step()).round()
-        product = _apply(layer, units, weights) * (layer.weight_step() * layer.quantizer.step())
+        product = layer.product(units, weights, None) * (layer.weight_step() * layer.quantizer.step())
         y = product
         if isinstance(layer.bias, Tensor):
             y = product + layer.bias.double().reshape(-1, *([1] * (product.dim() - 2)))
@@ -232,13 +232,6 @@ class _Judge(fx.Interpreter):
             return bound
         gain = affine(norm, str(node.target))[0].abs().to(value.device)[:, None, None]
         return gain * bound + 2 * UNIT * (gain * source.abs() + value.abs())
-
-
-def _apply(layer: QuantLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer without its bias, in float64."""
-    if isinstance(layer, nn.Conv2d):
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return F.linear(x, weight)
 
 
 def _tensors(value: Any) -> list[Tensor]:

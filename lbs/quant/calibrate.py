@@ -121,12 +121,7 @@ def _best_range(values: Tensor, bits: int, kind: str) -> float:
     shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)
     for share in shares:
         v = top * share
-        if kind == "weight":
-            decoded = codec.weight_values(codec.weight_codes(values, v, bits), v, bits)
-        else:
-            signed = kind == "signed"
-            decoded = codec.activation_values(codec.activation_codes(values, v, bits, signed), v, bits, signed)
-        errors.append(((decoded - values) ** 2).mean())
+        errors.append(((codec.round_trip(values, v, bits, kind) - values) ** 2).mean())
     return float(top * shares[int(torch.stack(errors).argmin())])
 
 

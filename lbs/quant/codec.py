@@ -91,6 +91,14 @@ def weight_values(codes: Tensor, v: Tensor, bits: int) -> Tensor:
     return (2 * codes - levels(bits)) * (v / levels(bits))
 
 
+def round_trip(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
+    """decode(encode(x)) for kind `unsigned`, `signed` (activations) or `weight`."""
+    if kind == "weight":
+        return weight_values(weight_codes(x, v, bits), v, bits)
+    signed = kind == "signed"
+    return activation_values(activation_codes(x, v, bits, signed), v, bits, signed)
+
+
 def input_codes(x: Tensor, step: Tensor, zero: int) -> Tensor:
     """Codes 0..255 of the network input: clamp(rint(x / step) + zero, 0, 255), 1 / step rounded to x's dtype."""
     return ((x * (1.0 / step)).round() + zero).clamp(0, 255)

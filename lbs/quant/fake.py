@@ -25,8 +25,7 @@ class _FakeActivation(torch.autograd.Function):
         if ctx.fused:
             ctx.save_for_backward(x, v)
             return _fused_forward(x, v, bits)
-        codes = codec.activation_codes(codec.wide(x), v, bits, signed)
-        y = codec.activation_values(codes, v, bits, signed).to(x.dtype)
+        y = codec.round_trip(codec.wide(x), v, bits, "signed" if signed else "unsigned").to(x.dtype)
         ctx.save_for_backward(x, v, y)
         return y
 
@@ -110,7 +109,7 @@ class _FakeWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, v: Tensor, bits: int) -> Tensor:
-        y = codec.weight_values(codec.weight_codes(w, v, bits), v, bits)
+        y = codec.round_trip(w, v, bits, "weight")
         ctx.save_for_backward(w, v, y)
         return y
 

@@ -61,10 +61,6 @@ class QuantLayer(nn.Module):
         """Weights used by `forward`, differentiable."""
         return fake.fake_weight(self.float_weight(), self.w_range.abs(), self.w_bits) * self.output_scale
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """Activations used by `forward`, differentiable."""
-        return self.quantizer(x)
-
     def adopt_scale(self) -> None:
         """Set `output_scale` to the present standard deviation, so that values keep their size."""
         if self.standardize == "none":
@@ -81,7 +77,7 @@ class QuantLayer(nn.Module):
         """(input, weight) of the float operation: quantized, or unrounded while observing."""
         if not self.quantize:
             return x, self.unrounded_weight()
-        return self.quantized_input(x), self.quantized_weight()
+        return self.quantizer(x), self.quantized_weight()
 
     @property
     def computes_integers(self) -> bool:
@@ -102,16 +98,22 @@ class QuantLayer(nn.Module):
         narrow = x.dtype == torch.float32 and x.device.type == "cpu" and bound < 1 << 24
         dtype = torch.float32 if narrow else torch.float64
         with torch.autocast(x.device.type, enabled=False):
-            acc = self.product(units.to(dtype), weights.to(dtype))
+            acc = self.product(units.to(dtype), weights.to(dtype), None)
         y = acc.to(x.dtype) * (self.weight_step() * self.quantizer.step())
         bias = self.bias
         if not isinstance(bias, Tensor):
             return y
         return y + (bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else bias)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The float operation without its bias."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The operation on these operands, whatever they stand for."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.computes_integers:
+            return self.integer_forward(x)
+        source, weight = self.operands(x)
+        return self.product(source, weight, self.bias)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         base = super().extra_repr()
@@ -120,7 +122,21 @@ class QuantLayer(nn.Module):
         )
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):
+class ConvProduct(QuantLayer, nn.Conv2d):
+    """The operation of quantized and searchable convolutions."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class LinearProduct(QuantLayer, nn.Linear):
+    """The operation of quantized and searchable linear layers."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class QuantConv2d(ConvProduct):
     """Convolution of b-bit weights and activations. Input [N, C, H, W], output [N, O, H', W'].
 
     Raises:
@@ -142,17 +158,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             )
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.computes_integers:
-            return self.integer_forward(x)
-        source, weight = self.operands(x)
-        return F.conv2d(source, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(LinearProduct):
     """Linear layer of b-bit weights and activations. Input [..., C], output [..., O]."""
 
     def __init__(
@@ -165,12 +172,3 @@ class QuantLinear(QuantLayer, nn.Linear):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
-
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.computes_integers:
-            return self.integer_forward(x)
-        source, weight = self.operands(x)
-        return F.linear(source, weight, self.bias)

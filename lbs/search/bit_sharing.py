@@ -16,19 +16,6 @@ from lbs.quant.fake import ste_gradients
 from lbs.search.gates import BitGate
 
 
-def quantize_at(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
-    """decode(encode(x)) for kind `unsigned`, `signed` (activations) or `weight`."""
-    if kind == "weight":
-        return codec.weight_values(codec.weight_codes(x, v, bits), v, bits)
-    signed = kind == "signed"
-    return codec.activation_values(codec.activation_codes(x, v, bits, signed), v, bits, signed)
-
-
-def unit(x: Tensor, v: Tensor, kind: str) -> Tensor:
-    """z in [0, 1] of LBS eq. 1-2."""
-    return (x / v).clamp(0, 1) if kind == "unsigned" else ((x / v).clamp(-1, 1) + 1) / 2
-
-
 def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
     """A_j = mean |z - z_hat_(j-1)| for every gate, float [J].
 
@@ -43,7 +30,7 @@ def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
         if closed:
             values.append(values[-1])
             continue
-        values.append((clipped - quantize_at(x, v, bits, kind)).abs_().mean() / z_scale)
+        values.append((clipped - codec.round_trip(x, v, bits, kind)).abs_().mean() / z_scale)
     return torch.stack(values)
 
 
@@ -52,7 +39,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, gates: Tensor, chain: tuple[int, ...], level: int, kind: str) -> Tensor:
-        y = quantize_at(codec.wide(x), v, chain[level], kind).to(x.dtype)
+        y = codec.round_trip(codec.wide(x), v, chain[level], kind).to(x.dtype)
         ctx.save_for_backward(x, v, y)
         ctx.setup = (chain, level, kind)
         return y
@@ -76,7 +63,7 @@ def _gate_gradients(
     wide_grad, wide_x, wide_y = codec.wide(grad), codec.wide(x), codec.wide(y)
     result = torch.zeros(len(chain) - 1, dtype=v.dtype, device=v.device)
     for j in range(min(level + 1, len(chain) - 1)):
-        other = quantize_at(wide_x, v, chain[j] if j < level else chain[level + 1], kind)
+        other = codec.round_trip(wide_x, v, chain[j] if j < level else chain[level + 1], kind)
         difference = wide_y - other if j < level else other - wide_y
         result[j] = (wide_grad * difference).sum()
     return result

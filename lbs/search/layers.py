@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lbs.quant import codec, fake
-from lbs.quant.layers import QuantLayer
+from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate, PruneGate
@@ -41,9 +40,18 @@ class SearchLayer(QuantLayer):
     w_gate: BitGate | None
     prune: PruneGate | None
 
-    def _init_search(self, chain: tuple[int, ...], importance: str) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        chain: tuple[int, ...],
+        quantizer: ActivationQuantizer | InputQuantizer,
+        standardize: str,
+        importance: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_quant(chain[-1], quantizer, standardize)
         self.w_gate = BitGate(chain) if len(chain) > 1 else None
-        self.w_bits = chain[-1]
         self.prune = None
         self.importance = importance
         self._input_gate: list[PruneGate] = []  # in a list: owned, saved and trained by the producer
@@ -64,6 +72,11 @@ class SearchLayer(QuantLayer):
             if self._input_gate:
                 alive = alive * self._input_gate[0].mask().view(1, -1, *window)
         return alive
+
+    @property
+    def computes_integers(self) -> bool:
+        """Never: gates may still move, and their masks are no part of the integer arithmetic."""
+        return False
 
     def observe_filters(self) -> None:
         """Give the prune gate this iteration's importance of each filter."""
@@ -97,43 +110,9 @@ class SearchLayer(QuantLayer):
         return weight * self._input_gate[0].mask().view(1, -1, *([1] * (weight.dim() - 2)))
 
 
-class SearchConv2d(SearchLayer, nn.Conv2d):
+class SearchConv2d(SearchLayer, ConvProduct):
     """A convolution under search; tensors as in torch.nn.Conv2d."""
 
-    def __init__(
-        self,
-        *args: Any,
-        chain: tuple[int, ...],
-        quantizer: ActivationQuantizer | InputQuantizer,
-        standardize: str,
-        importance: str,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quant(chain[-1], quantizer, standardize)
-        self._init_search(chain, importance)
 
-    def forward(self, x: Tensor) -> Tensor:
-        source, weight = self.operands(x)
-        return F.conv2d(source, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class SearchLinear(SearchLayer, nn.Linear):
+class SearchLinear(SearchLayer, LinearProduct):
     """A linear layer under search; tensors as in torch.nn.Linear."""
-
-    def __init__(
-        self,
-        *args: Any,
-        chain: tuple[int, ...],
-        quantizer: ActivationQuantizer | InputQuantizer,
-        standardize: str,
-        importance: str,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quant(chain[-1], quantizer, standardize)
-        self._init_search(chain, importance)
-
-    def forward(self, x: Tensor) -> Tensor:
-        source, weight = self.operands(x)
-        return F.linear(source, weight, self.bias)

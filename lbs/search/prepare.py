@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class SearchConfig:
     max_pruning_ratio: float = 0.5
     importance: str = "gamma"
     standardize: str = "scale"
-    exclude: tuple[str, ...] = field(default=())
+    exclude: tuple[str, ...] = ()
     trace: bool = True
 
     def __post_init__(self) -> None:

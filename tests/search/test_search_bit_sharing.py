@@ -9,13 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lbs.quant import codec
-from lbs.search.bit_sharing import gate_statistics, gated, unit
+from lbs.search.bit_sharing import gate_statistics, gated
 from lbs.search.budget import parameter_groups
 from lbs.search.gates import BitGate
 from lbs.search.layers import SearchConv2d, SearchQuantizer
 
 KINDS = ["unsigned", "signed", "weight"]
 CHAINS = [(2, 4, 8), (2, 6), (3, 6), (1, 2, 4, 8)]
+
+
+def unit(x: Tensor, v: Tensor, kind: str) -> Tensor:
+    """z in [0, 1] of LBS eq. 1-2."""
+    return (x / v).clamp(0, 1) if kind == "unsigned" else ((x / v).clamp(-1, 1) + 1) / 2
 
 
 class _Step(torch.autograd.Function):
