@@ -18,7 +18,7 @@ import torch
 
 from lbs_kernels.errors import ShapeError
 
-SETTLE = 5e-3  # seconds: OpenMP's idle threads spin for milliseconds after a torch call and would hold a core
+SETTLE = 25e-3  # seconds: OpenMP's idle threads spin after a torch call and hold a core; 5 ms were too few (Zen 5)
 MIN_SPAN = 2e-4  # seconds of one CPU measurement: a thousand times the resolution and cost of the clock
 L2_FLUSH_BYTES = 256 << 20  # five times the largest L2 in use (50 MB on an H100, 60 MB on an H200)
 
