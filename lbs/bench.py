@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from lbs.pack.model import PackedModel
+from lbs.pack.model import PackedModel, need_packed
 from lbs.pack.packing import pack
 from lbs.quant.calibrate import calibrate
 from lbs.quant.layers import QuantLayer
@@ -114,6 +114,7 @@ def bench(
     Example:
         print(lbs.bench(packed, model=float_model, threads=2))
     """
+    need_packed(packed, "bench")
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown or not batches or min(batches) < 1:
         raise LbsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -17,12 +18,30 @@ _UNSET = argparse.SUPPRESS  # an option that was not named is not in the namespa
 
 def numbers(text: str) -> tuple[int, ...]:
     """`2,4,8` -> (2, 4, 8)."""
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 2,4,8") from error
 
 
 def decimals(text: str) -> tuple[float, ...]:
     """`.5,.4` -> (0.5, 0.4)."""
-    return tuple(float(part) for part in text.split(",") if part.strip())
+    return tuple(decimal(part) for part in text.split(",") if part.strip())
+
+
+def decimal(text: str) -> float:
+    """A finite number.
+
+    >>> decimal("1e-3")
+    0.001
+    """
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite; give a number such as 0.01")
+    return value
 
 
 def bit_operations(text: str) -> float:
@@ -33,7 +52,7 @@ def bit_operations(text: str) -> float:
     """
     units = {"K": 1e3, "M": 1e6, "G": 1e9}
     unit = units.get(text[-1:].upper())
-    value = float(text[:-1]) * unit if unit else float(text)
+    value = decimal(text[:-1]) * unit if unit else decimal(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is no budget; give a share such as 0.03 or a count such as 650M")
     return value
@@ -49,7 +68,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """Options of every training command."""
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
     parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
-    parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or an image folder")
+    parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or a folder")
     parser.add_argument("--model", default=_UNSET, metavar="NAME", help="a name of lbs.models, or module:function")
     parser.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
     parser.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
@@ -60,11 +79,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("epochs", int, "epochs"),
         ("batch-size", int, "images per step"),
-        ("lr", float, "learning rate of weights"),
-        ("weight-decay", float, "weight decay of weights"),
-        ("warmup", float, "epochs of linear rise"),
-        ("label-smoothing", float, "label smoothing"),
-        ("distill", float, "share of the loss against the float network's outputs, 0..1"),
+        ("lr", decimal, "learning rate of weights"),
+        ("weight-decay", decimal, "weight decay of weights"),
+        ("warmup", decimal, "epochs of linear rise"),
+        ("label-smoothing", decimal, "label smoothing"),
+        ("distill", decimal, "share of the loss against the float network's outputs, 0..1"),
         ("seed", int, "seed of order, augmentation and initialisation"),
         ("log-every", int, "steps between two rows of metrics"),
         ("eval-every", int, "epochs between two measurements on the test images"),
@@ -108,6 +127,8 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise BackendError(f"--device {name} is no device; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"--device {name}: networks are trained and run on cpu or cuda only")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"--device {name}: torch sees no GPU here; use --device cpu, or ask lbs doctor")
     return device

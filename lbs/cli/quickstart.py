@@ -1,4 +1,4 @@
-"""`lbs quickstart`: the whole road on scikit-learn's real digits, from training to the report, in about a minute."""
+"""`lbs quickstart`: the whole road on scikit-learn's real digits, from training to the report, in about two minutes."""
 
 from __future__ import annotations
 
