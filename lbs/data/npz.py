@@ -13,6 +13,8 @@ import numpy as np
 from lbs.data.image_data import ImageData, from_arrays
 from lbs_kernels.errors import DataError
 
+# What numpy and zipfile say of damaged, encrypted and foreign archives.
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError)
 _DEFLATE = 1032  # the highest ratio deflate reaches
 KEYS = ("train_x", "train_y", "test_x", "test_y")
 
@@ -41,7 +43,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
                 raise DataError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(archive.files)}")
             _check_claims(path)
             return {key: archive[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a readable .npz file ({error}); write it again with numpy.savez") from error

@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lbs.cli import doctor, main
 from lbs.cli.console import Console
-from lbs.cli.options import bit_operations, numbers
+from lbs.cli.options import bit_operations, decimal, decimals, numbers
 from lbs_kernels import extension
 from lbs_kernels.errors import PlanError
 
@@ -78,6 +79,26 @@ def test_numbers_in_options() -> None:
     for bad in ("0", "-3M"):
         with pytest.raises(argparse.ArgumentTypeError, match="no budget"):
             bit_operations(bad)
+    for kind, text, message in (
+        (bit_operations, "inf", "not finite"),
+        (bit_operations, "M", "no number"),
+        (decimal, "nan", "not finite"),
+        (decimal, "1e999", "not finite"),
+        (decimals, ".5,x", "no number"),
+        (numbers, "2,x", "no list of whole numbers"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            kind(text)
+
+
+@pytest.mark.parametrize("option", ["--lr nan", "--bops inf", "--gain -inf", "--bits 2,x", "--mean .5,nan"])
+def test_numbers_that_are_none_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    line = f"search --run {tmp_path / 'run'} --data digits --model digits_resnet8 --bops 0.03 {option}"
+    assert main.main(line.split()) == 2
+    assert f"argument {option.split()[0]}: " in capsys.readouterr().err.rstrip().split("\n")[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,9 @@ class Net(nn.Module):
         x = self.relu(self.norm2(self.conv2(x)))
         return self.fc(torch.flatten(self.pool(x), 1))
 
+def fails(classes):
+    raise ValueError("no such size")
+
 class Branching(Net):
     def forward(self, x):
         if x.sum() > 0:
@@ -183,7 +186,39 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights none.pth", "none.pth"),
         ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --bits 2,3", "bit chain"),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.0001 --weights w.pth", "out of reach"),
-        ("search --run bad --data digits --model cifar_resnet20 --bops 0.03 --weights w.pth", "does not fit the model"),
+        (
+            "search --run bad --data digits --model tiny_cli_net:Net --bops 0.03 --weights w.pth",
+            "does not fit the model",
+        ),
+        (
+            "search --run bad --data digits --model cifar_resnet20 --bops 0.03 --float-epochs 9",
+            "cifar_resnet20 fails on an image (1, 8, 8) of digits",
+        ),
+        (
+            "finetune --run bad --data digits --model cifar_resnet20 --uniform 4,4 --weights w.pth",
+            "cifar_resnet20 fails on an image",
+        ),
+        (
+            "search --run bad --data digits --model torch.nn:Identity --bops 0.03 --float-epochs 9",
+            "gives (1, 1, 8, 8) for one image of digits; a classifier gives (1, 10)",
+        ),
+        (
+            "search --run bad --data digits --model tiny_cli_net:fails --bops 0.03 --float-epochs 9",
+            "ValueError: no such",
+        ),
+        ("search --run bad --data digits --model : --bops 0.03 --float-epochs 9", "give module:function"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --bits 2,3", "bit chain"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --lr 0", "lr=0.0"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --batch-size 0", "1..1437"),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --calibration 0",
+            "--calibration 0",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --device meta",
+            "cpu or cuda",
+        ),
+        ("search --run w.pth --data digits --model digits_resnet8 --bops .03 --weights w.pth", "could not be written"),
         (
             "search --run bad --data digits --model tiny_cli_net:Branching --bops 0.03 --weights n.pth",
             "tiny_cli_net.py",
@@ -199,6 +234,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "lr=0.0"),
         ("pack --run bad", "network.json"),
         ("verify --run whole/checkpoints", "network.json"),
+        ("verify --run whole --images 0", "0 images to compare"),
         ("explain --run whole --zoo x", "name one packed network"),
         ("explain whole/config.json", "config.json"),
         ("bench --zoo imagenet", "the zoo has no network"),
@@ -220,6 +256,17 @@ def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str
     assert code == 2, errors
     assert message in body["error"], body["error"]
     assert errors.rstrip("\n").split("\n")[-1] == f"lbs {line.split()[0]}: {body['error']}"
+    assert not (home / "bad/checkpoints").exists()
+
+
+def test_a_search_of_no_epochs_is_projected(home: Path, lbs_command: Command) -> None:
+    code, section, errors = lbs_command(
+        f"search --run zero {SEARCH} --epochs 0 --float-epochs 0 --weights whole/float.safetensors"
+    )
+    assert code == 0, errors
+    assert section["bops"] <= section["target_bops"]
+    assert json.loads((home / "zero/results.json").read_text())["search"]["loss"] is None
+    assert lbs_command("pack --run zero")[0] == 0
 
 
 def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_command: Command) -> None:
