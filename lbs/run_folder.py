@@ -59,14 +59,19 @@ def write_json(path: Path, body: Any) -> None:
     write_bytes(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises CheckpointError where it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as a dictionary. Raises CheckpointError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        body = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; is this a run folder?") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}; restore it, or start the run in a new folder") from error
+    if not isinstance(body, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(body).__name__}, no object; restore it, or start the run in a new folder"
+        )
+    return body
 
 
 def environment() -> dict[str, Any]:

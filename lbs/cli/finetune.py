@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     options = asked(args)
     if len(options.get("uniform", (8, 8))) != 2:
         raise PlanError(f"--uniform {options['uniform']}: give two widths, weights and activations, such as 4,4")
+    if options.get("uniform") and options.get("plan"):
+        raise PlanError("--uniform and --plan both name the bits; leave one of them out")
     config = open_run(FinetuneRun, current.folder, options, args.resume, inherit="search")
     current.folder.note_environment()
     section = run_finetune(config, current)

@@ -54,7 +54,10 @@ class NetworkCard:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
             return NetworkCard(**values)
         except TypeError as error:
-            raise CheckpointError(f"{folder.file('network.json')} lacks or has odd fields: {error}") from error
+            raise CheckpointError(
+                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start the run in a new "
+                "folder"
+            ) from error
 
 
 def build(name: str, num_classes: int) -> nn.Module:

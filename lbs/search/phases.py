@@ -56,6 +56,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     """
     data = network.load_data(config.data, config.mean, config.std)
     _check_counts(config, data)
+    _check_rates(config)
     card = network.card_of(config, data)
     card.write(session.folder)
     recipe = recipe_of(config, config.epochs, config.lr)  # a mistake in the options shows before the training does
@@ -248,6 +249,12 @@ def _check_counts(config: RunConfig, data: lbs.data.ImageData) -> None:
         raise TrainingError(f"--batch-size {config.batch_size}; it lies in 1..{len(data.train_x)}, the training images")
     if config.calibration < 1:
         raise TrainingError(f"--calibration {config.calibration}; the ranges need at least one training image")
+
+
+def _check_rates(config: SearchRun) -> None:
+    for name in ("gate_lr", "prune_lr", "float_lr", "strength", "gain"):
+        if getattr(config, name) < 0:
+            raise TrainingError(f"--{name.replace('_', '-')} {getattr(config, name):g}; it must be 0 or more")
 
 
 def _train_loader(config: RunConfig, data: lbs.data.ImageData, device: torch.device) -> lbs.data.TensorLoader:

@@ -232,6 +232,14 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4", "give two widths"),
         ("finetune --run bad --data digits --model digits_resnet8 --weights w.pth --plan whole/plan.json", "plan"),
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "lr=0.0"),
+        (
+            "finetune --run bad --data digits --model digits_resnet8 --weights w.pth --uniform 4,4 --plan whole/plan.json",
+            "both name the bits",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --gate-lr -1",
+            "--gate-lr -1",
+        ),
         ("pack --run bad", "network.json"),
         ("verify --run whole/checkpoints", "network.json"),
         ("verify --run whole --images 0", "0 images to compare"),
