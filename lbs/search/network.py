@@ -55,8 +55,8 @@ class NetworkCard:
             return NetworkCard(**values)
         except TypeError as error:
             raise CheckpointError(
-                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start the run in a new "
-                "folder"
+                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start "
+                "the run in a new folder"
             ) from error
 
 

@@ -233,7 +233,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("finetune --run bad --data digits --model digits_resnet8 --weights w.pth --plan whole/plan.json", "plan"),
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "lr=0.0"),
         (
-            "finetune --run bad --data digits --model digits_resnet8 --weights w.pth --uniform 4,4 --plan whole/plan.json",
+            "finetune --run bad --data digits --model digits_resnet8 --weights w.pth --uniform 4,4 --plan w.pth",
             "both name the bits",
         ),
         (
