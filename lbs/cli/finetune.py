@@ -16,7 +16,7 @@ _UNSET = argparse.SUPPRESS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of fine-tuning."""
-    add_training(parser)
+    add_training(parser, FinetuneRun)
     parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
     parser.add_argument(
         "--uniform", type=numbers, default=_UNSET, metavar="W,A", help="one width for all weights, one for activations"

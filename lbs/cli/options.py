@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lbs.cli.console import Console
+from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
 from lbs.search.phases import Session, file_digest
 from lbs_kernels.errors import BackendError, LbsError
@@ -64,8 +65,8 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
-def add_training(parser: argparse.ArgumentParser) -> None:
-    """Options of every training command."""
+def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
+    """Options of every training command. kind: its configuration, whose defaults the help shows."""
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
     parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
     parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or a folder")
@@ -76,7 +77,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-augment", dest="augment", action="store_false", default=_UNSET, help="no random crops and flips"
     )
-    for name, kind, text in (
+    for name, number, text in (
         ("epochs", int, "epochs"),
         ("batch-size", int, "images per step"),
         ("lr", decimal, "learning rate of weights"),
@@ -89,9 +90,13 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         ("eval-every", int, "epochs between two measurements on the test images"),
         ("calibration", int, "training images that set the ranges"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=_UNSET, metavar="N", help=text)
+        usual = getattr(kind, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=number, default=_UNSET, metavar="N", help=f"{text} (default {usual:g})")
     parser.add_argument(
-        "--schedule", choices=("cosine", "step", "constant"), default=_UNSET, help="curve of the learning rate"
+        "--schedule",
+        choices=("cosine", "step", "constant"),
+        default=_UNSET,
+        help=f"curve of the learning rate (default {kind.schedule})",
     )
     parser.add_argument(
         "--milestones", type=numbers, default=_UNSET, metavar="E,..", help="epochs at which `step` divides by 10"

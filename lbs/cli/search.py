@@ -16,15 +16,19 @@ _UNSET = argparse.SUPPRESS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the search."""
-    add_training(parser)
+    add_training(parser, SearchRun)
     parser.add_argument("--bops", type=bit_operations, default=_UNSET, help="budget: 0.03 (share), 650M, 34.7G")
     parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
-    parser.add_argument("--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together")
     parser.add_argument(
-        "--max-pruning-ratio", type=decimal, default=_UNSET, metavar="R", help="largest share per layer"
+        "--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together (default: the model's)"
     )
-    parser.add_argument("--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters")
+    parser.add_argument(
+        "--max-pruning-ratio", type=decimal, default=_UNSET, metavar="R", help="largest share per layer (default 0.5)"
+    )
+    parser.add_argument(
+        "--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters (default gamma)"
+    )
     for name, text in (
         ("gate-lr", "learning rate of bit thresholds"),
         ("prune-lr", "learning rate of pruning thresholds"),
@@ -32,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("gain", "growth of that weight per step above the target"),
         ("float-lr", "learning rate of --float-epochs"),
     ):
-        parser.add_argument(f"--{name}", type=decimal, default=_UNSET, metavar="X", help=text)
+        usual = getattr(SearchRun, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=decimal, default=_UNSET, metavar="X", help=f"{text} (default {usual:g})")
     parser.add_argument(
         "--all-epochs",
         dest="stop_when_met",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -57,6 +58,16 @@ def test_errors_are_one_line_and_a_code(
         body = json.loads(captured.out)
         assert body["kind"] == type(outcome).__name__
         assert "\n" not in body["error"]
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """As in `lbs doctor | head -1`."""
+    code = "import sys; from lbs.cli.main import main; sys.exit(main(['doctor']))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    _, errors = child.communicate(timeout=120)
+    assert (child.returncode, errors) == (141, b"")
 
 
 def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
