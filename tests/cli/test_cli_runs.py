@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from lbs.cli import main, quickstart, stages
 from lbs.plan import Plan
 from lbs.report.page import report
-from lbs.search import checkpoint
+from lbs.search import checkpoint, phases
 from lbs.search.trainer import Trainer
 
 NETWORK = """
@@ -117,31 +118,44 @@ def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> Non
     assert [row["kept_filters"] for row in alone["rows"]] == [row["kept_filters"] for row in explained["rows"]]
 
 
-@pytest.mark.parametrize(("command", "kill"), [("search", 9), ("search", 30), ("search", 60), ("finetune", 30)])
+@pytest.mark.parametrize(
+    ("command", "kill", "often"),
+    [("search", 9, False), ("search", 30, False), ("search", 60, True), ("finetune", 30, True)],
+)
 def test_a_killed_command_goes_on_to_the_same_bits(
-    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, command: str, kill: int
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, command: str, kill: int, often: bool
 ) -> None:
-    """Killed inside the first float epoch (no checkpoint yet), between and inside later ones."""
+    """Killed inside the first float epoch (no checkpoint yet), between and inside later ones.
+
+    often: with a checkpoint after every step, so that it goes on in the middle of an epoch.
+    """
     run = f"killed-{command}-{kill}"
     if command == "finetune":
         shutil.copytree(home / "whole", home / run, ignore=shutil.ignore_patterns("finetune*", "model.safetensors"))
-    step, left = Trainer._train_step, [kill]
+    step, left, taken, made = Trainer._train_step, [kill], [0], phases.recipe_of
 
     def counted(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
+        taken[0] += self.phase == command
         step(self, images, labels)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", counted)
+        if often:
+            patch.setattr(phases, "recipe_of", lambda *args: replace(made(*args), checkpoint_seconds=0.0))
         options = SEARCH if command == "search" else FINETUNE
         code, _, errors = lbs_command(f"{command} --run {run} {options}")
         assert code == 130
         assert "goes on with --resume" in errors
     resume = "--resume" if any((home / run / "checkpoints").glob(f"{command}.*")) or kill > 9 else options
-    code, _, errors = lbs_command(f"{command} --run {run} {resume}")
+    left[0] = 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", counted)
+        code, section, errors = lbs_command(f"{command} --run {run} {resume}")
     assert code == 0, errors
+    assert not often or taken[0] == section["steps"]  # none twice
     name = "searched.safetensors" if command == "search" else "model.safetensors"
     again, expected = (checkpoint.load_weights(home / folder / name) for folder in (run, "whole"))
     assert again.keys() == expected.keys()
