@@ -24,10 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together (default: the model's)"
     )
     parser.add_argument(
-        "--max-pruning-ratio", type=decimal, default=_UNSET, metavar="R", help="largest share per layer (default 0.5)"
+        "--max-pruning-ratio",
+        type=decimal,
+        default=_UNSET,
+        metavar="R",
+        help=f"largest share per layer (default {SearchRun.max_pruning_ratio:g})",
     )
     parser.add_argument(
-        "--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters (default gamma)"
+        "--importance",
+        choices=("gamma", "magnitude"),
+        default=_UNSET,
+        help=f"what ranks filters (default {SearchRun.importance})",
     )
     for name, text in (
         ("gate-lr", "learning rate of bit thresholds"),
