@@ -146,7 +146,10 @@ class RunFolder:
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{line} is no object")
+                rows.append(row)
             except ValueError as error:
                 if number == len(lines):
                     break

@@ -254,6 +254,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
             "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --gate-lr -1",
             "--gate-lr -1",
         ),
+        ("quickstart --run bad --threads 0", "--threads 0"),
         ("pack --run bad", "network.json"),
         ("verify --run whole/checkpoints", "network.json"),
         ("verify --run whole --images 0", "0 images to compare"),

@@ -278,3 +278,6 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     folder.file("metrics.jsonl").write_text('{"loss\n' + json.dumps({"loss": 1}) + "\n")
     with pytest.raises(CheckpointError, match="line 1 is not JSON"):
         folder.metrics()
+    folder.file("metrics.jsonl").write_text('[3]\n{"loss": 1}\n')
+    with pytest.raises(CheckpointError, match=r"line 1 is not JSON: \[3\] is no object; delete that line"):
+        folder.metrics()
