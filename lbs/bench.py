@@ -1,7 +1,8 @@
 """`lbs.bench`: a packed network against torch and against our own uniform 8 bits, in one process, interleaved.
 
 Results are checked before anything is timed: a packed network must equal the reference bit for bit on random images.
-Baselines compute in the memory format that suits them best (channels last), on inputs already converted.
+Baselines compute in the memory format that suits them best (channels last), on inputs already converted; where the
+packed network takes bytes, they are given the normalised floats of the same bytes.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def bench(
     with _threads(threads) as count, torch.inference_mode(), _no_tf32():
         models = _models(packed, model, baselines, missing, notes)
         for batch in batches:
-            images = torch.randn(batch, *packed.input_shape, device=device)
-            calls = {name: _call(name, contender, images) for name, contender in models.items()}
+            images = packed.random_images(batch)
+            calls = {name: _call(contender, images, packed) for name, contender in models.items()}
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
             rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds)))
@@ -209,21 +210,24 @@ def _baseline(name: str, model: nn.Module) -> nn.Module:
 
 def _uniform8(model: nn.Module, packed: PackedModel) -> PackedModel:
     with torch.inference_mode(False), torch.no_grad():
-        images = torch.randn(8, *packed.input_shape, device=packed.device)
-        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), verify=False)
+        images = packed.float_images(packed.random_images(8)).float()
+        pixels = packed.normalize
+        normalize = None if pixels is None else (pixels.mean, pixels.std)
+        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), normalize=normalize, verify=False)
 
 
-def _call(name: str, model: nn.Module, images: Tensor) -> Call:
+def _call(model: nn.Module, images: Tensor, packed: PackedModel) -> Call:
+    """`images` are of `packed`; baselines are given the normalised floats of them, which costs them nothing."""
     if isinstance(model, PackedModel):
         return lambda: model(images)
     dtype = next(iter(model.parameters())).dtype
-    ready = images.to(dtype=dtype, memory_format=torch.channels_last)
+    ready = packed.float_images(images).to(dtype=dtype, memory_format=torch.channels_last)
     return lambda: model(ready)
 
 
 def _check(packed: PackedModel) -> None:
     """The network on its back end equals the reference on the first images, bit for bit."""
-    images = torch.randn(_CHECKED, *packed.input_shape, device=packed.device)
+    images = packed.random_images(_CHECKED)
     output = packed(images)
     expected, _ = packed.run_traced(images, backend="reference")
     for one, other in zip(_flat(output), _flat(expected), strict=True):

@@ -51,6 +51,12 @@ struct Simd {
         const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
         return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
     }
+    static I ibytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I ibyte(I a, int j) {
+        return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * j)), _mm256_set1_epi32(255));
+    }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
     // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the
     // wide way.
@@ -74,6 +80,7 @@ struct Simd {
     static F fload_mask(const float* p, uint32_t mask) { return _mm256_maskload_ps(p, lane_mask(mask)); }
     static void fstore(float* p, F a) { _mm256_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm256_maskstore_ps(p, lane_mask(mask), a); }
+    static F fbits(I a) { return _mm256_castsi256_ps(a); }
     static F fcvt(I a) { return _mm256_cvtepi32_ps(a); }
     static F ffma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F fadd(F a, F b) { return _mm256_add_ps(a, b); }

@@ -88,7 +88,7 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         raise ShapeError(f"batch = {batch}, rounds = {rounds}; both are at least 1")
     count = default_threads() if threads is None else threads
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *packed.input_shape, generator=generator).to(packed.device)
+    images = packed.random_images(batch, generator)
     _, traces = packed.run_traced(images)
     rows: list[StepRow] = []
     notes: list[str] = []
@@ -167,6 +167,8 @@ def _operation(step: Step) -> str:
         return "linear"
     if isinstance(step, PoolStep):
         return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
+    if step.multiplier is not None:
+        return "normalize"
     return "quantize" if step.emit.residual is None else "add"
 
 
