@@ -80,7 +80,6 @@ struct Simd {
     static F fload_mask(const float* p, uint32_t mask) { return _mm256_maskload_ps(p, lane_mask(mask)); }
     static void fstore(float* p, F a) { _mm256_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm256_maskstore_ps(p, lane_mask(mask), a); }
-    static F fbits(I a) { return _mm256_castsi256_ps(a); }
     static F fcvt(I a) { return _mm256_cvtepi32_ps(a); }
     static F ffma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F fadd(F a, F b) { return _mm256_add_ps(a, b); }

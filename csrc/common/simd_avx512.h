@@ -64,7 +64,6 @@ struct Simd {
     }
     static void fstore(float* p, F a) { _mm512_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), a); }
-    static F fbits(I a) { return _mm512_castsi512_ps(a); }
     static F fcvt(I a) { return _mm512_cvtepi32_ps(a); }
     static F ffma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F fadd(F a, F b) { return _mm512_add_ps(a, b); }

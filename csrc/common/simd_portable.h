@@ -142,11 +142,6 @@ struct Simd {
         for (int i = 0; i < L; ++i)
             if (mask >> i & 1) p[i] = a.v[i];
     }
-    static F fbits(I a) {  // the same bits
-        F r;
-        std::memcpy(r.v, a.v, sizeof r.v);
-        return r;
-    }
     static F fcvt(I a) {
         F r;
         for (int i = 0; i < L; ++i) r.v[i] = static_cast<float>(a.v[i]);
