@@ -99,7 +99,7 @@ def _check_tensor(spec: TensorSpec, place: str) -> None:
     elif spec.bits or spec.zero or spec.signed:
         raise FormatError(f"{place} is a {spec.form} with bits, zero or sign; only codes have them")
     if spec.dtype not in IMAGE_DTYPES or (spec.dtype != "float32" and spec.form != "image"):
-        raise FormatError(f"{place} is a {spec.form} of {spec.dtype}; images are float32 or uint8, others have no dtype")
+        raise FormatError(f"{place} is a {spec.form} of {spec.dtype}; only images have a dtype, float32 or uint8")
     if spec.flat and (spec.form != "stream" or spec.height * spec.width != 1):
         raise FormatError(f"{place} is flat; only a stream of 1 x 1 pixels can be")
 

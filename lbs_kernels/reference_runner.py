@@ -21,7 +21,7 @@ class ReferenceRunner:
         self.blob = blob
 
     def run(self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None) -> list[Tensor]:
-        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of images [N, C, H, W] in their dtype and any memory format.
+        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of images [N, C, H, W] of the inputs' dtypes.
 
         `trace` receives every tensor by index: images as given, codes uint8 [N, H, W, C], streams in the stream dtype.
         """

@@ -36,7 +36,7 @@ TensorSpec read_tensor(const Json& value) {
     if (const Json* dtype = value.find("dtype")) {  // since version 2
         require(dtype->string() == "float32" || (dtype->string() == "uint8" && tensor.form == Form::kImage),
                 "tensor '" + tensor.name + "' has dtype '" + dtype->string() +
-                    "'; images are float32 or uint8, others have no dtype");
+                    "'; only images have one, float32 or uint8");
         tensor.is_bytes = dtype->string() == "uint8";
     }
     return tensor;

@@ -47,18 +47,22 @@ struct FloatPixels {
     int64_t channels;
     LBS_INLINE Quad operator()(int channel, int live, int64_t pixel, int count) const {
         const float* first = values + pixel * channels + channel;
-        // One by one: gathers of floats take three times as long (Zen 4).
-        float planes[4][Simd::L];
+        if (count == Simd::L && live == 4) return whole<4>(first);
+        if (count == Simd::L && live == 3) return whole<3>(first);
+        float planes[4][Simd::L] = {};
+        for (int i = 0; i < count; ++i)
+            for (int j = 0; j < live; ++j) planes[j][i] = first[i * channels + j];
+        return {{Simd::fload(planes[0]), Simd::fload(planes[1]), Simd::fload(planes[2]), Simd::fload(planes[3])}};
+    }
+
+    // One by one, in loops of constant length.
+    template <int kLive>
+    LBS_INLINE Quad whole(const float* first) const {
+        float planes[kLive][Simd::L];
+        for (int i = 0; i < Simd::L; ++i)
+            for (int j = 0; j < kLive; ++j) planes[j][i] = first[i * channels + j];
         Quad y;
-        if (live == 4 && count == Simd::L) {
-            for (int i = 0; i < Simd::L; ++i)
-                for (int j = 0; j < 4; ++j) planes[j][i] = first[i * channels + j];
-        } else {
-            __builtin_memset(planes, 0, sizeof planes);
-            for (int i = 0; i < count; ++i)
-                for (int j = 0; j < live; ++j) planes[j][i] = first[i * channels + j];
-        }
-        for (int j = 0; j < 4; ++j) y.v[j] = Simd::fload(planes[j]);
+        for (int j = 0; j < 4; ++j) y.v[j] = j < kLive ? Simd::fload(planes[j < kLive ? j : 0]) : Simd::fset(0.0f);
         return y;
     }
 };

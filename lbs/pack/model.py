@@ -20,8 +20,8 @@ from lbs_kernels.run import dtype_rule
 class PackedModel(nn.Module):
     """A packed network: images [N, C, H, W] in, what the model returns out.
 
-    Images are normalised float32, or bytes (uint8) where the network was packed with `normalize`. Channels may lie first
-    or last in memory; both are read without a copy.
+    Images are normalised float32, or bytes (uint8) where the network was packed with `normalize`. Channels may lie
+    first or last in memory; both are read without a copy.
 
     `body` is a torch.fx GraphModule in which every region of packed layers is one call. `kept_float` lists what was
     not packed, each with its reason. `plan` holds the bits and kept filters it was made from, if there was a record.

@@ -1,6 +1,6 @@
 """Images given as bytes: the normalisation a network was trained with, as one multiplication and one addition.
 
-    x = (byte / 255 - mean[c]) / std[c] = byte * scale[c] + shift[c],   scale = 1 / (255 std),  shift = -mean / std
+x = (byte / 255 - mean[c]) / std[c] = byte * scale[c] + shift[c],   scale = 1 / (255 std),   shift = -mean / std
 """
 
 from __future__ import annotations

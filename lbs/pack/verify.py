@@ -44,8 +44,8 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
 
     Args:
         model: the quantized model `packed` was made from. packed: PackedModel.
-        x: images [N, C, H, W] on the device of both, of the packed model's dtype. Of bytes, the model sees the normalised
-            values in float64.
+        x: images [N, C, H, W] on the device of both, of the packed model's dtype. Of bytes, the model sees the
+            normalised values in float64.
         backend: whose codes are compared: "auto", "reference", "cpu" or "triton".
 
     Returns:

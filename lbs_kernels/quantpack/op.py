@@ -33,7 +33,7 @@ def quantpack(
 ) -> Tensor:
     """Codes of an image: q = clamp(rint(t) + zero, 0, n), t = float32(y * scale), plus n / 2 if signed; half to even.
 
-    y = fma(float32(x), multiplier[c], bias[c]), or float32(x) without them. `pack_planes` turns the codes into bit-planes.
+    y = fma(float32(x), multiplier[c], bias[c]), or float32(x) without them. `pack_planes` makes planes of the codes.
 
     Args:
         x: float32 or uint8 [N, C, H, W]; channels first and channels last are read where they lie. NaN gives code 0.

@@ -226,8 +226,8 @@ def test_version_1_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["tensors"][1].update(dtype="uint8"), "has dtype 'uint8'; images are float32 or uint8"),
-        (lambda t: t["tensors"][0].update(dtype="int8"), "has dtype 'int8'; images are float32 or uint8"),
+        (lambda t: t["tensors"][1].update(dtype="uint8"), "has dtype 'uint8'; only images have one, float32 or uint8"),
+        (lambda t: t["tensors"][0].update(dtype="int8"), "has dtype 'int8'; only images have one, float32 or uint8"),
         (lambda t: t["tensors"][0].update(dtype=None), "expected a string"),
         (lambda t: t["steps"][0].update(bias=None), "only one of multiplier and bias"),
         (lambda t: t["steps"][0].update(bias="nothing"), "no array 'nothing'"),

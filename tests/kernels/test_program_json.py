@@ -132,7 +132,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda t: t["tensors"][t["outputs"][0]].update(flat=True),
         "is flat; only a stream of 1 x 1",
     ),
-    "bytes of codes": (lambda t: code_tensor(t).update(dtype="uint8"), "is a codes of uint8; images are float32"),
+    "bytes of codes": (lambda t: code_tensor(t).update(dtype="uint8"), "is a codes of uint8; only images have a dtype"),
     "image of another dtype": (lambda t: t["tensors"][0].update(dtype="int8"), "dtype is 'int8'"),
     "dtype is a list": (lambda t: t["tensors"][0].update(dtype=[]), r"dtype is \[\]"),
     "multiplier alone": (lambda t: t["steps"][0].update(multiplier="m"), "only one of multiplier and bias"),

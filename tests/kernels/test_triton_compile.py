@@ -135,7 +135,8 @@ def test_bytes_are_loaded_as_bytes_and_normalised_by_one_instruction(
     for step, kernel in zip(program.steps, kernels, strict=True):
         check_exact(kernel)
         if isinstance(step, QuantPackStep):
-            assert bool(re.search(r"ld\.global\.(v\d\.)?b8", kernel.ptx)) is (program.tensors[step.input].dtype == "uint8")
+            loads_bytes = re.search(r"ld\.global\.(v\d\.)?b8", kernel.ptx) is not None
+            assert loads_bytes is (program.tensors[step.input].dtype == "uint8")
             assert ("fma.rn.f32" in kernel.ptx) is (step.multiplier is not None)
 
 
