@@ -167,7 +167,7 @@ def test_example_that_is_no_batch_of_images() -> None:
         (torch.zeros(2, 1, 8, 9), r"input has shape \[2, 1, 8, 9\]"),
         (torch.zeros(1, 8, 8), r"input has shape \[1, 8, 8\]"),
         (torch.zeros(2, 1, 8, 8).double(), r"input is torch.float64; the program takes normalised float32"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"input is torch.uint8; .*x.float\(\)"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"input is torch.uint8; .*pack with normalize="),
         (torch.zeros(2, 1, 8, 8, device="meta"), r"input lies on meta, the packed model on cpu"),
     ],
 )
