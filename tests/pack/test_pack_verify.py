@@ -130,7 +130,7 @@ def test_an_unknown_back_end_is_named_without_words_of_torch() -> None:
             pack_nets.network("digits_resnet8", 4, 4, classes=10),
             pack_nets.packed_digits(),
             pack_nets.images(2, (1, 8, 8)),
-            backend="gpu",
+            backend="tpu",
         )
     assert str(seen.value).endswith("choose one of auto, cpu, triton, reference")
 
