@@ -46,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
+    from lbs.search import distributed
     from lbs_kernels.errors import LbsError
 
     try:
-        return int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        distributed.stop()
+        return code
     except (LbsError, OSError) as error:
         message = " ".join(str(error).split("\n"))
         print(f"lbs {args.command}: {message}", file=sys.stderr)

@@ -9,6 +9,7 @@ import torch
 
 from lbs.cli.console import Console
 from lbs.run_folder import RunFolder
+from lbs.search import distributed
 from lbs.search.phases import Session, file_digest
 from lbs_kernels.errors import BackendError, LbsError
 
@@ -65,6 +66,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         ("warmup", float, "epochs of linear rise"),
         ("label-smoothing", float, "label smoothing"),
         ("distill", float, "share of the loss against the float network's outputs, 0..1"),
+        ("temperature", float, "what those outputs are divided by"),
+        ("minutes", float, "end the phase, and its learning-rate curve, after these minutes at the latest"),
+        ("train-images", int, "train on that many images, drawn by the seed"),
         ("seed", int, "seed of order, augmentation and initialisation"),
         ("log-every", int, "steps between two rows of metrics"),
         ("eval-every", int, "epochs between two measurements on the test images"),
@@ -75,7 +79,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--schedule", choices=("cosine", "step", "constant"), default=_UNSET, help="curve of the learning rate"
     )
     parser.add_argument(
-        "--milestones", type=numbers, default=_UNSET, metavar="E,..", help="epochs at which `step` divides by 10"
+        "--milestones",
+        type=numbers,
+        default=_UNSET,
+        metavar="E,..",
+        help="epochs at which `step` divides by 10",
     )
     parser.add_argument("--amp", choices=("off", "bf16"), default=_UNSET, help="bfloat16 autocast while training")
     add_machine(parser)
@@ -85,6 +93,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration fields the user named."""
     own = {"command", "json", "run", "resume", "threads", "device"}
     found = {key: value for key, value in vars(args).items() if key not in own}
+    if "milestones" in found:  # epochs of this run, not of the full schedule
+        found["full_epochs"] = 0
     for key in ("weights", "plan"):
         if found.get(key):
             found[f"{key}_digest"] = file_digest(found[key])
@@ -114,7 +124,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def session(args: argparse.Namespace, out: Console) -> Session:
-    """Folder, device and console of a training command."""
+    """Folder, device and console of a training command, which joins the processes torchrun started."""
     set_threads(args.threads)
-    folder = RunFolder(args.run)
-    return Session(folder, device_of(args.device), args.resume, out.progress(), out.say)
+    device = distributed.start(device_of(args.device))
+    return Session(RunFolder(args.run), device, args.resume, out.progress(), out.say)

@@ -8,6 +8,8 @@ from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, bit_operations, numbers, session
 from lbs.config import SearchRun, open_run
 from lbs.report.units import bops
+from lbs.search import distributed
+from lbs.search.modes import MODES
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
 
@@ -22,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
     parser.add_argument("--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together")
     parser.add_argument("--max-pruning-ratio", type=float, default=_UNSET, metavar="R", help="largest share per layer")
-    parser.add_argument("--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters")
+    parser.add_argument("--importance", default=_UNSET, metavar="RULE", help="what ranks filters, such as gamma")
+    parser.add_argument("--mode", choices=tuple(MODES), default=_UNSET, help="what is searched (default joint)")
     for name, text in (
         ("gate-lr", "learning rate of bit thresholds"),
         ("prune-lr", "learning rate of pruning thresholds"),
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     options = asked(args)
     if not args.resume and "bops" not in options:
         raise PlanError("--bops is missing; name a budget: a share such as 0.03, or a count such as 650M")
-    config = open_run(SearchRun, current.folder, options, args.resume)
+    config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume))
     current.folder.note_environment()
     section = run_search(config, current)
     out.say(

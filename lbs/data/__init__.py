@@ -18,7 +18,7 @@ from lbs.data.builtin import digits, synthetic
 from lbs.data.cifar100 import cifar100, is_python_layout
 from lbs.data.folder import from_folder
 from lbs.data.image_data import ImageData, from_arrays
-from lbs.data.loader import TensorLoader, crop_and_flip, eval_loader, normalize, train_loader
+from lbs.data.loader import Loader, TensorLoader, crop_and_flip, eval_loader, normalize, train_loader
 from lbs.data.npz import from_npz
 from lbs_kernels.errors import DataError
 
@@ -43,6 +43,7 @@ def load(source: str | Path) -> ImageData:
 
 __all__ = [
     "ImageData",
+    "Loader",
     "TensorLoader",
     "cifar100",
     "crop_and_flip",

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lbs.data.image_data import ImageData
+from lbs.data.image_data import ImageData, fingerprint
 from lbs_kernels.errors import DataError, TrainingError
 
 CROP_PADDING = 4
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+class Loader(Protocol):
+    """What training asks of a loader: batches (float32 [n, C, H, W], int64 [n]), and to go on where it was."""
+
+    classes: int  # one more than the largest label
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory: (x / 255 - mean) / std, in float32.
 
     The same three roundings as torchvision's ToTensor and Normalize, so weights trained with those see equal inputs.
     """
     pixels = images.to(torch.float32).div_(255)
-    pixels.sub_(torch.tensor(mean, device=images.device)).div_(torch.tensor(std, device=images.device))
+    pixels.sub_(torch.as_tensor(mean, device=images.device)).div_(torch.as_tensor(std, device=images.device))
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -55,6 +69,8 @@ class TensorLoader:
         augment: crop with `padding` black pixels around (added before normalisation), and flip horizontally.
         seed: with the epoch's number, decides order and augmentation.
         device: where the batches are made; the images are moved there once.
+        rank, world_size: this process among those that train together. Each makes its own part of every batch;
+            `batch_size` counts all parts, so the batches are the same for any number of processes.
 
     Raises DataError for sizes that do not fit, TrainingError for a state of another loader.
 
@@ -80,6 +96,8 @@ class TensorLoader:
         drop_last: bool = False,
         padding: int = CROP_PADDING,
         device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise DataError(f"images are {images.dtype} {tuple(images.shape)}; a loader needs uint8 [N, H, W, C]")
@@ -97,7 +115,17 @@ class TensorLoader:
             raise DataError(f"batch_size {batch_size} with drop_last leaves no batch of {len(images)} images")
         self.images = images.to(device) if device is not None else images
         self.labels = labels.to(self.images.device)
-        self.mean, self.std = tuple(mean), tuple(std)
+        if not 0 <= rank < world_size:
+            raise DataError(f"rank {rank} of {world_size} processes; it must lie in 0..{world_size - 1}")
+        if shuffle and world_size > 1 and (batch_size % world_size or not drop_last):
+            raise DataError(
+                f"batch_size {batch_size} for {world_size} processes (drop_last={drop_last}); training needs equal "
+                "parts: a multiple of the number of processes, with drop_last"
+            )
+        self.classes = int(labels.max()) + 1
+        self.rank, self.world_size = rank, world_size
+        self.mean, self.std = (torch.tensor(tuple(x), device=self.images.device) for x in (mean, std))
+        self._fingerprint = ""
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.drop_last, self.padding = seed, drop_last, padding
         self.epoch = 0
@@ -115,13 +143,14 @@ class TensorLoader:
         order, offsets, flips = self._draw(self.epoch)
         epoch, batches = self.epoch, len(self)
         for index in range(first, batches):
-            rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+            rows = order[index * self.batch_size : (index + 1) * self.batch_size][self.rank :: self.world_size]
             images = self.images[rows]
             if self.augment:
                 images = crop_and_flip(images, offsets[rows], flips[rows], self.padding)
             last = index + 1 == batches
             self.epoch, self._next_batch = (epoch + 1, 0) if last else (epoch, index + 1)
-            yield normalize(images, self.mean, self.std), self.labels[rows]
+            if len(rows):  # the last test batch may have nothing for some process
+                yield normalize(images, self.mean, self.std), self.labels[rows]
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Order [N], and by image crop offsets [N, 2] and flips [N]; drawn on the CPU, so equal on any device."""
@@ -138,30 +167,43 @@ class TensorLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at a saved position. Raises TrainingError if it was saved by a loader of other settings."""
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise TrainingError(
-                    f"the saved loader position has {key} = {state.get(key)!r}, this loader {value!r}; the batches "
-                    "would differ, so resume with the settings of the saved run"
-                )
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or not 0 <= batch < len(self):
-            raise TrainingError(
-                f"the saved loader position is epoch {epoch!r}, batch {batch!r}; the epoch must be 0 or more and the "
-                f"batch below {len(self)}"
-            )
-        self.epoch, self._next_batch, self._resume = epoch, batch, True
+        check_position(state, self._identity(), len(self))
+        self.epoch, self._next_batch, self._resume = state["epoch"], state["batch"], True
 
     def _identity(self) -> dict[str, Any]:
+        self._fingerprint = self._fingerprint or fingerprint(self.images, self.labels)
         return {
             "seed": self.seed,
             "images": len(self.images),
+            "data": self._fingerprint,
+            "processes": self.world_size,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "augment": self.augment,
             "padding": self.padding,
             "drop_last": self.drop_last,
         }
+
+
+def check_position(state: dict[str, Any], identity: dict[str, Any], batches: int) -> None:
+    """Refuse a saved position of a loader with another identity, or outside an epoch of `batches`.
+
+    Raises TrainingError that names everything that differs.
+    """
+    odd = [
+        f"{key} = {state.get(key)!r}, this one {value!r}" for key, value in identity.items() if state.get(key) != value
+    ]
+    if odd:
+        raise TrainingError(
+            f"the saved loader had {'; '.join(odd)}; its batches would differ, so go on with the data and the settings "
+            "of the saved run, or start in a new run folder"
+        )
+    epoch, batch = state.get("epoch"), state.get("batch")
+    if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or not 0 <= batch < batches:
+        raise TrainingError(
+            f"the saved loader position is epoch {epoch!r}, batch {batch!r}; the epoch must be 0 or more and the batch "
+            f"below {batches}"
+        )
 
 
 def train_loader(

@@ -20,7 +20,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search import checkpoint
 from lbs.search.freeze import freeze
 from lbs.search.prepare import SearchConfig, prepare
-from lbs_kernels.errors import CheckpointError, DataError, LbsError
+from lbs_kernels.errors import CheckpointError, DataError, LbsError, TrainingError
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
 
@@ -36,6 +36,7 @@ class NetworkCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signed: tuple[str, ...] = ()  # layers whose input codes are signed
+    fingerprint: str = ""  # of the data
 
     def example(self) -> Tensor:
         """Zeros float32 [1, C, H, W]."""
@@ -97,7 +98,46 @@ def load_data(source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] 
 
 def card_of(config: RunConfig, data: lbs.data.ImageData) -> NetworkCard:
     """The card of a configuration's network for its image set."""
-    return NetworkCard(config.model, config.data, len(data.classes), data.image_shape, data.mean, data.std)
+    return NetworkCard(
+        config.model,
+        config.data,
+        len(data.classes),
+        data.image_shape,
+        data.mean,
+        data.std,
+        fingerprint=data.fingerprint,
+    )
+
+
+def check_same_data(card: NetworkCard, folder: RunFolder) -> None:
+    """Refuse to go on with other data than a run began with. Raises TrainingError."""
+    if not folder.file("network.json").exists():
+        return
+    before = NetworkCard.read(folder)
+    if before.fingerprint and before.fingerprint != card.fingerprint:
+        raise TrainingError(
+            f"--resume with another data set: {card.data} has the fingerprint {card.fingerprint} now, "
+            f"{folder.path} was begun with {before.fingerprint}; restore the data, or start in a new run folder"
+        )
+
+
+def load_float(model: nn.Module, path: Path, card: NetworkCard) -> None:
+    """Put float weights into a network made for the data of `card`.
+
+    Raises:
+        CheckpointError: damaged, made for another number of classes, or for another network.
+    """
+    tensors = checkpoint.load_weights(path)
+    for key, own in reversed(model.state_dict().items()):
+        if own.dim() == 2:  # the classifier: the last matrix
+            there = tensors.get(key)
+            if there is not None and there.dim() == 2 and there.shape[1] == own.shape[1] and len(there) != len(own):
+                raise CheckpointError(
+                    f"{path} is for {len(there)} classes ({key} is {tuple(there.shape)}), the data set {card.data} has "
+                    f"{card.num_classes}; give weights trained on this data, or the data of these weights"
+                )
+            break
+    checkpoint.apply_weights(model, tensors, path)
 
 
 def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import lbs.data
+from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
 from lbs.search import Budget, SearchConfig, checkpoint, parameter_groups, prepare
-from lbs.search.recipe import Recipe
 from lbs.search.trainer import Trainer, evaluate
 from lbs_kernels.errors import CheckpointError, TrainingError
 
