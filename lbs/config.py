@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from lbs.recipe import Recipe
@@ -18,7 +19,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs_kernels.errors import TrainingError
 
 CONFIG_VERSION = 2
-_INHERITED = ("data", "model", "mean", "std", "augment", "train_images")
+_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "row")
 C = TypeVar("C", bound="RunConfig")
 
 
@@ -34,6 +35,7 @@ class RunConfig(Recipe):
 
     epochs: int = 30
     lr: float = 1e-3
+    row: str = ""  # the row of a table of results this run makes
     data: str = ""
     model: str = ""
     weights: str = ""  # file of float weights; "" where the run folder has them, or they are trained first
@@ -54,6 +56,23 @@ class RunConfig(Recipe):
     def as_dict(self) -> dict[str, Any]:
         """For config.json: the fields and their hash."""
         return {**asdict(self), "hash": self.digest()}
+
+
+@dataclass(frozen=True)
+class FloatRun(RunConfig):
+    """The float network: `weights` as they are, or else training, 200 epochs unless it is told otherwise."""
+
+    command: ClassVar[str] = "float"
+    phases: ClassVar[tuple[str, ...]] = ("float",)
+
+    epochs: int = 200
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    warmup: float = 1.0
+
+
+# A float network trained within a search keeps the curve and the decay of FloatRun.
+_OWN_CURVE = ("schedule", "milestones", "full_epochs", "minutes", "weight_decay", "warmup")
 
 
 @dataclass(frozen=True)
@@ -84,20 +103,11 @@ class SearchRun(RunConfig):
     float_epochs: int = 0  # train the float network first, where there are no weights
     float_lr: float = 0.1
 
-    def float_recipe(self) -> Recipe:
-        """How the float network is trained where no weights are given."""
-        return replace(
-            _plain(self),
-            epochs=self.float_epochs,
-            lr=self.float_lr,
-            schedule="cosine",
-            milestones=(),
-            full_epochs=0,
-            minutes=0.0,
-            weight_decay=5e-4,
-            warmup=1.0,
-            distill=0.0,
-        )
+    def float_run(self) -> FloatRun:
+        """How the float network comes to be: the weights that were named, or float_epochs of training."""
+        shared = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
+        own = {field.name: field.default for field in fields(FloatRun) if field.name in _OWN_CURVE}
+        return FloatRun(**{**shared, **own, "epochs": self.float_epochs, "lr": self.float_lr, "distill": 0.0})
 
 
 @dataclass(frozen=True)
@@ -115,11 +125,6 @@ class FinetuneRun(RunConfig):
     plan: str = ""  # file of a plan; "": the run folder's own
     plan_digest: str = ""
     uniform: tuple[int, ...] = ()  # (weight bits, activation bits) of a uniform baseline instead of a plan
-
-
-def _plain(config: RunConfig) -> Recipe:
-    """The recipe alone."""
-    return Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
 
 
 def from_dict(kind: type[C], body: dict[str, Any], origin: str) -> C:
@@ -170,26 +175,46 @@ def open_run(kind: type[C], folder: RunFolder, asked: dict[str, Any], resume: bo
     Raises:
         TrainingError: nothing to resume; another configuration; or the folder holds such a run and `resume` is off.
     """
+    found: C = open_runs(((kind, asked),), folder, resume, inherit)[0]  # type: ignore[assignment]
+    return found
+
+
+def open_runs(
+    wanted: Sequence[tuple[type[RunConfig], dict[str, Any]]], folder: RunFolder, resume: bool, inherit: str = ""
+) -> list[RunConfig]:
+    """As `open_run` for several commands, whose sections are written at once: all of them are there, or none.
+
+    Raises:
+        TrainingError: as `open_run`; what differs is listed for all commands together.
+    """
     path = folder.file("config.json")
     sections: dict[str, Any] = dict(read_json(path)) if path.exists() else {}
-    section = sections.get(kind.command)
     if resume:
-        if section is None:
-            raise TrainingError(f"{folder.path} holds no {kind.command} to resume; start it without --resume")
-        saved = from_dict(kind, section, f"{path}, section {kind.command}")
-        refuse_changes(saved, asked, str(path))
-        return saved
-    if any(folder.checkpoint(phase).exists() for phase in kind.phases):
-        raise TrainingError(
-            f"{folder.path} already holds a {kind.command}; go on with --resume, or name a new folder with --run"
-        )
-    inherited = {key: _tuples(value) for key, value in sections.get(inherit, {}).items() if key in _INHERITED}
-    config = kind(**{**inherited, **asked})
-    for name in ("data", "model"):
-        if not getattr(config, name):
-            raise TrainingError(f"--{name} is missing and {folder.path} holds no run to take it from; name it")
-    write_json(path, {**sections, "version": CONFIG_VERSION, kind.command: config.as_dict()})
-    return config
+        return [_saved(kind, sections, asked, folder) for kind, asked in wanted]
+    configs = []
+    for kind, asked in wanted:
+        if any(folder.checkpoint(phase).exists() for phase in kind.phases):
+            raise TrainingError(
+                f"{folder.path} already holds a {kind.command}; go on with --resume, or name a new folder with --run"
+            )
+        inherited = {key: _tuples(value) for key, value in sections.get(inherit, {}).items() if key in _INHERITED}
+        config = kind(**{**inherited, **asked})
+        for name in ("data", "model"):
+            if not getattr(config, name):
+                raise TrainingError(f"--{name} is missing and {folder.path} holds no run to take it from; name it")
+        configs.append(config)
+    new = {config.command: config.as_dict() for config in configs}
+    write_json(path, {**sections, "version": CONFIG_VERSION, **new})
+    return configs
+
+
+def _saved(kind: type[C], sections: dict[str, Any], asked: dict[str, Any], folder: RunFolder) -> C:
+    section, path = sections.get(kind.command), folder.file("config.json")
+    if section is None:
+        raise TrainingError(f"{folder.path} holds no {kind.command} to resume; start it without --resume")
+    saved = from_dict(kind, section, f"{path}, section {kind.command}")
+    refuse_changes(saved, asked, f"{path}, section {kind.command},")
+    return saved
 
 
 def _tuples(value: Any) -> Any:

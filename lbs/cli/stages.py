@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ _EXAMPLES = 4
 
 def pack_run(folder: RunFolder, stream_dtype: str = "float32") -> dict[str, Any]:
     """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer."""
+    started = time.monotonic()
     model, card = network.load_network(folder)
     images, _ = next(iter(lbs.data.eval_loader(network.images_of(card), _EXAMPLES)))
     packed = lbs.pack(model, example=images, stream_dtype=stream_dtype)
@@ -30,6 +32,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32") -> dict[str, Any]
         "packed_bytes": packed.packed_bytes,
         "stream_dtype": stream_dtype,
         "kept_float": [list(row) for row in packed.kept_float],
+        "seconds": time.monotonic() - started,
     }
     folder.add_result("pack", section)
     return section
@@ -41,6 +44,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     An image whose prediction differs is compared code by code too: it is excused only where all that differs lies on a
     rounding boundary, and never if `strict`.
     """
+    started = time.monotonic()
     model, card = network.load_network(folder)
     packed = of_run(folder).packed
     data = network.images_of(card)
@@ -61,6 +65,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
         "codes_on_boundary": report.near_boundary,
         "first_difference": report.first_difference,
         "passed": report.ok and excused,
+        "seconds": time.monotonic() - started,
     }
     folder.add_result("verify", section)
     return section

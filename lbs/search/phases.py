@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lbs.data
-from lbs.config import FinetuneRun, RunConfig, SearchRun
+from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun
 from lbs.plan import Plan
 from lbs.quant import calibrate
 from lbs.run_folder import RunFolder, write_bytes
@@ -50,6 +50,43 @@ def file_digest(path: str) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}; give the path of a file") from error
 
 
+def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
+    """Weights from a file, or trained here -> float.safetensors. Returns the section `float`; at once where it is done.
+
+    Raises:
+        LbsError: any of the family; nothing that was saved before is lost.
+    """
+    folder, kept = session.folder, session.folder.file(FLOAT)
+    before = distributed.first(lambda: folder.results().get("float", {}) if session.resume else {})
+    if before.get("config_hash") == config.digest():
+        return dict(before)
+    data, card = _data_and_card(config, session)
+    card.write(folder)
+    torch.manual_seed(config.seed)
+    model = network.build(config.model, card.num_classes).to(session.device)
+    if config.weights:
+        network.load_float(model, Path(config.weights), card)
+        section: dict[str, Any] = {"origin": config.weights}
+        section["accuracy"] = evaluate(model, _test_loader(data, session.device))
+    else:
+        trainer = Trainer(
+            model,
+            _train_loader(config, data, session.device),
+            config,
+            phase="float",
+            test=_test_loader(data, session.device),
+            folder=folder,
+            progress=session.progress,
+        )
+        section = {"origin": "trained in this run", **trainer.fit(_goes_on(session, "float")).as_dict()}
+    session.say(f"float network: {section['accuracy']:.2%} of the test images")
+    checkpoint.save_weights(kept, model)
+    distributed.wait()
+    section |= {"bytes": kept.stat().st_size, "config_hash": config.digest()}
+    folder.add_result("float", section)
+    return section
+
+
 def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     """Float network -> plan.json and searched.safetensors. Returns results.json's section `search`.
 
@@ -58,7 +95,8 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     """
     data, card = _data_and_card(config, session)
     card.write(session.folder)
-    model = _float_network(config, data, card, session)
+    model = _float_network(config, card, session)
+    torch.manual_seed(config.seed)
     searched = prepare(model, card.example().to(session.device), _settings(config))
     report = conversion_report(searched)
     for name, fate in report:
@@ -165,42 +203,15 @@ def _goes_on(session: Session, phase: str) -> bool:
     return distributed.first(lambda: session.resume and session.folder.checkpoint(phase).exists())
 
 
-def _float_network(config: SearchRun, data: lbs.data.ImageData, card: NetworkCard, session: Session) -> nn.Module:
-    """The float network with the user's weights, or trained here; measured, and kept as float.safetensors."""
-    torch.manual_seed(config.seed)
-    model = network.build(config.model, card.num_classes).to(session.device)
-    folder, section = session.folder, {"origin": config.weights or "trained in this run"}
-    kept = folder.file(FLOAT)
-    trained, measured = distributed.first(
-        lambda: (session.resume and kept.exists(), session.resume and "float" in folder.results())
-    )
-    source = Path(config.weights) if config.weights else kept if trained else None
-    if source is not None:
-        network.load_float(model, source, card)
-    elif config.float_epochs:
-        section |= _train_float(model, config, data, session)
-    else:
+def _float_network(config: SearchRun, card: NetworkCard, session: Session) -> nn.Module:
+    """The float network the search starts from: the run folder's own, made here if the configuration says how."""
+    if config.weights or config.float_epochs:
+        run_float(config.float_run(), session)
+    elif not session.folder.file(FLOAT).exists():
         raise TrainingError("no float weights to start from; give --weights FILE, or train them with --float-epochs N")
-    if measured:
-        return model
-    accuracy = evaluate(model, _test_loader(data, session.device))
-    session.say(f"float network: {accuracy:.2%} of the test images")
-    checkpoint.save_weights(kept, model)
-    folder.add_result("float", {**section, "accuracy": accuracy, "bytes": kept.stat().st_size})
+    model = network.build(config.model, card.num_classes).to(session.device)
+    network.load_float(model, session.folder.file(FLOAT), card)
     return model
-
-
-def _train_float(model: nn.Module, config: SearchRun, data: lbs.data.ImageData, session: Session) -> dict[str, Any]:
-    trainer = Trainer(
-        model,
-        _train_loader(config, data, session.device),
-        config.float_recipe(),
-        phase="float",
-        test=_test_loader(data, session.device),
-        folder=session.folder,
-        progress=session.progress,
-    )
-    return trainer.fit(_goes_on(session, "float")).as_dict()
 
 
 def _start_of_finetuning(
