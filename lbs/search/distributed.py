@@ -7,6 +7,7 @@ on files is therefore decided by rank 0 alone and told to the others (`first`).
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,6 +125,18 @@ def wait() -> None:
     """Until every process is here, so that what rank 0 wrote can be read."""
     if active():
         gather(None)
+
+
+def wrap(module: nn.Module, find_unused: bool) -> nn.Module:
+    """DistributedDataParallel that averages gradients and touches nothing else.
+
+    Weights are equal from the start, or `check_agreement` says so; norms keep statistics of their own (`share_norms`).
+    """
+    kind = nn.parallel.DistributedDataParallel
+    name = "forward_sync_buffers"  # torch 2.13 renamed broadcast_buffers
+    buffers = name if name in inspect.signature(kind).parameters else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False, "find_unused_parameters": find_unused, "init_sync": False}
+    return kind(module, **options)
 
 
 def share_norms(model: nn.Module) -> None:

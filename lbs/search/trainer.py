@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from lbs.data import Loader
 from lbs.recipe import Recipe
@@ -103,10 +102,8 @@ class Trainer:
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
         self._step_module: nn.Module = _Step(self)
         if distributed.active():
-            # Idle gates get no gradient. Norms keep their own statistics: see distributed.share_norms.
-            self._step_module = DistributedDataParallel(
-                self._step_module, broadcast_buffers=False, find_unused_parameters=budget is not None
-            )
+            # Idle gates get no gradient, hence find_unused.
+            self._step_module = distributed.wrap(self._step_module, find_unused=budget is not None)
         self.epoch = self.step = 0
         self.finished = False
         self.best: tuple[float, int] | None = None
@@ -133,7 +130,8 @@ class Trainer:
         saved = time.monotonic()
         if self.progress:
             self.progress.begin(self.phase, self.recipe.epochs * len(self.train), self.step)
-        distributed.wait()
+        if distributed.active():
+            distributed.check_agreement(self._digests())
         while self.epoch < self.recipe.epochs and not self.finished:
             self.model.train()
             for images, labels in self.train:
@@ -183,7 +181,8 @@ class Trainer:
         self.step += 1
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-            self._sums += torch.stack([loss.double(), task.double(), correct.double()])
+            # Of all processes in every step: a checkpoint, which rank 0 writes alone, must hold what belongs to all.
+            self._sums += distributed.reduce_mean(torch.stack([loss.double(), task.double(), correct.double()]))
         self._seen = [old + new for old, new in zip(self._seen, (1, len(labels), 1, len(labels)), strict=True)]
         if log:
             self._write_step()
@@ -231,7 +230,7 @@ class Trainer:
         )
 
     def _write_step(self) -> None:
-        sums = self._totals()[0].tolist()
+        sums = self._sums[0].tolist()
         steps, images = self._seen[:2]
         row: dict[str, Any] = {
             "phase": self.phase,
@@ -249,7 +248,7 @@ class Trainer:
         self._seen[:2] = [0, 0]
 
     def _end_epoch(self) -> None:
-        sums = self._totals()[1].tolist()
+        sums = self._sums[1].tolist()
         steps, images = self._seen[2:]
         self.loss = sums[0] / steps
         if distributed.anywhere(not self.loss < float("inf") or not finite_weights(self.model), self.device):
@@ -281,10 +280,6 @@ class Trainer:
         self._record(row)
         self._sums[1] = 0
         self._seen[2:] = [0, 0]
-
-    def _totals(self) -> Tensor:
-        """`_sums` of all processes, as if one had seen all images: losses are means over them."""
-        return distributed.reduce_mean(self._sums)
 
     def _digests(self) -> dict[str, str]:
         """What must be equal on all processes after an epoch: weights, gates, ranges, momentum, budget."""
