@@ -8,10 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lbs.cli import rows
 from lbs.cli.console import Console, console
 from lbs.cli.options import add_machine, bit_operations, session
 from lbs.cli.reproduction import Options, open_row, reproduce
-from lbs.cli.rows import ROWS, Row, row_named
+from lbs.cli.rows import Row, row_named
 from lbs.config import FinetuneRun, RunConfig, SearchRun
 from lbs.report.units import bops, seconds
 from lbs.run_folder import write_json
@@ -125,7 +126,7 @@ def setting(kind: type[RunConfig], text: str) -> tuple[str, Any]:
 def list_rows(out: Console) -> None:
     """All rows, with their budget and what was published."""
     body = []
-    for row in ROWS.values():
+    for row in rows.ROWS.values():
         budget = "-" if row.target is None else f"{row.target:.0%} of float" if row.target <= 1 else bops(row.target)
         mark = row.published
         published = f"published {mark.top1:.1f} % at {bops(mark.bops)}" if mark else ""

@@ -148,6 +148,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     """Searched (or hand-planned, or uniform) network -> model.safetensors. Returns the section `finetune`."""
     folder = session.folder
     data, card = _data_and_card(config, session)
+    torch.manual_seed(config.seed)  # dropout, say, must not depend on which phases this process ran before
     quantized, card = _start_of_finetuning(config, data, card, session)
     before = evaluate(quantized, _test_loader(data, session.device))
     session.say(f"before fine-tuning: {before:.2%} of the test images")
