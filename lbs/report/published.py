@@ -9,6 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOAT, OURS = "full precision", "LBS"
+# (network of lbs.models, classes) -> name the points are listed under.
+NETWORKS = {
+    ("cifar_resnet20", 100): "cifar100-resnet20",
+    ("preresnet20", 100): "cifar100-resnet20",
+    ("cifar_resnet56", 100): "cifar100-resnet56",
+    ("preresnet56", 100): "cifar100-resnet56",
+    ("resnet18", 1000): "imagenet-resnet18",
+    ("mobilenet_v2", 1000): "imagenet-mobilenet_v2",
+}
 
 
 @dataclass(frozen=True)
