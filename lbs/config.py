@@ -19,7 +19,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs_kernels.errors import TrainingError
 
 CONFIG_VERSION = 2
-_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "row")
+_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "max_unreadable", "row")
 C = TypeVar("C", bound="RunConfig")
 
 
@@ -45,6 +45,7 @@ class RunConfig(Recipe):
     augment: bool = True
     seed: int = 0
     batch_size: int = 128  # of all processes together
+    max_unreadable: float = 0.0  # share of an image folder's files that may be left out
     train_images: int = 0  # train on that many, drawn by the seed; 0: on all
     calibration: int = 512  # training images that set the ranges
 

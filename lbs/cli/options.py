@@ -50,7 +50,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """Options of every training command."""
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
     parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
-    parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or an image folder")
+    parser.add_argument(
+        "--data",
+        default=_UNSET,
+        help="digits, synthetic, a .npz file, an image folder, or imagenet:FOLDER to stream one",
+    )
     parser.add_argument("--model", default=_UNSET, metavar="NAME", help="a name of lbs.models, or module:function")
     parser.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
     parser.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
@@ -68,6 +72,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         ("distill", float, "share of the loss against the float network's outputs, 0..1"),
         ("temperature", float, "what those outputs are divided by"),
         ("minutes", float, "end the phase, and its learning-rate curve, after these minutes at the latest"),
+        ("max-unreadable", float, "share of an image folder's files that may be left out, unreadable (default 0)"),
         ("train-images", int, "train on that many images, drawn by the seed"),
         ("seed", int, "seed of order, augmentation and initialisation"),
         ("log-every", int, "steps between two rows of metrics"),

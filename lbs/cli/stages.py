@@ -49,16 +49,13 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     packed = of_run(folder).packed
     data = network.images_of(card)
     report = lbs.verify(model, packed, _some(data, images))
-    trained, served, labels = _predictions(model, packed, data)
-    differing = (trained != served).nonzero().flatten()
-    excused = True
-    if len(differing):
-        x = lbs.data.normalize(data.test_x[differing], data.mean, data.std)
-        excused = not strict and lbs.verify(model, packed, x).ok
+    trained, served, labels, differing = _predictions(model, packed, data)
+    places = (trained != served).nonzero().flatten()
+    excused = not len(places) or (not strict and lbs.verify(model, packed, differing).ok)
     section = {
         "images": len(labels),
-        "equal_predictions": len(labels) - len(differing),
-        "differing_images": differing.tolist(),
+        "equal_predictions": len(labels) - len(places),
+        "differing_images": places.tolist(),
         "packed_accuracy": float((served == labels).double().mean()),
         "trained_accuracy": float((trained == labels).double().mean()),
         "codes": report.codes,
@@ -81,17 +78,19 @@ def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> 
     return section
 
 
-def _some(data: lbs.data.ImageData, count: int) -> Tensor:
+def _some(data: lbs.data.ImageSet, count: int) -> Tensor:
     """`count` test images spread over the whole set."""
-    places = torch.linspace(0, len(data.test_x) - 1, min(count, len(data.test_x))).long()
-    return lbs.data.normalize(data.test_x[places], data.mean, data.std)
+    places = torch.linspace(0, data.test_count - 1, min(count, data.test_count)).long()
+    return lbs.data.images_at(data, places)
 
 
 @torch.inference_mode()
-def _predictions(model: nn.Module, packed: nn.Module, data: lbs.data.ImageData) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes by the trained network, by the packed one, and the labels, of all test images."""
-    trained, served = [], []
-    for images, _ in lbs.data.eval_loader(data):
+def _predictions(model: nn.Module, packed: nn.Module, data: lbs.data.ImageSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Classes by the trained network, by the packed one, and the labels, of all test images; images they differ on."""
+    trained, served, labels, differing = [], [], [], []
+    for images, of_batch in lbs.data.eval_loader(data):
         trained.append(model(images).argmax(1))
         served.append(packed(images).argmax(1))
-    return torch.cat(trained), torch.cat(served), data.test_y
+        labels.append(of_batch)
+        differing.append(images[trained[-1] != served[-1]])
+    return torch.cat(trained), torch.cat(served), torch.cat(labels), torch.cat(differing)

@@ -57,6 +57,14 @@ class ImageData:
         height, width, channels = self.train_x.shape[1:]
         return channels, height, width
 
+    @property
+    def train_count(self) -> int:
+        return len(self.train_x)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_x)
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all images and labels: runs go on with the data they began with."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lbs.data.image_data import ImageData, fingerprint
-from lbs_kernels.errors import DataError, TrainingError
+from lbs.data.position import Position, check_parts
+from lbs_kernels.errors import DataError
 
 CROP_PADDING = 4
 
@@ -53,12 +54,10 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int =
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-class TensorLoader:
+class TensorLoader(Position):
     """Iterates batches (float32 [n, C, H, W], int64 [n]); one `for` loop is one epoch.
 
-    What an epoch draws depends on (seed, epoch) only, not on what ran before. `state_dict` tells the position after
-    the batch that was yielded last; after `load_state_dict` the next loop goes on there, in the middle of an epoch if
-    need be. A loop left early by `break` without a state starts its epoch again.
+    What an epoch draws depends on (seed, epoch) only, not on what ran before; see `Position` for going on after a stop.
 
     Args:
         images: uint8 [N, H, W, C].
@@ -107,48 +106,28 @@ class TensorLoader:
             )
         if not len(mean) == len(std) == images.shape[3]:
             raise DataError(f"mean has {len(mean)} and std {len(std)} values for images of {images.shape[3]} channels")
-        if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}; it must be at least 1")
         if padding < 0:
             raise DataError(f"padding is {padding}; it must be 0 or more black pixels")
-        if drop_last and batch_size > len(images):
-            raise DataError(f"batch_size {batch_size} with drop_last leaves no batch of {len(images)} images")
+        check_parts(len(images), batch_size, drop_last, shuffle, rank, world_size)
         self.images = images.to(device) if device is not None else images
         self.labels = labels.to(self.images.device)
-        if not 0 <= rank < world_size:
-            raise DataError(f"rank {rank} of {world_size} processes; it must lie in 0..{world_size - 1}")
-        if shuffle and world_size > 1 and (batch_size % world_size or not drop_last):
-            raise DataError(
-                f"batch_size {batch_size} for {world_size} processes (drop_last={drop_last}); training needs equal "
-                "parts: a multiple of the number of processes, with drop_last"
-            )
         self.classes = int(labels.max()) + 1
         self.rank, self.world_size = rank, world_size
         self.mean, self.std = (torch.tensor(tuple(x), device=self.images.device) for x in (mean, std))
         self._fingerprint = ""
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.drop_last, self.padding = seed, drop_last, padding
-        self.epoch = 0
-        self._next_batch = 0
-        self._resume = False
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+    def count(self) -> int:
+        return len(self.images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        first = self._next_batch if self._resume else 0
-        self._resume = False
         order, offsets, flips = self._draw(self.epoch)
-        epoch, batches = self.epoch, len(self)
-        for index in range(first, batches):
-            rows = order[index * self.batch_size : (index + 1) * self.batch_size][self.rank :: self.world_size]
+        for index in self.positions():
+            rows = order[self.rows(index)]
             images = self.images[rows]
             if self.augment:
                 images = crop_and_flip(images, offsets[rows], flips[rows], self.padding)
-            last = index + 1 == batches
-            self.epoch, self._next_batch = (epoch + 1, 0) if last else (epoch, index + 1)
             if len(rows):  # the last test batch may have nothing for some process
                 yield normalize(images, self.mean, self.std), self.labels[rows]
 
@@ -161,16 +140,7 @@ class TensorLoader:
         flips = torch.rand(count, generator=generator) < 0.5
         return order.to(device), offsets.to(device), flips.to(device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the batch yielded last, and what it is only valid for."""
-        return {"epoch": self.epoch, "batch": self._next_batch, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a saved position. Raises TrainingError if it was saved by a loader of other settings."""
-        check_position(state, self._identity(), len(self))
-        self.epoch, self._next_batch, self._resume = state["epoch"], state["batch"], True
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         self._fingerprint = self._fingerprint or fingerprint(self.images, self.labels)
         return {
             "seed": self.seed,
@@ -185,51 +155,43 @@ class TensorLoader:
         }
 
 
-def check_position(state: dict[str, Any], identity: dict[str, Any], batches: int) -> None:
-    """Refuse a saved position of a loader with another identity, or outside an epoch of `batches`.
+class Streamed(Protocol):
+    """An image set that is not in memory and makes its own loaders."""
 
-    Raises TrainingError that names everything that differs.
-    """
-    odd = [
-        f"{key} = {state.get(key)!r}, this one {value!r}" for key, value in identity.items() if state.get(key) != value
-    ]
-    if odd:
-        raise TrainingError(
-            f"the saved loader had {'; '.join(odd)}; its batches would differ, so go on with the data and the settings "
-            "of the saved run, or start in a new run folder"
-        )
-    epoch, batch = state.get("epoch"), state.get("batch")
-    if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or not 0 <= batch < batches:
-        raise TrainingError(
-            f"the saved loader position is epoch {epoch!r}, batch {batch!r}; the epoch must be 0 or more and the batch "
-            f"below {batches}"
-        )
+    def train_loader(self, batch_size: int, **options: Any) -> Any: ...
+
+    def test_loader(self, batch_size: int, **options: Any) -> Any: ...
+
+    def test_images(self, places: Tensor) -> Tensor: ...
 
 
 def train_loader(
-    data: ImageData,
+    data: ImageData | Streamed,
     batch_size: int = 128,
     *,
     augment: bool = True,
     seed: int = 0,
     drop_last: bool = True,
     **options: Any,
-) -> TensorLoader:
+) -> Any:
     """Shuffled and, unless switched off, augmented batches of the training images; see TensorLoader."""
+    options = {"augment": augment, "seed": seed, "drop_last": drop_last, **options}
+    if not isinstance(data, ImageData):
+        return data.train_loader(batch_size, **options)
     return TensorLoader(
-        data.train_x,
-        data.train_y,
-        mean=data.mean,
-        std=data.std,
-        batch_size=batch_size,
-        shuffle=True,
-        augment=augment,
-        seed=seed,
-        drop_last=drop_last,
-        **options,
+        data.train_x, data.train_y, mean=data.mean, std=data.std, batch_size=batch_size, shuffle=True, **options
     )
 
 
-def eval_loader(data: ImageData, batch_size: int = 256, **options: Any) -> TensorLoader:
+def eval_loader(data: ImageData | Streamed, batch_size: int = 256, **options: Any) -> Any:
     """All test images in their order, not augmented; see TensorLoader."""
+    if not isinstance(data, ImageData):
+        return data.test_loader(batch_size, **options)
     return TensorLoader(data.test_x, data.test_y, mean=data.mean, std=data.std, batch_size=batch_size, **options)
+
+
+def images_at(data: ImageData | Streamed, places: Tensor) -> Tensor:
+    """Test images by their place in the set, normalised: float32 [n, C, H, W]."""
+    if not isinstance(data, ImageData):
+        return data.test_images(places)
+    return normalize(data.test_x[places], data.mean, data.std)

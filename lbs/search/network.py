@@ -88,15 +88,17 @@ def prune_group(name: str) -> int:
     return lbs.models.REGISTRY[name].prune_group if name in lbs.models.REGISTRY else 4
 
 
-def load_data(source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> lbs.data.ImageData:
+def load_data(
+    source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = (), max_unreadable: float = 1.0
+) -> lbs.data.ImageSet:
     """The image set, with other pixel statistics where they are given."""
-    data = lbs.data.load(source)
+    data = lbs.data.load(source, max_unreadable)
     if bool(mean) != bool(std):
         raise DataError(f"mean {mean} and std {std} must be given together, one value per channel each")
     return replace(data, mean=mean, std=std) if mean else data
 
 
-def card_of(config: RunConfig, data: lbs.data.ImageData) -> NetworkCard:
+def card_of(config: RunConfig, data: lbs.data.ImageSet) -> NetworkCard:
     """The card of a configuration's network for its image set."""
     return NetworkCard(
         config.model,
@@ -171,7 +173,7 @@ def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
     return network.eval(), card
 
 
-def images_of(card: NetworkCard) -> lbs.data.ImageData:
+def images_of(card: NetworkCard) -> lbs.data.ImageSet:
     """The image set the network was made for, normalised as it expects."""
     return load_data(card.data, card.mean, card.std)
 

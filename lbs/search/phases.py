@@ -135,6 +135,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         "full_precision_bops": outcome.full_precision,
         "frozen_accuracy": accuracy,
         "conversion": [list(row) for row in report],
+        **_left_out(trainer.train),
         "config_hash": config.digest(),
     }
     session.folder.add_result("search", section)
@@ -173,6 +174,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
         "accuracy_before": before,
         "bops": plan.bops(),
         "full_precision_bops": plan.full_precision_bops(),
+        **_left_out(trainer.train),
         "config_hash": config.digest(),
     }
     folder.add_result("finetune", section)
@@ -180,9 +182,9 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     return section
 
 
-def _data_and_card(config: RunConfig, session: Session) -> tuple[lbs.data.ImageData, NetworkCard]:
+def _data_and_card(config: RunConfig, session: Session) -> tuple[lbs.data.ImageSet, NetworkCard]:
     """The data of a run, which must be what it began with, and the card of its network."""
-    data = network.load_data(config.data, config.mean, config.std)
+    data = network.load_data(config.data, config.mean, config.std, config.max_unreadable)
     card = network.card_of(config, data)
     if session.resume:
         distributed.first(lambda: network.check_same_data(card, session.folder))
@@ -216,7 +218,7 @@ def _float_network(config: SearchRun, card: NetworkCard, session: Session) -> nn
 
 
 def _start_of_finetuning(
-    config: FinetuneRun, data: lbs.data.ImageData, card: NetworkCard, session: Session
+    config: FinetuneRun, data: lbs.data.ImageSet, card: NetworkCard, session: Session
 ) -> tuple[nn.Module, NetworkCard]:
     """The quantized network fine-tuning starts from, and its card."""
     folder, batches = session.folder, _calibration_batches(config, data, session.device)
@@ -254,20 +256,26 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     return teacher
 
 
-def _train_loader(config: RunConfig, data: lbs.data.ImageData, device: torch.device) -> lbs.data.TensorLoader:
-    if config.batch_size > len(data.train_x):
-        raise TrainingError(f"--batch-size {config.batch_size} exceeds the {len(data.train_x)} training images")
+def _train_loader(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> lbs.data.Loader:
+    if config.batch_size > data.train_count:
+        raise TrainingError(f"--batch-size {config.batch_size} exceeds the {data.train_count} training images")
     options: dict[str, Any] = {"device": device, "rank": distributed.rank(), "world_size": distributed.world_size()}
     return lbs.data.train_loader(data, config.batch_size, augment=config.augment, seed=config.seed, **options)
 
 
-def _test_loader(data: lbs.data.ImageData, device: torch.device) -> lbs.data.TensorLoader:
+def _test_loader(data: lbs.data.ImageSet, device: torch.device) -> lbs.data.Loader:
     """This process's part of the test images."""
     return lbs.data.eval_loader(data, device=device, rank=distributed.rank(), world_size=distributed.world_size())
 
 
-def _calibration_batches(config: RunConfig, data: lbs.data.ImageData, device: torch.device) -> list[Tensor]:
-    size = min(128, len(data.train_x), config.calibration)
+def _left_out(loader: lbs.data.Loader) -> dict[str, Any]:
+    """Images that could not be read, where there were any."""
+    unreadable = getattr(loader, "unreadable", {})
+    return {"unreadable": unreadable} if unreadable else {}
+
+
+def _calibration_batches(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> list[Tensor]:
+    size = min(128, data.train_count, config.calibration)
     loader = lbs.data.train_loader(data, size, augment=False, seed=config.seed, device=device)
     return [images for images, _ in itertools.islice(loader, -(-config.calibration // size))]
 
