@@ -17,6 +17,7 @@ from lbs.config import FinetuneRun, RunConfig, SearchRun
 from lbs.report.units import bops, seconds
 from lbs.run_folder import write_json
 from lbs.search import distributed
+from lbs.search.modes import MODES
 from lbs.search.phases import file_digest
 from lbs_kernels.errors import LbsError
 
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the rows and what was published")
     parser.add_argument("--out", dest="run", metavar="DIR", help="run folder (default: runs/ROW-seedN)")
     parser.add_argument("--resume", action="store_true", help="go on after a stop, in whatever phase it was")
-    parser.add_argument("--data", help="CIFAR-100: a .npz file, or a folder that is or holds cifar-100-python")
+    parser.add_argument(
+        "--data", help="CIFAR-100: a .npz file or the folder cifar-100-python; ImageNet: imagenet:FOLDER"
+    )
     parser.add_argument("--weights", metavar="FILE", help="float weights; without them the float network is trained")
     parser.add_argument("--schedule", metavar="S+F", help="epochs of search and fine-tuning, such as 8+30")
     parser.add_argument("--float-epochs", type=int, metavar="N", help="epochs of the float network, without --weights")
@@ -39,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distill", type=float, metavar="X", help="share of the float network in fine-tuning's loss")
     parser.add_argument("--bops", type=bit_operations, help="another budget: 0.03 (share), 650M, 34.7G")
     parser.add_argument("--train-images", type=int, metavar="N", help="train on that many images only")
+    parser.add_argument(
+        "--max-unreadable", type=float, metavar="X", help="share of a folder's files that may be left out"
+    )
     for phase in ("search", "finetune"):
         parser.add_argument(
             f"--{phase}",
@@ -73,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 def named_options(args: argparse.Namespace, row: Row) -> Options:
     """What the user named, by phase; `common` is for all."""
-    common = {key: getattr(args, key) for key in ("data", "seed", "amp", "train_images")}
+    common = {key: getattr(args, key) for key in ("data", "seed", "amp", "train_images", "max_unreadable")}
     finetune = {"minutes": args.minutes, "schedule": args.curve, "lr": args.lr, "distill": args.distill}
     search = {"bops": args.bops}
     if row.search is None and (args.bops or args.search):
@@ -130,7 +136,9 @@ def list_rows(out: Console) -> None:
         budget = "-" if row.target is None else f"{row.target:.0%} of float" if row.target <= 1 else bops(row.target)
         mark = row.published
         published = f"published {mark.top1:.1f} % at {bops(mark.bops)}" if mark else ""
-        out.say(f"{row.name:34s} {row.variant:16s} budget {budget:14s} {published}")
+        known = (row.search or {}).get("mode", "joint") in MODES
+        note = "" if known else "; this release cannot search so yet"
+        out.say(f"{row.name:34s} {row.variant:16s} budget {budget:14s} {published}{note}")
         body.append({"row": row.name, "variant": row.variant, "target_bops": row.target})
     out.finish({"rows": body})
 

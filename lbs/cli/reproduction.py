@@ -11,6 +11,7 @@ from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun, open_runs
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder, environment, write_json, writes
 from lbs.search import distributed
+from lbs.search.modes import mode_settings
 from lbs.search.phases import Session, run_finetune, run_float, run_search
 from lbs_kernels.errors import LbsError
 
@@ -23,7 +24,7 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool) -> dict[
     """The configuration of each phase by its command: the row's, changed by what the user named.
 
     Raises:
-        TrainingError: a run that goes on was begun with other options; they are listed.
+        TrainingError: a run that goes on was begun with other options; they are listed. PlanError: an unknown mode.
     """
     kinds: list[type[RunConfig]] = [FloatRun, *([SearchRun] if row.search is not None else []), FinetuneRun]
     wanted = []
@@ -31,6 +32,8 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool) -> dict[
         asked = {"row": row.name, **named["common"], **named[kind.command]}
         if not resume:
             asked = {**_of_row(row, kind.command), **asked}
+        if kind is SearchRun and "mode" in asked:
+            mode_settings(asked["mode"])  # before anything is trained
         wanted.append((kind, asked))
     return {config.command: config for config in open_runs(wanted, folder, resume)}
 

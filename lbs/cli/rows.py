@@ -50,8 +50,21 @@ def _cifar100(name: str, model: str) -> Network:
     return Network(name, model, common={"mean": MEAN, "std": STD}, search={"max_pruning_ratio": 0.25})
 
 
+def _imagenet(name: str, model: str, batch: int) -> Network:
+    curve = {"lr": 0.01, "schedule": "cosine", "milestones": ()}
+    return Network(
+        name,
+        model,
+        common={"batch_size": batch},
+        search={"epochs": 10, "full_epochs": 10},
+        finetune={"epochs": 90, "full_epochs": 90, **curve},
+    )
+
+
 CIFAR_RESNET20 = _cifar100("cifar100-resnet20", "cifar_resnet20")
 CIFAR_RESNET56 = _cifar100("cifar100-resnet56", "cifar_resnet56")
+IMAGENET_RESNET18 = _imagenet("imagenet-resnet18", "resnet18", batch=256)
+IMAGENET_MOBILENET = _imagenet("imagenet-mobilenet_v2", "mobilenet_v2", batch=150)
 # Real images that need no file: what the command does can be seen in a minute.
 DIGITS = Network(
     "digits-resnet8",
@@ -94,6 +107,10 @@ ROWS: dict[str, Row] = {
         *_cifar_rows(CIFAR_RESNET56, joint=1918.8e6, quantized=1970.7e6, pruned=87021.6e6),
         _row(CIFAR_RESNET56, "joint-1042M", {"bops": 1042.5e6}, "LBS, more compressed"),
         _row(CIFAR_RESNET56, "two-stage-1042M", {"bops": 1042.5e6, "mode": "two-stage"}, "prune, then quantize"),
+        _row(IMAGENET_RESNET18, "joint", {"bops": 32.3e9}, OURS),
+        _uniform(IMAGENET_RESNET18, 4),
+        _row(IMAGENET_MOBILENET, "joint", {"bops": 10.8e9}, OURS),
+        _uniform(IMAGENET_MOBILENET, 6),
         _row(DIGITS, "joint", {"bops": 0.02}, ""),
         _row(DIGITS, "quant-only", {"bops": 0.03, "mode": "quantization-only"}, ""),
         *[_uniform(DIGITS, bits) for bits in UNIFORM_BITS],

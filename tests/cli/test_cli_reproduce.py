@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lbs.data
 from lbs import run_folder
@@ -41,6 +42,11 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.relu(self.norm1(self.conv1(self.relu(self.norm0(self.stem(x))))))
         return self.fc(torch.flatten(self.pool(x), 1))
+
+class Colour(Net):
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.stem = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)
 """
 TINY = rows.Network(
     "tiny",
@@ -51,6 +57,13 @@ TINY = rows.Network(
     finetune={"lr": 0.02},
 )
 SHIPPED = dict(rows.ROWS)
+STREAMED = rows.Network(
+    "streamed",
+    "tiny_reproduced:Colour",
+    common={"batch_size": 6, "calibration": 6},
+    float={"epochs": 1},
+    finetune={"lr": 0.02},
+)
 LINE = "--schedule 2+2 --threads 1"
 Command = Callable[..., tuple[int, Any, str]]
 
@@ -73,7 +86,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the tiny network; rows `tiny` and `tiny-uniform-4`; the run `whole`, never interrupted."""
     folder = tmp_path_factory.mktemp("rows")
     (folder / "tiny_reproduced.py").write_text(NETWORK)
-    made = (rows._row(TINY, "joint", {"bops": 0.03}, ""), rows._uniform(TINY, 4))
+    made = (
+        rows._row(TINY, "joint", {"bops": 0.03}, ""),
+        rows._uniform(TINY, 4),
+        rows._row(STREAMED, "joint", {"bops": 0.03}, ""),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "ROWS", {row.name: row for row in made})
         patch.chdir(folder)
@@ -228,6 +245,37 @@ def test_a_data_set_that_changed_under_its_name_is_refused(home: Path, lbs_comma
     assert "--resume with another data set: own.npz has the fingerprint" in body["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 18), ("val", 7)):
+        for index in range(count):
+            place = tmp_path / "set" / part / f"c{index % 3}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (40 + index, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{index}.jpg")
+    (tmp_path / "set/train/c0/broken.jpg").write_bytes(b"no image")
+    line = f"--data imagenet:{tmp_path}/set --schedule 2+2 --threads 1"
+    code, body, _ = lbs_command(f"reproduce streamed --out {tmp_path}/strict {line}")
+    assert code == 2
+    assert "1 of 19 images cannot be read, at most 0.00%" in body["error"]
+    line += " --max-unreadable 0.1"
+    assert lbs_command(f"reproduce streamed --out {tmp_path}/whole {line}")[0] == 0
+    assert "broken.jpg" in json.dumps(
+        json.loads((tmp_path / "whole/results.json").read_text())["finetune"]["unreadable"]
+    )
+    with monkeypatch.context() as patch:
+        Killer(patch, step=7)
+        assert lbs_command(f"reproduce streamed --out {tmp_path}/parts {line}")[0] == 130
+    code, record, errors = lbs_command(f"reproduce streamed --out {tmp_path}/parts --resume --threads 1")
+    assert code == 0, errors
+    assert record["equal_predictions"] == record["images"] == 7
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -277,7 +325,7 @@ def test_options_on_the_command_line() -> None:
 def test_every_row_is_listed_with_what_was_published(lbs_command: Command) -> None:
     code, body, _ = lbs_command("reproduce --list")
     assert code == 0
-    assert [row["row"] for row in body["rows"]] == ["tiny", "tiny-uniform-4"]
+    assert [row["row"] for row in body["rows"]] == ["tiny", "tiny-uniform-4", "streamed"]
     joint = SHIPPED["cifar100-resnet20"]
     assert joint.published is not None
     assert (joint.target, joint.published.top1, joint.published.bops) == (630.6e6, 68.1, 630.6e6)
