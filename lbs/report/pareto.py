@@ -39,11 +39,13 @@ def accuracy_over_cost(points: list[Point], marks: list[Mark]) -> Figure:
     panels = figure.subplots(1, 2 if crowded else 1, squeeze=False)[0]
     for panel, shown in zip(panels, (marks, close), strict=False):
         _draw(panel, points, marks, shown)
-    panels[0].set_xscale("log")
-    panels[0].xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_title("All")
+    costs = [place.bops for place in (*points, *marks)]
+    if max(costs) > 10 * min(costs):  # on less than a decade a logarithmic axis has no labels
+        panels[0].set_xscale("log")
+        panels[0].xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_ylabel("top-1 accuracy, %")
     if crowded:
+        panels[0].set_title("All")
         panels[1].set_title("Near these runs")
         panels[1].xaxis.set_major_locator(MaxNLocator(5))
     for panel in panels:

@@ -62,9 +62,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 def test_both_ranks_end_with_the_same_gates_and_weights(answers: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, (first, second) = answers
     assert first["whole"] == second["whole"]
-    assert first["whole"]["step"] == 18
+    assert first["whole"]["step"] == 12
     rows = [row for row in RunFolder(folder / "whole").metrics() if row["kind"] == "epoch"]
-    assert [row["epoch"] for row in rows] == [1, 2, 3]  # written once, though two processes trained
+    assert [row["epoch"] for row in rows] == [1, 2]  # written once, though two processes trained
     assert rows[-1]["loss"] == first["whole"]["loss"]
 
 

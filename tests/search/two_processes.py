@@ -64,7 +64,7 @@ def make(folder: Path | None, kill_at: int | None = None, augment: bool = True) 
     trainer = Trainer(
         model,
         lbs.data.train_loader(DATA, 8, seed=5, augment=augment, **own),
-        Recipe(epochs=3, lr=0.05, log_every=2, checkpoint_seconds=0.0),
+        Recipe(epochs=2, lr=0.05, log_every=2, checkpoint_seconds=0.0),
         phase="search",
         test=lbs.data.eval_loader(DATA, 8, **own),
         groups=parameter_groups(model, 0.05, gate_lr=0.05, prune_lr=0.1),
