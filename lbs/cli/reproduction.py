@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lbs.cli.rows import Row
@@ -119,9 +120,15 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
         "pruned_layers": pruned,
         "bytes": packed["bytes"],
         "seconds": {name: results[name].get("seconds") for name in phases},
-        "config": {name: config.as_dict() for name, config in configs.items()},
-        "environment": environment(),
+        "config": {name: _without_paths(config) for name, config in configs.items()},
+        "environment": {key: value for key, value in environment().items() if key != "command"},
     }
+
+
+def _without_paths(config: RunConfig) -> dict[str, Any]:
+    """A record is read elsewhere: files by their names, which the digests beside them make certain."""
+    body = config.as_dict()
+    return {**body, **{key: Path(body[key]).name for key in ("data", "weights", "plan") if body.get(key)}}
 
 
 def schedule_text(configs: dict[str, RunConfig], results: dict[str, Any]) -> str:

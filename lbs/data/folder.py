@@ -96,7 +96,7 @@ def _read_part(folder: Path, classes: list[str], channels: int, max_unreadable: 
             )
         images.append(image)
         labels.append(label)
-    too_many_unreadable(unreadable, len(named), max_unreadable)
+    too_many_unreadable(unreadable, len(named), max_unreadable if images else 0.0)
     for reason in unreadable.values():
         warnings.warn(f"left out: {reason}", stacklevel=2)
     return np.stack(images), np.array(labels, dtype=np.int64)

@@ -39,7 +39,7 @@ def accuracy_over_cost(points: list[Point], marks: list[Mark]) -> Figure:
     panels = figure.subplots(1, 2 if crowded else 1, squeeze=False)[0]
     for panel, shown in zip(panels, (marks, close), strict=False):
         _draw(panel, points, marks, shown)
-    costs = [place.bops for place in (*points, *marks)]
+    costs = [*(point.bops for point in points), *(mark.bops for mark in marks)]
     if max(costs) > 10 * min(costs):  # on less than a decade a logarithmic axis has no labels
         panels[0].set_xscale("log")
         panels[0].xaxis.set_minor_formatter(NullFormatter())

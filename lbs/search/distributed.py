@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,8 @@ def wrap(module: nn.Module, find_unused: bool) -> nn.Module:
     kind = nn.parallel.DistributedDataParallel
     name = "forward_sync_buffers"  # torch 2.13 renamed broadcast_buffers
     buffers = name if name in inspect.signature(kind).parameters else "broadcast_buffers"
+    # Weights of 1x1 convolutions have two names for one order in channels_last; the gradients are right either way.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     options: dict[str, Any] = {buffers: False, "find_unused_parameters": find_unused, "init_sync": False}
     return kind(module, **options)
 

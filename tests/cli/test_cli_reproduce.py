@@ -121,6 +121,7 @@ def test_a_row_from_float_network_to_record(home: Path) -> None:
     assert set(record["seconds"]) == {"float", "search", "finetune", "pack", "verify"}
     assert record["environment"]["torch"] == torch.__version__
     assert record["environment"]["commit"]
+    assert str(home) not in json.dumps(record)
     assert record["config"]["finetune"]["milestones"] == [80, 120]
 
 
