@@ -113,13 +113,15 @@ def card_of(config: RunConfig, data: lbs.data.ImageSet) -> NetworkCard:
 
 def check_same_data(card: NetworkCard, folder: RunFolder) -> None:
     """Refuse to go on with other data than a run began with. Raises TrainingError."""
-    if not folder.file("network.json").exists():
-        return
-    before = NetworkCard.read(folder)
-    if before.fingerprint and before.fingerprint != card.fingerprint:
+    if folder.file("network.json").exists():
+        _check_fingerprint(NetworkCard.read(folder), card.fingerprint)
+
+
+def _check_fingerprint(card: NetworkCard, found: str) -> None:
+    if card.fingerprint and card.fingerprint != found:
         raise TrainingError(
-            f"--resume with another data set: {card.data} has the fingerprint {card.fingerprint} now, "
-            f"{folder.path} was begun with {before.fingerprint}; restore the data, or start in a new run folder"
+            f"another data set: {card.data} has the fingerprint {found} now, the run was begun with "
+            f"{card.fingerprint}; restore the data, or start in a new run folder"
         )
 
 
@@ -174,8 +176,10 @@ def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
 
 
 def images_of(card: NetworkCard) -> lbs.data.ImageSet:
-    """The image set the network was made for, normalised as it expects."""
-    return load_data(card.data, card.mean, card.std)
+    """The image set the network was made for, normalised as it expects. Raises TrainingError where it has changed."""
+    data = load_data(card.data, card.mean, card.std)
+    _check_fingerprint(card, data.fingerprint)
+    return data
 
 
 def weights_path(config_weights: str, folder: RunFolder) -> Path | None:

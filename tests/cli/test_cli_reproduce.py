@@ -244,7 +244,10 @@ def test_a_data_set_that_changed_under_its_name_is_refused(home: Path, lbs_comma
     (home / "changing/results.json").write_text(json.dumps(results))
     code, body, _ = lbs_command(f"{line} --resume")
     assert code == 2
-    assert "--resume with another data set: own.npz has the fingerprint" in body["error"]
+    assert "another data set: own.npz has the fingerprint" in body["error"]
+    code, body, _ = lbs_command("verify --run changing")
+    assert code == 2
+    assert "another data set: own.npz" in body["error"]
 
 
 @pytest.mark.slow
