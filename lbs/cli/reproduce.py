@@ -10,7 +10,7 @@ from typing import Any
 
 from lbs.cli import rows
 from lbs.cli.console import Console, console
-from lbs.cli.options import add_machine, bit_operations, session
+from lbs.cli.options import add_machine, bit_operations, decimal, session
 from lbs.cli.reproduction import Options, open_row, reproduce
 from lbs.cli.rows import Row, row_named
 from lbs.config import FinetuneRun, RunConfig, SearchRun
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--float-epochs", type=int, metavar="N", help="epochs of the float network, without --weights")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of all phases (default 0)")
     parser.add_argument("--amp", choices=("off", "bf16"), help="bfloat16 autocast while training")
-    parser.add_argument("--minutes", type=float, metavar="N", help="end fine-tuning, and its curve, after N minutes")
+    parser.add_argument("--minutes", type=decimal, metavar="N", help="end fine-tuning, and its curve, after N minutes")
     parser.add_argument("--curve", choices=("cosine", "step", "constant"), help="learning rate of fine-tuning")
-    parser.add_argument("--lr", type=float, metavar="X", help="learning rate of fine-tuning")
-    parser.add_argument("--distill", type=float, metavar="X", help="share of the float network in fine-tuning's loss")
+    parser.add_argument("--lr", type=decimal, metavar="X", help="learning rate of fine-tuning")
+    parser.add_argument("--distill", type=decimal, metavar="X", help="share of the float network in fine-tuning's loss")
     parser.add_argument("--bops", type=bit_operations, help="another budget: 0.03 (share), 650M, 34.7G")
     parser.add_argument("--train-images", type=int, metavar="N", help="train on that many images only")
     parser.add_argument(
-        "--max-unreadable", type=float, metavar="X", help="share of a folder's files that may be left out"
+        "--max-unreadable", type=decimal, metavar="X", help="share of a folder's files that may be left out"
     )
     for phase in ("search", "finetune"):
         parser.add_argument(

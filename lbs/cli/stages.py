@@ -14,6 +14,7 @@ import lbs.data
 from lbs.cli.packed import PACKED, of_run
 from lbs.run_folder import RunFolder
 from lbs.search import network
+from lbs_kernels.errors import LbsError
 
 _EXAMPLES = 4
 
@@ -44,6 +45,8 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     An image whose prediction differs is compared code by code too: it is excused only where all that differs lies on a
     rounding boundary, and never if `strict`.
     """
+    if images < 1:
+        raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
     started = time.monotonic()
     model, card = network.load_network(folder)
     packed = of_run(folder).packed

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from lbs.pack.region import PackedRegion
 from lbs.pack.serial import PackedParts, write
 from lbs.plan import Plan
-from lbs_kernels.errors import ShapeError
+from lbs_kernels.errors import GraphError, ShapeError
 from lbs_kernels.program import Program
 
 
@@ -77,6 +77,10 @@ class PackedModel(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raises ShapeError where `x` is no batch the model was packed for."""
+        if not isinstance(x, Tensor):
+            raise ShapeError(
+                f"input is a {type(x).__name__}; a packed model takes a float32 tensor, see torch.as_tensor"
+            )
         if x.dim() != len(self.input_shape) + 1 or tuple(x.shape[1:]) != self.input_shape:
             wanted = ", ".join(str(size) for size in self.input_shape)
             raise ShapeError(
@@ -110,11 +114,21 @@ class PackedModel(nn.Module):
         return f"{self.name or 'network'}: {layers} packed layers, {self.packed_bytes} bytes, input {self.input_shape}"
 
 
+def need_packed(value: object, caller: str) -> None:
+    """Raises GraphError where `value` is no packed network."""
+    if not isinstance(value, PackedModel):
+        raise GraphError(
+            f"{caller} got a {type(value).__name__}; it looks at a packed network: lbs.pack(model) makes one, "
+            "lbs.load(path) reads one"
+        )
+
+
 class _Tracing(fx.Interpreter):
     """Runs the outer graph and keeps every tensor of every region."""
 
     def __init__(self, graph: fx.GraphModule, backend: str) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # torch.fx would add its own to the message
         self.backend = backend
         self.traces: dict[str, dict[int, Tensor]] = {}
 

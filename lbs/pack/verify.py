@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lbs.graph import called_module
 from lbs.pack.fold import affine
 from lbs.pack.lower import step_names
+from lbs.pack.model import need_packed
 from lbs.pack.packed_tensors import PackedTensors
 from lbs.pack.patterns import Op, classify
 from lbs.pack.tracing import evaluating, trace_model
@@ -50,12 +51,13 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
         VerifyReport; `ok` is False where anything differs, and `first_difference` names it.
 
     Raises:
-        GraphError: the packed model has other layers than the model. ShapeError: a batch of another shape.
+        GraphError: the packed model has other layers than the model, or is none. ShapeError: a batch of another shape.
 
     Example:
         report = lbs.verify(model, packed, images)
         print(report)
     """
+    need_packed(packed, "verify")
     packed.check_input(x)
     graph, _ = trace_model(model, x if len(x) else None)
     checks, agreeing = [], []

@@ -64,6 +64,7 @@ def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
     card.write(folder)
     torch.manual_seed(config.seed)
     model = network.build(config.model, card.num_classes).to(session.device)
+    network.check_images(model, card, session.device)
     if config.weights:
         network.load_float(model, Path(config.weights), card)
         section: dict[str, Any] = {"origin": config.weights}
@@ -94,10 +95,12 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         LbsError: any of the family; nothing that was saved before is lost.
     """
     data, card = _data_and_card(config, session)
+    _check_rates(config)
+    settings = _settings(config)  # a mistake in the options shows before the training does
     card.write(session.folder)
     model = _float_network(config, card, session)
     torch.manual_seed(config.seed)
-    searched = prepare(model, card.example().to(session.device), _settings(config))
+    searched = prepare(model, card.example().to(session.device), settings)
     report = conversion_report(searched)
     for name, fate in report:
         session.say(f"{name}: {fate}")
@@ -190,6 +193,7 @@ def _data_and_card(config: RunConfig, session: Session) -> tuple[lbs.data.ImageS
         distributed.first(lambda: network.check_same_data(card, session.folder))
     if config.train_images:
         data = data.subset(config.train_images, config.seed)
+    _check_counts(config, data)
     return data, card
 
 
@@ -227,6 +231,7 @@ def _start_of_finetuning(
         if path is None:
             raise TrainingError("a plan or uniform bits need float weights; give --weights FILE")
         model = network.build(config.model, card.num_classes)
+        network.check_images(model, card, torch.device("cpu"))
         network.load_float(model, path, card)
         if config.uniform:
             quantized = uniform(model, card.example(), *config.uniform)
@@ -256,9 +261,20 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     return teacher
 
 
+def _check_counts(config: RunConfig, data: lbs.data.ImageSet) -> None:
+    if not 1 <= config.batch_size <= data.train_count:
+        raise TrainingError(f"--batch-size {config.batch_size}; it lies in 1..{data.train_count}, the training images")
+    if config.calibration < 1:
+        raise TrainingError(f"--calibration {config.calibration}; the ranges need at least one training image")
+
+
+def _check_rates(config: SearchRun) -> None:
+    for name in ("gate_lr", "prune_lr", "float_lr", "strength", "gain"):
+        if getattr(config, name) < 0:
+            raise TrainingError(f"--{name.replace('_', '-')} {getattr(config, name):g}; it must be 0 or more")
+
+
 def _train_loader(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> lbs.data.Loader:
-    if config.batch_size > data.train_count:
-        raise TrainingError(f"--batch-size {config.batch_size} exceeds the {data.train_count} training images")
     options: dict[str, Any] = {"device": device, "rank": distributed.rank(), "world_size": distributed.world_size()}
     return lbs.data.train_loader(data, config.batch_size, augment=config.augment, seed=config.seed, **options)
 

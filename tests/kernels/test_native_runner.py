@@ -250,3 +250,17 @@ def test_device_tells_what_there_is() -> None:
     assert device.default_isa() in device.isa_reasons()
     assert device.isa_reasons()["portable"] == ""
     assert 1 <= device.default_threads() <= device.processors() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 17)"),  # as virtual machines shorten it
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_processors_of_one_short_name_are_told_apart(model_name: str, expected: str) -> None:
+    cpuinfo = ["cpu family\t: 25", "model\t\t: 17", f"model name\t: {model_name}", "", "model\t\t: 18"]
+    assert device._described(cpuinfo) == expected
+    assert device._described([f"model name\t: {model_name}"]) == model_name
+    assert device._described([]) == ""

@@ -317,6 +317,12 @@ def test_unknown_device(saved: Path) -> None:
         lbs.load(saved, device="cuda")
 
 
+@pytest.mark.parametrize("device", ["meta", "gpu"])
+def test_devices_nothing_runs_on(saved: Path, device: str) -> None:
+    with pytest.raises(BackendError, match=r"networks run on cpu or cuda"):
+        lbs.load(saved, device=device)
+
+
 # A save that cannot finish leaves the old file.
 
 
@@ -331,6 +337,14 @@ def test_full_disk_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPa
         pack_nets.packed_two_regions().save(saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_places_that_cannot_be_written_are_not_called_full(saved: Path) -> None:
+    for path in (saved / "below", saved.parent):
+        with pytest.raises(CheckpointError, match=r"could not be written .*give a path that can be written"):
+            pack_nets.packed_digits().save(path)
+    assert list(saved.parent.iterdir()) == [saved]
+    assert not list(saved.parent.parent.glob("*.part"))
 
 
 def test_file_size_limit_leaves_the_old_file(saved: Path) -> None:
