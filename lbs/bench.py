@@ -1,7 +1,8 @@
 """`lbs.bench`: a packed network against torch and against our own uniform 8 bits, in one process, interleaved.
 
 Results are checked before anything is timed: a packed network must equal the reference bit for bit on random images.
-Baselines compute in the memory format that suits them best (channels last), on inputs already converted.
+Baselines compute in the memory format that suits them best (channels last), on inputs already converted; where the
+packed network takes bytes, they are given the normalised floats of the same bytes.
 """
 
 from __future__ import annotations
@@ -120,11 +121,10 @@ def bench(
     """
     need_packed(packed, "bench")
     unknown = [name for name in baselines if name not in BASELINES]
-    if unknown or not batches or min(batches) < 1:
-        raise LbsError(
-            f"unknown baselines {unknown}, batches {list(batches)}: batches are at least 1, baselines one of "
-            f"{', '.join(BASELINES)}"
-        )
+    if unknown:
+        raise LbsError(f"unknown baselines {unknown}; there are {', '.join(BASELINES)}")
+    if not batches or min(batches) < 1:
+        raise LbsError(f"batches {list(batches)}; name at least one, and each is at least 1")
     missing: dict[str, str] = {}
     notes: list[str] = []
     device = packed.device
@@ -133,9 +133,10 @@ def bench(
         models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes)
         engines = _engines(packed, model, baselines, missing)
         for batch in batches:
-            images = torch.randn(batch, *packed.input_shape, device=device)
-            calls = {name: _call(contender, images) for name, contender in models.items()}
-            calls |= _engine_calls(engines, baselines, images, count, missing)
+            images = packed.random_images(batch)
+            floats = packed.float_images(images).float()  # what baselines are given, at no cost to them
+            calls = {name: _call(contender, images, floats) for name, contender in models.items()}
+            calls |= _engine_calls(engines, baselines, floats, count, missing)
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
             rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds)))
@@ -216,8 +217,10 @@ def _baseline(name: str, model: nn.Module) -> nn.Module:
 
 def _uniform8(model: nn.Module, packed: PackedModel) -> PackedModel:
     with torch.inference_mode(False), torch.no_grad():
-        images = torch.randn(8, *packed.input_shape, device=packed.device)
-        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), verify=False)
+        images = packed.float_images(packed.random_images(8)).float()
+        pixels = packed.normalize
+        normalize = None if pixels is None else (pixels.mean, pixels.std)
+        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), normalize=normalize, verify=False)
 
 
 def _engines(
@@ -252,17 +255,17 @@ def _engine_calls(
     return calls
 
 
-def _call(model: nn.Module, images: Tensor) -> Call:
+def _call(model: nn.Module, images: Tensor, floats: Tensor) -> Call:
     if isinstance(model, PackedModel):
         return lambda: model(images)
     dtype = next(iter(model.parameters())).dtype
-    ready = images.to(dtype=dtype, memory_format=torch.channels_last)
+    ready = floats.to(dtype=dtype, memory_format=torch.channels_last)
     return lambda: model(ready)
 
 
 def _check(packed: PackedModel) -> None:
     """The network on its back end equals the reference on the first images, bit for bit."""
-    images = torch.randn(_CHECKED, *packed.input_shape, device=packed.device)
+    images = packed.random_images(_CHECKED)
     output = packed(images)
     expected, _ = packed.run_traced(images, backend="reference")
     for one, other in zip(_flat(output), _flat(expected), strict=True):

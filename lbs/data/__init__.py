@@ -19,7 +19,7 @@ from lbs.data.builtin import digits, synthetic
 from lbs.data.cifar100 import cifar100, is_python_layout
 from lbs.data.folder import from_folder
 from lbs.data.image_data import ImageData, from_arrays
-from lbs.data.loader import Loader, TensorLoader, crop_and_flip, eval_loader, images_at, normalize, train_loader
+from lbs.data.loader import Loader, TensorLoader, crop_and_flip, eval_loader, normalize, pixels_at, train_loader
 from lbs.data.npz import from_npz
 from lbs.data.stream import FolderData, FolderLoader, stream_folder
 from lbs_kernels.errors import DataError
@@ -66,9 +66,9 @@ __all__ = [
     "from_arrays",
     "from_folder",
     "from_npz",
-    "images_at",
     "load",
     "normalize",
+    "pixels_at",
     "stream_folder",
     "synthetic",
     "train_loader",

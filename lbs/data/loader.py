@@ -162,7 +162,7 @@ class Streamed(Protocol):
 
     def test_loader(self, batch_size: int, **options: Any) -> Any: ...
 
-    def test_images(self, places: Tensor) -> Tensor: ...
+    def pixels_at(self, places: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def train_loader(
@@ -190,8 +190,8 @@ def eval_loader(data: ImageData | Streamed, batch_size: int = 256, **options: An
     return TensorLoader(data.test_x, data.test_y, mean=data.mean, std=data.std, batch_size=batch_size, **options)
 
 
-def images_at(data: ImageData | Streamed, places: Tensor) -> Tensor:
-    """Test images by their place in the set, normalised: float32 [n, C, H, W]."""
+def pixels_at(data: ImageData | Streamed, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Test images by their place in the set, uint8 [n, H, W, C], and labels int64 [n]; unreadable ones are left out."""
     if not isinstance(data, ImageData):
-        return data.test_images(places)
-    return normalize(data.test_x[places], data.mean, data.std)
+        return data.pixels_at(places)
+    return data.test_x[places], data.test_y[places]

@@ -89,10 +89,12 @@ class FolderData:
         """The middle of every test image, in order."""
         return FolderLoader(self, self.test, batch_size, augment=False, **options)
 
-    def test_images(self, places: Tensor) -> Tensor:
-        """Some test images, normalised, float32 [n, C, H, W]."""
-        pixels = [central_crop(read_rgb(self.test.files[i], self.size), self.size) for i in places.tolist()]
-        return normalize(torch.from_numpy(np.stack(pixels)), self.mean, self.std)
+    def pixels_at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The middle of some test images, uint8 [n, H, W, C], and their labels; unreadable ones are left out."""
+        rows = places.tolist()
+        listing = Listing(tuple(self.test.files[i] for i in rows), tuple(self.test.labels[i] for i in rows))
+        loader = FolderLoader(self, listing, len(rows), augment=False)
+        return loader.pixels()
 
 
 def stream_folder(path: str | Path, size: int = IMAGENET_SIZE, max_unreadable: float = 0.0) -> FolderData:
@@ -187,6 +189,12 @@ class FolderLoader(Position):
                         yield normalize(pixels.to(self.device, non_blocking=True), self.mean, self.std), labels
             finally:  # a loop left early does not wait for batches nobody will see
                 pool.shutdown(wait=False, cancel_futures=True)
+
+    def pixels(self) -> tuple[Tensor, Tensor]:
+        """All images at once as they were decoded, and their labels; those that cannot be read are left out."""
+        rows, (_, draws) = range(self.count()), self._draw(0)
+        with ThreadPoolExecutor(self.workers) as pool:
+            return self._collect([pool.submit(self._decode, row, draws[row]) for row in rows], list(rows))
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Order [N], and by image five numbers in 0..1 [N, 5]."""

@@ -38,6 +38,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> PackedModel:
         raise BackendError(f"device {device}: torch sees no GPU here; load onto the CPU, or install a torch with CUDA")
     parts = read(Path(path))
     packed = PackedModel(
-        parts.graph, input_shape=parts.input_shape, kept_float=parts.kept_float, plan=parts.plan, name=parts.name
+        parts.graph,
+        input_shape=parts.input_shape,
+        kept_float=parts.kept_float,
+        plan=parts.plan,
+        name=parts.name,
+        normalize=parts.normalize,
     )
     return packed.to(target)

@@ -89,7 +89,7 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
     if min(batch, rounds, count) < 1:
         raise ShapeError(f"batch = {batch}, rounds = {rounds}, threads = {count}; each is at least 1")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *packed.input_shape, generator=generator).to(packed.device)
+    images = packed.random_images(batch, generator)
     _, traces = packed.run_traced(images)
     rows: list[StepRow] = []
     notes: list[str] = []
@@ -168,6 +168,8 @@ def _operation(step: Step) -> str:
         return "linear"
     if isinstance(step, PoolStep):
         return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
+    if step.multiplier is not None:
+        return "normalize"
     return "quantize" if step.emit.residual is None else "add"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import lbs
 from lbs.cli import main, quickstart, stages
 from lbs.plan import Plan
 from lbs.report.page import report
@@ -306,6 +307,23 @@ def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_com
     assert not section["passed"]
     assert "conv2" in section["first_difference"]
     assert "FAILED" in errors
+
+
+def test_a_run_is_packed_for_bytes(home: Path, lbs_command: Command) -> None:
+    shutil.copytree(home / "whole", home / "bytes")
+    code, packed, _ = lbs_command("pack --run bytes --uint8")
+    assert (code, packed["input_dtype"]) == (0, "uint8")
+    card = json.loads((home / "bytes/network.json").read_text())
+    normalize = lbs.load(home / "bytes" / packed["file"]).normalize
+    assert normalize is not None
+    assert [list(normalize.mean), list(normalize.std)] == [card["mean"], card["std"]]
+    code, verified, _ = lbs_command("verify --run bytes --images 40")
+    assert code == 0
+    assert verified["images"] == 360
+    assert verified["equal_predictions"] >= 358
+    code, timed, _ = lbs_command("bench --run bytes --batches 2 --rounds 2 --threads 1 --baselines float32,uniform8")
+    assert code == 0
+    assert [row["contender"] for row in timed["rows"]] == ["packed", "torch float32", "packed uniform 8-bit"]
 
 
 def test_uniform_and_hand_made_plans_are_fine_tuned(home: Path, lbs_command: Command) -> None:

@@ -89,7 +89,7 @@ def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_senseless_requests() -> None:
     with pytest.raises(LbsError, match=r"unknown baselines \['int4'\].*float32_folded"):
         lbs.bench(pack_nets.packed_digits(), baselines=("int4",))
-    with pytest.raises(LbsError, match="batches are at least 1"):
+    with pytest.raises(LbsError, match=r"batches \[0\]; name at least one"):
         lbs.bench(pack_nets.packed_digits(), batches=(0,))
     with pytest.raises(LbsError, match="threads = 0"):
         lbs.bench(pack_nets.packed_digits(), threads=0)
