@@ -133,9 +133,9 @@ class Layer:
         Raises:
             WrongResultError: with the share of elements that differ.
         """
-        from lbs_kernels.triton_runner import TritonRunner  # needs Triton; `problems` and `--help` do not
+        from lbs_kernels.gpu_runner import GpuRunner  # needs Triton; `problems` and `--help` do not
 
-        plan = TritonRunner(self.program, self.blob, self.device, {"layer": config}).plan(self.problem.batch)
+        plan = GpuRunner(self.program, self.blob, self.device, {"layer": config}).plan(self.problem.batch)
         for launch in plan.launches:
             launch([self.image])
         actual = to_logical(plan.buffers[2][self.checked], self.program.tensors[2])

@@ -40,7 +40,7 @@ class CompiledProgram:
         Args:
             text: JSON text of the program.
             blob: uint8 on the device that shall run it; kept, and not to be written to.
-            backend: "auto", "reference", "cpu" or "triton".
+            backend: "auto", "reference", "cpu", "gpu" or "triton".
 
         Raises:
             FormatError: a damaged program, or the blob of another one.
@@ -111,7 +111,8 @@ def run_program(
         program: the program, or its JSON text.
         blob: uint8, the program's arrays, on the device that shall run it.
         inputs: float32 images [N, C, H, W] on the blob's device; N may be 0.
-        backend: "reference" (torch, anywhere), "cpu" (native), "triton" (GPU, or its interpreter), or "auto".
+        backend: "reference" (torch, anywhere), "cpu" (native), "gpu" (the best kernel for each step; or
+            Triton's interpreter), "triton" (its kernels alone), or "auto".
         threads: of the native back end; torch's number unless given.
         trace: receives every tensor by index: images as given, codes uint8 [N, H, W, C], streams in the stream dtype.
 
@@ -177,10 +178,10 @@ def _version(blob: Tensor) -> int:
 def _build(backend: str, program: Program, text: str, blob: Tensor) -> Runner:
     if backend == "cpu":
         return CpuRunner(program, blob, text)
-    if backend == "triton":
-        from lbs_kernels.triton_runner import TritonRunner  # lazily: importing Triton takes a second
+    if backend in ("gpu", "triton"):
+        from lbs_kernels.gpu_runner import GpuRunner  # lazily: importing Triton takes a second
 
-        runner: Runner = TritonRunner(program, blob, blob.device)
+        runner: Runner = GpuRunner(program, blob, blob.device, families=None if backend == "gpu" else ("triton",))
         return runner
     return ReferenceRunner(program, blob)
 

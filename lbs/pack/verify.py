@@ -44,7 +44,7 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
     Args:
         model: the quantized model `packed` was made from. packed: PackedModel.
         x: float32 images [N, C, H, W] on the device of both.
-        backend: whose codes are compared: "auto", "reference", "cpu" or "triton".
+        backend: whose codes are compared: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         VerifyReport; `ok` is False where anything differs, and `first_difference` names it.
