@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lbs.pack.captured import CapturedModel
 from lbs.pack.region import PackedRegion
 from lbs.pack.serial import PackedParts, write
 from lbs.plan import Plan
@@ -95,6 +96,22 @@ class PackedModel(nn.Module):
         with torch.no_grad():
             output = walk.run(x)
         return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
+
+    def capture(self, *examples: Tensor, clone: bool = False) -> CapturedModel:
+        """Record the model as CUDA graphs, one for the batch size of each example; see `CapturedModel`.
+
+        Args:
+            examples: float32 images [N, C, H, W] on the model's GPU; their values do not matter.
+            clone: return copies of the outputs instead of the graph's own memory, which the next call overwrites.
+
+        Raises:
+            BackendError: a model on the processor. ShapeError: no example, or no batch the model was packed for.
+
+        Example:
+            captured = packed.capture(images[:1], images[:32])
+            logits = captured(images[:32])
+        """
+        return CapturedModel(self, examples, clone)
 
     def save(self, path: str | Path) -> None:
         """Write one file that `lbs.load` reads.
