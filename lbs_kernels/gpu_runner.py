@@ -211,12 +211,12 @@ class GpuRunner:
         """The weights of a step as its kernel wants them, made once; None for a step that has none."""
         if not isinstance(step, ConvStep | LinearStep):
             return None
-        key = (step.name, choice.kernel.implementation)
+        prepare = getattr(choice.kernel.module(step.op), "prepare", None)
+        key = (step.name, choice.name if prepare is not None else "")
         if key not in self._weights:
             kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
-            make = getattr(choice.kernel.module(step.op), "prepare", prepare_weights)
-            source = self.program.tensors[step.input]
-            self._weights[key] = make(self.arrays[step.planes], kernel, groups, source, self.device)
+            operands = (self.arrays[step.planes], kernel, groups, self.program.tensors[step.input], self.device)
+            self._weights[key] = prepare_weights(*operands) if prepare is None else prepare(*operands, choice.config)
         return self._weights[key]
 
     def _bind(self, step: Step, problem: Problem, choice: Choice, buffers: dict[int, Tensor]) -> Launch:
