@@ -132,6 +132,7 @@ class GpuRunner:
                 while len(self._plans) >= MAX_PLANS:
                     self._plans.pop(next(iter(self._plans)))
                 plan = self._make_plan(batch)
+                self._announce()
             self._plans[key] = plan
             return plan
 
@@ -175,7 +176,6 @@ class GpuRunner:
             launches.append(self._bind(step, problem, choice, buffers))
         if len(self._weights) > prepared:
             self._finish()
-        self._announce()
         return BatchPlan(arena, buffers, tuple(choices), tuple(launches))
 
     def _finish(self) -> None:

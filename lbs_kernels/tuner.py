@@ -23,7 +23,7 @@ from lbs_kernels.gpu_layout import to_logical
 from lbs_kernels.layer_program import LAYER, layer_program, result_of
 from lbs_kernels.problem import Problem
 from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.timing import SelfTimed
+from lbs_kernels.timing import SelfTimed, Times
 from lbs_kernels.tuning_table import TuningTable
 
 NEIGHBOURS = 12  # configurations of one kernel timed besides its default
@@ -37,11 +37,15 @@ class WrongResultError(BackendError):
 
 @dataclass(frozen=True)
 class Measured:
-    """Median seconds by implementation, as tuning tables name them, and why others have none."""
+    """Median seconds by implementation, as tuning tables name them, and why others have none.
+
+    times: of one interleaved run, with their spread; on a GPU the finalists and the caller's own contenders.
+    """
 
     problem: Problem
     seconds: dict[str, float]
     refused: dict[str, str] = field(default_factory=dict)
+    times: dict[str, Times] = field(default_factory=dict)
 
 
 class Layer:
@@ -123,29 +127,47 @@ def measure_gpu(
     limit: int | None = NEIGHBOURS,
     rounds: int = 20,
     others: Callable[[Layer], dict[str, Call]] = lambda layer: {},
+    attempt: Callable[[str], bool] = lambda name: True,
 ) -> Measured:
     """Every kernel of the shortlist on one problem, in CUDA graphs, interleaved, L2 cold.
 
     Args:
-        others: contenders of the caller, timed in the same run and reported with the rest.
+        others: contenders of the caller, timed in the same run; they are in `times`, not in `seconds`.
+        attempt: asked before each kernel runs for the first time; False leaves it out.
+
+    Raises:
+        RuntimeError: a kernel broke the device's context; nothing can run in this process any more.
     """
     layer = Layer(problem, device)
-    calls, refused = others(layer), {}
+    calls = others(layer)
+    own, refused = set(calls), {}
     for choice in shortlist(problem, limit):
+        if not attempt(f"{problem} {choice.name}"):
+            refused[choice.name] = "it broke the device before"
+            continue
         try:
             calls[choice.name] = layer.launch(choice)
         except Exception as error:  # noqa: BLE001  one kernel the compiler or the device refuses must not end the tuning
             refused[choice.name] = f"{type(error).__name__}: {error}"
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where the context is broken
+    times = _race(calls, own, device, rounds)
+    seconds = {name: one.median for name, one in times.items() if name not in own}
+    return Measured(problem, seconds, refused, times)
+
+
+def _race(calls: dict[str, Call], own: set[str], device: torch.device, rounds: int) -> dict[str, Times]:
+    """Times of all; where there are many, a short heat first and the finalists (and `own`) again, carefully."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         calls = {name: timing.cuda_graph(call) for name, call in calls.items()}
     clock = functools.partial(timing.interleave, device=device, cold_l2=on_gpu)
-    seconds: dict[str, float] = {}
+    times: dict[str, Times] = {}
     if len(calls) > 2 * FINALISTS:
-        seconds = {name: times.median for name, times in clock(calls, rounds=3, warmup=0.002).items()}
-        calls = {name: calls[name] for name in sorted(calls, key=lambda name: seconds[name])[:FINALISTS]}
-    seconds.update((name, times.median) for name, times in clock(calls, rounds=rounds, warmup=0.02).items())
-    return Measured(problem, seconds, refused)
+        times = clock(calls, rounds=3, warmup=0.002)
+        finalists = sorted((name for name in calls if name not in own), key=lambda name: times[name].median)[:FINALISTS]
+        calls = {name: call for name, call in calls.items() if name in own or name in finalists}
+    return {**times, **clock(calls, rounds=rounds, warmup=0.02)}
 
 
 def distinct(problems: Iterable[Problem]) -> list[Problem]:
