@@ -19,11 +19,11 @@ NETS = "nets"  # folder of packed networks
 BUILDERS = 6  # processes that pack networks while tests run
 
 
-def run(part: str, out: Path, until: float) -> None:
+def run(part: str, out: Path, scratch: Path, until: float) -> None:
     """Run one part and save its results."""
-    found = Run(out, until, header())
+    found = Run(out, until, header(), scratch)
     with torch.no_grad():
-        PARTS[part](found, Attempts(out, part))
+        PARTS[part](found, Attempts(scratch, part))
 
 
 def roofs(run: Run, attempt: Attempts) -> None:
@@ -64,7 +64,7 @@ def layers(run: Run, attempt: Attempts) -> None:
 def models(run: Run, attempt: Attempts) -> None:
     """Time whole networks, in the order of gpu_models.ORDER; compiling goes on ahead in other processes."""
     torch.backends.cudnn.benchmark = True
-    folder = run.out / NETS
+    folder = run.scratch / NETS
     compiler = gpu_compile.Compiler(gpu_compile.workers())
     for network, batch in gpu_models.ORDER:
         for variant in gpu_models.variants(network):
@@ -79,7 +79,7 @@ def models(run: Run, attempt: Attempts) -> None:
         if time.time() >= run.end:
             break
         ours, missing = gpu_models.packed_calls(folder, network, batch, attempt)
-        warmed = (run.out / f".warmed-{network}-{batch}").exists()
+        warmed = (run.scratch / f".warmed-{network}-{batch}").exists()
         others, absent = gpu_models.baselines(network, batch, compiled=warmed)
         body["rows"] += gpu_models.measure(network, batch, {**others, **ours})
         body["missing"][f"{network} {batch}"] = {**missing, **absent}
@@ -101,7 +101,7 @@ def compile_variant(folder: str, network: str, variant: str, batch: int) -> int:
 
 def warm(run: Run, attempt: Attempts) -> None:
     """While nothing is timed: pack every network, and let torch.compile choose its kernels."""
-    folder = str(run.out / NETS)
+    folder = str(run.scratch / NETS)
     compiler = gpu_compile.Compiler(BUILDERS)
     nets = dict.fromkeys(network for network, _ in gpu_models.ORDER)
     for network in nets:
@@ -109,7 +109,7 @@ def warm(run: Run, attempt: Attempts) -> None:
             compiler.submit((network, variant), gpu_nets.build, folder, network, variant)
     for network, batch in sorted(gpu_models.AUTOTUNED):
         gpu_models.warm(network, batch)
-        (run.out / f".warmed-{network}-{batch}").touch()
+        (run.scratch / f".warmed-{network}-{batch}").touch()
     for name in list(compiler.jobs):
         compiler.wait(name, run.end)
 

@@ -26,6 +26,7 @@ GRACE = 5.0  # seconds a child may take to end after its time
 RESTARTS = 8  # of a part whose kernels broke the device
 WORTHWHILE = 12.0  # seconds; less is not worth the start of a process
 SLACK = 5.0  # seconds kept for the last files
+LOG = 4000  # characters kept of what a part printed
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Run:
     out: Path
     end: float  # of `clock`
     header: dict[str, Any]
+    scratch: Path  # packed networks, logs, reports of single tools: nothing to keep
     clock: Callable[[], float] = time.time
 
     def save(self, part: str, body: dict[str, Any]) -> Path:
@@ -161,29 +163,35 @@ def child(run: Run, part: str, until: float, start: Callable[..., Any] | None = 
         if until - run.clock() < WORTHWHILE:
             reason = reason or "the time was up before it could begin"
             break
-        code = finish(start(run, part, until), until + GRACE - run.clock())
+        process = start(run, part, until)
+        code = finish(process, until + GRACE - run.clock())
+        if isinstance(process, subprocess.Popen):
+            kill(process)  # what it started may still compile
         if code in (0, None):
             reason = "" if code == 0 else "the time was up"
             break
-        blamed = Attempts(run.out, part).blame()
-        reason = f"its process ended with code {code}, see {part}.log"
+        blamed = Attempts(run.scratch, part).blame()
+        reason = f"its process ended with code {code}"
         if blamed is None:
             break
         broken.append(blamed)
     body = run.load(part)
     failed = {"error": reason} if reason.startswith("its process") or not body else {}
-    return {**body, **failed, "broke_the_device": broken, "ended": reason or "complete"}
+    log = run.scratch / f"{part}.log"
+    words = log.read_text(errors="replace")[-LOG:] if log.exists() else ""
+    return {**body, **failed, "broke_the_device": broken, "ended": reason or "complete", "log": words}
 
 
 def start_child(run: Run, part: str, until: float) -> subprocess.Popen[bytes]:
-    """This suite again, for one part; what it prints goes to DIR/<part>.log."""
+    """This suite again, for one part; what it prints goes to its log."""
     command = [sys.executable, str(SCRIPT), "--out", str(run.out), "--child", part, "--until", str(until)]
+    command += ["--scratch", str(run.scratch)]
     environment = {
         **os.environ,
-        "LBS_TUNING_DIR": str(run.out / "tuning"),
+        "LBS_TUNING_DIR": str(run.out),
         "PYTHONUNBUFFERED": "1",
     }
-    with (run.out / f"{part}.log").open("ab") as log:
+    with (run.scratch / f"{part}.log").open("ab") as log:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -220,7 +228,7 @@ def kill(process: Any) -> None:
 PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
     "build": lambda run, until: gpu_checks.build(until - run.clock()),
     "roofs": lambda run, until: child(run, "roofs", until),
-    "tests": lambda run, until: gpu_checks.tests(run.out, until - run.clock()),
+    "tests": lambda run, until: gpu_checks.tests(run.scratch, until - run.clock()),
     "layers": lambda run, until: child(run, "layers", until),
     "models": lambda run, until: child(run, "models", until),
     "sanitizer": lambda run, until: gpu_checks.sanitizer(until - run.clock()),

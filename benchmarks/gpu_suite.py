@@ -8,16 +8,20 @@ nothing is fetched. What is missing beside them (nvcc, pytest-xdist, compute-san
 
 Parts have boxes of time that add up to nine minutes; what one leaves goes to the next. Each writes DIR/<part>.json,
 after every problem where there are many, so that whatever ends the run leaves what was measured. Kernels run in
-processes of their own: one that breaks the device costs its problem, and the part goes on behind it. DIR/tuning is the
-measured table, for lbs_kernels/tuning/ or LBS_TUNING_DIR; DIR/*.json go to benchmarks/results/<device>/.
+processes of their own: one that breaks the device costs its problem, and the part goes on behind it. DIR/<device>.json
+is the measured table, for lbs_kernels/tuning/ or LBS_TUNING_DIR; the others go to benchmarks/results/<device>/.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -44,6 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stop after this long (default: %(default)s)")
     parser.add_argument("--child", choices=["roofs", "layers", "models", "warm"], help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # time.time()
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes}: the run needs some time, give a positive number")
@@ -55,6 +60,22 @@ def selected(only: list[str] | None) -> list[str]:
     return [name for name in BOXES if only is None or name in only]
 
 
+def child(part: str, out: Path, scratch: Path, until: float) -> NoReturn:
+    """Run one part and leave at once: compiling processes are not waited for, the parent ends them."""
+    from benchmarks import gpu_children
+
+    code = 1
+    try:
+        gpu_children.run(part, out, scratch, until)
+        code = 0
+    except BaseException:  # noqa: BLE001  told in the log, and by the exit code
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 where every part went well, 1 where one failed, 2 without a GPU."""
     args = arguments(argv)
@@ -63,12 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = args.out.resolve()
     if args.child:
-        from benchmarks import gpu_children
-
-        gpu_children.run(args.child, out, args.until)
-        return 0
+        child(args.child, out, args.scratch, args.until)
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(out, time.time() + 60 * args.minutes, header())
+    scratch = Path(tempfile.mkdtemp(prefix="lbs-gpu-suite-"))
+    run = Run(out, time.time() + 60 * args.minutes, header(), scratch)
     good = run_parts(run, {name: BOXES[name] for name in selected(args.only)}, beside=warm)
     return 0 if good else 1
 

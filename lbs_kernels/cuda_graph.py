@@ -22,7 +22,8 @@ class Recorded:
 def record(call: Callable[[], Any], device: torch.device | str | None = None) -> Recorded:
     """Record `call`, which must read its inputs from where they will stay.
 
-    It runs a few times on a side stream first. Memory it allocates while it is recorded belongs to the graph.
+    It runs a few times on a side stream first. Memory it allocates while it is recorded belongs to the graph. The graph
+    keeps `call`, and with it whatever else it reads and writes.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
@@ -34,7 +35,11 @@ def record(call: Callable[[], Any], device: torch.device | str | None = None) ->
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             result = call()
-    return Recorded(graph.replay, result)
+
+    def replay(keep: Callable[[], Any] = call) -> None:
+        graph.replay()
+
+    return Recorded(replay, result)
 
 
 class Turns:

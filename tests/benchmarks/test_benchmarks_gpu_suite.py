@@ -41,7 +41,7 @@ class Clock:
 
 
 def make_run(out: Path, clock: Callable[[], float], minutes: float = 9.0) -> Run:
-    return Run(out, clock() + 60 * minutes, {"device": "none"}, clock)
+    return Run(out, clock() + 60 * minutes, {"device": "none"}, out, clock)
 
 
 @no_gpu
@@ -178,7 +178,7 @@ def test_a_part_that_breaks_twice_at_one_place_is_given_up(tmp_path: Path) -> No
     run = make_run(tmp_path, Clock())
     body = gpu_run.child(run, "roofs", run.end, start)
     assert starts == ["roofs"]  # it named nothing it was trying
-    assert body["error"] == "its process ended with code 1, see roofs.log"
+    assert body["error"] == "its process ended with code 1"
     Attempts(tmp_path, "models")("net")
     assert gpu_run.child(run, "models", run.end, start)["broke_the_device"] == ["net"]
     assert starts == ["roofs", "models", "models"]
@@ -202,7 +202,9 @@ def test_a_child_is_ended_with_all_it_started(tmp_path: Path) -> None:
     assert gpu_run.finish(process, 0.2) is None
     assert time.monotonic() - begin < 10
     status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() - begin < 30
+        time.sleep(0.02)
 
 
 def test_counts_of_a_report(tmp_path: Path) -> None:
