@@ -104,7 +104,7 @@ def gpu_layers_table(path: str, body: Body) -> list[str]:
     logs: dict[tuple[str, int], list[float]] = {}
     for problem, found in times.items():
         bits, batch = re.search(r"_(w\d+a\d+)_", problem), re.search(r"_n(\d+)_", problem)
-        kernels = [seconds for name, seconds in found.items() if name != "float16"]
+        kernels = [seconds for name, seconds in found.items() if name.startswith(("triton:", "cuda:"))]
         if bits and batch and kernels and "float16" in found:
             logs.setdefault((bits[1], int(batch[1])), []).append(math.log(found["float16"] / min(kernels)))
     rows = [

@@ -16,6 +16,7 @@ from lbs_kernels import extension, tuning_table
 from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import BackendError, LbsError
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.problem import Problem
 
 
@@ -26,13 +27,14 @@ class Kernel:
     family: the prefix of its rows in tuning tables. config: type of its configurations; `str(config)` and
     `config.parse(text)` are inverse. implementation: lbs_kernels.<op>.<implementation> has `supports(problem)`,
     `bind(...)` and perhaps `prepare(...)`. tuning: module with `candidates(problem)` and
-    `invalid_reason(config, problem)`; `{op}` stands for the operation.
+    `invalid_reason(config, problem)`; `{op}` stands for the operation. exact: equal to the reference in every bit.
     """
 
     family: str
     config: Any
     implementation: str
     tuning: str
+    exact: bool = True
 
     def module(self, op: str) -> ModuleType | None:
         """The implementation for an operation, or None where there is none."""
@@ -65,7 +67,9 @@ class Kernel:
 KERNELS: list[Kernel] = [
     Kernel("triton", GemmConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
     Kernel("triton", ElementwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("fp16", HalfConfig, "half_impl", "lbs_kernels.half_config", exact=False),
 ]
+FALLBACKS = ("fp16",)  # families that are taken only where the user allows them
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,17 @@ class Choice:
 def families() -> tuple[str, ...]:
     """The families of kernels, in the order of the table."""
     return tuple(dict.fromkeys(kernel.family for kernel in KERNELS))
+
+
+def check_fallback(fallback: str | None) -> None:
+    """Raises BackendError for a fallback that does not exist."""
+    if fallback is not None and fallback not in FALLBACKS:
+        raise BackendError(f"fallback {fallback!r} does not exist; choose None or one of {', '.join(FALLBACKS)}")
+
+
+def exact_families() -> tuple[str, ...]:
+    """The families whose kernels equal the reference."""
+    return tuple(dict.fromkeys(kernel.family for kernel in KERNELS if kernel.exact))
 
 
 def kernel_of(config: Any) -> Kernel:
@@ -115,7 +130,9 @@ def refusal(choice: Choice, problem: Problem) -> str | None:
 
 
 def candidates(problem: Problem, allowed: tuple[str, ...] | None = None) -> list[Choice]:
-    """Every valid configuration of every kernel that can serve `problem`, the default first."""
+    """Every valid configuration of every kernel that can serve `problem`, the default first; of all families unless
+    `allowed` names some.
+    """
     found = [default(problem)] if allowed is None or "triton" in allowed else []
     modules = dict.fromkeys((kernel.family, kernel.tuning) for kernel in KERNELS)
     for family, tuning in modules:
@@ -138,15 +155,16 @@ def choose(problem: Problem, allowed: tuple[str, ...] | None = None) -> Choice:
     """The fastest measured kernel that can run `problem`, else the default.
 
     Args:
-        allowed: families to choose from; all unless given.
+        allowed: families to choose from; all exact ones unless given.
 
     Raises:
         BackendError: not even the default can serve.
     """
+    allowed = exact_families() if allowed is None else allowed
     measured = tuning_table.times(problem)
     for name in sorted(measured, key=lambda name: measured[name]):
         found = parse(name)
-        if found is None or (allowed is not None and found.kernel.family not in allowed):
+        if found is None or found.kernel.family not in allowed:
             continue
         if refusal(found, problem) is None:
             return Choice(found.kernel, found.config, measured[name])

@@ -66,7 +66,7 @@ class GpuRunner:
             blob: uint8, its arrays, on any device; copied to `device`.
             device: where to run.
             configs: configurations by step name, of any type in `gpu_kernels.KERNELS`; the others are chosen.
-            families: kernels to choose from ("triton", ...); all unless given.
+            families: kernels to choose from ("triton", ...); all exact ones unless given.
 
         Raises:
             BackendError: a step or configuration no kernel serves, or a CPU device without the interpreter.

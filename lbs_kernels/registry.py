@@ -163,7 +163,7 @@ def _backend_times(problem: Problem) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, seconds in tuning_table.times(problem).items():
         family = tuning_table.family(name)
-        for backend in (family, "gpu") if family in gpu_kernels.families() else (family,):
+        for backend in (family, "gpu") if family in gpu_kernels.exact_families() else (family,):
             found[backend] = min(seconds, found.get(backend, seconds))
     return found
 
@@ -184,6 +184,8 @@ def _kernel_rows(problem: Problem, chosen: bool) -> list[Candidate]:
     best = gpu_kernels.choose(problem).name if chosen else None
     for name in sorted(measured, key=lambda name: measured[name]):
         found = gpu_kernels.parse(name)
+        if found is not None and not found.kernel.exact:
+            continue
         if found is None:
             reason: str | None = "no kernel knows this configuration any more; measure again: lbs tune"
         else:
@@ -196,4 +198,14 @@ def _kernel_rows(problem: Problem, chosen: bool) -> list[Candidate]:
     for family, reason in gpu_kernels.reasons(problem).items():
         if reason is not None:
             rows[family] = Candidate(family, reason, None, False)
-    return list(rows.values())
+    return [*rows.values(), *_fallback_rows(problem, measured)]
+
+
+def _fallback_rows(problem: Problem, measured: dict[str, float]) -> list[Candidate]:
+    """Kernels that are not exact: never chosen here, a model allows them."""
+    reason = 'not exact; it serves where a model was loaded with fallback="{}"'
+    return [
+        Candidate(name, reason.format(family), measured[name], False)
+        for name in measured
+        if (family := tuning_table.family(name)) in gpu_kernels.FALLBACKS
+    ]

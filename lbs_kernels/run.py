@@ -1,6 +1,6 @@
 """Run a program: checks, the cache of compiled runners, and the `torch.library` op that graphs see.
 
-    torch.ops.lbs_kernels.run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]
+    torch.ops.lbs_kernels.run_program(Tensor[] inputs, Tensor blob, str program, str allow='') -> Tensor[]
 
 A runner is built once per (program, blob, back end) and found again without hashing or parsing the text: by the
 address of the blob, then one comparison of the text.
@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
+from lbs_kernels import gpu_kernels, library, registry
 from lbs_kernels.cpu_runner import CpuRunner
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.program import STREAM_DTYPES, Program, blob_digest
@@ -35,12 +35,13 @@ class Runner(Protocol):
 class CompiledProgram:
     """A program on one back end, ready to run. `fallback`: why "auto" did not take its first choice, or empty."""
 
-    def __init__(self, text: str, blob: Tensor, backend: str = "auto") -> None:
+    def __init__(self, text: str, blob: Tensor, backend: str = "auto", allow: str = "") -> None:
         """
         Args:
             text: JSON text of the program.
             blob: uint8 on the device that shall run it; kept, and not to be written to.
             backend: "auto", "reference", "cpu", "gpu" or "triton".
+            allow: inexact kernels the gpu back end may take where they were measured faster ("fp16"); none if empty.
 
         Raises:
             FormatError: a damaged program, or the blob of another one.
@@ -55,7 +56,7 @@ class CompiledProgram:
         self.fallback = ""
         self.backend = registry.resolve(backend, blob.device.type)
         try:
-            self.runner = _build(self.backend, self.program, text, blob)
+            self.runner = _build(self.backend, self.program, text, blob, allow)
         except BackendError as error:
             if backend != "auto":
                 raise
@@ -134,15 +135,15 @@ _runners: dict[tuple[int, torch.device, str, int], CompiledProgram] = {}
 _runners_lock = threading.Lock()
 
 
-def compiled(text: str, blob: Tensor, backend: str = "auto") -> CompiledProgram:
+def compiled(text: str, blob: Tensor, backend: str = "auto", allow: str = "") -> CompiledProgram:
     """The cached `CompiledProgram`, built on first use."""
     # The cached runner keeps its blob alive, so an address cannot come to mean another blob while it is a key.
-    key = (blob.data_ptr(), blob.device, backend, len(text))
+    key = (blob.data_ptr(), blob.device, f"{backend} {allow}", len(text))
     found = _runners.get(key)
     if found is not None and found.text == text and found.version == _version(blob):
         return found
     with _runners_lock:
-        made = CompiledProgram(text, blob, backend)
+        made = CompiledProgram(text, blob, backend, allow)
         _runners.pop(key, None)
         while len(_runners) >= MAX_RUNNERS:
             _runners.pop(next(iter(_runners)))
@@ -175,13 +176,14 @@ def _version(blob: Tensor) -> int:
     return -1 if blob.is_inference() else blob._version
 
 
-def _build(backend: str, program: Program, text: str, blob: Tensor) -> Runner:
+def _build(backend: str, program: Program, text: str, blob: Tensor, allow: str) -> Runner:
     if backend == "cpu":
         return CpuRunner(program, blob, text)
     if backend in ("gpu", "triton"):
         from lbs_kernels.gpu_runner import GpuRunner  # lazily: importing Triton takes a second
 
-        runner: Runner = GpuRunner(program, blob, blob.device, families=None if backend == "gpu" else ("triton",))
+        families = ("triton",) if backend == "triton" else (*gpu_kernels.exact_families(), *filter(None, [allow]))
+        runner: Runner = GpuRunner(program, blob, blob.device, families=families)
         return runner
     return ReferenceRunner(program, blob)
 
@@ -227,11 +229,11 @@ def _parsed(text: str) -> Program:
     return read_program(text)
 
 
-def _op(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
-    return compiled(program, blob).run(inputs)
+def _op(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
+    return compiled(program, blob, allow=allow).run(inputs)
 
 
-def _op_fake(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
+def _op_fake(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
     parsed = _parsed(program)
     if len(inputs) != len(parsed.inputs):
         raise ShapeError(f"{len(inputs)} inputs; the program was packed for {len(parsed.inputs)}")
@@ -245,4 +247,4 @@ def _op_fake(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
     return _fake_outputs(parsed, inputs)
 
 
-library.define("run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]", _op, _op_fake)
+library.define("run_program(Tensor[] inputs, Tensor blob, str program, str allow='') -> Tensor[]", _op, _op_fake)

@@ -99,6 +99,9 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         compiled = region.compiled()
         if compiled.fallback:
             notes.append(f"region {index} fell back to {compiled.backend}: {compiled.fallback}")
+        inexact = sorted(packed.inexact_layers(batch) & {step.name for step in region.program.steps})
+        if inexact:
+            notes.append(f"region {index}: in half precision, not exact: {', '.join(inexact)}")
         seconds = _step_seconds(region, trace, count, rounds)
         if seconds is None:
             notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")

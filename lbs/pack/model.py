@@ -13,6 +13,7 @@ from lbs.pack.region import PackedRegion
 from lbs.pack.serial import PackedParts, write
 from lbs.plan import Plan
 from lbs_kernels.errors import ShapeError
+from lbs_kernels.gpu_kernels import check_fallback
 from lbs_kernels.program import Program
 
 
@@ -63,6 +64,17 @@ class PackedModel(nn.Module):
         return blob.device
 
     @property
+    def fallback(self) -> str | None:
+        """Inexact kernels the model may use on a GPU: None, or "fp16"; see `lbs.load`."""
+        return self.regions[0].allow or None
+
+    @fallback.setter
+    def fallback(self, value: str | None) -> None:
+        check_fallback(value)
+        for region in self.regions:
+            region.allow = value or ""
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of planes, multipliers and biases of all regions."""
         return sum(region.blob.numel() for region in self.regions)
@@ -96,6 +108,18 @@ class PackedModel(nn.Module):
         with torch.no_grad():
             output = walk.run(x)
         return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
+
+    def inexact_layers(self, batch: int, backend: str = "auto") -> frozenset[str]:
+        """Layers that run in half precision at this batch size; none unless `fallback` allows it."""
+        if not self.fallback or batch == 0:
+            return frozenset()
+        found: set[str] = set()
+        for region in self.regions:
+            choices = getattr(region.compiled(backend).runner, "choices", None)
+            if choices is not None:
+                pairs = zip(region.program.steps, choices(batch), strict=True)
+                found.update(step.name for step, choice in pairs if not choice.kernel.exact)
+        return frozenset(found)
 
     def capture(self, *examples: Tensor, clone: bool = False) -> CapturedModel:
         """Record the model as CUDA graphs, one for the batch size of each example; see `CapturedModel`.

@@ -20,7 +20,12 @@ _log = logging.getLogger("lbs")
 
 
 def pack(
-    model: nn.Module, *, example: Tensor | None = None, stream_dtype: str = "float32", verify: bool = True
+    model: nn.Module,
+    *,
+    example: Tensor | None = None,
+    stream_dtype: str = "float32",
+    verify: bool = True,
+    fallback: str | None = None,
 ) -> PackedModel:
     """Pack a quantized model: weights into bit-planes, norms into the epilogue, layers into one program per region.
 
@@ -32,6 +37,7 @@ def pack(
         example: float32 images [N, C, H, W] such as the model is used on; needed where the model carries no record
             of its input shape. Verification uses it.
         stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16".
+        fallback: see `lbs.load`.
         verify: compare a few images (the example, or random ones) layer by layer with the float64 evaluation.
 
     Returns:
@@ -63,6 +69,7 @@ def pack(
         plan=record.plan if record is not None else None,
         name=name,
     ).to(device)
+    packed.fallback = fallback
     for label, reason in packed.kept_float:
         _log.warning("%s: %s stays in float: %s", name, label, reason)
     if verify:

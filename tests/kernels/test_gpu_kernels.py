@@ -136,7 +136,8 @@ def other(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.usefixtures("other")
 def test_one_row_adds_a_kernel() -> None:
-    assert gpu_kernels.families() == ("triton", "other")
+    assert gpu_kernels.families() == ("triton", "fp16", "other")
+    assert gpu_kernels.exact_families() == ("triton", "other")
     names = [choice.name for choice in gpu_kernels.candidates(LAYER)]
     assert names[0] == f"triton:{conv_tuning.default(LAYER)}"
     assert "other:size1" in names
@@ -149,7 +150,7 @@ def test_one_row_adds_a_kernel() -> None:
     eight = replace(LAYER, w_bits=8)
     measured(eight, other__size1=2e-6)
     assert gpu_kernels.choose(eight).kernel.family == "triton"
-    assert gpu_kernels.reasons(eight) == {"triton": None, "other": "it takes 4 bits"}
+    assert gpu_kernels.reasons(eight) == {"triton": None, "fp16": None, "other": "it takes 4 bits"}
     assert gpu_kernels.reasons(replace(LAYER, op="pool"))["other"] == "there is no such kernel for pool"
 
 

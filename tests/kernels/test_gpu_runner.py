@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed; install it: pip i
 from test_triton_interpreted import HERE, ROOT, run_interpreted
 
 
-def test_the_runner_with_interpreted_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["check_runner.py", "check_half.py"])
+def test_the_runner_with_interpreted_kernels(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "pack"), os.environ.get("PYTHONPATH", "")]))
-    run_interpreted(str(HERE / "interpreted" / "check_runner.py"), cache=tmp_path)
+    run_interpreted(str(HERE / "interpreted" / file), cache=tmp_path)
