@@ -28,6 +28,7 @@ from lbs_kernels.tuning_table import TuningTable
 
 NEIGHBOURS = 12  # configurations of one kernel timed besides its default
 FINALISTS = 6  # of many, those that are timed carefully
+WRONG = "differ from the reference"  # in the reason of whatever was refused for its result
 Call = Callable[[], object]
 
 
@@ -94,7 +95,7 @@ class Layer:
             differs = ~((actual - self.expected).abs() <= 2.0**-10 * (1 + self.expected.abs()))
         if bool(differs.any()):
             wrong = float(differs.float().mean())
-            raise WrongResultError(f"{self.problem} on {name}: {wrong:.2%} of the elements differ from the reference")
+            raise WrongResultError(f"{self.problem} on {name}: {wrong:.2%} of the elements {WRONG}")
 
 
 def measure_cpu(problem: Problem, threads: int, rounds: int = 15) -> Measured:

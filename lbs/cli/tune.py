@@ -87,14 +87,13 @@ def run(args: argparse.Namespace) -> int:
     )
     progress.bar.end()
     out.say(f"{done.measured} problems measured, {done.skipped} were known, {done.left} are left; {done.path}")
-    wrong = [f"{row}: {reason}" for row, found in done.refused.items() for reason in found.values() if WRONG in reason]
+    wrong = [
+        f"{row}: {reason}" for row, found in done.refused.items() for reason in found.values() if tuner.WRONG in reason
+    ]
     for line in wrong:
         out.say(f"WRONG  {line}")
     out.finish({**asdict(done), "wrong": wrong})
     return 1 if wrong else 0
-
-
-WRONG = "differ from the reference"
 
 
 def _problems(args: argparse.Namespace, device: torch.device) -> list[Problem]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,14 +219,32 @@ def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) 
     assert contenders >= {"float16", "triton"}
     assert all("error" not in row and row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"])
     (table,) = (tmp_path / "tuning").glob("*.json")
-    assert all(
-        name.startswith(("triton:", "fp16:"))
-        for times in json.loads(table.read_text())["rows"].values()
-        for name in times
-    )
+    timed = {name.split(":")[0] for times in json.loads(table.read_text())["rows"].values() for name in times}
+    assert timed == {"triton", "fp16"}
     assert models["complete"]
     names = {row["contender"] for row in models["rows"]}
     assert names == {"torch float32", "torch TF32", "torch float16", "w4a4", "w4a4 pruned"}
     assert set(models["missing"]["tiny 2"]) == {"torch float16 compiled"}
     assert all(set(row["ratios"]) == names - {row["contender"]} for row in models["rows"])
     assert (tmp_path / "scratch" / ".layers.now").exists()
+
+
+@pytest.mark.slow
+def test_jobs_run_in_processes_and_their_failures_are_words() -> None:
+    """Slow because every process imports torch."""
+    from benchmarks.gpu_compile import Compiler
+
+    compiler = Compiler(1)
+    try:
+        compiler.submit("good", math.sqrt, 4.0)
+        compiler.submit("bad", math.sqrt, -1.0)
+        compiler.submit("late", time.sleep, 60)
+        assert compiler.wait("good", time.time() + 120) == ""
+        assert compiler.wait("bad", time.time() + 60) == "ValueError: math domain error"
+        assert compiler.wait("other", 0) == "it was not submitted"
+        assert compiler.wait("late", time.time() + 0.1).startswith("TimeoutError")
+    finally:
+        processes = list(compiler.pool._processes.values())
+        compiler.stop()
+        for process in processes:
+            process.kill()
