@@ -112,7 +112,8 @@ def supports(backend: str, problem: Problem) -> str | None:
     if reason is not None:
         return reason
     if backend == "gpu":
-        answers = gpu_kernels.reasons(problem)
+        exact = gpu_kernels.exact_families()
+        answers = {family: reason for family, reason in gpu_kernels.reasons(problem).items() if family in exact}
         able = any(answer is None for answer in answers.values())
         return None if able else "; ".join(f"{family}: {answer}" for family, answer in answers.items())
     name = f"lbs_kernels.{problem.op}.{backend}_impl"
@@ -171,7 +172,7 @@ def _backend_times(problem: Problem) -> dict[str, float]:
 def _rows(problem: Problem, chosen: str | None) -> list[Candidate]:
     times = _backend_times(problem)
     rows = [Candidate(name, supports(name, problem), times.get(name), name == chosen) for name in BACKENDS]
-    if "gpu" not in _order(problem):
+    if "gpu" not in _order(problem) or backend_reason("gpu", tuning_table.kind(problem.device)) is not None:
         return rows
     others = [row for row in rows if row.name not in ("gpu", "triton")]
     return [*_kernel_rows(problem, chosen == "gpu"), *others]

@@ -105,6 +105,14 @@ def test_the_explanation_lists_every_kernel_with_time_or_reason(monkeypatch: pyt
     assert [row.chosen for row in rows.values()].count(True) == 1
 
 
+def test_without_triton_the_explanation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BACKENDS, "gpu", lambda device_type: "Triton is not installed")
+    monkeypatch.setattr(gpu_kernels, "default", lambda problem: pytest.fail("a kernel was asked for"))
+    rows = {row.name: str(row) for row in registry.explain(LAYER)}
+    assert rows["gpu"] == "   gpu: cannot serve: Triton is not installed"
+    assert rows["reference"].startswith("->")
+
+
 @dataclass(frozen=True)
 class OtherConfig:
     """A kernel that this project does not have."""
