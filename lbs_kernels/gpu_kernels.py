@@ -7,7 +7,6 @@ one row. What a row promises is in docs/gpu.md.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,25 +23,22 @@ from lbs_kernels.problem import Problem
 class Kernel:
     """One kind of kernel.
 
-    family: the prefix of its rows in tuning tables. config: type of its configurations; `str(config)` and
+    family: the prefix of its rows in tuning tables. ops: the operations it serves. config: type of its configurations; `str(config)` and
     `config.parse(text)` are inverse. implementation: lbs_kernels.<op>.<implementation> has `supports(problem)`,
     `bind(...)` and perhaps `prepare(...)`. tuning: module with `candidates(problem)` and
     `invalid_reason(config, problem)`; `{op}` stands for the operation. exact: equal to the reference in every bit.
     """
 
     family: str
+    ops: tuple[str, ...]
     config: Any
     implementation: str
     tuning: str
     exact: bool = True
 
-    def module(self, op: str) -> ModuleType | None:
-        """The implementation for an operation, or None where there is none."""
-        name = f"lbs_kernels.{op}.{self.implementation}"
-        if importlib.util.find_spec(name) is None:
-            return None
-        found = importlib.import_module(name)
-        return found if hasattr(found, "bind") else None
+    def module(self, op: str) -> ModuleType:
+        """The implementation for an operation."""
+        return importlib.import_module(f"lbs_kernels.{op}.{self.implementation}")
 
     def tuner(self, op: str) -> ModuleType:
         """The module that knows the configurations."""
@@ -50,12 +46,11 @@ class Kernel:
 
     def reason(self, problem: Problem) -> str | None:
         """Why this kernel cannot serve `problem` here, or None."""
+        if problem.op not in self.ops:
+            return f"there is no such kernel for {problem.op}"
         if self.family == "cuda" and extension.cuda is None:
             return extension.cuda_reason
-        module = self.module(problem.op)
-        if module is None:
-            return f"there is no such kernel for {problem.op}"
-        reason: str | None = module.supports(problem)
+        reason: str | None = self.module(problem.op).supports(problem)
         return reason
 
     def invalid_reason(self, config: Any, problem: Problem) -> str | None:
@@ -64,10 +59,11 @@ class Kernel:
         return reason
 
 
+GEMMS, ELEMENTWISE = ("bitconv2d", "bitlinear"), ("quantpack", "pool")
 KERNELS: list[Kernel] = [
-    Kernel("triton", GemmConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
-    Kernel("triton", ElementwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
-    Kernel("fp16", HalfConfig, "half_impl", "lbs_kernels.half_config", exact=False),
+    Kernel("triton", GEMMS, GemmConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("triton", ELEMENTWISE, ElementwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("fp16", GEMMS, HalfConfig, "half_impl", "lbs_kernels.half_config", exact=False),
 ]
 FALLBACKS = ("fp16",)  # families that are taken only where the user allows them
 
@@ -84,11 +80,6 @@ class Choice:
     def name(self) -> str:
         """As in tuning tables: "triton:m64_o64_k64_w4_s3_wx"."""
         return f"{self.kernel.family}:{self.config}"
-
-
-def families() -> tuple[str, ...]:
-    """The families of kernels, in the order of the table."""
-    return tuple(dict.fromkeys(kernel.family for kernel in KERNELS))
 
 
 def check_fallback(fallback: str | None) -> None:
@@ -134,7 +125,7 @@ def candidates(problem: Problem, allowed: tuple[str, ...] | None = None) -> list
     `allowed` names some.
     """
     found = [default(problem)] if allowed is None or "triton" in allowed else []
-    modules = dict.fromkeys((kernel.family, kernel.tuning) for kernel in KERNELS)
+    modules = dict.fromkeys((kernel.family, kernel.tuning) for kernel in KERNELS if problem.op in kernel.ops)
     for family, tuning in modules:
         if allowed is not None and family not in allowed:
             continue

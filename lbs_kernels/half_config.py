@@ -26,8 +26,8 @@ class HalfConfig:
 
 
 def candidates(problem: Problem) -> list[HalfConfig]:
-    """The fallback, for operations with weights."""
-    return [HalfConfig()] if problem.op in ("bitconv2d", "bitlinear") else []
+    """The fallback."""
+    return [HalfConfig()]
 
 
 def invalid_reason(config: HalfConfig, problem: Problem) -> str | None:
