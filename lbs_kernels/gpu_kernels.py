@@ -23,9 +23,9 @@ from lbs_kernels.problem import Problem
 class Kernel:
     """One kind of kernel.
 
-    family: the prefix of its rows in tuning tables. ops: the operations it serves. config: type of its configurations; `str(config)` and
-    `config.parse(text)` are inverse. implementation: lbs_kernels.<op>.<implementation> has `supports(problem)`,
-    `bind(...)` and perhaps `prepare(...)`. tuning: module with `candidates(problem)` and
+    family: the prefix of its rows in tuning tables. ops: the operations it serves. config: type of its configurations;
+    `str(config)` and `config.parse(text)` are inverse. implementation: lbs_kernels.<op>.<implementation> has
+    `supports(problem)`, `bind(...)` and perhaps `prepare(...)`. tuning: module with `candidates(problem)` and
     `invalid_reason(config, problem)`; `{op}` stands for the operation. exact: equal to the reference in every bit.
     """
 
