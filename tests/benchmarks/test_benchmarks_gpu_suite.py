@@ -219,6 +219,19 @@ def test_the_files_with_gpu_tests_are_found() -> None:
     assert {"tests/kernels/test_triton_gpu.py", "tests/pack/test_pack_gpu.py"} <= set(found)
     assert "tests/kernels/test_bitconv2d.py" in found  # through CONTENDERS
     assert "tests/test_plan_json.py" not in found
+    assert found.index("tests/pack/test_pack_gpu.py") < found.index("tests/kernels/test_bitconv2d.py")
+
+
+def test_counts_of_tests_that_were_cut_off() -> None:
+    text = """
+[gw0] [  1%] PASSED tests/a.py::test_one[x]
+[gw1] [  2%] FAILED tests/a.py::test_two
+tests/a.py::test_three SKIPPED (no reason) [  3%]
+tests/a.py::test_four ERROR
+tests/a.py::test_five
+FAILED tests/a.py::test_two - assert 1 == 2
+"""
+    assert gpu_checks.so_far(text) == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
 
 
 @pytest.mark.parametrize(
