@@ -175,6 +175,8 @@ def test_estimates_interpolate_between_the_four_neighbours() -> None:
     at = lambda c, o, **change: estimate(replace(base, in_channels=c, out_channels=o, **change))  # noqa: E731
     assert at(8, 16) == 2.0
     assert at(8, 12) == pytest.approx(1.5)
+    assert at(8, 10) == pytest.approx(1.25)  # nearer to the smaller one
+    assert at(14, 8) == pytest.approx(2.5)
     assert at(12, 16) == pytest.approx(5.0)
     assert at(12, 12) == pytest.approx(3.5)
     assert at(4, 2) == 1.0  # below the grid: its smallest size
