@@ -105,6 +105,7 @@ def compile_network(path: str, batch: int) -> int:
     """Compile every launch of a packed network (its file) at one batch size, as the tuning tables choose them."""
     import lbs
     from lbs_kernels.gpu_runner import GpuRunner
+    from lbs_kernels.program import IMAGE_DTYPES
     from lbs_kernels.step_problem import problem_of
 
     done = 0
@@ -117,7 +118,7 @@ def compile_network(path: str, batch: int) -> int:
             }
             configs = {name: choice.config for name, choice in choices.items() if choice.kernel.family == "triton"}
             plan = GpuRunner(program, region.blob, "cpu", configs, families=("triton",)).plan(batch)
-            images = [torch.empty(16) for _ in program.inputs]
+            images = [torch.empty(16, dtype=IMAGE_DTYPES[program.tensors[index].dtype]) for index in program.inputs]
             for step, launch in zip(program.steps, plan.launches, strict=True):
                 if step.name in configs:
                     launch(images)

@@ -81,7 +81,7 @@ class CapturedModel:
         packed.check_input(example)
         if len(example) == 0:
             raise ShapeError("the example is an empty batch; there is nothing to record, give at least one image")
-        static = example.detach().clone(memory_format=torch.contiguous_format)
+        static = example.detach().clone()  # channels first or last, as the example has them
         with torch.no_grad():
             self._graphs[len(static)] = static, cuda_graph.record(lambda: packed(static), packed.device)
 
