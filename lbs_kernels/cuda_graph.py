@@ -11,6 +11,16 @@ import torch
 WARM_UPS = 3  # allocations, compilation and cuDNN's choice of kernels must lie behind before the recording
 
 
+# What a graph reads and writes, innermost recording last. Nobody tells when a graph that was recorded elsewhere goes:
+# what those need, the first list, stays until the process ends.
+_kept: list[list[Any]] = [[]]
+
+
+def keep(thing: Any) -> None:
+    """While a graph is recorded: `thing` shall live as long as the graph."""
+    _kept[-1].append(thing)
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A graph. replay: enqueues it on the current stream. result: of the recorded call; every replay overwrites it."""
@@ -33,10 +43,15 @@ def record(call: Callable[[], Any], device: torch.device | str | None = None) ->
                 call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            result = call()
+        kept: list[Any] = [call]
+        _kept.append(kept)
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                result = call()
+        finally:
+            _kept.pop()
 
-    def replay(keep: Callable[[], Any] = call) -> None:
+    def replay(kept: list[Any] = kept) -> None:
         graph.replay()
 
     return Recorded(replay, result)

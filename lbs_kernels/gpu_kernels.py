@@ -7,6 +7,7 @@ one row. What a row promises is in docs/gpu.md.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,8 +26,9 @@ class Kernel:
 
     family: the prefix of its rows in tuning tables. ops: the operations it serves. config: type of its configurations;
     `str(config)` and `config.parse(text)` are inverse. implementation: lbs_kernels.<op>.<implementation> has
-    `supports(problem)`, `bind(...)` and perhaps `prepare(...)`. tuning: module with `candidates(problem)` and
-    `invalid_reason(config, problem)`; `{op}` stands for the operation. exact: equal to the reference in every bit.
+    `supports(problem)`, `bind(...)` and perhaps `step_reason(...)` and `prepare_weights(...)`. tuning: module with
+    `candidates(problem)` and `invalid_reason(config, problem)`; `{op}` stands for the operation. exact: equal to the
+    reference in every bit.
     """
 
     family: str
@@ -142,11 +144,16 @@ def default(problem: Problem) -> Choice:
     return Choice(kernel_of(config), config)
 
 
-def choose(problem: Problem, allowed: tuple[str, ...] | None = None) -> Choice:
+def choose(
+    problem: Problem,
+    allowed: tuple[str, ...] | None = None,
+    reason: Callable[[Choice], str | None] = lambda choice: None,
+) -> Choice:
     """The fastest measured kernel that can run `problem`, else the default.
 
     Args:
         allowed: families to choose from; all exact ones unless given.
+        reason: why the caller cannot take a choice, or None.
 
     Raises:
         BackendError: not even the default can serve.
@@ -157,12 +164,12 @@ def choose(problem: Problem, allowed: tuple[str, ...] | None = None) -> Choice:
         found = parse(name)
         if found is None or found.kernel.family not in allowed:
             continue
-        if refusal(found, problem) is None:
+        if refusal(found, problem) is None and reason(found) is None:
             return Choice(found.kernel, found.config, measured[name])
     found = default(problem)
-    reason = refusal(found, problem)
-    if reason is not None:
-        raise BackendError(f"{found.kernel.family} cannot serve {problem}: {reason}")
+    refused = refusal(found, problem) or reason(found)
+    if refused is not None:
+        raise BackendError(f"{found.kernel.family} cannot serve {problem}: {refused}")
     return found
 
 

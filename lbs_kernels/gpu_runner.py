@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbs_kernels import gpu_kernels
+from lbs_kernels import cuda_graph, gpu_kernels
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu_kernels import Choice
 from lbs_kernels.gpu_layout import arena_view, plan_arena, to_logical
@@ -22,9 +23,6 @@ from lbs_kernels.triton_common import INTERPRETED, Launch, device_guard
 from lbs_kernels.triton_gemm import prepare_weights
 
 MAX_PLANS = 16  # batch sizes times streams whose buffers are kept
-
-# A graph that somebody else recorded does not say when it goes; until the process ends it may read these weights.
-_recorded: set[GpuRunner] = set()
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class GpuRunner:
     one another on it. Threads may share a runner. Inputs must stay unchanged until the work enqueued on them is done,
     as for any torch operation.
 
-    CUDA graphs: a call that is being recorded takes its buffers from the graph's own memory, so a replay may overlap
-    with calls and with other graphs. The batch size must have run once before, outside the recording.
+    CUDA graphs: a call that is being recorded gives the buffers of an earlier call to the graph, for good, so a replay
+    may overlap with calls and with other graphs. The batch size must have run before, outside the recording.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class GpuRunner:
         self.arrays = {key: program.array(blob, key).to(self.device) for key in program.arrays}
         self._weights: dict[tuple[str, str], Any] = {}
         self._plans: dict[tuple[int, int], BatchPlan] = {}
-        self._ran: set[int] = set()
         self._lock = threading.RLock()
         for step in program.steps:
             self._weights_for(step, self._choice(step, self._problem(step, batch=1)))
@@ -103,7 +100,8 @@ class GpuRunner:
 
         Raises:
             ShapeError: a tensor of this batch has more elements than the kernels can count.
-            BackendError: the call is being recorded into a CUDA graph and this batch size never ran before.
+            BackendError: the call is being recorded into a CUDA graph and this batch size did not run since another
+                one was recorded.
         """
         batch = inputs[0].shape[0]
         with self._lock, device_guard(self.device):
@@ -116,7 +114,6 @@ class GpuRunner:
             for index, result in zip(self.program.outputs, results, strict=True):
                 values = plan.buffers[index].permute(0, 3, 1, 2)
                 result.copy_(values.flatten(1) if self.program.tensors[index].flat else values)
-            self._ran.add(batch)
         if trace is not None:
             trace.update(zip(self.program.inputs, inputs, strict=True))
         return results
@@ -151,14 +148,20 @@ class GpuRunner:
         return [self._choice(step, self._problem(step, batch)) for step in self.program.steps]
 
     def _recorded_plan(self, batch: int) -> BatchPlan:
-        """A plan in the memory of the graph that is being recorded, which keeps it for its replays."""
-        if batch not in self._ran:
+        """The plan of an earlier call, given to the graph that is being recorded: binding and compiling would wait.
+
+        Whatever stream it was made on: recording begins when all work is done.
+        """
+        own = (batch, stream_handle(self.device))
+        keys = sorted((key for key in self._plans if key[0] == batch), key=lambda key: key != own)
+        if not keys:
             raise BackendError(
-                f"batch {batch} is being recorded into a CUDA graph but never ran: kernels are compiled by the first "
-                "call, which cannot be recorded; call the model once with this batch first, or use packed.capture"
+                f"batch {batch} is being recorded into a CUDA graph but did not run: kernels are compiled by a call "
+                "that is not recorded; call the model once with this batch first, or use packed.capture"
             )
-        _recorded.add(self)
-        return self._make_plan(batch)
+        plan = self._plans.pop(keys[0])
+        cuda_graph.keep((self, plan))
+        return plan
 
     def _make_plan(self, batch: int) -> BatchPlan:
         program = self.program
@@ -168,15 +171,13 @@ class GpuRunner:
             index: arena_view(arena, slot, program.tensors[index], program.stream_dtype, batch)
             for index, slot in slots.items()
         }
-        prepared = len(self._weights)
         choices, launches = [], []
         for step in program.steps:
             problem = self._problem(step, batch)
             choice = self._choice(step, problem)
             choices.append(choice)
             launches.append(self._bind(step, problem, choice, buffers))
-        if len(self._weights) > prepared:
-            self._finish()
+        self._finish()  # what was laid out for these configurations
         return BatchPlan(arena, buffers, tuple(choices), tuple(launches))
 
     def _finish(self) -> None:
@@ -198,26 +199,31 @@ class GpuRunner:
         """The kernel of a step. Raises BackendError where the one named, or every one, cannot serve it."""
         try:
             if step.name not in self.configs:
-                return gpu_kernels.choose(problem, self.families)
+                return gpu_kernels.choose(problem, self.families, functools.partial(self._step_reason, step))
             config = self.configs[step.name]
             choice = Choice(gpu_kernels.kernel_of(config), config)
-            reason = gpu_kernels.refusal(choice, problem)
+            reason = gpu_kernels.refusal(choice, problem) or self._step_reason(step, choice)
             if reason is not None:
                 raise BackendError(f"{choice.kernel.family} cannot serve {problem}: {reason}")
         except BackendError as error:
             raise BackendError(f"step {step.name!r}: {error}") from error
         return choice
 
+    def _step_reason(self, step: Step, choice: Choice) -> str | None:
+        """Why a kernel cannot run a step, beyond what its problem says, or None."""
+        asked = getattr(choice.kernel.module(step.op), "step_reason", None)
+        return None if asked is None else asked(step, self.program.tensors[step.input])
+
     def _weights_for(self, step: Step, choice: Choice) -> Any:
         """The weights of a step as its kernel wants them, made once; None for a step that has none."""
         if not isinstance(step, ConvStep | LinearStep):
             return None
-        prepare = getattr(choice.kernel.module(step.op), "prepare", None)
-        key = (step.name, choice.name if prepare is not None else "")
+        key = (step.name, choice.kernel.implementation)
         if key not in self._weights:
             kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
-            operands = (self.arrays[step.planes], kernel, groups, self.program.tensors[step.input], self.device)
-            self._weights[key] = prepare_weights(*operands) if prepare is None else prepare(*operands, choice.config)
+            prepare = getattr(choice.kernel.module(step.op), "prepare_weights", prepare_weights)
+            source = self.program.tensors[step.input]
+            self._weights[key] = prepare(self.arrays[step.planes], kernel, groups, source, self.device)
         return self._weights[key]
 
     def _bind(self, step: Step, problem: Problem, choice: Choice, buffers: dict[int, Tensor]) -> Launch:

@@ -79,8 +79,8 @@ def finish_kernel(
     emit(y, row, row_mask, first, filters, target, EMIT)
 
 
-def prepare(
-    planes: Tensor, kernel: tuple[int, int], groups: int, source: TensorSpec, device: torch.device, config: object
+def prepare_weights(
+    planes: Tensor, kernel: tuple[int, int], groups: int, source: TensorSpec, device: torch.device
 ) -> HalfWeights:
     """Weights for the activations of `source`, from planes int32 [w_bits, O, T, CW]."""
     w_bits, filters, taps, _ = planes.shape

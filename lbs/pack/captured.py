@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,6 @@ from lbs_kernels.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
     from lbs.pack.model import PackedModel
-
-
-@runtime_checkable
-class Releasing(Protocol):
-    """A runner that keeps buffers between calls."""
-
-    def release(self) -> None: ...
 
 
 class CapturedModel:
@@ -45,10 +38,6 @@ class CapturedModel:
         self._graphs: dict[int, tuple[Tensor, Recorded]] = {}
         for example in examples:
             self._add(packed, example)
-        self._keep = [region.compiled() for region in packed.regions]  # the graphs read the weights inside
-        for compiled in self._keep:
-            if isinstance(compiled.runner, Releasing):
-                compiled.runner.release()  # the buffers of the warm-up; the graphs have their own
 
     @property
     def batches(self) -> tuple[int, ...]:

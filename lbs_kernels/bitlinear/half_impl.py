@@ -11,9 +11,9 @@ from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import LinearStep, Program
 from lbs_kernels.triton_common import Launch
-from lbs_kernels.triton_half import HalfWeights, bind_half, prepare
+from lbs_kernels.triton_half import HalfWeights, bind_half, prepare_weights
 
-__all__ = ["bind", "prepare", "supports"]
+__all__ = ["bind", "prepare_weights", "supports"]
 
 
 def supports(problem: Problem) -> str | None:

@@ -23,6 +23,7 @@ from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.gpu_runner import GpuRunner
+from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 from lbs_kernels.run import clear_runners
@@ -74,23 +75,47 @@ def test_the_plans_used_last_are_kept(net: tuple[Program, Tensor], monkeypatch: 
     assert runner.plan(2) is not two
 
 
-def test_a_recorded_call_has_buffers_of_its_own(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_call_is_given_the_buffers_of_an_earlier_one(
+    net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = GpuRunner(*net, "cpu")
-    monkeypatch.setattr(gpu_runner, "capturing", lambda device: True)
-    monkeypatch.setattr(gpu_runner, "_recorded", set())
+    kept: list[object] = []
+    monkeypatch.setattr(gpu_runner.cuda_graph, "keep", kept.append)
+
+    def record(seed: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_runner, "capturing", lambda device: True)
+            patch.setattr(runner, "_bind", lambda *arguments: pytest.fail("binding may wait, which no recording may"))
+            check(runner, net[1], 2, seed)
+
     with pytest.raises(BackendError, match=r"batch 2 is being recorded .* call the model once with this batch first"):
-        check(runner, net[1], 2, 0)
-    monkeypatch.setattr(gpu_runner, "capturing", lambda device: False)
+        record(0)
     check(runner, net[1], 2, 0)
-    kept = runner.plan(2)
-    kept.arena.fill_(77)
-    monkeypatch.setattr(gpu_runner, "capturing", lambda device: True)
-    check(runner, net[1], 2, 1)
-    assert (kept.arena == 77).all()
-    assert runner.plan(2) is kept
-    assert gpu_runner._recorded == {runner}  # a foreign graph reads its weights: it stays
-    with pytest.raises(BackendError, match="batch 3"):
-        check(runner, net[1], 3, 0)
+    given = runner.plan(2)
+    record(1)
+    assert kept == [(runner, given)]
+    given.arena.fill_(77)  # what a replay would do meanwhile
+    check(runner, net[1], 2, 2)
+    assert (given.arena == 77).all()
+    assert runner.plan(2) is not given
+    with monkeypatch.context() as patch:  # a plan of another stream will do
+        patch.setattr(gpu_runner, "stream_handle", lambda device: 7)
+        record(3)
+    assert len(kept) == 2
+
+
+def test_a_step_may_be_refused_beyond_its_problem(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbs_kernels.bitconv2d import half_impl
+
+    refused = lambda step, source: f"{step.name} reads {source.name}"  # noqa: E731
+    monkeypatch.setattr(half_impl, "step_reason", refused, raising=False)
+    runner = GpuRunner(*net, "cpu", families=("triton", "fp16"))
+    device = tuning_table.device_slug("cpu")
+    rows = {tuning_table.key(runner.problems(2)["step1"]): {"fp16:torch": 1e-9}}
+    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+    assert {choice.kernel.family for choice in runner.choices(2)} == {"triton"}
+    with pytest.raises(BackendError, match=r"step 'step1': fp16 cannot serve .*: step1 reads "):
+        GpuRunner(*net, "cpu", {"step1": HalfConfig()})
 
 
 def test_threads_share_a_runner(net: tuple[Program, Tensor]) -> None:
