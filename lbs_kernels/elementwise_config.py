@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from lbs_kernels.errors import FormatError
 from lbs_kernels.format import WORD
 from lbs_kernels.problem import Problem
 
@@ -20,6 +22,14 @@ class ElementwiseConfig:
 
     def __str__(self) -> str:
         return f"m{self.block_m}_c{self.block_c}_w{self.warps}"
+
+    @classmethod
+    def parse(cls, text: str) -> ElementwiseConfig:
+        """The inverse of `str`. Raises FormatError for other text."""
+        found = re.fullmatch(r"m(\d+)_c(\d+)_w(\d+)", text)
+        if found is None:
+            raise FormatError(f"{text!r} is no elementwise configuration; expected one like m32_c32_w4")
+        return cls(int(found[1]), int(found[2]), int(found[3]))
 
 
 def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:

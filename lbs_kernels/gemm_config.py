@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from lbs_kernels.errors import FormatError
 from lbs_kernels.format import WORD, words
 from lbs_kernels.problem import Problem
 
@@ -30,6 +32,15 @@ class GemmConfig:
     def __str__(self) -> str:
         order = "wx" if self.weights_first else "xw"
         return f"m{self.block_m}_o{self.block_o}_k{WORD * self.block_words}_w{self.warps}_s{self.stages}_{order}"
+
+    @classmethod
+    def parse(cls, text: str) -> GemmConfig:
+        """The inverse of `str`. Raises FormatError for other text."""
+        found = re.fullmatch(r"m(\d+)_o(\d+)_k(\d+)_w(\d+)_s(\d+)_(wx|xw)", text)
+        if found is None:
+            raise FormatError(f"{text!r} is no configuration of the GEMM; expected one like m64_o32_k64_w4_s3_wx")
+        block_m, block_o, block_k, warps, stages = (int(found[index]) for index in range(1, 6))
+        return cls(block_m, block_o, block_k // WORD, warps, stages, found[6] == "wx")
 
 
 def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:

@@ -1,6 +1,6 @@
 """Run a program: checks, the cache of compiled runners, and the `torch.library` op that graphs see.
 
-    torch.ops.lbs_kernels.run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]
+    torch.ops.lbs_kernels.run_program(Tensor[] inputs, Tensor blob, str program, str allow='') -> Tensor[]
 
 A runner is built once per (program, blob, back end) and found again without hashing or parsing the text: by the
 address of the blob, then one comparison of the text.
@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
+from lbs_kernels import gpu_kernels, library, registry
 from lbs_kernels.cpu_runner import CpuRunner
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.program import IMAGE_DTYPES, STREAM_DTYPES, Program, TensorSpec, blob_digest
@@ -35,12 +35,13 @@ class Runner(Protocol):
 class CompiledProgram:
     """A program on one back end, ready to run. `fallback`: why "auto" did not take its first choice, or empty."""
 
-    def __init__(self, text: str, blob: Tensor, backend: str = "auto") -> None:
+    def __init__(self, text: str, blob: Tensor, backend: str = "auto", allow: str = "") -> None:
         """
         Args:
             text: JSON text of the program.
             blob: uint8 on the device that shall run it; kept, and not to be written to.
-            backend: "auto", "reference", "cpu" or "triton".
+            backend: "auto", "reference", "cpu", "gpu" or "triton".
+            allow: inexact kernels the gpu back end may take where they were measured faster ("fp16"); none if empty.
 
         Raises:
             FormatError: a damaged program, or the blob of another one.
@@ -55,7 +56,7 @@ class CompiledProgram:
         self.fallback = ""
         self.backend = registry.resolve(backend, blob.device.type)
         try:
-            self.runner = _build(self.backend, self.program, blob)
+            self.runner = _build(self.backend, self.program, blob, allow)
         except BackendError as error:
             if backend != "auto":
                 raise
@@ -141,7 +142,8 @@ def run_program(
         blob: uint8, the program's arrays, on the device that shall run it.
         inputs: images [N, C, H, W] on the blob's device, float32 or uint8 as the program says; N may be 0. Channels may
             lie first or last in memory; other strides are copied.
-        backend: "reference" (torch, anywhere), "cpu" (native), "triton" (GPU, or its interpreter), or "auto".
+        backend: "reference" (torch, anywhere), "cpu" (native), "gpu" (the best kernel for each step; or
+            Triton's interpreter), "triton" (its kernels alone), or "auto".
         threads: of the native back end; torch's number unless given.
         trace: receives every tensor by index: images as given, codes uint8 [N, H, W, C], streams in the stream dtype.
 
@@ -163,15 +165,15 @@ _runners: dict[tuple[int, torch.device, str, int], CompiledProgram] = {}
 _runners_lock = threading.Lock()
 
 
-def compiled(text: str, blob: Tensor, backend: str = "auto") -> CompiledProgram:
+def compiled(text: str, blob: Tensor, backend: str = "auto", allow: str = "") -> CompiledProgram:
     """The cached `CompiledProgram`, built on first use."""
     # The cached runner keeps its blob alive, so an address cannot come to mean another blob while it is a key.
-    key = (blob.data_ptr(), blob.device, backend, len(text))
+    key = (blob.data_ptr(), blob.device, f"{backend} {allow}", len(text))
     found = _runners.get(key)
     if found is not None and found.text == text and found.version == _version(blob):
         return found
     with _runners_lock:
-        made = CompiledProgram(text, blob, backend)
+        made = CompiledProgram(text, blob, backend, allow)
         _runners.pop(key, None)
         while len(_runners) >= MAX_RUNNERS:
             _runners.pop(next(iter(_runners)))
@@ -204,14 +206,15 @@ def _version(blob: Tensor) -> int:
     return -1 if blob.is_inference() else blob._version
 
 
-def _build(backend: str, program: Program, blob: Tensor) -> Runner:
+def _build(backend: str, program: Program, blob: Tensor, allow: str) -> Runner:
     if backend == "cpu":
         # Written anew: a text from elsewhere may leave out what has a default, the native reader wants everything.
         return CpuRunner(program, blob, program.to_json())
-    if backend == "triton":
-        from lbs_kernels.triton_runner import TritonRunner  # lazily: importing Triton takes a second
+    if backend in ("gpu", "triton"):
+        from lbs_kernels.gpu_runner import GpuRunner  # lazily: importing Triton takes a second
 
-        runner: Runner = TritonRunner(program, blob, blob.device)
+        families = ("triton",) if backend == "triton" else (*gpu_kernels.exact_families(), *filter(None, [allow]))
+        runner: Runner = GpuRunner(program, blob, blob.device, families=families)
         return runner
     return ReferenceRunner(program, blob)
 
@@ -257,11 +260,11 @@ def _parsed(text: str) -> Program:
     return read_program(text)
 
 
-def _op(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
-    return compiled(program, blob).run(inputs)
+def _op(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
+    return compiled(program, blob, allow=allow).run(inputs)
 
 
-def _op_fake(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
+def _op_fake(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
     parsed = _parsed(program)
     if len(inputs) != len(parsed.inputs):
         raise ShapeError(f"{len(inputs)} inputs; the program was packed for {len(parsed.inputs)}")
@@ -270,4 +273,4 @@ def _op_fake(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
     return _fake_outputs(parsed, inputs)
 
 
-library.define("run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]", _op, _op_fake)
+library.define("run_program(Tensor[] inputs, Tensor blob, str program, str allow='') -> Tensor[]", _op, _op_fake)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lbs.pack.captured import CapturedModel
 from lbs.pack.pixels import Normalization
 from lbs.pack.region import PackedRegion
 from lbs.pack.serial import PackedParts, write
 from lbs.plan import Plan
 from lbs_kernels.errors import GraphError, ShapeError
+from lbs_kernels.gpu_kernels import check_fallback
 from lbs_kernels.program import Program
 from lbs_kernels.run import dtype_rule
 
@@ -70,6 +72,17 @@ class PackedModel(nn.Module):
         return blob.device
 
     @property
+    def fallback(self) -> str | None:
+        """Inexact kernels the model may use on a GPU: None, or "fp16"; see `lbs.load`."""
+        return self.regions[0].allow or None
+
+    @fallback.setter
+    def fallback(self, value: str | None) -> None:
+        check_fallback(value)
+        for region in self.regions:
+            region.allow = value or ""
+
+    @property
     def input_dtype(self) -> torch.dtype:
         """Of the images: torch.float32, or torch.uint8 where `normalize` is set."""
         return torch.float32 if self.normalize is None else torch.uint8
@@ -123,6 +136,34 @@ class PackedModel(nn.Module):
         with torch.no_grad():
             output = walk.run(x)
         return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
+
+    def inexact_layers(self, batch: int, backend: str = "auto") -> frozenset[str]:
+        """Layers that run in half precision at this batch size; none unless `fallback` allows it."""
+        if not self.fallback or batch == 0:
+            return frozenset()
+        found: set[str] = set()
+        for region in self.regions:
+            choices = getattr(region.compiled(backend).runner, "choices", None)
+            if choices is not None:
+                pairs = zip(region.program.steps, choices(batch), strict=True)
+                found.update(step.name for step, choice in pairs if not choice.kernel.exact)
+        return frozenset(found)
+
+    def capture(self, *examples: Tensor, clone: bool = False) -> CapturedModel:
+        """Record the model as CUDA graphs, one for the batch size of each example; see `CapturedModel`.
+
+        Args:
+            examples: images [N, C, H, W] on the model's GPU, of its dtype; their values do not matter.
+            clone: return copies of the outputs instead of the graph's own memory, which the next call overwrites.
+
+        Raises:
+            BackendError: a model on the processor. ShapeError: no example, or no batch the model was packed for.
+
+        Example:
+            captured = packed.capture(images[:1], images[:32])
+            logits = captured(images[:32])
+        """
+        return CapturedModel(self, examples, clone)
 
     def save(self, path: str | Path) -> None:
         """Write one file that `lbs.load` reads.

@@ -28,6 +28,7 @@ def pack(
     stream_dtype: str = "float32",
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     verify: bool = True,
+    fallback: str | None = None,
 ) -> PackedModel:
     """Pack a quantized model: weights into bit-planes, norms into the epilogue, layers into one program per region.
 
@@ -41,6 +42,7 @@ def pack(
         stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16".
         normalize: (mean, std) per channel of pixels scaled to 0..1, as torchvision's Normalize takes them. The packed
             model is then given the bytes of images, uint8 [N, C, H, W], and no float image is stored.
+        fallback: see `lbs.load`.
         verify: compare a few images (the example, or random ones) layer by layer with the float64 evaluation.
 
     Returns:
@@ -78,6 +80,7 @@ def pack(
         name=name,
         normalize=pixels,
     ).to(device)
+    packed.fallback = fallback
     for label, reason in packed.kept_float:
         _log.warning("%s: %s stays in float: %s", name, label, reason)
     if verify:

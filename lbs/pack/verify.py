@@ -8,6 +8,7 @@ boundary changes nothing behind it, and what differs first is what is wrong.
   those are counted. The tolerance is BOUNDARY code units, or more where the float32 error bound of the value is larger.
 - Streams and outputs lie within that float32 error bound. It is carried along with the values: each product, sum and
   store of the epilogue adds its own rounding (u = 2^-24), and every stream that is taken over starts from 0 again.
+- A layer that ran in half precision (fallback="fp16") is allowed the rounding of its sum to float16 besides.
 - Weight codes are compared with the stored planes, all of them.
 """
 
@@ -36,6 +37,7 @@ from lbs_kernels.errors import GraphError
 BATCH = 32  # images evaluated at once, to bound the memory
 BOUNDARY = 1e-4
 UNIT = 2.0**-24  # half a step of float32
+HALF = 2.0**-11  # of float16
 OUTER_TOLERANCE = 1e-4  # of the largest magnitude: float modules between regions, whose kernels torch chooses
 _STREAM_UNIT = {"float32": UNIT, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -47,7 +49,7 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
         model: the quantized model `packed` was made from. packed: PackedModel.
         x: images [N, C, H, W] on the device of both, of the packed model's dtype. Of bytes, the model sees the
             normalised values in float64.
-        backend: whose codes are compared: "auto", "reference", "cpu" or "triton".
+        backend: whose codes are compared: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         VerifyReport; `ok` is False where anything differs, and `first_difference` names it.
@@ -67,6 +69,7 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
         for part in x.split(BATCH) if len(x) else [x]:
             output, traces = packed.run_traced(part, backend)
             tensors = PackedTensors(packed.programs, [region.blob for region in packed.regions], traces)
+            tensors.inexact = packed.inexact_layers(len(part), backend)
             floats = packed.float_images(part)
             judge = _Judge(graph.module, tensors, _image_bound(packed.normalize, part, floats))
             judge.compare_outputs(judge.run(floats), output)
@@ -157,7 +160,14 @@ class _Judge(fx.Interpreter):
         if isinstance(layer.bias, Tensor):
             y = product + layer.bias.double().reshape(-1, *([1] * (product.dim() - 2)))
         # fma(float32(acc), M, B): acc, M, B (|B| <= |product| + |y|) and the result are rounded once each.
-        return y, UNIT * (3 * product.abs() + 2 * y.abs())
+        bound = UNIT * (3 * product.abs() + 2 * y.abs())
+        return y, bound + self._half_bound(layer, units, weights, product) if name in self.tensors.inexact else bound
+
+    def _half_bound(self, layer: QuantLayer, units: Tensor, weights: Tensor, product: Tensor) -> Tensor:
+        """Of a layer in half precision: the sum in float32, in any order, then rounded to float16."""
+        step = layer.weight_step() * layer.quantizer.step()
+        terms = weights[0].numel() * layer.product(units.abs(), weights.abs(), None) * step
+        return HALF * product.abs() + UNIT * terms
 
     def _compare_codes(self, name: str, layer: QuantLayer, value: Tensor, bound: Tensor, codes: Tensor) -> None:
         quantizer = layer.quantizer

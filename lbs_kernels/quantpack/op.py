@@ -40,7 +40,7 @@ def quantpack(
         multiplier, bias: float32 [C] on x's device, both or none.
         scale: n / v, n / (2 v) if signed, or 1 / s; positive and exact in float32.
         bits: 1 .. 8. zero: the code of real 0. signed: codes mean v (2 q - n) / n.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         uint8 [N, H, W, C].

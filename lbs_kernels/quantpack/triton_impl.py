@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program, QuantPackStep, TensorSpec
+from lbs_kernels.program import Program, QuantPackStep
 from lbs_kernels.quantpack import tuning
 from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, fma, load_stream
 from lbs_kernels.triton_emit import bind_emit, emit, kernel_view
@@ -59,13 +59,6 @@ def quantpack_kernel(
 def supports(problem: Problem) -> str | None:
     """Why this back end cannot serve `problem`, or None."""
     return None
-
-
-def problem_of(step: QuantPackStep, source: TensorSpec, batch: int, device: str) -> Problem:
-    """The key of one step at one batch size; bits are those of the first code tensor written."""
-    bits = step.emit.consumers[0].bits if step.emit.consumers else 0
-    size = (source.height, source.width, source.channels, source.channels)
-    return Problem("quantpack", batch, *size, w_bits=0, a_bits=bits, device=device)
 
 
 def bind(

@@ -175,8 +175,8 @@ def test_inputs_that_do_not_fit_are_refused(name: str, backend: str) -> None:
 def test_backends_that_cannot_run_are_named() -> None:
     program, blob = preact_residual(0)
     images = random_inputs(program, 1, 0)
-    with pytest.raises(BackendError, match="'gpu' does not exist; choose one of auto, cpu, triton, reference"):
-        run_program(program, blob, images, backend="gpu")
+    with pytest.raises(BackendError, match="'fpga' does not exist; choose one of auto, cpu, gpu, triton, reference"):
+        run_program(program, blob, images, backend="fpga")
     with pytest.raises(ShapeError, match="threads = 0"):
         run_program(program, blob, images, threads=0)
 

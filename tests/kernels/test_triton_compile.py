@@ -18,14 +18,14 @@ pytest.importorskip("triton", reason="Triton is not installed; install it: pip i
 
 from ahead_of_time import TARGETS, Compiled, compiling
 
-from lbs_kernels import triton_runner
+from lbs_kernels import gpu_runner
 from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import IMAGE_DTYPES, Emit, Program, QuantPackStep
 from lbs_kernels.triton_common import INTERPRETED
-from lbs_kernels.triton_runner import TritonRunner
 
 INT8 = {
     "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
@@ -43,7 +43,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         value = True
 
     assert not INTERPRETED.value
-    monkeypatch.setattr(triton_runner, "INTERPRETED", Yes)
+    monkeypatch.setattr(gpu_runner, "INTERPRETED", Yes)
 
 
 def compile_steps(
@@ -56,7 +56,7 @@ def compile_steps(
     layout: torch.memory_format = torch.contiguous_format,
 ) -> list[Compiled]:
     """Every launch of the program at one batch size, compiled."""
-    launches = TritonRunner(program, blob, "cpu", configs).plan(batch).launches
+    launches = GpuRunner(program, blob, "cpu", configs).plan(batch).launches
     images = []
     for spec in (program.tensors[index] for index in program.inputs):
         image = torch.empty(batch, spec.channels, spec.height, spec.width, dtype=IMAGE_DTYPES[spec.dtype])
@@ -217,7 +217,7 @@ def test_largest_valid_configurations_do_not_spill(
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_runner, "INTERPRETED", INTERPRETED)
+    monkeypatch.setattr(gpu_runner, "INTERPRETED", INTERPRETED)
     program, blob = programs.one_pixel(0)
-    with pytest.raises(BackendError, match=r"triton cannot run on cpu.*TRITON_INTERPRET=1"):
-        TritonRunner(program, blob, "cpu")
+    with pytest.raises(BackendError, match=r"GPU kernels cannot run on cpu.*TRITON_INTERPRET=1"):
+        GpuRunner(program, blob, "cpu")

@@ -19,17 +19,17 @@ from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
 if TYPE_CHECKING:
-    from lbs_kernels.triton_runner import TritonRunner
+    from lbs_kernels.gpu_runner import GpuRunner
 
 pytestmark = pytest.mark.gpu
 BITS = (2, 4, 8)
 
 
-def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[TritonRunner, list[Tensor]]:
-    from lbs_kernels.triton_runner import TritonRunner  # here, so that collecting needs no Triton
+def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[GpuRunner, list[Tensor]]:
+    from lbs_kernels.gpu_runner import GpuRunner  # here, so that collecting needs no Triton
 
     images = [image.cuda() for image in programs.random_inputs(program, batch, seed)]
-    return TritonRunner(program, blob, "cuda"), images
+    return GpuRunner(program, blob, "cuda"), images
 
 
 def check(program: Program, blob: Tensor, batch: int, seed: int) -> None:

@@ -130,9 +130,9 @@ def test_an_unknown_back_end_is_named_without_words_of_torch() -> None:
             pack_nets.network("digits_resnet8", 4, 4, classes=10),
             pack_nets.packed_digits(),
             pack_nets.images(2, (1, 8, 8)),
-            backend="tpu",
+            backend="fpga",
         )
-    assert str(seen.value).endswith("choose one of auto, cpu, triton, reference")
+    assert str(seen.value).endswith("choose one of auto, cpu, gpu, triton, reference")
 
 
 def test_model_of_another_shape_is_refused_by_name() -> None:

@@ -26,10 +26,10 @@ from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.format import pack_weights
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 from lbs_kernels.triton_common import INTERPRETED, fma
-from lbs_kernels.triton_runner import TritonRunner
 
 BITS = (2, 4, 8)
 SMALL = GemmConfig(block_m=16, block_o=32, block_words=1, warps=4, stages=2, weights_first=False)
@@ -41,13 +41,11 @@ def test_the_interpreter_is_on() -> None:
     assert INTERPRETED.value
 
 
-def check(
-    program: Program, blob: Tensor, images: list[Tensor], runner: TritonRunner | None = None
-) -> dict[int, Tensor]:
+def check(program: Program, blob: Tensor, images: list[Tensor], runner: GpuRunner | None = None) -> dict[int, Tensor]:
     """Trace and outputs equal the reference, from buffers full of garbage; returns the reference's trace."""
     expected: dict[int, Tensor] = {}
     outputs = ReferenceRunner(program, blob).run(images, expected)
-    runner = TritonRunner(program, blob, "cpu") if runner is None else runner
+    runner = GpuRunner(program, blob, "cpu") if runner is None else runner
     runner.plan(images[0].shape[0]).arena.random_(generator=torch.Generator().manual_seed(0))
     actual: dict[int, Tensor] = {}
     results = runner.run(images, actual)
@@ -232,7 +230,7 @@ def test_streams_are_clamped_and_rounded_half_to_even(stream_dtype: str) -> None
         images[0][0, 1, bit % 4] = ties + 2.0**-23
     images[0][0, :, 1, :2] = torch.tensor([[math.nan, math.inf], [-math.inf, -0.0]])
     expected = ReferenceRunner(program, blob).run(images)[0]
-    actual = TritonRunner(program, blob, "cpu").run(images)[0]
+    actual = GpuRunner(program, blob, "cpu").run(images)[0]
     assert float(actual.nan_to_num().min()) == -1.5
     assert float(actual.nan_to_num().max()) == 2.25
     assert_same(actual.nan_to_num(7.0), expected.nan_to_num(7.0), "stream")
@@ -251,7 +249,7 @@ def test_the_mean_adds_in_order_and_multiplies_once() -> None:
 
 def test_a_runner_serves_several_batches_from_kept_buffers() -> None:
     program, blob = programs.one_conv(0, channels=3, filters=5, size=(4, 4), w_bits=2, a_bits=2)
-    runner = TritonRunner(program, blob, "cpu")
+    runner = GpuRunner(program, blob, "cpu")
     first = runner.plan(2)
     for batch, seed in ((2, 0), (3, 1), (2, 2)):
         check(program, blob, programs.random_inputs(program, batch, seed), runner)
@@ -263,7 +261,7 @@ def test_a_runner_serves_several_batches_from_kept_buffers() -> None:
 def test_outputs_go_where_the_caller_says() -> None:
     program, blob = programs.preact_residual(0)
     images = programs.random_inputs(program, 1, 0)
-    runner = TritonRunner(program, blob, "cpu")
+    runner = GpuRunner(program, blob, "cpu")
     expected = runner.run(images)
     out = [torch.full_like(value, math.nan) for value in expected]
     results = runner.run(images, out=out)
@@ -276,11 +274,11 @@ def test_outputs_go_where_the_caller_says() -> None:
 
 def test_configurations_by_step_name() -> None:
     program, blob = programs.one_conv(0, channels=40, filters=40, size=(4, 4), w_bits=4, a_bits=8)
-    runner = TritonRunner(program, blob, "cpu", {"step1": SMALL})
+    runner = GpuRunner(program, blob, "cpu", {"step1": SMALL})
     check(program, blob, programs.random_inputs(program, 1, 0), runner)
     shared = GemmConfig(16, 16, 1, 4, 2, False)
     with pytest.raises(BackendError, match=r"step 'step1'.*40 filters in blocks of 16 would share words"):
-        TritonRunner(program, blob, "cpu", {"step1": shared})
+        GpuRunner(program, blob, "cpu", {"step1": shared})
 
 
 def test_what_is_refused() -> None:
