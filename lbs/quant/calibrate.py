@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbs.cost import FULL_PRECISION_BITS
 from lbs.quant import codec
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
@@ -38,7 +39,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4,
     empty = [index for index, batch in enumerate(stored) if not batch.numel()]
     if empty:
         raise PlanError(f"calibration batch {empty[0]} of shape {tuple(stored[empty[0]].shape)} is empty; leave it out")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer) and m.w_bits < FULL_PRECISION_BITS}
+    if not layers:
+        return model  # nothing is quantized: the norms are as training left them
     samples = _observe(model, layers, stored)
     for name, layer in layers.items():
         values = samples[name]

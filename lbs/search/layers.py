@@ -12,6 +12,18 @@ from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate, PruneGate
+from lbs.search.importance import IMPORTANCE
+
+FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
+
+
+class FloatInput(nn.Module):
+    """What stands where a quantizer would, in a layer that computes in float."""
+
+    bits, signed = FULL_BITS, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class SearchQuantizer(ActivationQuantizer):
@@ -29,6 +41,12 @@ class SearchQuantizer(ActivationQuantizer):
         return super().forward(x)
 
 
+def searched_gate(quantizer: nn.Module) -> BitGate | None:
+    """The gate of a quantizer whose width is searched, else None."""
+    gate = getattr(quantizer, "gate", None)
+    return gate if isinstance(gate, BitGate) else None
+
+
 class SearchLayer(QuantLayer):
     """What searchable convolutions and linear layers share.
 
@@ -44,33 +62,53 @@ class SearchLayer(QuantLayer):
         self,
         *args: Any,
         chain: tuple[int, ...],
-        quantizer: ActivationQuantizer | InputQuantizer,
+        quantizer: ActivationQuantizer | InputQuantizer | FloatInput,
         standardize: str,
         importance: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_quant(chain[-1], quantizer, standardize)
+        self._init_quant(chain[-1], quantizer, standardize if chain[-1] < FULL_BITS else "none")
         self.w_gate = BitGate(chain) if len(chain) > 1 else None
         self.prune = None
         self.importance = importance
-        self._input_gate: list[PruneGate] = []  # in a list: owned, saved and trained by the producer
-        self._norm: list[nn.Module] = []  # the norm whose gamma ranks this layer's filters
+        # In lists: owned, saved and trained elsewhere.
+        self.input_gate: list[PruneGate] = []  # of the layer whose filters this one reads
+        self.through_gate: list[PruneGate] = []  # of the layer before this depthwise one, whose filters go along
+        self.norm_behind: list[nn.Module] = []  # whose gamma ranks this layer's filters
+        self.watches_input = False  # the feeding layer's filters are ranked by what arrives here
+
+    def own_gate(self) -> PruneGate | None:
+        """The gate that closes this layer's own filters."""
+        return self.prune if self.prune is not None else next(iter(self.through_gate), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning = self.training and torch.is_grad_enabled()
+        if self.prune is not None:
+            self.prune.shared = None
+            if learning:  # ranked in this iteration's graph, so that the task's gradient reaches what ranks the filters
+                self.observe_filters()
+                self.prune.share(IMPORTANCE[self.importance].watches == "gradient")
+        if learning and self.watches_input:
+            features = x.detach().flatten(2).mean((0, 2)) if x.dim() > 2 else x.detach().mean(0)
+            self.input_gate[0].note(features)
+        return super().forward(x)
 
     def float_weight(self) -> Tensor:
         return codec.standardize(self.weight, self.standardize, self._alive())
 
     def _alive(self) -> Tensor | None:
         """1 for weights between living channels, broadcastable to `weight`; None if all live."""
-        if self.prune is None and not self._input_gate:
+        own = self.own_gate()
+        if own is None and not self.input_gate:
             return None
         window = [1] * (self.weight.dim() - 2)
         alive = self.weight.new_ones(1, 1, *window)
         with torch.no_grad():
-            if self.prune is not None:
-                alive = alive * self.prune.mask().view(-1, 1, *window)
-            if self._input_gate:
-                alive = alive * self._input_gate[0].mask().view(1, -1, *window)
+            if own is not None:
+                alive = alive * own.mask().view(-1, 1, *window)
+            if self.input_gate:
+                alive = alive * self.input_gate[0].mask().view(1, -1, *window)
         return alive
 
     @property
@@ -80,17 +118,12 @@ class SearchLayer(QuantLayer):
 
     def observe_filters(self) -> None:
         """Give the prune gate this iteration's importance of each filter."""
-        if self.prune is None:
-            return
-        if self.importance == "gamma" and self._norm:
-            size = self._norm[0].weight.abs()  # type: ignore[operator]
-            largest = size.detach().max()
-        else:
-            size = self.weight.abs().flatten(1).mean(1)
-            largest = self.weight.detach().abs().max()
-        self.prune.observe(size / largest.clamp(min=torch.finfo(size.dtype).tiny))  # all zero: no group ranks higher
+        if self.prune is not None:
+            self.prune.observe(IMPORTANCE[self.importance].score(self))
 
     def quantized_weight(self) -> Tensor:
+        if self.w_bits == FULL_BITS:
+            return self._cut_inputs(self.weight)
         v, w = self.w_range.abs(), self.float_weight()
         gate = self.w_gate
         if self.training and gate is not None and gate.active:
@@ -105,9 +138,9 @@ class SearchLayer(QuantLayer):
 
     def _cut_inputs(self, weight: Tensor) -> Tensor:
         """Zero where the feeding layer's filters are closed."""
-        if not self._input_gate:
+        if not self.input_gate:
             return weight
-        return weight * self._input_gate[0].mask().view(1, -1, *([1] * (weight.dim() - 2)))
+        return weight * self.input_gate[0].shared_mask().view(1, -1, *([1] * (weight.dim() - 2)))
 
 
 class SearchConv2d(SearchLayer, ConvProduct):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lbs.quant import codec
-from lbs.search.bit_sharing import gate_statistics, gated
+from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.budget import parameter_groups
 from lbs.search.gates import BitGate
 from lbs.search.layers import SearchConv2d, SearchQuantizer
@@ -78,7 +78,7 @@ def sample(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def gate_at(chain: tuple[int, ...], level: int, x: Tensor, v: Tensor, kind: str) -> BitGate:
     """A gate whose thresholds leave chain[level] open on x."""
     gate = BitGate(chain).double()
-    statistics = gate_statistics(x, v, gate, kind)
+    statistics = width_errors(x, v, chain, kind)
     with torch.no_grad():
         gate.alpha.copy_(statistics * 0.5)
         if level < len(chain) - 1:
