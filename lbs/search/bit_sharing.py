@@ -34,7 +34,7 @@ class _Gated(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, v: Tensor, gates: Tensor, chain: tuple[int, ...], level: Tensor | int, kind: str
     ) -> Tensor:
-        bits = chain[level] if isinstance(level, int) else _widths(chain, v).index_select(0, level.reshape(1))[0]
+        bits: Any = chain[level] if isinstance(level, int) else _widths(chain, v).index_select(0, level.reshape(1))[0]
         y = codec.round_trip(codec.wide(x), v, bits, kind).to(x.dtype)
         ctx.save_for_backward(x, v, y)
         ctx.setup = (chain, level, kind)

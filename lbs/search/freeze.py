@@ -55,10 +55,10 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     for entry in plan.layers:
         old = model.get_submodule(entry.name)
         rows, columns = present[entry.name], present.get(sources.get(entry.name, ""))
-        replace_layer(model, entry.name, _fixed(old, entry, rows, columns, twins))  # type: ignore[arg-type]
+        replace_layer(model, entry.name, _fixed(old, entry, rows, columns, twins))
     for group in record.groups:
         rows = present.get(group.producer)
-        if rows is not None:
+        if rows is not None and group.prunable:
             for norm in group.norms:
                 _cut_norm(model.get_submodule(norm), rows)  # type: ignore[arg-type]
     model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
@@ -154,7 +154,7 @@ def _fixed(
     if key not in twins:
         twins[key] = nn.Parameter(weight.detach().clone())
     new.weight = twins[key]
-    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None
+    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None  # type: ignore[assignment]
     if isinstance(new, nn.Conv2d):
         new.groups = len(rows) if entry.depthwise and rows is not None else new.groups
         new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups

@@ -128,11 +128,13 @@ class Ledger:
     def problem(self, entry: LayerPlan) -> Problem:
         """A layer under the present choices."""
         layer, name = self.layers[entry.name], entry.name
-        own, feeding = (self._filters.get(id(gate)) for gate in (self._own(entry), self._feeding(entry)))
+        outputs, inputs = (self._living(gate) for gate in (self._own(entry), self._feeding(entry)))
         w_bits = self._weights[name].amount if name in self._weights else layer.w_bits
         a_bits = self._activations[name].amount if name in self._activations else layer.a_bits
-        problem = entry.problem(feeding and feeding.amount, own and own.amount)
-        return replace(problem, w_bits=w_bits, a_bits=a_bits)
+        return replace(entry.problem(inputs, outputs), w_bits=w_bits, a_bits=a_bits)
+
+    def _living(self, gate: PruneGate | None) -> int | None:
+        return self._filters[id(gate)].amount if gate is not None else None
 
     def price(self, quantity: Quantity, entry: LayerPlan) -> float:
         """What a layer costs under the present choices."""

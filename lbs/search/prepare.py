@@ -237,7 +237,8 @@ def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig
         if config.filter_tile > 1 and filters % math.lcm(config.group_size, config.filter_tile):
             continue  # no number of whole groups but all of them is a multiple of the tile
         gate = PruneGate(filters, config.group_size, config.max_pruning_ratio, config.filter_tile, bool(rule.watches))
-        producer.prune = gate.to(producer.weight.device)
+        producer.prune = gate
+        like(gate, producer)
         norms = [model.get_submodule(name) for name in group.norms]
         producer.norm_behind = [norm for norm in norms if norm.weight is not None][:1]
         for name in group.consumers:

@@ -95,8 +95,8 @@ def _nearest(table: Table, problem: Problem, counts: range) -> tuple[int, float]
     """The first number of filters with a known time, and that time."""
     depthwise = 1 < problem.groups == problem.in_channels == problem.out_channels
     for count in counts:
-        other = {"in_channels": count, "groups": count} if depthwise else {}
-        known = table(replace(problem, out_channels=count, **other))
+        other = replace(problem, out_channels=count)
+        known = table(replace(other, in_channels=count, groups=count) if depthwise else other)
         if known is not None:
             return count, float(known)
     return None
