@@ -128,7 +128,13 @@ def main() -> None:
         print(f"{label:18} {seconds * 1e3:8.1f} ms   {seconds / times['float']:.2f}x")
     for kind, peak in peaks.items():
         print(f"{kind:18} {peak / 1e6:8.1f} MB   {peak / peaks['float']:.2f}x")
-    row = {"model": args.model, "batch": args.batch, "threads": args.threads, "amp": args.amp, "torch": torch.__version__}
+    row = {
+        "model": args.model,
+        "batch": args.batch,
+        "threads": args.threads,
+        "amp": args.amp,
+        "torch": torch.__version__,
+    }
     print(json.dumps({**row, "seconds": times, "peak_bytes": peaks}))
 
 

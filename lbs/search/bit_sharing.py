@@ -34,8 +34,12 @@ class _Gated(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, v: Tensor, gates: Tensor, chain: tuple[int, ...], level: Tensor | int, kind: str
     ) -> Tensor:
-        bits: Any = chain[level] if isinstance(level, int) else _widths(chain, v).index_select(0, level.reshape(1))[0]
-        y = codec.round_trip(codec.wide(x), v, bits, kind).to(x.dtype)
+        bits = (
+            chain[level]
+            if isinstance(level, int)
+            else torch.tensor(chain, device=v.device).index_select(0, level.reshape(1))[0]
+        )
+        y = codec.round_trip(codec.wide(x), v, bits, kind).to(x.dtype)  # type: ignore[arg-type]
         ctx.save_for_backward(x, v, y)
         ctx.setup = (chain, level, kind)
         return y
@@ -53,7 +57,14 @@ class _FusedGated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, gates: Tensor, value: list[Tensor], chain: tuple[int, ...], level: int, kind: str
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        value: list[Tensor],
+        chain: tuple[int, ...],
+        level: int,
+        kind: str,
     ) -> Tensor:
         ctx.save_for_backward(x, v)
         ctx.setup = (chain, level, kind)
@@ -69,10 +80,6 @@ class _FusedGated(torch.autograd.Function):
         grad_gates = torch.zeros(len(chain) - 1, dtype=v.dtype)
         grad_gates[: len(others)] = torch.tensor([s * p for s, p in zip(signs, products, strict=True)], dtype=v.dtype)
         return grad_x, grad_v, grad_gates, None, None, None, None
-
-
-def _widths(chain: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(chain, device=like.device)
 
 
 def _gate_gradients(

@@ -52,7 +52,9 @@ class Reached:
             text += f"; {show(rest)} are left, " + (
                 f"less than the smallest step of these gates, {show(self.step)}"
                 if self.step > rest
-                else "everything is open" if not self.step else "another target forbids more"
+                else "everything is open"
+                if not self.step
+                else "another target forbids more"
             )
         return text
 
@@ -242,6 +244,8 @@ class Budget:
         self.frozen = True
         for prune in self.prune_gates():
             prune.freeze()
+        for _, gate, _ in self.bit_gates():
+            gate.settle()
         self._assign_sides()
 
     def value(self, quantity: Quantity | None = None) -> float:

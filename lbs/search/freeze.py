@@ -13,6 +13,7 @@ from lbs.plan import LayerPlan, Plan, check_layer
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.layers import FULL_BITS, SearchLayer
+from lbs.search.multi_path import settled_range
 from lbs.search.prepare import layer_arguments, layer_options, like, move_hooks, replace_layer
 from lbs_kernels.errors import PlanError
 
@@ -168,7 +169,9 @@ def _fixed(
 def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
     """A QuantConv2d or QuantLinear with the bits of the plan and the ranges of `old`, its weights not yet cut."""
     if not isinstance(old, QuantLayer) or old.w_bits == FULL_BITS:
-        raise PlanError(f"plan gives {entry.name} {entry.w_bits} bits, but it was searched in float; give it 32, or None")
+        raise PlanError(
+            f"plan gives {entry.name} {entry.w_bits} bits, but it was searched in float; give it 32, or None"
+        )
     quantizer: ActivationQuantizer | InputQuantizer
     if isinstance(old.quantizer, InputQuantizer):
         quantizer = old.quantizer
@@ -178,12 +181,12 @@ def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
             )
     else:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
-        quantizer.range = old.quantizer.range
+        quantizer.range = settled_range(old.quantizer.range, getattr(old.quantizer, "gate", None))
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
     options = layer_options(old)
     new = kind(*layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **options)
     like(new, old)
-    new.w_range = old.w_range
+    new.w_range = settled_range(old.w_range, getattr(old, "w_gate", None))
     new.output_scale.copy_(old.output_scale)
     new.total_filters = entry.filters
     return new

@@ -81,6 +81,10 @@ class BitGate(nn.Module):
         """`level` as an int64 scalar beside `is_open`, which is up to date on a GPU too."""
         return self.is_open.long().cumprod(0).sum()
 
+    def open_width(self) -> Tensor:
+        """`bits` as an int64 scalar beside `is_open`."""
+        return torch.tensor(self.chain, device=self.is_open.device).index_select(0, self.open_level().reshape(1))[0]
+
     def refresh(self) -> None:
         """Recompute `level` from `is_open` (after loading a state, or to read back what a GPU decided)."""
         self.level = int(self.open_level())
@@ -109,6 +113,9 @@ class BitGate(nn.Module):
         finite = torch.where(self.statistic.isfinite(), self.statistic, torch.ones_like(self.statistic))
         self.alpha.copy_(torch.where(self.is_open, self.alpha.clamp(max=0.9 * finite), finite))
         self.refresh()
+
+    def settle(self) -> None:
+        """Nothing more to do when the search is over: the open width is the only one computed."""
 
 
 class PruneGate(nn.Module):

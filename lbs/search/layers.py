@@ -13,6 +13,7 @@ from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate, PruneGate
 from lbs.search.importance import IMPORTANCE
+from lbs.search.multi_path import BranchGate
 
 FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
 
@@ -29,15 +30,20 @@ class FloatInput(nn.Module):
 class SearchQuantizer(ActivationQuantizer):
     """An activation quantizer whose width is searched."""
 
-    def __init__(self, chain: tuple[int, ...], signed: bool = False) -> None:
+    def __init__(self, chain: tuple[int, ...], signed: bool = False, multi_path: bool = False) -> None:
         super().__init__(chain[-1], signed)
-        self.gate = BitGate(chain)
+        self.gate = BranchGate(chain) if multi_path else BitGate(chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.gate.active:
-            y = gated(x, self.range.abs(), self.gate, "signed" if self.signed else "unsigned")
-            self.bits = self.gate.bits
+        gate, v, kind = self.gate, self.range.abs(), "signed" if self.signed else "unsigned"
+        if isinstance(gate, BranchGate):
+            return gate.mix(x, v, kind) if self.training else gate.branch(x, v, kind, gate.level)
+        if self.training and gate.active:
+            y = gated(x, v, gate, kind)
+            self.bits = gate.bits
             return y
+        if self.training and x.is_cuda:  # decided on the device, and not read back yet
+            return fake.fake_activation(x, v, gate.open_width(), self.signed)  # type: ignore[arg-type]
         return super().forward(x)
 
 
@@ -65,11 +71,13 @@ class SearchLayer(QuantLayer):
         quantizer: ActivationQuantizer | InputQuantizer | FloatInput,
         standardize: str,
         importance: str,
+        multi_path: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._init_quant(chain[-1], quantizer, standardize if chain[-1] < FULL_BITS else "none")
-        self.w_gate = BitGate(chain) if len(chain) > 1 else None
+        gate_type = BranchGate if multi_path else BitGate
+        self.w_gate = gate_type(chain) if len(chain) > 1 else None
         self.prune = None
         self.importance = importance
         # In lists: owned, saved and trained elsewhere.
@@ -126,9 +134,13 @@ class SearchLayer(QuantLayer):
             return self._cut_inputs(self.weight)
         v, w = self.w_range.abs(), self.float_weight()
         gate = self.w_gate
-        if self.training and gate is not None and gate.active:
+        if isinstance(gate, BranchGate):
+            quantized = gate.mix(w, v, "weight") if self.training else gate.branch(w, v, "weight", gate.level)
+        elif self.training and gate is not None and gate.active:
             quantized = gated(w, v, gate, "weight")
             self.w_bits = gate.bits
+        elif self.training and gate is not None and w.is_cuda:
+            quantized = fake.fake_weight(w, v, gate.open_width())  # type: ignore[arg-type]
         else:
             quantized = fake.fake_weight(w, v, self.w_bits)
         return self._cut_inputs(quantized * self.output_scale)

@@ -31,7 +31,8 @@ class SearchConfig:
     bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
-    multiple of it. exclude: name patterns left in float, each matching a layer. trace=False (with pruning=False) serves
+    multiple of it. multi_path: a branch of its own for every width instead of bit sharing, the baseline of
+    lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with pruning=False) serves
     models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first convolution and the last
     linear layer stay at 8 / 8 bits.
     """
@@ -43,6 +44,7 @@ class SearchConfig:
     importance: str = "gamma"
     filter_tile: int = 1
     standardize: str = "scale"
+    multi_path: bool = False
     exclude: tuple[str, ...] = ()
     trace: bool = True
 
@@ -87,7 +89,7 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         elif edge or len(chain) == 1:
             quantizer = ActivationQuantizer(chain[-1])
         else:
-            quantizer = SearchQuantizer(chain)
+            quantizer = SearchQuantizer(chain, multi_path=config.multi_path)
         old = model.get_submodule(layer.name)
         new = _searchable(old, chain, quantizer, config)
         replace_layer(model, layer.name, new)
@@ -257,7 +259,8 @@ def _searchable(
     quantizer: ActivationQuantizer | InputQuantizer | FloatInput,
     config: SearchConfig,
 ) -> SearchLayer:
-    extra = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize, "importance": config.importance}
+    extra: dict[str, Any] = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize}
+    extra |= {"importance": config.importance, "multi_path": config.multi_path}
     kind = SearchConv2d if isinstance(old, nn.Conv2d) else SearchLinear
     new = kind(*layer_arguments(old), **extra, **layer_options(old))  # type: ignore[arg-type]
     return adopt(new, old)  # type: ignore[return-value]

@@ -49,7 +49,9 @@ def close_cheapest(ledger: Ledger, targets: Sequence[Target], filters_last: bool
         options = [c for c in ledger.choices if c.level > 0]
         if filters_last and any(c.kind != "filters" and _saves(ledger, over, c) for c in options):
             options = [c for c in options if c.kind != "filters"]
-        rated = [(c.errors[c.level - 1] / saved, i) for i, c in enumerate(options) if (saved := _saves(ledger, over, c))]
+        rated = [
+            (c.errors[c.level - 1] / saved, i) for i, c in enumerate(options) if (saved := _saves(ledger, over, c))
+        ]
         if not rated:
             return
         options[min(rated)[1]].level -= 1
