@@ -2,8 +2,8 @@
 
     python benchmarks/bench_search_step.py --model preresnet20 --batch 128 --threads 1 --amp bf16
 
-Contenders run interleaved in one process, medians over the rounds. Peak memory is the growth of the resident set over one
-process that has imported torch and holds the same images, each contender in a process of its own.
+Contenders run interleaved in one process, medians over the rounds. Peak memory is the growth of the resident set over
+that of a process with torch, one small step and the same images, each contender in a process of its own.
 """
 
 from __future__ import annotations

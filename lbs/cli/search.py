@@ -8,6 +8,7 @@ from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, bit_operations, numbers, session
 from lbs.config import SearchRun, open_run
 from lbs.report.units import bops
+from lbs.search.importance import IMPORTANCE
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
     parser.add_argument("--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together")
     parser.add_argument("--max-pruning-ratio", type=float, default=_UNSET, metavar="R", help="largest share per layer")
-    parser.add_argument("--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters")
+    parser.add_argument("--importance", choices=tuple(IMPORTANCE), default=_UNSET, help="what ranks filters")
     for name, text in (
         ("gate-lr", "learning rate of bit thresholds"),
         ("prune-lr", "learning rate of pruning thresholds"),

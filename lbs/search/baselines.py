@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ def project(
     level of every choice.
 
     Arguments:
-        model: calibrated, searchable; its gates are closed in place and held, `freeze` follows. batches: (images, labels).
-        bops, size_mb, latency_ms, table: as in `Budget`.
+        model: calibrated, searchable; its gates are closed in place and held, `freeze` follows. batches: (images,
+            labels). bops, size_mb, latency_ms, table: as in `Budget`.
 
     Raises:
         PlanError: no batch, or a target the gates cannot reach.
@@ -84,7 +85,7 @@ def _measured_errors(
         losses.append(_mean_loss(budget.model, batches, loss))
     choice.level = choice.top
     budget.ledger.apply()
-    return tuple(max(0.0, lower - upper) for upper, lower in zip(losses, losses[1:], strict=False))[::-1]
+    return tuple(max(0.0, lower - upper) for upper, lower in pairwise(losses))[::-1]
 
 
 def _mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:

@@ -6,8 +6,7 @@ loss.backward(); optimizer.step(); budget.step()
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,77 +16,16 @@ from lbs.search import projection
 from lbs.search.controller import Controller
 from lbs.search.gates import BitGate, PruneGate
 from lbs.search.ledger import Ledger
-from lbs.search.projection import Target
-from lbs.search.quantities import Quantity, Table, bit_operations, packed_bytes, seconds
+from lbs.search.outcome import BudgetResult, Reached
+from lbs.search.quantities import Quantity, Table, Target, targets_of
 from lbs_kernels.errors import PlanError
-
-TOLERANCE = 0.03  # a result this far below its target is near enough
-
-
-@dataclass(frozen=True)
-class Reached:
-    """One quantity: its target, what was reached, and the smallest step that opening anything more would take."""
-
-    quantity: Quantity
-    target: float
-    value: float
-    step: float
-
-    @property
-    def met(self) -> bool:
-        """Whether the result is at most the target."""
-        return self.value <= self.target
-
-    @property
-    def near(self) -> bool:
-        """Whether it is also within 3 % of it."""
-        return self.met and self.value >= (1 - TOLERANCE) * self.target
-
-    def __str__(self) -> str:
-        show, state = self.quantity.show, "met" if self.met else "MISSED"
-        text = f"{self.quantity.name}: target {show(self.target)}, result {show(self.value)} "
-        text += f"({self.value / self.target:.1%}), {state}"
-        if self.met and not self.near:
-            rest = self.target - self.value
-            text += f"; {show(rest)} are left, " + (
-                f"less than the smallest step of these gates, {show(self.step)}"
-                if self.step > rest
-                else "everything is open"
-                if not self.step
-                else "another target forbids more"
-            )
-        return text
-
-
-@dataclass(frozen=True)
-class BudgetResult:
-    """Targets and what was reached, of one image. `target` and `value` are those of the first quantity."""
-
-    reached: tuple[Reached, ...]
-    full_precision: int
-
-    @property
-    def target(self) -> float:
-        return self.reached[0].target
-
-    @property
-    def value(self) -> float:
-        return self.reached[0].value
-
-    @property
-    def met(self) -> bool:
-        """Whether every target holds."""
-        return all(row.met for row in self.reached)
-
-    def __str__(self) -> str:
-        return "budget " + "\n       ".join(str(row) for row in self.reached)
 
 
 class Budget:
     """Drives gates to a number of bit operations, megabytes or milliseconds, or to several at once.
 
-    Weight gates learn on even steps, activation gates on odd ones; an idle gate stands still, whatever momentum or decay
-    the optimizer holds for it. Once every target is met all gates are frozen as they are, so the result holds by
+    Weight gates learn on even steps, activation gates on odd ones; an idle gate stands still, whatever momentum or
+    decay the optimizer holds for it. Once every target is met all gates are frozen as they are, so the result holds by
     construction; `finish` closes the cheapest gates if training ended before that, then opens the ones that pay most
     while they still fit.
 
@@ -118,7 +56,7 @@ class Budget:
         self.full_precision = record_of(model).plan.full_precision_bops()
         self.ledger = Ledger(model)
         self.plan, self.layers = self.ledger.plan, self.ledger.layers
-        self.targets = _targets(self.full_precision, bops, size_mb, latency_ms, table)
+        self.targets = targets_of(self.full_precision, bops, size_mb, latency_ms, table)
         for target in self.targets:
             _check_reachable(self.ledger, target)
         self.controllers = [Controller(strength, gain) for _ in self.targets]
@@ -180,7 +118,7 @@ class Budget:
             return None
         change = self.ledger.change
         prices = [[change(quantity, c, level) for level in range(len(c.amounts))] for c in active]
-        steps = [after - before for row in prices for before, after in zip(row, row[1:], strict=False)]
+        steps = [after - before for row in prices for before, after in pairwise(row)]
         shares = torch.cat([c.gate.shares() for c in active]).double()
         hard = torch.tensor([float(level < c.level) for c in active for level in range(c.top)], dtype=torch.float64)
         return ((shares - hard.to(shares.device)) * torch.tensor(steps, dtype=torch.float64).to(shares.device)).sum()
@@ -290,39 +228,13 @@ class Budget:
         self._assign_sides()
 
 
-def _targets(
-    full_precision: int, bops: float | None, size_mb: float | None, latency_ms: float | None, table: Table | None
-) -> tuple[Target, ...]:
-    asked = {"bops": bops, "size_mb": size_mb, "latency_ms": latency_ms}
-    for name, limit in asked.items():
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
-            rule = "a fraction of full precision in (0, 1], or bit operations of one image"
-            raise PlanError(f"budget {name}={limit}; give {rule if name == 'bops' else 'a positive number'}")
-    targets: list[Target] = []
-    if bops is not None:
-        targets.append(Target(bit_operations(), float(bops) * full_precision if bops <= 1 else float(bops)))
-    if size_mb is not None:
-        targets.append(_scaled(packed_bytes(), size_mb))
-    if latency_ms is not None:
-        if table is None:
-            raise PlanError("budget latency_ms needs table=, a function from a Problem to its seconds")
-        targets.append(_scaled(seconds(table), latency_ms))
-    if not targets:
-        raise PlanError("budget without a target; give bops=, size_mb= or latency_ms=")
-    return tuple(targets)
-
-
-def _scaled(quantity: Quantity, limit: float) -> Target:
-    return Target(quantity, float(limit) * quantity.scale)
-
-
 def _check_reachable(ledger: Ledger, target: Target) -> None:
     floor = ledger.floor(target.quantity)
     if not floor <= target.limit:
         unit, scale = target.quantity.unit, target.quantity.scale
         raise PlanError(
-            f"budget {target.limit / scale:.3f}{unit} is out of reach; the gates reach {floor / scale:.3f}{unit} at the "
-            "least. Raise it, allow narrower bits or a larger max_pruning_ratio"
+            f"budget {target.limit / scale:.3f}{unit} is out of reach; the gates reach {floor / scale:.3f}{unit} at "
+            "the least. Raise it, allow narrower bits or a larger max_pruning_ratio"
         )
 
 

@@ -121,10 +121,10 @@ class BitGate(nn.Module):
 class PruneGate(nn.Module):
     """One threshold for the filter groups of a layer: g_c = 1(A_c > alpha), c = 0..G-1, groups of `size` filters.
 
-    At most `max_ratio` of the groups close, never all of them, and as many groups live as make the filters a multiple of
-    `tile`: where alpha would close more, the most important ones stay (the first of equals). alpha = 0 closes nothing.
-    The statistic is what `observe` is given (lbs/search/importance.py). `score` [filters] is the running mean some rules
-    keep; it is empty for the others.
+    At most `max_ratio` of the groups close, never all of them, and as many groups live as make the filters a multiple
+    of `tile`: where alpha would close more, the most important ones stay (the first of equals). alpha = 0 closes
+    nothing. The statistic is what `observe` is given (lbs/search/importance.py). `score` [filters] is the running mean
+    that some rules keep; the others have none.
     """
 
     forced: Tensor

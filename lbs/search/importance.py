@@ -1,9 +1,9 @@
 """What ranks the filters of a layer: one small function per rule, in a table.
 
-A rule gives one number in 0..1 per filter, the largest of the layer at 1; `PruneGate` averages it over groups. Rules that
-`watch` something keep a running mean of it in the gate's `score`: `gradient` is |dL / d mask|, the first-order change of
-the loss if the filter were cut (the sum over its activations of a * dL/da, taken where its consumers multiply by the
-mask); `activation` is the mean of the filter's activation behind norm and ReLU.
+A rule gives one number in 0..1 per filter, the largest of the layer at 1; `PruneGate` averages it over groups. Rules
+that `watch` something keep a running mean of it in the gate's `score`: `gradient` is |dL / d mask|, the first-order
+change of the loss if the filter were cut (the sum over its activations of a * dL/da, taken where its consumers multiply
+by the mask); `activation` is the mean of the filter's activation behind norm and ReLU.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lbs.search.gates import BitGate
 
 
 class BranchGate(BitGate):
-    """Weights of the branches of one tensor. `alpha` float [K] are logits, `scale` [K] the ranges over the common one."""
+    """Branches of one tensor: `alpha` float [K] are logits of their weights, `scale` [K] ranges over the common one."""
 
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)

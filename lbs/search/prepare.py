@@ -32,9 +32,9 @@ class SearchConfig:
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
     multiple of it. multi_path: a branch of its own for every width instead of bit sharing, the baseline of
-    lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with pruning=False) serves
-    models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first convolution and the last
-    linear layer stay at 8 / 8 bits.
+    lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with
+    pruning=False) serves models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first
+    convolution and the last linear layer stay at 8 / 8 bits.
     """
 
     bits: tuple[int, ...] = (2, 4, 8)

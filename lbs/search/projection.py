@@ -1,22 +1,13 @@
-"""From choices to a plan that holds its targets: close what hurts least per unit saved, then spend what is left over."""
+"""From choices to a plan that holds its targets: close what hurts least per unit saved, then spend what is left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from lbs.search.ledger import Choice, Ledger
-from lbs.search.quantities import Quantity
+from lbs.search.quantities import Quantity, Target
 
 CLOSE_ENOUGH = 0.97  # of the target: nearer is not worth another exchange
-
-
-@dataclass(frozen=True)
-class Target:
-    """A quantity and the most it may be."""
-
-    quantity: Quantity
-    limit: float
 
 
 def fits(ledger: Ledger, targets: Sequence[Target]) -> bool:

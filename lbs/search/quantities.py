@@ -6,9 +6,10 @@ increments between neighbouring widths, and the slope between neighbouring numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 from lbs import cost
 from lbs.plan import LayerPlan, Plan
@@ -62,7 +63,7 @@ def seconds(table: Table) -> Quantity:
     A size the table does not know lies on the line between the nearest numbers of filters it does know.
     """
 
-    @lru_cache(maxsize=None)
+    @cache
     def price(problem: Problem) -> float:
         known = table(problem)
         return float(known) if known is not None else _between(table, problem)
@@ -85,8 +86,8 @@ def _between(table: Table, problem: Problem) -> float:
     found = lower or upper
     if found is None:
         raise PlanError(
-            f"the latency table has no time for {problem}, whatever the number of filters; measure this layer first, or "
-            "give a table that estimates"
+            f"the latency table has no time for {problem}, whatever the number of filters; measure this layer first, "
+            "or give a table that estimates"
         )
     return found[1] * count / found[0]
 
@@ -100,3 +101,42 @@ def _nearest(table: Table, problem: Problem, counts: range) -> tuple[int, float]
         if known is not None:
             return count, float(known)
     return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A quantity and the most it may be."""
+
+    quantity: Quantity
+    limit: float
+
+
+def targets_of(
+    full_precision: int, bops: float | None, size_mb: float | None, latency_ms: float | None, table: Table | None
+) -> tuple[Target, ...]:
+    """The limits a user asked for, in base units.
+
+    Raises:
+        PlanError: none, one that is no positive number, or a latency without a table.
+    """
+    asked = {"bops": bops, "size_mb": size_mb, "latency_ms": latency_ms}
+    for name, limit in asked.items():
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            rule = "a fraction of full precision in (0, 1], or bit operations of one image"
+            raise PlanError(f"budget {name}={limit}; give {rule if name == 'bops' else 'a positive number'}")
+    targets: list[Target] = []
+    if bops is not None:
+        targets.append(Target(bit_operations(), float(bops) * full_precision if bops <= 1 else float(bops)))
+    if size_mb is not None:
+        targets.append(_scaled(packed_bytes(), size_mb))
+    if latency_ms is not None:
+        if table is None:
+            raise PlanError("budget latency_ms needs table=, a function from a Problem to its seconds")
+        targets.append(_scaled(seconds(table), latency_ms))
+    if not targets:
+        raise PlanError("budget without a target; give bops=, size_mb= or latency_ms=")
+    return tuple(targets)
+
+
+def _scaled(quantity: Quantity, limit: float) -> Target:
+    return Target(quantity, float(limit) * quantity.scale)
