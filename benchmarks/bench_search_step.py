@@ -1,4 +1,4 @@
-"""One training step of a CIFAR network: float, fixed bits, weight gates, activation gates, in time and peak memory.
+"""One training step of a CIFAR network in time and peak memory: float, fixed bits, searched, one branch per width.
 
     python benchmarks/bench_search_step.py --model preresnet20 --batch 128 --threads 1 --amp bf16
 
@@ -27,6 +27,7 @@ import lbs.models
 from lbs.search.budget import Budget, parameter_groups
 
 Step = Callable[[], None]
+KINDS = ("float", "fixed", "search", "multi-path")
 
 
 def images(name: str, batch: int) -> tuple[Tensor, Tensor]:
@@ -57,25 +58,26 @@ def training_step(model: nn.Module, budget: Budget | None, x: Tensor, y: Tensor,
 
 
 def contender(kind: str, name: str, x: Tensor, y: Tensor, bf16: bool) -> Step:
-    """A step of `float`, `fixed` (4/4 bits) or `search`, whose calls alternate between weight and activation gates."""
+    """A step of `float`, `fixed` (4/4 bits), `multi-path`, or `search`, which alternates weight and activation gates."""
     torch.manual_seed(0)
     model = lbs.models.create(name)
     if kind == "float":
         return training_step(model, None, x, y, bf16)
     if kind == "fixed":
         return training_step(lbs.calibrate(lbs.uniform(model, x[:1], 4, 4), [x]), None, x, y, bf16)
-    searched = lbs.calibrate(lbs.prepare(model, x[:1]), [x])
+    searched = lbs.calibrate(lbs.prepare(model, x[:1], lbs.SearchConfig(multi_path=kind == "multi-path")), [x])
     return training_step(searched, Budget(searched, bops=0.012), x, y, bf16)
 
 
 def measure(name: str, batch: int, rounds: int, bf16: bool) -> dict[str, float]:
     """Median seconds of a step, contenders interleaved."""
     x, y = images(name, batch)
-    steps = {kind: contender(kind, name, x, y, bf16) for kind in ("float", "fixed", "search")}
-    times: dict[str, list[float]] = {"float": [], "fixed": [], "weight gates": [], "activation gates": []}
+    labels = {kind: (kind,) for kind in KINDS} | {"search": ("weight gates", "activation gates")}
+    steps = {kind: contender(kind, name, x, y, bf16) for kind in KINDS}
+    times: dict[str, list[float]] = {label: [] for kind in KINDS for label in labels[kind]}
     for index in range(rounds + 1):
-        for kind, labels in (("float", ("float",)), ("fixed", ("fixed",)), ("search", tuple(times)[2:])):
-            for label in labels:
+        for kind in KINDS:
+            for label in labels[kind]:
                 started = time.perf_counter()
                 steps[kind]()
                 if index:  # the first round warms up
@@ -123,7 +125,7 @@ def main() -> None:
         print(_peak_here(args.peak_of, args.model, args.batch, bf16))
         return
     times = measure(args.model, args.batch, args.rounds, bf16)
-    peaks = {kind: peak_bytes(kind, args.model, args.batch, bf16) for kind in ("float", "fixed", "search")}
+    peaks = {kind: peak_bytes(kind, args.model, args.batch, bf16) for kind in KINDS}
     for label, seconds in times.items():
         print(f"{label:18} {seconds * 1e3:8.1f} ms   {seconds / times['float']:.2f}x")
     for kind, peak in peaks.items():

@@ -103,12 +103,12 @@ def round_trip(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
     return activation_values(activation_codes(x, v, bits, signed), v, bits, signed)
 
 
-def input_codes(x: Tensor, step: Tensor, zero: int) -> Tensor:
+def input_codes(x: Tensor, step: Tensor, zero: Tensor | int) -> Tensor:
     """Codes 0..255 of the network input: clamp(rint(x / step) + zero, 0, 255), 1 / step rounded to x's dtype."""
     return ((x * (1.0 / step)).round() + zero).clamp(0, 255)
 
 
-def input_values(codes: Tensor, step: Tensor, zero: int) -> Tensor:
+def input_values(codes: Tensor, step: Tensor, zero: Tensor | int) -> Tensor:
     """Real values of input codes: step * (q - zero)."""
     return (codes - zero) * step
 

@@ -136,7 +136,7 @@ class Budget:
 
     def __call__(self) -> Tensor:
         """Sum of lambda * log R over the targets that are not met; zero once frozen."""
-        if self.frozen:
+        if self.frozen or not self.strength:
             return torch.zeros((), device=next(self.model.parameters()).device)
         self._observe_filters()
         terms = [

@@ -78,24 +78,37 @@ def _room_taken(ledger: Ledger, targets: Sequence[Target], choice: Choice) -> fl
 
 
 def exchange(ledger: Ledger, targets: Sequence[Target], rounds: int = 20) -> None:
-    """While a target is filled by less than 97 %: close one choice and open another if that fills it better."""
+    """While a target is filled by less than 97 %: close one choice and open others, if that fills it better."""
     for _ in range(rounds):
-        before = fill(ledger, targets)
-        if before >= CLOSE_ENOUGH or not fits(ledger, targets):
+        best = fill(ledger, targets)
+        if best >= CLOSE_ENOUGH or not fits(ledger, targets):
             return
-        best = None
-        for down in [c for c in ledger.choices if c.level > 0]:
+        before = [choice.level for choice in ledger.choices]
+        found = before
+        for down in [choice for choice in ledger.choices if choice.level > 0]:
             down.level -= 1
-            for up in [c for c in ledger.choices if c.level < c.top and c is not down]:
-                up.level += 1
-                if fits(ledger, targets) and fill(ledger, targets) > max(before, best[0] if best else 0.0):
-                    best = (fill(ledger, targets), down, up)
-                up.level -= 1
-            down.level += 1
-        if best is None:
+            _fill_up(ledger, targets, down)
+            if fill(ledger, targets) > best:
+                best, found = fill(ledger, targets), [choice.level for choice in ledger.choices]
+            _set(ledger, before)
+        if found is before:
             return
-        best[1].level -= 1
-        best[2].level += 1
+        _set(ledger, found)
+
+
+def _fill_up(ledger: Ledger, targets: Sequence[Target], without: Choice) -> None:
+    """Open the choice that takes most room among those that fit, until none does."""
+    while True:
+        options = [c for c in ledger.choices if c.level < c.top and c is not without]
+        rated = [(room, -i) for i, c in enumerate(options) if (room := _room_taken(ledger, targets, c)) is not None]
+        if not rated:
+            return
+        options[-max(rated)[1]].level += 1
+
+
+def _set(ledger: Ledger, levels: Sequence[int]) -> None:
+    for choice, level in zip(ledger.choices, levels, strict=True):
+        choice.level = level
 
 
 def smallest_step(ledger: Ledger, quantity: Quantity) -> float:

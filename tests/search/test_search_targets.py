@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import lbs
 import lbs.models
 from lbs import cost
+from lbs.search import projection
 from lbs.search.baselines import project, two_stage
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.controller import Controller
@@ -172,6 +173,27 @@ def test_a_table_that_knows_nothing_names_the_layer() -> None:
 def test_targets_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Budget(searchable(), **options)
+
+
+@pytest.mark.parametrize("bops", [0.0136, 0.0381])
+def test_what_greedy_steps_leave_over_is_exchanged(bops: float) -> None:
+    """Targets at which closing and opening one after the other leaves more than 3 %."""
+    model = searchable("digits_resnet8", pruning=False)
+    budget = Budget(model, bops=bops)
+    with torch.no_grad():
+        for steps in (0, 1):
+            budget.steps = steps
+            budget._assign_sides()
+            model(images(2, 0, "digits_resnet8"))
+    ledger, targets = budget.ledger, budget.targets
+    ledger.read(errors=True)
+    projection.close_cheapest(ledger, targets, filters_last=True)
+    projection.spend_rest(ledger, targets)
+    assert projection.fits(ledger, targets)
+    assert projection.fill(ledger, targets) < 0.97
+    projection.exchange(ledger, targets)
+    assert projection.fits(ledger, targets)
+    assert projection.fill(ledger, targets) >= 0.97
 
 
 def test_nets_too_coarse_for_three_percent_say_so() -> None:
