@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def training_step(model: nn.Module, budget: Budget | None, x: Tensor, y: Tensor,
 
 
 def contender(kind: str, name: str, x: Tensor, y: Tensor, bf16: bool) -> Step:
-    """A step of `float`, `fixed` (4/4 bits), `multi-path`, or `search`, which alternates weight and activation gates."""
+    """A step of `float`, `fixed` (4/4 bits), `multi-path`, or `search`: weight and activation gates in turn."""
     torch.manual_seed(0)
     model = lbs.models.create(name)
     if kind == "float":
@@ -89,7 +90,9 @@ def peak_bytes(kind: str, name: str, batch: int, bf16: bool) -> int:
     """Growth of the peak resident set over four steps, in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", kind, "--model", name, "--batch", str(batch)]
     command += ["--amp", "bf16" if bf16 else "off", "--threads", str(torch.get_num_threads())]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(lbs.__file__).parent.parent)}  # the package measured here
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 def _peak_here(kind: str, name: str, batch: int, bf16: bool) -> int:
