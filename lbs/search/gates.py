@@ -180,9 +180,7 @@ class PruneGate(nn.Module):
 
     def shared_mask(self) -> Tensor:
         """`mask`, computed once an iteration: all consumers multiply by one tensor, and its gradient is their sum."""
-        if self.shared is None or not torch.is_grad_enabled():
-            return self.mask()
-        return self.shared
+        return self.mask() if self.shared is None else self.shared
 
     def share(self, watch: bool) -> None:
         """Make the shared mask of this iteration. watch: the running `score` follows |dL / d mask|."""

@@ -114,9 +114,9 @@ class SearchLayer(QuantLayer):
         alive = self.weight.new_ones(1, 1, *window)
         with torch.no_grad():
             if own is not None:
-                alive = alive * own.mask().view(-1, 1, *window)
+                alive = alive * own.shared_mask().view(-1, 1, *window)
             if self.input_gate:
-                alive = alive * self.input_gate[0].mask().view(1, -1, *window)
+                alive = alive * self.input_gate[0].shared_mask().view(1, -1, *window)
         return alive
 
     @property

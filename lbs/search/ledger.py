@@ -18,7 +18,6 @@ from lbs.search.gates import BitGate, PruneGate
 from lbs.search.layers import SearchLayer, searched_gate
 from lbs.search.quantities import Quantity
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
 
 
 @dataclass(eq=False)
@@ -107,11 +106,12 @@ class Ledger:
 
     def _sync(self) -> None:
         """Layers compute with the width their gate has open."""
-        for name, layer in self.layers.items():
-            if name in self._weights:
-                layer.w_bits = self._weights[name].amount
-            if name in self._activations:
-                layer.quantizer.bits = self._activations[name].amount
+        for name, choice in self._weights.items():
+            if self.layers[name].w_bits != choice.amount:
+                self.layers[name].w_bits = choice.amount
+        for name, choice in self._activations.items():
+            if self.layers[name].quantizer.bits != choice.amount:
+                self.layers[name].quantizer.bits = choice.amount
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -125,24 +125,20 @@ class Ledger:
                 choice.gate.close_to(choice.level)
         self._sync()
 
-    def problem(self, entry: LayerPlan) -> Problem:
-        """A layer under the present choices."""
+    def price(self, quantity: Quantity, entry: LayerPlan) -> float:
+        """What a layer costs under the present choices."""
         layer, name = self.layers[entry.name], entry.name
-        outputs, inputs = (self._living(gate) for gate in (self._own(entry), self._feeding(entry)))
+        inputs, outputs = self._living(self._feeding(entry)), self._living(self._own(entry))
         w_bits = self._weights[name].amount if name in self._weights else layer.w_bits
         a_bits = self._activations[name].amount if name in self._activations else layer.a_bits
-        return replace(entry.problem(inputs, outputs), w_bits=w_bits, a_bits=a_bits)
+        key = (quantity.name, name, inputs, outputs, w_bits, a_bits)
+        if key not in self._prices:
+            problem = replace(entry.problem(inputs, outputs), w_bits=w_bits, a_bits=a_bits)
+            self._prices[key] = quantity.price(problem)
+        return self._prices[key]
 
     def _living(self, gate: PruneGate | None) -> int | None:
         return self._filters[id(gate)].amount if gate is not None else None
-
-    def price(self, quantity: Quantity, entry: LayerPlan) -> float:
-        """What a layer costs under the present choices."""
-        problem = self.problem(entry)
-        key = (quantity.name, problem)
-        if key not in self._prices:
-            self._prices[key] = quantity.price(problem)
-        return self._prices[key]
 
     def total(self, quantity: Quantity) -> float:
         """What the network costs under the present choices."""
