@@ -142,7 +142,7 @@ def _fixed(
     twins: dict[tuple[object, ...], nn.Parameter],
 ) -> nn.Module:
     """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
-    new = _float_layer(old) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
+    new = _float_layer(old, entry) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
     move_hooks(new, old)
     weight: Tensor = old.weight  # type: ignore[assignment]
     bias: Tensor | None = old.bias  # type: ignore[assignment]
@@ -192,8 +192,13 @@ def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
     return new
 
 
-def _float_layer(old: nn.Module) -> nn.Module:
-    """A plain layer of the kind of `old`."""
+def _float_layer(old: nn.Module, entry: LayerPlan) -> nn.Module:
+    """A plain layer of the kind of `old`, which computed in float."""
+    if isinstance(old, QuantLayer) and old.w_bits != FULL_BITS:
+        raise PlanError(
+            f"plan gives {entry.name} 32 bits, but it was searched quantized; give it 1 to 8, or search with "
+            "SearchConfig(bits=(32,))"
+        )
     kind = nn.Conv2d if isinstance(old, nn.Conv2d) else nn.Linear
     new = kind(*layer_arguments(old), **layer_options(old))  # type: ignore[arg-type]
     like(new, old)

@@ -10,13 +10,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Protocol, runtime_checkable
 
 from lbs import cost
 from lbs.plan import LayerPlan, Plan
 from lbs_kernels.errors import PlanError
 from lbs_kernels.problem import Problem
 
-Table = Callable[[Problem], float | None]  # seconds of one step, None where nothing is known
+
+@runtime_checkable
+class Estimates(Protocol):
+    """A table of measured times."""
+
+    def estimate(self, problem: Problem) -> float | None:
+        """Seconds of one step, None where nothing is known."""
+        ...
+
+
+LookUp = Callable[[Problem], float | None]
+Table = LookUp | Estimates
 
 
 @dataclass(frozen=True)
@@ -60,18 +72,20 @@ def packed_bytes() -> Quantity:
 def seconds(table: Table) -> Quantity:
     """Measured latency of one image: the sum of the layers' times in `table`.
 
-    A size the table does not know lies on the line between the nearest numbers of filters it does know.
+    A table is a function, or an object whose method `estimate` is one. A size it does not know lies on the line between
+    the nearest numbers of filters it does know.
     """
+    look_up: LookUp = table.estimate if isinstance(table, Estimates) else table
 
     @cache
     def price(problem: Problem) -> float:
-        known = table(problem)
-        return float(known) if known is not None else _between(table, problem)
+        known = look_up(problem)
+        return float(known) if known is not None else _between(look_up, problem)
 
     return Quantity("latency_ms", " ms", 1e-3, price)
 
 
-def _between(table: Table, problem: Problem) -> float:
+def _between(table: LookUp, problem: Problem) -> float:
     """Linear between the nearest numbers of filters that the table knows; beyond them in proportion to the nearest.
 
     Raises:
@@ -92,7 +106,7 @@ def _between(table: Table, problem: Problem) -> float:
     return found[1] * count / found[0]
 
 
-def _nearest(table: Table, problem: Problem, counts: range) -> tuple[int, float] | None:
+def _nearest(table: LookUp, problem: Problem, counts: range) -> tuple[int, float] | None:
     """The first number of filters with a known time, and that time."""
     depthwise = 1 < problem.groups == problem.in_channels == problem.out_channels
     for count in counts:

@@ -209,6 +209,7 @@ def test_uniform_models_take_plans_too() -> None:
         ("layer1.0.conv1", {"kept": (3, 3)}, "none twice"),
         ("layer1.0.conv1", {"w_bits": 9}, "w_bits=9"),
         ("layer1.0.conv1", {"a_bits": 0}, "a_bits=0"),
+        ("layer1.0.conv1", {"w_bits": 32, "a_bits": 32}, "32 bits, but it was searched quantized"),
         ("conv1", {"a_bits": 4}, "gives the first layer conv1 4-bit inputs"),
         ("layer1.0.conv1", {"name": "layer1.9.conv1"}, r"layers layer1.0.conv1, layer1.9.conv1"),
     ],

@@ -88,6 +88,15 @@ def test_latency_comes_from_the_table(share: float) -> None:
     assert result.value == pytest.approx(plan_seconds(freeze(model)), rel=1e-12)
 
 
+def test_tables_are_functions_or_have_estimates() -> None:
+    class Measured:
+        def estimate(self, problem: Problem) -> float:
+            return made_up(problem)
+
+    plan = plan_of(prepare(lbs.models.create("cifar_resnet20", 10), images()))
+    assert seconds(Measured()).total(plan) == seconds(made_up).total(plan) > 0
+
+
 def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
     model = searchable()
     size, time = 0.6 * plan_bytes(model) / 1e6, 0.9 * plan_seconds(model) * 1e3
