@@ -67,7 +67,7 @@ def look(model: nn.Module, budget: Budget) -> None:
             model(images(2))
 
 
-@pytest.mark.parametrize("share", [0.8, 0.55, 0.35])
+@pytest.mark.parametrize("share", [0.55, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.8, 0.35))])
 def test_size_is_that_of_the_packed_planes(share: float) -> None:
     model = searchable()
     budget = Budget(model, size_mb=share * plan_bytes(model) / 1e6)
@@ -78,7 +78,7 @@ def test_size_is_that_of_the_packed_planes(share: float) -> None:
     assert packed.packed_bytes >= result.value  # with norms and scales of the epilogues
 
 
-@pytest.mark.parametrize("share", [0.85, 0.7, 0.6])
+@pytest.mark.parametrize("share", [0.7, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.85, 0.6))])
 def test_latency_comes_from_the_table(share: float) -> None:
     model = searchable()
     budget = Budget(model, latency_ms=share * plan_seconds(model) * 1e3, table=made_up)
