@@ -9,6 +9,8 @@ float.safetensors    searched.safetensors    model.safetensors      weights afte
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import platform
@@ -37,11 +39,19 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} could not be written ({len(content)} bytes): {error}; "
-            "what was saved before is untouched: make room, then go on with --resume"
-        ) from error
+        raise _not_written(path, f"({len(content)} bytes)", error) from error
+    finally:
+        with contextlib.suppress(OSError):  # after a success it is gone already
+            scratch.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, what: str, error: OSError) -> CheckpointError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "make room, then run the command again, a training command with --resume"
+    return CheckpointError(
+        f"{path} could not be written {what}: {error}; what was saved before is untouched: "
+        + (way_out if full else "give a path that can be written")
+    )
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -49,14 +59,19 @@ def write_json(path: Path, body: Any) -> None:
     write_bytes(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises CheckpointError where it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as a dictionary. Raises CheckpointError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        body = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; is this a run folder?") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}; restore it, or start the run in a new folder") from error
+    if not isinstance(body, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(body).__name__}, no object; restore it, or start the run in a new folder"
+        )
+    return body
 
 
 def environment() -> dict[str, Any]:
@@ -102,14 +117,18 @@ class RunFolder:
         return dict(read_json(path)) if path.exists() else {}
 
     def add_result(self, section: str, body: dict[str, Any]) -> None:
-        """Replace one section of results.json."""
-        write_json(self.file("results.json"), {**self.results(), section: body})
+        """Replace one section of results.json. Values that are not finite become null."""
+        write_json(self.file("results.json"), {**self.results(), section: _finite(body)})
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line to metrics.jsonl. Values that are not finite become null."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.file("metrics.jsonl").open("a") as file:
-            file.write(_line(row))
+        """One line to metrics.jsonl. Values that are not finite become null. Raises CheckpointError on a full disk."""
+        path = self.file("metrics.jsonl")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(_line(row))
+        except OSError as error:
+            raise _not_written(path, "(one row)", error) from error
 
     def keep_metrics(self, phase: str, steps: int) -> None:
         """Forget the rows of `phase` beyond the checkpoint it goes on from, so that none comes twice."""
@@ -127,7 +146,10 @@ class RunFolder:
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{line} is no object")
+                rows.append(row)
             except ValueError as error:
                 if number == len(lines):
                     break
@@ -142,6 +164,8 @@ def _line(row: dict[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value

@@ -85,7 +85,8 @@ class TritonRunner:
     def run(
         self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None, out: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of contiguous images float32 [N, C, H, W], N >= 1.
+        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of dense images [N, C, H, W], N >= 1, channels first or
+        last in memory.
 
         Args:
             inputs: on this runner's device, in the order of program.inputs.

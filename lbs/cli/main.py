@@ -1,13 +1,16 @@
 """`lbs`: finds the sub-command, runs it, and turns errors into one clear line and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted,
+141 whoever read the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        with contextlib.suppress(OSError, ValueError):  # or Python would complain when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (LbsError, OSError) as error:
         message = " ".join(str(error).split("\n"))
         print(f"lbs {args.command}: {message}", file=sys.stderr)

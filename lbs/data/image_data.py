@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lbs_kernels.errors import DataError
 
+MAX_CLASSES = 1 << 16  # guessed from the labels; ImageNet-21k has 21,841
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -93,7 +95,12 @@ def from_arrays(
     labels = {key: arrays[key].astype(np.int64) for key in ("train_y", "test_y")}
     _check_images(f"{name}: train", images["train_x"])
     if classes is None:
-        classes = [str(i) for i in range(1 + max(int(y.max(initial=-1)) for y in labels.values()))]
+        highest = max(int(arrays[key].max()) if arrays[key].size else -1 for key in labels)
+        if highest >= MAX_CLASSES:
+            raise DataError(
+                f"{name}: the highest label is {highest}; without class names at most {MAX_CLASSES} are taken"
+            )
+        classes = [str(i) for i in range(1 + highest)]
     measured = measure_statistics(images["train_x"]) if mean is None or std is None else (mean, std)
     return ImageData(
         name=name,

@@ -22,17 +22,27 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> PackedModel:
 
     Raises:
         CheckpointError: missing, truncated, damaged, foreign, or of a newer version.
-        BackendError: a device this machine does not have.
+        BackendError: a device this machine does not have, or that packed networks do not run on.
 
     Example:
         packed = lbs.load("network.lbs.safetensors", device="cuda")
         logits = packed(images.to("cuda"))
     """
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"device {device!r} is no device; packed networks run on cpu or cuda") from error
+    if target.type not in ("cpu", "cuda"):
+        raise BackendError(f"device {device}: packed networks run on cpu or cuda")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {device}: torch sees no GPU here; load onto the CPU, or install a torch with CUDA")
     parts = read(Path(path))
     packed = PackedModel(
-        parts.graph, input_shape=parts.input_shape, kept_float=parts.kept_float, plan=parts.plan, name=parts.name
+        parts.graph,
+        input_shape=parts.input_shape,
+        kept_float=parts.kept_float,
+        plan=parts.plan,
+        name=parts.name,
+        normalize=parts.normalize,
     )
     return packed.to(target)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbs.pack.model import PackedModel
+from lbs.pack.model import PackedModel, need_packed
 from lbs.pack.region import PackedRegion
 from lbs_kernels.cpu_runner import CpuRunner
 from lbs_kernels.device import default_threads
@@ -79,16 +79,17 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
             is the time of a step (what the first thread spent in it). Only the native back end tells it.
 
     Raises:
-        ShapeError: an empty batch, or no rounds.
+        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network.
 
     Example:
         print(lbs.explain(packed, batch=64))
     """
-    if batch < 1 or rounds < 1:
-        raise ShapeError(f"batch = {batch}, rounds = {rounds}; both are at least 1")
+    need_packed(packed, "explain")
     count = default_threads() if threads is None else threads
+    if min(batch, rounds, count) < 1:
+        raise ShapeError(f"batch = {batch}, rounds = {rounds}, threads = {count}; each is at least 1")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *packed.input_shape, generator=generator).to(packed.device)
+    images = packed.random_images(batch, generator)
     _, traces = packed.run_traced(images)
     rows: list[StepRow] = []
     notes: list[str] = []
@@ -167,6 +168,8 @@ def _operation(step: Step) -> str:
         return "linear"
     if isinstance(step, PoolStep):
         return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
+    if step.multiplier is not None:
+        return "normalize"
     return "quantize" if step.emit.residual is None else "add"
 
 

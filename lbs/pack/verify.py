@@ -23,8 +23,10 @@ from torch.nn import functional as F
 from lbs.graph import called_module
 from lbs.pack.fold import affine
 from lbs.pack.lower import step_names
+from lbs.pack.model import need_packed
 from lbs.pack.packed_tensors import PackedTensors
 from lbs.pack.patterns import Op, classify
+from lbs.pack.pixels import Normalization, along_channels
 from lbs.pack.tracing import evaluating, trace_model
 from lbs.pack.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
@@ -43,32 +45,45 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
 
     Args:
         model: the quantized model `packed` was made from. packed: PackedModel.
-        x: float32 images [N, C, H, W] on the device of both.
+        x: images [N, C, H, W] on the device of both, of the packed model's dtype. Of bytes, the model sees the
+            normalised values in float64.
         backend: whose codes are compared: "auto", "reference", "cpu" or "triton".
 
     Returns:
         VerifyReport; `ok` is False where anything differs, and `first_difference` names it.
 
     Raises:
-        GraphError: the packed model has other layers than the model. ShapeError: a batch of another shape.
+        GraphError: the packed model has other layers than the model, or is none. ShapeError: a batch of another shape.
 
     Example:
         report = lbs.verify(model, packed, images)
         print(report)
     """
+    need_packed(packed, "verify")
     packed.check_input(x)
-    graph, _ = trace_model(model, x if len(x) else None)
+    graph, _ = trace_model(model, packed.float_images(x[:2]).float() if len(x) else None)
     checks, agreeing = [], []
     with torch.no_grad(), evaluating(model):
         for part in x.split(BATCH) if len(x) else [x]:
             output, traces = packed.run_traced(part, backend)
             tensors = PackedTensors(packed.programs, [region.blob for region in packed.regions], traces)
-            judge = _Judge(graph.module, tensors)
-            judge.compare_outputs(judge.run(part), output)
+            floats = packed.float_images(part)
+            judge = _Judge(graph.module, tensors, _image_bound(packed.normalize, part, floats))
+            judge.compare_outputs(judge.run(floats), output)
             checks.append(tuple(judge.checks))
-            agreeing.append(_agreeing(model(part), output))
+            agreeing.append(_agreeing(model(floats.float()), output))
     same = None if None in agreeing else sum(count for count in agreeing if count is not None)
     return VerifyReport(merged(checks), len(x), same)
+
+
+def _image_bound(pixels: Normalization | None, x: Tensor, values: Tensor) -> Tensor:
+    """How far float32 arithmetic may lie from the values of images: nowhere, or of bytes fma(byte, M, B) rounds M, B
+    and the result once each.
+    """
+    if pixels is None:
+        return torch.zeros_like(values, dtype=torch.float64)
+    scale, shift = (along_channels(part, x).abs() for part in pixels.affine)
+    return UNIT * (x.double() * scale + shift + values.abs())
 
 
 def _agreeing(reference: Any, output: Any) -> int | None:
@@ -81,10 +96,11 @@ def _agreeing(reference: Any, output: Any) -> int | None:
 class _Judge(fx.Interpreter):
     """Float64 evaluation of the traced model that compares itself with the packed tensors as it goes."""
 
-    def __init__(self, module: fx.GraphModule, tensors: PackedTensors) -> None:
+    def __init__(self, module: fx.GraphModule, tensors: PackedTensors, image_bound: Tensor) -> None:
         super().__init__(module)
         self.traced = module
         self.tensors = tensors
+        self.image_bound = image_bound
         self.names = step_names(module)
         self.bounds: dict[fx.Node, Tensor] = {}
         self.checks: list[Check] = []
@@ -97,7 +113,7 @@ class _Judge(fx.Interpreter):
         """The node's float64 value, replaced by the packed one where there is one."""
         if n.op == "placeholder":
             value = super().run_node(n).double()
-            self.bounds[n] = torch.zeros_like(value)
+            self.bounds[n] = self.image_bound
             return value
         layer = called_module(self.traced, n)
         if isinstance(layer, QuantLayer) and self.names[n] in self.tensors.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search import checkpoint
 from lbs.search.freeze import freeze
 from lbs.search.prepare import SearchConfig, prepare
-from lbs_kernels.errors import CheckpointError, DataError, LbsError
+from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
 
@@ -53,7 +54,10 @@ class NetworkCard:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
             return NetworkCard(**values)
         except TypeError as error:
-            raise CheckpointError(f"{folder.file('network.json')} lacks or has odd fields: {error}") from error
+            raise CheckpointError(
+                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start "
+                "the run in a new folder"
+            ) from error
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -75,8 +79,12 @@ def _import(name: str, num_classes: int) -> nn.Module:
         sys.path.insert(0, "")  # a module beside the user, as with `python -m`
     try:
         made = getattr(importlib.import_module(module_name), function)(num_classes)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise LbsError(f"--model {name}: {error}; give module:function, called with the number of classes") from error
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise LbsError(
+            f"--model {name}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); give "
+            "module:function, called with the number of classes"
+        ) from error
     if not isinstance(made, nn.Module):
         raise LbsError(f"--model {name} made a {type(made).__name__}; it must return a torch.nn.Module")
     return made
@@ -93,6 +101,27 @@ def load_data(source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] 
     if bool(mean) != bool(std):
         raise DataError(f"mean {mean} and std {std} must be given together, one value per channel each")
     return replace(data, mean=mean, std=std) if mean else data
+
+
+def check_images(model: nn.Module, card: NetworkCard, device: torch.device) -> None:
+    """One image through the float network, before anything is trained. Raises GraphError where they do not fit."""
+    example, was_training = card.example().to(device), model.training
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(example)
+    except Exception as error:
+        raise GraphError(
+            f"{card.model} fails on an image {card.input_shape} of {card.data}: {type(error).__name__}: {error}; "
+            "name a model for such images, or other data"
+        ) from error
+    finally:
+        model.train(was_training)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, card.num_classes):
+        raise GraphError(
+            f"{card.model} gives {shape} for one image of {card.data}; a classifier gives {(1, card.num_classes)}, "
+            "one value per class"
+        )
 
 
 def card_of(config: RunConfig, data: lbs.data.ImageData) -> NetworkCard:

@@ -55,9 +55,11 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         LbsError: any of the family; nothing that was saved before is lost.
     """
     data = network.load_data(config.data, config.mean, config.std)
+    _check_counts(config, data)
+    _check_rates(config)
     card = network.card_of(config, data)
     card.write(session.folder)
-    model = _float_network(config, data, card, session)
+    recipe = recipe_of(config, config.epochs, config.lr)  # a mistake in the options shows before the training does
     settings = SearchConfig(
         bits=config.bits,
         pruning=config.pruning,
@@ -65,6 +67,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         max_pruning_ratio=config.max_pruning_ratio,
         importance=config.importance,
     )
+    model = _float_network(config, data, card, session)
     searched = prepare(model, card.example().to(session.device), settings)
     report = conversion_report(searched)
     for name, fate in report:
@@ -75,7 +78,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     trainer = Trainer(
         searched,
         _train_loader(config, data, session.device),
-        recipe_of(config, config.epochs, config.lr),
+        recipe,
         phase="search",
         test=lbs.data.eval_loader(data, device=session.device),
         groups=groups,
@@ -115,6 +118,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     """Searched (or hand-planned, or uniform) network -> model.safetensors. Returns the section `finetune`."""
     folder = session.folder
     data = network.load_data(config.data, config.mean, config.std)
+    _check_counts(config, data)
     quantized, card = _start_of_finetuning(config, data, session)
     before = evaluate(quantized, lbs.data.eval_loader(data, device=session.device))
     session.say(f"before fine-tuning: {before:.2%} of the test images")
@@ -166,6 +170,7 @@ def _float_network(config: SearchRun, data: lbs.data.ImageData, card: NetworkCar
     """The float network with the user's weights, or trained here; measured, and kept as float.safetensors."""
     torch.manual_seed(config.seed)
     model = network.build(config.model, card.num_classes).to(session.device)
+    network.check_images(model, card, session.device)
     folder, section = session.folder, {"origin": config.weights or "trained in this run"}
     kept = folder.file(FLOAT)
     source = Path(config.weights) if config.weights else kept if session.resume and kept.exists() else None
@@ -209,6 +214,7 @@ def _start_of_finetuning(
         if path is None:
             raise TrainingError("a plan or uniform bits need float weights; give --weights FILE")
         model = network.build(config.model, card.num_classes)
+        network.check_images(model, card, torch.device("cpu"))
         checkpoint.apply_weights(model, checkpoint.load_weights(path), path)
         if config.uniform:
             quantized = uniform(model, card.example(), *config.uniform)
@@ -238,9 +244,20 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     return teacher
 
 
+def _check_counts(config: RunConfig, data: lbs.data.ImageData) -> None:
+    if not 1 <= config.batch_size <= len(data.train_x):
+        raise TrainingError(f"--batch-size {config.batch_size}; it lies in 1..{len(data.train_x)}, the training images")
+    if config.calibration < 1:
+        raise TrainingError(f"--calibration {config.calibration}; the ranges need at least one training image")
+
+
+def _check_rates(config: SearchRun) -> None:
+    for name in ("gate_lr", "prune_lr", "float_lr", "strength", "gain"):
+        if getattr(config, name) < 0:
+            raise TrainingError(f"--{name.replace('_', '-')} {getattr(config, name):g}; it must be 0 or more")
+
+
 def _train_loader(config: RunConfig, data: lbs.data.ImageData, device: torch.device) -> lbs.data.TensorLoader:
-    if config.batch_size > len(data.train_x):
-        raise TrainingError(f"--batch-size {config.batch_size} exceeds the {len(data.train_x)} training images")
     return lbs.data.train_loader(data, config.batch_size, augment=config.augment, seed=config.seed, device=device)
 
 

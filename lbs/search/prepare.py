@@ -49,13 +49,16 @@ class SearchConfig:
     trace: bool = True
 
     def __post_init__(self) -> None:
-        chain = tuple(self.bits)
-        object.__setattr__(self, "bits", chain if chain == (FULL_BITS,) else check_chain(chain))
+        in_float = self.bits in ((FULL_BITS,), [FULL_BITS])
+        object.__setattr__(self, "bits", (FULL_BITS,) if in_float else check_chain(self.bits))
         if self.pruning and not self.trace:
             raise PlanError("pruning=True needs trace=True: filters are cut along the traced graph; set pruning=False")
         for label in ("group_size", "filter_tile"):
-            if getattr(self, label) < 1:
-                raise PlanError(f"{label}={getattr(self, label)}; it counts filters, at least one")
+            count = getattr(self, label)
+            if not isinstance(count, int) or count < 1:
+                raise PlanError(f"{label}={count}; it counts filters, a whole number from 1 on")
+        if isinstance(self.exclude, str):
+            raise PlanError(f"exclude={self.exclude!r} is one text; give a tuple of patterns: ({self.exclude!r},)")
         if not 0 <= self.max_pruning_ratio < 1:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"

@@ -135,9 +135,9 @@ def targets_of(
     """
     asked = {"bops": bops, "size_mb": size_mb, "latency_ms": latency_ms}
     for name, limit in asked.items():
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
+        if limit is not None and not (isinstance(limit, int | float) and math.isfinite(limit) and limit > 0):
             rule = "a fraction of full precision in (0, 1], or bit operations of one image"
-            raise PlanError(f"budget {name}={limit}; give {rule if name == 'bops' else 'a positive number'}")
+            raise PlanError(f"budget {name}={limit!r}; give {rule if name == 'bops' else 'a positive number'}")
     targets: list[Target] = []
     if bops is not None:
         targets.append(Target(bit_operations(), float(bops) * full_precision if bops <= 1 else float(bops)))

@@ -23,7 +23,7 @@ from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import Emit, Program
+from lbs_kernels.program import IMAGE_DTYPES, Emit, Program, QuantPackStep
 from lbs_kernels.triton_common import INTERPRETED
 from lbs_kernels.triton_runner import TritonRunner
 
@@ -53,13 +53,17 @@ def compile_steps(
     target: str,
     folder: Path,
     configs: dict[str, GemmConfig] | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> list[Compiled]:
     """Every launch of the program at one batch size, compiled."""
     launches = TritonRunner(program, blob, "cpu", configs).plan(batch).launches
-    image = torch.empty(16)  # its address is all that a compiler asks of an image
+    images = []
+    for spec in (program.tensors[index] for index in program.inputs):
+        image = torch.empty(batch, spec.channels, spec.height, spec.width, dtype=IMAGE_DTYPES[spec.dtype])
+        images.append(image.contiguous(memory_format=layout))
     with compiling(target, folder) as kernels:
         for launch in launches:
-            launch([image])
+            launch(images)
     assert len(kernels) == len(program.steps)
     return kernels
 
@@ -122,9 +126,23 @@ def test_every_kind_of_step_compiles(target: str, tmp_path: Path) -> None:
             check_exact(kernel)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bytes_are_loaded_as_bytes_and_normalised_by_one_instruction(
+    layout: torch.memory_format, tmp_path: Path
+) -> None:
+    program, blob = programs.byte_image(0)
+    kernels = compile_steps(program, blob, 2, "sm_90", tmp_path, layout=layout)
+    for step, kernel in zip(program.steps, kernels, strict=True):
+        check_exact(kernel)
+        if isinstance(step, QuantPackStep):
+            loads_bytes = re.search(r"ld\.global\.(v\d\.)?b8", kernel.ptx) is not None
+            assert loads_bytes is (program.tensors[step.input].dtype == "uint8")
+            assert ("fma.rn.f32" in kernel.ptx) is (step.multiplier is not None)
+
+
 @pytest.mark.slow
 @TARGET
-@pytest.mark.parametrize("case", ["depthwise", "preact_residual_bfloat16", "preact_residual_float16"])
+@pytest.mark.parametrize("case", ["normed_stream", "depthwise", "preact_residual_bfloat16", "preact_residual_float16"])
 def test_other_programs_compile(case: str, target: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)
     for kernel in compile_steps(program, blob, 2, target, tmp_path):

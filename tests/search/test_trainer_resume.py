@@ -278,3 +278,13 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     folder.file("metrics.jsonl").write_text('{"loss\n' + json.dumps({"loss": 1}) + "\n")
     with pytest.raises(CheckpointError, match="line 1 is not JSON"):
         folder.metrics()
+    folder.file("metrics.jsonl").write_text('[3]\n{"loss": 1}\n')
+    with pytest.raises(CheckpointError, match=r"line 1 is not JSON: \[3\] is no object; delete that line"):
+        folder.metrics()
+
+
+def test_metrics_that_cannot_be_written_name_their_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.file("metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl could not be written \(one row\)"):
+        folder.append_metrics({"loss": 1.0})

@@ -67,6 +67,23 @@ def test_named_programs(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["byte_image", "byte_image_of_five_channels"])
+def test_images_are_read_where_they_lie(name: str, layout: torch.memory_format) -> None:
+    """Bytes, floats, with and without a multiplier and a bias."""
+    program, blob = programs.CASES[name](seed=1)
+    images = [x.contiguous(memory_format=layout) for x in programs.random_inputs(program, batch=2, seed=2)]
+    trace = check(program, blob, images)
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("name", ["normed_stream", "normed_stream_bfloat16"])
+def test_streams_are_normed(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
 @pytest.mark.parametrize("name", ["imagenet_stem", "preact_residual", "preact_residual_float16"])
 def test_more_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=3)
