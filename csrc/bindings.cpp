@@ -30,26 +30,53 @@ void check_count(int64_t count) {
     lbs::require(count >= 0, "count is " + std::to_string(count) + "; it cannot be negative");
 }
 
-void fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float scale, float step, float n, float low,
-                        int threads, int dtype, const std::string& isa) {
-    check_count(count);
-    const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y), scale, step, n, low, float_type(dtype)};
-    const lbs::Isa resolved = lbs::resolve_isa(isa);
-    py::gil_scoped_release release;
-    lbs::fake_quant_forward(task, count, threads, resolved);
+lbs::QuantWidths quant_widths(float v, const std::vector<float>& scales, const std::vector<float>& steps,
+                              const std::vector<float>& levels, bool is_signed) {
+    lbs::require(!levels.empty() && levels.size() <= lbs::kMaxCoarse + 1 && scales.size() == levels.size() &&
+                     steps.size() == levels.size(),
+                 "fake quantizer: " + std::to_string(levels.size()) + " widths; give 1 to " +
+                     std::to_string(lbs::kMaxCoarse + 1) + ", with a scale and a step each");
+    lbs::QuantWidths widths{};
+    widths.coarse = static_cast<int>(levels.size()) - 1;
+    for (size_t j = 0; j < levels.size(); ++j) {
+        widths.scale[j] = scales[j];
+        widths.step[j] = steps[j];
+        widths.n[j] = levels[j];
+    }
+    widths.v = v;
+    widths.is_signed = is_signed;
+    return widths;
 }
 
-float fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v, float n, int threads,
-                          int dtype, const std::string& isa) {
+std::vector<double> by_width(const lbs::QuantSums& sums, int coarse) {
+    return std::vector<double>(sums.by_width, sums.by_width + coarse);
+}
+
+std::vector<double> fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float v, const std::vector<float>& scales,
+                                  const std::vector<float>& steps, const std::vector<float>& levels, bool is_signed,
+                                  int threads, int dtype, const std::string& isa) {
+    check_count(count);
+    const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y),
+                                 quant_widths(v, scales, steps, levels, is_signed), float_type(dtype)};
+    const lbs::Isa resolved = lbs::resolve_isa(isa);
+    py::gil_scoped_release release;
+    return by_width(lbs::fake_quant_forward(task, count, threads, resolved), task.widths.coarse);
+}
+
+std::pair<double, std::vector<double>> fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v,
+                                                      const std::vector<float>& scales,
+                                                      const std::vector<float>& steps,
+                                                      const std::vector<float>& levels, bool is_signed, int threads,
+                                                      int dtype, const std::string& isa) {
     check_count(count);
     lbs::require(v > 0.0f && std::isfinite(v),
                  "fake_quant_backward: v is " + std::to_string(v) + "; it must be positive and finite");
-    const float scale = static_cast<float>(static_cast<double>(n) / static_cast<double>(v));
-    const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx), v, n, scale,
-                                      float_type(dtype)};
+    const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx),
+                                  quant_widths(v, scales, steps, levels, is_signed), float_type(dtype)};
     const lbs::Isa resolved = lbs::resolve_isa(isa);
     py::gil_scoped_release release;
-    return lbs::fake_quant_backward(task, count, threads, resolved);
+    const lbs::QuantSums sums = lbs::fake_quant_backward(task, count, threads, resolved);
+    return {sums.v, by_width(sums, task.widths.coarse)};
 }
 
 py::dict isa_reasons() {
@@ -129,15 +156,16 @@ PYBIND11_MODULE(_cpu, module) {
         "resolve_isa", [](const std::string& name) { return std::string(lbs::isa_name(lbs::resolve_isa(name))); },
         py::arg("name") = "auto", "The instruction set `name` stands for. Raises BackendError.");
 
-    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"),
-               py::arg("scale"), py::arg("step"), py::arg("n"), py::arg("low") = 0.0f, py::arg("threads") = 1,
-               py::arg("dtype") = 0, py::arg("isa") = "auto",
-               "y = clamp(rint(x * scale), low, n) * step. dtype: 0 float32, 1 bfloat16 (arithmetic is float32).");
+    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"), py::arg("v"),
+               py::arg("scales"), py::arg("steps"), py::arg("levels"), py::arg("is_signed") = false,
+               py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
+               "y at the last of the widths; returns sum |clip(x) - y_j| for each width j before it. dtype: 0 float32, 1 "
+               "bfloat16 (arithmetic is float32).");
     module.def("fake_quant_backward", &fake_quant_backward, py::arg("x_ptr"), py::arg("gy_ptr"), py::arg("gx_ptr"),
-               py::arg("count"), py::arg("v"), py::arg("n"), py::arg("threads") = 1, py::arg("dtype") = 0,
-               py::arg("isa") = "auto",
-               "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 "
-               "above, 0 below).");
+               py::arg("count"), py::arg("v"), py::arg("scales"), py::arg("steps"), py::arg("levels"),
+               py::arg("is_signed") = false, py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
+               "gx = gy inside the range, else 0; returns the gradient of v, and sum gy * (y - y_j) for each width j "
+               "before the last, which is y's.");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
