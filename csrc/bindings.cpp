@@ -6,6 +6,8 @@
 
 #include "common/cpu_features.h"
 #include "common/format.h"
+#include "common/onebit/model.h"
+#include "common/onebit/task_python.h"
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
@@ -103,6 +105,14 @@ std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, cons
     return seconds;
 }
 
+void onebit_model(const py::dict& task, const std::string& machine, int groups, int filters, int stages, int blocks,
+                  bool late) {
+    const lbs::onebit::Task read = lbs::onebit::read_task(task);
+    const lbs::onebit::TileRow& row = lbs::onebit::find_row(machine, groups, filters, stages);
+    py::gil_scoped_release release;
+    lbs::onebit::run_model(read, row, blocks, late ? lbs::onebit::Timing::kLate : lbs::onebit::Timing::kEarly);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -137,6 +147,19 @@ PYBIND11_MODULE(_cpu, module) {
                py::arg("isa") = "auto",
                "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 "
                "above, 0 below).");
+
+    module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def("onebit_model", &onebit_model, py::arg("task"), py::arg("machine"), py::arg("groups"),
+               py::arg("filters"), py::arg("stages"), py::arg("blocks") = 1, py::arg("late") = true,
+               "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/common/onebit/task_python.h. late: "
+               "asynchronous operations happen where they are waited for, else where they are issued.");
+    module.def(
+        "onebit_quotient",
+        [](int n, int d) { return lbs::onebit::quotient(n, lbs::onebit::fast_divisor(d)); }, py::arg("n"),
+        py::arg("d"), "n / d as the kernel divides.");
+    module.def("onebit_half", &lbs::onebit::to_float16, py::arg("value"), "Bits of the nearest float16.");
+    module.def("onebit_from_half", &lbs::onebit::from_float16, py::arg("bits"), "float32 of the bits of a float16.");
+    module.def("onebit_brain", &lbs::onebit::to_bfloat16, py::arg("value"), "Bits of the nearest bfloat16.");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),

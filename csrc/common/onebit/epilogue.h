@@ -1,0 +1,190 @@
+// What becomes of one thread's run of consecutive channels of one pixel: steps 1 to 6 of the format, or thresholds.
+#pragma once
+
+#include "common/onebit/params.h"
+
+namespace lbs::onebit {
+
+constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22 it leaves rint(t) in the low bits
+constexpr uint32_t kRintMagicBits = 0x4B400000u;
+
+// Four values of a stream [M][C] from `index` on, of which `count` exist. Where C % 4 == 0 all do, and they are aligned.
+LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[4]) {
+    if (p.stream_type == StreamType::kFloat32) {
+        const float* from = static_cast<const float*>(p.residual) + index;
+        if (p.filters % 4 == 0) {
+            const Floats4 all = *reinterpret_cast<const Floats4*>(from);
+            LBS_UNROLL for (int i = 0; i < 4; ++i) y[i] = all.v[i];
+        } else {
+            LBS_UNROLL for (int i = 0; i < 4; ++i) y[i] = i < count ? from[i] : 0.0f;
+        }
+        return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(p.residual) + index;
+    uint16_t bits[4];
+    if (p.filters % 4 == 0) {
+        const uint64_t all = *reinterpret_cast<const uint64_t*>(from);
+        LBS_UNROLL for (int i = 0; i < 4; ++i) bits[i] = static_cast<uint16_t>(all >> 16 * i);
+    } else {
+        LBS_UNROLL for (int i = 0; i < 4; ++i) bits[i] = i < count ? from[i] : uint16_t{0};
+    }
+    const bool brain = p.stream_type == StreamType::kBfloat16;
+    LBS_UNROLL for (int i = 0; i < 4; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
+}
+
+// Stores y in the stream type; y becomes the stored value.
+LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[4]) {
+    if (p.stream_type == StreamType::kFloat32) {
+        float* to = static_cast<float*>(p.stream) + index;
+        if (p.filters % 4 == 0) {
+            *reinterpret_cast<Floats4*>(to) = Floats4{{y[0], y[1], y[2], y[3]}};
+        } else {
+            LBS_UNROLL for (int i = 0; i < 4; ++i) if (i < count) to[i] = y[i];
+        }
+        return;
+    }
+    const bool brain = p.stream_type == StreamType::kBfloat16;
+    uint16_t bits[4];
+    LBS_UNROLL for (int i = 0; i < 4; ++i) {
+        bits[i] = brain ? to_bfloat16(y[i]) : to_float16(y[i]);
+        y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
+    }
+    uint16_t* to = static_cast<uint16_t*>(p.stream) + index;
+    if (p.filters % 4 == 0) {
+        uint64_t all = 0;
+        LBS_UNROLL for (int i = 0; i < 4; ++i) all |= static_cast<uint64_t>(bits[i]) << 16 * i;
+        *reinterpret_cast<uint64_t*>(to) = all;
+    } else {
+        LBS_UNROLL for (int i = 0; i < 4; ++i) if (i < count) to[i] = bits[i];
+    }
+}
+
+// Steps 1 to 5.
+template <int kRun>
+LBS_HD void stored_values(const Params& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
+    LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
+        const Floats4 multiplier = *reinterpret_cast<const Floats4*>(p.multiplier + first + c);
+        const Floats4 bias = *reinterpret_cast<const Floats4*>(p.bias + first + c);
+        const int64_t index = static_cast<int64_t>(row) * p.filters + first + c;
+        const int count = p.filters - first - c;
+        float four[4], add[4];
+        LBS_UNROLL for (int i = 0; i < 4; ++i) {
+            four[i] = fused(static_cast<float>(acc[c + i]), multiplier.v[i], bias.v[i]);
+        }
+        if (p.residual && count > 0) {
+            load_stream(p, index, count, add);
+            LBS_UNROLL for (int i = 0; i < 4; ++i) four[i] += add[i];
+        }
+        if (p.has_low) {
+            LBS_UNROLL for (int i = 0; i < 4; ++i) four[i] = fmaxf(four[i], p.low);
+        }
+        if (p.has_high) {
+            LBS_UNROLL for (int i = 0; i < 4; ++i) four[i] = fminf(four[i], p.high);
+        }
+        if (p.stream && count > 0) store_stream(p, index, count, four);
+        LBS_UNROLL for (int i = 0; i < 4; ++i) y[c + i] = four[i];
+    }
+}
+
+// Step 6 for one consumer, four codes to a register, channel by channel from the lowest byte on.
+template <int kRun>
+LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, uint32_t (&codes)[kRun / 4]) {
+    const float levels = static_cast<float>((1 << k.bits) - 1);
+    const float lowest = -static_cast<float>(k.zero), highest = levels - static_cast<float>(k.zero);
+    LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
+        float u[4];
+        LBS_UNROLL for (int i = 0; i < 4; ++i) u[i] = y[c + i];
+        if (k.pre_scale) {
+            const Floats4 scale = *reinterpret_cast<const Floats4*>(k.pre_scale + first + c);
+            const Floats4 bias = *reinterpret_cast<const Floats4*>(k.pre_bias + first + c);
+            LBS_UNROLL for (int i = 0; i < 4; ++i) u[i] = fused(u[i], scale.v[i], bias.v[i]);
+        }
+        uint32_t four = 0;
+        LBS_UNROLL for (int i = 0; i < 4; ++i) {
+            float t = (k.relu ? fmaxf(u[i], 0.0f) : u[i]) * k.scale;
+            if (k.is_signed) t = t + levels * 0.5f;
+            // The bounds are integers: clamping before rint gives what clamping after it gives.
+            t = fminf(fmaxf(t, lowest), highest);
+            four |= (float_bits(t + kRintMagic) - kRintMagicBits + static_cast<uint32_t>(k.zero)) << 8 * i;
+        }
+        codes[c / 4] = four;
+    }
+}
+
+// Planes or biased bytes of a run of codes. Filters that do not exist become 0 bits: words are written whole.
+template <int kRun>
+LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, uint32_t (&codes)[kRun / 4], int row, int first) {
+    if (k.bits == 8) {
+        int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
+        LBS_UNROLL for (int c = 0; c < kRun; c += 16) {
+            Words4 all;
+            LBS_UNROLL for (int i = 0; i < 4; ++i) all.v[i] = codes[c / 4 + i] ^ 0x80808080u;
+            if (first + c < k.pitch) *reinterpret_cast<Words4*>(to + c) = all;
+        }
+        return;
+    }
+    if (first + kRun > p.filters) {
+        LBS_UNROLL for (int c = 0; c < kRun; ++c) {
+            if (first + c >= p.filters) codes[c / 4] &= ~(0xffu << 8 * (c % 4));
+        }
+    }
+    const int words = (p.filters + 31) / 32;
+    if (first / 32 >= words) return;
+    const int64_t word = static_cast<int64_t>(row) * k.pitch + first / 32;
+    LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
+        uint32_t bits = 0;
+        LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
+            // Bit 0 of the four bytes, gathered: 2^24 + 2^17 + 2^10 + 2^3 puts byte i at bit 24 + i, without carries.
+            bits |= ((codes[c / 4] >> plane & 0x01010101u) * 0x01020408u >> 24) << c;
+        }
+        uint32_t* to = static_cast<uint32_t*>(k.codes) + word + static_cast<int64_t>(plane) * words;
+        if (kRun == 32) *to = bits;
+        else reinterpret_cast<uint16_t*>(to)[first % 32 / 16] = static_cast<uint16_t>(bits);
+    }
+}
+
+// Codes by comparisons with integers: q = number of thresholds reached, from below or (one bit per filter) from above.
+// `acc <= T` is `~acc >= ~T`, and ~T is what is stored then.
+template <int kRun>
+LBS_HD void threshold_codes(const Params& p, const int (&acc)[kRun], int first, uint32_t (&codes)[kRun / 4]) {
+    const int levels = (1 << p.consumer[0].bits) - 1, block = first / (4 * kRun);
+    const uint32_t flips = p.flips[first / 32] >> first % 32;
+    const int* table = p.thresholds + static_cast<int64_t>(block) * levels * 4 * kRun + first % (4 * kRun);
+    int value[kRun];
+    LBS_UNROLL for (int c = 0; c < kRun; ++c) value[c] = acc[c] ^ -static_cast<int>(flips >> c & 1u);
+    LBS_UNROLL for (int c = 0; c < kRun; c += 4) codes[c / 4] = 0;
+    LBS_NO_UNROLL for (int level = 0; level < levels; ++level, table += 4 * kRun) {
+        LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
+            const Ints4 reached = *reinterpret_cast<const Ints4*>(table + c);
+            LBS_UNROLL for (int i = 0; i < 4; ++i) {
+                codes[c / 4] += value[c + i] >= reached.v[i] ? 1u << 8 * i : 0u;
+            }
+        }
+    }
+}
+
+// All of it for the accumulators of channels first .. first + kRun - 1 of output pixel `row`.
+template <int kRun>
+LBS_HD void emit(const Params& p, const int (&acc)[kRun], int row, int first) {
+    static_assert(kRun == 32 || kRun == 16, "a run is a word, or half of one");
+    if (p.accumulators) {
+        LBS_UNROLL for (int c = 0; c < kRun; ++c) {
+            if (first + c < p.filters) p.accumulators[static_cast<int64_t>(row) * p.filters + first + c] = acc[c];
+        }
+        return;
+    }
+    uint32_t codes[kRun / 4];
+    if (p.thresholds) {
+        threshold_codes<kRun>(p, acc, first, codes);
+        store_codes<kRun>(p, p.consumer[0], codes, row, first);
+        return;
+    }
+    float y[kRun];
+    stored_values<kRun>(p, acc, row, first, y);
+    LBS_NO_UNROLL for (int k = 0; k < p.consumers; ++k) {
+        encode<kRun>(p.consumer[k], y, first, codes);
+        store_codes<kRun>(p, p.consumer[k], codes, row, first);
+    }
+}
+
+}  // namespace lbs::onebit
