@@ -111,9 +111,28 @@ LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, u
     }
 }
 
-// Planes or biased bytes of a run of codes. Filters that do not exist become 0 bits: words are written whole.
+// Which channels of a run exist, one bit each.
 template <int kRun>
-LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, uint32_t (&codes)[kRun / 4], int row, int first) {
+LBS_HD uint32_t existing(const Params& p, int first) {
+    const int count = p.filters - first;
+    return count >= kRun ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
+}
+
+// A run's bits of one plane. Filters that do not exist are 0 bits: words are written whole, or by halves.
+template <int kRun>
+LBS_HD void store_plane(const Params& p, const ConsumerTarget& k, int plane, uint32_t bits, int row, int first) {
+    const int words = (p.filters + 31) / 32;
+    if (first / 32 >= words) return;
+    uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + plane * words + first / 32;
+    bits &= existing<kRun>(p, first);
+    if (kRun == 32) *to = bits;
+    else reinterpret_cast<uint16_t*>(to)[first % 32 / 16] = static_cast<uint16_t>(bits);
+}
+
+// Planes or biased bytes of a run of codes.
+template <int kRun>
+LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
+                        int first) {
     if (k.bits == 8) {
         int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
         LBS_UNROLL for (int c = 0; c < kRun; c += 16) {
@@ -123,43 +142,40 @@ LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, uint32_t (&cod
         }
         return;
     }
-    if (first + kRun > p.filters) {
-        LBS_UNROLL for (int c = 0; c < kRun; ++c) {
-            if (first + c >= p.filters) codes[c / 4] &= ~(0xffu << 8 * (c % 4));
-        }
-    }
-    const int words = (p.filters + 31) / 32;
-    if (first / 32 >= words) return;
-    const int64_t word = static_cast<int64_t>(row) * k.pitch + first / 32;
     LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
         uint32_t bits = 0;
         LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
             // Bit 0 of the four bytes, gathered: 2^24 + 2^17 + 2^10 + 2^3 puts byte i at bit 24 + i, without carries.
             bits |= ((codes[c / 4] >> plane & 0x01010101u) * 0x01020408u >> 24) << c;
         }
-        uint32_t* to = static_cast<uint32_t*>(k.codes) + word + static_cast<int64_t>(plane) * words;
-        if (kRun == 32) *to = bits;
-        else reinterpret_cast<uint16_t*>(to)[first % 32 / 16] = static_cast<uint16_t>(bits);
+        store_plane<kRun>(p, k, plane, bits, row, first);
     }
 }
 
 // Codes by comparisons with integers: q = number of thresholds reached, from below or (one bit per filter) from above.
-// `acc <= T` is `~acc >= ~T`, and ~T is what is stored then.
+// `acc <= T` is `~acc >= ~T`, and ~T is what is stored then. Thresholds are ordered, so bit p of the number is the parity
+// of how many of those at multiples of 2^p are reached: planes come without codes.
 template <int kRun>
-LBS_HD void threshold_codes(const Params& p, const int (&acc)[kRun], int first, uint32_t (&codes)[kRun / 4]) {
-    const int levels = (1 << p.consumer[0].bits) - 1, block = first / (4 * kRun);
+LBS_HD void compare(const Params& p, const int (&acc)[kRun], int row, int first) {
+    const ConsumerTarget& k = p.consumer[0];
+    const int levels = (1 << k.bits) - 1, block = first / (4 * kRun);
     const uint32_t flips = p.flips[first / 32] >> first % 32;
     const int* table = p.thresholds + static_cast<int64_t>(block) * levels * 4 * kRun + first % (4 * kRun);
     int value[kRun];
     LBS_UNROLL for (int c = 0; c < kRun; ++c) value[c] = acc[c] ^ -static_cast<int>(flips >> c & 1u);
-    LBS_UNROLL for (int c = 0; c < kRun; c += 4) codes[c / 4] = 0;
-    LBS_NO_UNROLL for (int level = 0; level < levels; ++level, table += 4 * kRun) {
+    uint32_t planes[4] = {0, 0, 0, 0};
+    LBS_NO_UNROLL for (int level = 1; level <= levels; ++level, table += 4 * kRun) {
+        uint32_t reached = 0;
         LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
-            const Ints4 reached = *reinterpret_cast<const Ints4*>(table + c);
-            LBS_UNROLL for (int i = 0; i < 4; ++i) {
-                codes[c / 4] += value[c + i] >= reached.v[i] ? 1u << 8 * i : 0u;
-            }
+            const Ints4 least = *reinterpret_cast<const Ints4*>(table + c);
+            LBS_UNROLL for (int i = 0; i < 4; ++i) reached |= value[c + i] >= least.v[i] ? 1u << (c + i) : 0u;
         }
+        LBS_UNROLL for (int plane = 0; plane < 4; ++plane) {
+            if (level % (1 << plane) == 0) planes[plane] ^= reached;
+        }
+    }
+    LBS_UNROLL for (int plane = 0; plane < 4; ++plane) {
+        if (plane < k.bits) store_plane<kRun>(p, k, plane, planes[plane], row, first);
     }
 }
 
@@ -173,12 +189,8 @@ LBS_HD void emit(const Params& p, const int (&acc)[kRun], int row, int first) {
         }
         return;
     }
+    if (p.thresholds) return compare<kRun>(p, acc, row, first);
     uint32_t codes[kRun / 4];
-    if (p.thresholds) {
-        threshold_codes<kRun>(p, acc, first, codes);
-        store_codes<kRun>(p, p.consumer[0], codes, row, first);
-        return;
-    }
     float y[kRun];
     stored_values<kRun>(p, acc, row, first, y);
     LBS_NO_UNROLL for (int k = 0; k < p.consumers; ++k) {
