@@ -1,4 +1,4 @@
-"""Launch configuration of the one-bit tensor-core GEMM (CUDA), and when it is legal. Needs no GPU and no native module."""
+"""Launch configuration of the one-bit tensor-core GEMM (CUDA), and when it is legal. Needs no GPU, no native module."""
 
 from __future__ import annotations
 

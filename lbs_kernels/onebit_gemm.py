@@ -179,9 +179,7 @@ def onebit_accumulate(
 
 
 def _check(problem: Problem, config: OneBitConfig, source: TensorSpec, consumers: int) -> None:
-    reason = (
-        unsupported_reason(problem) or source_reason(source, problem.padding) or invalid_reason(config, problem)
-    )
+    reason = unsupported_reason(problem) or source_reason(source, problem.padding) or invalid_reason(config, problem)
     if reason is None and consumers > MAX_CONSUMERS:
         reason = f"{consumers} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
     if reason is not None:
@@ -222,7 +220,11 @@ def _operands(problem: Problem, source: TensorSpec, x: Tensor, w: Tensor, offset
 def _launch(task: dict[str, Any], config: OneBitConfig, device: torch.device, kept: list[Tensor]) -> Launch:
     if device.type != "cuda":
         model = require_cpu().onebit_model
-        return lambda inputs, kept=kept: model(task, *config.row, blocks=MODEL_BLOCKS)
+
+        def simulate(inputs: list[Tensor], kept: list[Tensor] = kept) -> None:
+            model(task, *config.row, blocks=MODEL_BLOCKS)
+
+        return simulate
     index = torch.cuda.current_device() if device.index is None else device.index
     bound = require_cuda().OneBitLaunch(task, *config.row, index)
 

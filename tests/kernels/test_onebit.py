@@ -371,5 +371,3 @@ def test_the_native_side_checks_its_task() -> None:
     ):
         with pytest.raises(FormatError, match=words):
             native.onebit_model({**tasks[0], **change}, "wgmma", 2, 128, 6)
-
-

@@ -41,7 +41,8 @@ class Kernel:
 
 
 def ask(option: str, arch: str) -> str:
-    assert extension.cuda is not None and extension.cuda.__file__
+    assert extension.cuda is not None
+    assert extension.cuda.__file__
     command = [str(TOOL), option, "-arch", arch, extension.cuda.__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -91,10 +92,10 @@ def test_mma_kernels_multiply_single_bits(arch: str) -> None:
 
 
 def test_wgmma_kernels_multiply_single_bits_asynchronously() -> None:
-    """Four products of 2 x 2 planes in the loop, one arrival, and two waits: in the loop for the step before, and after it.
+    """Four products of 2 x 2 planes in the loop, one arrival, and two waits: in the loop for a chunk before, and after.
 
-    Where the compiler cannot follow the accumulators it ends every product before the next: that would show as a wait and
-    an arrival for each of them.
+    Where the compiler cannot follow the accumulators it ends every product before the next: that would show as a wait
+    and an arrival for each of them.
     """
     for kernel in kernels("sm_90a"):
         if kernel.machine == "wgmma":
@@ -106,7 +107,7 @@ def test_wgmma_kernels_multiply_single_bits_asynchronously() -> None:
 
 
 def test_floats_are_contracted_nowhere_but_where_the_format_says() -> None:
-    """Fused multiply-adds: one per channel and row for step 2, one for a norm before a consumer; the rest are rounded twice."""
+    """Fused multiply-adds: one per channel and row for step 2, and one for a norm before a consumer."""
     for kernel in kernels("sm_90a"):
         runs = 2 * kernel.filters // 4  # two rows of a quarter of the filters
         assert kernel.count(r"\bFFMA\b") == 2 * runs, kernel.count(r"\bFFMA\b")

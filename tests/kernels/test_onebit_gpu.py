@@ -32,8 +32,8 @@ def require(config: OneBitConfig) -> None:
         pytest.skip(f"this GPU has no {config.machine}")
 
 
-# (channels, filters, size, window): words by one, two and four; K of odd steps and of whole chunks; filters and pixels around
-# the tiles; borders under a stride, dilation, windows beyond the image, one output pixel.
+# (channels, filters, size, window): words by one, two and four; K of odd steps and of whole chunks; filters and pixels
+# around the tiles; borders under a stride, dilation, windows beyond the image, one output pixel.
 SHAPES = {
     "stem": (3, 64, (30, 31), {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)}),
     "pairs": (64, 64, (28, 28), {"kernel": (3, 3), "padding": (1, 1)}),
@@ -55,7 +55,9 @@ def test_accumulator(config: OneBitConfig, w_bits: int, a_bits: int, shape: str)
     channels, filters, size, window = SHAPES[shape]
     generator = torch.Generator().manual_seed(w_bits + a_bits)
     x = torch.randint(0, 1 << a_bits, (5, *size, channels), generator=generator, dtype=torch.uint8)
-    codes = torch.randint(0, 1 << w_bits, (filters, *window["kernel"], channels), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(
+        0, 1 << w_bits, (filters, *window["kernel"], channels), generator=generator, dtype=torch.uint8
+    )
     planes = pack_weights(codes, w_bits)
     expected = conv_reference.accumulate(x, planes, a_bits=a_bits, **window)
     for _ in range(3):  # a race need not show at once

@@ -86,6 +86,10 @@ struct Piece {
 
 // The words of output pixel `row` under `tap`, of activation plane `plane`.
 LBS_HD Piece gather(const Params& p, int row, const TapWord& tap, int plane) {
+    if (p.pointwise) {
+        const bool inside = tap.inside && row < p.rows;
+        return {inside ? (row * p.a_bits + plane) * p.words + tap.word : 0, inside};
+    }
     const int image = quotient(row, p.pixels), pixel = remainder(row, image, p.pixels);
     const int out_y = quotient(pixel, p.out_width), out_x = remainder(pixel, out_y, p.out_width);
     const int y = out_y * p.stride_h - p.pad_h + tap.dy, x = out_x * p.stride_w - p.pad_w + tap.dx;

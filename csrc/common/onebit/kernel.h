@@ -171,7 +171,7 @@ LBS_HD void multiply_pass(Machine& machine, const Params& p, const Pass& pass,
         const int byte = at.stage * T::kStageBytes;
         machine.template multiply<T::kN>(acc, byte + group_byte, byte + T::kWeightByte, step % 2);
         if (pass.sums) at.counted += count_codes(machine, byte, step % 2) << 2 * pass.a_pair;
-        machine.template wait_products<Machine::kInFlight>();
+        machine.template wait_products<2 * Machine::kInFlight>();  // a chunk has two steps
     } while (++step < p.steps);
     at.stage = at.stage + 1 == T::kStages ? 0 : at.stage + 1;
     machine.finish_products(acc);

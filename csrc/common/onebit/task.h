@@ -94,6 +94,7 @@ inline Params make_params(const Task& t, const TileRow& row) {
     p.words = static_cast<int>(words), p.k_words = static_cast<int>(k_words), p.a_bits = t.a_bits;
     p.stride_h = t.stride_h, p.stride_w = t.stride_w, p.pad_h = t.pad_h, p.pad_w = t.pad_w;
     p.dilation_h = t.dilation_h, p.dilation_w = t.dilation_w;
+    p.pointwise = t.kernel_h == 1 && t.kernel_w == 1 && t.stride_h == 1 && t.stride_w == 1 && t.pad_h == 0 && t.pad_w == 0;
     p.copy_words = words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
     p.pixels = fast_divisor(static_cast<int>(out_height * out_width));
     p.out_width = fast_divisor(static_cast<int>(out_width));
