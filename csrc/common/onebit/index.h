@@ -65,18 +65,33 @@ LBS_HD int64_t weight_block(const Params& p, int w_pair, int filter_block, int c
     return ((static_cast<int64_t>(w_pair) * p.filter_blocks + filter_block) * p.chunks + chunk) * (kN * kRowBytes / 4);
 }
 
-// One piece of the activation operand: `copy_words` consecutive words of a plane of the pixel under one tap.
-struct TapWord {
-    int dy, dx;    // of the tap, in input pixels
-    int word;      // of the pixel's plane
-    bool inside;   // K goes this far
+// Where the window of one output pixel begins: its first tap may lie outside the image.
+struct alignas(16) Window {
+    int pixel;  // of all images
+    int y, x, unused;
 };
 
-// The piece at flattened word `k` of K, k = tap * CW + word.
-LBS_HD TapWord tap_word(const Params& p, int k) {
+// Rows beyond the last pixel begin so far above the image that no tap enters it.
+LBS_HD Window window_of(const Params& p, int row) {
+    if (row >= p.rows) return {0, -(1 << 30), 0, 0};
+    const int image = quotient(row, p.pixels), pixel = remainder(row, image, p.pixels);
+    const int out_y = quotient(pixel, p.out_width), out_x = remainder(pixel, out_y, p.out_width);
+    const int y = out_y * p.stride_h - p.pad_h, x = out_x * p.stride_w - p.pad_w;
+    return {(image * p.height + y) * p.width + x, y, x, 0};
+}
+
+// One piece of K: `copy_words` consecutive words of one plane under one tap.
+struct TapWord {
+    int dy, dx, pixel;  // of the tap, in input pixels
+    int word;           // of all planes of the pixel
+    bool inside;        // K goes this far
+};
+
+// The piece of plane `plane` at flattened word `k` of K, k = tap * CW + word.
+LBS_HD TapWord tap_word(const Params& p, int k, int plane) {
     const int tap = quotient(k, p.tap_words), tap_row = quotient(tap, p.kernel_width);
-    return {tap_row * p.dilation_h, remainder(tap, tap_row, p.kernel_width) * p.dilation_w,
-            remainder(k, tap, p.tap_words), k < p.k_words};
+    const int dy = tap_row * p.dilation_h, dx = remainder(tap, tap_row, p.kernel_width) * p.dilation_w;
+    return {dy, dx, dy * p.width + dx, plane * p.words + remainder(k, tap, p.tap_words), k < p.k_words};
 }
 
 struct Piece {
@@ -84,18 +99,17 @@ struct Piece {
     bool inside;  // else the copy writes zeros: padding, rows beyond the last pixel, the end of K
 };
 
-// The words of output pixel `row` under `tap`, of activation plane `plane`.
-LBS_HD Piece gather(const Params& p, int row, const TapWord& tap, int plane) {
-    if (p.pointwise) {
-        const bool inside = tap.inside && row < p.rows;
-        return {inside ? (row * p.a_bits + plane) * p.words + tap.word : 0, inside};
-    }
-    const int image = quotient(row, p.pixels), pixel = remainder(row, image, p.pixels);
-    const int out_y = quotient(pixel, p.out_width), out_x = remainder(pixel, out_y, p.out_width);
-    const int y = out_y * p.stride_h - p.pad_h + tap.dy, x = out_x * p.stride_w - p.pad_w + tap.dx;
-    const bool inside = tap.inside && row < p.rows && y >= 0 && y < p.height && x >= 0 && x < p.width;
-    if (!inside) return {0, false};
-    return {(((image * p.height + y) * p.width + x) * p.a_bits + plane) * p.words + tap.word, true};
+LBS_HD Piece gather(const Params& p, const Window& window, const TapWord& tap) {
+    const int y = window.y + tap.dy, x = window.x + tap.dx;
+    const bool inside = tap.inside && y >= 0 && y < p.height && x >= 0 && x < p.width;
+    return {inside ? (window.pixel + tap.pixel) * p.pixel_words + tap.word : 0, inside};
+}
+
+// A warp copies the same 16 rows in every chunk, `copy_words` of them at once.
+constexpr int kWarpRows = 16;
+template <int kThreads>
+LBS_HD int copied_row(int copy_words, int warp, int i) {
+    return warp * copy_words + i % copy_words + i / copy_words * (kThreads / 32 * copy_words);
 }
 
 }  // namespace lbs::onebit

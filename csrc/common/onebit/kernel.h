@@ -28,7 +28,8 @@ struct Tile {
     static constexpr int kWeightByte = kRows * kRowBytes;  // in a stage
     static constexpr int kStageBytes = (kRows + kN) * kRowBytes;
     static constexpr int kSumByte = kStages * kStageBytes;
-    static constexpr int kSharedBytes = kSumByte + kRows * 2 * static_cast<int>(sizeof(int));
+    static constexpr int kWindowByte = kSumByte + kRows * 2 * static_cast<int>(sizeof(int));
+    static constexpr int kSharedBytes = kWindowByte + kRows * static_cast<int>(sizeof(Window));
 };
 
 // Which chunk is copied next.
@@ -53,15 +54,36 @@ LBS_HD void advance(const Params& p, int blocks, Cursor& at) {
     at.tile += blocks;
 }
 
+// The windows of the rows that this thread's warp copies.
+template <class T, class Machine>
+LBS_HD Window* warp_windows(Machine& machine) {
+    return reinterpret_cast<Window*>(machine.shared(T::kWindowByte)) + machine.thread() / 32 * kWarpRows;
+}
+
+// Output pixels are divided into rows and columns once per tile.
+template <class T, class Machine>
+LBS_HD void find_windows(Machine& machine, const Params& p, int first_row) {
+    static_assert(T::kThreads / 32 * kWarpRows == T::kRows, "every row is copied by one warp");
+    const int warp = machine.thread() / 32, lane = machine.thread() % 32;
+    machine.sync_warp();  // nobody copies by the windows of the tile before any more
+    if (lane < kWarpRows) {
+        const int row = copied_row<T::kThreads>(p.copy_words, warp, lane);
+        warp_windows<T>(machine)[lane] = window_of(p, first_row + row);
+    }
+    machine.sync_warp();
+}
+
 template <class T, int kWords, class Machine>
-LBS_HD void copy_activations(Machine& machine, const Params& p, int first_row, int a_pair, int chunk, int byte) {
-    constexpr int kPieces = 2 * kChunkWords / kWords;  // of a row: eight neighbouring threads fetch whole sectors
-    const int piece = machine.thread() % kPieces, plane = piece / (kPieces / 2);
-    const int word = piece % (kPieces / 2) * kWords;
-    const TapWord tap = tap_word(p, chunk * kChunkWords + word);
-    LBS_UNROLL_2 for (int i = 0; i < T::kRows * kPieces / T::kThreads; ++i) {
-        const int row = machine.thread() / kPieces + i * (T::kThreads / kPieces);
-        const Piece from = gather(p, first_row + row, tap, 2 * a_pair + plane);
+LBS_HD void copy_activations(Machine& machine, const Params& p, int a_pair, int chunk, int byte) {
+    constexpr int kPieces = 2 * kChunkWords / kWords;  // of a row: neighbouring threads fetch whole sectors
+    static_assert(kPieces * kWords == 32, "a warp copies kWords rows at once");
+    const int warp = machine.thread() / 32, lane = machine.thread() % 32;
+    const int piece = lane % kPieces, plane = piece / (kPieces / 2), word = piece % (kPieces / 2) * kWords;
+    const TapWord tap = tap_word(p, chunk * kChunkWords + word, 2 * a_pair + plane);
+    const Window* windows = warp_windows<T>(machine);
+    LBS_UNROLL_2 for (int i = lane / kPieces; i < kWarpRows; i += kWords) {
+        const int row = copied_row<T::kThreads>(kWords, warp, i);
+        const Piece from = gather(p, windows[i], tap);
         machine.template copy<4 * kWords>(byte + swizzled_byte(row, plane * kChunkWords + word), p.x + from.word,
                                           from.inside);
     }
@@ -72,10 +94,11 @@ LBS_HD void copy_chunk(Machine& machine, const Params& p, const Cursor& at) {
     if (at.tile >= p.tiles) return;
     const int row_block = quotient(at.tile, p.filter_block_divisor);
     const int filter_block = remainder(at.tile, row_block, p.filter_block_divisor);
+    if (at.pass == 0 && at.chunk == 0) find_windows<T>(machine, p, row_block * T::kRows);
     const int byte = at.stage * T::kStageBytes, a_pair = p.pass[at.pass].a_pair;
-    if (p.copy_words == 4) copy_activations<T, 4>(machine, p, row_block * T::kRows, a_pair, at.chunk, byte);
-    else if (p.copy_words == 2) copy_activations<T, 2>(machine, p, row_block * T::kRows, a_pair, at.chunk, byte);
-    else copy_activations<T, 1>(machine, p, row_block * T::kRows, a_pair, at.chunk, byte);
+    if (p.copy_words == 4) copy_activations<T, 4>(machine, p, a_pair, at.chunk, byte);
+    else if (p.copy_words == 2) copy_activations<T, 2>(machine, p, a_pair, at.chunk, byte);
+    else copy_activations<T, 1>(machine, p, a_pair, at.chunk, byte);
     const uint32_t* w = p.w + weight_block<T::kN>(p, p.pass[at.pass].w_pair, filter_block, at.chunk);
     LBS_UNROLL for (int i = 0; i < T::kN * kRowBytes / kUnitBytes / T::kThreads; ++i) {
         const int unit = machine.thread() + i * T::kThreads;

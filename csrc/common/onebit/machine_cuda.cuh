@@ -42,6 +42,7 @@ public:
         asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
     }
     __device__ void sync() const { __syncthreads(); }
+    __device__ void sync_warp() const { __syncwarp(); }
 
 private:
     uint8_t* shared_;

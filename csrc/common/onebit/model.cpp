@@ -12,10 +12,20 @@ namespace {
 constexpr uint32_t kBase = 5 * kSwizzleBytes;  // where shared memory begins: not at 0, so that a forgotten base shows
 constexpr int kPoison = 0xA5;
 
+// Memory that copies may read.
+struct Operands {
+    struct Range {
+        uintptr_t first, bytes;
+        bool holds(uintptr_t at, uintptr_t count) const { return at >= first && at - first + count <= bytes; }
+    };
+    Range x, w;
+};
+
 // What the threads of one block share.
 struct Block {
-    Block(int threads, int shared_bytes, int index_, int count_, Timing timing_)
-        : memory(shared_bytes, kPoison), mail(threads / 32), index(index_), count(count_), timing(timing_) {
+    Block(int threads, int shared_bytes, int index_, int count_, const Operands& operands_, Timing timing_)
+        : memory(shared_bytes, kPoison), mail(threads / 32), index(index_), count(count_), operands(operands_),
+          timing(timing_) {
         all.count = threads;
         for (Mail& warp : mail) warp.meeting.count = 32;
     }
@@ -45,6 +55,7 @@ struct Block {
     Meeting all;
     std::vector<Mail> mail;
     int index, count;
+    Operands operands;
     Timing timing;
 };
 
@@ -85,7 +96,10 @@ public:
     template <int kBytes>
     void copy(int byte, const void* from, bool inside) {
         uint8_t* to = block_.at(address(byte), kBytes, kBytes);
-        require(!inside || reinterpret_cast<uintptr_t>(from) % kBytes == 0, "one-bit model: unaligned source of a copy");
+        const uintptr_t source = reinterpret_cast<uintptr_t>(from);
+        require(!inside || source % kBytes == 0, "one-bit model: unaligned source of a copy");
+        require(!inside || block_.operands.x.holds(source, kBytes) || block_.operands.w.holds(source, kBytes),
+                "one-bit model: a copy from outside the operands");
         const Copy copy{to, inside ? from : nullptr, kBytes};
         if (block_.timing == Timing::kEarly) finish(copy);
         else std::memset(to, kPoison, kBytes);
@@ -100,6 +114,7 @@ public:
         });
     }
     void sync() { Fibers::meet(block_.all); }
+    void sync_warp() { Fibers::meet(block_.mail[thread_ / 32].meeting); }
 
 protected:
     struct Copy {
@@ -247,9 +262,9 @@ private:
 };
 
 template <class Machine, class T>
-void run_blocks(const Params& params, int blocks, Timing timing) {
+void run_blocks(const Params& params, int blocks, const Operands& operands, Timing timing) {
     for (int index = 0; index < blocks; ++index) {
-        Block block(T::kThreads, T::kSharedBytes, index, blocks, timing);
+        Block block(T::kThreads, T::kSharedBytes, index, blocks, operands, timing);
         Fibers::run(T::kThreads, [&](int thread) {
             Machine machine(block, thread);
             run_tiles<T>(machine, params);
@@ -261,12 +276,17 @@ void run_blocks(const Params& params, int blocks, Timing timing) {
 
 void run_model(const Task& task, const TileRow& row, int blocks, Timing timing) {
     const Params params = make_params(task, row);
+    const int64_t pixels = task.batch * task.height * task.width;
+    const int64_t weight_rows = int64_t{task.w_bits / 2} * params.filter_blocks * params.chunks * row.filters;
+    const Operands operands{
+        {reinterpret_cast<uintptr_t>(task.x), static_cast<uintptr_t>(pixels * params.pixel_words * 4)},
+        {reinterpret_cast<uintptr_t>(task.w), static_cast<uintptr_t>(weight_rows * kRowBytes)}};
     const int used = std::min(std::max(blocks, 1), std::max(params.tiles, 1));
 #define LBS_MODEL_wgmma WgmmaModel
 #define LBS_MODEL_mma MmaModel
 #define LBS_RUN(machine, groups, filters, stages)                 \
     if (same_row(row, {#machine, groups, filters, stages, 0}))    \
-        return run_blocks<LBS_MODEL_##machine, Tile<groups, filters, stages>>(params, used, timing);
+        return run_blocks<LBS_MODEL_##machine, Tile<groups, filters, stages>>(params, used, operands, timing);
     LBS_ONEBIT_TILES(LBS_RUN)
 #undef LBS_RUN
 #undef LBS_MODEL_wgmma

@@ -36,9 +36,9 @@ struct Params {
     const float* bias;   // float32 [filter slots]
 
     // Geometry. Units of K are 32-channel words, taps outside.
-    int rows, filters, height, width, words, k_words, a_bits;
+    int rows, filters, height, width, k_words;
+    int words, pixel_words;  // of one plane, and of all planes of a pixel
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-    bool pointwise;  // output pixel = input pixel: a matrix product
     int copy_words;  // 4, 2 or 1: words in one copy, a divisor of `words`
     FastDivisor pixels, out_width, tap_words, kernel_width;
 

@@ -79,8 +79,8 @@ inline Params make_params(const Task& t, const TileRow& row) {
     p.consumers = static_cast<int>(t.consumers.size());
     for (int k = 0; k < p.consumers; ++k) p.consumer[k] = t.consumers[k];
 
-    const int64_t out_height = (t.height + 2 * t.pad_h - t.dilation_h * (t.kernel_h - 1) - 1) / t.stride_h + 1;
-    const int64_t out_width = (t.width + 2 * t.pad_w - t.dilation_w * (t.kernel_w - 1) - 1) / t.stride_w + 1;
+    const int64_t out_height = (t.height + 2 * t.pad_h - int64_t{t.dilation_h} * (t.kernel_h - 1) - 1) / t.stride_h + 1;
+    const int64_t out_width = (t.width + 2 * t.pad_w - int64_t{t.dilation_w} * (t.kernel_w - 1) - 1) / t.stride_w + 1;
     const int64_t words = (t.channels + kWord - 1) / kWord, k_words = words * t.kernel_h * t.kernel_w;
     const int64_t rows = t.batch * out_height * out_width;
     const int block_rows = row.groups * kWarpgroupRows;
@@ -88,13 +88,14 @@ inline Params make_params(const Task& t, const TileRow& row) {
     check_range(out_width, 1, 1 << 24, "the output's width");
     check_range(rows, 0, (1ll << 31) - 1 - block_rows, "the number of output pixels");
     check_range(t.batch * t.height * t.width * words * t.a_bits, 0, (1ll << 31) - 1, "the number of input words");
+    check_range((t.pad_h + 1) * t.width, 0, 1 << 30, "the padding times the width");
     check_range(k_words, 1, 1 << 24, "the number of words in a window");
     p.rows = static_cast<int>(rows), p.filters = static_cast<int>(t.filters);
     p.height = static_cast<int>(t.height), p.width = static_cast<int>(t.width);
-    p.words = static_cast<int>(words), p.k_words = static_cast<int>(k_words), p.a_bits = t.a_bits;
+    p.words = static_cast<int>(words), p.k_words = static_cast<int>(k_words);
+    p.pixel_words = t.a_bits * p.words;
     p.stride_h = t.stride_h, p.stride_w = t.stride_w, p.pad_h = t.pad_h, p.pad_w = t.pad_w;
     p.dilation_h = t.dilation_h, p.dilation_w = t.dilation_w;
-    p.pointwise = t.kernel_h == 1 && t.kernel_w == 1 && t.stride_h == 1 && t.stride_w == 1 && t.pad_h == 0 && t.pad_w == 0;
     p.copy_words = words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
     p.pixels = fast_divisor(static_cast<int>(out_height * out_width));
     p.out_width = fast_divisor(static_cast<int>(out_width));

@@ -13,7 +13,7 @@
     row(wgmma, 1, 128, 4)     \
     row(wgmma, 2, 64, 8)      \
     row(wgmma, 1, 64, 4)      \
-    row(mma, 2, 64, 4)        \
+    row(mma, 2, 64, 3)        \
     row(mma, 1, 64, 3)
 
 namespace lbs::onebit {
