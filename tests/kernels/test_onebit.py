@@ -100,17 +100,6 @@ def test_signed_codes_and_zero_points_are_an_offset() -> None:
     check_accumulator(x, planes, HOPPER, 4, kernel=(3, 3), zero=5)
 
 
-# Codes at both ends: twice the sum of products passes 2^31 and must wrap around.
-@pytest.mark.slow
-@pytest.mark.parametrize("weight", [0, 15])
-def test_accumulator_near_the_overflow_corner(weight: int) -> None:
-    channels = 5_000_000  # K * 15 * 15 = 1.125e9: 2 * sum = 2.25e9 > 2^31
-    x = torch.full((1, channels), 15, dtype=torch.uint8)
-    planes = pack_weights(torch.full((1, 1, 1, channels), weight, dtype=torch.uint8), 4)
-    expected = torch.tensor([[channels * 15 * (2 * weight - 15)]], dtype=torch.int32)
-    assert_same(linear_cuda.accumulate(x, planes, a_bits=4, config=OneBitConfig("wgmma", 64, 64, 4)), expected, "acc")
-
-
 @pytest.mark.parametrize(("rows", "channels", "filters"), [(1, 512, 10), (65, 100, 33), (0, 64, 8)])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4)])
 def test_linear(rows: int, channels: int, filters: int, w_bits: int, a_bits: int) -> None:
@@ -160,9 +149,9 @@ def run_emit(b: programs.Builder, config: OneBitConfig, batch: int = 2) -> list[
     return check_steps(program, blob, programs.random_inputs(program, batch, 1), config=config)
 
 
-# 130 filters: two blocks and a word of two bits; 72: words and a half; 33: a multiple of nothing.
+# 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
 @pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("filters", "config"), [(130, HOPPER), (72, AMPERE), (33, HOPPER)], ids=str)
+@pytest.mark.parametrize(("filters", "config"), [(130, HOPPER), (72, AMPERE), (68, HOPPER), (33, AMPERE)], ids=str)
 def test_residual_clamp_stream_and_several_consumers(filters: int, config: OneBitConfig, stream_dtype: str) -> None:
     b, source, shape = emit_case(filters, stream_dtype, filters)
     residual = b.stream(shape)

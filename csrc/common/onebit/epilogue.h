@@ -5,84 +5,91 @@
 
 namespace lbs::onebit {
 
-constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22 it leaves rint(t) in the low bits
+constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22, leaves rint(t) in the low bits
 constexpr uint32_t kRintMagicBits = 0x4B400000u;
 
-// Four values of a stream [M][C] from `index` on, of which `count` exist. Where C % 4 == 0 all do, and they are aligned.
-LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[4]) {
+// Eight values of a stream [M][C] from `index` on, of which `count` exist; in wide pieces where C makes them whole and
+// aligned.
+LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
         const float* from = static_cast<const float*>(p.residual) + index;
-        if (p.filters % 4 == 0) {
-            const Floats4 all = *reinterpret_cast<const Floats4*>(from);
-            LBS_UNROLL for (int i = 0; i < 4; ++i) y[i] = all.v[i];
-        } else {
-            LBS_UNROLL for (int i = 0; i < 4; ++i) y[i] = i < count ? from[i] : 0.0f;
+        LBS_UNROLL for (int i = 0; i < 8; i += 4) {
+            if (p.filters % 4 == 0 && i < count) {
+                const Floats4 four = *reinterpret_cast<const Floats4*>(from + i);
+                LBS_UNROLL for (int j = 0; j < 4; ++j) y[i + j] = four.v[j];
+            } else {
+                LBS_UNROLL for (int j = i; j < i + 4; ++j) y[j] = j < count ? from[j] : 0.0f;
+            }
         }
         return;
     }
     const uint16_t* from = static_cast<const uint16_t*>(p.residual) + index;
-    uint16_t bits[4];
-    if (p.filters % 4 == 0) {
-        const uint64_t all = *reinterpret_cast<const uint64_t*>(from);
-        LBS_UNROLL for (int i = 0; i < 4; ++i) bits[i] = static_cast<uint16_t>(all >> 16 * i);
+    uint16_t bits[8];
+    if (p.filters % 8 == 0) {
+        const Words4 all = *reinterpret_cast<const Words4*>(from);
+        LBS_UNROLL for (int i = 0; i < 8; ++i) bits[i] = static_cast<uint16_t>(all.v[i / 2] >> 16 * (i % 2));
     } else {
-        LBS_UNROLL for (int i = 0; i < 4; ++i) bits[i] = i < count ? from[i] : uint16_t{0};
+        LBS_UNROLL for (int i = 0; i < 8; ++i) bits[i] = i < count ? from[i] : uint16_t{0};
     }
     const bool brain = p.stream_type == StreamType::kBfloat16;
-    LBS_UNROLL for (int i = 0; i < 4; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
+    LBS_UNROLL for (int i = 0; i < 8; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
 }
 
 // Stores y in the stream type; y becomes the stored value.
-LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[4]) {
+LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
         float* to = static_cast<float*>(p.stream) + index;
-        if (p.filters % 4 == 0) {
-            *reinterpret_cast<Floats4*>(to) = Floats4{{y[0], y[1], y[2], y[3]}};
-        } else {
-            LBS_UNROLL for (int i = 0; i < 4; ++i) if (i < count) to[i] = y[i];
+        LBS_UNROLL for (int i = 0; i < 8; i += 4) {
+            if (p.filters % 4 == 0 && i < count) {
+                *reinterpret_cast<Floats4*>(to + i) = Floats4{{y[i], y[i + 1], y[i + 2], y[i + 3]}};
+            } else {
+                LBS_UNROLL for (int j = i; j < i + 4; ++j) if (j < count) to[j] = y[j];
+            }
         }
         return;
     }
     const bool brain = p.stream_type == StreamType::kBfloat16;
-    uint16_t bits[4];
-    LBS_UNROLL for (int i = 0; i < 4; ++i) {
+    uint16_t bits[8];
+    LBS_UNROLL for (int i = 0; i < 8; ++i) {
         bits[i] = brain ? to_bfloat16(y[i]) : to_float16(y[i]);
         y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
     }
     uint16_t* to = static_cast<uint16_t*>(p.stream) + index;
-    if (p.filters % 4 == 0) {
-        uint64_t all = 0;
-        LBS_UNROLL for (int i = 0; i < 4; ++i) all |= static_cast<uint64_t>(bits[i]) << 16 * i;
-        *reinterpret_cast<uint64_t*>(to) = all;
+    if (p.filters % 8 == 0) {
+        Words4 all;
+        LBS_UNROLL for (int i = 0; i < 4; ++i) all.v[i] = bits[2 * i] | static_cast<uint32_t>(bits[2 * i + 1]) << 16;
+        *reinterpret_cast<Words4*>(to) = all;
     } else {
-        LBS_UNROLL for (int i = 0; i < 4; ++i) if (i < count) to[i] = bits[i];
+        LBS_UNROLL for (int i = 0; i < 8; ++i) if (i < count) to[i] = bits[i];
     }
 }
 
 // Steps 1 to 5.
 template <int kRun>
 LBS_HD void stored_values(const Params& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
-    LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
-        const Floats4 multiplier = *reinterpret_cast<const Floats4*>(p.multiplier + first + c);
-        const Floats4 bias = *reinterpret_cast<const Floats4*>(p.bias + first + c);
+    LBS_UNROLL for (int c = 0; c < kRun; c += 8) {
         const int64_t index = static_cast<int64_t>(row) * p.filters + first + c;
         const int count = p.filters - first - c;
-        float four[4], add[4];
-        LBS_UNROLL for (int i = 0; i < 4; ++i) {
-            four[i] = fused(static_cast<float>(acc[c + i]), multiplier.v[i], bias.v[i]);
+        float eight[8], add[8];
+        LBS_UNROLL for (int i = 0; i < 8; i += 4) {
+            const Floats4 multiplier = *reinterpret_cast<const Floats4*>(p.multiplier + first + c + i);
+            const Floats4 bias = *reinterpret_cast<const Floats4*>(p.bias + first + c + i);
+            LBS_UNROLL for (int j = 0; j < 4; ++j) {
+                eight[i + j] = fused(static_cast<float>(acc[c + i + j]), multiplier.v[j], bias.v[j]);
+            }
         }
         if (p.residual && count > 0) {
             load_stream(p, index, count, add);
-            LBS_UNROLL for (int i = 0; i < 4; ++i) four[i] += add[i];
+            LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] += add[i];
         }
         if (p.has_low) {
-            LBS_UNROLL for (int i = 0; i < 4; ++i) four[i] = fmaxf(four[i], p.low);
+            LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fmaxf(eight[i], p.low);
         }
         if (p.has_high) {
-            LBS_UNROLL for (int i = 0; i < 4; ++i) four[i] = fminf(four[i], p.high);
+            LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fminf(eight[i], p.high);
         }
-        if (p.stream && count > 0) store_stream(p, index, count, four);
-        LBS_UNROLL for (int i = 0; i < 4; ++i) y[c + i] = four[i];
+        if (p.stream && count > 0) store_stream(p, index, count, eight);
+        LBS_UNROLL for (int i = 0; i < 8; ++i) y[c + i] = eight[i];
     }
 }
 
@@ -153,8 +160,8 @@ LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, const uint32_t
 }
 
 // Codes by comparisons with integers: q = number of thresholds reached, from below or (one bit per filter) from above.
-// `acc <= T` is `~acc >= ~T`, and ~T is what is stored then. Thresholds are ordered, so bit p of the number is the parity
-// of how many of those at multiples of 2^p are reached: planes come without codes.
+// `acc <= T` is `~acc >= ~T`, and ~T is what is stored then. Thresholds are ordered, so bit p of the number is the
+// parity of how many of those at multiples of 2^p are reached: planes come without codes.
 template <int kRun>
 LBS_HD void compare(const Params& p, const int (&acc)[kRun], int row, int first) {
     const ConsumerTarget& k = p.consumer[0];

@@ -2,15 +2,15 @@
 //
 //     acc[m][o] = dot_scale * sum_{p,r} 2^(p+r) popc(W_p[o] & X_r[m]) + sum_scale * sum_k x[m][k] + offset[o]
 //
-// A block of threads works off tiles of kRows pixels by kN filters, the tiles of one row of pixels one after the other, so
-// that the blocks at work share their activations and all of the weights in the second-level cache. Copies run kAhead
-// chunks ahead of the multiplications, across tiles: the next tile's operands arrive while this one is written.
+// A block of threads works off tiles of kRows pixels by kN filters, the filter blocks of one row of pixels one after
+// another, so that the blocks at work share its activations and all weights in the second-level cache. Copies run
+// some chunks ahead of the multiplications, across tiles: the next tile's operands arrive while this one is written.
 //
-// Products of equal weight p + r share an accumulator: three for two planes against two. More planes take several passes
-// over K; between passes the three are folded into the first, times 4: no further register is needed.
+// Products of equal weight p + r share an accumulator: three for two planes against two. More planes take several
+// passes over K; between passes the three are folded into the first, times 4: no further register is needed.
 //
-// The window's sum of codes is counted from the activations in shared memory while the tensor cores multiply: 16 popcounts
-// per thread and chunk on units that are idle, and no spare column that full blocks of filters do not have.
+// The window's sum of codes is counted from the activations in shared memory while the tensor cores multiply: 16
+// popcounts per thread and chunk on idle units, and no spare column, which whole blocks of filters do not have.
 #pragma once
 
 #include "common/onebit/epilogue.h"
@@ -81,7 +81,8 @@ LBS_HD void copy_activations(Machine& machine, const Params& p, int a_pair, int 
     const int piece = lane % kPieces, plane = piece / (kPieces / 2), word = piece % (kPieces / 2) * kWords;
     const TapWord tap = tap_word(p, chunk * kChunkWords + word, 2 * a_pair + plane);
     const Window* windows = warp_windows<T>(machine);
-    LBS_UNROLL_2 for (int i = lane / kPieces; i < kWarpRows; i += kWords) {
+    LBS_UNROLL_2 for (int turn = 0; turn < kWarpRows / kWords; ++turn) {
+        const int i = turn * kWords + lane / kPieces;
         const int row = copied_row<T::kThreads>(kWords, warp, i);
         const Piece from = gather(p, windows[i], tap);
         machine.template copy<4 * kWords>(byte + swizzled_byte(row, plane * kChunkWords + word), p.x + from.word,
