@@ -57,7 +57,7 @@ def machines(device: str) -> tuple[str, ...]:
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Why no kernel serves `problem`, or None. What the codes mean is asked of `source_reason` in onebit_gemm.py."""
+    """Why no kernel serves `problem`, or None. The rest of a step is asked of `step_reason` in onebit_gemm.py."""
     if problem.w_bits not in BITS or problem.a_bits not in BITS:
         return f"w{problem.w_bits}a{problem.a_bits}; the one-bit kernels take codes of 2 or 4 bits"
     if problem.groups != 1:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.epilogue import thresholds
-from lbs_kernels.errors import BackendError
+from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cpu, require_cuda
 from lbs_kernels.format import check_accumulator, unpack_weights
 from lbs_kernels.gpu_layout import from_logical, pixel_elements
@@ -50,11 +50,12 @@ class OneBitWeights:
         return self.made[block_o]
 
 
-def source_reason(source: TensorSpec, padding: tuple[int, int]) -> str | None:
-    """Why activations with the meaning of `source` cannot be read, or None."""
-    if source.zero and padding != (0, 0):
-        return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
-    return None
+def step_reason(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
+    """Why the kernels cannot serve a step that reads `source`, beyond what its Problem says, or None."""
+    padding = step.padding if isinstance(step, ConvStep) else (0, 0)
+    if len(step.emit.consumers) > MAX_CONSUMERS:
+        return f"{len(step.emit.consumers)} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
+    return _source_reason(source, padding)
 
 
 def prepare_weights(
@@ -74,6 +75,8 @@ def prepare_weights(
         BackendError: bits or groups that are not served.
     """
     w_bits, filters, taps, _ = planes.shape
+    if taps != kernel[0] * kernel[1]:
+        raise FormatError(f"planes have {taps} taps; a window of {kernel[0]} x {kernel[1]} has {kernel[0] * kernel[1]}")
     problem = Problem("bitconv2d", 1, 1, 1, source.channels, filters, groups=groups, w_bits=w_bits, a_bits=source.bits)
     reason = unsupported_reason(problem)
     if reason is not None:
@@ -106,7 +109,7 @@ def bind_onebit(
         BackendError: a problem, configuration or epilogue that is not served, or a native module that is missing.
     """
     source, emit = program.tensors[step.input], step.emit
-    _check(problem, config, source, len(emit.consumers))
+    _check(problem, config, step_reason(step, source))
     layout, w, offset = weights.laid_out(config.block_o)
     kept: list[Tensor] = [w, offset]  # made here; the launch holds them
 
@@ -166,7 +169,7 @@ def onebit_accumulate(
     x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: OneBitConfig
 ) -> Tensor:
     """Accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW]."""
-    _check(problem, config, source, 0)
+    _check(problem, config, _source_reason(source, problem.padding))
     weights = prepare_weights(w_planes, problem.kernel, 1, source, x_codes.device)
     _, w, offset = weights.laid_out(config.block_o)
     x = from_logical(x_codes, source)
@@ -178,10 +181,14 @@ def onebit_accumulate(
     return acc
 
 
-def _check(problem: Problem, config: OneBitConfig, source: TensorSpec, consumers: int) -> None:
-    reason = unsupported_reason(problem) or source_reason(source, problem.padding) or invalid_reason(config, problem)
-    if reason is None and consumers > MAX_CONSUMERS:
-        reason = f"{consumers} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
+def _source_reason(source: TensorSpec, padding: tuple[int, int]) -> str | None:
+    if source.zero and padding != (0, 0):
+        return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
+    return None
+
+
+def _check(problem: Problem, config: OneBitConfig, reason: str | None) -> None:
+    reason = unsupported_reason(problem) or reason or invalid_reason(config, problem)
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot serve {problem}: {reason}")
 

@@ -6,17 +6,17 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
-from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, source_reason
+from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, TensorSpec
 
-__all__ = ["accumulate", "bind", "prepare_weights", "problem_of", "source_reason", "supports"]
+__all__ = ["accumulate", "bind", "prepare_weights", "problem_of", "step_reason", "supports"]
 
 bind = bind_onebit
 
 
 def supports(problem: Problem) -> str | None:
-    """Why this back end cannot serve `problem`, or None; `source_reason` answers for zero points."""
+    """Why this back end cannot serve `problem`, or None; `step_reason` answers for the rest of a step."""
     return unsupported_reason(problem)
 
 

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
-from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, source_reason
+from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import LinearStep, TensorSpec
 
-__all__ = ["accumulate", "bind", "prepare_weights", "problem_of", "source_reason", "supports"]
+__all__ = ["accumulate", "bind", "prepare_weights", "problem_of", "step_reason", "supports"]
 
 bind = bind_onebit
 

@@ -45,7 +45,7 @@ def served(program: Program, step: object, batch: int, device: str) -> Problem |
         return None
     source, module = program.tensors[step.input], IMPLEMENTATIONS[step.op]
     problem = module.problem_of(step, source, program.arrays[step.planes].shape[1], batch, device)  # type: ignore[attr-defined]
-    refused = module.supports(problem) or module.source_reason(source, problem.padding)  # type: ignore[attr-defined]
+    refused = module.supports(problem) or module.step_reason(step, source)  # type: ignore[attr-defined]
     return None if refused else problem
 
 

@@ -333,10 +333,33 @@ def test_what_is_refused() -> None:
         linear_cuda.accumulate(x[0, 0], planes[:1, :, :1], a_bits=2)
 
 
-def test_the_native_side_checks_its_task() -> None:
-    native = extension.require_cpu()
-    with pytest.raises(FormatError, match="field 'x' is missing"):
-        native.onebit_model({}, "wgmma", 2, 128, 6)
+def test_steps_that_are_refused() -> None:
+    b, source, shape = emit_case(0, "float32", 8)
+    consumers = tuple(b.consumer(shape, 2) for _ in range(9))
+    b.conv(source, Emit(stream=b.stream(shape, output=True), consumers=consumers), 8, w_bits=2)
+    program, _ = b.build()
+    step, spec = program.steps[1], program.tensors[source]
+    assert conv_cuda.step_reason(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
+    few = replace(step, emit=Emit(consumers=consumers[:8]))
+    assert conv_cuda.step_reason(few, spec) is None  # type: ignore[arg-type]
+    assert "pads with code 3" in str(conv_cuda.step_reason(few, replace(spec, zero=3)))  # type: ignore[arg-type]
+    planes = torch.zeros(2, 8, 9, 2, dtype=torch.int32)
+    with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
+        conv_cuda.prepare_weights(planes, (1, 3), 1, spec, "cpu")
+
+
+@pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_told_in_words() -> None:
+    task = recorded_task()
+    with pytest.raises(BackendError, match=r"asking for the current GPU failed: cuda\w+, "):
+        extension.require_cuda().OneBitLaunch(task, "wgmma", 2, 128, 6, 0)
+    with pytest.raises(FormatError, match="codes of 3 bits"):
+        extension.require_cuda().OneBitLaunch({**task, "w_bits": 3}, "wgmma", 2, 128, 6, 0)
+
+
+def recorded_task() -> dict[str, object]:
+    """What Python hands to the native side for a small convolution; its addresses are of tensors that are gone."""
     x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
     tasks: list[dict[str, object]] = []
 
@@ -348,8 +371,16 @@ def test_the_native_side_checks_its_task() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lbs_kernels.onebit_gemm.require_cpu", lambda: Native)
         conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
+    return tasks[0]
+
+
+def test_the_native_side_checks_its_task() -> None:
+    native = extension.require_cpu()
+    with pytest.raises(FormatError, match="field 'x' is missing"):
+        native.onebit_model({}, "wgmma", 2, 128, 6)
+    task = recorded_task()
     with pytest.raises(FormatError, match=r"no one-bit kernel wgmma of 128 x 128 tiles with 7 stages is built"):
-        native.onebit_model(tasks[0], "wgmma", 2, 128, 7)
+        native.onebit_model(task, "wgmma", 2, 128, 7)
     for change, words in (
         ({"w_bits": 3}, "codes of 3 bits; it takes 2 or 4"),
         ({"kernel": (5, 5)}, "the output's height is 0; it takes 1 to"),
@@ -359,4 +390,4 @@ def test_the_native_side_checks_its_task() -> None:
         ({"thresholds": 64}, "thresholds serve one consumer"),
     ):
         with pytest.raises(FormatError, match=words):
-            native.onebit_model({**tasks[0], **change}, "wgmma", 2, 128, 6)
+            native.onebit_model({**task, **change}, "wgmma", 2, 128, 6)

@@ -6,8 +6,8 @@
 #include "common/onebit/kernel.h"
 
 // row(machine, groups of 64 pixels, filters, stages). Stages fill the shared memory of as many blocks as the registers
-// allow: one, two, one and three on sm_90 for wgmma; one of the larger and two of the smaller mma tiles in the 99 KB of
-// sm_86 and sm_89. 128 filters by mma.sync are not there: three accumulators and the operands spill.
+// allow on sm_90: one, two, one and three of the wgmma rows. The mma rows fit the 99 KB of sm_86 and sm_89; 128 filters
+// are not among them, because three accumulators and the operands of mma.sync spill.
 #define LBS_ONEBIT_TILES(row) \
     row(wgmma, 2, 128, 6)     \
     row(wgmma, 1, 128, 4)     \
