@@ -67,6 +67,16 @@ PYBIND11_MODULE(_cuda, module) {
                "float32 [batch, channels, pixels] -> uint8 [batch, pixels, channels].");
 
     module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def(
+        "onebit_peak",
+        [](const std::string& machine, int repeats, uintptr_t out, int device, uintptr_t stream) {
+            return lbs::onebit::enqueue_peak(machine, repeats, pointer<int>(out), device,
+                                             reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("machine"), py::arg("repeats"), py::arg("out_ptr"), py::arg("device"), py::arg("stream"),
+        "Enqueues products on operands in shared memory and returns how many one-bit multiplications they are: the "
+        "roof. out: int32 [onebit_peak_threads(device)].");
+    module.def("onebit_peak_threads", &lbs::onebit::peak_threads, py::arg("device"), "Elements of out of onebit_peak.");
     py::class_<lbs::onebit::Launch>(module, "OneBitLaunch", "A convolution on the one-bit tensor cores, bound once.")
         .def(py::init(&onebit_launch), py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"),
              py::arg("stages"), py::arg("device"),

@@ -150,6 +150,22 @@ def test_a_captured_launch_replays_and_follows_its_inputs() -> None:
             assert_same(to_logical(buffers[index], program.tensors[index]), trace[index], "replayed output")
 
 
+@pytest.mark.parametrize("machine", ["wgmma", "mma"])
+def test_the_roof_multiplies(machine: str) -> None:
+    if machine not in machines("cuda"):
+        pytest.skip(f"this GPU has no {machine}")
+    native = extension.require_cuda()
+    out = torch.zeros(native.onebit_peak_threads(0), dtype=torch.int32, device="cuda:0")
+    sums = []
+    for repeats in (1, 2, 4):  # an even number of steps meets both halves of the operands equally often
+        count = native.onebit_peak(machine, repeats, out.data_ptr(), 0, torch.cuda.current_stream(0).cuda_stream)
+        columns = 128 if machine == "wgmma" else 64
+        assert count == torch.cuda.get_device_properties(0).multi_processor_count * repeats * 4 * 128 * 256 * columns
+        sums.append(out.cpu().clone())
+    assert bool((sums[1] > 0).all())
+    assert torch.equal(2 * sums[1], sums[2])
+
+
 def test_another_gpu_is_refused_in_words() -> None:
     if "wgmma" in machines("cuda"):
         pytest.skip("this GPU runs every kernel")

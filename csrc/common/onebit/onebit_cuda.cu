@@ -22,6 +22,47 @@ __global__ void __launch_bounds__(T::kThreads, 1) onebit_wgmma(const __grid_cons
 #endif
 }
 
+// Any bits but constant ones: the clock depends on what switches.
+template <class T, class Machine>
+__device__ __forceinline__ void multiply_only(Machine& machine, int repeats, int* out) {
+    for (int byte = 4 * machine.thread(); byte < T::kStageBytes; byte += 4 * T::kThreads) {
+        *reinterpret_cast<uint32_t*>(machine.shared(byte)) = (byte + 1u) * 2654435761u;
+    }
+    machine.publish();
+    machine.sync();
+    int acc[kMultiplyGroups][T::kN / 2];
+    LBS_UNROLL for (int g = 0; g < kMultiplyGroups; ++g) {
+        LBS_UNROLL for (int i = 0; i < T::kN / 2; ++i) acc[g][i] = 0;
+    }
+    const int group_byte = machine.thread() / kWarpgroup * (kWarpgroupRows * kRowBytes);
+    int left = repeats;
+    LBS_NO_UNROLL do {
+        machine.template multiply<T::kN>(acc, group_byte, T::kWeightByte, left % 2);
+        machine.template wait_products<2 * Machine::kInFlight>();
+    } while (--left > 0);
+    machine.finish_products(acc);
+    int sum = 0;
+    LBS_UNROLL for (int g = 0; g < kMultiplyGroups; ++g) {
+        LBS_UNROLL for (int i = 0; i < T::kN / 2; ++i) sum += acc[g][i];
+    }
+    out[machine.block() * T::kThreads + machine.thread()] = sum;
+}
+
+using PeakWgmma = Tile<2, 128, 1>;
+using PeakMma = Tile<2, 64, 1>;
+
+__global__ void __launch_bounds__(PeakMma::kThreads, 1) peak_mma(int repeats, int* out) {
+    MmaMachine machine(shared_memory);
+    multiply_only<PeakMma>(machine, repeats, out);
+}
+
+__global__ void __launch_bounds__(PeakWgmma::kThreads, 1) peak_wgmma(int repeats, int* out) {
+#if defined(LBS_HAS_WGMMA)
+    WgmmaMachine machine(shared_memory);
+    multiply_only<PeakWgmma>(machine, repeats, out);
+#endif
+}
+
 const void* kernel_of(const TileRow& row) {
 #define LBS_KERNEL(machine, groups, filters, stages)           \
     if (same_row(row, {#machine, groups, filters, stages, 0})) \
@@ -65,6 +106,26 @@ Launch::Launch(const Task& task, const TileRow& row, int device) : params_(make_
                            " bytes of shared memory per block, more than this GPU has; take fewer stages");
     const int64_t places = static_cast<int64_t>(at_once) * attribute(cudaDevAttrMultiProcessorCount, device);
     blocks_ = static_cast<int>(places < params_.tiles ? places : params_.tiles);
+}
+
+int64_t peak_threads(int device) {
+    return int64_t{PeakWgmma::kThreads} * attribute(cudaDevAttrMultiProcessorCount, device);
+}
+
+int64_t enqueue_peak(const std::string& machine, int repeats, int* out, int device, cudaStream_t stream) {
+    check_range(repeats, 1, 1 << 24, "the number of repeats");
+    const bool wgmma = machine == "wgmma";
+    require(wgmma || machine == "mma", "one-bit roof: machine is '" + machine + "'; there are wgmma and mma");
+    const DeviceGuard guard(device);
+    check_capability(machine, device);
+    const int blocks = attribute(cudaDevAttrMultiProcessorCount, device);
+    const void* kernel = wgmma ? reinterpret_cast<const void*>(&peak_wgmma) : reinterpret_cast<const void*>(&peak_mma);
+    const int bytes = (wgmma ? PeakWgmma::kStageBytes : PeakMma::kStageBytes) + kSwizzleBytes;
+    void* arguments[] = {&repeats, &out};
+    cuda_check(cudaLaunchKernel(kernel, dim3(blocks), dim3(PeakWgmma::kThreads), arguments, bytes, stream),
+               "launching the roof of the one-bit tensor cores");
+    constexpr int64_t kProducts = 4 * PeakWgmma::kRows * kStepWords * 32;  // of a block, a step and a column
+    return int64_t{blocks} * repeats * kProducts * (wgmma ? PeakWgmma::kN : PeakMma::kN);
 }
 
 void Launch::enqueue(cudaStream_t stream) const {
