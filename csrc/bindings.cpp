@@ -106,11 +106,11 @@ std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, cons
 }
 
 void onebit_model(const py::dict& task, const std::string& machine, int groups, int filters, int stages, int blocks,
-                  bool late) {
+                  bool late, unsigned seed) {
     const lbs::onebit::Task read = lbs::onebit::read_task(task);
     const lbs::onebit::TileRow& row = lbs::onebit::find_row(machine, groups, filters, stages);
     py::gil_scoped_release release;
-    lbs::onebit::run_model(read, row, blocks, late ? lbs::onebit::Timing::kLate : lbs::onebit::Timing::kEarly);
+    lbs::onebit::run_model(read, row, blocks, late ? lbs::onebit::Timing::kLate : lbs::onebit::Timing::kEarly, seed);
 }
 
 }  // namespace
@@ -151,8 +151,10 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
     module.def("onebit_model", &onebit_model, py::arg("task"), py::arg("machine"), py::arg("groups"),
                py::arg("filters"), py::arg("stages"), py::arg("blocks") = 1, py::arg("late") = true,
+               py::arg("seed") = 0,
                "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/common/onebit/task_python.h. late: "
-               "asynchronous operations happen where they are waited for, else where they are issued.");
+               "asynchronous operations happen where they are waited for, else where they are issued; seed: of the order "
+               "of the threads, 0 for that of their numbers.");
     module.def(
         "onebit_quotient",
         [](int n, int d) { return lbs::onebit::quotient(n, lbs::onebit::fast_divisor(d)); }, py::arg("n"),

@@ -108,13 +108,20 @@ def test_linear(rows: int, channels: int, filters: int, w_bits: int, a_bits: int
     assert_same(linear_cuda.accumulate(x[0, :, 0], planes, a_bits=a_bits), expected, "accumulator")
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("blocks", [1, 2, 100])
+# Two and a bit tiles of pixels; K of four chunks, and of one, so that copies run several tiles ahead.
+@pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+@pytest.mark.parametrize(("blocks", "channels", "kernel"), [(1, 96, 3), (2, 96, 3), (100, 96, 3), (1, 40, 1)])
 @pytest.mark.parametrize("config", [HOPPER, AMPERE], ids=str)
-def test_neither_the_moment_of_asynchronous_work_nor_the_number_of_blocks_matters(
-    config: OneBitConfig, blocks: int, late: bool, monkeypatch: pytest.MonkeyPatch
+def test_nothing_depends_on_moments_and_orders(
+    config: OneBitConfig,
+    blocks: int,
+    channels: int,
+    kernel: int,
+    late: bool,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Copies and products happen where they are issued, or where they are waited for: the waits are in their places."""
+    """Copies and products happen where they are issued, or where they are waited for; threads run in another order."""
     native = extension.require_cpu()
     calls = []
 
@@ -122,12 +129,12 @@ def test_neither_the_moment_of_asynchronous_work_nor_the_number_of_blocks_matter
         @staticmethod
         def onebit_model(task: dict[str, object], *row: object, blocks: int) -> None:
             calls.append(blocks)
-            native.onebit_model(task, *row, blocks=chosen[0], late=chosen[1])
+            native.onebit_model(task, *row, blocks=chosen[0], late=chosen[1], seed=chosen[2])
 
-    chosen = (blocks, late)
+    chosen = (blocks, late, seed)
     monkeypatch.setattr("lbs_kernels.onebit_gemm.require_cpu", lambda: Native)
-    x, planes = random_case(blocks, (1, 12, 12, 96), 70, (3, 3), 2, 2)  # two and a bit tiles of pixels, 4 chunks
-    check_accumulator(x, planes, config, 2, kernel=(3, 3), padding=(1, 1))
+    x, planes = random_case(blocks, (1, 12, 12, channels), 70, (kernel, kernel), 2, 2)
+    check_accumulator(x, planes, config, 2, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2))
     assert calls == [MODEL_BLOCKS]
 
 

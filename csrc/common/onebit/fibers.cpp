@@ -1,5 +1,9 @@
 #include "common/onebit/fibers.h"
 
+#include <algorithm>
+#include <numeric>
+#include <random>
+
 #include "common/check.h"
 
 namespace lbs::onebit {
@@ -23,7 +27,7 @@ void Fibers::enter() {
     swapcontext(&self.fibers_[index].context, &self.home_);
 }
 
-void Fibers::run(int count, const std::function<void(int)>& body) {
+void Fibers::run(int count, unsigned seed, const std::function<void(int)>& body) {
     Fibers self;
     self.body_ = &body;
     self.fibers_.resize(count);
@@ -36,11 +40,16 @@ void Fibers::run(int count, const std::function<void(int)>& body) {
         makecontext(&fiber.context, &Fibers::enter, 0);
     }
     running = &self;
+    std::vector<int> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::minstd_rand random(seed);
     int left = count;
     while (left > 0 && !self.error_) {
+        if (seed) std::shuffle(order.begin(), order.end(), random);
         self.moved_ = false;
         left = 0;
-        for (self.current_ = 0; self.current_ < count; ++self.current_) {
+        for (int index : order) {
+            self.current_ = index;
             Fiber& fiber = self.fibers_[self.current_];
             if (fiber.done) continue;
             swapcontext(&self.home_, &fiber.context);

@@ -17,9 +17,10 @@ struct Meeting {
 
 class Fibers {
 public:
-    // Runs body(0) .. body(count - 1) to their ends. Rethrows what one of them throws; raises FormatError where all
-    // that are left wait for one another.
-    static void run(int count, const std::function<void(int)>& body);
+    // Runs body(0) .. body(count - 1) to their ends, in every round in the order of their numbers, or shuffled from
+    // `seed` on where that is not 0. Rethrows what one of them throws; raises FormatError where all that are left wait
+    // for one another.
+    static void run(int count, unsigned seed, const std::function<void(int)>& body);
     // Called by a fiber: returns when `meeting.count` of them have called it.
     static void meet(Meeting& meeting);
 

@@ -262,10 +262,10 @@ private:
 };
 
 template <class Machine, class T>
-void run_blocks(const Params& params, int blocks, const Operands& operands, Timing timing) {
+void run_blocks(const Params& params, int blocks, const Operands& operands, Timing timing, unsigned seed) {
     for (int index = 0; index < blocks; ++index) {
         Block block(T::kThreads, T::kSharedBytes, index, blocks, operands, timing);
-        Fibers::run(T::kThreads, [&](int thread) {
+        Fibers::run(T::kThreads, seed, [&](int thread) {
             Machine machine(block, thread);
             run_tiles<T>(machine, params);
         });
@@ -274,7 +274,7 @@ void run_blocks(const Params& params, int blocks, const Operands& operands, Timi
 
 }  // namespace
 
-void run_model(const Task& task, const TileRow& row, int blocks, Timing timing) {
+void run_model(const Task& task, const TileRow& row, int blocks, Timing timing, unsigned seed) {
     const Params params = make_params(task, row);
     const int64_t pixels = task.batch * task.height * task.width;
     const int64_t weight_rows = int64_t{task.w_bits / 2} * params.filter_blocks * params.chunks * row.filters;
@@ -286,7 +286,7 @@ void run_model(const Task& task, const TileRow& row, int blocks, Timing timing) 
 #define LBS_MODEL_mma MmaModel
 #define LBS_RUN(machine, groups, filters, stages)                 \
     if (same_row(row, {#machine, groups, filters, stages, 0}))    \
-        return run_blocks<LBS_MODEL_##machine, Tile<groups, filters, stages>>(params, used, operands, timing);
+        return run_blocks<LBS_MODEL_##machine, Tile<groups, filters, stages>>(params, used, operands, timing, seed);
     LBS_ONEBIT_TILES(LBS_RUN)
 #undef LBS_RUN
 #undef LBS_MODEL_wgmma
