@@ -19,6 +19,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) onebit_wgmma(const __grid_cons
 #if defined(LBS_HAS_WGMMA)
     WgmmaMachine machine(shared_memory);
     run_tiles<T>(machine, p);
+#else
+    __trap();
 #endif
 }
 
@@ -60,6 +62,8 @@ __global__ void __launch_bounds__(PeakWgmma::kThreads, 1) peak_wgmma(int repeats
 #if defined(LBS_HAS_WGMMA)
     WgmmaMachine machine(shared_memory);
     multiply_only<PeakWgmma>(machine, repeats, out);
+#else
+    __trap();
 #endif
 }
 
@@ -88,16 +92,29 @@ void check_capability(const std::string& machine, int device) {
                        "; wgmma runs on 9.0, mma on 8.x and 9.0");
 }
 
+// A module built for sm_90 has no wgmma, only sm_90a does: its kernels hold nothing and use next to no registers.
+void check_built(const void* kernel) {
+    cudaFuncAttributes found{};
+    cuda_check(cudaFuncGetAttributes(&found, kernel), "asking for the one-bit kernel");
+    if (found.numRegs < 64)
+        throw BackendError("the one-bit kernel was built without the instruction it needs; build again with 90a in "
+                           "LBS_CUDA_ARCHS");
+}
+
 }  // namespace
 
 Launch::Launch(const Task& task, const TileRow& row, int device) : params_(make_params(task, row)), device_(device) {
     const DeviceGuard guard(device);
     check_capability(row.machine, device);
     kernel_ = kernel_of(row);
+    check_built(kernel_);
     threads_ = row.groups * kWarpgroup;
     shared_bytes_ = row.shared_bytes + kSwizzleBytes;  // room to begin where the swizzle does
     cuda_check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_),
                "asking for " + std::to_string(shared_bytes_) + " bytes of shared memory");
+    cuda_check(cudaFuncSetAttribute(kernel_, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "asking for more shared memory than cache");
     int at_once = 0;
     cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel_, threads_, shared_bytes_),
                "counting blocks of the one-bit kernel");
@@ -120,6 +137,7 @@ int64_t enqueue_peak(const std::string& machine, int repeats, int* out, int devi
     check_capability(machine, device);
     const int blocks = attribute(cudaDevAttrMultiProcessorCount, device);
     const void* kernel = wgmma ? reinterpret_cast<const void*>(&peak_wgmma) : reinterpret_cast<const void*>(&peak_mma);
+    check_built(kernel);
     const int bytes = (wgmma ? PeakWgmma::kStageBytes : PeakMma::kStageBytes) + kSwizzleBytes;
     void* arguments[] = {&repeats, &out};
     cuda_check(cudaLaunchKernel(kernel, dim3(blocks), dim3(PeakWgmma::kThreads), arguments, bytes, stream),
