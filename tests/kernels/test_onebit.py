@@ -391,7 +391,8 @@ def test_the_native_side_checks_its_task() -> None:
     for change, words in (
         ({"w_bits": 3}, "codes of 3 bits; it takes 2 or 4"),
         ({"kernel": (5, 5)}, "the output's height is 0; it takes 1 to"),
-        ({"batch": 2**28}, "it takes 0 to 2147483"),
+        ({"batch": 2**28}, "the number of input pixels is 4294967296; it takes 0 to 2147483647"),
+        ({"batch": 2**30, "height": 2**24, "width": 2**24}, "the number of output pixels of an image is 2814"),
         ({"stream_type": "float8"}, "stream_type is 'float8'"),
         ({"signed": True, "padding": (1, 1)}, "signed codes cannot be padded"),
         ({"thresholds": 64}, "thresholds serve one consumer"),

@@ -82,7 +82,7 @@ def test_nothing_spills(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_mma_kernels_multiply_single_bits(arch: str) -> None:
-    """32 columns of two tiles of 8, by 2 x 2 planes, for each step of 256 bits; copies are asynchronous."""
+    """2 x 2 products for every eight columns of a step, whose operands come by ldmatrix; copies are asynchronous."""
     for kernel in kernels(arch):
         if kernel.machine == "mma":
             assert kernel.count(r"BMMA\.168256\.AND\.POPC") == kernel.filters // 8 * 4

@@ -58,12 +58,12 @@ inline void check_task(const Task& t) {
 inline void plan_passes(int w_pairs, int a_pairs, Params& p) {
     p.passes = 0;
     for (int sum = w_pairs + a_pairs - 2; sum >= 0; --sum) {
-        bool first = p.passes > 0;
+        bool down = p.passes > 0;
         for (int w = 0; w < w_pairs; ++w) {
             const int a = sum - w;
             if (a < 0 || a >= a_pairs) continue;
-            p.pass[p.passes++] = {w, a, first ? 2 : 0, w == 0};
-            first = false;
+            p.pass[p.passes++] = {w, a, down ? 2 : 0, w == 0};
+            down = false;
         }
     }
 }
@@ -82,12 +82,16 @@ inline Params make_params(const Task& t, const TileRow& row) {
     const int64_t out_height = (t.height + 2 * t.pad_h - int64_t{t.dilation_h} * (t.kernel_h - 1) - 1) / t.stride_h + 1;
     const int64_t out_width = (t.width + 2 * t.pad_w - int64_t{t.dilation_w} * (t.kernel_w - 1) - 1) / t.stride_w + 1;
     const int64_t words = (t.channels + kWord - 1) / kWord, k_words = words * t.kernel_h * t.kernel_w;
-    const int64_t rows = t.batch * out_height * out_width;
     const int block_rows = row.groups * kWarpgroupRows;
+    constexpr int64_t kMost = (1ll << 31) - 1;  // factor by factor, so that no product overflows before it is looked at
     check_range(out_height, 1, 1 << 24, "the output's height");
     check_range(out_width, 1, 1 << 24, "the output's width");
-    check_range(rows, 0, (1ll << 31) - 1 - block_rows, "the number of output pixels");
-    check_range(t.batch * t.height * t.width * words * t.a_bits, 0, (1ll << 31) - 1, "the number of input words");
+    check_range(out_height * out_width, 1, kMost, "the number of output pixels of an image");
+    const int64_t rows = t.batch * out_height * out_width;
+    check_range(rows, 0, kMost - block_rows, "the number of output pixels");
+    check_range(t.height * t.width, 1, kMost, "the number of pixels of an image");
+    check_range(t.batch * t.height * t.width, 0, kMost, "the number of input pixels");
+    check_range(t.batch * t.height * t.width * words * t.a_bits, 0, kMost, "the number of input words");
     check_range((t.pad_h + 1) * t.width, 0, 1 << 30, "the padding times the width");
     check_range(k_words, 1, 1 << 24, "the number of words in a window");
     p.rows = static_cast<int>(rows), p.filters = static_cast<int>(t.filters);
