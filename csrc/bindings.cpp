@@ -153,8 +153,8 @@ PYBIND11_MODULE(_cpu, module) {
                py::arg("filters"), py::arg("stages"), py::arg("blocks") = 1, py::arg("late") = true,
                py::arg("seed") = 0,
                "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/common/onebit/task_python.h. late: "
-               "asynchronous operations happen where they are waited for, else where they are issued; seed: of the order "
-               "of the threads, 0 for that of their numbers.");
+               "asynchronous operations happen where they are waited for, else where they are issued; seed: of the "
+               "order of the threads, 0 for that of their numbers.");
     module.def(
         "onebit_quotient",
         [](int n, int d) { return lbs::onebit::quotient(n, lbs::onebit::fast_divisor(d)); }, py::arg("n"),
