@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lbs_kernels.direct_config import parse_numbers
 from lbs_kernels.format import WORD
 from lbs_kernels.problem import Problem
 
@@ -19,7 +20,12 @@ class ElementwiseConfig:
     warps: int
 
     def __str__(self) -> str:
-        return f"m{self.block_m}_c{self.block_c}_w{self.warps}"
+        return f"elementwise_m{self.block_m}_c{self.block_c}_w{self.warps}"
+
+    @classmethod
+    def parse(cls, text: str) -> ElementwiseConfig:
+        """The configuration that prints as `text`. Raises FormatError."""
+        return cls(*parse_numbers(r"elementwise_m(\d+)_c(\d+)_w(\d+)", text))
 
 
 def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:

@@ -100,23 +100,30 @@ def unpack_planes(pointer, plane_stride, mask, BITS: tl.constexpr):
 
 @triton.jit
 def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constexpr):
-    """Planes int32 [M, BITS, CW] of codes int32 [R, BLOCK]; channels beyond `columns` become 0 bits.
+    """Planes int32 [M, BITS, CW] of codes int32 [R, BLOCK], all below 2^BITS; channels beyond `columns` become 0 bits.
 
     `first` is a multiple of BLOCK, and BLOCK a multiple of 32 or at least `columns`: a word is written by one program.
     """
     BLOCK: tl.constexpr = codes.shape[1]
-    LANES: tl.constexpr = BLOCK if BLOCK < WORD else WORD
-    codes = tl.where((first + tl.arange(0, BLOCK) < columns)[None, :], codes, 0)
-    lanes = tl.reshape(codes, [codes.shape[0], BLOCK // LANES, LANES])
-    lane = tl.arange(0, LANES)[None, None, :]
-    word = first // WORD + tl.arange(0, BLOCK // LANES)
+    BYTES: tl.constexpr = (BLOCK if BLOCK < WORD else WORD) // 8
+    lanes = tl.reshape(codes, [codes.shape[0], BLOCK // (8 * BYTES), BYTES, 8])
+    lane = tl.arange(0, 8)[None, None, None, :]
+    byte = 8 * tl.arange(0, BYTES)[None, None, :]
+    word = first // WORD + tl.arange(0, BLOCK // (8 * BYTES))
     words = (columns + WORD - 1) // WORD
     target = pointer + row[:, None] * (BITS * words) + word[None, :]
     mask = row_mask[:, None] & (word < words)[None, :]
-    for plane in tl.static_range(BITS):
-        # The bits of one word are disjoint, so the sum is an OR.
-        packed = tl.sum(((lanes >> plane) & 1) << lane, axis=2)
-        tl.store(target + plane * words, packed, mask=mask)
+    left = columns - word * WORD
+    keep = tl.where(left < WORD, (1 << (left & (WORD - 1))) - 1, -1)[None, :]  # bits of channels that exist
+    for low in tl.static_range(0, BITS, 4):
+        # Bit p of a code goes to byte p of a register, for up to 4 planes at once; 8 codes then share one register.
+        # The bits are disjoint, so sums are ORs.
+        four = lanes if BITS <= 4 else (lanes >> low) & 15
+        spread = (four * 0x00204081) & 0x01010101
+        eight = tl.sum(spread << lane, axis=3)  # [R, words, bytes of a word]
+        for plane in tl.static_range(low, min(low + 4, BITS)):
+            packed = tl.sum(((eight >> (8 * (plane - low))) & 255) << byte, axis=2) & keep
+            tl.store(target + plane * words, packed, mask=mask)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -13,7 +13,6 @@ from lbs_kernels.bitlinear import triton_impl as bitlinear
 from lbs_kernels.bitlinear import tuning as bitlinear_tuning
 from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.gpu_layout import arena_view, plan_arena, to_logical
 from lbs_kernels.pool import triton_impl as pool
 from lbs_kernels.pool import tuning as pool_tuning
@@ -24,7 +23,7 @@ from lbs_kernels.quantpack import tuning as quantpack_tuning
 from lbs_kernels.triton_common import INTERPRETED, Launch, device_guard
 from lbs_kernels.triton_gemm import GemmWeights, prepare_weights
 
-Config = GemmConfig | ElementwiseConfig
+Config = bitconv2d_tuning.Config | ElementwiseConfig
 _OPS = {op.__name__.split(".")[-2]: op for op in (bitconv2d, bitlinear, quantpack, pool)}
 _TUNING = {
     "bitconv2d": bitconv2d_tuning,
