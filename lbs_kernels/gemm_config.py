@@ -15,9 +15,8 @@ from lbs_kernels.problem import Problem
 
 # Per thread, of its 255 registers: twice as many spill with ptxas 12.9 on sm_80 or sm_90a at some bits.
 ACCUMULATORS = 64
-OPERANDS = 128  # bytes of activations and weights that one step moves, in flight between load and multiplication
+OPERANDS = 192  # bytes of activations and weights that one step moves, in flight between load and multiplication
 SHARED_BYTES = 160 * 1024  # of the 163 KiB of a block on sm_80; sm_90 has 227 KiB, sm_86 and sm_89 have 99
-FEW_ROWS = 64
 BLOCKS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
@@ -158,13 +157,14 @@ def _tiles(problem: Problem, block_m: int, block_o: int) -> int:
 
 
 def gemm_default(problem: Problem) -> GemmConfig:
-    """The configuration where nothing was measured: a rule of thumb, not a result.
+    """The configuration where nothing was measured: a rule read from the disassembly, not a result.
 
-    - The tile is as large as the problem allows, up to 128 x 128 in 8 warps, and halved along the pixels and then the
-      filters while it leaves multiprocessors idle.
-    - Few rows: what is still idle shares the reduction, with at least two steps for each.
-    - Activations are operand A: a quad of threads then holds 8 neighbouring channels, which the epilogue packs. Where one
-      thread would unpack a whole row (`slow_operand`), weights are.
+    - The tile is as large as the problem allows, up to 128 x 128, and halved along the pixels and then the filters while
+      it leaves multiprocessors idle. Tiles of 64 x 128 and more get 8 warps.
+    - What is still idle, at few rows, shares the reduction, with at least two steps for each.
+    - Activations are operand A: a quad of threads then holds 8 neighbouring channels, which the epilogue packs with two
+      shuffles. Where one thread would unpack a whole row of them (`slow_operand`), or only the filters fill the 64 rows
+      of a Hopper instruction, weights are.
     - Weights are fields where they can be.
     """
     rows = problem.batch * problem.out_height * problem.out_width
@@ -176,16 +176,18 @@ def gemm_default(problem: Problem) -> GemmConfig:
         block_o //= 2
     while block_m * block_o < 16 * 8 * 4:
         block_m *= 2
-    warps = 8 if block_m * block_o > 64 * 128 else 4
+    warps = 8 if block_m * block_o >= 64 * 128 else 4
     block_words = power_at_least(words(problem.in_channels), 1, 4)
     while block_words > 1 and block_words * (block_m + block_o) > OPERANDS * warps:
         block_words //= 2
     steps = -(-words(problem.in_channels) // block_words) * problem.kernel[0] * problem.kernel[1]
     split_k = 1
-    while rows <= FEW_ROWS and 4 * split_k <= steps and 2 * split_k * _tiles(problem, block_m, block_o) <= BLOCKS:
+    while 4 * split_k <= steps and 2 * split_k * _tiles(problem, block_m, block_o) <= BLOCKS:
         split_k *= 2
-    for weights, weights_first in product(("fields", "bytes"), (False, True)):
-        config = GemmConfig(block_m, block_o, block_words, warps, 3, weights_first, weights, split_k)
-        if gemm_reason(config, problem) is None and not slow_operand(config, problem):
-            return config
-    return GemmConfig(block_m, block_o, block_words, warps, 3, True, "bytes", split_k)
+    orders = (True, False) if block_m < 64 <= block_o else (False, True)
+    choices = [
+        GemmConfig(block_m, block_o, block_words, warps, 3, weights_first, weights, split_k)
+        for weights, weights_first in product(("fields", "bytes"), orders)
+    ]
+    valid = [config for config in choices if gemm_reason(config, problem) is None]
+    return next((config for config in valid if not slow_operand(config, problem)), valid[0])

@@ -105,11 +105,13 @@ def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constex
     `first` is a multiple of BLOCK, and BLOCK a multiple of 32 or at least `columns`: a word is written by one program.
     """
     BLOCK: tl.constexpr = codes.shape[1]
-    BYTES: tl.constexpr = (BLOCK if BLOCK < WORD else WORD) // 8
-    lanes = tl.reshape(codes, [codes.shape[0], BLOCK // (8 * BYTES), BYTES, 8])
-    lane = tl.arange(0, 8)[None, None, None, :]
+    LANES: tl.constexpr = BLOCK if BLOCK < 8 else 8
+    BYTES: tl.constexpr = (BLOCK if BLOCK < WORD else WORD) // LANES
+    COUNT: tl.constexpr = BLOCK // (LANES * BYTES)
+    lanes = tl.reshape(codes, [codes.shape[0], COUNT, BYTES, LANES])
+    lane = tl.arange(0, LANES)[None, None, None, :]
     byte = 8 * tl.arange(0, BYTES)[None, None, :]
-    word = first // WORD + tl.arange(0, BLOCK // (8 * BYTES))
+    word = first // WORD + tl.arange(0, COUNT)
     words = (columns + WORD - 1) // WORD
     target = pointer + row[:, None] * (BITS * words) + word[None, :]
     mask = row_mask[:, None] & (word < words)[None, :]

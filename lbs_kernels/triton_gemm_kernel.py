@@ -169,12 +169,15 @@ def accumulate(operands, row, first, rows, part, shape, META: tl.constexpr, CONF
     x_sum = empty_sums(META, CONFIG)
     steps = (words + BLOCK_WORDS - 1) // BLOCK_WORDS * TAPS
     per_part = (steps + CONFIG.split_k - 1) // CONFIG.split_k
-    # One flat loop over word blocks and taps: the compiler pipelines innermost loops only, and those would be short.
-    for step in range(part * per_part, tl.minimum(steps, (part + 1) * per_part)):
-        tap = step % TAPS
-        first_word = step // TAPS * BLOCK_WORDS
-        shift_y = tap // KERNEL_W * shape.dilation_h
-        shift_x = tap % KERNEL_W * shape.dilation_w
+    first_step = part * per_part
+    first_word = first_step // TAPS * BLOCK_WORDS
+    tap_y = first_step % TAPS // KERNEL_W
+    tap_x = first_step % KERNEL_W  # TAPS is a multiple of it
+    # One flat loop over word blocks and taps: the compiler pipelines innermost loops only, and those would be short. It
+    # counts like an odometer, where divisions took a sixth of the loop.
+    for step in range(first_step, tl.minimum(steps, first_step + per_part)):
+        shift_y = tap_y * shape.dilation_h
+        shift_x = tap_x * shape.dilation_w
         pixel = operands.x + (start + (shift_y * shape.width + shift_x) * pitch)
         if META.padded:
             # As unsigned numbers, rows above the image lie beyond its height.
@@ -183,6 +186,14 @@ def accumulate(operands, row, first, rows, part, shape, META: tl.constexpr, CONF
             pixel = tl.where(in_y & in_x, pixel, operands.padding)
         x, x_sum = load_activations(pixel, first_word, words, x_sum, shape, META, CONFIG)
         w = load_weights(operands.w, step, rows, first, META, CONFIG)
+        if TAPS == 1:
+            first_word += BLOCK_WORDS
+        else:
+            end_x = tap_x == KERNEL_W - 1
+            end_y = end_x & (tap_y == META.kernel[0] - 1)
+            first_word += tl.where(end_y, BLOCK_WORDS, 0)
+            tap_y = tl.where(end_y, 0, tap_y + end_x.to(tl.int32))
+            tap_x = tl.where(end_x, 0, tap_x + 1)
         if CONFIG.weights_first:
             acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
         else:

@@ -12,7 +12,6 @@ from lbs_kernels.direct_config import (
     grouped_reason,
     is_depthwise,
 )
-from lbs_kernels.errors import FormatError
 from lbs_kernels.gemm_config import GemmConfig, gemm_candidates, gemm_default, gemm_reason
 from lbs_kernels.problem import Problem
 
@@ -45,16 +44,3 @@ def default(problem: Problem) -> Config:
     if is_depthwise(problem):
         return depthwise_default(problem)
     return gemm_default(problem) if problem.groups == 1 else next(grouped_candidates(problem))
-
-
-def parse(text: str) -> Config:
-    """The configuration that prints as `text`.
-
-    Raises:
-        FormatError: no configuration prints like that.
-    """
-    families: dict[str, type[Config]] = {"gemm": GemmConfig, "depthwise": DepthwiseConfig, "grouped": GroupedConfig}
-    family = text.split("_")[0]
-    if family not in families:
-        raise FormatError(f"{text!r} is not a launch configuration; they begin with {', '.join(families)}")
-    return families[family].parse(text)

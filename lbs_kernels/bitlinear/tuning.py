@@ -7,9 +7,7 @@ from lbs_kernels.gemm_config import gemm_candidates, gemm_default
 from lbs_kernels.gemm_config import gemm_reason as invalid_reason
 from lbs_kernels.problem import Problem
 
-__all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid", "parse"]
-
-parse = Config.parse
+__all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid"]
 
 
 def is_valid(config: Config, problem: Problem) -> bool:
