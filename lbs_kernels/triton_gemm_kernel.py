@@ -94,7 +94,8 @@ def load_weights(w_ptr, step, rows, first, META: tl.constexpr, CONFIG: tl.conste
         FIELD: tl.constexpr = 2 if META.w_bits <= 2 else 4
         SIZE: tl.constexpr = CONFIG.block_words * FIELD
         words = tl.load(w_ptr + row[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
-        w = split_bytes(field_registers(words, META.w_bits), BLOCK_O, BLOCK_K)
+        FULL: tl.constexpr = BLOCK_O * SIZE >= 32 * CONFIG.warps
+        w = split_bytes(field_registers(words, META.w_bits), BLOCK_O, BLOCK_K, FULL)
     return w
 
 
@@ -115,7 +116,8 @@ def load_activations(pixel, first_word, words, x_sum, shape, META: tl.constexpr,
             terms = x
             if META.tail:  # bytes beyond the last channel hold nothing in particular
                 terms = tl.where((channel < shape.channels)[None, :], x, 0).to(tl.int8)
-            terms = quarter_sums(terms)
+            VECTORS: tl.constexpr = BLOCK_M * BLOCK_K >= 16 * 32 * CONFIG.warps
+            terms = quarter_sums(terms, VECTORS)
             x_sum += tl.sum(tl.reshape(terms, [BLOCK_M, BLOCK_K // 16, 16]), axis=2)
     else:
         word = first_word + tl.arange(0, BLOCK_WORDS)
@@ -124,7 +126,8 @@ def load_activations(pixel, first_word, words, x_sum, shape, META: tl.constexpr,
         registers = plane_registers(pointer, words, mask, META.a_bits)
         if META.sum_scale != 0:
             x_sum = add_bytes(registers, x_sum)
-        x = split_bytes(registers, BLOCK_M, BLOCK_K)
+        FULL: tl.constexpr = BLOCK_M * BLOCK_WORDS >= 32 * CONFIG.warps
+        x = split_bytes(registers, BLOCK_M, BLOCK_K, FULL)
     return x, x_sum
 
 
@@ -254,7 +257,7 @@ def gemm_kernel(
 
 @triton.jit
 def accumulator_kernel(operands, acc_ptr, shape, META: tl.constexpr, CONFIG: tl.constexpr):
-    """The accumulator alone, int32 [M, O], added to zeros: exact where float32 would round it, for tests."""
+    """The accumulator alone, int32 [M, O] of zeros before: exact where float32 would round it, for tests."""
     row, first = tile(shape, CONFIG)
     rows = (shape.filters + CONFIG.block_o - 1) // CONFIG.block_o * CONFIG.block_o
     acc = accumulate(operands, row, first, rows, tl.program_id(1), shape, META, CONFIG)
@@ -262,4 +265,8 @@ def accumulator_kernel(operands, acc_ptr, shape, META: tl.constexpr, CONFIG: tl.
     if tl.program_id(1) == 0:
         acc += tl.load(operands.offset + column, mask=column < shape.filters, other=0)[None, :]
     mask = (row < shape.rows)[:, None] & (column < shape.filters)[None, :]
-    tl.atomic_add(acc_ptr + row[:, None] * shape.filters + column[None, :], acc, mask=mask, sem="relaxed")
+    target = acc_ptr + row[:, None] * shape.filters + column[None, :]
+    if CONFIG.split_k == 1:
+        tl.store(target, acc, mask=mask)
+    else:
+        tl.atomic_add(target, acc, mask=mask, sem="relaxed")

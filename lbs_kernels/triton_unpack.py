@@ -1,9 +1,13 @@
 """Planes and fields into int8 operands of the tensor core, in registers.
 
-Bits are moved a register at a time, 4 channels in its 4 bytes. Only then is a register of 4 bytes split into 4 int8
-elements, which costs nothing where inline assembly says so: a tensor that lists each register 4 times along its last
-dimensions, which `tl.join` keeps inside one thread, is declared to be the 4 bytes. The interpreter splits by shifts.
-`order of channels`: see gpu_weights.py.
+Bits are moved a register at a time, 4 channels in its 4 bytes, in the order of gpu_weights.py. Only then is a register
+of 4 bytes split into 4 int8 elements, which costs nothing where inline assembly says so: a tensor that lists each register
+4 times along its last dimensions is declared to be the 4 bytes.
+
+That is true only while one thread holds the 4 together. `tl.join` puts them there, and the compiler keeps the layout of a
+load that has work for every thread; a smaller load it may spread again. So a caller says whether every thread loads
+something (FULL), else bytes are split by shifts, as in the interpreter, which is right in any layout. The tests read the
+layouts of every shipped kernel from the compiler's output.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ LOW_PAIRS = tl.constexpr(0x33333333)
 
 
 @triton.jit
-def split_bytes(registers, ROWS: tl.constexpr, SIZE: tl.constexpr):
+def split_bytes(registers, ROWS: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr):
     """int8 [ROWS, SIZE] of int32 registers [ROWS, ..] whose 4 bytes are 4 neighbours, lowest byte first."""
-    if INTERPRETED:
+    if INTERPRETED or not FULL:
         low = tl.join(registers.to(tl.int8), (registers >> 16).to(tl.int8))
         high = tl.join((registers >> 8).to(tl.int8), (registers >> 24).to(tl.int8))
         elements = tl.join(low, high)
@@ -50,9 +54,9 @@ def add_bytes(registers, total):
 
 
 @triton.jit
-def quarter_sums(x):
+def quarter_sums(x, FULL: tl.constexpr):
     """int32 terms of int8 x [R, K] with the same sums over any 4 neighbours: the sum of the 4, and three zeros."""
-    if INTERPRETED:
+    if INTERPRETED or not FULL:
         terms = x.to(tl.int32)
     else:
         terms = tl.inline_asm_elementwise(

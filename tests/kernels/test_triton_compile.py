@@ -7,7 +7,9 @@ found: `mma.sync.m16n8k32 ... s32.s8.s8.s32` on sm_80; on sm_90 `wgmma.mma_async
 
 from __future__ import annotations
 
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import programs
@@ -17,9 +19,12 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
 from ahead_of_time import TARGETS, Compiled, compiling
+from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_layouts
 
+import lbs.cost
+import lbs.models
 from lbs_kernels import triton_runner
-from lbs_kernels.bitconv2d import tuning as conv_tuning
+from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.problem import Problem
@@ -52,7 +57,7 @@ def compile_steps(
     batch: int,
     target: str,
     folder: Path,
-    configs: dict[str, GemmConfig] | None = None,
+    configs: dict[str, tuning.Config] | None = None,
 ) -> list[Compiled]:
     """Every launch of the program at one batch size, compiled."""
     launches = TritonRunner(program, blob, "cpu", configs).plan(batch).launches
@@ -99,6 +104,8 @@ def test_convolution_uses_int8_tensor_cores(w_bits: int, a_bits: int, target: st
     quantize, conv = compile_steps(program, blob, 32, target, tmp_path)
     check_exact(quantize)
     check_gemm(conv, "wgmma" if target == "sm_90" else "mma.sync")
+    if target == "sm_90":
+        check_operands(conv)
 
 
 @TARGET
@@ -157,33 +164,136 @@ def test_fused_multiply_add_is_one_instruction(tmp_path: Path) -> None:
     assert "FFMA" in conv.sass
 
 
+def problem(
+    channels: int, filters: int, size: int, kernel: int, batch: int, w_bits: int, a_bits: int, **rest: int
+) -> Problem:
+    window, padding = (kernel, kernel), (kernel // 2, kernel // 2)
+    return Problem(
+        "bitconv2d", batch, size, size, channels, filters, window, padding=padding, w_bits=w_bits, a_bits=a_bits, **rest
+    )
+
+
+def compile_problem(problem: Problem, target: str, folder: Path, config: tuning.Config | None = None) -> Compiled:
+    """The launch of one layer that writes a stream and codes of as many bits as it reads."""
+    program, blob = programs.one_conv(
+        0, channels=problem.in_channels, filters=problem.out_channels, size=(problem.height, problem.width),
+        w_bits=problem.w_bits, a_bits=problem.a_bits, out_bits=problem.a_bits, kernel=problem.kernel,
+        stride=problem.stride, padding=problem.padding, groups=problem.groups,
+    )  # fmt: skip
+    return compile_steps(program, blob, problem.batch, target, folder, config and {"step1": config})[1]
+
+
+def check_operands(kernel: Compiled) -> None:
+    """What assembly takes for neighbours are neighbours, and no operand moves through shared memory byte by byte."""
+    check_layouts(kernel)
+    assert main_loop(kernel).count(r"(STS|LDS)\.[US]8") == 0
+
+
+def check_layouts(kernel: Compiled) -> None:
+    for assembly, dimensions in ((SPLIT, 2), (SUM, 1)):
+        for layout in packed_layouts(kernel, assembly):
+            assert neighbours_in_a_thread(layout, dimensions), layout
+
+
+# Instructions of the loop for each 2^20 products, of 4 x 32 x 256 clocks in which the tensor core does them at best.
+# A middle and a first layer of ResNet; the numbers are those of Triton 3.7 plus a tenth.
+@pytest.mark.parametrize(
+    ("bits", "channels", "kernel", "limit"), [((4, 4), 256, 3, 240), ((2, 2), 256, 3, 190), ((8, 8), 256, 1, 200)]
+)
+def test_the_loop_is_short(bits: tuple[int, int], channels: int, kernel: int, limit: int, tmp_path: Path) -> None:
+    layer = problem(channels, 256, 28, kernel, 32, *bits)
+    assert str(tuning.default(layer)).startswith("gemm_m128_o128_k128_w8")
+    compiled = compile_problem(layer, "sm_90", tmp_path)
+    check_operands(compiled)
+    loop = main_loop(compiled)
+    assert loop.products == 4  # 64 x 128 x 32 each, of 128 x 128 x 128 in two warp groups
+    assert len(loop.instructions) <= limit
+    assert loop.count(r"LDGSTS") > 0, "loads are not asynchronous"
+    assert loop.count(r"LDG\.") == 0
+    wide = loop.count(r"LDGSTS\.E\.(BYPASS\.)?(64|128)")
+    assert wide == loop.count("LDGSTS")
+
+
+def test_bytes_of_another_thread_would_be_noticed(tmp_path: Path) -> None:
+    """The check of the layouts can fail, and there is something to check."""
+    kernel = compile_problem(problem(64, 64, 8, 3, 32, 4, 4), "sm_90", tmp_path)
+    assert len(packed_layouts(kernel, SPLIT)) == 2
+    check_layouts(kernel)
+    blocked = "#ttg.blocked<{sizePerThread = [1, 1, 2, 2], threadsPerWarp = [16, 2, 1, 1], warpsPerCTA = [4, 1, 1, 1], "
+    assert neighbours_in_a_thread(blocked + "order = [3, 2, 1, 0]}>", 2)
+    assert not neighbours_in_a_thread(blocked + "order = [2, 3, 1, 0]}>", 2)
+    assert not neighbours_in_a_thread(blocked.replace("1, 2, 2]", "4, 1, 1]") + "order = [3, 2, 1, 0]}>", 2)
+    assert neighbours_in_a_thread("#ttg.linear<{register = [[0, 0, 0, 1], [0, 0, 1, 0], [8, 0, 0, 0]], lane = ", 2)
+    assert not neighbours_in_a_thread("#ttg.linear<{register = [[0, 0, 0, 1], [8, 0, 0, 0], [0, 0, 1, 0]], lane = ", 2)
+    assert neighbours_in_a_thread("#ttg.blocked<{sizePerThread = [1, 16], warps = [4, 1], order = [1, 0]}>", 1)
+    assert not neighbours_in_a_thread("#ttg.blocked<{sizePerThread = [4, 1], warps = [4, 1], order = [0, 1]}>", 1)
+
+
+@TARGET
+def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> None:
+    layer = problem(512, 512, 7, 3, 1, 4, 4)
+    assert tuning.default(layer).split_k == 16
+    kernel = compile_problem(layer, target, tmp_path)
+    check_gemm(kernel, "wgmma" if target == "sm_90" else "mma.sync")
+    assert "atom.global.gpu.acq_rel.add" in kernel.ptx
+    assert re.search(r"(red|atom)\.global\.gpu\.relaxed\.add", kernel.ptx)
+
+
+@TARGET
+@pytest.mark.parametrize("bits", [(4, 4), (8, 8)])
+def test_depthwise_multiplies_four_taps_at_once(bits: tuple[int, int], target: str, tmp_path: Path) -> None:
+    kernel = compile_problem(problem(96, 96, 56, 3, 32, *bits, groups=96), target, tmp_path)
+    check_exact(kernel)
+    assert "dp4a.s32.s32" in kernel.ptx
+    assert "prmt.b32" in kernel.ptx
+    assert not re.search(r"LDG\.E\.[US]8", kernel.sass), "bytes are loaded one by one"
+
+
+def shipped() -> dict[str, Problem]:
+    """One layer for every kernel that the defaults choose over the layers of the known networks."""
+    found: dict[str, Problem] = {}
+    for network in ("resnet18", "resnet50", "mobilenet_v2", "cifar_resnet20", "cifar_resnet56"):
+        layers = lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network)).layers
+        for layer, batch, bits in itertools.product(layers, (1, 32, 128, 256), BITS):
+            problem = replace(layer.problem, op="bitconv2d", batch=batch, w_bits=bits, a_bits=bits)
+            tail = "tail" if problem.in_channels % 32 else "whole"
+            key = f"{tuning.default(problem)}-w{bits}a{bits}-k{problem.kernel[0]}-p{problem.padding[0]}-{tail}"
+            found.setdefault(key, problem)
+    return found
+
+
+SHIPPED = shipped()
+
+
 @pytest.mark.slow
 @TARGET
-@pytest.mark.parametrize("w_bits", BITS)
-@pytest.mark.parametrize("a_bits", BITS)
-@pytest.mark.parametrize("batch", [1, 32])
-@pytest.mark.parametrize(("channels", "size"), [(16, 32), (64, 56), (512, 7)])
-def test_shipped_configurations(
-    channels: int, size: int, batch: int, a_bits: int, w_bits: int, target: str, tmp_path: Path
-) -> None:
-    program, blob = layer(channels, channels, size, w_bits, a_bits)
-    _, conv = compile_steps(program, blob, batch, target, tmp_path)
-    check_gemm(conv, "wgmma" if "wgmma" in conv.ptx else "mma.sync")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations(name: str, target: str, tmp_path: Path) -> None:
+    layer = SHIPPED[name]
+    config = tuning.default(layer)
+    kernel = compile_problem(layer, target, tmp_path)
+    if not isinstance(config, GemmConfig):
+        check_exact(kernel)
+        return
+    rows = config.block_o if config.weights_first else config.block_m  # of operand A
+    check_gemm(kernel, "wgmma" if target == "sm_90" and rows >= 64 else "mma.sync")
+    check_layouts(kernel)
+    if target == "sm_90" and config.block_m * config.block_words >= 32 * config.warps:
+        check_operands(kernel)
 
 
-CORNERS = [(128, 64, 2, 4), (64, 128, 2, 4), (128, 128, 2, 8), (256, 64, 2, 8), (128, 128, 4, 8), (32, 64, 4, 8)]
+CORNERS = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 8), (256, 64, 4, 8), (256, 32, 4, 8), (32, 128, 4, 4)]
 
 
 def corner_cases() -> list[tuple[int, int, GemmConfig]]:
     """The largest configurations that the rule allows: it claims that they do not spill."""
     cases = []
     for w_bits, a_bits in ((8, 8), (8, 2), (4, 4), (2, 8)):
-        problem = Problem("bitconv2d", 32, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), w_bits=w_bits, a_bits=a_bits)
-        for corner in CORNERS:
-            for weights_first in (True, False):
-                config = GemmConfig(*corner, stages=3, weights_first=weights_first)
-                if conv_tuning.is_valid(config, problem):
-                    cases.append((w_bits, a_bits, config))
+        layer = problem(128, 128, 28, 3, 32, w_bits, a_bits)
+        for corner, first, weights in itertools.product(CORNERS, (True, False), ("bytes", "fields")):
+            config = GemmConfig(*corner, stages=3, weights_first=first, weights=weights)
+            if tuning.is_valid(config, layer):
+                cases.append((w_bits, a_bits, config))
     return cases
 
 
@@ -193,9 +303,9 @@ def corner_cases() -> list[tuple[int, int, GemmConfig]]:
 def test_largest_valid_configurations_do_not_spill(
     w_bits: int, a_bits: int, config: GemmConfig, target: str, tmp_path: Path
 ) -> None:
-    program, blob = layer(128, 128, 28, w_bits, a_bits)
-    _, conv = compile_steps(program, blob, 32, target, tmp_path, {"step1": config})
-    assert conv.spill_bytes == 0, f"{config}: {conv.log}"
+    kernel = compile_problem(problem(128, 128, 28, 3, 32, w_bits, a_bits), target, tmp_path, config)
+    assert kernel.spill_bytes == 0, f"{config}: {kernel.log}"
+    check_layouts(kernel)
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
