@@ -159,8 +159,8 @@ def _tiles(problem: Problem, block_m: int, block_o: int) -> int:
 def gemm_default(problem: Problem) -> GemmConfig:
     """The configuration where nothing was measured: a rule read from the disassembly, not a result.
 
-    - The tile is as large as the problem allows, up to 128 x 128, and halved along the pixels and then the filters while
-      it leaves multiprocessors idle. Tiles of 64 x 128 and more get 8 warps.
+    - The tile is as large as the problem allows, up to 128 x 128, and halved along the pixels and then the filters
+      while it leaves multiprocessors idle. Tiles of 64 x 128 and more get 8 warps.
     - What is still idle, at few rows, shares the reduction, with at least two steps for each.
     - Activations are operand A: a quad of threads then holds 8 neighbouring channels, which the epilogue packs with two
       shuffles. Where one thread would unpack a whole row of them (`slow_operand`), or only the filters fill the 64 rows

@@ -1,18 +1,18 @@
 """How the implicit GEMM keeps weights: tiles of the reduction, as int8 bytes or as narrow fields. Needs no Triton.
 
-The reduction runs in steps of one word block (BLOCK_WORDS words of 32 channels) and one tap, taps innermost. A tile holds
-what one step multiplies, for every filter:
+The reduction runs in steps of one word block (BLOCK_WORDS words of 32 channels) and one tap, taps innermost. A tile
+holds what one step multiplies, for every filter, each weight in `width` bits:
 
-    tile int32 [steps, rows, 32 BLOCK_WORDS field / 32],   steps = word blocks * T, rows and words padded to whole blocks
+    tiles int32 [steps, rows, BLOCK_WORDS * width],   steps = word blocks * T, rows and words padded to whole blocks
 
 Inside a word of 32 channels the products may be summed in any order that both operands share. It is the order in which
 the activations come out of their GPU form, 4 bytes to a register:
 
     bytes    position 4 j + i is channel 4 j + i
-    planes   position 4 j + i is channel 8 i + j      ((plane >> j) & 0x01010101 are the channels j, 8 + j, 16 + j, 24 + j)
+    planes   position 4 j + i is channel 8 i + j    ((plane >> j) & 0x01010101 holds channels j, 8 + j, 16 + j, 24 + j)
 
-A field keeps the code in its upper bits with the highest one inverted, so that one AND and one OR leave the centred weight
-times a power of two, the byte (2 q - n) << (7 - bits):
+A field keeps the code in its upper bits with the highest one inverted, so that one AND and one OR leave the centred
+weight times a power of two, the byte (2 q - n) << (7 - bits):
 
     word v of a row, field f = 2 or 4 bits, h = 0 .. 8 / f - 1:
     ((v << (h f)) & keep) | one,   keep = bits 7 .. 8 - bits and one = bit 7 - bits of every byte
@@ -108,7 +108,9 @@ class WeightTiles:
         rows = -(-filters // self.block_rows) * self.block_rows
         expected = (blocks * taps, rows, self.block_words * self.width)
         if tuple(tiles.shape) != expected:
-            raise FormatError(f"weight tiles have shape {tuple(tiles.shape)}; {self} of {filters} filters is {expected}")
+            raise FormatError(
+                f"weight tiles have shape {tuple(tiles.shape)}; {self} of {filters} filters is {expected}"
+            )
         byte = tiles.contiguous().view(torch.uint8).reshape(blocks * taps, rows, -1, 1, 4)
         if self.fields:
             per_byte = MAX_BITS // self.width

@@ -28,7 +28,7 @@ from lbs_kernels.triton_common import INTERPRETED, Launch, fma
 from lbs_kernels.triton_emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.triton_gemm import GemmWeights, launch_options, operand_scales
 from lbs_kernels.triton_gemm_kernel import GemmMeta, GemmOperands, GemmShape
-from lbs_kernels.triton_unpack import plane_registers
+from lbs_kernels.triton_unpack import load_words, plane_registers
 
 TAPS_PER_REGISTER = 4
 
@@ -119,10 +119,7 @@ def tap_registers(operands, row, first_word, tap: tl.constexpr, shape, META: tl.
     if META.a_bits == 8:
         register = first_word * 8 + tl.arange(0, REGISTERS)
         pointer = pixel[:, None] + register[None, :]
-        if META.tail:
-            x = tl.load(pointer, mask=(register < pitch)[None, :], other=0)
-        else:
-            x = tl.load(pointer)
+        x = load_words(pointer, (register < pitch)[None, :] if META.tail else None)
     else:
         word = first_word + tl.arange(0, BLOCK_WORDS)
         mask = (word < words)[None, :] if META.tail else None

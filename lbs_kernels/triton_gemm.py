@@ -9,7 +9,6 @@ import functools
 from dataclasses import dataclass, field
 
 import torch
-import triton
 from torch import Tensor
 
 from lbs_kernels.format import check_accumulator, unpack_weights, words
@@ -82,7 +81,9 @@ def prepare_weights(
     offset = w_scale * x_shift * w.sum(dim=(1, 2)) + w_shift * x_shift * taps * channels
     zeros = torch.full((1, 1, 1, source.channels), source.zero, dtype=torch.uint8)
     padding = from_logical(zeros, source).to(device)
-    return GemmWeights(planes.contiguous().to(device), codes, offset.to(torch.int32).to(device), padding, kernel, source)
+    return GemmWeights(
+        planes.contiguous().to(device), codes, offset.to(torch.int32).to(device), padding, kernel, source
+    )
 
 
 def _weight_scale(bits: int) -> tuple[int, int]:

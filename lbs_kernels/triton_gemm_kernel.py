@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lbs_kernels.triton_common import fma
 from lbs_kernels.triton_emit import emit
-from lbs_kernels.triton_unpack import add_bytes, field_registers, plane_registers, quarter_sums, split_bytes
+from lbs_kernels.triton_unpack import add_bytes, field_registers, load_words, plane_registers, quarter_sums, split_bytes
 
 
 class GemmMeta(NamedTuple):
@@ -94,7 +94,7 @@ def load_weights(w_ptr, step, rows, first, META: tl.constexpr, CONFIG: tl.conste
         FIELD: tl.constexpr = 2 if META.w_bits <= 2 else 4
         SIZE: tl.constexpr = CONFIG.block_words * FIELD
         words = tl.load(w_ptr + row[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
-        FULL: tl.constexpr = BLOCK_O * SIZE >= 32 * CONFIG.warps
+        FULL: tl.constexpr = 32 * CONFIG.warps <= BLOCK_O * SIZE
         w = split_bytes(field_registers(words, META.w_bits), BLOCK_O, BLOCK_K, FULL)
     return w
 
@@ -108,15 +108,12 @@ def load_activations(pixel, first_word, words, x_sum, shape, META: tl.constexpr,
     if META.a_bits == 8:
         channel = first_word * 32 + tl.arange(0, BLOCK_K)
         pointer = pixel[:, None] + channel[None, :]
-        if META.tail:
-            x = tl.load(pointer, mask=(channel < shape.pitch)[None, :], other=0)
-        else:
-            x = tl.load(pointer)
+        x = load_words(pointer, (channel < shape.pitch)[None, :] if META.tail else None)
         if META.sum_scale != 0:
             terms = x
             if META.tail:  # bytes beyond the last channel hold nothing in particular
                 terms = tl.where((channel < shape.channels)[None, :], x, 0).to(tl.int8)
-            VECTORS: tl.constexpr = BLOCK_M * BLOCK_K >= 16 * 32 * CONFIG.warps
+            VECTORS: tl.constexpr = 16 * 32 * CONFIG.warps <= BLOCK_M * BLOCK_K
             terms = quarter_sums(terms, VECTORS)
             x_sum += tl.sum(tl.reshape(terms, [BLOCK_M, BLOCK_K // 16, 16]), axis=2)
     else:
@@ -126,7 +123,7 @@ def load_activations(pixel, first_word, words, x_sum, shape, META: tl.constexpr,
         registers = plane_registers(pointer, words, mask, META.a_bits)
         if META.sum_scale != 0:
             x_sum = add_bytes(registers, x_sum)
-        FULL: tl.constexpr = BLOCK_M * BLOCK_WORDS >= 32 * CONFIG.warps
+        FULL: tl.constexpr = 32 * CONFIG.warps <= BLOCK_M * BLOCK_WORDS
         x = split_bytes(registers, BLOCK_M, BLOCK_K, FULL)
     return x, x_sum
 
@@ -155,10 +152,7 @@ def accumulate(operands, row, first, rows, part, shape, META: tl.constexpr, CONF
     TAPS: tl.constexpr = META.kernel[0] * KERNEL_W
     RUN: tl.constexpr = META.run
     words = tl.multiple_of((shape.channels + 31) // 32, RUN)
-    if META.a_bits == 8:
-        pitch = tl.multiple_of(shape.pitch, 16)
-    else:
-        pitch = tl.multiple_of(words * META.a_bits, RUN)
+    pitch = tl.multiple_of(shape.pitch, 16) if META.a_bits == 8 else tl.multiple_of(words * META.a_bits, RUN)
     # Rows beyond the last repeat it: what they give is never stored, and no load needs a mask for them.
     row = tl.minimum(row, shape.rows - 1)
     pixels = shape.out_height * shape.out_width
@@ -231,9 +225,7 @@ def finish(acc, operands, row, first, target, shape, EMIT: tl.constexpr, CONFIG:
 
 
 @triton.jit
-def gemm_kernel(
-    operands, split, target, shape, META: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr
-):
+def gemm_kernel(operands, split, target, shape, META: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """One tile of a convolution or matrix product, or one part of its reduction."""
     row, first = tile(shape, CONFIG)
     rows = (shape.filters + CONFIG.block_o - 1) // CONFIG.block_o * CONFIG.block_o

@@ -1,13 +1,13 @@
 """Planes and fields into int8 operands of the tensor core, in registers.
 
 Bits are moved a register at a time, 4 channels in its 4 bytes, in the order of gpu_weights.py. Only then is a register
-of 4 bytes split into 4 int8 elements, which costs nothing where inline assembly says so: a tensor that lists each register
-4 times along its last dimensions is declared to be the 4 bytes.
+of 4 bytes split into 4 int8 elements, which costs nothing where inline assembly says so: a tensor that lists each
+register 4 times along its last dimensions is declared to be the 4 bytes.
 
-That is true only while one thread holds the 4 together. `tl.join` puts them there, and the compiler keeps the layout of a
-load that has work for every thread; a smaller load it may spread again. So a caller says whether every thread loads
-something (FULL), else bytes are split by shifts, as in the interpreter, which is right in any layout. The tests read the
-layouts of every shipped kernel from the compiler's output.
+That is true only while one thread holds the 4 together. `tl.join` puts them there, and the compiler keeps the layout
+of a load that has work for every thread; a smaller load it may spread again. So a caller says whether every thread
+loads something (FULL), else bytes are split by shifts, as in the interpreter, which is right in any layout. The tests
+read the layouts of every shipped kernel from the compiler's output.
 """
 
 from __future__ import annotations
@@ -69,11 +69,7 @@ def quarter_sums(x, FULL: tl.constexpr):
 @triton.jit
 def load_words(pointer, mask):
     """Words, 0 where masked; no mask if it is None."""
-    if mask is None:
-        words = tl.load(pointer)
-    else:
-        words = tl.load(pointer, mask=mask, other=0)
-    return words
+    return tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0)
 
 
 @triton.jit

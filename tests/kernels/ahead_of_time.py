@@ -95,7 +95,9 @@ def compiling(target: str, folder: Path) -> Iterator[list[Compiled]]:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, **{**kwargs, "warmup": True})
-        kernels.append(Compiled(kernel.name, kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue()))
+        kernels.append(
+            Compiled(kernel.name, kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue())
+        )
         return kernel
 
     with contextlib.ExitStack() as stack:

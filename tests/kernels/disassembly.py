@@ -66,7 +66,7 @@ def packed_layouts(kernel: Compiled, assembly: str) -> list[str]:
 
 
 def neighbours_in_a_thread(layout: str, dimensions: int) -> bool:
-    """Whether the 4 elements that a thread counts first are neighbours: 2 x 2 of the last two dimensions, or 4 of one."""
+    """Whether the 4 elements a thread counts first are neighbours: 2 x 2 of the last two dimensions, or 4 of one."""
     blocked = re.match(r"#ttg\.blocked<\{sizePerThread = \[([\d, ]+)\].*order = \[([\d, ]+)\]", layout)
     if blocked is None:
         steps = ("0, 1", "1, 0") if dimensions == 2 else ("0, 1", "0, 2")

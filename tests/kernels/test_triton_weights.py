@@ -18,7 +18,9 @@ def random_codes(*shape: int, bits: int) -> torch.Tensor:
 
 
 # One filter and channel; 13 of 64 filters; channels a word -1, +0, +1; a tail of a block of four words.
-@pytest.mark.parametrize(("filters", "taps", "channels"), [(1, 1, 1), (13, 9, 31), (64, 1, 32), (65, 4, 33), (16, 3, 130)])
+@pytest.mark.parametrize(
+    ("filters", "taps", "channels"), [(1, 1, 1), (13, 9, 31), (64, 1, 32), (65, 4, 33), (16, 3, 130)]
+)
 @pytest.mark.parametrize(("bits", "fields"), [(b, f) for b in range(1, 9) for f in (True, False) if b <= 4 or not f])
 def test_tiles_have_an_exact_inverse(bits: int, fields: bool, filters: int, taps: int, channels: int) -> None:
     codes = random_codes(filters, taps, channels, bits=bits)

@@ -158,7 +158,9 @@ def test_every_order_of_operands_and_word_block(words: int, weights_first: bool)
 
 
 # 1 and 3 bits leave room in their field; 70 channels end inside the third of four words; 128 fill the block of bytes.
-@pytest.mark.parametrize(("w_bits", "a_bits", "channels"), [(1, 1, 70), (3, 4, 70), (2, 3, 33), (4, 7, 70), (2, 8, 128)])
+@pytest.mark.parametrize(
+    ("w_bits", "a_bits", "channels"), [(1, 1, 70), (3, 4, 70), (2, 3, 33), (4, 7, 70), (2, 8, 128)]
+)
 def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
     config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
     check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
@@ -285,6 +287,18 @@ def test_streams_are_clamped_and_rounded_half_to_even(stream_dtype: str) -> None
     assert float(actual.nan_to_num().min()) == -1.5
     assert float(actual.nan_to_num().max()) == 2.25
     assert_same(actual.nan_to_num(7.0), expected.nan_to_num(7.0), "stream")
+
+
+# Planes of one, two and more than four bits, bytes; channels within a word and beyond it; a window over every border.
+@pytest.mark.parametrize(("bits", "channels"), [(1, 3), (2, 33), (4, 40), (7, 33), (8, 33)])
+def test_the_maximum_of_codes(bits: int, channels: int) -> None:
+    b = programs.Builder(bits)
+    image = b.image(channels, 5, 6)
+    codes = b.consumer((5, 6, channels), bits)
+    b.quantize(image, programs.Emit(consumers=(codes,)))
+    b.pool(codes.tensor, programs.Emit(consumers=(b.consumer((3, 3, channels), bits),)), "max", (3, 3), (2, 2), (1, 1))
+    program, blob = b.build()
+    check(program, blob, programs.random_inputs(program, 2, 1))
 
 
 def test_the_mean_adds_in_order_and_multiplies_once() -> None:
