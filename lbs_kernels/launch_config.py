@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
+
 from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import FormatError
@@ -29,3 +32,10 @@ def parse(text: str) -> LaunchConfig:
     if family not in FAMILIES:
         raise FormatError(f"{text!r} is not a launch configuration; they begin with {', '.join(FAMILIES)}")
     return FAMILIES[family].parse(text)
+
+
+def neighbours(config: LaunchConfig, candidates: Iterable[LaunchConfig]) -> list[LaunchConfig]:
+    """Those of the same family that differ from `config` in one field: what a first sweep should ask."""
+    fields = asdict(config).items()
+    same = (other for other in candidates if type(other) is type(config))
+    return [other for other in same if len(asdict(other).items() - fields) == 1]

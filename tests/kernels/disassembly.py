@@ -1,7 +1,4 @@
-"""What the compiler made of a kernel: instructions of its main loop, and where the bytes of a register lie.
-
-python tests/kernels/disassembly.py     prints the counts that docs/gpu.md quotes
-"""
+"""What the compiler made of a kernel: instructions of its main loop, and where the bytes of a register lie."""
 
 from __future__ import annotations
 

@@ -268,9 +268,10 @@ def check_shipped(layer: Problem, target: str, folder: Path) -> None:
         check_exact(kernel)
         return
     rows = config.block_o if config.weights_first else config.block_m  # of operand A
-    check_gemm(kernel, "wgmma" if target == "sm_90" and rows >= 64 else "mma.sync")
+    wgmma = target == "sm_90" and rows >= 64
+    check_gemm(kernel, "wgmma" if wgmma else "mma.sync")
     check_layouts(kernel)
-    if target == "sm_90" and config.block_m * config.block_words >= 32 * config.warps:
+    if wgmma and config.block_m * config.block_words >= 32 * config.warps:
         check_operands(kernel)
 
 

@@ -15,7 +15,7 @@ from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.launch_config import LaunchConfig, parse
+from lbs_kernels.launch_config import LaunchConfig, neighbours, parse
 from lbs_kernels.pool import tuning as pool_tuning
 from lbs_kernels.problem import Problem
 from lbs_kernels.quantpack import tuning as quantpack_tuning
@@ -113,6 +113,18 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
     for text, config in printed.items():
         assert parse(text) == config
         assert type(config).parse(text) == config
+
+
+def test_neighbours_differ_in_one_field() -> None:
+    default = conv_tuning.default(LAYER)
+    found = neighbours(default, conv_tuning.candidates(LAYER))
+    assert replace(default, stages=2) in found
+    assert replace(default, stages=2, warps=8 if default.warps == 4 else 4) not in found
+    assert default not in found
+    depthwise = replace(LAYER, in_channels=100, groups=100)
+    assert {type(near) for near in neighbours(conv_tuning.default(depthwise), conv_tuning.candidates(depthwise))} == {
+        DepthwiseConfig
+    }
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,17 @@ def test_ties_round_to_even_and_bounds_saturate() -> None:
     assert trace[target.tensor].flatten().tolist() == [0, 2, 2, 4, 0, 14, 15, 15]
 
 
+# 3 channels of a tile of 4, 33 of 64: what lies beyond reads as 0, which is not code 0 for these consumers.
+@pytest.mark.parametrize("channels", [3, 33])
+def test_unused_bits_stay_zero(channels: int) -> None:
+    b = programs.Builder(seed=0)
+    image = b.image(channels, 4, 4)
+    shape = (4, 4, channels)
+    b.quantize(image, programs.Emit(consumers=(b.consumer(shape, 4, zero=5), b.consumer(shape, 6, signed=True))))
+    program, blob = b.build()
+    check(program, blob, programs.random_inputs(program, 1, 0))
+
+
 @triton.jit
 def fma_kernel(a_ptr, b_ptr, c_ptr, out_ptr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
