@@ -57,7 +57,8 @@ def main() -> None:
                 clocks = config.block_m * config.block_o * 32 * config.block_words / clock
                 print(
                     f"{target} | {name} | w{w_bits}a{a_bits} | {config} | {length} | {length / loop.products:.1f} | "
-                    f"{length * config.warps / 4 / clocks:.2f} | {len(instructions(result)) - length} | {result.registers}"
+                    f"{length * config.warps / 4 / clocks:.2f} | {len(instructions(result)) - length} | "
+                    f"{result.registers}"
                 )
 
 

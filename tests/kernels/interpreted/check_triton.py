@@ -170,14 +170,14 @@ def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
 @pytest.mark.parametrize("parts", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("bits", "weights"), [(4, "fields"), (8, "bytes")])
 def test_parts_of_the_reduction_add_up(bits: int, weights: str, parts: int) -> None:
-    config = GemmConfig(16, 16, 1, 4, 3, weights_first=True, weights=weights, split_k=parts)
+    config = GemmConfig(16, 32, 1, 4, 3, weights_first=True, weights=weights, split_k=parts)
     check_accumulator(config, bits, bits, channels=70, zero=3, filters=13)
 
 
 def test_the_last_part_emits_and_leaves_zeros() -> None:
     """The second run finds the workspace as the first did; codes and a stream come from the total."""
     program, blob = programs.one_conv(0, channels=70, filters=13, size=(4, 4), w_bits=2, a_bits=4)
-    config = GemmConfig(16, 16, 2, 4, 3, weights_first=False, weights="fields", split_k=5)
+    config = GemmConfig(16, 32, 2, 4, 3, weights_first=False, weights="fields", split_k=5)
     runner = TritonRunner(program, blob, "cpu", {"step1": config})
     for seed in (0, 1):
         trace = check(program, blob, programs.random_inputs(program, 2, seed), runner)
