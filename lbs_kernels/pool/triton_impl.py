@@ -73,12 +73,13 @@ def max_planes_kernel(
     larger = (a > b), from the lowest plane up: where plane p differs it decides, where it does not the planes below do.
     Padding reads as code 0 and so never wins.
     """
+    BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_WORDS: tl.constexpr = (CONFIG.block_c + 31) // 32
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
     words = (shape.channels + 31) // 32
     word = first // 32 + tl.arange(0, BLOCK_WORDS)
     there = (word < words)[None, :]
-    b0 = tl.zeros([CONFIG.block_m, BLOCK_WORDS], dtype=tl.int32)
+    b0 = tl.zeros([BLOCK_M, BLOCK_WORDS], dtype=tl.int32)
     b1, b2, b3, b4, b5, b6 = b0, b0, b0, b0, b0, b0
     for tap in range(KERNEL_H * KERNEL_W):
         pixel, inside = window_pixel(row, row < shape.rows, tap // KERNEL_W, tap % KERNEL_W, shape)
@@ -113,12 +114,14 @@ def max_planes_kernel(
 @triton.jit
 def max_bytes_kernel(x_ptr, out_ptr, shape, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr):
     """Maximum of codes of 8 bits; their bias does not change their order. Padding reads as code 0 and so never wins."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
     # Whole pitches: a multiple of 16 bytes, which the loads then have. What lies beyond the channels means nothing.
     pitch = tl.multiple_of(shape.pitch, 16)
-    channel = first + tl.arange(0, CONFIG.block_c)
+    channel = first + tl.arange(0, BLOCK_C)
     there = (channel < pitch)[None, :]
-    best = tl.full([CONFIG.block_m, CONFIG.block_c], -128, dtype=tl.int8)
+    best = tl.full([BLOCK_M, BLOCK_C], -128, dtype=tl.int8)
     for tap in range(KERNEL_H * KERNEL_W):
         pixel, inside = window_pixel(row, row < shape.rows, tap // KERNEL_W, tap % KERNEL_W, shape)
         start = x_ptr + pixel[:, None] * pitch + channel[None, :]
