@@ -87,6 +87,16 @@ def store_stream(pointer, y, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def eight_codes(lanes):
+    """Registers [R, words, bytes of a word] of codes below 16 [.., 8]: bit p of code i is bit i of byte p.
+
+    The bits are disjoint, so the sum is an OR.
+    """
+    spread = (lanes * 0x00204081) & 0x01010101  # bit p of a code to bit 0 of byte p
+    return tl.sum(spread << tl.arange(0, lanes.shape[3])[None, None, None, :], axis=3)
+
+
+@triton.jit
 def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constexpr):
     """Planes int32 [M, BITS, CW] of codes int32 [R, BLOCK], all below 2^BITS; channels beyond `columns` become 0 bits.
 
@@ -97,7 +107,6 @@ def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constex
     BYTES: tl.constexpr = (BLOCK if BLOCK < WORD else WORD) // LANES
     COUNT: tl.constexpr = BLOCK // (LANES * BYTES)
     lanes = tl.reshape(codes, [codes.shape[0], COUNT, BYTES, LANES])
-    lane = tl.arange(0, LANES)[None, None, None, :]
     byte = 8 * tl.arange(0, BYTES)[None, None, :]
     word = first // WORD + tl.arange(0, COUNT)
     words = (columns + WORD - 1) // WORD
@@ -105,15 +114,12 @@ def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constex
     mask = row_mask[:, None] & (word < words)[None, :]
     left = columns - word * WORD
     keep = tl.where(left < WORD, (1 << (left & (WORD - 1))) - 1, -1)[None, :]  # bits of channels that exist
-    for low in tl.static_range(0, BITS, 4):
-        # Bit p of a code goes to byte p of a register, for up to 4 planes at once; 8 codes then share one register.
-        # The bits are disjoint, so sums are ORs.
-        four = lanes if BITS <= 4 else (lanes >> low) & 15
-        spread = (four * 0x00204081) & 0x01010101
-        eight = tl.sum(spread << lane, axis=3)  # [R, words, bytes of a word]
-        for plane in tl.static_range(low, min(low + 4, BITS)):
-            packed = tl.sum(((eight >> (8 * (plane - low))) & 255) << byte, axis=2) & keep
-            tl.store(target + plane * words, packed, mask=mask)
+    eight = eight_codes(lanes if BITS <= 4 else lanes & 15)
+    for plane in tl.static_range(BITS):
+        if plane == 4:
+            eight = eight_codes(lanes >> 4)
+        packed = tl.sum(((eight >> (8 * (plane % 4))) & 255) << byte, axis=2) & keep
+        tl.store(target + plane * words, packed, mask=mask)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -38,6 +38,7 @@ INT8 = {
 }
 BITS = (2, 4, 8)
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
+HOPPER_FIRST = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -195,13 +196,18 @@ def check_layouts(kernel: Compiled) -> None:
             assert neighbours_in_a_thread(layout, dimensions), layout
 
 
-# Instructions of the loop for each 2^20 products, of 4 x 32 x 256 clocks in which the tensor core does them at best.
-# A middle and a first layer of ResNet; the numbers are those of Triton 3.7 plus a tenth.
+# Instructions of the loop for 128 x 128 x 128 products, which take the tensor core 512 clocks at best; each of its four
+# schedulers issues them for two warps. The limits are what Triton 3.7 makes plus a tenth; 3.5 and 3.6 keep them too.
 @pytest.mark.parametrize(
-    ("bits", "channels", "kernel", "limit"), [((4, 4), 256, 3, 240), ((2, 2), 256, 3, 190), ((8, 8), 256, 1, 200)]
+    ("bits", "kernel", "limit"),
+    [
+        ((4, 4), 3, 240),
+        pytest.param((2, 2), 3, 190, marks=pytest.mark.slow),
+        pytest.param((8, 8), 1, 200, marks=pytest.mark.slow),
+    ],
 )
-def test_the_loop_is_short(bits: tuple[int, int], channels: int, kernel: int, limit: int, tmp_path: Path) -> None:
-    layer = problem(channels, 256, 28, kernel, 32, *bits)
+def test_the_loop_is_short(bits: tuple[int, int], kernel: int, limit: int, tmp_path: Path) -> None:
+    layer = problem(256, 256, 28, kernel, 32, *bits)
     assert str(tuning.default(layer)).startswith("gemm_m128_o128_k128_w8")
     compiled = compile_problem(layer, "sm_90", tmp_path)
     check_operands(compiled)
@@ -229,7 +235,7 @@ def test_bytes_of_another_thread_would_be_noticed(tmp_path: Path) -> None:
     assert not neighbours_in_a_thread("#ttg.blocked<{sizePerThread = [4, 1], warps = [4, 1], order = [0, 1]}>", 1)
 
 
-@TARGET
+@HOPPER_FIRST
 def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> None:
     layer = problem(512, 512, 7, 3, 1, 4, 4)
     assert tuning.default(layer).split_k == 16
@@ -239,8 +245,8 @@ def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> No
     assert re.search(r"(red|atom)\.global\.gpu\.relaxed\.add", kernel.ptx)
 
 
-@TARGET
-@pytest.mark.parametrize("bits", [(4, 4), (8, 8)])
+@HOPPER_FIRST
+@pytest.mark.parametrize("bits", [(4, 4), pytest.param((8, 8), marks=pytest.mark.slow)])
 def test_depthwise_multiplies_four_taps_at_once(bits: tuple[int, int], target: str, tmp_path: Path) -> None:
     kernel = compile_problem(problem(96, 96, 56, 3, 32, *bits, groups=96), target, tmp_path)
     check_exact(kernel)

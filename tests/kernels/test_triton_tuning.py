@@ -101,7 +101,7 @@ def test_which_kernel_serves() -> None:
     assert {config.split_k for config in few_candidates if isinstance(config, GemmConfig)} == {1, 2, 4, 8, 16}
 
 
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("network", ["cifar_resnet20", "mobilenet_v2"])
 def test_configurations_print_themselves_and_parse_back(network: str) -> None:
     printed: dict[str, LaunchConfig] = {}
     for problem in {replace(problem, batch=batch) for problem in network_problems(network) for batch in (1, 32)}:
