@@ -13,7 +13,7 @@ from lbs_kernels.format import MAX_BITS, WORD, words
 from lbs_kernels.gpu_weights import FIELD_BITS, field_shift
 from lbs_kernels.problem import Problem
 
-# Per thread, of its 255 registers: twice as many spill with ptxas 12.9 on sm_80 or sm_90a at some bits.
+# Per thread, of its 255 registers: twice as many spill with Triton 3.7 on sm_80 or sm_90 at some bits.
 ACCUMULATORS = 64
 OPERANDS = 192  # bytes of activations and weights that one step moves, in flight between load and multiplication
 SHARED_BYTES = 160 * 1024  # of the 163 KiB of a block on sm_80; sm_90 has 227 KiB, sm_86 and sm_89 have 99
@@ -68,6 +68,8 @@ def gemm_reason(config: GemmConfig, problem: Problem) -> str | None:
     - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each;
     - fields: see `_fields_reason`; no more parts than the reduction has steps.
     """
+    if not isinstance(config, GemmConfig):
+        return f"{config}: it launches another kernel, not the matrix product"
     if problem.groups > 1:
         return f"{config}: {problem.groups} groups leave a tensor core too little; take the direct kernels"
     sizes = (config.block_m, config.block_o, config.block_words, config.warps)

@@ -87,6 +87,12 @@ def test_rules_of_the_direct_kernels(config: DepthwiseConfig | GroupedConfig, re
     assert conv_tuning.invalid_reason(config, LAYER) is not None  # one group
 
 
+def test_a_configuration_of_another_kernel_is_refused() -> None:
+    for tuning in (conv_tuning, linear_tuning):
+        found = tuning.invalid_reason(ElementwiseConfig(32, 32, 4), LAYER)  # type: ignore[arg-type]
+        assert found == "elementwise_m32_c32_w4: it launches another kernel, not the matrix product"
+
+
 def test_which_kernel_serves() -> None:
     """Groups equal to channels: depthwise; other groups: grouped; few tiles: parts of the reduction; else one GEMM."""
     assert isinstance(conv_tuning.default(replace(LAYER, in_channels=100, groups=100)), DepthwiseConfig)
