@@ -159,7 +159,14 @@ def test_every_order_of_operands_and_word_block(words: int, weights_first: bool)
 
 # 1 and 3 bits leave room in their field; 70 channels end inside the third of four words; 128 fill the block of bytes.
 @pytest.mark.parametrize(
-    ("w_bits", "a_bits", "channels"), [(1, 1, 70), (3, 4, 70), (2, 3, 33), (4, 7, 70), (2, 8, 128)]
+    ("w_bits", "a_bits", "channels"),
+    [
+        (1, 1, 70),
+        (2, 8, 128),
+        pytest.param(3, 4, 70, marks=pytest.mark.slow),
+        pytest.param(2, 3, 33, marks=pytest.mark.slow),
+        pytest.param(4, 7, 70, marks=pytest.mark.slow),
+    ],
 )
 def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
     config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
@@ -301,7 +308,9 @@ def test_streams_are_clamped_and_rounded_half_to_even(stream_dtype: str) -> None
 
 
 # Planes of one, two and more than four bits, bytes; channels within a word and beyond it; a window over every border.
-@pytest.mark.parametrize(("bits", "channels"), [(1, 3), (2, 33), (4, 40), (7, 33), (8, 33)])
+@pytest.mark.parametrize(
+    ("bits", "channels"), [(4, 40), (8, 33), *(pytest.param(bits, 33, marks=pytest.mark.slow) for bits in (1, 2, 7))]
+)
 def test_the_maximum_of_codes(bits: int, channels: int) -> None:
     b = programs.Builder(bits)
     image = b.image(channels, 5, 6)
