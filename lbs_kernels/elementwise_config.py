@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from lbs_kernels.errors import FormatError
+from lbs_kernels.direct_config import parse_numbers
 from lbs_kernels.format import WORD
 from lbs_kernels.problem import Problem
 
@@ -21,15 +20,12 @@ class ElementwiseConfig:
     warps: int
 
     def __str__(self) -> str:
-        return f"m{self.block_m}_c{self.block_c}_w{self.warps}"
+        return f"elementwise_m{self.block_m}_c{self.block_c}_w{self.warps}"
 
     @classmethod
     def parse(cls, text: str) -> ElementwiseConfig:
-        """The inverse of `str`. Raises FormatError for other text."""
-        found = re.fullmatch(r"m(\d+)_c(\d+)_w(\d+)", text)
-        if found is None:
-            raise FormatError(f"{text!r} is no elementwise configuration; expected one like m32_c32_w4")
-        return cls(int(found[1]), int(found[2]), int(found[3]))
+        """The configuration that prints as `text`. Raises FormatError."""
+        return cls(*parse_numbers(r"elementwise_m(\d+)_c(\d+)_w(\d+)", text))
 
 
 def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:

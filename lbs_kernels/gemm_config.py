@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from lbs_kernels.direct_config import power_at_least
 from lbs_kernels.errors import FormatError
-from lbs_kernels.format import WORD, words
+from lbs_kernels.format import MAX_BITS, WORD, words
+from lbs_kernels.gpu_weights import FIELD_BITS, field_shift
 from lbs_kernels.problem import Problem
 
-# Per thread, of its 255 registers: the next power of two of any spills with ptxas 12.8 on sm_80 or sm_90a at some bits.
+# Per thread, of its 255 registers: twice as many spill with Triton 3.7 on sm_80 or sm_90 at some bits.
 ACCUMULATORS = 64
-OPERANDS = 96  # activations and weights unpacked per step: 64 of one and 32 of the other
-WEIGHTS_OF_8_BITS = 32  # eight planes are held while they are unpacked
-SHARED_BYTES = 96 * 1024  # of the 99 KiB one block may use on sm_86, sm_89 and sm_120; sm_80 and sm_90 have more
+OPERANDS = 192  # bytes of activations and weights that one step moves, in flight between load and multiplication
+SHARED_BYTES = 160 * 1024  # of the 163 KiB of a block on sm_80; sm_90 has 227 KiB, sm_86 and sm_89 have 99
+BLOCKS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,48 @@ class GemmConfig:
     warps: int
     stages: int
     weights_first: bool  # acc^T = W X^T: weights are operand A of the tensor core, else activations are
+    weights: str = "bytes"  # as they are multiplied, or "fields": a quarter or half of the size, unpacked in registers
+    split_k: int = 1  # programs that share the reduction of one tile
 
     def __str__(self) -> str:
         order = "wx" if self.weights_first else "xw"
-        return f"m{self.block_m}_o{self.block_o}_k{WORD * self.block_words}_w{self.warps}_s{self.stages}_{order}"
+        return (
+            f"gemm_m{self.block_m}_o{self.block_o}_k{WORD * self.block_words}_w{self.warps}_s{self.stages}_{order}_"
+            f"{self.weights}_p{self.split_k}"
+        )
 
     @classmethod
     def parse(cls, text: str) -> GemmConfig:
-        """The inverse of `str`. Raises FormatError for other text."""
-        found = re.fullmatch(r"m(\d+)_o(\d+)_k(\d+)_w(\d+)_s(\d+)_(wx|xw)", text)
-        if found is None:
-            raise FormatError(f"{text!r} is no configuration of the GEMM; expected one like m64_o32_k64_w4_s3_wx")
-        block_m, block_o, block_k, warps, stages = (int(found[index]) for index in range(1, 6))
-        return cls(block_m, block_o, block_k // WORD, warps, stages, found[6] == "wx")
+        """The configuration that prints as `text`.
+
+        Raises:
+            FormatError: no configuration prints like that.
+
+        >>> GemmConfig.parse("gemm_m128_o64_k64_w4_s3_xw_fields_p1").weights
+        'fields'
+        """
+        pattern = r"gemm_m(\d+)_o(\d+)_k(\d+)_w(\d+)_s(\d+)_(wx|xw)_(bytes|fields)_p(\d+)"
+        found = re.fullmatch(pattern, text)
+        if found is None or int(found[3]) % WORD:
+            raise FormatError(f"{text!r} is not a launch configuration of the form {pattern}; print one to see it")
+        m, o, k, warps, stages = (int(found[i]) for i in range(1, 6))
+        return cls(m, o, k // WORD, warps, stages, found[6] == "wx", found[7], int(found[8]))
 
 
-def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
+def gemm_reason(config: GemmConfig, problem: Problem) -> str | None:
     """Why `config` cannot run `problem`, or None. The one place where the rule is stated.
 
+    - one group;
     - blocks are powers of two, pixels and filters at least 16 (a tensor-core fragment);
     - a tile of filters holds whole words of 32 channels, or all filters there are: planes are written word by word;
     - accumulator and unpacked operands fit the registers, and both operands of every stage fit shared memory;
-    - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each.
+    - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each;
+    - fields: see `_fields_reason`; no more parts than the reduction has steps.
     """
+    if not isinstance(config, GemmConfig):
+        return f"{config}: it launches another kernel, not the matrix product"
+    if problem.groups > 1:
+        return f"{config}: {problem.groups} groups leave a tensor core too little; take the direct kernels"
     sizes = (config.block_m, config.block_o, config.block_words, config.warps)
     if any(size < 1 or size & (size - 1) for size in sizes):
         return f"{config}: blocks and warps are powers of two"
@@ -65,28 +86,57 @@ def invalid_reason(config: GemmConfig, problem: Problem) -> str | None:
         return f"{config}: {config.warps} warps for a tile of {config.block_m} x {config.block_o}, some would idle"
     if tile > ACCUMULATORS * 32 * config.warps:
         return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {ACCUMULATORS} do not spill"
-    activations, weights = (config.block_words * block // config.warps for block in (config.block_m, config.block_o))
-    if activations + weights > OPERANDS:
-        return f"{config}: {activations} + {weights} operands per thread and step; at most {OPERANDS} do not spill"
-    if problem.w_bits == 8 and weights > WEIGHTS_OF_8_BITS:
-        return f"{config}: {weights} 8-bit weights per thread and step; at most {WEIGHTS_OF_8_BITS} do not spill"
+    operands = config.block_words * (config.block_m + config.block_o) // config.warps
+    if operands > OPERANDS:
+        return f"{config}: {operands} operands per thread and step; at most {OPERANDS} do not spill"
     shared = config.stages * WORD * config.block_words * (config.block_m + config.block_o)
     if shared > SHARED_BYTES:
         return f"{config}: operands take {shared} bytes of shared memory; at most {SHARED_BYTES}"
+    if config.weights not in ("bytes", "fields"):
+        return f"{config}: weights are bytes or fields"
+    steps = -(-words(problem.in_channels) // config.block_words) * problem.kernel[0] * problem.kernel[1]
+    if not 1 <= config.split_k <= steps:
+        return f"{config}: {config.split_k} parts of a reduction of {steps} steps"
+    return _fields_reason(config, problem) if config.weights == "fields" else None
+
+
+def _fields_reason(config: GemmConfig, problem: Problem) -> str | None:
+    """Fields hold at most 4 bits, have no 0 for what lies beyond the channels, and scale the sum by a power of two."""
+    if problem.w_bits > FIELD_BITS:
+        return f"{config}: {problem.w_bits}-bit weights; fields hold at most {FIELD_BITS} bits, take bytes"
+    if problem.a_bits == MAX_BITS and problem.in_channels % (WORD * config.block_words):
+        return (
+            f"{config}: {problem.in_channels} channels of bytes, whose rest holds anything, in blocks of "
+            f"{WORD * config.block_words}; fields have no 0 for it, take bytes"
+        )
+    largest = problem.reduction * ((1 << problem.w_bits) - 1) * ((1 << problem.a_bits) - 1)
+    if largest << field_shift(problem.w_bits) >= 1 << 31:
+        return (
+            f"{config}: sums of up to {largest}; fields multiply them by {1 << field_shift(problem.w_bits)}, beyond 32 "
+            "bits, take bytes"
+        )
     return None
 
 
-def is_valid(config: GemmConfig, problem: Problem) -> bool:
-    """Whether `config` can run `problem`; `invalid_reason` says why not."""
-    return invalid_reason(config, problem) is None
+def slow_operand(config: GemmConfig, problem: Problem) -> bool:
+    """Whether one thread would unpack a whole row of operand A: the compiler then moves it byte by byte.
+
+    Read from the disassembly with Triton 3.7: 64 one-byte stores and loads for each step, twice the whole loop.
+    """
+    threads = 32 * config.warps
+    if config.weights_first:
+        width = 2 if problem.w_bits <= 2 else 4
+        row, rows = config.block_words * width, config.block_o
+        computed = config.weights == "fields"
+    else:
+        row, rows = config.block_words, config.block_m
+        computed = problem.a_bits < MAX_BITS
+    return computed and min(4, max(1, row * rows // threads)) >= row
 
 
 def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
     """Valid configurations worth timing: no tile twice as large as the problem, no word block beyond its channels."""
     rows = problem.batch * problem.out_height * problem.out_width
-    if problem.groups > 1:
-        yield from _grouped_candidates(problem)
-        return
     for block_m, block_o, block_words in product((16, 32, 64, 128, 256), (16, 32, 64, 128), (1, 2, 4)):
         wasteful = (
             (block_m > 16 and block_m >= 2 * rows)
@@ -95,39 +145,51 @@ def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
         )
         if wasteful:
             continue
-        for warps, stages, weights_first in product((4, 8), (2, 3, 4), (True, False)):
-            config = GemmConfig(block_m, block_o, block_words, warps, stages, weights_first)
-            if is_valid(config, problem):
+        parts = [part for part in (1, 2, 4, 8, 16) if part == 1 or _tiles(problem, block_m, block_o) * part <= BLOCKS]
+        choices = product((4, 8), (2, 3, 4), (True, False), ("bytes", "fields"), parts)
+        for warps, stages, weights_first, weights, split_k in choices:
+            config = GemmConfig(block_m, block_o, block_words, warps, stages, weights_first, weights, split_k)
+            if gemm_reason(config, problem) is None and not slow_operand(config, problem):
                 yield config
 
 
-def _grouped_candidates(problem: Problem) -> Iterator[GemmConfig]:
-    """The direct kernel of grouped convolutions has one element of the tile per product and no word blocks."""
-    for block_m, warps in product((16, 32, 64), (4, 8)):
-        config = GemmConfig(block_m, _power_at_least(problem.out_channels, 16, 32), 1, warps, 2, weights_first=False)
-        if is_valid(config, problem):
-            yield config
-
-
-def _power_at_least(size: int, smallest: int, largest: int) -> int:
-    power = smallest
-    while power < size and power < largest:
-        power *= 2
-    return power
+def _tiles(problem: Problem, block_m: int, block_o: int) -> int:
+    rows = problem.batch * problem.out_height * problem.out_width
+    return -(-rows // block_m) * -(-problem.out_channels // block_o)
 
 
 def gemm_default(problem: Problem) -> GemmConfig:
-    """The configuration where nothing was measured: a rule of thumb, not a result.
+    """The configuration where nothing was measured: a rule read from the disassembly, not a result.
 
-    One tile covers up to 64 filters; pixels fill the rest, fewer where the whole problem would not occupy 128 blocks.
+    - The tile is as large as the problem allows, up to 128 x 128, and halved along the pixels and then the filters
+      while it leaves multiprocessors idle. Tiles of 64 x 128 and more get 8 warps.
+    - What is still idle, at few rows, shares the reduction, with at least two steps for each.
+    - Activations are operand A: a quad of threads then holds 8 neighbouring channels, which the epilogue packs with two
+      shuffles. Where one thread would unpack a whole row of them (`slow_operand`), or only the filters fill the 64 rows
+      of a Hopper instruction, weights are.
+    - Weights are fields where they can be.
     """
-    if problem.groups > 1:
-        return next(_grouped_candidates(problem))
     rows = problem.batch * problem.out_height * problem.out_width
-    block_o = _power_at_least(problem.out_channels, 16, 64)
-    blocks = -(-problem.out_channels // block_o)
-    block_m = 128
-    while block_m > 32 and -(-rows // block_m) * blocks < 128:
+    block_o = power_at_least(problem.out_channels, 16, 128)
+    block_m = power_at_least(rows, 16, 128)
+    while block_m > 32 and _tiles(problem, block_m, block_o) < BLOCKS:
         block_m //= 2
-    block_words = _power_at_least(words(problem.in_channels), 1, 2)
-    return GemmConfig(block_m, block_o, block_words, warps=4, stages=3, weights_first=block_o >= 64)
+    while block_o > 64 and _tiles(problem, block_m, block_o) < BLOCKS:
+        block_o //= 2
+    while block_m * block_o < 16 * 8 * 4:
+        block_m *= 2
+    warps = 8 if block_m * block_o >= 64 * 128 else 4
+    block_words = power_at_least(words(problem.in_channels), 1, 4)
+    while block_words > 1 and block_words * (block_m + block_o) > OPERANDS * warps:
+        block_words //= 2
+    steps = -(-words(problem.in_channels) // block_words) * problem.kernel[0] * problem.kernel[1]
+    split_k = 1
+    while 4 * split_k <= steps and 2 * split_k * _tiles(problem, block_m, block_o) <= BLOCKS:
+        split_k *= 2
+    orders = (True, False) if block_m < 64 <= block_o else (False, True)
+    choices = [
+        GemmConfig(block_m, block_o, block_words, warps, 3, weights_first, weights, split_k)
+        for weights, weights_first in product(("fields", "bytes"), orders)
+    ]
+    valid = [config for config in choices if gemm_reason(config, problem) is None]
+    return next((config for config in valid if not slow_operand(config, problem)), valid[0])

@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import Any
 
 from lbs_kernels import extension, tuning_table
+from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import BackendError, LbsError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.half_config import HalfConfig
+from lbs_kernels.onebit_config import OneBitConfig
 from lbs_kernels.problem import Problem
 
 
@@ -64,6 +66,9 @@ class Kernel:
 GEMMS, ELEMENTWISE = ("bitconv2d", "bitlinear"), ("quantpack", "pool")
 KERNELS: list[Kernel] = [
     Kernel("triton", GEMMS, GemmConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("triton", ("bitconv2d",), DepthwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("triton", ("bitconv2d",), GroupedConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("cuda", GEMMS, OneBitConfig, "cuda_impl", "lbs_kernels.onebit_config"),
     Kernel("triton", ELEMENTWISE, ElementwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
     Kernel("fp16", GEMMS, HalfConfig, "half_impl", "lbs_kernels.half_config", exact=False),
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 
+from lbs_kernels.errors import FormatError
 from lbs_kernels.problem import Problem
 
 GROUP_ROWS = 64  # pixels of one group of 128 threads
@@ -38,6 +40,19 @@ class OneBitConfig:
 
     def __str__(self) -> str:
         return f"onebit_{self.machine}_m{self.block_m}_o{self.block_o}_s{self.stages}_t{self.thresholds}"
+
+    @classmethod
+    def parse(cls, text: str) -> OneBitConfig:
+        """The configuration that prints as `text`. Raises FormatError.
+
+        >>> OneBitConfig.parse("onebit_wgmma_m128_o128_s6_t2").block_o
+        128
+        """
+        found = re.fullmatch(r"onebit_(wgmma|mma)_m(\d+)_o(\d+)_s(\d+)_t(\d+)", text)
+        if found is None:
+            raise FormatError(f"{text!r} is no one-bit configuration; expected one like {cls(*TILES[0])}")
+        block_m, block_o, stages, thresholds = (int(found[index]) for index in range(2, 6))
+        return cls(found[1], block_m, block_o, stages, thresholds)
 
     @property
     def row(self) -> tuple[str, int, int, int]:
@@ -84,7 +99,7 @@ def is_valid(config: OneBitConfig, problem: Problem) -> bool:
     return invalid_reason(config, problem) is None
 
 
-def onebit_candidates(problem: Problem) -> Iterator[OneBitConfig]:
+def candidates(problem: Problem) -> Iterator[OneBitConfig]:
     """Valid configurations worth timing: no tile twice as large as the problem."""
     rows = problem.batch * problem.out_height * problem.out_width
     for (machine, block_m, block_o, stages), thresholds in product(TILES, (0, 2, 4)):

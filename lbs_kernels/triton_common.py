@@ -87,35 +87,38 @@ def store_stream(pointer, y, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def unpack_planes(pointer, plane_stride, mask, BITS: tl.constexpr):
-    """Codes int32 [R, 32 W] of words pointed at by [R, W]; plane p lies p * plane_stride words further."""
-    lane = tl.arange(0, 32)[None, None, :]
-    words = tl.load(pointer, mask=mask, other=0)
-    codes = (words[:, :, None] >> lane) & 1  # [R, W, 32]
-    for plane in tl.static_range(1, BITS):
-        words = tl.load(pointer + plane * plane_stride, mask=mask, other=0)
-        codes = codes | (((words[:, :, None] >> lane) & 1) << plane)
-    return tl.reshape(codes, [pointer.shape[0], pointer.shape[1] * 32])
+def eight_codes(lanes):
+    """Registers [R, words, bytes of a word] of codes below 16 [.., 8]: bit p of code i is bit i of byte p.
+
+    The bits are disjoint, so the sum is an OR.
+    """
+    spread = (lanes * 0x00204081) & 0x01010101  # bit p of a code to bit 0 of byte p
+    return tl.sum(spread << tl.arange(0, lanes.shape[3])[None, None, None, :], axis=3)
 
 
 @triton.jit
 def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constexpr):
-    """Planes int32 [M, BITS, CW] of codes int32 [R, BLOCK]; channels beyond `columns` become 0 bits.
+    """Planes int32 [M, BITS, CW] of codes int32 [R, BLOCK], all below 2^BITS; channels beyond `columns` become 0 bits.
 
     `first` is a multiple of BLOCK, and BLOCK a multiple of 32 or at least `columns`: a word is written by one program.
     """
     BLOCK: tl.constexpr = codes.shape[1]
-    LANES: tl.constexpr = BLOCK if BLOCK < WORD else WORD
-    codes = tl.where((first + tl.arange(0, BLOCK) < columns)[None, :], codes, 0)
-    lanes = tl.reshape(codes, [codes.shape[0], BLOCK // LANES, LANES])
-    lane = tl.arange(0, LANES)[None, None, :]
-    word = first // WORD + tl.arange(0, BLOCK // LANES)
+    LANES: tl.constexpr = BLOCK if BLOCK < 8 else 8
+    BYTES: tl.constexpr = (BLOCK if BLOCK < WORD else WORD) // LANES
+    COUNT: tl.constexpr = BLOCK // (LANES * BYTES)
+    lanes = tl.reshape(codes, [codes.shape[0], COUNT, BYTES, LANES])
+    byte = 8 * tl.arange(0, BYTES)[None, None, :]
+    word = first // WORD + tl.arange(0, COUNT)
     words = (columns + WORD - 1) // WORD
     target = pointer + row[:, None] * (BITS * words) + word[None, :]
     mask = row_mask[:, None] & (word < words)[None, :]
+    left = columns - word * WORD
+    keep = tl.where(left < WORD, (1 << (left & (WORD - 1))) - 1, -1)[None, :]  # bits of channels that exist
+    eight = eight_codes(lanes if BITS <= 4 else lanes & 15)
     for plane in tl.static_range(BITS):
-        # The bits of one word are disjoint, so the sum is an OR.
-        packed = tl.sum(((lanes >> plane) & 1) << lane, axis=2)
+        if plane == 4:
+            eight = eight_codes(lanes >> 4)
+        packed = tl.sum(((eight >> (8 * (plane % 4))) & 255) << byte, axis=2) & keep
         tl.store(target + plane * words, packed, mask=mask)
 
 

@@ -10,15 +10,27 @@ with x = 0 outside the image. Interpreter-tested and compiled ahead of time; not
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.direct_config import GroupedConfig
 from lbs_kernels.triton_common import Launch, fma
 from lbs_kernels.triton_emit import EmitMeta, EmitTarget, emit
-from lbs_kernels.triton_gemm import GemmShape, GemmWeights, gemm_grid, launch_options, tile
+from lbs_kernels.triton_gemm import GemmWeights, launch_options
+from lbs_kernels.triton_gemm_kernel import GemmShape, tile
+
+
+class GroupedMeta(NamedTuple):
+    """What the compiler knows of the operands."""
+
+    kernel: tuple[int, int]
+    w_bits: int
+    a_bits: int
+    zero: int
+    signed: bool
 
 
 @triton.jit
@@ -94,11 +106,14 @@ def bind_grouped(
     target: EmitTarget,
     emit_meta: EmitMeta,
     shape: GemmShape,
-    config: GemmConfig,
+    config: GroupedConfig,
 ) -> Launch:
     """A launch of `grouped_kernel` on activations x in their GPU form, everything fixed."""
+    source = weights.source
+    meta = GroupedMeta(weights.kernel, weights.bits, source.bits, source.zero, source.signed)
+    grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.filters, config.block_o),)
     run = functools.partial(
-        grouped_kernel[gemm_grid(shape, config)], x, weights.planes, multiplier, bias, target, shape,
-        META=weights.meta, EMIT=emit_meta, CONFIG=config, **launch_options(config),
+        grouped_kernel[grid], x, weights.planes, multiplier, bias, target, shape,
+        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2),
     )  # fmt: skip
     return lambda inputs: run()

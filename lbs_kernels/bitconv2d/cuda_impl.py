@@ -8,9 +8,9 @@ from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
 from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, TensorSpec
+from lbs_kernels.program import TensorSpec
 
-__all__ = ["accumulate", "bind", "prepare_weights", "problem_of", "step_reason", "supports"]
+__all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
 
 bind = bind_onebit
 
@@ -18,14 +18,6 @@ bind = bind_onebit
 def supports(problem: Problem) -> str | None:
     """Why this back end cannot serve `problem`, or None; `step_reason` answers for the rest of a step."""
     return unsupported_reason(problem)
-
-
-def problem_of(step: ConvStep, source: TensorSpec, filters: int, batch: int, device: str) -> Problem:
-    """The key of one step at one batch size."""
-    return Problem(
-        "bitconv2d", batch, source.height, source.width, source.channels, filters, step.kernel, step.stride,
-        step.padding, step.dilation, step.groups, step.w_bits, source.bits, device,
-    )  # fmt: skip
 
 
 def accumulate(

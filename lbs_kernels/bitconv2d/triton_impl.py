@@ -1,4 +1,4 @@
-"""bitconv2d in Triton: the implicit GEMM of triton_gemm.py with a window, or the direct sum where there are groups."""
+"""bitconv2d in Triton: the implicit GEMM with a window, or the direct kernels where there are groups."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lbs_kernels.bitconv2d import tuning
+from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.errors import BackendError, ShapeError
+from lbs_kernels.gemm_config import GemmConfig, gemm_default
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, Program, TensorSpec
 from lbs_kernels.triton_common import Launch
+from lbs_kernels.triton_depthwise import bind_depthwise
 from lbs_kernels.triton_emit import bind_emit
-from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, gemm_accumulate, gemm_reason, gemm_shape
+from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
 from lbs_kernels.triton_grouped import bind_grouped
 
 
 def supports(problem: Problem) -> str | None:
     """Why this back end cannot serve `problem`, or None."""
-    return gemm_reason(problem)
+    return bits_reason(problem)
 
 
 def bind(
@@ -34,8 +37,12 @@ def bind(
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     multiplier, bias = arrays[step.multiplier], arrays[step.bias]
     shape = gemm_shape(problem, program.tensors[step.input])
-    bind_kernel = bind_gemm if step.groups == 1 else bind_grouped
-    return bind_kernel(buffers[step.input], weights, multiplier, bias, target, meta, shape, config)
+    operands = (buffers[step.input], weights, multiplier, bias, target, meta, shape)
+    if isinstance(config, DepthwiseConfig):
+        return bind_depthwise(*operands, config)
+    if isinstance(config, GroupedConfig):
+        return bind_grouped(*operands, config)
+    return bind_gemm(*operands, config)
 
 
 def accumulate(
@@ -49,7 +56,7 @@ def accumulate(
     dilation: tuple[int, int] = (1, 1),
     zero: int = 0,
     signed: bool = False,
-    config: tuning.Config | None = None,
+    config: GemmConfig | None = None,
 ) -> Tensor:
     """The accumulator int32 [N, H', W', O] of one group; arguments as in reference.py, plus the launch configuration.
 
@@ -66,7 +73,7 @@ def accumulate(
         "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, 1, w_bits, a_bits,
         str(x_codes.device),
     )  # fmt: skip
-    config = tuning.default(problem) if config is None else config
+    config = gemm_default(problem) if config is None else config
     reason = supports(problem) or tuning.invalid_reason(config, problem)
     if reason is not None:
         raise BackendError(f"triton cannot serve {problem}: {reason}")

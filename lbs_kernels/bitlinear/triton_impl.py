@@ -12,12 +12,12 @@ from lbs_kernels.problem import Problem
 from lbs_kernels.program import LinearStep, Program, TensorSpec
 from lbs_kernels.triton_common import Launch
 from lbs_kernels.triton_emit import bind_emit
-from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, gemm_accumulate, gemm_reason, gemm_shape
+from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
 
 
 def supports(problem: Problem) -> str | None:
     """Why this back end cannot serve `problem`, or None."""
-    return gemm_reason(problem)
+    return bits_reason(problem)
 
 
 def bind(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from lbs_kernels.gemm_config import GemmConfig as Config
-from lbs_kernels.gemm_config import gemm_candidates, gemm_default, invalid_reason, is_valid
+from lbs_kernels.gemm_config import gemm_candidates, gemm_default
+from lbs_kernels.gemm_config import gemm_reason as invalid_reason
 from lbs_kernels.problem import Problem
 
 __all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid"]
+
+
+def is_valid(config: Config, problem: Problem) -> bool:
+    """Whether `config` can run `problem`; `invalid_reason` says why not."""
+    return invalid_reason(config, problem) is None
 
 
 def candidates(problem: Problem) -> list[Config]:

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu_layout import pixel_elements
+from lbs_kernels.gpu_layout import BYTE_BITS, pixel_elements
 from lbs_kernels.pool import tuning
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import PoolStep, Program, TensorSpec
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, load_stream, store_planes, unpack_planes
+from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, load_stream
 from lbs_kernels.triton_emit import bind_emit, emit, kernel_view
 
 
@@ -55,37 +55,79 @@ def window_pixel(row, row_mask, tap_y, tap_x, shape):
 
 
 @triton.jit
-def max_codes_kernel(
+def plane(pointer, stride, mask, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Words [BLOCK_M, BLOCK_WORDS] of plane INDEX, 0 if there is no such plane."""
+    if INDEX < BITS:
+        words = tl.load(pointer + INDEX * stride, mask=mask, other=0)
+    else:
+        words = tl.zeros(pointer.shape, dtype=tl.int32)
+    return words
+
+
+@triton.jit
+def max_planes_kernel(
     x_ptr, out_ptr, shape, BITS: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr
 ):
-    """Maximum of codes: planes [.., BITS, CW], or bytes for 8 bits, whose bias does not change their order."""
+    """Maximum of codes of up to 7 bits, 32 channels at once: two logical instructions for each plane and tap.
+
+    larger = (a > b), from the lowest plane up: where plane p differs it decides, where it does not the planes below do.
+    Padding reads as code 0 and so never wins.
+    """
     BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_C: tl.constexpr = CONFIG.block_c
-    BLOCK_WORDS: tl.constexpr = (BLOCK_C + 31) // 32
+    BLOCK_WORDS: tl.constexpr = (CONFIG.block_c + 31) // 32
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
-    row_mask = row < shape.rows
     words = (shape.channels + 31) // 32
     word = first // 32 + tl.arange(0, BLOCK_WORDS)
-    channel = first + tl.arange(0, CONFIG.block_c)
-    if BITS == 8:
-        best = tl.full([BLOCK_M, BLOCK_C], -128, dtype=tl.int32)
-    else:
-        best = tl.zeros([BLOCK_M, BLOCK_WORDS * 32], dtype=tl.int32)
+    there = (word < words)[None, :]
+    b0 = tl.zeros([BLOCK_M, BLOCK_WORDS], dtype=tl.int32)
+    b1, b2, b3, b4, b5, b6 = b0, b0, b0, b0, b0, b0
     for tap in range(KERNEL_H * KERNEL_W):
-        pixel, inside = window_pixel(row, row_mask, tap // KERNEL_W, tap % KERNEL_W, shape)
-        start = x_ptr + pixel[:, None] * shape.pitch
-        # Padding reads as the smallest code and so never wins.
-        if BITS == 8:
-            mask = inside[:, None] & (channel < shape.channels)[None, :]
-            codes = tl.load(start + channel[None, :], mask=mask, other=-128).to(tl.int32)
-        else:
-            codes = unpack_planes(start + word[None, :], words, inside[:, None] & (word < words)[None, :], BITS)
-        best = tl.maximum(best, codes)
-    if BITS == 8:
-        mask = row_mask[:, None] & (channel < shape.channels)[None, :]
-        tl.store(out_ptr + row[:, None] * shape.pitch + channel[None, :], best.to(tl.int8), mask=mask)
-    else:
-        store_planes(out_ptr, best, row, row_mask, first, shape.channels, BITS)
+        pixel, inside = window_pixel(row, row < shape.rows, tap // KERNEL_W, tap % KERNEL_W, shape)
+        start = x_ptr + pixel[:, None] * shape.pitch + word[None, :]
+        mask = inside[:, None] & there
+        a0, a1 = plane(start, words, mask, 0, BITS), plane(start, words, mask, 1, BITS)
+        a2, a3 = plane(start, words, mask, 2, BITS), plane(start, words, mask, 3, BITS)
+        a4, a5 = plane(start, words, mask, 4, BITS), plane(start, words, mask, 5, BITS)
+        a6 = plane(start, words, mask, 6, BITS)
+        larger = a0 & ~b0
+        larger = (a1 & ~b1) | (~(a1 ^ b1) & larger)
+        larger = (a2 & ~b2) | (~(a2 ^ b2) & larger)
+        larger = (a3 & ~b3) | (~(a3 ^ b3) & larger)
+        larger = (a4 & ~b4) | (~(a4 ^ b4) & larger)
+        larger = (a5 & ~b5) | (~(a5 ^ b5) & larger)
+        larger = (a6 & ~b6) | (~(a6 ^ b6) & larger)
+        b0, b1 = (a0 & larger) | (b0 & ~larger), (a1 & larger) | (b1 & ~larger)
+        b2, b3 = (a2 & larger) | (b2 & ~larger), (a3 & larger) | (b3 & ~larger)
+        b4, b5 = (a4 & larger) | (b4 & ~larger), (a5 & larger) | (b5 & ~larger)
+        b6 = (a6 & larger) | (b6 & ~larger)
+    target = out_ptr + row[:, None] * shape.pitch + word[None, :]
+    mask = (row < shape.rows)[:, None] & there
+    tl.store(target, b0, mask=mask)
+    tl.store(target + words, b1, mask=mask & (BITS > 1))
+    tl.store(target + 2 * words, b2, mask=mask & (BITS > 2))
+    tl.store(target + 3 * words, b3, mask=mask & (BITS > 3))
+    tl.store(target + 4 * words, b4, mask=mask & (BITS > 4))
+    tl.store(target + 5 * words, b5, mask=mask & (BITS > 5))
+    tl.store(target + 6 * words, b6, mask=mask & (BITS > 6))
+
+
+@triton.jit
+def max_bytes_kernel(x_ptr, out_ptr, shape, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr):
+    """Maximum of codes of 8 bits; their bias does not change their order. Padding reads as code 0 and so never wins."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    row, first = pool_tile(shape.rows, shape.channels, CONFIG)
+    # Whole pitches: a multiple of 16 bytes, which the loads then have. What lies beyond the channels means nothing.
+    pitch = tl.multiple_of(shape.pitch, 16)
+    channel = first + tl.arange(0, BLOCK_C)
+    there = (channel < pitch)[None, :]
+    best = tl.full([BLOCK_M, BLOCK_C], -128, dtype=tl.int8)
+    for tap in range(KERNEL_H * KERNEL_W):
+        pixel, inside = window_pixel(row, row < shape.rows, tap // KERNEL_W, tap % KERNEL_W, shape)
+        start = x_ptr + pixel[:, None] * pitch + channel[None, :]
+        best = tl.maximum(best, tl.load(start, mask=inside[:, None] & there, other=-128))
+    mask = (row < shape.rows)[:, None] & there
+    tl.store(out_ptr + row[:, None] * pitch + channel[None, :], best, mask=mask)
 
 
 @triton.jit
@@ -161,7 +203,10 @@ def bind(
     x = buffers[step.input]
     if source.form == "codes":
         out = buffers[step.emit.consumers[0].tensor]
-        run = functools.partial(max_codes_kernel[grid], x, out, shape, BITS=source.bits, **window, **common)
+        if source.bits == BYTE_BITS:
+            run = functools.partial(max_bytes_kernel[grid], x, out, shape, **window, **common)
+        else:
+            run = functools.partial(max_planes_kernel[grid], x, out, shape, BITS=source.bits, **window, **common)
         return lambda inputs: run()
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     if step.kind == "max":

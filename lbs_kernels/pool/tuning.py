@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from lbs_kernels.elementwise_config import ElementwiseConfig as Config
-from lbs_kernels.elementwise_config import elementwise_candidates, elementwise_default, invalid_reason, is_valid
+from lbs_kernels.elementwise_config import (
+    channel_block,
+    elementwise_candidates,
+    elementwise_default,
+    invalid_reason,
+    is_valid,
+)
+from lbs_kernels.gpu_layout import BYTE_BITS
 from lbs_kernels.problem import Problem
 
 __all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid"]
@@ -15,5 +22,7 @@ def candidates(problem: Problem) -> list[Config]:
 
 
 def default(problem: Problem) -> Config:
-    """The configuration used where nothing was measured."""
+    """The configuration used where nothing was measured; planes are whole words, one for each thread."""
+    if 0 < problem.a_bits < BYTE_BITS:
+        return Config(128, channel_block(problem.in_channels), warps=4)
     return elementwise_default(problem)

@@ -32,6 +32,7 @@ class Compiled:
     """What the compiler made of one launch."""
 
     name: str
+    ttgir: str
     ptx: str
     cubin: bytes
     log: str  # of ptxas -v
@@ -94,7 +95,9 @@ def compiling(target: str, folder: Path) -> Iterator[list[Compiled]]:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, **{**kwargs, "warmup": True})
-        kernels.append(Compiled(kernel.name, kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue()))
+        kernels.append(
+            Compiled(kernel.name, kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue())
+        )
         return kernel
 
     with contextlib.ExitStack() as stack:

@@ -17,6 +17,7 @@ from lbs_kernels.onebit_config import OneBitConfig, onebit_default
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, LinearStep, Program
 from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.step_problem import problem_of
 
 GUARD = 256  # bytes on either side, so that the buffer keeps its alignment
 IMPLEMENTATIONS = {"bitconv2d": bitconv2d, "bitlinear": bitlinear}
@@ -44,7 +45,7 @@ def served(program: Program, step: object, batch: int, device: str) -> Problem |
     if not isinstance(step, ConvStep | LinearStep):
         return None
     source, module = program.tensors[step.input], IMPLEMENTATIONS[step.op]
-    problem = module.problem_of(step, source, program.arrays[step.planes].shape[1], batch, device)  # type: ignore[attr-defined]
+    problem = problem_of(step, program, batch, device)
     refused = module.supports(problem) or module.step_reason(step, source)  # type: ignore[attr-defined]
     return None if refused else problem
 

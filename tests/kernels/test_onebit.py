@@ -23,8 +23,8 @@ from lbs_kernels.format import pack_weights
 from lbs_kernels.onebit_config import (
     TILES,
     OneBitConfig,
+    candidates,
     invalid_reason,
-    onebit_candidates,
     onebit_default,
 )
 from lbs_kernels.onebit_gemm import MODEL_BLOCKS, threshold_tables
@@ -320,9 +320,10 @@ def test_configurations() -> None:
     assert str(onebit_default(problem(batch=1))) == "onebit_wgmma_m64_o128_s4_t2"
     assert onebit_default(problem(out_channels=40)).block_o == 64
     for one in (problem(), problem(batch=1, height=1, width=1, kernel=(1, 1), padding=(0, 0)), problem(w_bits=4)):
-        candidates = list(onebit_candidates(one))
-        assert len(set(map(str, candidates))) == len(candidates) >= 6
-        assert all(invalid_reason(config, one) is None for config in [*candidates, onebit_default(one)])
+        found = list(candidates(one))
+        assert len(set(map(str, found))) == len(found) >= 6
+        assert all(OneBitConfig.parse(str(config)) == config for config in found)
+        assert all(invalid_reason(config, one) is None for config in [*found, onebit_default(one)])
 
 
 def test_what_is_refused() -> None:

@@ -19,6 +19,7 @@ from lbs_kernels.gpu_layout import from_logical, storage, to_logical
 from lbs_kernels.onebit_config import TILES, OneBitConfig, machines, onebit_default
 from lbs_kernels.program import Emit
 from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.step_problem import problem_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,7 +135,7 @@ def test_a_captured_launch_replays_and_follows_its_inputs() -> None:
         assert index is not None
         dtype, shape = storage(program.tensors[index], program.stream_dtype, 3)
         buffers[index] = torch.zeros(shape, dtype=dtype, device="cuda")
-    problem = conv_cuda.problem_of(step, source, 64, 3, "cuda")  # type: ignore[arg-type]
+    problem = problem_of(step, program, 3, "cuda")
     weights = conv_cuda.prepare_weights(arrays[step.planes], (3, 3), 1, source, "cuda")  # type: ignore[union-attr]
     launch = conv_cuda.bind(step, problem, onebit_default(problem), program, arrays, weights, buffers)  # type: ignore[arg-type]
     launch([])

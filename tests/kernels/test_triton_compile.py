@@ -7,7 +7,9 @@ found: `mma.sync.m16n8k32 ... s32.s8.s8.s32` on sm_80; on sm_90 `wgmma.mma_async
 
 from __future__ import annotations
 
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import programs
@@ -17,9 +19,12 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
 from ahead_of_time import TARGETS, Compiled, compiling
+from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_layouts
 
+import lbs.cost
+import lbs.models
 from lbs_kernels import gpu_runner
-from lbs_kernels.bitconv2d import tuning as conv_tuning
+from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.gpu_runner import GpuRunner
@@ -33,6 +38,7 @@ INT8 = {
 }
 BITS = (2, 4, 8)
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
+HOPPER_FIRST = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +58,7 @@ def compile_steps(
     batch: int,
     target: str,
     folder: Path,
-    configs: dict[str, GemmConfig] | None = None,
+    configs: dict[str, tuning.Config] | None = None,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> list[Compiled]:
     """Every launch of the program at one batch size, compiled."""
@@ -103,6 +109,8 @@ def test_convolution_uses_int8_tensor_cores(w_bits: int, a_bits: int, target: st
     quantize, conv = compile_steps(program, blob, 32, target, tmp_path)
     check_exact(quantize)
     check_gemm(conv, "wgmma" if target == "sm_90" else "mma.sync")
+    if target == "sm_90":
+        check_operands(conv)
 
 
 @TARGET
@@ -117,7 +125,7 @@ def test_every_kind_of_step_compiles(target: str, tmp_path: Path) -> None:
     program, blob = programs.imagenet_stem(0)
     kernels = compile_steps(program, blob, 2, target, tmp_path)
     assert {kernel.name for kernel in kernels} == {
-        "quantpack_kernel", "gemm_kernel", "max_codes_kernel", "max_stream_kernel", "mean_kernel",
+        "quantpack_kernel", "gemm_kernel", "max_planes_kernel", "max_stream_kernel", "mean_kernel",
     }  # fmt: skip
     for kernel in kernels:
         if kernel.name == "gemm_kernel":
@@ -175,33 +183,147 @@ def test_fused_multiply_add_is_one_instruction(tmp_path: Path) -> None:
     assert "FFMA" in conv.sass
 
 
+def problem(
+    channels: int, filters: int, size: int, kernel: int, batch: int, w_bits: int, a_bits: int, **rest: int
+) -> Problem:
+    window, padding = (kernel, kernel), (kernel // 2, kernel // 2)
+    return Problem(
+        "bitconv2d", batch, size, size, channels, filters, window, padding=padding, w_bits=w_bits, a_bits=a_bits, **rest
+    )
+
+
+def compile_problem(problem: Problem, target: str, folder: Path, config: tuning.Config | None = None) -> Compiled:
+    """The launch of one layer that writes a stream and codes of as many bits as it reads."""
+    program, blob = programs.one_conv(
+        0, channels=problem.in_channels, filters=problem.out_channels, size=(problem.height, problem.width),
+        w_bits=problem.w_bits, a_bits=problem.a_bits, out_bits=problem.a_bits, kernel=problem.kernel,
+        stride=problem.stride, padding=problem.padding, groups=problem.groups,
+    )  # fmt: skip
+    return compile_steps(program, blob, problem.batch, target, folder, config and {"step1": config})[1]
+
+
+def check_operands(kernel: Compiled) -> None:
+    """What assembly takes for neighbours are neighbours, and no operand moves through shared memory byte by byte."""
+    check_layouts(kernel)
+    assert main_loop(kernel).count(r"(STS|LDS)\.[US]8") == 0
+
+
+def check_layouts(kernel: Compiled) -> None:
+    for assembly, dimensions in ((SPLIT, 2), (SUM, 1)):
+        for layout in packed_layouts(kernel, assembly):
+            assert neighbours_in_a_thread(layout, dimensions), layout
+
+
+# Instructions of the loop for 128 x 128 x 128 products, which take the tensor core 512 clocks at best; each of its four
+# schedulers issues them for two warps. The limits are what Triton 3.7 makes plus a tenth; 3.5 and 3.6 keep them too.
+@pytest.mark.parametrize(
+    ("bits", "kernel", "limit"),
+    [
+        ((4, 4), 3, 240),
+        pytest.param((2, 2), 3, 190, marks=pytest.mark.slow),
+        pytest.param((8, 8), 1, 200, marks=pytest.mark.slow),
+    ],
+)
+def test_the_loop_is_short(bits: tuple[int, int], kernel: int, limit: int, tmp_path: Path) -> None:
+    layer = problem(256, 256, 28, kernel, 32, *bits)
+    assert str(tuning.default(layer)).startswith("gemm_m128_o128_k128_w8")
+    compiled = compile_problem(layer, "sm_90", tmp_path)
+    check_operands(compiled)
+    loop = main_loop(compiled)
+    assert loop.products == 4  # 64 x 128 x 32 each, of 128 x 128 x 128 in two warp groups
+    assert len(loop.instructions) <= limit
+    assert loop.count(r"LDGSTS") > 0, "loads are not asynchronous"
+    assert loop.count(r"LDG\.") == 0
+    wide = loop.count(r"LDGSTS\.E\.(BYPASS\.)?(64|128)")
+    assert wide == loop.count("LDGSTS")
+
+
+def test_bytes_of_another_thread_would_be_noticed(tmp_path: Path) -> None:
+    """The check of the layouts can fail, and there is something to check."""
+    kernel = compile_problem(problem(64, 64, 56, 3, 32, 4, 4), "sm_90", tmp_path)
+    assert len(packed_layouts(kernel, SPLIT)) == 2
+    check_layouts(kernel)
+    blocked = "#ttg.blocked<{sizePerThread = [1, 1, 2, 2], threadsPerWarp = [16, 2, 1, 1], warpsPerCTA = [4, 1, 1, 1], "
+    assert neighbours_in_a_thread(blocked + "order = [3, 2, 1, 0]}>", 2)
+    assert not neighbours_in_a_thread(blocked + "order = [2, 3, 1, 0]}>", 2)
+    assert not neighbours_in_a_thread(blocked.replace("1, 2, 2]", "4, 1, 1]") + "order = [3, 2, 1, 0]}>", 2)
+    assert neighbours_in_a_thread("#ttg.linear<{register = [[0, 0, 0, 1], [0, 0, 1, 0], [8, 0, 0, 0]], lane = ", 2)
+    assert not neighbours_in_a_thread("#ttg.linear<{register = [[0, 0, 0, 1], [8, 0, 0, 0], [0, 0, 1, 0]], lane = ", 2)
+    assert neighbours_in_a_thread("#ttg.blocked<{sizePerThread = [1, 16], warps = [4, 1], order = [1, 0]}>", 1)
+    assert not neighbours_in_a_thread("#ttg.blocked<{sizePerThread = [4, 1], warps = [4, 1], order = [0, 1]}>", 1)
+
+
+@HOPPER_FIRST
+def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> None:
+    layer = problem(512, 512, 7, 3, 1, 4, 4)
+    assert tuning.default(layer).split_k == 16
+    kernel = compile_problem(layer, target, tmp_path)
+    check_gemm(kernel, "wgmma" if target == "sm_90" else "mma.sync")
+    assert "atom.global.gpu.acq_rel.add" in kernel.ptx
+    assert re.search(r"(red|atom)\.global\.gpu\.relaxed\.add", kernel.ptx)
+
+
+@HOPPER_FIRST
+@pytest.mark.parametrize("bits", [(4, 4), pytest.param((8, 8), marks=pytest.mark.slow)])
+def test_depthwise_multiplies_four_taps_at_once(bits: tuple[int, int], target: str, tmp_path: Path) -> None:
+    kernel = compile_problem(problem(96, 96, 56, 3, 32, *bits, groups=96), target, tmp_path)
+    check_exact(kernel)
+    assert "dp4a.s32.s32" in kernel.ptx
+    assert "prmt.b32" in kernel.ptx
+    assert not re.search(r"LDG\.E\.[US]8", kernel.sass), "bytes are loaded one by one"
+
+
+def shipped(network: str) -> dict[str, Problem]:
+    """One layer for every kernel that the defaults choose over the layers of a known network."""
+    found: dict[str, Problem] = {}
+    layers = lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network)).layers
+    for layer, batch, bits in itertools.product(layers, (1, 32, 128, 256), BITS):
+        problem = replace(layer.problem, op="bitconv2d", batch=batch, w_bits=bits, a_bits=bits)
+        tail = "tail" if problem.in_channels % 32 else "whole"
+        key = f"{tuning.default(problem)}-w{bits}a{bits}-k{problem.kernel[0]}-p{problem.padding[0]}-{tail}"
+        found.setdefault(key, problem)
+    return found
+
+
+def check_shipped(layer: Problem, target: str, folder: Path) -> None:
+    config = tuning.default(layer)
+    kernel = compile_problem(layer, target, folder)
+    if not isinstance(config, GemmConfig):
+        check_exact(kernel)
+        return
+    rows = config.block_o if config.weights_first else config.block_m  # of operand A
+    wgmma = target == "sm_90" and rows >= 64
+    check_gemm(kernel, "wgmma" if wgmma else "mma.sync")
+    check_layouts(kernel)
+    if wgmma and config.block_m * config.block_words >= 32 * config.warps:
+        check_operands(kernel)
+
+
 @pytest.mark.slow
 @TARGET
-@pytest.mark.parametrize("w_bits", BITS)
-@pytest.mark.parametrize("a_bits", BITS)
-@pytest.mark.parametrize("batch", [1, 32])
-@pytest.mark.parametrize(("channels", "size"), [(16, 32), (64, 56), (512, 7)])
-def test_shipped_configurations(
-    channels: int, size: int, batch: int, a_bits: int, w_bits: int, target: str, tmp_path: Path
-) -> None:
-    program, blob = layer(channels, channels, size, w_bits, a_bits)
-    _, conv = compile_steps(program, blob, batch, target, tmp_path)
-    check_gemm(conv, "wgmma" if "wgmma" in conv.ptx else "mma.sync")
+@pytest.mark.parametrize("network", ["resnet18", "resnet50", "mobilenet_v2", "cifar_resnet20", "cifar_resnet56"])
+def test_shipped_configurations(network: str, target: str, tmp_path: Path) -> None:
+    failures = {}
+    for name, layer in shipped(network).items():
+        try:
+            check_shipped(layer, target, tmp_path / name)
+        except AssertionError as error:
+            failures[name] = str(error).splitlines()[0]
+    assert not failures
 
 
-CORNERS = [(128, 64, 2, 4), (64, 128, 2, 4), (128, 128, 2, 8), (256, 64, 2, 8), (128, 128, 4, 8), (32, 64, 4, 8)]
+CORNERS = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 8), (256, 64, 4, 8), (256, 32, 4, 8), (32, 128, 4, 4)]
 
 
 def corner_cases() -> list[tuple[int, int, GemmConfig]]:
     """The largest configurations that the rule allows: it claims that they do not spill."""
     cases = []
     for w_bits, a_bits in ((8, 8), (8, 2), (4, 4), (2, 8)):
-        problem = Problem("bitconv2d", 32, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), w_bits=w_bits, a_bits=a_bits)
-        for corner in CORNERS:
-            for weights_first in (True, False):
-                config = GemmConfig(*corner, stages=3, weights_first=weights_first)
-                if conv_tuning.is_valid(config, problem):
-                    cases.append((w_bits, a_bits, config))
+        layer = problem(128, 128, 28, 3, 32, w_bits, a_bits)
+        for corner, first, weights in itertools.product(CORNERS, (True, False), ("bytes", "fields")):
+            config = GemmConfig(*corner, stages=3, weights_first=first, weights=weights)
+            if tuning.is_valid(config, layer):
+                cases.append((w_bits, a_bits, config))
     return cases
 
 
@@ -211,9 +333,9 @@ def corner_cases() -> list[tuple[int, int, GemmConfig]]:
 def test_largest_valid_configurations_do_not_spill(
     w_bits: int, a_bits: int, config: GemmConfig, target: str, tmp_path: Path
 ) -> None:
-    program, blob = layer(128, 128, 28, w_bits, a_bits)
-    _, conv = compile_steps(program, blob, 32, target, tmp_path, {"step1": config})
-    assert conv.spill_bytes == 0, f"{config}: {conv.log}"
+    kernel = compile_problem(problem(128, 128, 28, 3, 32, w_bits, a_bits), target, tmp_path, config)
+    assert kernel.spill_bytes == 0, f"{config}: {kernel.log}"
+    check_layouts(kernel)
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

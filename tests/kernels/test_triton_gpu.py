@@ -14,6 +14,7 @@ from torch import Tensor
 from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.format import pack_weights
+from lbs_kernels.gemm_config import gemm_candidates
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
@@ -66,7 +67,7 @@ def test_every_pair_of_bits_at_network_size(w_bits: int, a_bits: int) -> None:
     check(program, blob, batch=4, seed=w_bits)
 
 
-# Two configurations of every tile, so that each layout conversion the compiler picks is compared once.
+# One configuration of every tile, so that each layout conversion the compiler picks is compared once.
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (8, 8)])
 def test_accumulator_of_every_tile(w_bits: int, a_bits: int) -> None:
     from lbs_kernels.bitconv2d import triton_impl
@@ -79,11 +80,38 @@ def test_accumulator_of_every_tile(w_bits: int, a_bits: int) -> None:
     expected = conv_reference.accumulate(x, planes, **window)
     problem = Problem("bitconv2d", 2, 17, 15, 96, 130, (3, 3), (2, 1), (1, 1), w_bits=w_bits, a_bits=a_bits)
     chosen = {
-        (c.block_m, c.block_o, c.block_words, c.warps, c.weights_first): c for c in conv_tuning.candidates(problem)
+        (c.block_m, c.block_o, c.block_words, c.warps, c.weights_first, c.weights, c.split_k > 1): c
+        for c in gemm_candidates(problem)
     }
     for config in list(chosen.values())[::3]:
         actual = triton_impl.accumulate(x.cuda(), planes.cuda(), **window, config=config)
         assert_same(actual, expected, f"accumulator of {config}")
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4), (8, 8), (8, 2)])
+def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int) -> None:
+    from lbs_kernels.gpu_runner import GpuRunner
+
+    program, blob = programs.one_conv(
+        0, channels=100, filters=100, groups=100, size=(15, 14), w_bits=w_bits, a_bits=a_bits, out_bits=4,
+        kernel=(size, size), padding=(size // 2, size // 2), stride=(2, 1),
+    )  # fmt: skip
+    images = programs.random_inputs(program, 3, 0)
+    expected = ReferenceRunner(program, blob).run(images)[0]
+    runner = GpuRunner(program, blob, "cuda")
+    for config in conv_tuning.candidates(runner.problems(3)["step1"]):
+        other = GpuRunner(program, blob, "cuda", {"step1": config})
+        assert_same(other.run([images[0].cuda()])[0], expected, str(config))
+
+
+def test_parts_of_a_reduction_meet_again_and_again() -> None:
+    """Many launches on one workspace: a counter or a sum left behind would show in the next."""
+    program, blob = programs.one_conv(0, channels=512, filters=500, size=(7, 7), w_bits=4, a_bits=4)
+    runner, images = runner_and_images(program, blob, 1, 0)
+    expected = ReferenceRunner(program, blob).run([images[0].cpu()])[0]
+    for _ in range(200):
+        assert_same(runner.run(images)[0], expected, "output")
 
 
 def test_not_a_number_and_infinity_become_codes() -> None:

@@ -22,6 +22,7 @@ from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitconv2d import triton_impl as conv_triton
 from lbs_kernels.bitlinear import reference as linear_reference
 from lbs_kernels.bitlinear import triton_impl as linear_triton
+from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.format import pack_weights
@@ -151,16 +152,90 @@ def test_accumulator_around_tiles(channels: int, filters: int, rows: int, w_bits
     assert_same(actual, expected, "accumulator")
 
 
+def check_accumulator(
+    config: GemmConfig, w_bits: int, a_bits: int, channels: int, zero: int = 0, filters: int = 33
+) -> None:
+    """A strided 3 x 3 window over 4 x 5 pixels: every window touches a border."""
+    generator = torch.Generator().manual_seed(w_bits + a_bits)
+    x = torch.randint(0, 1 << a_bits, (2, 4, 5, channels), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 1 << w_bits, (filters, 3, 3, channels), generator=generator, dtype=torch.uint8)
+    planes = pack_weights(codes, w_bits)
+    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": zero}
+    expected = conv_reference.accumulate(x, planes, **window)
+    assert_same(conv_triton.accumulate(x, planes, **window, config=config), expected, f"accumulator of {config}")
+
+
 @pytest.mark.parametrize("words", [1, 2, 4])
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_every_order_of_operands_and_word_block(words: int, weights_first: bool) -> None:
     config = GemmConfig(32, 32, words, warps=4, stages=3, weights_first=weights_first)
-    generator = torch.Generator().manual_seed(words)
-    x = torch.randint(0, 256, (2, 4, 5, 70), generator=generator, dtype=torch.uint8)
-    planes = pack_weights(torch.randint(0, 256, (33, 3, 3, 70), generator=generator, dtype=torch.uint8), 8)
-    window = {"a_bits": 8, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": 9}
-    expected = conv_reference.accumulate(x, planes, **window)
-    assert_same(conv_triton.accumulate(x, planes, **window, config=config), expected, "accumulator")
+    check_accumulator(config, w_bits=8, a_bits=8, channels=70, zero=9)
+
+
+# 1 and 3 bits leave room in their field; 70 channels end inside the third of four words; 128 fill the block of bytes.
+@pytest.mark.parametrize(
+    ("w_bits", "a_bits", "channels"),
+    [
+        (1, 1, 70),
+        (2, 8, 128),
+        pytest.param(3, 4, 70, marks=pytest.mark.slow),
+        pytest.param(2, 3, 33, marks=pytest.mark.slow),
+        pytest.param(4, 7, 70, marks=pytest.mark.slow),
+    ],
+)
+def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
+    config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
+    check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
+
+
+# 27 steps in 4 parts, the last of 6; in 16 parts of 2, where the last two parts have nothing to do.
+@pytest.mark.parametrize("parts", [4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("bits", "weights"), [(4, "fields"), (8, "bytes")])
+def test_parts_of_the_reduction_add_up(bits: int, weights: str, parts: int) -> None:
+    config = GemmConfig(16, 32, 1, 4, 3, weights_first=True, weights=weights, split_k=parts)
+    check_accumulator(config, bits, bits, channels=70, zero=3, filters=13)
+
+
+def test_the_last_part_emits_and_leaves_zeros() -> None:
+    """The second run finds the workspace as the first did; codes and a stream come from the total."""
+    program, blob = programs.one_conv(0, channels=70, filters=13, size=(4, 4), w_bits=2, a_bits=4)
+    config = GemmConfig(16, 32, 2, 4, 3, weights_first=False, weights="fields", split_k=5)
+    runner = GpuRunner(program, blob, "cpu", {"step1": config})
+    for seed in (0, 1):
+        trace = check(program, blob, programs.random_inputs(program, 2, seed), runner)
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+# Channels around a word, windows around a border, under strides, dilation, odd sizes and every reading of the codes.
+DEPTHWISE: list[dict[str, object]] = [
+    {"channels": 33, "w_bits": 2, "a_bits": 4},
+    {"channels": 31, "w_bits": 8, "a_bits": 8, "zero": 7, "stride": (2, 2), "size": (5, 6)},
+    {"channels": 40, "w_bits": 4, "a_bits": 2, "kernel": (5, 5), "padding": (2, 2), "stride": (2, 1)},
+    {"channels": 70, "w_bits": 4, "a_bits": 8, "dilation": (2, 1), "padding": (2, 1)},
+    {"channels": 5, "w_bits": 8, "a_bits": 4, "zero": 3},
+    {"channels": 3, "w_bits": 7, "a_bits": 7, "kernel": (1, 1), "padding": (0, 0)},
+    {"channels": 32, "w_bits": 8, "a_bits": 8, "signed": True, "padding": (0, 0)},
+    {"channels": 2, "w_bits": 1, "a_bits": 1, "kernel": (2, 3), "padding": (0, 0), "size": (2, 3)},
+]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE[:3], ids=str)
+def test_depthwise(case: dict[str, object]) -> None:
+    check_depthwise(case, DepthwiseConfig(32, 64, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise_with_other_configurations(case: dict[str, object]) -> None:
+    check_depthwise(case, DepthwiseConfig(16, 32, 1))
+    check_depthwise(case, GroupedConfig(16, 32, 4))
+
+
+def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedConfig) -> None:
+    program, blob = programs.one_conv(
+        5, **{"size": (4, 5), **case, "filters": case["channels"], "groups": case["channels"]}
+    )
+    check(program, blob, programs.random_inputs(program, 2, 6), GpuRunner(program, blob, "cpu", {"step1": config}))
 
 
 # K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536) and cancel around 0.
@@ -192,6 +267,17 @@ def test_ties_round_to_even_and_bounds_saturate() -> None:
     values = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, 14.5, 15.5, 1e30]).reshape(1, 1, 1, 8)
     trace = check(program, blob, [values])
     assert trace[target.tensor].flatten().tolist() == [0, 2, 2, 4, 0, 14, 15, 15]
+
+
+# 3 channels of a tile of 4, 33 of 64: what lies beyond reads as 0, which is not code 0 for these consumers.
+@pytest.mark.parametrize("channels", [3, 33])
+def test_unused_bits_stay_zero(channels: int) -> None:
+    b = programs.Builder(seed=0)
+    image = b.image(channels, 4, 4)
+    shape = (4, 4, channels)
+    b.quantize(image, programs.Emit(consumers=(b.consumer(shape, 4, zero=5), b.consumer(shape, 6, signed=True))))
+    program, blob = b.build()
+    check(program, blob, programs.random_inputs(program, 1, 0))
 
 
 @triton.jit
@@ -234,6 +320,20 @@ def test_streams_are_clamped_and_rounded_half_to_even(stream_dtype: str) -> None
     assert float(actual.nan_to_num().min()) == -1.5
     assert float(actual.nan_to_num().max()) == 2.25
     assert_same(actual.nan_to_num(7.0), expected.nan_to_num(7.0), "stream")
+
+
+# Planes of one, two and more than four bits, bytes; channels within a word and beyond it; a window over every border.
+@pytest.mark.parametrize(
+    ("bits", "channels"), [(4, 40), (8, 33), *(pytest.param(bits, 33, marks=pytest.mark.slow) for bits in (1, 2, 7))]
+)
+def test_the_maximum_of_codes(bits: int, channels: int) -> None:
+    b = programs.Builder(bits)
+    image = b.image(channels, 5, 6)
+    codes = b.consumer((5, 6, channels), bits)
+    b.quantize(image, programs.Emit(consumers=(codes,)))
+    b.pool(codes.tensor, programs.Emit(consumers=(b.consumer((3, 3, channels), bits),)), "max", (3, 3), (2, 2), (1, 1))
+    program, blob = b.build()
+    check(program, blob, programs.random_inputs(program, 2, 1))
 
 
 def test_the_mean_adds_in_order_and_multiplies_once() -> None:
