@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,20 @@ from lbs_kernels import device
 from lbs_kernels.errors import CheckpointError
 
 
+def writes() -> bool:
+    """Whether this process writes files: of several that train together only rank 0 does."""
+    group = torch.distributed
+    return not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to the disk, rename.
+    """Write to a temporary name beside `path`, flush to the disk, rename. Nothing where `writes` is false.
 
     Raises:
         CheckpointError: the disk is full or not writable; the file that was there before is untouched.
     """
+    if not writes():
+        return
     scratch = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +83,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return body
 
 
+def commit() -> str | None:
+    """The git commit of the sources that run, with a `+` where they differ from it; None where they are not in git."""
+    here = Path(__file__).resolve()
+    questions = (
+        ["ls-files", "--error-unmatch", str(here)],  # an installed copy may lie inside somebody else's repository
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no", "lbs", "lbs_kernels", "csrc"],
+    )
+    try:
+        answers = [
+            subprocess.run(["git", *q], capture_output=True, text=True, cwd=here.parents[1], check=True).stdout.strip()
+            for q in questions
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answers[1] + ("+" if answers[2] else "")
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record beside every result."""
     return {
@@ -85,6 +112,7 @@ def environment() -> dict[str, Any]:
         "processors": device.processors(),
         "threads": torch.get_num_threads(),
         "gpu": device.gpu_name(),
+        "commit": commit(),
         "command": " ".join(["lbs", *sys.argv[1:]]),
     }
 
@@ -122,6 +150,8 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line to metrics.jsonl. Values that are not finite become null. Raises CheckpointError on a full disk."""
+        if not writes():
+            return
         path = self.file("metrics.jsonl")
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, numbers, session
 from lbs.config import FinetuneRun, open_run
 from lbs.report.units import bops
+from lbs.search import distributed
 from lbs.search.phases import run_finetune
 from lbs_kernels.errors import PlanError
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError(f"--uniform {options['uniform']}: give two widths, weights and activations, such as 4,4")
     if options.get("uniform") and options.get("plan"):
         raise PlanError("--uniform and --plan both name the bits; leave one of them out")
-    config = open_run(FinetuneRun, current.folder, options, args.resume, inherit="search")
+    config = distributed.first(lambda: open_run(FinetuneRun, current.folder, options, args.resume, inherit="search"))
     current.folder.note_environment()
     section = run_finetune(config, current)
     if section["accuracy"] is not None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "quickstart": "search, pack, verify and time a small network on real digits, in about two minutes",
     "search": "find bits and filters of every layer within a budget",
     "finetune": "train the searched network at its fixed bits",
+    "reproduce": "make one row of the published results: float network, search, fine-tune, pack, verify, record",
     "pack": "write the network of a run as bit-planes, and check the file",
     "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
     "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",
@@ -50,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
+    from lbs.search import distributed
     from lbs_kernels.errors import LbsError
 
     try:
-        return int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        distributed.stop()
+        return code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         with contextlib.suppress(OSError, ValueError):  # or Python would complain when it flushes at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

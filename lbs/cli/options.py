@@ -11,6 +11,7 @@ import torch
 from lbs.cli.console import Console
 from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
+from lbs.search import distributed
 from lbs.search.phases import Session, file_digest
 from lbs_kernels.errors import BackendError, LbsError
 
@@ -69,7 +70,11 @@ def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None
     """Options of every training command. kind: its configuration, whose defaults the help shows."""
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
     parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
-    parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or a folder")
+    parser.add_argument(
+        "--data",
+        default=_UNSET,
+        help="digits, synthetic, a .npz file, an image folder, or imagenet:FOLDER to stream one",
+    )
     parser.add_argument("--model", default=_UNSET, metavar="NAME", help="a name of lbs.models, or module:function")
     parser.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
     parser.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
@@ -85,6 +90,10 @@ def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None
         ("warmup", decimal, "epochs of linear rise"),
         ("label-smoothing", decimal, "label smoothing"),
         ("distill", decimal, "share of the loss against the float network's outputs, 0..1"),
+        ("temperature", decimal, "what those outputs are divided by"),
+        ("minutes", decimal, "end the phase, and its learning-rate curve, after these minutes; 0: no limit"),
+        ("max-unreadable", decimal, "share of an image folder's files that may be left out, unreadable"),
+        ("train-images", int, "train on that many images, drawn by the seed; 0: on all"),
         ("seed", int, "seed of order, augmentation and initialisation"),
         ("log-every", int, "steps between two rows of metrics"),
         ("eval-every", int, "epochs between two measurements on the test images"),
@@ -99,7 +108,11 @@ def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None
         help=f"curve of the learning rate (default {kind.schedule})",
     )
     parser.add_argument(
-        "--milestones", type=numbers, default=_UNSET, metavar="E,..", help="epochs at which `step` divides by 10"
+        "--milestones",
+        type=numbers,
+        default=_UNSET,
+        metavar="E,..",
+        help="epochs at which `step` divides by 10",
     )
     parser.add_argument("--amp", choices=("off", "bf16"), default=_UNSET, help="bfloat16 autocast while training")
     add_machine(parser)
@@ -109,6 +122,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration fields the user named."""
     own = {"command", "json", "run", "resume", "threads", "device"}
     found = {key: value for key, value in vars(args).items() if key not in own}
+    if "milestones" in found:  # epochs of this run, not of the full schedule
+        found["full_epochs"] = 0
     for key in ("weights", "plan"):
         if found.get(key):
             found[f"{key}_digest"] = file_digest(found[key])
@@ -140,7 +155,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def session(args: argparse.Namespace, out: Console) -> Session:
-    """Folder, device and console of a training command."""
+    """Folder, device and console of a training command, which joins the processes torchrun started."""
     set_threads(args.threads)
-    folder = RunFolder(args.run)
-    return Session(folder, device_of(args.device), args.resume, out.progress(), out.say)
+    device = distributed.start(device_of(args.device))
+    return Session(RunFolder(args.run), device, args.resume, out.progress(), out.say)

@@ -8,6 +8,8 @@ from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, bit_operations, decimal, numbers, session
 from lbs.config import SearchRun, open_run
 from lbs.report.units import bops
+from lbs.search import distributed
+from lbs.search.modes import MODES
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
 
@@ -32,9 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--importance",
-        choices=("gamma", "magnitude"),
         default=_UNSET,
+        metavar="RULE",
         help=f"what ranks filters (default {SearchRun.importance})",
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(MODES), default=_UNSET, help=f"what is searched (default {SearchRun.mode})"
     )
     for name, text in (
         ("gate-lr", "learning rate of bit thresholds"),
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     options = asked(args)
     if not args.resume and "bops" not in options:
         raise PlanError("--bops is missing; name a budget: a share such as 0.03, or a count such as 650M")
-    config = open_run(SearchRun, current.folder, options, args.resume)
+    config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume))
     current.folder.note_environment()
     section = run_search(config, current)
     out.say(

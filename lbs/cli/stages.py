@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,12 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
 
     `uint8`: it takes the bytes of images and normalises them as the data of the run was.
     """
+    started = time.monotonic()
     model, card = network.load_network(folder)
     data = network.images_of(card)
     normalize = (data.mean, data.std) if uint8 else None
-    images = _served(data, torch.arange(min(_EXAMPLES, len(data.test_x))), uint8)
+    pixels, _ = lbs.data.pixels_at(data, torch.arange(min(_EXAMPLES, data.test_count)))
+    images = _served(data, pixels, uint8)
     packed = lbs.pack(model, example=images, stream_dtype=stream_dtype, normalize=normalize)
     path = folder.file(PACKED)
     packed.save(path)
@@ -39,6 +42,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
         "stream_dtype": stream_dtype,
         "input_dtype": str(packed.input_dtype).removeprefix("torch."),
         "kept_float": [list(row) for row in packed.kept_float],
+        "seconds": time.monotonic() - started,
     }
     folder.add_result("pack", section)
     return section
@@ -52,27 +56,29 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     """
     if images < 1:
         raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
+    started = time.monotonic()
     model, card = network.load_network(folder)
     packed = of_run(folder).packed
     data = network.images_of(card)
-    spread = torch.linspace(0, len(data.test_x) - 1, min(images, len(data.test_x))).long()  # over the whole set
+    spread = torch.linspace(0, data.test_count - 1, min(images, data.test_count)).long()  # over the whole set
     bytes_in = packed.normalize is not None
-    report = lbs.verify(model, packed, _served(data, spread, bytes_in))
-    trained, served, labels = _predictions(model, packed, data)
-    differing = (trained != served).nonzero().flatten()
+    report = lbs.verify(model, packed, _served(data, lbs.data.pixels_at(data, spread)[0], bytes_in))
+    trained, served, labels, differing = _predictions(model, packed, data)
+    places = (trained != served).nonzero().flatten()
     excused = True
-    if len(differing):
+    if len(places):
         excused = not strict and lbs.verify(model, packed, _served(data, differing, bytes_in)).ok
     section = {
         "images": len(labels),
-        "equal_predictions": len(labels) - len(differing),
-        "differing_images": differing.tolist(),
+        "equal_predictions": len(labels) - len(places),
+        "differing_images": places.tolist(),
         "packed_accuracy": float((served == labels).double().mean()),
         "trained_accuracy": float((trained == labels).double().mean()),
         "codes": report.codes,
         "codes_on_boundary": report.near_boundary,
         "first_difference": report.first_difference,
         "passed": report.ok and excused,
+        "seconds": time.monotonic() - started,
     }
     folder.add_result("verify", section)
     return section
@@ -88,17 +94,21 @@ def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> 
     return section
 
 
-def _served(data: lbs.data.ImageData, places: Tensor, uint8: bool) -> Tensor:
-    """Test images [N, C, H, W], channels last in memory, as a packed network is given them."""
-    images = data.test_x[places]
-    return images.permute(0, 3, 1, 2) if uint8 else lbs.data.normalize(images, data.mean, data.std)
+def _served(data: lbs.data.ImageSet, pixels: Tensor, uint8: bool) -> Tensor:
+    """uint8 [N, H, W, C] as a packed network is given them: [N, C, H, W], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2) if uint8 else lbs.data.normalize(pixels, data.mean, data.std)
 
 
 @torch.inference_mode()
-def _predictions(model: nn.Module, packed: PackedModel, data: lbs.data.ImageData) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes by the trained network, by the packed one, and the labels, of all test images."""
-    trained, served = [], []
-    for places in torch.arange(len(data.test_x)).split(_BATCH):
-        trained.append(model(_served(data, places, uint8=False)).argmax(1))
-        served.append(packed(_served(data, places, packed.normalize is not None)).argmax(1))
-    return torch.cat(trained), torch.cat(served), data.test_y
+def _predictions(
+    model: nn.Module, packed: PackedModel, data: lbs.data.ImageSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of all test images: classes by the trained network, by the packed one, labels; pixels where the two differ."""
+    trained, served, labels, differing = [], [], [], []
+    for places in torch.arange(data.test_count).split(_BATCH):
+        pixels, of_batch = lbs.data.pixels_at(data, places)
+        trained.append(model(_served(data, pixels, uint8=False)).argmax(1))
+        served.append(packed(_served(data, pixels, packed.normalize is not None)).argmax(1))
+        labels.append(of_batch)
+        differing.append(pixels[trained[-1] != served[-1]])
+    return torch.cat(trained), torch.cat(served), torch.cat(labels), torch.cat(differing)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,6 +58,35 @@ class ImageData:
         """(C, H, W), the shape of one image as a network reads it."""
         height, width, channels = self.train_x.shape[1:]
         return channels, height, width
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_x)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_x)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of all images and labels: runs go on with the data they began with."""
+        return fingerprint(self.train_x, self.train_y, self.test_x, self.test_y)
+
+    def subset(self, count: int, seed: int) -> ImageData:
+        """The same set with `count` training images, drawn by `seed`. Raises DataError where there are not so many."""
+        if not 0 < count <= len(self.train_x):
+            raise DataError(f"{count} of {len(self.train_x)} training images are asked for; ask for at most all")
+        rows = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(seed))[:count]
+        return replace(self, train_x=self.train_x[rows], train_y=self.train_y[rows])
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """sha256 over shapes and bytes, first 16 hex digits."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(tensor.cpu().contiguous().numpy().data)
+    return total.hexdigest()[:16]
 
 
 def _check_images(what: str, x: Tensor) -> None:

@@ -21,7 +21,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search import checkpoint
 from lbs.search.freeze import freeze
 from lbs.search.prepare import SearchConfig, prepare
-from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError
+from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
 
@@ -37,6 +37,7 @@ class NetworkCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signed: tuple[str, ...] = ()  # layers whose input codes are signed
+    fingerprint: str = ""  # of the data
 
     def example(self) -> Tensor:
         """Zeros float32 [1, C, H, W]."""
@@ -95,9 +96,11 @@ def prune_group(name: str) -> int:
     return lbs.models.REGISTRY[name].prune_group if name in lbs.models.REGISTRY else 4
 
 
-def load_data(source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> lbs.data.ImageData:
+def load_data(
+    source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = (), max_unreadable: float = 1.0
+) -> lbs.data.ImageSet:
     """The image set, with other pixel statistics where they are given."""
-    data = lbs.data.load(source)
+    data = lbs.data.load(source, max_unreadable)
     if bool(mean) != bool(std):
         raise DataError(f"mean {mean} and std {std} must be given together, one value per channel each")
     return replace(data, mean=mean, std=std) if mean else data
@@ -124,9 +127,50 @@ def check_images(model: nn.Module, card: NetworkCard, device: torch.device) -> N
         )
 
 
-def card_of(config: RunConfig, data: lbs.data.ImageData) -> NetworkCard:
+def card_of(config: RunConfig, data: lbs.data.ImageSet) -> NetworkCard:
     """The card of a configuration's network for its image set."""
-    return NetworkCard(config.model, config.data, len(data.classes), data.image_shape, data.mean, data.std)
+    return NetworkCard(
+        config.model,
+        config.data,
+        len(data.classes),
+        data.image_shape,
+        data.mean,
+        data.std,
+        fingerprint=data.fingerprint,
+    )
+
+
+def check_same_data(card: NetworkCard, folder: RunFolder) -> None:
+    """Refuse to go on with other data than a run began with. Raises TrainingError."""
+    if folder.file("network.json").exists():
+        _check_fingerprint(NetworkCard.read(folder), card.fingerprint)
+
+
+def _check_fingerprint(card: NetworkCard, found: str) -> None:
+    if card.fingerprint and card.fingerprint != found:
+        raise TrainingError(
+            f"another data set: {card.data} has the fingerprint {found} now, the run was begun with "
+            f"{card.fingerprint}; restore the data, or start in a new run folder"
+        )
+
+
+def load_float(model: nn.Module, path: Path, card: NetworkCard) -> None:
+    """Put float weights into a network made for the data of `card`.
+
+    Raises:
+        CheckpointError: damaged, made for another number of classes, or for another network.
+    """
+    tensors = checkpoint.load_weights(path)
+    for key, own in reversed(model.state_dict().items()):
+        if own.dim() == 2:  # the classifier: the last matrix
+            there = tensors.get(key)
+            if there is not None and there.dim() == 2 and there.shape[1] == own.shape[1] and len(there) != len(own):
+                raise CheckpointError(
+                    f"{path} is for {len(there)} classes ({key} is {tuple(there.shape)}), the data set {card.data} has "
+                    f"{card.num_classes}; give weights trained on this data, or the data of these weights"
+                )
+            break
+    checkpoint.apply_weights(model, tensors, path)
 
 
 def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:
@@ -160,9 +204,11 @@ def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
     return network.eval(), card
 
 
-def images_of(card: NetworkCard) -> lbs.data.ImageData:
-    """The image set the network was made for, normalised as it expects."""
-    return load_data(card.data, card.mean, card.std)
+def images_of(card: NetworkCard) -> lbs.data.ImageSet:
+    """The image set the network was made for, normalised as it expects. Raises TrainingError where it has changed."""
+    data = load_data(card.data, card.mean, card.std)
+    _check_fingerprint(card, data.fingerprint)
+    return data
 
 
 def weights_path(config_weights: str, folder: RunFolder) -> Path | None:

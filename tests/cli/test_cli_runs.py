@@ -16,7 +16,7 @@ import lbs
 from lbs.cli import main, quickstart, stages
 from lbs.plan import Plan
 from lbs.report.page import report
-from lbs.search import checkpoint, phases
+from lbs.search import checkpoint
 from lbs.search.trainer import Trainer
 
 NETWORK = """
@@ -133,7 +133,7 @@ def test_a_killed_command_goes_on_to_the_same_bits(
     run = f"killed-{command}-{kill}"
     if command == "finetune":
         shutil.copytree(home / "whole", home / run, ignore=shutil.ignore_patterns("finetune*", "model.safetensors"))
-    step, left, taken, made = Trainer._train_step, [kill], [0], phases.recipe_of
+    step, left, taken, build = Trainer._train_step, [kill], [0], Trainer.__init__
 
     def counted(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
         left[0] -= 1
@@ -142,10 +142,13 @@ def test_a_killed_command_goes_on_to_the_same_bits(
         taken[0] += self.phase == command
         step(self, images, labels)
 
+    def often_saved(self: Trainer, model: Any, train: Any, recipe: Any, **options: Any) -> None:
+        build(self, model, train, replace(recipe, checkpoint_seconds=0.0), **options)
+
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", counted)
         if often:
-            patch.setattr(phases, "recipe_of", lambda *args: replace(made(*args), checkpoint_seconds=0.0))
+            patch.setattr(Trainer, "__init__", often_saved)
         options = SEARCH if command == "search" else FINETUNE
         code, _, errors = lbs_command(f"{command} --run {run} {options}")
         assert code == 130
