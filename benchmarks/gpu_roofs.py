@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import gpu_device
-from lbs_kernels import gpu_kernels, timing, tuner
-from lbs_kernels.problem import Problem
+from lbs_kernels import extension, timing
+from lbs_kernels.onebit_config import machines
 from lbs_kernels.timing import Times
 
 COPY_BYTES = 1 << 30  # far beyond any L2, so that the copy runs at the speed of the memory
 SIZE = 8192  # of a square matrix product that fills the chip
-# The one-bit kernel at its best: a 1 x 1 convolution that is a product of 131072 x 1024 by 1024 x 1024.
-ONE_BIT = Problem("bitconv2d", 32, 64, 64, 1024, 1024, w_bits=2, a_bits=2, device="cuda")
+REPEATS = 1 << 14  # chunks of one-bit products in one launch: some milliseconds
 
 
 def measure(save: Callable[[dict[str, Any]], object], attempt: Callable[[str], bool]) -> dict[str, Any]:
@@ -61,16 +61,23 @@ def _product(dtype: torch.dtype) -> dict[str, float]:
 
 
 def _one_bit() -> dict[str, float]:
-    """The fastest one-bit kernel; w * a one-bit products per product of codes."""
-    reason = gpu_kernels.reasons(ONE_BIT).get("cuda", "no row of gpu_kernels.KERNELS is in CUDA")
-    if reason is not None:
-        raise RuntimeError(f"no one-bit kernel: {reason}")
-    layer = tuner.Layer(ONE_BIT, gpu_device.device())
-    calls = {choice.name: layer.launch(choice) for choice in gpu_kernels.candidates(ONE_BIT, ("cuda",))}
-    times = timing.interleave(calls, device=gpu_device.DEVICE, rounds=15, warmup=0.02)
-    best = min(times.values(), key=lambda one: one.median)
-    found = row(best, operations=2 * ONE_BIT.macs * ONE_BIT.w_bits * ONE_BIT.a_bits)
-    return {**found, "kernel": best.name}  # type: ignore[dict-item]
+    """One-bit products on operands that stay in shared memory, on the faster of the instructions this GPU has."""
+    native = extension.require_cuda()
+    index = torch.cuda.current_device()
+    found = machines(gpu_device.DEVICE)
+    if not found:
+        raise RuntimeError("this GPU has no one-bit tensor core that multiplies by AND")
+    out = torch.zeros(native.onebit_peak_threads(index), dtype=torch.int32, device=gpu_device.DEVICE)
+
+    def multiply(machine: str) -> int:
+        stream = torch.cuda.current_stream(index).cuda_stream
+        return int(native.onebit_peak(machine, REPEATS, out.data_ptr(), index, stream))
+
+    calls = {machine: functools.partial(multiply, machine) for machine in found}
+    times = timing.interleave(calls, device=gpu_device.DEVICE, rounds=20, warmup=0.02)
+    rows = {machine: row(times[machine], operations=2 * multiply(machine)) for machine in found}
+    best = max(found, key=lambda machine: rows[machine]["operations_per_s"])
+    return {**rows[best], "machine": best}  # type: ignore[dict-item]
 
 
 CONTENDERS: dict[str, Callable[[], dict[str, float]]] = {

@@ -213,14 +213,14 @@ def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) 
         json.loads((tmp_path / f"{part}.json").read_text()) for part in ("roofs", "layers", "models")
     )
     assert set(roofs["rows"]) == {"copy", "float16", "int8"}
-    assert "no row of gpu_kernels.KERNELS is in CUDA" in roofs["missing"]["b1"] or "one-bit" in roofs["missing"]["b1"]
+    assert set(roofs["missing"]) == {"b1"}
     assert (layers["complete"], layers["passes"]) == (True, 2)
     contenders = {row["contender"].split(":")[0] for row in layers["rows"]}
     assert contenders >= {"float16", "triton"}
     assert all("error" not in row and row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"])
     (table,) = (tmp_path / "tuning").glob("*.json")
     timed = {name.split(":")[0] for times in json.loads(table.read_text())["rows"].values() for name in times}
-    assert timed == {"triton", "fp16"}
+    assert timed - {"cuda"} == {"triton", "fp16"}  # the model of the GPU serves where it is built
     assert models["complete"]
     names = {row["contender"] for row in models["rows"]}
     assert names == {"torch float32", "torch TF32", "torch float16", "w4a4", "w4a4 pruned"}
