@@ -53,7 +53,11 @@ def layers(run: Run, attempt: Attempts) -> None:
         late = compiler.wait((problem, limit), run.end)
         if late:
             print(f"{problem}: not compiled ahead: {late}", flush=True)
-        return tuner.measure_gpu(problem, device, limit, rounds=12, others=gpu_layers.half, attempt=attempt)
+        try:
+            return tuner.measure_gpu(problem, device, limit, rounds=12, others=gpu_layers.half, attempt=attempt)
+        except Exception as error:  # noqa: BLE001  one problem that cannot be measured must not cost the others
+            gpu_device.survive()
+            return tuner.Measured(problem, {}, {"all": f"{type(error).__name__}: {str(error)[:300]}"})
 
     earlier = run.load("layers").get("rows", [])
     body = gpu_layers.sweep(todo, measure, run.end, functools.partial(run.save, "layers"), earlier, known_roofs(run))

@@ -82,8 +82,13 @@ def logical_bytes(problem: Problem) -> float:
 
 def rows(measured: Measured, roofs: dict[str, float]) -> list[dict[str, Any]]:
     """One row per contender. roof: share of the larger of INT8 operations and bytes over the roofs of this run."""
-    problem, baseline = measured.problem, measured.times[HALF]
-    found: list[dict[str, Any]] = []
+    problem = measured.problem
+    found: list[dict[str, Any]] = [
+        {"problem": str(problem), "contender": name, "error": reason} for name, reason in measured.refused.items()
+    ]
+    if not measured.times:
+        return found
+    baseline = measured.times[HALF]
     for name, times in measured.times.items():
         moved = logical_bytes(problem)
         floor = max(2 * problem.macs / roofs["int8"], moved / roofs["copy"]) if {"int8", "copy"} <= set(roofs) else None
@@ -101,9 +106,7 @@ def rows(measured: Measured, roofs: dict[str, float]) -> list[dict[str, Any]]:
                 "over_float16": times.ratio(baseline) if paired else baseline.median / times.median,
             }
         )
-    return found + [
-        {"problem": str(problem), "contender": name, "error": reason} for name, reason in measured.refused.items()
-    ]
+    return found
 
 
 def sweep(

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_layers, gpu_nets, gpu_targets
+from benchmarks import gpu_children, gpu_layers, gpu_nets, gpu_targets
+from benchmarks.gpu_run import Attempts, Run
+from lbs_kernels import tuner
 from lbs_kernels.errors import LbsError
 from lbs_kernels.problem import Problem
+from lbs_kernels.timing import Times
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER = "bitconv2d_n128_128x28x28_to128_k3x3_s1_p1_w{bits}_cuda"
@@ -115,6 +118,36 @@ def test_problems_are_distinct_and_begin_with_what_the_targets_ask_for() -> None
     for problem in problems:
         edge = problem.op == "bitlinear" or problem.in_channels == 3
         assert (problem.w_bits, problem.a_bits) in ([(8, 8)] if edge else [(4, 4), (8, 8), (2, 2)])
+
+
+def test_a_problem_that_cannot_be_measured_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = [Problem("bitconv2d", 1, 4, 4, channels, 8, w_bits=2, a_bits=2) for channels in (8, 16)]
+    good = Times(gpu_layers.HALF, (1.0,))
+
+    def measure_gpu(problem: Problem, *arguments: object, **options: object) -> tuner.Measured:
+        if problem == todo[0]:
+            raise RuntimeError("out of memory")
+        return tuner.Measured(problem, {"triton:x": 1.0}, {}, {gpu_layers.HALF: good, "triton:x": good})
+
+    class Compiler:
+        def __init__(self, workers: int) -> None: ...
+        def submit(self, *job: object) -> None: ...
+        def stop(self) -> None: ...
+        def wait(self, name: object, until: float) -> str:
+            return ""
+
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path / "tuning"))
+    monkeypatch.setattr(gpu_children.gpu_device, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_children.gpu_compile, "Compiler", Compiler)
+    monkeypatch.setattr(gpu_layers, "problems", lambda: todo)
+    monkeypatch.setattr(gpu_children.tuner, "measure_gpu", measure_gpu)
+    run = Run(tmp_path, time.time() + 60, {}, tmp_path)
+    gpu_children.layers(run, Attempts(tmp_path, "layers"))
+    body = run.load("layers")
+    assert body["complete"]
+    errors = [row["error"] for row in body["rows"] if "error" in row]
+    assert errors == ["RuntimeError: out of memory"]
+    assert [row["contender"] for row in body["rows"] if row["problem"] == str(todo[1])] == [gpu_layers.HALF, "triton:x"]
 
 
 def test_packed_networks_follow_their_rule(tmp_path: Path) -> None:
