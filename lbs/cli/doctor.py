@@ -109,6 +109,9 @@ def _triton() -> Finding:
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
+        if device.gpu_name() is not None:
+            detail = f"{error}. Without it packed networks run on the slow reference on this GPU"
+            return Finding("Triton", "missing", detail, "pip install triton")
         return Finding("Triton", "absent", f"{error}; needed on a GPU only", "pip install triton")
     return Finding("Triton", "ok", str(triton.__version__))
 

@@ -22,8 +22,9 @@ class CapturedModel:
     """What `PackedModel.capture` returns: `captured(x)` copies x into the graph's input, replays, returns the output.
 
     The output is the graph's own memory and changes with the next call of the same batch size; `clone=True` returns
-    copies. Calls from several threads and streams follow one another. It keeps the weights it was recorded with: what
-    happens to the packed model later does not reach it.
+    copies. Calls from several threads and streams follow one another. It keeps the weights it was recorded with,
+    whatever is loaded into the packed model later; inputs are checked as the packed model checks them, so that one
+    stays where it is.
     """
 
     def __init__(self, packed: PackedModel, examples: Sequence[Tensor], clone: bool = False) -> None:

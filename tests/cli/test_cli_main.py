@@ -138,6 +138,14 @@ def test_doctor_says_what_is_missing_why_and_how_to_get_it(
     assert "needed and missing: native CPU module" in text
 
 
+@pytest.mark.parametrize(("gpu", "state"), [(None, "absent"), ("NVIDIA H200 (sm_90)", "missing")])
+def test_doctor_needs_triton_where_there_is_a_gpu(gpu: str | None, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(doctor.device, "gpu_name", lambda: gpu)
+    finding = doctor._triton()
+    assert (finding.state, finding.fix) == (state, "pip install triton")
+
+
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
