@@ -13,6 +13,7 @@ shows it). Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -95,28 +97,36 @@ def version_line(compiler: str) -> str:
 
 def include_flags() -> list[str]:
     """Header folders: ours, pybind11's and Python's. Raises BuildFailure where one is missing."""
-    try:
-        import pybind11
-    except ImportError as error:
-        raise BuildFailure(f"pybind11 is missing ({error})", "pip install pybind11 ninja") from error
     python = sysconfig.get_paths()["include"]
     if not (Path(python) / "Python.h").exists():
         raise BuildFailure(f"Python.h is not in {python}", "apt-get install python3-dev   (then: pip install -e .)")
-    return [f"-I{SOURCES}", "-isystem", pybind11.get_include(), "-isystem", python]
+    return [f"-I{SOURCES}", "-isystem", find_pybind11(), "-isystem", python]
 
 
-def find_ninja() -> str:
-    """The ninja program. Raises BuildFailure."""
+def find_pybind11() -> str:
+    """The folder of pybind11's headers: of the package, else those that torch carries. Raises BuildFailure."""
+    try:
+        import pybind11
+    except ImportError as error:
+        found = importlib.util.find_spec("torch")  # looked for, not imported: the build needs no torch
+        for folder in found.submodule_search_locations or () if found else ():
+            if (Path(folder) / "include" / "pybind11" / "pybind11.h").exists():
+                return str(Path(folder) / "include")
+        raise BuildFailure(
+            f"pybind11 is missing ({error}), and torch's copy of its headers too", "pip install pybind11 ninja"
+        ) from error
+    return str(pybind11.get_include())
+
+
+def find_ninja() -> str | None:
+    """The ninja program, or None."""
     beside = Path(sys.executable).parent / "ninja"
     if beside.exists():
         return str(beside)
     try:
         import ninja
-    except ImportError as error:
-        found = shutil.which("ninja")
-        if found:
-            return found
-        raise BuildFailure("ninja is missing", "pip install ninja pybind11") from error
+    except ImportError:
+        return shutil.which("ninja")
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
@@ -126,16 +136,23 @@ def escape(words: list[str]) -> str:
 
 
 class NinjaFile:
-    """Objects and one shared library, written as build.ninja and built in parallel."""
+    """Objects and one shared library, written as build.ninja and built in parallel.
+
+    Where there is no ninja the same commands run as they are, as many at once as there are processors, every time.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lines = ["ninja_required_version = 1.8"]
+        self.rules: dict[str, list[str]] = {}
         self.objects: list[str] = []
+        self.compilations: list[list[str]] = []
+        self.linking: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def rule(self, name: str, command: list[str], depfile: bool = True) -> None:
         """A rule whose command uses $in, $out and $flags."""
+        self.rules[name] = command
         self.lines += [
             f"rule {name}",
             f"  command = {escape(command).replace('$$', '$')}",
@@ -148,18 +165,42 @@ class NinjaFile:
         """One object file."""
         target = str(source.relative_to(SOURCES)).replace("/", ".") + ".o"
         self.objects.append(target)
+        self.compilations.append(self._command(rule, [str(source)], target, flags))
         self.lines += [f"build {target}: {rule} {source}", f"  flags = {escape(flags)}"]
 
     def link(self, library: Path, flags: list[str]) -> None:
         """The library from all objects so far."""
+        self.linking = self._command("link", self.objects, str(library), flags)
         self.lines += [f"build {library}: link {' '.join(self.objects)}", f"  flags = {escape(flags)}"]
 
     def build(self) -> None:
-        """Runs ninja. Raises BuildFailure with the compiler's last words."""
+        """Compile and link. Raises BuildFailure with the compiler's last words."""
+        ninja = find_ninja()
+        if ninja is None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self._judge(list(pool.map(self._run, self.compilations)))
+            self._judge([self._run(self.linking)])
+            return
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        done = subprocess.run([find_ninja(), "-C", str(self.folder)], capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stdout.splitlines() + done.stderr.splitlines()
+        self._judge([self._run([ninja])])
+
+    def _command(self, rule: str, sources: list[str], target: str, flags: list[str]) -> list[str]:
+        """The words of one command, $in, $out and $flags filled in."""
+        words: list[str] = []
+        for word in self.rules[rule]:
+            if word in ("$in", "$flags"):
+                words += sources if word == "$in" else flags
+            else:
+                words.append(word.replace("$out", target))
+        return words
+
+    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
+
+    @staticmethod
+    def _judge(runs: list[subprocess.CompletedProcess[str]]) -> None:
+        lines = [line for run in runs if run.returncode for line in (run.stdout + run.stderr).splitlines()]
+        if any(run.returncode for run in runs):
             told = [line for line in lines if "error" in line or "fatal" in line] or lines
             words = "the compiler failed: " + "\n".join(told[:8])
             raise BuildFailure(words, "mend what it names, then: pip install -e .")

@@ -21,18 +21,32 @@ SCALE, ZERO = 48.0, 117
 
 
 def packed_contenders(problem: Problem, image: Tensor, zero: int, threads: int) -> dict[str, Contender]:
-    """Image in, codes out. A region must return something: the mean of a second look at the image."""
+    """Image in, codes out: of floats, and of bytes that are normalised on the way."""
+    pictures = torch.randint(0, 256, image.shape, dtype=torch.uint8, device=image.device)
+    affine = {
+        "multiplier": torch.full((problem.in_channels,), 1 / 64),
+        "bias": torch.full((problem.in_channels,), -2.0),
+    }
+    return {
+        "packed": _packed(problem, image, zero, threads, "float32", {}),
+        "packed bytes": _packed(problem, pictures, zero, threads, "uint8", affine),
+    }
+
+
+def _packed(
+    problem: Problem, image: Tensor, zero: int, threads: int, dtype: str, affine: dict[str, Tensor]
+) -> Contender:
+    """The step alone. A region must return something: the mean of a second look at the image."""
     region = OneStep()
     size = (problem.height, problem.width, problem.in_channels)
-    source = region.image(size)
+    source = region.image(size, dtype)
     codes = Consumer(region.codes("codes", size, problem.a_bits, zero, False), problem.a_bits, SCALE, zero)
-    region.steps.append(QuantPackStep("quantpack", source, Emit(consumers=(codes,))))
+    region.steps.append(QuantPackStep("quantpack", source, Emit(consumers=(codes,)), *affine))
     values = region.stream("values", size, output=False)
     region.steps.append(QuantPackStep("values", source, Emit(stream=values)))
     mean = region.stream("mean", (1, 1, problem.in_channels))
     region.steps.append(PoolStep("mean", values, Emit(stream=mean), "mean"))
-    found = packed(*region.build({}), image, 0, threads)
-    return {"packed": found["packed"]}  # the whole call holds two more steps and says nothing
+    return packed(*region.build(affine), image, 0, threads)["packed"]  # the whole call holds two more steps
 
 
 def torch_contenders(image: Tensor, bits: int, zero: int) -> dict[str, Contender]:
@@ -58,7 +72,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             problem = Problem("quantpack", *size, a_bits=bits, device=args.device)
             image = torch.randn(args.batch, channels, height, width, device=args.device)
             contenders = packed_contenders(problem, image, zero, args.threads) | torch_contenders(image, bits, zero)
-            moved = {name: image.numel() * (4 + (bits / 8 if name == "packed" else 1)) for name in contenders}
+            read, written = {"packed bytes": 1}, {"packed": bits / 8, "packed bytes": bits / 8}
+            moved = {name: image.numel() * (read.get(name, 4) + written.get(name, 1)) for name in contenders}
             yield Case(problem, contenders, moved, 0.0)
 
 

@@ -110,7 +110,7 @@ def packed(program: Program, blob: Tensor, image: Tensor, step: int, threads: in
         BackendError: no native back end here. AssertionError: a result is wrong, so no time is told.
     """
     text = program.to_json()
-    backend = "cpu" if image.device.type == "cpu" else "triton"
+    backend = "cpu" if image.device.type == "cpu" else "gpu"
     ours = CompiledProgram(text, blob.to(image.device), backend)
     actual: dict[int, Tensor] = {}
     expected: dict[int, Tensor] = {}
@@ -121,7 +121,7 @@ def packed(program: Program, blob: Tensor, image: Tensor, step: int, threads: in
             raise AssertionError(
                 f"{program.steps[step].name}: tensor {index} differs from the reference; nothing is timed"
             )
-    if backend == "triton":
+    if backend == "gpu":
         launch = ours.runner.plan(image.shape[0]).launches[step]  # type: ignore[attr-defined]
         return {"packed": cuda_graph(lambda: launch([image])), "packed call": cuda_graph(lambda: ours.run([image]))}
     native = ours.runner.native  # type: ignore[attr-defined]

@@ -3,15 +3,17 @@
     python benchmarks/readme_tables.py            rewrite README.md
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
-Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it and level `op` as
-bench_<op>.py saves it, and benchmarks/results/search/*.json, the records of searched networks. Files of other kinds
-are listed by name.
+Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, level `op` as bench_<op>.py
+and levels `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records of searched networks.
+Files of other kinds are listed by name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +69,79 @@ def op_table(path: str, body: Body) -> list[str]:
     return [title, "", *_table(["speed of", *(f"over {name}" for name in baselines)], rows), *_remarks(body)]
 
 
+def targets_table(path: str, body: Body) -> list[str]:
+    """What the GPU kernels were to reach, and what they did."""
+    words = {True: "met", False: "**missed**", None: "not measured"}
+    rows = [
+        (row["target"], _figure(row["needed"]), _figure(row["measured"]), words[row["met"]], row["detail"])
+        for row in body["rows"]
+    ]
+    heads = ["target", "needed", "measured", "", "made of"]
+    return [f"**Targets** on {_machine(body)} (`{path}`)", "", *_table(heads, rows)]
+
+
+def gpu_roofs_table(path: str, body: Body) -> list[str]:
+    """The roofs of a GPU."""
+    rows = []
+    for name, row in body["rows"].items():
+        rate = (
+            f"{row['bytes_per_s'] / 1e12:.2f} TB/s"
+            if "bytes_per_s" in row
+            else f"{row['operations_per_s'] / 1e12:.0f} TOP/s"
+        )
+        rows.append((name, rate))
+    if body["b1_over_int8"] is not None:
+        rows.append(("b1 / int8", f"{body['b1_over_int8']:.2f}"))
+    return [f"**Roofs** of {_machine(body)} (`{path}`)", "", *_table(["", "measured"], rows), *_remarks(body)]
+
+
+def gpu_layers_table(path: str, body: Body) -> list[str]:
+    """Geometric mean of the fastest kernel of each problem over float16, by bits and batch."""
+    times: dict[str, dict[str, float]] = {}
+    for row in body["rows"]:
+        if "median_s" in row:
+            times.setdefault(row["problem"], {})[row["contender"]] = row["median_s"]
+    logs: dict[tuple[str, int], list[float]] = {}
+    for problem, found in times.items():
+        bits, batch = re.search(r"_(w\d+a\d+)_", problem), re.search(r"_n(\d+)_", problem)
+        kernels = [seconds for name, seconds in found.items() if name.startswith(("triton:", "cuda:"))]
+        if bits and batch and kernels and "float16" in found:
+            logs.setdefault((bits[1], int(batch[1])), []).append(math.log(found["float16"] / min(kernels)))
+    rows = [
+        (bits, str(batch), str(len(values)), f"{math.exp(sum(values) / len(values)):.2f}x")
+        for (bits, batch), values in sorted(logs.items())
+    ]
+    title = f"**Layers** on {_machine(body)}, L2 {body['l2']}, against float16 channels_last (`{path}`)"
+    return [title, "", *_table(["bits", "batch", "layer shapes", "speed over float16, geometric mean"], rows)]
+
+
+def gpu_models_table(path: str, body: Body) -> list[str]:
+    """Whole networks on a GPU, in CUDA graphs."""
+    rows = []
+    for row in body["rows"]:
+        ratios = ", ".join(f"{value:.2f}x {name}" for name, value in row["ratios"].items() if name.startswith("torch"))
+        ours = not row["contender"].startswith("torch")
+        times = f"{row['median'] * 1e3:.3f} [{row['p20'] * 1e3:.3f} {row['p80'] * 1e3:.3f}]"
+        cells = (row["network"], str(row["batch"]), row["contender"], times, f"{row['images_per_s']:,.0f}")
+        rows.append((*cells, ratios if ours else ""))
+    heads = ["network", "batch", "contender", "ms per batch, median [p20 p80]", "images/s", "speed over"]
+    lines = [f"**Networks** on {_machine(body)}, CUDA graphs (`{path}`)", "", *_table(heads, rows)]
+    for pair, reasons in body["missing"].items():
+        lines += _remarks({"missing": {f"{name} ({pair})": reason for name, reason in reasons.items()}})
+    return lines
+
+
+def _machine(body: Body) -> str:
+    header = body["header"]
+    return f"{header['device']}, torch {header['torch']}, Triton {header['triton']}"
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1e4 or isinstance(value, int) else f"{value:.3g}"
+
+
 OP_LEGEND = (
     "Single operations: `packed` is the step inside one native call, as it runs in a network; `packed call` is that "
     "call on its own, with the conversion of its image and results. Below 1 is slower."
@@ -74,7 +149,15 @@ OP_LEGEND = (
 
 
 # Level of a file, or its folder where it states none, in the order of the README.
-TABLES: dict[str, Callable[[str, Body], list[str]]] = {"search": network_table, "model": model_table, "op": op_table}
+TABLES: dict[str, Callable[[str, Body], list[str]]] = {
+    "search": network_table,
+    "model": model_table,
+    "op": op_table,
+    "gpu_targets": targets_table,
+    "gpu_models": gpu_models_table,
+    "gpu_layers": gpu_layers_table,
+    "gpu_roofs": gpu_roofs_table,
+}
 
 
 def measured(root: Path = ROOT) -> str:

@@ -76,30 +76,31 @@ std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob
     return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
 }
 
-void run(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads) {
-    const auto in = pointers<const float>(inputs);
+void run(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads,
+         const std::vector<bool>& channels_last) {
+    const auto in = pointers<const void>(inputs);
     const auto out = pointers<float>(outputs);
     py::gil_scoped_release release;
-    runner.run(in, out, batch, threads, {}, nullptr);
+    runner.run(in, channels_last, out, batch, threads, {}, nullptr);
 }
 
 void run_traced(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads,
-                const std::map<int, uintptr_t>& traces) {
-    const auto in = pointers<const float>(inputs);
+                const std::map<int, uintptr_t>& traces, const std::vector<bool>& channels_last) {
+    const auto in = pointers<const void>(inputs);
     const auto out = pointers<float>(outputs);
     std::map<int, void*> targets;
     for (const auto& [tensor, address] : traces) targets[tensor] = pointer<void>(address);
     py::gil_scoped_release release;
-    runner.run(in, out, batch, threads, targets, nullptr);
+    runner.run(in, channels_last, out, batch, threads, targets, nullptr);
 }
 
 std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch,
-                               int threads) {
-    const auto in = pointers<const float>(inputs);
+                               int threads, const std::vector<bool>& channels_last) {
+    const auto in = pointers<const void>(inputs);
     const auto out = pointers<float>(outputs);
     std::vector<double> seconds;
     py::gil_scoped_release release;
-    runner.run(in, out, batch, threads, {}, &seconds);
+    runner.run(in, channels_last, out, batch, threads, {}, &seconds);
     return seconds;
 }
 
@@ -143,13 +144,16 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("isa") = "auto",
              "Reads the JSON text and copies what it needs of the blob. Raises FormatError, BackendError.")
         .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
-             "Inputs and outputs: addresses of contiguous float32 [batch, C, H, W]. Releases the interpreter lock.")
+             py::arg("channels_last") = std::vector<bool>(),
+             "Inputs: addresses of images [batch, C, H, W], float32 or uint8, in memory [batch, H, W, C] where "
+             "channels_last says so; outputs: of contiguous float32 [batch, C, H, W]. Releases the interpreter lock.")
         .def("run_traced", &run_traced, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"),
-             py::arg("threads"), py::arg("trace_ptrs"),
+             py::arg("threads"), py::arg("trace_ptrs"), py::arg("channels_last") = std::vector<bool>(),
              "As run; trace_ptrs is tensor -> address of [batch, H, W, C], uint8 for codes, the stream type for "
              "streams.")
         .def("step_times", &step_times, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"),
-             py::arg("threads") = 1, "As run; returns the seconds spent in every step, the mean over the threads.")
+             py::arg("threads") = 1, py::arg("channels_last") = std::vector<bool>(),
+             "As run; returns the seconds spent in every step, the mean over the threads.")
         .def_property_readonly("isa", &lbs::Runner::isa, "The instruction set in use.")
         .def_property_readonly("image_bytes", &lbs::Runner::image_bytes, "Bytes of all tensors of one image.")
         .def_property_readonly("held_bytes", &lbs::Runner::held_bytes,

@@ -1,7 +1,8 @@
 """`lbs.bench`: a packed network against torch and against our own uniform 8 bits, in one process, interleaved.
 
 Results are checked before anything is timed: a packed network must equal the reference bit for bit on random images.
-Baselines compute in the memory format that suits them best (channels last), on inputs already converted.
+Baselines compute in the memory format that suits them best (channels last), on inputs already converted; where the
+packed network takes bytes, they are given the normalised floats of the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from lbs.pack.model import PackedModel
+from lbs.engines import ENGINES, EngineModels, engine_reason
+from lbs.pack.model import PackedModel, need_packed
 from lbs.pack.packing import pack
 from lbs.quant.calibrate import calibrate
 from lbs.quant.layers import QuantLayer
@@ -33,7 +35,9 @@ BASELINES = {
     "bfloat16": "torch bfloat16",
     "float16": "torch float16",
     "uniform8": "packed uniform 8-bit",
+    **ENGINES,
 }
+DEFAULT_BASELINES = ("float32", "bfloat16", "onnxruntime8", "openvino8", "uniform8")
 _CHECKED = 4  # images compared with the reference, which is slow
 Call = Callable[[], object]
 
@@ -96,7 +100,7 @@ def bench(
     batches: Sequence[int] = (1, 64),
     threads: int | None = None,
     model: nn.Module | None = None,
-    baselines: Sequence[str] = ("float32", "bfloat16", "uniform8"),
+    baselines: Sequence[str] = DEFAULT_BASELINES,
     rounds: int = 30,
 ) -> BenchReport:
     """Time a packed network against baselines of the same architecture.
@@ -105,7 +109,8 @@ def bench(
         batches: images per call. threads: for all contenders alike; torch's number unless given.
         model: the float network the packed one came from. A quantized one is turned into floats again, with the filters
             it has kept, which is noted. Without a model only the packed network is timed.
-        baselines: of "float32", "float32_folded", "bfloat16", "float16", "uniform8".
+        baselines: of "float32", "float32_folded", "bfloat16", "float16", "uniform8", and on the CPU "onnxruntime",
+            "onnxruntime8", "openvino", "openvino8" (post-training int8) where these are installed.
         rounds: measurements of each contender.
 
     Raises:
@@ -114,21 +119,24 @@ def bench(
     Example:
         print(lbs.bench(packed, model=float_model, threads=2))
     """
+    need_packed(packed, "bench")
     unknown = [name for name in baselines if name not in BASELINES]
-    if unknown or not batches or min(batches) < 1:
-        raise LbsError(
-            f"unknown baselines {unknown}, batches {list(batches)}: batches are at least 1, baselines one of "
-            f"{', '.join(BASELINES)}"
-        )
+    if unknown:
+        raise LbsError(f"unknown baselines {unknown}; there are {', '.join(BASELINES)}")
+    if not batches or min(batches) < 1:
+        raise LbsError(f"batches {list(batches)}; name at least one, and each is at least 1")
     missing: dict[str, str] = {}
     notes: list[str] = []
     device = packed.device
     rows: list[BenchRow] = []
     with _threads(threads) as count, torch.inference_mode(), _no_tf32():
-        models = _models(packed, model, baselines, missing, notes)
+        models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes)
+        engines = _engines(packed, model, baselines, missing)
         for batch in batches:
-            images = torch.randn(batch, *packed.input_shape, device=device)
-            calls = {name: _call(name, contender, images) for name, contender in models.items()}
+            images = packed.random_images(batch)
+            floats = packed.float_images(images).float()  # what baselines are given, at no cost to them
+            calls = {name: _call(contender, images, floats) for name, contender in models.items()}
+            calls |= _engine_calls(engines, baselines, floats, count, missing)
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
             rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds)))
@@ -209,21 +217,55 @@ def _baseline(name: str, model: nn.Module) -> nn.Module:
 
 def _uniform8(model: nn.Module, packed: PackedModel) -> PackedModel:
     with torch.inference_mode(False), torch.no_grad():
-        images = torch.randn(8, *packed.input_shape, device=packed.device)
-        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), verify=False)
+        images = packed.float_images(packed.random_images(8)).float()
+        pixels = packed.normalize
+        normalize = None if pixels is None else (pixels.mean, pixels.std)
+        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), normalize=normalize, verify=False)
 
 
-def _call(name: str, model: nn.Module, images: Tensor) -> Call:
+def _engines(
+    packed: PackedModel, model: nn.Module | None, baselines: Sequence[str], missing: dict[str, str]
+) -> EngineModels | None:
+    """The float network for the engines asked for; None where none of them can be timed."""
+    asked = [name for name in baselines if name in ENGINES]
+    for name in asked:
+        reason = "no float network was given (model=)" if model is None else engine_reason(name)
+        if packed.device.type != "cpu":
+            reason = "timed on the CPU only"
+        if reason is not None:
+            missing[ENGINES[name]] = reason
+    if model is None or all(ENGINES[name] in missing for name in asked):
+        return None
+    return EngineModels(_float_model(model, []), packed.input_shape)
+
+
+def _engine_calls(
+    engines: EngineModels | None, baselines: Sequence[str], images: Tensor, threads: int, missing: dict[str, str]
+) -> dict[str, Call]:
+    """Contenders of one batch. An engine that cannot run the network is listed as missing."""
+    calls: dict[str, Call] = {}
+    for name in baselines:
+        if engines is None or name not in ENGINES or ENGINES[name] in missing:
+            continue
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                calls[ENGINES[name]] = engines.call(name, images.clone(), threads)
+        except Exception as error:  # noqa: BLE001  whatever a foreign engine raises, the others are still timed
+            missing[ENGINES[name]] = f"batch {len(images)}: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return calls
+
+
+def _call(model: nn.Module, images: Tensor, floats: Tensor) -> Call:
     if isinstance(model, PackedModel):
         return lambda: model(images)
     dtype = next(iter(model.parameters())).dtype
-    ready = images.to(dtype=dtype, memory_format=torch.channels_last)
+    ready = floats.to(dtype=dtype, memory_format=torch.channels_last)
     return lambda: model(ready)
 
 
 def _check(packed: PackedModel) -> None:
     """The network on its back end equals the reference on the first images, bit for bit."""
-    images = torch.randn(_CHECKED, *packed.input_shape, device=packed.device)
+    images = packed.random_images(_CHECKED)
     output = packed(images)
     expected, _ = packed.run_traced(images, backend="reference")
     for one, other in zip(_flat(output), _flat(expected), strict=True):

@@ -64,6 +64,10 @@ class _Tracer(fx.Tracer):
 class _Shapes(fx.Interpreter):
     """Runs the graph once and notes every output shape."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # torch.fx would add its own to the message
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
@@ -80,6 +84,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     Raises:
         GraphError: control flow that depends on values (file and line are named), or an example that does not fit.
     """
+    _check_example(model, example)
     tracer = _Tracer()
     with _evaluating(model):  # also while tracing: `if self.training` takes the branch of inference
         try:
@@ -116,10 +121,18 @@ def _repeated(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name, calls in Counter(names).items() if calls > 1)
 
 
+def _check_example(model: nn.Module, example: object) -> None:
+    if not isinstance(example, Tensor):
+        raise GraphError(
+            f"the example for {type(model).__name__} is a {type(example).__name__}; give one batch as a tensor "
+            "[N, C, H, W]"
+        )
+
+
 def _example_message(model: nn.Module, example: Tensor, error: Exception) -> str:
     return (
-        f"{type(model).__name__} failed on an example of shape {tuple(example.shape)}: {error}; "
-        "give an example batch such as the model is trained on"
+        f"{type(model).__name__} failed on an example of shape {tuple(example.shape)}, {example.dtype} on "
+        f"{example.device}: {error}; give an example batch such as the model is trained on, of its dtype and device"
     )
 
 
@@ -152,6 +165,7 @@ def observe_layers(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerPl
     Raises:
         GraphError: an example that does not fit.
     """
+    _check_example(model, example)
     found: dict[str, LayerPlan] = {}
     calls: list[str] = []
 

@@ -9,9 +9,12 @@ float.safetensors    searched.safetensors    model.safetensors      weights afte
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,20 @@ from lbs_kernels import device
 from lbs_kernels.errors import CheckpointError
 
 
+def writes() -> bool:
+    """Whether this process writes files: of several that train together only rank 0 does."""
+    group = torch.distributed
+    return not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to the disk, rename.
+    """Write to a temporary name beside `path`, flush to the disk, rename. Nothing where `writes` is false.
 
     Raises:
         CheckpointError: the disk is full or not writable; the file that was there before is untouched.
     """
+    if not writes():
+        return
     scratch = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,11 +48,19 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path} could not be written ({len(content)} bytes): {error}; "
-            "what was saved before is untouched: make room, then go on with --resume"
-        ) from error
+        raise _not_written(path, f"({len(content)} bytes)", error) from error
+    finally:
+        with contextlib.suppress(OSError):  # after a success it is gone already
+            scratch.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, what: str, error: OSError) -> CheckpointError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "make room, then run the command again, a training command with --resume"
+    return CheckpointError(
+        f"{path} could not be written {what}: {error}; what was saved before is untouched: "
+        + (way_out if full else "give a path that can be written")
+    )
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -49,14 +68,37 @@ def write_json(path: Path, body: Any) -> None:
     write_bytes(path, (json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises CheckpointError where it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, as a dictionary. Raises CheckpointError where it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        body = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; is this a run folder?") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}; restore it, or start the run in a new folder") from error
+    if not isinstance(body, dict):
+        raise CheckpointError(
+            f"{path} holds a JSON {type(body).__name__}, no object; restore it, or start the run in a new folder"
+        )
+    return body
+
+
+def commit() -> str | None:
+    """The git commit of the sources that run, with a `+` where they differ from it; None where they are not in git."""
+    here = Path(__file__).resolve()
+    questions = (
+        ["ls-files", "--error-unmatch", str(here)],  # an installed copy may lie inside somebody else's repository
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no", "lbs", "lbs_kernels", "csrc"],
+    )
+    try:
+        answers = [
+            subprocess.run(["git", *q], capture_output=True, text=True, cwd=here.parents[1], check=True).stdout.strip()
+            for q in questions
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answers[1] + ("+" if answers[2] else "")
 
 
 def environment() -> dict[str, Any]:
@@ -70,6 +112,7 @@ def environment() -> dict[str, Any]:
         "processors": device.processors(),
         "threads": torch.get_num_threads(),
         "gpu": device.gpu_name(),
+        "commit": commit(),
         "command": " ".join(["lbs", *sys.argv[1:]]),
     }
 
@@ -102,14 +145,20 @@ class RunFolder:
         return dict(read_json(path)) if path.exists() else {}
 
     def add_result(self, section: str, body: dict[str, Any]) -> None:
-        """Replace one section of results.json."""
-        write_json(self.file("results.json"), {**self.results(), section: body})
+        """Replace one section of results.json. Values that are not finite become null."""
+        write_json(self.file("results.json"), {**self.results(), section: _finite(body)})
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line to metrics.jsonl. Values that are not finite become null."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.file("metrics.jsonl").open("a") as file:
-            file.write(_line(row))
+        """One line to metrics.jsonl. Values that are not finite become null. Raises CheckpointError on a full disk."""
+        if not writes():
+            return
+        path = self.file("metrics.jsonl")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(_line(row))
+        except OSError as error:
+            raise _not_written(path, "(one row)", error) from error
 
     def keep_metrics(self, phase: str, steps: int) -> None:
         """Forget the rows of `phase` beyond the checkpoint it goes on from, so that none comes twice."""
@@ -127,7 +176,10 @@ class RunFolder:
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{line} is no object")
+                rows.append(row)
             except ValueError as error:
                 if number == len(lines):
                     break
@@ -142,6 +194,8 @@ def _line(row: dict[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value

@@ -30,14 +30,15 @@ class CpuRunner:
     def run(
         self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None, threads: int | None = None
     ) -> list[Tensor]:
-        """Outputs of contiguous images; see `run_program` for shapes. `threads` defaults to torch's number."""
+        """Outputs of dense images, channels first or last; see `run_program`. `threads` defaults to torch's number."""
         batch = inputs[0].shape[0]
         outputs = [torch.empty((batch, *shape)) for shape in self._output_shapes]
         in_pointers = [x.data_ptr() for x in inputs]
+        last = [not x.is_contiguous() for x in inputs]
         out_pointers = [y.data_ptr() for y in outputs]
         count = default_threads() if threads is None else threads
         if trace is None:
-            self.native.run(in_pointers, out_pointers, batch, count)
+            self.native.run(in_pointers, out_pointers, batch, count, last)
             return outputs
         for index, spec in enumerate(self.program.tensors):
             if spec.form != "image":
@@ -45,7 +46,7 @@ class CpuRunner:
                 trace[index] = torch.empty((batch, spec.height, spec.width, spec.channels), dtype=dtype)
         pointers = {index: value.data_ptr() for index, value in trace.items()}
         trace.update(zip(self.program.inputs, inputs, strict=True))
-        self.native.run_traced(in_pointers, out_pointers, batch, count, pointers)
+        self.native.run_traced(in_pointers, out_pointers, batch, count, pointers, last)
         return outputs
 
 

@@ -12,13 +12,26 @@ from lbs_kernels import extension
 
 
 def cpu_name() -> str:
-    """The processor's model name, as the operating system tells it."""
+    """The processor's model name, as the operating system tells it; with family and model where it has no number.
+
+    Virtual machines shorten names to "AMD EPYC", which would file the times of different processors under one.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return _described(lines) or platform.machine()
+
+
+def _described(cpuinfo: list[str]) -> str:
+    """The name in the lines of /proc/cpuinfo; empty where there is none."""
+    facts: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in cpuinfo):
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name", "")
+    if name and not any(letter.isdigit() for letter in name) and {"cpu family", "model"} <= facts.keys():
+        return f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    return name
 
 
 def cpu_features() -> dict[str, bool]:

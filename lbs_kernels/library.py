@@ -11,6 +11,11 @@ from torch import Tensor
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.format import MAX_BITS, words
 
+# cudagraph_unsafe: back ends keep buffers between calls, which graphs that torch.compile records by itself would count
+# as leaks. Who wants a graph records one (PackedModel.capture, torch.cuda.graph).
+_TAGS = tuple(
+    getattr(torch.Tag, name) for name in ("pt2_compliant_tag", "cudagraph_unsafe") if hasattr(torch.Tag, name)
+)
 # Kept here: an operation lives as long as the Library that defined it.
 _library = torch.library.Library("lbs_kernels", "FRAGMENT")
 
@@ -18,7 +23,7 @@ _library = torch.library.Library("lbs_kernels", "FRAGMENT")
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `lbs_kernels::<schema>` for every device. `fake` computes shapes only, and may be given symbolic ones."""
     name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(schema, tags=_TAGS)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lbs_kernels::{name}", fake, lib=_library)
 

@@ -25,9 +25,9 @@ class OneStep:
     steps: list[Step] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
 
-    def image(self, size: Size) -> int:
-        """The region's input."""
-        return self._add(TensorSpec("image", "image", size[2], size[0], size[1]))
+    def image(self, size: Size, dtype: str = "float32") -> int:
+        """The region's input, float32 or uint8."""
+        return self._add(TensorSpec("image", "image", size[2], size[0], size[1], dtype=dtype))  # type: ignore[arg-type]
 
     def stream(self, name: str, size: Size, output: bool = True) -> int:
         """A float32 stream, returned unless told otherwise."""
@@ -61,7 +61,7 @@ class OneStep:
     def run(
         self, image: Tensor, arrays: dict[str, Tensor], backend: str, trace: dict[int, Tensor] | None = None
     ) -> list[Tensor]:
-        """Run on an image float32 [N, C, H, W] of the device that the back end shall use."""
+        """Run on an image [N, C, H, W] of the device that the back end shall use."""
         program, blob = self.build(arrays)
         return CompiledProgram(program.to_json(), blob.to(image.device), backend).run([image], trace=trace)
 

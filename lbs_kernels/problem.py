@@ -44,11 +44,15 @@ class Problem:
 
     def __str__(self) -> str:
         size = f"n{self.batch}_{self.in_channels}x{self.height}x{self.width}_to{self.out_channels}"
-        window = f"k{self.kernel[0]}x{self.kernel[1]}_s{self.stride[0]}_p{self.padding[0]}"
-        extra = (f"_d{self.dilation[0]}" if self.dilation != (1, 1) else "") + (
+        window = f"k{self.kernel[0]}x{self.kernel[1]}_s{_pair(self.stride)}_p{_pair(self.padding)}"
+        extra = (f"_d{_pair(self.dilation)}" if self.dilation != (1, 1) else "") + (
             f"_g{self.groups}" if self.groups > 1 else ""
         )
         return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}_{self.device}"
+
+
+def _pair(sizes: tuple[int, int]) -> str:
+    return str(sizes[0]) if sizes[0] == sizes[1] else f"{sizes[0]}x{sizes[1]}"
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -6,7 +6,7 @@ one JSON text plus one tensor of bytes; `docs/format.md` defines both. `program_
 
 Tensor forms, per image (the batch is the leading dimension at run time):
 
-    image   float32 [C, H, W]   what the region is given, channels first
+    image   `dtype` [C, H, W]   what the region is given, channels first: float32, or uint8 for the bytes of pictures
     codes   uint8   [H, W, C]   integers of `bits` bits
     stream  float   [H, W, C]   values in the program's stream type; a region returns these as float32 [C, H, W],
                                 or [C] where `flat`
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 
-PROGRAM_VERSION = 1
+PROGRAM_VERSION = 2  # 2: images of bytes, and quantpack steps with a multiplier and a bias
 BLOB_ALIGNMENT = 64
+IMAGE_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 STREAM_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARRAY_DTYPES = {"float32": torch.float32, "int32": torch.int32}
 
@@ -43,6 +44,7 @@ class TensorSpec:
     zero: int = 0  # codes only: the code of real 0, which padding holds
     signed: bool = False  # codes only: real value v * (2q - n) / n
     flat: bool = False  # stream only: returned as [N, C] instead of [N, C, 1, 1]
+    dtype: Literal["float32", "uint8"] = "float32"  # image only
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class Emit:
 
 @dataclass(frozen=True)
 class QuantPackStep:
-    """Read an image (or a stream) as floats and emit it."""
+    """Read an image (or a stream) as floats x; y = fma(x, multiplier[c], bias[c]) if they are given, else x; emit."""
 
     op: ClassVar[str] = "quantpack"
     name: str
     input: int
     emit: Emit
+    multiplier: str | None = None  # float32 [C]
+    bias: str | None = None  # float32 [C]
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class Program:
         """The canonical JSON text (sorted keys, no spaces)."""
         body = asdict(self)
         body["steps"] = [{"op": step.op, **asdict(step)} for step in self.steps]
+        if self.version == 1:
+            _drop_additions(body)
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def array(self, blob: Tensor, key: str) -> Tensor:
@@ -185,6 +191,15 @@ class Program:
         spec = self.arrays[key]
         raw = blob[spec.offset : spec.offset + spec.nbytes]
         return raw.view(ARRAY_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def _drop_additions(body: dict[str, Any]) -> None:
+    """Leave out what version 1 does not know; a valid program of that version holds the defaults there."""
+    for spec in body["tensors"]:
+        del spec["dtype"]
+    for step in body["steps"]:
+        if step["op"] == QuantPackStep.op:
+            del step["multiplier"], step["bias"]
 
 
 def build_blob(arrays: dict[str, Tensor]) -> tuple[dict[str, ArraySpec], Tensor, str]:

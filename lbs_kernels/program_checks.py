@@ -12,6 +12,7 @@ from lbs_kernels.problem import output_size
 from lbs_kernels.program import (
     ARRAY_DTYPES,
     BLOB_ALIGNMENT,
+    IMAGE_DTYPES,
     STREAM_DTYPES,
     Consumer,
     ConvStep,
@@ -38,7 +39,8 @@ def check_program(program: Program, blob_bytes: int | None = None) -> None:
     - numbers tensors that do not exist, writes one twice or never, or reads one before it is written;
     - has sizes that are not positive, absurd, or do not follow from the step that writes them;
     - has arrays outside the blob, unaligned, or of another shape than their step needs;
-    - pads signed codes, could overflow an accumulator, or mixes tensor forms.
+    - pads signed codes, could overflow an accumulator, or mixes tensor forms;
+    - says it is of version 1 and uses what came with version 2.
 
     Raises:
         FormatError: what, where, the value and the rule.
@@ -52,9 +54,23 @@ def check_program(program: Program, blob_bytes: int | None = None) -> None:
         raise FormatError(f"digest is {program.digest[:80]!r}; expected 64 hexadecimal digits, or nothing")
     for index, spec in enumerate(program.tensors):
         _check_tensor(spec, f"tensor {index}")
+    _check_version(program)
     for key in program.arrays:
         _check_array(program, key, blob_bytes)
     _Walk(program).check()
+
+
+def _check_version(program: Program) -> None:
+    if program.version > 1:
+        return
+    for spec in program.tensors:
+        if spec.dtype != "float32":
+            raise FormatError(f"image {spec.name} is {spec.dtype} in a program of version 1; write it as version 2")
+    for step in program.steps:
+        if isinstance(step, QuantPackStep) and (step.multiplier, step.bias) != (None, None):
+            raise FormatError(
+                f"step {step.name!r} has a multiplier or bias in a program of version 1; write it as version 2"
+            )
 
 
 def _check_name(name: str, place: str) -> None:
@@ -82,6 +98,8 @@ def _check_tensor(spec: TensorSpec, place: str) -> None:
             raise FormatError(f"{place} is signed with zero = {spec.zero}; signed codes have none, set it to 0")
     elif spec.bits or spec.zero or spec.signed:
         raise FormatError(f"{place} is a {spec.form} with bits, zero or sign; only codes have them")
+    if spec.dtype not in IMAGE_DTYPES or (spec.dtype != "float32" and spec.form != "image"):
+        raise FormatError(f"{place} is a {spec.form} of {spec.dtype}; only images have a dtype, float32 or uint8")
     if spec.flat and (spec.form != "stream" or spec.height * spec.width != 1):
         raise FormatError(f"{place} is flat; only a stream of 1 x 1 pixels can be")
 
@@ -149,6 +167,7 @@ class _Walk:
         source = self._read(step.input, place)
         if isinstance(step, QuantPackStep):
             _expect_form(source, ("image", "stream"), place)
+            self._check_affine(step, source.channels, place)
             shape = (source.height, source.width, source.channels)
         elif isinstance(step, ConvStep):
             shape = self._check_conv(step, source, place)
@@ -159,6 +178,13 @@ class _Walk:
             if source.form == "codes":
                 _check_code_pool(step.emit, source, place)
         self._check_emit(step.emit, shape, place, scaled=not (isinstance(step, PoolStep) and source.form == "codes"))
+
+    def _check_affine(self, step: QuantPackStep, channels: int, place: str) -> None:
+        if (step.multiplier is None) != (step.bias is None):
+            raise FormatError(f"{place} has only one of multiplier and bias; give both or none")
+        if step.multiplier is not None and step.bias is not None:
+            self._check_array(step.multiplier, "float32", (channels,), place)
+            self._check_array(step.bias, "float32", (channels,), place)
 
     def _check_conv(self, step: ConvStep, source: TensorSpec, place: str) -> Shape:
         _expect_form(source, ("codes",), place)

@@ -21,7 +21,7 @@ class ReferenceRunner:
         self.blob = blob
 
     def run(self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None) -> list[Tensor]:
-        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of images float32 [N, C, H, W].
+        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of images [N, C, H, W] of the inputs' dtypes.
 
         `trace` receives every tensor by index: images as given, codes uint8 [N, H, W, C], streams in the stream dtype.
         """
@@ -37,7 +37,8 @@ class ReferenceRunner:
         program, blob, x = self.program, self.blob, tensors[step.input]
         source = program.tensors[step.input]
         if isinstance(step, QuantPackStep):
-            y = quantpack.read_values(x, source.form)
+            affine = [None if key is None else program.array(blob, key) for key in (step.multiplier, step.bias)]
+            y = quantpack.read_values(x, source.form, *affine)
         elif isinstance(step, ConvStep):
             acc = bitconv2d.accumulate(
                 x,

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lbs_kernels import extension, tuning_table
+from lbs_kernels import extension, gpu_kernels, tuning_table
 from lbs_kernels.errors import BackendError
 from lbs_kernels.problem import Problem
 
@@ -34,27 +34,30 @@ def _cpu_reason(device_type: str) -> str | None:
 def _triton_reason(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it: pip install triton"
-    if importlib.util.find_spec("lbs_kernels.triton_runner") is None:
-        return "this build has no Triton runner"
     if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"the tensors lie on {device_type}; move them to a GPU, or set TRITON_INTERPRET=1 to test without one"
 
 
-# Order = default preference. Triton in the interpreter never is: on the CPU it only runs where it is named.
+# Order = default preference. "gpu" takes the best kernel for each step, "triton" only those in Triton; the interpreter
+# never is a default: on the CPU they only run where they are named.
 BACKENDS: dict[str, Callable[[str], str | None]] = {
     "cpu": _cpu_reason,
+    "gpu": _triton_reason,
     "triton": _triton_reason,
     "reference": _reference_reason,
 }
-AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("gpu", "reference")}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One back end's answer for one problem: a reason why not, or its measured time if there is one."""
+    """One implementation's answer for one problem: a reason why not, or its measured time if there is one.
 
-    backend: str
+    name: a back end, or a GPU kernel with its configuration as tuning tables name it ("triton:m64_o64_k64_w4_s3_wx").
+    """
+
+    name: str
     reason: str | None
     seconds: float | None
     chosen: bool
@@ -62,9 +65,9 @@ class Candidate:
     def __str__(self) -> str:
         mark = "->" if self.chosen else "  "
         if self.reason is not None:
-            return f"{mark} {self.backend}: cannot serve: {self.reason}"
+            return f"{mark} {self.name}: cannot serve: {self.reason}"
         time = f"{self.seconds * 1e6:.1f} us" if self.seconds is not None else "not measured"
-        return f"{mark} {self.backend}: {time}"
+        return f"{mark} {self.name}: {time}"
 
 
 def backend_reason(backend: str, device_type: str) -> str | None:
@@ -105,9 +108,14 @@ def supports(backend: str, problem: Problem) -> str | None:
     """
     if problem.op not in OPS:
         return f"{problem.op} is not an operation; there are {', '.join(OPS)}"
-    reason = backend_reason(backend, problem.device.split(":")[0])
+    reason = backend_reason(backend, tuning_table.kind(problem.device))
     if reason is not None:
         return reason
+    if backend == "gpu":
+        exact = gpu_kernels.exact_families()
+        answers = {family: reason for family, reason in gpu_kernels.reasons(problem).items() if family in exact}
+        able = any(answer is None for answer in answers.values())
+        return None if able else "; ".join(f"{family}: {answer}" for family, answer in answers.items())
     name = f"lbs_kernels.{problem.op}.{backend}_impl"
     if importlib.util.find_spec(name) is None:
         return None
@@ -126,9 +134,8 @@ def choose(problem: Problem, backend: str = "auto") -> str:
         if reason is not None:
             raise BackendError(f"back end {backend!r} cannot serve {problem}: {reason}")
         return backend
-    order = AUTOMATIC.get(problem.device.split(":")[0], ("reference",))
-    able = [name for name in order if supports(name, problem) is None]
-    measured = {name: seconds for name, seconds in tuning_table.times(problem).items() if name in able}
+    able = [name for name in _order(problem) if supports(name, problem) is None]
+    measured = {name: seconds for name, seconds in _backend_times(problem).items() if name in able}
     if measured:
         return min(measured, key=lambda name: measured[name])
     if not able:
@@ -137,7 +144,10 @@ def choose(problem: Problem, backend: str = "auto") -> str:
 
 
 def explain(problem: Problem) -> list[Candidate]:
-    """Every back end with its reason or its measured time, the choice of "auto" marked."""
+    """Every implementation with its reason or its measured time, the choice of "auto" marked.
+
+    On a GPU the kernels stand by themselves: each that was measured, fastest first, and the default.
+    """
     try:
         chosen = choose(problem)
     except BackendError:
@@ -145,6 +155,58 @@ def explain(problem: Problem) -> list[Candidate]:
     return _rows(problem, chosen)
 
 
+def _order(problem: Problem) -> tuple[str, ...]:
+    return AUTOMATIC.get(tuning_table.kind(problem.device), ("reference",))
+
+
+def _backend_times(problem: Problem) -> dict[str, float]:
+    """The fastest measured time of each back end: "cpu:t2" counts for "cpu", "triton:..." for "gpu" and "triton"."""
+    found: dict[str, float] = {}
+    for name, seconds in tuning_table.times(problem).items():
+        family = tuning_table.family(name)
+        for backend in (family, "gpu") if family in gpu_kernels.exact_families() else (family,):
+            found[backend] = min(seconds, found.get(backend, seconds))
+    return found
+
+
 def _rows(problem: Problem, chosen: str | None) -> list[Candidate]:
-    times = tuning_table.times(problem)
-    return [Candidate(name, supports(name, problem), times.get(name), name == chosen) for name in BACKENDS]
+    times = _backend_times(problem)
+    rows = [Candidate(name, supports(name, problem), times.get(name), name == chosen) for name in BACKENDS]
+    if "gpu" not in _order(problem) or backend_reason("gpu", tuning_table.kind(problem.device)) is not None:
+        return rows
+    others = [row for row in rows if row.name not in ("gpu", "triton")]
+    return [*_kernel_rows(problem, chosen == "gpu"), *others]
+
+
+def _kernel_rows(problem: Problem, chosen: bool) -> list[Candidate]:
+    """GPU kernels: the measured ones, the default, and the families that cannot serve."""
+    rows: dict[str, Candidate] = {}
+    measured = tuning_table.times(problem)
+    best = gpu_kernels.choose(problem).name if chosen else None
+    for name in sorted(measured, key=lambda name: measured[name]):
+        found = gpu_kernels.parse(name)
+        if found is not None and not found.kernel.exact:
+            continue
+        if found is None:
+            reason: str | None = "no kernel knows this configuration any more; measure again: lbs tune"
+        else:
+            reason = gpu_kernels.refusal(found, problem)
+        rows[name] = Candidate(name, reason, measured[name], name == best)
+    default = gpu_kernels.default(problem)
+    rows.setdefault(
+        default.name, Candidate(default.name, gpu_kernels.refusal(default, problem), None, default.name == best)
+    )
+    for family, reason in gpu_kernels.reasons(problem).items():
+        if reason is not None:
+            rows[family] = Candidate(family, reason, None, False)
+    return [*rows.values(), *_fallback_rows(problem, measured)]
+
+
+def _fallback_rows(problem: Problem, measured: dict[str, float]) -> list[Candidate]:
+    """Kernels that are not exact: never chosen here, a model allows them."""
+    reason = 'not exact; it serves where a model was loaded with fallback="{}"'
+    return [
+        Candidate(name, reason.format(family), measured[name], False)
+        for name in measured
+        if (family := tuning_table.family(name)) in gpu_kernels.FALLBACKS
+    ]

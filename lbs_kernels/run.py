@@ -1,6 +1,6 @@
 """Run a program: checks, the cache of compiled runners, and the `torch.library` op that graphs see.
 
-    torch.ops.lbs_kernels.run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]
+    torch.ops.lbs_kernels.run_program(Tensor[] inputs, Tensor blob, str program, str allow='') -> Tensor[]
 
 A runner is built once per (program, blob, back end) and found again without hashing or parsing the text: by the
 address of the blob, then one comparison of the text.
@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
+from lbs_kernels import gpu_kernels, library, registry
 from lbs_kernels.cpu_runner import CpuRunner
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.program import STREAM_DTYPES, Program, blob_digest
+from lbs_kernels.program import IMAGE_DTYPES, STREAM_DTYPES, Program, TensorSpec, blob_digest
 from lbs_kernels.program_json import read_program
 from lbs_kernels.reference_runner import ReferenceRunner
 
@@ -27,7 +27,7 @@ MAX_RUNNERS = 64
 
 
 class Runner(Protocol):
-    """What a back end gives: called with checked, contiguous images of a batch that is not empty."""
+    """What a back end gives: called with checked, dense images of a batch that is not empty."""
 
     def run(self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None) -> list[Tensor]: ...
 
@@ -35,12 +35,13 @@ class Runner(Protocol):
 class CompiledProgram:
     """A program on one back end, ready to run. `fallback`: why "auto" did not take its first choice, or empty."""
 
-    def __init__(self, text: str, blob: Tensor, backend: str = "auto") -> None:
+    def __init__(self, text: str, blob: Tensor, backend: str = "auto", allow: str = "") -> None:
         """
         Args:
             text: JSON text of the program.
             blob: uint8 on the device that shall run it; kept, and not to be written to.
-            backend: "auto", "reference", "cpu" or "triton".
+            backend: "auto", "reference", "cpu", "gpu" or "triton".
+            allow: inexact kernels the gpu back end may take where they were measured faster ("fp16"); none if empty.
 
         Raises:
             FormatError: a damaged program, or the blob of another one.
@@ -55,15 +56,14 @@ class CompiledProgram:
         self.fallback = ""
         self.backend = registry.resolve(backend, blob.device.type)
         try:
-            self.runner = _build(self.backend, self.program, text, blob)
+            self.runner = _build(self.backend, self.program, blob, allow)
         except BackendError as error:
             if backend != "auto":
                 raise
             self.fallback = f"{self.backend}: {error}"
             self.backend = "reference"
             self.runner = ReferenceRunner(self.program, blob)
-        specs = [self.program.tensors[index] for index in self.program.inputs]
-        self._input_shapes = [torch.Size((s.channels, s.height, s.width)) for s in specs]
+        self._inputs = [_Image(self.program.tensors[index]) for index in self.program.inputs]
         self._device = blob.device
 
     def run(
@@ -71,7 +71,7 @@ class CompiledProgram:
     ) -> list[Tensor]:
         """Outputs of images; see `run_program`."""
         batch = self._check(inputs)
-        ready = [x.contiguous() for x in inputs]
+        ready = [dense(x) for x in inputs]
         if batch == 0:
             return _empty_outputs(self.program, ready, trace)
         if isinstance(self.runner, CpuRunner):
@@ -80,21 +80,51 @@ class CompiledProgram:
 
     def _check(self, inputs: list[Tensor]) -> int:
         """The batch size. Raises ShapeError for images of another number, shape, dtype, device or batch."""
-        if len(inputs) != len(self._input_shapes):
-            raise ShapeError(f"{len(inputs)} inputs; the program was packed for {len(self._input_shapes)}")
-        for x, shape in zip(inputs, self._input_shapes, strict=True):
-            if x.dtype is not torch.float32:
-                raise ShapeError(f"input is {x.dtype}; a packed region takes float32 images, convert with x.float()")
-            if x.dim() != 4 or x.shape[1:] != shape:
-                raise ShapeError(
-                    f"input has shape {list(x.shape)}; the program was packed for [N, {', '.join(map(str, shape))}], "
-                    "resize the images or pack for this size"
-                )
+        if len(inputs) != len(self._inputs):
+            raise ShapeError(f"{len(inputs)} inputs; the program was packed for {len(self._inputs)}")
+        for x, image in zip(inputs, self._inputs, strict=True):
+            image.check(x)
             if x.device != self._device:
                 raise ShapeError(f"input lies on {x.device}, the packed weights on {self._device}; move one of them")
             if x.shape[0] != inputs[0].shape[0]:
                 raise ShapeError(f"inputs have batches of {inputs[0].shape[0]} and {x.shape[0]}; they must be equal")
         return inputs[0].shape[0] if inputs else 0
+
+
+class _Image:
+    """What one input of a program must be."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.dtype = IMAGE_DTYPES[spec.dtype]
+        self.shape = torch.Size((spec.channels, spec.height, spec.width))
+
+    def check(self, x: Tensor) -> None:
+        """Raises ShapeError; `x` may be a fake of symbolic batch."""
+        if x.dtype is not self.dtype:
+            raise ShapeError(f"input is {x.dtype}; {dtype_rule(self.dtype)}")
+        if x.dim() != 4 or x.shape[1:] != self.shape:
+            raise ShapeError(
+                f"input has shape {list(x.shape)}; the program was packed for [N, {', '.join(map(str, self.shape))}], "
+                "resize the images or pack for this size"
+            )
+
+
+def dtype_rule(wanted: torch.dtype) -> str:
+    """What images a program of this input dtype takes, and the way out for who has others."""
+    if wanted is torch.uint8:
+        return (
+            "the program takes the bytes of images (uint8, 0 to 255) and normalises them itself: give the bytes as "
+            "they are, or pack without normalize= for float32"
+        )
+    return (
+        "the program takes normalised float32 images: convert and normalise them as in training, or pack with "
+        "normalize=(mean, std) to give bytes"
+    )
+
+
+def dense(x: Tensor) -> Tensor:
+    """Images whose memory is without gaps, channels first or last; copied only where it is neither."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def run_program(
@@ -110,8 +140,10 @@ def run_program(
     Args:
         program: the program, or its JSON text.
         blob: uint8, the program's arrays, on the device that shall run it.
-        inputs: float32 images [N, C, H, W] on the blob's device; N may be 0.
-        backend: "reference" (torch, anywhere), "cpu" (native), "triton" (GPU, or its interpreter), or "auto".
+        inputs: images [N, C, H, W] on the blob's device, float32 or uint8 as the program says; N may be 0. Channels may
+            lie first or last in memory; other strides are copied.
+        backend: "reference" (torch, anywhere), "cpu" (native), "gpu" (the best kernel for each step; or
+            Triton's interpreter), "triton" (its kernels alone), or "auto".
         threads: of the native back end; torch's number unless given.
         trace: receives every tensor by index: images as given, codes uint8 [N, H, W, C], streams in the stream dtype.
 
@@ -133,15 +165,15 @@ _runners: dict[tuple[int, torch.device, str, int], CompiledProgram] = {}
 _runners_lock = threading.Lock()
 
 
-def compiled(text: str, blob: Tensor, backend: str = "auto") -> CompiledProgram:
+def compiled(text: str, blob: Tensor, backend: str = "auto", allow: str = "") -> CompiledProgram:
     """The cached `CompiledProgram`, built on first use."""
     # The cached runner keeps its blob alive, so an address cannot come to mean another blob while it is a key.
-    key = (blob.data_ptr(), blob.device, backend, len(text))
+    key = (blob.data_ptr(), blob.device, f"{backend} {allow}", len(text))
     found = _runners.get(key)
     if found is not None and found.text == text and found.version == _version(blob):
         return found
     with _runners_lock:
-        made = CompiledProgram(text, blob, backend)
+        made = CompiledProgram(text, blob, backend, allow)
         _runners.pop(key, None)
         while len(_runners) >= MAX_RUNNERS:
             _runners.pop(next(iter(_runners)))
@@ -174,13 +206,15 @@ def _version(blob: Tensor) -> int:
     return -1 if blob.is_inference() else blob._version
 
 
-def _build(backend: str, program: Program, text: str, blob: Tensor) -> Runner:
+def _build(backend: str, program: Program, blob: Tensor, allow: str) -> Runner:
     if backend == "cpu":
-        return CpuRunner(program, blob, text)
-    if backend == "triton":
-        from lbs_kernels.triton_runner import TritonRunner  # lazily: importing Triton takes a second
+        # Written anew: a text from elsewhere may leave out what has a default, the native reader wants everything.
+        return CpuRunner(program, blob, program.to_json())
+    if backend in ("gpu", "triton"):
+        from lbs_kernels.gpu_runner import GpuRunner  # lazily: importing Triton takes a second
 
-        runner: Runner = TritonRunner(program, blob, blob.device)
+        families = ("triton",) if backend == "triton" else (*gpu_kernels.exact_families(), *filter(None, [allow]))
+        runner: Runner = GpuRunner(program, blob, blob.device, families=families)
         return runner
     return ReferenceRunner(program, blob)
 
@@ -226,22 +260,17 @@ def _parsed(text: str) -> Program:
     return read_program(text)
 
 
-def _op(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
-    return compiled(program, blob).run(inputs)
+def _op(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
+    return compiled(program, blob, allow=allow).run(inputs)
 
 
-def _op_fake(inputs: list[Tensor], blob: Tensor, program: str) -> list[Tensor]:
+def _op_fake(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
     parsed = _parsed(program)
     if len(inputs) != len(parsed.inputs):
         raise ShapeError(f"{len(inputs)} inputs; the program was packed for {len(parsed.inputs)}")
     for x, index in zip(inputs, parsed.inputs, strict=True):
-        spec = parsed.tensors[index]
-        if x.dtype is not torch.float32 or x.dim() != 4 or x.shape[1:] != (spec.channels, spec.height, spec.width):
-            raise ShapeError(
-                f"input is {x.dtype} {list(x.shape)}; the program was packed for float32 "
-                f"[N, {spec.channels}, {spec.height}, {spec.width}]"
-            )
+        _Image(parsed.tensors[index]).check(x)
     return _fake_outputs(parsed, inputs)
 
 
-library.define("run_program(Tensor[] inputs, Tensor blob, str program) -> Tensor[]", _op, _op_fake)
+library.define("run_program(Tensor[] inputs, Tensor blob, str program, str allow='') -> Tensor[]", _op, _op_fake)

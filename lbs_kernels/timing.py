@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lbs_kernels.cuda_graph import record
 from lbs_kernels.errors import ShapeError
 
 SETTLE = 25e-3  # seconds: OpenMP's idle threads spin after a torch call and hold a core; 5 ms were too few (Zen 5)
@@ -121,16 +122,7 @@ def interleave(
 
 def cuda_graph(call: Callable[[], object]) -> Callable[[], None]:
     """`call` recorded once as a CUDA graph; the function returned replays it. Inputs must stay where they are."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # allocations and autotuning must lie behind before the recording
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return record(call).replay
 
 
 def _warm_up(call: Callable[[], object], seconds: float, device: torch.device) -> int:

@@ -216,11 +216,16 @@ const std::map<std::string, Json>& Json::object() const {
     return object_;
 }
 
-const Json& Json::at(const std::string& key) const {
+const Json* Json::find(const std::string& key) const {
     const auto& entries = object();
     const auto found = entries.find(key);
-    if (found == entries.end()) throw FormatError("program text lacks the key '" + key + "'");
-    return found->second;
+    return found == entries.end() ? nullptr : &found->second;
+}
+
+const Json& Json::at(const std::string& key) const {
+    const Json* found = find(key);
+    if (!found) throw FormatError("program text lacks the key '" + key + "'");
+    return *found;
 }
 
 }  // namespace lbs

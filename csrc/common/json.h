@@ -25,7 +25,8 @@ public:
     const std::string& string() const;
     const std::vector<Json>& array() const;
     const std::map<std::string, Json>& object() const;
-    const Json& at(const std::string& key) const;  // FormatError where the key is missing
+    const Json& at(const std::string& key) const;    // FormatError where the key is missing
+    const Json* find(const std::string& key) const;  // null where it is missing
 
 private:
     friend class JsonParser;

@@ -51,6 +51,12 @@ struct Simd {
         const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
         return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
     }
+    static I ibytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I ibyte(I a, int j) {
+        return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * j)), _mm256_set1_epi32(255));
+    }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
     // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the
     // wide way.

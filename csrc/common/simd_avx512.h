@@ -45,6 +45,12 @@ struct Simd {
         const I low = _mm512_or_si512(q0, _mm512_slli_epi32(q1, 8));
         return _mm512_ternarylogic_epi32(low, _mm512_slli_epi32(q2, 16), _mm512_slli_epi32(q3, 24), 0xfe);
     }
+    static I ibytes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I ibyte(I a, int j) {
+        return _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(8 * j)), _mm512_set1_epi32(255));
+    }
     static I max_bytes(I a, I b) { return _mm512_max_epu8(a, b); }
     template <bool kWide>
     static I dot(I acc, I a, I w) {

@@ -87,6 +87,16 @@ struct Simd {
                                            static_cast<uint32_t>(q2.v[i]) << 16 | static_cast<uint32_t>(q3.v[i]) << 24);
         return q0;
     }
+    // p[0 .. L - 1] as integers
+    static I ibytes(const uint8_t* p) {
+        I r;
+        for (int i = 0; i < L; ++i) r.v[i] = p[i];
+        return r;
+    }
+    static I ibyte(I a, int j) {  // byte j of each lane
+        for (int i = 0; i < L; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> (8 * j) & 255u);
+        return a;
+    }
     static I max_bytes(I a, I b) {
         uint8_t x[4 * L], y[4 * L];
         std::memcpy(x, a.v, sizeof x);

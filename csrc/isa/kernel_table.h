@@ -5,6 +5,7 @@
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"
 #include "pool/pool_kernel.h"
+#include "quantpack/quantpack_kernel.h"
 
 namespace lbs {
 namespace {  // the same names stand for other instructions in every file
@@ -18,6 +19,7 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         conv,
         linear_kernel,
         emit_planes_kernel,
+        quantpack_kernel,
         pool_codes_kernel,
         fake_quant_forward_kernel,
         fake_quant_backward_kernel,

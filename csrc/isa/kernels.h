@@ -26,6 +26,9 @@ struct KernelTable {
     // Channel groups and vectors of float planes; plane 0 of `values` is channel `base_channel`.
     void (*emit_planes)(const EmitPlan& plan, const RunContext& run, const float* values, int base_channel,
                         int first_group, int last_group, int first_vector, int last_vector);
+    // Vectors [first_vector, last_vector) of a stream or an image, all channels.
+    void (*quantpack)(const ReadPlan& read, const EmitPlan& plan, const RunContext& run, const void* values,
+                      bool channels_last, int first_vector, int last_vector);
     void (*pool_codes)(const PoolCodesPlan& plan, const RunContext& run, int first_group, int last_group);
 
     FakeQuantForwardKernel fake_quant_forward;

@@ -64,6 +64,13 @@ struct EmitPlan {
     const ConsumerPlan* consumers = nullptr;
 };
 
+// What a quantpack step reads: float32 or bytes, then y = fma(x, gain[c], offset[c]) where there are any.
+struct ReadPlan {
+    bool bytes = false;
+    const float* gain = nullptr;
+    const float* offset = nullptr;
+};
+
 // acc = (dot << shift) + (sum of the window's codes << sum_shift, where needed) + constant[filter]
 struct AccumulatorPlan {
     int shift = 0;

@@ -64,7 +64,8 @@ void ProgramPlan::plan_steps() {
             tile_bytes = std::max(tile_bytes, round_up(plan.conv.k_steps, 16) * 128);
         } else {
             plan.emit = emit;
-            plan_pool(step, plan);
+            if (step.kind == StepKind::kQuantPack) plan_quantpack(step, plan);
+            else plan_pool(step, plan);
         }
     }
 }
@@ -107,6 +108,17 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     }
     plan.consumers = consumers;
     return plan;
+}
+
+void ProgramPlan::plan_quantpack(const StepSpec& step, StepPlan& plan) {
+    const TensorSpec& source = spec.tensors[static_cast<size_t>(step.input)];
+    const auto place = std::find(spec.inputs.begin(), spec.inputs.end(), step.input);
+    plan.run = StepPlan::Run::kQuantPack;
+    plan.place = place == spec.inputs.end() ? -1 : static_cast<int>(place - spec.inputs.begin());
+    plan.read.bytes = source.is_bytes;
+    if (step.multiplier.empty()) return;
+    plan.read.gain = store.padded(spec.floats(step.multiplier, source.channels), source.channels);
+    plan.read.offset = store.padded(spec.floats(step.bias, source.channels), source.channels);
 }
 
 void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {

@@ -18,6 +18,8 @@ struct StepPlan {
     LinearPlan linear;
     PoolCodesPlan pool;
     EmitPlan emit;             // of the steps that emit planes of floats
+    ReadPlan read;             // of a quantpack step
+    int place = -1;            // of the image it reads among the program's inputs; -1: a stream
     std::vector<int> writes;   // tensors
     bool meet_before = false;  // threads that share an image wait here for each other
 };
@@ -48,6 +50,7 @@ struct ProgramPlan {
 private:
     void plan_steps();
     EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
+    void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);
     void assign_slots();
     void place_meetings();

@@ -33,6 +33,12 @@ TensorSpec read_tensor(const Json& value) {
     tensor.bits = value.at("bits").small();
     tensor.zero = value.at("zero").small();
     tensor.is_signed = value.at("signed").boolean();
+    if (const Json* dtype = value.find("dtype")) {  // since version 2
+        require(dtype->string() == "float32" || (dtype->string() == "uint8" && tensor.form == Form::kImage),
+                "tensor '" + tensor.name + "' has dtype '" + dtype->string() +
+                    "'; only images have one, float32 or uint8");
+        tensor.is_bytes = dtype->string() == "uint8";
+    }
     return tensor;
 }
 
@@ -70,6 +76,14 @@ void read_weights(const Json& value, StepSpec& step) {
     step.bias = value.at("bias").string();
 }
 
+// Since version 2, and optional.
+void read_affine(const Json& value, StepSpec& step) {
+    if (const Json* key = value.find("multiplier")) step.multiplier = read_optional_string(*key);
+    if (const Json* key = value.find("bias")) step.bias = read_optional_string(*key);
+    require(step.multiplier.empty() == step.bias.empty(),
+            "step '" + step.name + "' has only one of multiplier and bias");
+}
+
 StepSpec read_step(const Json& value) {
     StepSpec step;
     const std::string& op = value.at("op").string();
@@ -78,6 +92,7 @@ StepSpec read_step(const Json& value) {
     step.emit = read_emit(value.at("emit"));
     if (op == "quantpack") {
         step.kind = StepKind::kQuantPack;
+        read_affine(value, step);
     } else if (op == "bitconv2d") {
         step.kind = StepKind::kConv;
         read_weights(value, step);
@@ -149,6 +164,9 @@ private:
         switch (step.kind) {
             case StepKind::kQuantPack:
                 require(source.form != Form::kCodes, place + " reads codes; it reads an image or a stream");
+                if (step.multiplier.empty()) break;
+                program_.floats(step.multiplier, channels);
+                program_.floats(step.bias, channels);
                 break;
             case StepKind::kConv:
             case StepKind::kLinear:
@@ -269,6 +287,7 @@ ProgramSpec::ProgramSpec(const std::string& text, const unsigned char* blob, int
     for (const Json& value : body.at("steps").array()) steps.push_back(read_step(value));
     for (const Json& value : body.at("inputs").array()) inputs.push_back(value.small());
     for (const Json& value : body.at("outputs").array()) outputs.push_back(value.small());
+    check_version(version);
     for (const TensorSpec& tensor : tensors) check_tensor(tensor);
     Walk(*this).run();
 }
@@ -281,6 +300,15 @@ void ProgramSpec::check_tensor(const TensorSpec& tensor) const {
         require(tensor.bits >= 1 && tensor.bits <= kMaxBits && tensor.zero >= 0 && tensor.zero < 1 << tensor.bits &&
                     !(tensor.is_signed && tensor.zero),
                 "tensor '" + tensor.name + "' has impossible bits or zero");
+}
+
+void ProgramSpec::check_version(int version) const {
+    if (version > 1) return;
+    for (const TensorSpec& tensor : tensors)
+        require(!tensor.is_bytes, "image '" + tensor.name + "' is uint8 in a program of version 1");
+    for (const StepSpec& step : steps)
+        require(step.kind != StepKind::kQuantPack || step.multiplier.empty(),
+                "step '" + step.name + "' has a multiplier in a program of version 1");
 }
 
 const ArraySpec& ProgramSpec::array(const std::string& key) const {

@@ -18,6 +18,7 @@ struct TensorSpec {
     int channels = 0, height = 0, width = 0;
     int bits = 0, zero = 0;
     bool is_signed = false;
+    bool is_bytes = false;  // an image of uint8
     int64_t pixels() const { return static_cast<int64_t>(height) * width; }
 };
 
@@ -49,7 +50,7 @@ struct StepSpec {
     EmitSpec emit;
     int w_bits = 0, groups = 1;
     Pair kernel, stride, padding{0, 0}, dilation;
-    std::string planes, multiplier, bias;
+    std::string planes, multiplier, bias;  // empty: none
 };
 
 struct ArraySpec {
@@ -77,6 +78,7 @@ public:
 
 private:
     void check_tensor(const TensorSpec& tensor) const;
+    void check_version(int version) const;
 
     std::map<std::string, ArraySpec> arrays_;
     const unsigned char* blob_;

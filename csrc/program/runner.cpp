@@ -81,7 +81,8 @@ struct Runner::Memory {
 };
 
 struct Runner::Call {
-    const std::vector<const float*>& inputs;
+    const std::vector<const void*>& inputs;
+    const std::vector<bool>& channels_last;
     const std::vector<float*>& outputs;
     const std::map<int, void*>& traces;
 };
@@ -99,12 +100,16 @@ int64_t Runner::held_bytes() const {
     return total;
 }
 
-void Runner::run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch,
-                 int threads, const std::map<int, void*>& traces, std::vector<double>* seconds) {
+void Runner::run(const std::vector<const void*>& inputs, const std::vector<bool>& channels_last,
+                 const std::vector<float*>& outputs, int64_t batch, int threads, const std::map<int, void*>& traces,
+                 std::vector<double>* seconds) {
     require(inputs.size() == plan_->spec.inputs.size() && outputs.size() == plan_->spec.outputs.size(),
             "the program has " + std::to_string(plan_->spec.inputs.size()) + " inputs and " +
                 std::to_string(plan_->spec.outputs.size()) + " outputs; " + std::to_string(inputs.size()) + " and " +
                 std::to_string(outputs.size()) + " were given");
+    require(channels_last.empty() || channels_last.size() == inputs.size(),
+            "channels_last has " + std::to_string(channels_last.size()) + " entries for " +
+                std::to_string(inputs.size()) + " inputs; give one for each, or none");
     require(batch >= 0 && threads >= 1, "batch is " + std::to_string(batch) + " with " + std::to_string(threads) +
                                             " threads; a batch is not negative and needs a thread");
     std::lock_guard<std::mutex> lock(turn_);
@@ -112,7 +117,7 @@ void Runner::run(const std::vector<const float*>& inputs, const std::vector<floa
     while (static_cast<int>(memories_.size()) < threads) memories_.push_back(std::make_unique<Memory>(*plan_));
     std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0,
                                             std::vector<double>(plan_->steps.size(), 0.0));
-    const Call call{inputs, outputs, traces};
+    const Call call{inputs, channels_last, outputs, traces};
 
     std::atomic<int64_t> next{0};
     SpinBarrier barrier(threads);
@@ -146,9 +151,10 @@ void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory
     own.point_at(shared, *plan_);
     for (size_t i = 0; i < spec.inputs.size(); ++i) {
         const TensorSpec& tensor = spec.tensors[static_cast<size_t>(spec.inputs[i])];
-        const float* x = call.inputs[i] + image * tensor.pixels() * tensor.channels;
+        const int64_t bytes = tensor.pixels() * tensor.channels * (tensor.is_bytes ? 1 : 4);
         // Inputs are only ever read; one table serves both directions.
-        tensors[static_cast<size_t>(spec.inputs[i])] = reinterpret_cast<unsigned char*>(const_cast<float*>(x));
+        tensors[static_cast<size_t>(spec.inputs[i])] =
+            static_cast<unsigned char*>(const_cast<void*>(call.inputs[i])) + image * bytes;
     }
     for (size_t i = 0; i < spec.outputs.size(); ++i) {
         const TensorSpec& tensor = spec.tensors[static_cast<size_t>(spec.outputs[i])];
@@ -168,7 +174,7 @@ void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory
     for (size_t i = 0; i < plan_->steps.size(); ++i) {
         const StepPlan& step = plan_->steps[i];
         if (team.barrier && (step.meet_before || !call.traces.empty())) team.barrier->wait();
-        run_step(step, spec.steps[i], team, context, floats);
+        run_step(call, step, spec.steps[i], team, context, floats);
         if (!call.traces.empty()) {
             if (team.barrier) team.barrier->wait();
             if (team.rank == 0) export_tensors(*plan_, step.writes, call.traces, image, tensors.data());
@@ -181,16 +187,17 @@ void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory
     }
 }
 
-void Runner::run_step(const StepPlan& step, const StepSpec& spec, const Team& team, const RunContext& context,
-                      float* floats) const {
+void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team& team,
+                      const RunContext& context, float* floats) const {
     const KernelTable& kernels = plan_->kernels;
     const unsigned char* in = context.tensors[spec.input];
     const TensorSpec& source = plan_->spec.tensors[static_cast<size_t>(spec.input)];
     switch (step.run) {
         case StepPlan::Run::kQuantPack: {
             const Share part = share(step.emit.vectors, team);
-            kernels.emit_planes(step.emit, context, reinterpret_cast<const float*>(in), 0, 0,
-                                (step.emit.channels + 3) / 4, part.first, part.last);
+            const bool last = step.place >= 0 && !call.channels_last.empty() &&
+                              call.channels_last[static_cast<size_t>(step.place)];
+            kernels.quantpack(step.read, step.emit, context, in, last, part.first, part.last);
             return;
         }
         case StepPlan::Run::kConv: {

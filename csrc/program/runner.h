@@ -21,12 +21,14 @@ public:
     const char* isa() const { return isa_name(isa_); }
     const std::vector<StepSpec>& step_specs() const { return plan_->spec.steps; }
 
-    // inputs[i]: float32 [batch, C, H, W] of the i-th input; outputs[i] likewise, written. Calls from several threads
-    // take turns. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds: where
+    // inputs[i]: [batch, C, H, W] of the i-th input, float32 or uint8 as its tensor says, in memory [batch, H, W, C]
+    // where channels_last[i] (empty: nowhere); outputs[i]: float32 [batch, C, H, W], written. Calls from several
+    // threads take turns. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds: where
     // given, gets the mean over the threads of the time spent in every step, which adds up to about the time of the
     // call.
-    void run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, int64_t batch, int threads,
-             const std::map<int, void*>& traces, std::vector<double>* seconds);
+    void run(const std::vector<const void*>& inputs, const std::vector<bool>& channels_last,
+             const std::vector<float*>& outputs, int64_t batch, int threads, const std::map<int, void*>& traces,
+             std::vector<double>* seconds);
 
     // Bytes of working memory held now, and that of one image.
     int64_t held_bytes() const;
@@ -39,8 +41,8 @@ private:
     Memory& memory(int rank);
     void run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared,
                    std::vector<double>* seconds);
-    void run_step(const StepPlan& step, const StepSpec& spec, const Team& team, const RunContext& context,
-                  float* floats) const;
+    void run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team& team,
+                  const RunContext& context, float* floats) const;
 
     const Isa isa_;
     std::unique_ptr<ProgramPlan> plan_;

@@ -1,11 +1,11 @@
-"""`lbs bench`: a packed network against torch and our uniform 8 bits, in one process, interleaved."""
+"""`lbs bench`: a packed network against torch, other engines and our uniform 8 bits, in one process, interleaved."""
 
 from __future__ import annotations
 
 import argparse
 
 import lbs
-from lbs.bench import BASELINES
+from lbs.bench import BASELINES, DEFAULT_BASELINES
 from lbs.cli.console import console
 from lbs.cli.options import numbers
 from lbs.cli.packed import add_source, source_of
@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines",
         type=lambda text: tuple(text.split(",")),
-        default=("float32", "bfloat16", "uniform8"),
+        default=DEFAULT_BASELINES,
         metavar="NAME,..",
-        help=f"of {', '.join(BASELINES)} (default float32,bfloat16,uniform8)",
+        help=f"of {', '.join(BASELINES)} (default {','.join(DEFAULT_BASELINES)}; what is not installed is listed)",
     )
     parser.add_argument(
         "--rounds", type=int, default=30, metavar="N", help="measurements of each contender (default 30)"

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from lbs.report.units import bops
+from lbs.run_folder import writes
 
 _PLAIN_SECONDS = 15.0
 
@@ -21,17 +22,18 @@ class Console:
         self.stream = sys.stderr if as_json else sys.stdout
 
     def say(self, line: str = "") -> None:
-        """One line for people."""
-        print(line, file=self.stream, flush=True)
+        """One line for people; of several processes only the first speaks."""
+        if writes():
+            print(line, file=self.stream, flush=True)
 
     def finish(self, body: dict[str, Any]) -> None:
         """The JSON document, if one was asked for."""
-        if self.as_json:
+        if self.as_json and writes():
             print(json.dumps(body, indent=1, default=str))
 
     def progress(self) -> BarProgress | LineProgress:
         """A bar on a terminal, plain lines otherwise."""
-        return BarProgress() if sys.stderr.isatty() else LineProgress(self)
+        return BarProgress() if sys.stderr.isatty() and writes() else LineProgress(self)
 
 
 def console(args: argparse.Namespace) -> Console:

@@ -8,6 +8,7 @@ from lbs.cli.console import console
 from lbs.cli.options import add_training, asked, numbers, session
 from lbs.config import FinetuneRun, open_run
 from lbs.report.units import bops
+from lbs.search import distributed
 from lbs.search.phases import run_finetune
 from lbs_kernels.errors import PlanError
 
@@ -16,7 +17,7 @@ _UNSET = argparse.SUPPRESS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of fine-tuning."""
-    add_training(parser)
+    add_training(parser, FinetuneRun)
     parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
     parser.add_argument(
         "--uniform", type=numbers, default=_UNSET, metavar="W,A", help="one width for all weights, one for activations"
@@ -30,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     options = asked(args)
     if len(options.get("uniform", (8, 8))) != 2:
         raise PlanError(f"--uniform {options['uniform']}: give two widths, weights and activations, such as 4,4")
-    config = open_run(FinetuneRun, current.folder, options, args.resume, inherit="search")
+    if options.get("uniform") and options.get("plan"):
+        raise PlanError("--uniform and --plan both name the bits; leave one of them out")
+    config = distributed.first(lambda: open_run(FinetuneRun, current.folder, options, args.resume, inherit="search"))
     current.folder.note_environment()
     section = run_finetune(config, current)
     if section["accuracy"] is not None:

@@ -1,13 +1,16 @@
 """`lbs`: finds the sub-command, runs it, and turns errors into one clear line and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted,
+141 whoever read the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,10 +18,12 @@ COMMANDS = {
     "quickstart": "search, pack, verify and time a small network on real digits, in about two minutes",
     "search": "find bits and filters of every layer within a budget",
     "finetune": "train the searched network at its fixed bits",
+    "reproduce": "make one row of the published results: float network, search, fine-tune, pack, verify, record",
     "pack": "write the network of a run as bit-planes, and check the file",
     "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
     "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",
     "bench": "time a packed network against torch in the same process",
+    "tune": "measure kernels on this machine, so that the fastest are chosen and latencies are known",
     "report": "write report.html and pictures of a run",
     "doctor": "say what this machine lacks, why, and the command that mends it",
 }
@@ -46,10 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
+    from lbs.search import distributed
     from lbs_kernels.errors import LbsError
 
     try:
-        return int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        distributed.stop()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        with contextlib.suppress(OSError, ValueError):  # or Python would complain when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (LbsError, OSError) as error:
         message = " ".join(str(error).split("\n"))
         print(f"lbs {args.command}: {message}", file=sys.stderr)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
 
 from lbs.cli.console import Console
+from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
+from lbs.search import distributed
 from lbs.search.phases import Session, file_digest
 from lbs_kernels.errors import BackendError, LbsError
 
@@ -17,12 +20,30 @@ _UNSET = argparse.SUPPRESS  # an option that was not named is not in the namespa
 
 def numbers(text: str) -> tuple[int, ...]:
     """`2,4,8` -> (2, 4, 8)."""
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 2,4,8") from error
 
 
 def decimals(text: str) -> tuple[float, ...]:
     """`.5,.4` -> (0.5, 0.4)."""
-    return tuple(float(part) for part in text.split(",") if part.strip())
+    return tuple(decimal(part) for part in text.split(",") if part.strip())
+
+
+def decimal(text: str) -> float:
+    """A finite number.
+
+    >>> decimal("1e-3")
+    0.001
+    """
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite; give a number such as 0.01")
+    return value
 
 
 def bit_operations(text: str) -> float:
@@ -33,7 +54,7 @@ def bit_operations(text: str) -> float:
     """
     units = {"K": 1e3, "M": 1e6, "G": 1e9}
     unit = units.get(text[-1:].upper())
-    value = float(text[:-1]) * unit if unit else float(text)
+    value = decimal(text[:-1]) * unit if unit else decimal(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is no budget; give a share such as 0.03 or a count such as 650M")
     return value
@@ -45,11 +66,15 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
-def add_training(parser: argparse.ArgumentParser) -> None:
-    """Options of every training command."""
+def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
+    """Options of every training command. kind: its configuration, whose defaults the help shows."""
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
     parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
-    parser.add_argument("--data", default=_UNSET, help="digits, synthetic, a .npz file, or an image folder")
+    parser.add_argument(
+        "--data",
+        default=_UNSET,
+        help="digits, synthetic, a .npz file, an image folder, or imagenet:FOLDER to stream one",
+    )
     parser.add_argument("--model", default=_UNSET, metavar="NAME", help="a name of lbs.models, or module:function")
     parser.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
     parser.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
@@ -57,25 +82,37 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-augment", dest="augment", action="store_false", default=_UNSET, help="no random crops and flips"
     )
-    for name, kind, text in (
+    for name, number, text in (
         ("epochs", int, "epochs"),
         ("batch-size", int, "images per step"),
-        ("lr", float, "learning rate of weights"),
-        ("weight-decay", float, "weight decay of weights"),
-        ("warmup", float, "epochs of linear rise"),
-        ("label-smoothing", float, "label smoothing"),
-        ("distill", float, "share of the loss against the float network's outputs, 0..1"),
+        ("lr", decimal, "learning rate of weights"),
+        ("weight-decay", decimal, "weight decay of weights"),
+        ("warmup", decimal, "epochs of linear rise"),
+        ("label-smoothing", decimal, "label smoothing"),
+        ("distill", decimal, "share of the loss against the float network's outputs, 0..1"),
+        ("temperature", decimal, "what those outputs are divided by"),
+        ("minutes", decimal, "end the phase, and its learning-rate curve, after these minutes; 0: no limit"),
+        ("max-unreadable", decimal, "share of an image folder's files that may be left out, unreadable"),
+        ("train-images", int, "train on that many images, drawn by the seed; 0: on all"),
         ("seed", int, "seed of order, augmentation and initialisation"),
         ("log-every", int, "steps between two rows of metrics"),
         ("eval-every", int, "epochs between two measurements on the test images"),
         ("calibration", int, "training images that set the ranges"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=_UNSET, metavar="N", help=text)
+        usual = getattr(kind, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=number, default=_UNSET, metavar="N", help=f"{text} (default {usual:g})")
     parser.add_argument(
-        "--schedule", choices=("cosine", "step", "constant"), default=_UNSET, help="curve of the learning rate"
+        "--schedule",
+        choices=("cosine", "step", "constant"),
+        default=_UNSET,
+        help=f"curve of the learning rate (default {kind.schedule})",
     )
     parser.add_argument(
-        "--milestones", type=numbers, default=_UNSET, metavar="E,..", help="epochs at which `step` divides by 10"
+        "--milestones",
+        type=numbers,
+        default=_UNSET,
+        metavar="E,..",
+        help="epochs at which `step` divides by 10",
     )
     parser.add_argument("--amp", choices=("off", "bf16"), default=_UNSET, help="bfloat16 autocast while training")
     add_machine(parser)
@@ -85,6 +122,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration fields the user named."""
     own = {"command", "json", "run", "resume", "threads", "device"}
     found = {key: value for key, value in vars(args).items() if key not in own}
+    if "milestones" in found:  # epochs of this run, not of the full schedule
+        found["full_epochs"] = 0
     for key in ("weights", "plan"):
         if found.get(key):
             found[f"{key}_digest"] = file_digest(found[key])
@@ -108,13 +147,15 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise BackendError(f"--device {name} is no device; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BackendError(f"--device {name}: networks are trained and run on cpu or cuda only")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"--device {name}: torch sees no GPU here; use --device cpu, or ask lbs doctor")
     return device
 
 
 def session(args: argparse.Namespace, out: Console) -> Session:
-    """Folder, device and console of a training command."""
+    """Folder, device and console of a training command, which joins the processes torchrun started."""
     set_threads(args.threads)
-    folder = RunFolder(args.run)
-    return Session(folder, device_of(args.device), args.resume, out.progress(), out.say)
+    device = distributed.start(device_of(args.device))
+    return Session(RunFolder(args.run), device, args.resume, out.progress(), out.say)

@@ -12,13 +12,18 @@ from lbs.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run folder and the type of residual streams."""
+    """The run folder, the type of residual streams, and what images are given as."""
     parser.add_argument("--run", required=True, metavar="DIR", help="run folder with a searched network")
     parser.add_argument(
         "--stream-dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
         help="what residual streams are stored in",
+    )
+    parser.add_argument(
+        "--uint8",
+        action="store_true",
+        help="the packed network is given bytes and normalises them itself, as the data of the run was normalised",
     )
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
 
@@ -27,10 +32,13 @@ def run(args: argparse.Namespace) -> int:
     """Pack, and say how large the file is."""
     out = console(args)
     set_threads(args.threads)
-    section = pack_run(RunFolder(args.run), args.stream_dtype)
+    section = pack_run(RunFolder(args.run), args.stream_dtype, args.uint8)
     for name, reason in section["kept_float"]:
         out.say(f"{name} stays in float: {reason}")
-    out.say(f"packed: {section['file']}, {size(section['bytes'])}; codes of every layer checked")
+    out.say(
+        f"packed: {section['file']}, {size(section['bytes'])}, for {section['input_dtype']} images; "
+        "codes of every layer checked"
+    )
     out.say(f"next: lbs verify --run {args.run}; lbs bench --run {args.run}")
     out.finish(section)
     return 0

@@ -1,23 +1,36 @@
-"""`lbs report`: report.html and the pictures of a run folder."""
+"""`lbs report`: the page and the pictures of a run, or of several runs side by side."""
 
 from __future__ import annotations
 
 import argparse
 
 from lbs.cli.console import console
+from lbs.report.comparison import compare, summary
 from lbs.report.page import report
+from lbs.report.units import bops, percent
+
+COMPARISON = "runs/comparison"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run folder."""
-    parser.add_argument("run", metavar="DIR", help="run folder; report.html and *.png are written into it")
+    """The run folders."""
+    parser.add_argument("run", nargs="+", metavar="DIR", help="run folder; report.html and *.png are written into it")
+    parser.add_argument("--out", metavar="DIR", help=f"where a comparison of several runs goes (default {COMPARISON})")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where it is."""
+    """Write the page and say where it is; of several runs print the table too."""
     out = console(args)
-    page = report(args.run)
+    several = len(args.run) > 1
+    page = compare(args.run, args.out or COMPARISON) if several else report(args.run[0])
     pictures = sorted(path.name for path in page.parent.glob("*.png"))
+    lines = summary(args.run) if several else []
+    for line in lines:
+        cost = bops(line["bops"]) if line["bops"] else "-"
+        out.say(
+            f"{line['name']:28s} {line['label']:32s} seed {line['seed']}  last {percent(line['last'])}  "
+            f"best {percent(line['best'])}  {cost} BOPs  {line['schedule']}"
+        )
     out.say(f"wrote {page} and {', '.join(pictures) or 'no pictures'}")
-    out.finish({"page": str(page), "pictures": pictures})
+    out.finish({"page": str(page), "pictures": pictures, **({"runs": lines} if several else {})})
     return 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from lbs.cli.console import console
-from lbs.cli.options import add_training, asked, bit_operations, numbers, session
+from lbs.cli.options import add_training, asked, bit_operations, decimal, numbers, session
 from lbs.config import SearchRun, open_run
 from lbs.report.units import bops
+from lbs.search import distributed
+from lbs.search.modes import MODES
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
 
@@ -16,13 +18,29 @@ _UNSET = argparse.SUPPRESS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the search."""
-    add_training(parser)
+    add_training(parser, SearchRun)
     parser.add_argument("--bops", type=bit_operations, default=_UNSET, help="budget: 0.03 (share), 650M, 34.7G")
     parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
-    parser.add_argument("--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together")
-    parser.add_argument("--max-pruning-ratio", type=float, default=_UNSET, metavar="R", help="largest share per layer")
-    parser.add_argument("--importance", choices=("gamma", "magnitude"), default=_UNSET, help="what ranks filters")
+    parser.add_argument(
+        "--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together (default: the model's)"
+    )
+    parser.add_argument(
+        "--max-pruning-ratio",
+        type=decimal,
+        default=_UNSET,
+        metavar="R",
+        help=f"largest share per layer (default {SearchRun.max_pruning_ratio:g})",
+    )
+    parser.add_argument(
+        "--importance",
+        default=_UNSET,
+        metavar="RULE",
+        help=f"what ranks filters (default {SearchRun.importance})",
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(MODES), default=_UNSET, help=f"what is searched (default {SearchRun.mode})"
+    )
     for name, text in (
         ("gate-lr", "learning rate of bit thresholds"),
         ("prune-lr", "learning rate of pruning thresholds"),
@@ -30,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("gain", "growth of that weight per step above the target"),
         ("float-lr", "learning rate of --float-epochs"),
     ):
-        parser.add_argument(f"--{name}", type=float, default=_UNSET, metavar="X", help=text)
+        usual = getattr(SearchRun, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=decimal, default=_UNSET, metavar="X", help=f"{text} (default {usual:g})")
     parser.add_argument(
         "--all-epochs",
         dest="stop_when_met",
@@ -50,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     options = asked(args)
     if not args.resume and "bops" not in options:
         raise PlanError("--bops is missing; name a budget: a share such as 0.03, or a count such as 650M")
-    config = open_run(SearchRun, current.folder, options, args.resume)
+    config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume))
     current.folder.note_environment()
     section = run_search(config, current)
     out.say(

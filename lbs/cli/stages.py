@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 import lbs
 import lbs.data
 from lbs.cli.packed import PACKED, of_run
+from lbs.pack.model import PackedModel
 from lbs.run_folder import RunFolder
 from lbs.search import network
+from lbs_kernels.errors import LbsError
 
 _EXAMPLES = 4
+_BATCH = 256
 
 
-def pack_run(folder: RunFolder, stream_dtype: str = "float32") -> dict[str, Any]:
-    """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer."""
+def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = False) -> dict[str, Any]:
+    """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer.
+
+    `uint8`: it takes the bytes of images and normalises them as the data of the run was.
+    """
+    started = time.monotonic()
     model, card = network.load_network(folder)
-    images, _ = next(iter(lbs.data.eval_loader(network.images_of(card), _EXAMPLES)))
-    packed = lbs.pack(model, example=images, stream_dtype=stream_dtype)
+    data = network.images_of(card)
+    normalize = (data.mean, data.std) if uint8 else None
+    pixels, _ = lbs.data.pixels_at(data, torch.arange(min(_EXAMPLES, data.test_count)))
+    images = _served(data, pixels, uint8)
+    packed = lbs.pack(model, example=images, stream_dtype=stream_dtype, normalize=normalize)
     path = folder.file(PACKED)
     packed.save(path)
     section = {
@@ -29,7 +40,9 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32") -> dict[str, Any]
         "bytes": path.stat().st_size,
         "packed_bytes": packed.packed_bytes,
         "stream_dtype": stream_dtype,
+        "input_dtype": str(packed.input_dtype).removeprefix("torch."),
         "kept_float": [list(row) for row in packed.kept_float],
+        "seconds": time.monotonic() - started,
     }
     folder.add_result("pack", section)
     return section
@@ -41,26 +54,31 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     An image whose prediction differs is compared code by code too: it is excused only where all that differs lies on a
     rounding boundary, and never if `strict`.
     """
+    if images < 1:
+        raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
+    started = time.monotonic()
     model, card = network.load_network(folder)
     packed = of_run(folder).packed
     data = network.images_of(card)
-    report = lbs.verify(model, packed, _some(data, images))
-    trained, served, labels = _predictions(model, packed, data)
-    differing = (trained != served).nonzero().flatten()
+    spread = torch.linspace(0, data.test_count - 1, min(images, data.test_count)).long()  # over the whole set
+    bytes_in = packed.normalize is not None
+    report = lbs.verify(model, packed, _served(data, lbs.data.pixels_at(data, spread)[0], bytes_in))
+    trained, served, labels, differing = _predictions(model, packed, data)
+    places = (trained != served).nonzero().flatten()
     excused = True
-    if len(differing):
-        x = lbs.data.normalize(data.test_x[differing], data.mean, data.std)
-        excused = not strict and lbs.verify(model, packed, x).ok
+    if len(places):
+        excused = not strict and lbs.verify(model, packed, _served(data, differing, bytes_in)).ok
     section = {
         "images": len(labels),
-        "equal_predictions": len(labels) - len(differing),
-        "differing_images": differing.tolist(),
+        "equal_predictions": len(labels) - len(places),
+        "differing_images": places.tolist(),
         "packed_accuracy": float((served == labels).double().mean()),
         "trained_accuracy": float((trained == labels).double().mean()),
         "codes": report.codes,
         "codes_on_boundary": report.near_boundary,
         "first_difference": report.first_difference,
         "passed": report.ok and excused,
+        "seconds": time.monotonic() - started,
     }
     folder.add_result("verify", section)
     return section
@@ -76,17 +94,21 @@ def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> 
     return section
 
 
-def _some(data: lbs.data.ImageData, count: int) -> Tensor:
-    """`count` test images spread over the whole set."""
-    places = torch.linspace(0, len(data.test_x) - 1, min(count, len(data.test_x))).long()
-    return lbs.data.normalize(data.test_x[places], data.mean, data.std)
+def _served(data: lbs.data.ImageSet, pixels: Tensor, uint8: bool) -> Tensor:
+    """uint8 [N, H, W, C] as a packed network is given them: [N, C, H, W], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2) if uint8 else lbs.data.normalize(pixels, data.mean, data.std)
 
 
 @torch.inference_mode()
-def _predictions(model: nn.Module, packed: nn.Module, data: lbs.data.ImageData) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes by the trained network, by the packed one, and the labels, of all test images."""
-    trained, served = [], []
-    for images, _ in lbs.data.eval_loader(data):
-        trained.append(model(images).argmax(1))
-        served.append(packed(images).argmax(1))
-    return torch.cat(trained), torch.cat(served), data.test_y
+def _predictions(
+    model: nn.Module, packed: PackedModel, data: lbs.data.ImageSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of all test images: classes by the trained network, by the packed one, labels; pixels where the two differ."""
+    trained, served, labels, differing = [], [], [], []
+    for places in torch.arange(data.test_count).split(_BATCH):
+        pixels, of_batch = lbs.data.pixels_at(data, places)
+        trained.append(model(_served(data, pixels, uint8=False)).argmax(1))
+        served.append(packed(_served(data, pixels, packed.normalize is not None)).argmax(1))
+        labels.append(of_batch)
+        differing.append(pixels[trained[-1] != served[-1]])
+    return torch.cat(trained), torch.cat(served), torch.cat(labels), torch.cat(differing)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,26 @@ def from_folder(
     channels: int = 3,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    max_unreadable: float = 0.0,
 ) -> ImageData:
     """Read <path>/train/<class>/* and <path>/test/<class>/* (or val instead of test); classes in name order.
 
     channels: 3 reads colour, 1 grey. All images must have one size. Statistics are measured on the training images
-    unless given. Raises DataError for missing folders, unreadable images and sizes that differ.
+    unless given. max_unreadable: share of the files of a part that may be left out, with a warning each, because they
+    cannot be read. Raises DataError for missing folders, more unreadable images than that, and sizes that differ.
     """
     root = Path(path)
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}; images are read with 3 (colour) or 1 (grey)")
+    classes, folders = class_folders(root)
+    arrays: dict[str, np.ndarray] = {}
+    for part, folder in folders.items():
+        arrays[f"{part}_x"], arrays[f"{part}_y"] = _read_part(folder, classes, channels, max_unreadable)
+    return from_arrays(root.name, arrays, classes=classes, mean=mean, std=std)
+
+
+def class_folders(root: Path) -> tuple[list[str], dict[str, Path]]:
+    """Names of the classes, and the folders of the parts `train` and `test`. Raises DataError."""
     if not (root / "train").is_dir():
         raise DataError(f"no folder {root / 'train'}; images are expected at {root}/train/<class>/*.png")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
@@ -38,10 +50,25 @@ def from_folder(
     if _class_names(test) != classes:
         odd = sorted(set(classes) ^ set(_class_names(test)))
         raise DataError(f"{root}: the classes {', '.join(odd[:5])} are in only one of train and {test.name}")
-    arrays: dict[str, np.ndarray] = {}
-    for part, folder in (("train", root / "train"), ("test", test)):
-        arrays[f"{part}_x"], arrays[f"{part}_y"] = _read_part(folder, classes, channels)
-    return from_arrays(root.name, arrays, classes=classes, mean=mean, std=std)
+    return classes, {"train": root / "train", "test": test}
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Images of one class, in name order. Raises DataError where there is none."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"{folder} holds no images; {', '.join(SUFFIXES)} are read")
+    return files
+
+
+def too_many_unreadable(found: Mapping[str, str], files: int, share: float) -> None:
+    """Raise DataError where more than `share` of `files` cannot be read; `found`: file -> reason."""
+    if len(found) > share * files:
+        listed = "; ".join(list(found.values())[:3])
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise DataError(
+            f"{len(found)} of {files} images cannot be read, at most {share:.2%} may be left out: {listed}{more}"
+        )
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -51,22 +78,27 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read_part(folder: Path, classes: list[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_part(folder: Path, classes: list[str], channels: int, max_unreadable: float) -> tuple[np.ndarray, np.ndarray]:
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(file for file in (folder / name).iterdir() if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise DataError(f"{folder / name} holds no images; {', '.join(SUFFIXES)} are read")
-        for file in files:
+    unreadable: dict[str, str] = {}
+    named = [(file, label) for label, name in enumerate(classes) for file in image_files(folder / name)]
+    for file, label in named:
+        try:
             image = _read_image(file, channels)
-            if images and image.shape != images[0].shape:
-                raise DataError(
-                    f"{file} is {image.shape[1]}x{image.shape[0]} but the images before it are "
-                    f"{images[0].shape[1]}x{images[0].shape[0]}; resize them to one size"
-                )
-            images.append(image)
-            labels.append(label)
+        except DataError as error:
+            unreadable[str(file)] = str(error)
+            continue
+        if images and image.shape != images[0].shape:
+            raise DataError(
+                f"{file} is {image.shape[1]}x{image.shape[0]} but the images before it are "
+                f"{images[0].shape[1]}x{images[0].shape[0]}; resize them to one size, or stream them: imagenet:PATH"
+            )
+        images.append(image)
+        labels.append(label)
+    too_many_unreadable(unreadable, len(named), max_unreadable if images else 0.0)
+    for reason in unreadable.values():
+        warnings.warn(f"left out: {reason}", stacklevel=2)
     return np.stack(images), np.array(labels, dtype=np.int64)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lbs_kernels.errors import DataError
+
+MAX_CLASSES = 1 << 16  # guessed from the labels; ImageNet-21k has 21,841
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,35 @@ class ImageData:
         height, width, channels = self.train_x.shape[1:]
         return channels, height, width
 
+    @property
+    def train_count(self) -> int:
+        return len(self.train_x)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_x)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of all images and labels: runs go on with the data they began with."""
+        return fingerprint(self.train_x, self.train_y, self.test_x, self.test_y)
+
+    def subset(self, count: int, seed: int) -> ImageData:
+        """The same set with `count` training images, drawn by `seed`. Raises DataError where there are not so many."""
+        if not 0 < count <= len(self.train_x):
+            raise DataError(f"{count} of {len(self.train_x)} training images are asked for; ask for at most all")
+        rows = torch.randperm(len(self.train_x), generator=torch.Generator().manual_seed(seed))[:count]
+        return replace(self, train_x=self.train_x[rows], train_y=self.train_y[rows])
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """sha256 over shapes and bytes, first 16 hex digits."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(tensor.cpu().contiguous().numpy().data)
+    return total.hexdigest()[:16]
+
 
 def _check_images(what: str, x: Tensor) -> None:
     if x.dtype != torch.uint8 or x.dim() != 4:
@@ -93,7 +126,12 @@ def from_arrays(
     labels = {key: arrays[key].astype(np.int64) for key in ("train_y", "test_y")}
     _check_images(f"{name}: train", images["train_x"])
     if classes is None:
-        classes = [str(i) for i in range(1 + max(int(y.max(initial=-1)) for y in labels.values()))]
+        highest = max(int(arrays[key].max()) if arrays[key].size else -1 for key in labels)
+        if highest >= MAX_CLASSES:
+            raise DataError(
+                f"{name}: the highest label is {highest}; without class names at most {MAX_CLASSES} are taken"
+            )
+        classes = [str(i) for i in range(1 + highest)]
     measured = measure_statistics(images["train_x"]) if mean is None or std is None else (mean, std)
     return ImageData(
         name=name,

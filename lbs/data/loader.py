@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lbs.data.image_data import ImageData
-from lbs_kernels.errors import DataError, TrainingError
+from lbs.data.image_data import ImageData, fingerprint
+from lbs.data.position import Position, check_parts
+from lbs_kernels.errors import DataError
 
 CROP_PADDING = 4
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+class Loader(Protocol):
+    """What training asks of a loader: batches (float32 [n, C, H, W], int64 [n]), and to go on where it was."""
+
+    classes: int  # one more than the largest label
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """uint8 [N, H, W, C] -> float32 [N, C, H, W] in channels_last memory: (x / 255 - mean) / std, in float32.
 
     The same three roundings as torchvision's ToTensor and Normalize, so weights trained with those see equal inputs.
     """
     pixels = images.to(torch.float32).div_(255)
-    pixels.sub_(torch.tensor(mean, device=images.device)).div_(torch.tensor(std, device=images.device))
+    pixels.sub_(torch.as_tensor(mean, device=images.device)).div_(torch.as_tensor(std, device=images.device))
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -39,12 +54,10 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int =
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-class TensorLoader:
+class TensorLoader(Position):
     """Iterates batches (float32 [n, C, H, W], int64 [n]); one `for` loop is one epoch.
 
-    What an epoch draws depends on (seed, epoch) only, not on what ran before. `state_dict` tells the position after
-    the batch that was yielded last; after `load_state_dict` the next loop goes on there, in the middle of an epoch if
-    need be. A loop left early by `break` without a state starts its epoch again.
+    What an epoch draws depends on (seed, epoch) only, not on what ran before; see `Position` for going on after a stop.
 
     Args:
         images: uint8 [N, H, W, C].
@@ -55,6 +68,8 @@ class TensorLoader:
         augment: crop with `padding` black pixels around (added before normalisation), and flip horizontally.
         seed: with the epoch's number, decides order and augmentation.
         device: where the batches are made; the images are moved there once.
+        rank, world_size: this process among those that train together. Each makes its own part of every batch;
+            `batch_size` counts all parts, so the batches are the same for any number of processes.
 
     Raises DataError for sizes that do not fit, TrainingError for a state of another loader.
 
@@ -80,6 +95,8 @@ class TensorLoader:
         drop_last: bool = False,
         padding: int = CROP_PADDING,
         device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise DataError(f"images are {images.dtype} {tuple(images.shape)}; a loader needs uint8 [N, H, W, C]")
@@ -89,39 +106,30 @@ class TensorLoader:
             )
         if not len(mean) == len(std) == images.shape[3]:
             raise DataError(f"mean has {len(mean)} and std {len(std)} values for images of {images.shape[3]} channels")
-        if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}; it must be at least 1")
         if padding < 0:
             raise DataError(f"padding is {padding}; it must be 0 or more black pixels")
-        if drop_last and batch_size > len(images):
-            raise DataError(f"batch_size {batch_size} with drop_last leaves no batch of {len(images)} images")
+        check_parts(len(images), batch_size, drop_last, shuffle, rank, world_size)
         self.images = images.to(device) if device is not None else images
         self.labels = labels.to(self.images.device)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.classes = int(labels.max()) + 1
+        self.rank, self.world_size = rank, world_size
+        self.mean, self.std = (torch.tensor(tuple(x), device=self.images.device) for x in (mean, std))
+        self._fingerprint = ""
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.drop_last, self.padding = seed, drop_last, padding
-        self.epoch = 0
-        self._next_batch = 0
-        self._resume = False
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+    def count(self) -> int:
+        return len(self.images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        first = self._next_batch if self._resume else 0
-        self._resume = False
         order, offsets, flips = self._draw(self.epoch)
-        epoch, batches = self.epoch, len(self)
-        for index in range(first, batches):
-            rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+        for index in self.positions():
+            rows = order[self.rows(index)]
             images = self.images[rows]
             if self.augment:
                 images = crop_and_flip(images, offsets[rows], flips[rows], self.padding)
-            last = index + 1 == batches
-            self.epoch, self._next_batch = (epoch + 1, 0) if last else (epoch, index + 1)
-            yield normalize(images, self.mean, self.std), self.labels[rows]
+            if len(rows):  # the last test batch may have nothing for some process
+                yield normalize(images, self.mean, self.std), self.labels[rows]
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Order [N], and by image crop offsets [N, 2] and flips [N]; drawn on the CPU, so equal on any device."""
@@ -132,30 +140,13 @@ class TensorLoader:
         flips = torch.rand(count, generator=generator) < 0.5
         return order.to(device), offsets.to(device), flips.to(device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the batch yielded last, and what it is only valid for."""
-        return {"epoch": self.epoch, "batch": self._next_batch, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a saved position. Raises TrainingError if it was saved by a loader of other settings."""
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise TrainingError(
-                    f"the saved loader position has {key} = {state.get(key)!r}, this loader {value!r}; the batches "
-                    "would differ, so resume with the settings of the saved run"
-                )
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not isinstance(epoch, int) or not isinstance(batch, int) or epoch < 0 or not 0 <= batch < len(self):
-            raise TrainingError(
-                f"the saved loader position is epoch {epoch!r}, batch {batch!r}; the epoch must be 0 or more and the "
-                f"batch below {len(self)}"
-            )
-        self.epoch, self._next_batch, self._resume = epoch, batch, True
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        self._fingerprint = self._fingerprint or fingerprint(self.images, self.labels)
         return {
             "seed": self.seed,
             "images": len(self.images),
+            "data": self._fingerprint,
+            "processes": self.world_size,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "augment": self.augment,
@@ -164,30 +155,43 @@ class TensorLoader:
         }
 
 
+class Streamed(Protocol):
+    """An image set that is not in memory and makes its own loaders."""
+
+    def train_loader(self, batch_size: int, **options: Any) -> Any: ...
+
+    def test_loader(self, batch_size: int, **options: Any) -> Any: ...
+
+    def pixels_at(self, places: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 def train_loader(
-    data: ImageData,
+    data: ImageData | Streamed,
     batch_size: int = 128,
     *,
     augment: bool = True,
     seed: int = 0,
     drop_last: bool = True,
     **options: Any,
-) -> TensorLoader:
+) -> Any:
     """Shuffled and, unless switched off, augmented batches of the training images; see TensorLoader."""
+    options = {"augment": augment, "seed": seed, "drop_last": drop_last, **options}
+    if not isinstance(data, ImageData):
+        return data.train_loader(batch_size, **options)
     return TensorLoader(
-        data.train_x,
-        data.train_y,
-        mean=data.mean,
-        std=data.std,
-        batch_size=batch_size,
-        shuffle=True,
-        augment=augment,
-        seed=seed,
-        drop_last=drop_last,
-        **options,
+        data.train_x, data.train_y, mean=data.mean, std=data.std, batch_size=batch_size, shuffle=True, **options
     )
 
 
-def eval_loader(data: ImageData, batch_size: int = 256, **options: Any) -> TensorLoader:
+def eval_loader(data: ImageData | Streamed, batch_size: int = 256, **options: Any) -> Any:
     """All test images in their order, not augmented; see TensorLoader."""
+    if not isinstance(data, ImageData):
+        return data.test_loader(batch_size, **options)
     return TensorLoader(data.test_x, data.test_y, mean=data.mean, std=data.std, batch_size=batch_size, **options)
+
+
+def pixels_at(data: ImageData | Streamed, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Test images by their place in the set, uint8 [n, H, W, C], and labels int64 [n]; unreadable ones are left out."""
+    if not isinstance(data, ImageData):
+        return data.pixels_at(places)
+    return data.test_x[places], data.test_y[places]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ import numpy as np
 from lbs.data.image_data import ImageData, from_arrays
 from lbs_kernels.errors import DataError
 
+# What numpy and zipfile say of damaged, encrypted and foreign archives.
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError)
+_DEFLATE = 1032  # the highest ratio deflate reaches
 KEYS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -37,8 +41,29 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             missing = [key for key in KEYS if key not in archive.files]
             if missing:
                 raise DataError(f"{path} lacks the arrays {', '.join(missing)}; it holds {', '.join(archive.files)}")
+            _check_claims(path)
             return {key: archive[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a readable .npz file ({error}); write it again with numpy.savez") from error
+
+
+def _check_claims(path: Path) -> None:
+    """Refuse arrays that claim more bytes than the archive holds of them, before memory is asked for."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for entry in (archive.getinfo(f"{key}.npy") for key in KEYS):
+            with archive.open(entry) as file:
+                old = np.lib.format.read_magic(file) == (1, 0)
+                read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                held = entry.file_size - file.tell()
+            if dtype.hasobject:
+                continue  # a pickle of any length, which numpy refuses unread
+            claimed = math.prod(shape) * dtype.itemsize
+            if claimed != held or entry.file_size > _DEFLATE * min(entry.compress_size, size):
+                raise DataError(
+                    f"{path}: {entry.filename} of shape {shape} claims {claimed} bytes, the archive holds {held} in "
+                    f"{entry.compress_size}; it is damaged, write it again with numpy.savez"
+                )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from lbs.pack.fold import affine, multiplier_and_bias, rounded
+from lbs.pack.fold import affine, multiplier_and_bias, rounded, through_norms
 from lbs.pack.patterns import Op
 from lbs.quant.layers import QuantLayer
 from lbs_kernels.format import check_accumulator, pack_weights
@@ -41,9 +41,10 @@ class Slot:
     zero: int = 0
     signed: bool = False
     flat: bool = False
+    dtype: Literal["float32", "uint8"] = "float32"
 
     def spec(self) -> TensorSpec:
-        return TensorSpec(self.name, self.form, *self.shape, self.bits, self.zero, self.signed, self.flat)
+        return TensorSpec(self.name, self.form, *self.shape, self.bits, self.zero, self.signed, self.flat, self.dtype)
 
 
 @dataclass(eq=False)
@@ -58,7 +59,10 @@ class Target:
 
 @dataclass(eq=False)
 class Draft:
-    """One step. `value` is the node whose float value the step produces; it moves on while nodes are absorbed."""
+    """One step. `value` is the node whose float value the step produces; it moves on while nodes are absorbed.
+
+    pixels: (scale, shift) float64 [C] that turn the bytes of an image into the values of its node.
+    """
 
     name: str
     value: fx.Node
@@ -66,6 +70,7 @@ class Draft:
     shape: Shape
     layer: QuantLayer | None = None
     pool: Op | None = None
+    pixels: tuple[Tensor, Tensor] | None = None
     norms: list[Norm] = field(default_factory=list)
     residual: Slot | None = None
     low: float | None = None
@@ -73,6 +78,10 @@ class Draft:
     clamped: bool = False
     stream: Slot | None = None
     targets: list[Target] = field(default_factory=list)
+
+    def takes_norm(self) -> bool:
+        """Whether a norm of the value can become part of the step: nothing but norms is absorbed, and it is no pool."""
+        return self.pool is None and self.residual is None and not self.clamped
 
     def stored(self) -> Slot:
         """The stream of the value."""
@@ -150,8 +159,19 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
         kind = "max" if op.kind == "max_pool" else "mean"
         return PoolStep(draft.name, source, emit, kind, op.kernel, op.stride, op.padding)  # type: ignore[arg-type]
     if draft.layer is None:
-        return QuantPackStep(draft.name, source, emit)
+        return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))
     return _layer_step(draft, draft.layer, source, emit, arrays)
+
+
+def _affine_keys(draft: Draft, arrays: dict[str, Tensor]) -> tuple[str, ...]:
+    """Keys of the multiplier and bias of a step without a layer; none where it takes its input as it is."""
+    if draft.pixels is None and not draft.norms:
+        return ()
+    ones, zeros = (torch.full(draft.shape[:1], value, dtype=torch.float64) for value in (1.0, 0.0))
+    scale, shift = draft.pixels or (ones, zeros)
+    keys = (f"{draft.name}.gain", f"{draft.name}.offset")  # no layer's array ends like this
+    arrays.update(zip(keys, through_norms(scale, shift, draft.name, draft.norms), strict=True))
+    return keys
 
 
 def _consumer(target: Target, number: dict[Slot, int], arrays: dict[str, Tensor]) -> Consumer:

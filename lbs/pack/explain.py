@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lbs.pack.model import PackedModel
+from lbs.pack.model import PackedModel, need_packed
 from lbs.pack.region import PackedRegion
 from lbs_kernels.cpu_runner import CpuRunner
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program import ConvStep, LinearStep, PoolStep, Step, TensorSpec
+from lbs_kernels.timing import cuda_graph, interleave
 
 _HEADER = ("layer", "operation", "input", "output", "bits w/a", "filters", "kernel", "time us", "share")
 
@@ -76,19 +78,21 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
 
     Args:
         batch: images per run. threads: of the native kernels, torch's number unless given. rounds: runs whose median
-            is the time of a step (what the first thread spent in it). Only the native back end tells it.
+            is the time of a step: what the first thread spent in it on the native back end, a CUDA graph of its launch
+            on a GPU. The reference does not tell it.
 
     Raises:
-        ShapeError: an empty batch, or no rounds.
+        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network.
 
     Example:
         print(lbs.explain(packed, batch=64))
     """
-    if batch < 1 or rounds < 1:
-        raise ShapeError(f"batch = {batch}, rounds = {rounds}; both are at least 1")
+    need_packed(packed, "explain")
     count = default_threads() if threads is None else threads
+    if min(batch, rounds, count) < 1:
+        raise ShapeError(f"batch = {batch}, rounds = {rounds}, threads = {count}; each is at least 1")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, *packed.input_shape, generator=generator).to(packed.device)
+    images = packed.random_images(batch, generator)
     _, traces = packed.run_traced(images)
     rows: list[StepRow] = []
     notes: list[str] = []
@@ -96,29 +100,52 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         compiled = region.compiled()
         if compiled.fallback:
             notes.append(f"region {index} fell back to {compiled.backend}: {compiled.fallback}")
+        inexact = sorted(packed.inexact_layers(batch) & {step.name for step in region.program.steps})
+        if inexact:
+            notes.append(f"region {index}: in half precision, not exact: {', '.join(inexact)}")
         seconds = _step_seconds(region, trace, count, rounds)
         if seconds is None:
             notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")
-        rows.extend(_rows(index, region, seconds))
+        rows.extend(_rows(index, region, batch, seconds))
     return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes)
 
 
+@runtime_checkable
+class _Launching(Protocol):
+    """A runner that enqueues one launch per step (GpuRunner, whose import takes Triton)."""
+
+    def plan(self, batch: int) -> Any: ...
+
+    def choices(self, batch: int) -> list[Any]: ...
+
+
 def _step_seconds(region: PackedRegion, trace: dict[int, Tensor], threads: int, rounds: int) -> list[float] | None:
-    """Median seconds of every step on the native back end; None on others."""
+    """Median seconds of every step on the native back end and on a GPU; None on others."""
     runner = region.compiled().runner
+    inputs = [trace[index].contiguous() for index in region.program.inputs]
+    if isinstance(runner, _Launching) and region.blob.is_cuda:
+        launches = runner.plan(inputs[0].shape[0]).launches
+        calls = {str(place): cuda_graph(partial(launch, inputs)) for place, launch in enumerate(launches)}
+        return [times.median for times in interleave(calls, device=region.blob.device, rounds=rounds).values()]
     if not isinstance(runner, CpuRunner):
         return None
-    inputs = [trace[index].contiguous() for index in region.program.inputs]
     outputs = runner.run(inputs, threads=threads)
     pointers = ([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs], inputs[0].shape[0], threads)
     measured = [runner.native.step_times(*pointers) for _ in range(rounds)]
     return [statistics.median(times) for times in zip(*measured, strict=True)]
 
 
-def _rows(index: int, region: PackedRegion, seconds: list[float] | None) -> list[StepRow]:
-    program, compiled = region.program, region.compiled()
+def _kernels(region: PackedRegion, batch: int) -> list[str]:
+    """What runs each step: the back end, and on a GPU the kernel with its configuration."""
+    compiled = region.compiled()
+    if isinstance(compiled.runner, _Launching):
+        return [choice.name for choice in compiled.runner.choices(batch)]
     isa = getattr(getattr(compiled.runner, "native", None), "isa", "")
-    kernel = f"{compiled.backend}/{isa}" if isa else compiled.backend
+    return [f"{compiled.backend}/{isa}" if isa else compiled.backend] * len(region.program.steps)
+
+
+def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | None) -> list[StepRow]:
+    program, kernels = region.program, _kernels(region, batch)
     rows = []
     for place, step in enumerate(program.steps):
         source, result = program.tensors[step.input], program.tensors[_written(step)]
@@ -134,7 +161,7 @@ def _rows(index: int, region: PackedRegion, seconds: list[float] | None) -> list
                 source.bits,
                 result.channels if weights else 0,
                 step.total_filters if isinstance(step, ConvStep | LinearStep) else 0,
-                kernel,
+                kernels[place],
                 seconds[place] if seconds is not None else None,
                 None,
             )
@@ -167,6 +194,8 @@ def _operation(step: Step) -> str:
         return "linear"
     if isinstance(step, PoolStep):
         return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
+    if step.multiplier is not None:
+        return "normalize"
     return "quantize" if step.emit.residual is None else "add"
 
 

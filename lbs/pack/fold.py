@@ -1,8 +1,10 @@
-"""Scales, bias and norm of a layer become one multiplier and one bias per filter, rounded to float32 once.
+"""Scales, bias and norms become one multiplier and one bias per channel, rounded to float32 once.
 
     layer   y = conv(x, w) + b,   conv(x, w) = s_w * s_x * acc          s_w, s_x: real value of one unit of the sums
     norm    z = g * y + h,        g = gamma / sqrt(var + eps),  h = beta - mean * g
     so      z = M * acc + B,      M = g * s_w * s_x,            B = g * b + h
+
+    bytes   x = byte / (255 std) - mean / std, which norms may follow in the same way
 
 Weights are never quantized again: the codes are those that were trained.
 """
@@ -54,6 +56,13 @@ def multiplier_and_bias(
     shift = torch.zeros(filters, dtype=torch.float64)
     if isinstance(layer.bias, Tensor):
         shift = layer.bias.detach().double().cpu()
+    return through_norms(scale, shift, name, norms)
+
+
+def through_norms(
+    scale: Tensor, shift: Tensor, name: str, norms: Sequence[tuple[str, nn.BatchNorm2d]]
+) -> tuple[Tensor, Tensor]:
+    """(M, B) float32 [C] of scale * x + shift (float64 [C]) followed by norms. Raises as `multiplier_and_bias`."""
     for norm_name, norm in norms:
         gain, offset = affine(norm, norm_name)
         scale, shift = scale * gain, shift * gain + offset

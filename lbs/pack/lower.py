@@ -2,7 +2,8 @@
 
 The walk follows the graph and keeps, for every node, where its float value lives: in the epilogue of a step that can
 still absorb what follows (norm, sum, clamp), behind a norm that only quantizers read (pre-activation), or behind a
-maximum that is taken on codes. A step stores its value as a stream only where somebody needs floats.
+maximum that is taken on codes. A step stores its value as a stream only where somebody needs floats. What no step can
+absorb becomes a step of its own that reads a stream.
 """
 
 from __future__ import annotations
@@ -77,8 +78,11 @@ def step_names(module: fx.GraphModule) -> dict[fx.Node, str]:
     return names
 
 
-def lower(graph: ModelGraph, stream_dtype: str) -> Lowered:
+def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | None = None) -> Lowered:
     """Programs of a traced model.
+
+    Args:
+        pixels: (scale, shift) float64 [C]; the model's input is given as bytes, which they normalise. None: as floats.
 
     Raises:
         GraphError: no layer can be packed, a layer breaks a rule of the format, or an in-place operation changes a
@@ -99,13 +103,27 @@ def lower(graph: ModelGraph, stream_dtype: str) -> Lowered:
         if not any(op.kind == "layer" for op in ops.values()):
             raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
         try:
-            walks = [_Walk(module, ops, region, parts) for region in parts.regions]
+            walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
             break
         except _NotPackable as refusal:
             reasons[refusal.node] = refusal.reason
             del ops[refusal.node]
+    if pixels is not None:
+        _check_bytes(module, ops, parts)
     regions = tuple(walk.finish(stream_dtype) for walk in walks)
     return Lowered(regions, _kept(module, ops, reasons, parts), parts.free)
+
+
+def _check_bytes(module: fx.GraphModule, ops: dict[fx.Node, Op], parts: Partition) -> None:
+    packed = {node for region in parts.regions for node in region} | parts.free
+    packed |= {node for node, op in ops.items() if op.kind == "shape"}
+    for image in (node for node in module.graph.nodes if node.op == "placeholder"):
+        floats = [user for user in image.users if user not in packed]
+        if floats:
+            raise GraphError(
+                f"{_label(floats[0])} stays in float and reads the images, which would be bytes; pack without "
+                "normalize= and give normalised float32 images"
+            )
 
 
 def _kept(
@@ -146,12 +164,18 @@ class _Walk:
     """One region: drafts of its steps, built in graph order."""
 
     def __init__(
-        self, module: fx.GraphModule, ops: dict[fx.Node, Op], region: tuple[fx.Node, ...], parts: Partition
+        self,
+        module: fx.GraphModule,
+        ops: dict[fx.Node, Op],
+        region: tuple[fx.Node, ...],
+        parts: Partition,
+        pixels: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.module = module
         self.ops = ops
         self.region = set(region)
         self.free = parts.free
+        self.pixels = pixels
         self.names = step_names(module)
         self.drafts: list[Draft] = []
         self.images: dict[fx.Node, Slot] = {}
@@ -184,20 +208,16 @@ class _Walk:
         norm, label = called_module(self.module, node), _label(node)
         if not isinstance(norm, nn.BatchNorm2d):
             raise GraphError(f"{label} is a {type(norm).__name__}, not a norm")
-        source = self._operand(node)
-        draft = source.draft
-        fresh = source.plain and draft.layer is not None and draft.residual is None and not draft.clamped
-        if fresh and self._only_reader(self._source(node), node):
-            draft.norms.append((label, norm))
-            draft.value = node
-            self.values[node] = source
-            return
+        source, draft = self._operand(node), self._absorber(self._source(node), node)
         readers = [user for reader in self._readers(node) for user in self._behind_relu(reader)]
-        odd = [reader for reader in readers if self._kind(reader) != "layer"]
-        if odd or not source.plain:
-            reader = _label(odd[0] if odd else node)
-            raise _NotPackable(node, f"it does not follow a layer directly, and {reader} reads its floats")
-        self.values[node] = replace(source, norm=(label, norm))
+        if draft is None or not draft.takes_norm():
+            if source.plain and all(self._kind(reader) == "layer" for reader in readers):
+                self.values[node] = replace(source, norm=(label, norm))
+                return
+            draft = self._copy(node, source)
+        draft.norms.append((label, norm))
+        draft.value = node
+        self.values[node] = _Value(draft)
 
     def _clamp(self, node: fx.Node, op: Op) -> None:
         source = self._operand(node)
@@ -268,8 +288,9 @@ class _Walk:
                 reader = next(user for user in node.users if user in self.region)
                 raise _NotPackable(reader, f"it reads {len(shape)} dimensions; regions take [N, C, H, W] or [N, C]")
             size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1, 1)
-            self.images[node] = Slot(node.name, "image", size)
-            self._add_draft(node, Draft(f"{node.name}.quantize", node, self.images[node], size))
+            pixels = self.pixels if node.op == "placeholder" else None
+            self.images[node] = Slot(node.name, "image", size, dtype="float32" if pixels is None else "uint8")
+            self._add_draft(node, Draft(f"{node.name}.quantize", node, self.images[node], size, pixels=pixels))
         return self.values[node]
 
     def _age(self, node: fx.Node) -> int:
@@ -346,8 +367,6 @@ class _Walk:
         for node in sorted(leaving, key=lambda n: len(shape_of(n)) == 2):
             value = self.values[node]
             reader = next(user for user in node.users if user not in self.region and user not in self.free)
-            if value.norm is not None:
-                raise _NotPackable(node, f"{_label(reader)} reads its floats")
             slot = self._stored(value, reader)
             flat = len(shape_of(node)) == 2
             if flat and (slot.shape[1:] != (1, 1) or (slot in results.values() and not slot.flat)):

@@ -24,6 +24,7 @@ class PackedTensors:
     ) -> None:
         self._programs, self._blobs, self._traces = programs, blobs, traces
         self.steps: dict[str, tuple[int, ConvStep | LinearStep]] = {}
+        self.inexact: frozenset[str] = frozenset()  # layers that ran in half precision
         self.streams: dict[str, list[tuple[int, int]]] = {}
         self.images: dict[str, Tensor] = {}
         self._writers: list[dict[int, str]] = []

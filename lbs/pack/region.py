@@ -26,15 +26,16 @@ class PackedRegion(nn.Module):
         super().__init__()
         self.program = program
         self.text = program.to_json()
+        self.allow = ""  # inexact kernels that may run, see PackedModel.fallback
         self.register_buffer("blob", blob)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The program's outputs, in its order."""
-        return list(torch.ops.lbs_kernels.run_program(_images(inputs), self.blob, self.text))
+        return list(torch.ops.lbs_kernels.run_program(_images(inputs), self.blob, self.text, self.allow))
 
     def compiled(self, backend: str = "auto") -> CompiledProgram:
         """The program ready to run on the blob's device."""
-        return compiled(self.text, self.blob, backend)
+        return compiled(self.text, self.blob, backend, self.allow)
 
     def run_traced(self, inputs: tuple[Tensor, ...], backend: str = "auto") -> tuple[list[Tensor], dict[int, Tensor]]:
         """Outputs, and every tensor of the program by number: codes uint8 [N, H, W, C], streams in the stream type."""

@@ -2,7 +2,7 @@
 
 Tensors: `region{i}.{array}` for every array of program i, `float.{path}` for what stays in float. Metadata: `format`,
 `version`, `digest`, `program{i}` (the program's JSON), `graph` (the nodes around the regions), `model` (name, input
-shape, what stays in float and why), `plan` (bits and kept filters, where known).
+shape, what stays in float and why, how bytes are normalised), `plan` (bits and kept filters, where known).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from lbs.pack.container import read_container, write_container
 from lbs.pack.graph_json import graph_from_json, graph_to_json
+from lbs.pack.pixels import Normalization
 from lbs.pack.region import PackedRegion
 from lbs.plan import Plan
 from lbs_kernels.errors import CheckpointError, FormatError, PlanError
@@ -24,7 +25,7 @@ from lbs_kernels.program import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blob_dige
 from lbs_kernels.program_json import read_program
 
 FORMAT = "lbs-packed"
-FILE_VERSION = 1
+FILE_VERSION = 2  # 2: programs may be of version 2, and the model may take bytes
 _FLOAT = "float."
 
 
@@ -37,6 +38,7 @@ class PackedParts:
     kept_float: tuple[tuple[str, str], ...]
     plan: Plan | None
     name: str
+    normalize: Normalization | None
 
 
 def write(path: Path, parts: PackedParts) -> None:
@@ -54,7 +56,13 @@ def write(path: Path, parts: PackedParts) -> None:
             tensors[f"{name}.{key}"] = region.program.array(region.blob, key)
     blobs = {f"{name}.blob" for name, _ in regions}
     tensors |= {_FLOAT + key: value for key, value in parts.graph.state_dict().items() if key not in blobs}
-    model = {"name": parts.name, "input_shape": parts.input_shape, "kept_float": parts.kept_float}
+    pixels = parts.normalize
+    model = {
+        "name": parts.name,
+        "input_shape": parts.input_shape,
+        "kept_float": parts.kept_float,
+        "normalize": None if pixels is None else [pixels.mean, pixels.std],
+    }
     metadata["model"] = json.dumps(model)
     metadata["graph"] = json.dumps(graph_to_json(parts.graph))
     metadata["plan"] = parts.plan.to_json() if parts.plan is not None else ""
@@ -79,7 +87,7 @@ def read(path: Path) -> PackedParts:
         graph = graph_from_json(json.loads(metadata["graph"]), regions, floats)
         if not regions:
             raise CheckpointError("it holds no program")
-        return PackedParts(graph, shape, kept, plan, str(model["name"]))
+        return PackedParts(graph, shape, kept, plan, str(model["name"]), _normalization(model, shape, regions))
     except (CheckpointError, FormatError, PlanError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -111,6 +119,19 @@ def _check_arrays(program: Program, arrays: dict[str, Tensor], index: int) -> No
                 f"array {key} is {arrays[key].dtype} {tuple(arrays[key].shape)}; program {index} needs {spec.dtype} "
                 f"{spec.shape}"
             )
+
+
+def _normalization(model: dict[str, Any], shape: tuple[int, ...], regions: list[PackedRegion]) -> Normalization | None:
+    """How the images are normalised, which must be what the programs expect."""
+    found = None if model.get("normalize") is None else Normalization.of(model["normalize"])
+    programs = [region.program for region in regions]
+    bytes_read = any(program.tensors[index].dtype == "uint8" for program in programs for index in program.inputs)
+    if bytes_read != (found is not None) or (found is not None and shape[:1] != (len(found.mean),)):
+        raise CheckpointError(
+            f"it says that images are normalised by {model.get('normalize')!r}, and its programs take "
+            f"{'bytes' if bytes_read else 'floats'} of shape {list(shape)}; write the file again"
+        )
+    return found
 
 
 def _size(value: Any) -> int:

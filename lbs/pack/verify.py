@@ -8,6 +8,7 @@ boundary changes nothing behind it, and what differs first is what is wrong.
   those are counted. The tolerance is BOUNDARY code units, or more where the float32 error bound of the value is larger.
 - Streams and outputs lie within that float32 error bound. It is carried along with the values: each product, sum and
   store of the epilogue adds its own rounding (u = 2^-24), and every stream that is taken over starts from 0 again.
+- A layer that ran in half precision (fallback="fp16") is allowed the rounding of its sum to float16 besides.
 - Weight codes are compared with the stored planes, all of them.
 """
 
@@ -23,8 +24,10 @@ from torch.nn import functional as F
 from lbs.graph import called_module
 from lbs.pack.fold import affine
 from lbs.pack.lower import step_names
+from lbs.pack.model import need_packed
 from lbs.pack.packed_tensors import PackedTensors
 from lbs.pack.patterns import Op, classify
+from lbs.pack.pixels import Normalization, along_channels
 from lbs.pack.tracing import evaluating, trace_model
 from lbs.pack.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
@@ -34,6 +37,7 @@ from lbs_kernels.errors import GraphError
 BATCH = 32  # images evaluated at once, to bound the memory
 BOUNDARY = 1e-4
 UNIT = 2.0**-24  # half a step of float32
+HALF = 2.0**-11  # of float16
 OUTER_TOLERANCE = 1e-4  # of the largest magnitude: float modules between regions, whose kernels torch chooses
 _STREAM_UNIT = {"float32": UNIT, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -43,32 +47,46 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
 
     Args:
         model: the quantized model `packed` was made from. packed: PackedModel.
-        x: float32 images [N, C, H, W] on the device of both.
-        backend: whose codes are compared: "auto", "reference", "cpu" or "triton".
+        x: images [N, C, H, W] on the device of both, of the packed model's dtype. Of bytes, the model sees the
+            normalised values in float64.
+        backend: whose codes are compared: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         VerifyReport; `ok` is False where anything differs, and `first_difference` names it.
 
     Raises:
-        GraphError: the packed model has other layers than the model. ShapeError: a batch of another shape.
+        GraphError: the packed model has other layers than the model, or is none. ShapeError: a batch of another shape.
 
     Example:
         report = lbs.verify(model, packed, images)
         print(report)
     """
+    need_packed(packed, "verify")
     packed.check_input(x)
-    graph, _ = trace_model(model, x if len(x) else None)
+    graph, _ = trace_model(model, packed.float_images(x[:2]).float() if len(x) else None)
     checks, agreeing = [], []
     with torch.no_grad(), evaluating(model):
         for part in x.split(BATCH) if len(x) else [x]:
             output, traces = packed.run_traced(part, backend)
             tensors = PackedTensors(packed.programs, [region.blob for region in packed.regions], traces)
-            judge = _Judge(graph.module, tensors)
-            judge.compare_outputs(judge.run(part), output)
+            tensors.inexact = packed.inexact_layers(len(part), backend)
+            floats = packed.float_images(part)
+            judge = _Judge(graph.module, tensors, _image_bound(packed.normalize, part, floats))
+            judge.compare_outputs(judge.run(floats), output)
             checks.append(tuple(judge.checks))
-            agreeing.append(_agreeing(model(part), output))
+            agreeing.append(_agreeing(model(floats.float()), output))
     same = None if None in agreeing else sum(count for count in agreeing if count is not None)
     return VerifyReport(merged(checks), len(x), same)
+
+
+def _image_bound(pixels: Normalization | None, x: Tensor, values: Tensor) -> Tensor:
+    """How far float32 arithmetic may lie from the values of images: nowhere, or of bytes fma(byte, M, B) rounds M, B
+    and the result once each.
+    """
+    if pixels is None:
+        return torch.zeros_like(values, dtype=torch.float64)
+    scale, shift = (along_channels(part, x).abs() for part in pixels.affine)
+    return UNIT * (x.double() * scale + shift + values.abs())
 
 
 def _agreeing(reference: Any, output: Any) -> int | None:
@@ -81,10 +99,11 @@ def _agreeing(reference: Any, output: Any) -> int | None:
 class _Judge(fx.Interpreter):
     """Float64 evaluation of the traced model that compares itself with the packed tensors as it goes."""
 
-    def __init__(self, module: fx.GraphModule, tensors: PackedTensors) -> None:
+    def __init__(self, module: fx.GraphModule, tensors: PackedTensors, image_bound: Tensor) -> None:
         super().__init__(module)
         self.traced = module
         self.tensors = tensors
+        self.image_bound = image_bound
         self.names = step_names(module)
         self.bounds: dict[fx.Node, Tensor] = {}
         self.checks: list[Check] = []
@@ -97,7 +116,7 @@ class _Judge(fx.Interpreter):
         """The node's float64 value, replaced by the packed one where there is one."""
         if n.op == "placeholder":
             value = super().run_node(n).double()
-            self.bounds[n] = torch.zeros_like(value)
+            self.bounds[n] = self.image_bound
             return value
         layer = called_module(self.traced, n)
         if isinstance(layer, QuantLayer) and self.names[n] in self.tensors.steps:
@@ -141,7 +160,14 @@ class _Judge(fx.Interpreter):
         if isinstance(layer.bias, Tensor):
             y = product + layer.bias.double().reshape(-1, *([1] * (product.dim() - 2)))
         # fma(float32(acc), M, B): acc, M, B (|B| <= |product| + |y|) and the result are rounded once each.
-        return y, UNIT * (3 * product.abs() + 2 * y.abs())
+        bound = UNIT * (3 * product.abs() + 2 * y.abs())
+        return y, bound + self._half_bound(layer, units, weights, product) if name in self.tensors.inexact else bound
+
+    def _half_bound(self, layer: QuantLayer, units: Tensor, weights: Tensor, product: Tensor) -> Tensor:
+        """Of a layer in half precision: the sum in float32, in any order, then rounded to float16."""
+        step = layer.weight_step() * layer.quantizer.step()
+        terms = weights[0].numel() * layer.product(units.abs(), weights.abs(), None) * step
+        return HALF * product.abs() + UNIT * terms
 
     def _compare_codes(self, name: str, layer: QuantLayer, value: Tensor, bound: Tensor, codes: Tensor) -> None:
         quantizer = layer.quantizer

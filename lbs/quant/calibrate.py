@@ -29,9 +29,14 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4,
         batches: input batches [N, C, H, W], used twice; a few hundred images do.
 
     Raises:
-        PlanError: no batch, or one without images. GraphError: values that are not finite, a layer that is never
-            called, or a signed activation in front of zero padding; the layer is named.
+        PlanError: no batch, one without images, or a width outside 1..8. GraphError: no quantized layer; a batch the
+            model cannot take; values that are not finite, a layer that is never called, or a signed activation in
+            front of zero padding: the layer is named.
     """
+    if isinstance(batches, Tensor):
+        raise PlanError(f"calibrate got one tensor of shape {tuple(batches.shape)}; give a list of batches: [images]")
+    if bits is not None:
+        codec.check_chain((bits,))
     stored = [b[0] if isinstance(b, list | tuple) else b for b in batches]
     if not stored:
         raise PlanError("calibrate got no batch; give at least one batch of real inputs")
@@ -39,6 +44,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4,
     if empty:
         raise PlanError(f"calibration batch {empty[0]} of shape {tuple(stored[empty[0]].shape)} is empty; leave it out")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    if not layers:
+        raise GraphError(
+            f"{type(model).__name__} has no quantized layer; make it with lbs.prepare or lbs.uniform first"
+        )
     samples = _observe(model, layers, stored)
     for name, layer in layers.items():
         values = samples[name]
@@ -72,7 +81,10 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tens
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                try:
+                    model(batch)
+                except (RuntimeError, ValueError, TypeError) as error:
+                    raise GraphError(_batch_message(model, batch, error)) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -83,6 +95,14 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tens
     if unused:
         raise GraphError(f"layers {', '.join(unused)} were not called by the calibration batches; exclude them")
     return {name: torch.cat(values) for name, values in collected.items()}
+
+
+def _batch_message(model: nn.Module, batch: Tensor, error: Exception) -> str:
+    shape, dtype, device = tuple(batch.shape), batch.dtype, batch.device
+    return (
+        f"{type(model).__name__} failed on a calibration batch of shape {shape}, {dtype} on {device}: {error}; "
+        "give batches [N, C, H, W] such as it is trained on, of its dtype and device"
+    )
 
 
 def _stride(count: int, share: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ def check_chain(bits: Sequence[int]) -> tuple[int, ...]:
     (2, 4, 8)
 
     Raises:
-        PlanError: empty, out of 1..8, or a width that is no integer multiple of the one before.
+        PlanError: no whole numbers, empty, out of 1..8, or a width that is no integer multiple of the one before.
     """
+    if not isinstance(bits, Sequence) or not all(isinstance(b, Integral) for b in bits):
+        raise PlanError(f"bit chain {bits!r} is no list of whole numbers; give one such as (2, 4, 8)")
     chain = tuple(int(b) for b in bits)
     if not chain:
         raise PlanError("bit chain () is empty; name at least one width, for example (2, 4, 8)")

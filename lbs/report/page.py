@@ -15,7 +15,7 @@ from lbs.report import plots, records, tables
 from lbs.report.records import Record
 from lbs.run_folder import write_bytes
 
-_TEMPLATE = Path(__file__).with_name("page.html")
+_TEMPLATES = Path(__file__).parent
 _PNG_DPI = 160
 
 
@@ -39,16 +39,26 @@ def report(run_dir: str | Path) -> Path:
 
 def render(record: Record, pictures: dict[str, tuple[str, Figure]]) -> str:
     """The page as text. Names and numbers from files are escaped; pictures are inlined as SVG data."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["words"] = lambda text: re.sub(r"\.(?=\w)", ".\u200b", str(text))
-    template = environment.from_string(_TEMPLATE.read_text())
-    return template.render(
+    return template("page.html").render(
+        title=record.name,
         record=record,
         tiles=tables.tiles(record),
         tables=tables.tables(record),
         figures=[(stem, caption, svg_data(figure)) for stem, (caption, figure) in pictures.items()],
         missing=missing_parts(record),
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """One of the pages beside this file. What is put into it is escaped; a name it lacks is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["words"] = lambda text: re.sub(r"\.(?=\w)", ".\u200b", str(text))
+    return environment.get_template(name)
 
 
 def missing_parts(record: Record) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from lbs.report.units import bops, seconds, size, times
 
 WEIGHTS, ACTIVATIONS, KEPT, FULL, INK, QUIET = "#2f6db3", "#e07b39", "#3f9b6c", "#c9d3de", "#22303c", "#6b7a88"
 PHASE_COLORS = {"float": "#8a94a0", "search": WEIGHTS, "finetune": KEPT}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -47,7 +47,7 @@ def draw(record: Record) -> dict[str, tuple[str, Figure]]:
         ("latency", "Time per batch", latency),
     )
     found = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for stem, caption, make in makers:
             figure = make(record)
             if figure is not None:

@@ -37,6 +37,7 @@ class Record:
     network: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     layers: tuple[LayerRow, ...] = ()
+    made: dict[str, Any] = field(default_factory=dict)  # record.json of a row that was reproduced
 
     def epochs(self, phase: str) -> list[dict[str, Any]]:
         """Rows written at the end of each epoch."""
@@ -73,7 +74,8 @@ def read(path: str | Path) -> Record:
     metrics: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         metrics.setdefault(str(row.get("phase")), []).append(row)
-    return Record(folder.path.resolve().name, metrics=metrics, layers=layer_rows(plan), **parts)
+    made = _optional(folder.file("record.json"))
+    return Record(folder.path.resolve().name, metrics=metrics, layers=layer_rows(plan), made=made, **parts)
 
 
 def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:

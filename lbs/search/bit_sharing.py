@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lbs.quant import codec
 from lbs.quant.fake import ste_gradients
+from lbs.search.distributed import reduce_mean
 from lbs.search.gates import BitGate
 
 
 def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
     """A_j = mean |z - z_hat_(j-1)| for every gate, float [J].
 
-    Gates behind a closed one see the same partial sum as that one: the value they would refine.
+    Gates behind a closed one see the same partial sum as that one: the value they would refine. Several processes
+    take the mean over all their batches one gate after the other, so that all of them decide alike.
     """
     z_scale = v if kind == "unsigned" else 2 * v
     clipped = x.clamp(0 if kind == "unsigned" else -v.item(), v.item())
@@ -30,7 +32,7 @@ def gate_statistics(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
         if closed:
             values.append(values[-1])
             continue
-        values.append((clipped - codec.round_trip(x, v, bits, kind)).abs_().mean() / z_scale)
+        values.append(reduce_mean((clipped - codec.round_trip(x, v, bits, kind)).abs_().mean() / z_scale))
     return torch.stack(values)
 
 

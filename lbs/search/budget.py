@@ -52,9 +52,9 @@ class Budget:
     """
 
     def __init__(self, model: nn.Module, bops: float, strength: float = 1.0, gain: float = 0.01) -> None:
-        if not (math.isfinite(bops) and bops > 0):
+        if not (isinstance(bops, int | float) and math.isfinite(bops) and bops > 0):
             raise PlanError(
-                f"budget bops={bops}; give a fraction of full precision in (0, 1], or bit operations of one image"
+                f"budget bops={bops!r}; give a fraction of full precision in (0, 1], or bit operations of one image"
             )
         self.model = model
         self.plan = record_of(model).plan

@@ -30,7 +30,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     header = {
         "kind": _KIND,
         "version": str(CHECKPOINT_VERSION),
-        "digest": _digest(flat),
+        "digest": digest(flat),
         "state": json.dumps(state),
     }
     write_bytes(path, safetensors.torch.save(flat, metadata=header))
@@ -55,12 +55,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         state = json.loads(header["state"])
-        digest = header["digest"]
+        expected = header["digest"]
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged: {error}; delete it and start the phase again") from error
-    if _digest(tensors) != digest:
+    if digest(tensors) != expected:
         raise CheckpointError(f"{path} is damaged: its tensors do not match their digest; delete it and start again")
     return tensors, state
 
@@ -154,7 +154,7 @@ def restore_random(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, shapes and bytes, in name order."""
     total = hashlib.sha256()
     for key in sorted(tensors):

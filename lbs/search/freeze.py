@@ -40,6 +40,10 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     Raises:
         PlanError: the plan names other layers or sizes, or prunes filters that cannot go.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(
+            f"plan is a {type(plan).__name__}; read one with lbs.Plan.load(path) or lbs.Plan.from_json(text)"
+        )
     plan = plan or plan_of(model)
     model = copy.deepcopy(model)
     record = record_of(model)

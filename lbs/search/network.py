@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search import checkpoint
 from lbs.search.freeze import freeze
 from lbs.search.prepare import SearchConfig, prepare
-from lbs_kernels.errors import CheckpointError, DataError, LbsError
+from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
 
@@ -36,6 +37,7 @@ class NetworkCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signed: tuple[str, ...] = ()  # layers whose input codes are signed
+    fingerprint: str = ""  # of the data
 
     def example(self) -> Tensor:
         """Zeros float32 [1, C, H, W]."""
@@ -53,7 +55,10 @@ class NetworkCard:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
             return NetworkCard(**values)
         except TypeError as error:
-            raise CheckpointError(f"{folder.file('network.json')} lacks or has odd fields: {error}") from error
+            raise CheckpointError(
+                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start "
+                "the run in a new folder"
+            ) from error
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -75,8 +80,12 @@ def _import(name: str, num_classes: int) -> nn.Module:
         sys.path.insert(0, "")  # a module beside the user, as with `python -m`
     try:
         made = getattr(importlib.import_module(module_name), function)(num_classes)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise LbsError(f"--model {name}: {error}; give module:function, called with the number of classes") from error
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise LbsError(
+            f"--model {name}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); give "
+            "module:function, called with the number of classes"
+        ) from error
     if not isinstance(made, nn.Module):
         raise LbsError(f"--model {name} made a {type(made).__name__}; it must return a torch.nn.Module")
     return made
@@ -87,17 +96,81 @@ def prune_group(name: str) -> int:
     return lbs.models.REGISTRY[name].prune_group if name in lbs.models.REGISTRY else 4
 
 
-def load_data(source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = ()) -> lbs.data.ImageData:
+def load_data(
+    source: str, mean: tuple[float, ...] = (), std: tuple[float, ...] = (), max_unreadable: float = 1.0
+) -> lbs.data.ImageSet:
     """The image set, with other pixel statistics where they are given."""
-    data = lbs.data.load(source)
+    data = lbs.data.load(source, max_unreadable)
     if bool(mean) != bool(std):
         raise DataError(f"mean {mean} and std {std} must be given together, one value per channel each")
     return replace(data, mean=mean, std=std) if mean else data
 
 
-def card_of(config: RunConfig, data: lbs.data.ImageData) -> NetworkCard:
+def check_images(model: nn.Module, card: NetworkCard, device: torch.device) -> None:
+    """One image through the float network, before anything is trained. Raises GraphError where they do not fit."""
+    example, was_training = card.example().to(device), model.training
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(example)
+    except Exception as error:
+        raise GraphError(
+            f"{card.model} fails on an image {card.input_shape} of {card.data}: {type(error).__name__}: {error}; "
+            "name a model for such images, or other data"
+        ) from error
+    finally:
+        model.train(was_training)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (1, card.num_classes):
+        raise GraphError(
+            f"{card.model} gives {shape} for one image of {card.data}; a classifier gives {(1, card.num_classes)}, "
+            "one value per class"
+        )
+
+
+def card_of(config: RunConfig, data: lbs.data.ImageSet) -> NetworkCard:
     """The card of a configuration's network for its image set."""
-    return NetworkCard(config.model, config.data, len(data.classes), data.image_shape, data.mean, data.std)
+    return NetworkCard(
+        config.model,
+        config.data,
+        len(data.classes),
+        data.image_shape,
+        data.mean,
+        data.std,
+        fingerprint=data.fingerprint,
+    )
+
+
+def check_same_data(card: NetworkCard, folder: RunFolder) -> None:
+    """Refuse to go on with other data than a run began with. Raises TrainingError."""
+    if folder.file("network.json").exists():
+        _check_fingerprint(NetworkCard.read(folder), card.fingerprint)
+
+
+def _check_fingerprint(card: NetworkCard, found: str) -> None:
+    if card.fingerprint and card.fingerprint != found:
+        raise TrainingError(
+            f"another data set: {card.data} has the fingerprint {found} now, the run was begun with "
+            f"{card.fingerprint}; restore the data, or start in a new run folder"
+        )
+
+
+def load_float(model: nn.Module, path: Path, card: NetworkCard) -> None:
+    """Put float weights into a network made for the data of `card`.
+
+    Raises:
+        CheckpointError: damaged, made for another number of classes, or for another network.
+    """
+    tensors = checkpoint.load_weights(path)
+    for key, own in reversed(model.state_dict().items()):
+        if own.dim() == 2:  # the classifier: the last matrix
+            there = tensors.get(key)
+            if there is not None and there.dim() == 2 and there.shape[1] == own.shape[1] and len(there) != len(own):
+                raise CheckpointError(
+                    f"{path} is for {len(there)} classes ({key} is {tuple(there.shape)}), the data set {card.data} has "
+                    f"{card.num_classes}; give weights trained on this data, or the data of these weights"
+                )
+            break
+    checkpoint.apply_weights(model, tensors, path)
 
 
 def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:
@@ -131,9 +204,11 @@ def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
     return network.eval(), card
 
 
-def images_of(card: NetworkCard) -> lbs.data.ImageData:
-    """The image set the network was made for, normalised as it expects."""
-    return load_data(card.data, card.mean, card.std)
+def images_of(card: NetworkCard) -> lbs.data.ImageSet:
+    """The image set the network was made for, normalised as it expects. Raises TrainingError where it has changed."""
+    data = load_data(card.data, card.mean, card.std)
+    _check_fingerprint(card, data.fingerprint)
+    return data
 
 
 def weights_path(config_weights: str, folder: RunFolder) -> Path | None:

@@ -45,8 +45,10 @@ class SearchConfig:
         object.__setattr__(self, "bits", check_chain(self.bits))
         if self.pruning and not self.trace:
             raise PlanError("pruning=True needs trace=True: filters are cut along the traced graph; set pruning=False")
-        if self.group_size < 1:
-            raise PlanError(f"group_size={self.group_size}; a group holds at least one filter")
+        if not isinstance(self.group_size, int) or self.group_size < 1:
+            raise PlanError(f"group_size={self.group_size}; a group holds at least one filter, and whole ones")
+        if isinstance(self.exclude, str):
+            raise PlanError(f"exclude={self.exclude!r} is one text; give a tuple of patterns: ({self.exclude!r},)")
         if not 0 <= self.max_pruning_ratio < 1:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"

@@ -1,7 +1,8 @@
 """Trainer: the loop of every phase (float training, search, fine-tuning), resumable after a kill at any step.
 
 A step launches work and reads nothing back from the device; losses are summed there and read every `log_every` steps.
-On the CPU, where reading is free, every loss is checked.
+On the CPU, where reading is free, every loss is checked. Of several processes (`lbs.search.distributed`) each takes its
+part of every batch; they are compared at the end of each epoch.
 """
 
 from __future__ import annotations
@@ -9,42 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbs.data import TensorLoader
+from lbs.data import Loader
+from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
-from lbs.search import checkpoint
+from lbs.search import checkpoint, distributed
+from lbs.search.evaluation import evaluate
 from lbs.search.nonfinite import finite_weights, first_nonfinite
-from lbs.search.recipe import Recipe
-from lbs_kernels.errors import CheckpointError, TrainingError
-
-
-class BudgetTerm(Protocol):
-    """What the trainer asks of a budget."""
-
-    def __call__(self) -> Tensor: ...
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Progress(Protocol):
-    """Told how far a phase is."""
-
-    def begin(self, phase: str, total: int, done: int) -> None: ...
-
-    def advance(self, steps: int) -> None: ...
-
-    def note(self, row: dict[str, Any]) -> None: ...
-
-    def end(self) -> None: ...
+from lbs.search.protocols import BudgetTerm, Progress
+from lbs_kernels.errors import CheckpointError, DataError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -65,19 +44,19 @@ class TrainResult:
         return asdict(self)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in 0..1, in float32, with the mode of `model` restored. One wait for the device, at the end."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    correct, count = torch.zeros((), dtype=torch.int64, device=device), 0
-    for images, labels in loader:
-        logits = model(images.to(device))
-        correct += (logits.argmax(1) == labels.to(device)).sum()
-        count += len(labels)
-    model.train(was_training)
-    return int(correct) / count
+class _Step(nn.Module):
+    """Images and labels to losses in one forward pass, so that DistributedDataParallel sees all that gets a gradient.
+
+    The budget term reaches thresholds that the logits do not.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.model = trainer.model
+        self._losses = trainer.losses
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._losses(images, labels)
 
 
 class Trainer:
@@ -96,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        train: TensorLoader,
+        train: Loader,
         recipe: Recipe,
         *,
         phase: str,
@@ -121,6 +100,10 @@ class Trainer:
             groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
         )
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._step_module: nn.Module = _Step(self)
+        if distributed.active():
+            # Idle gates get no gradient, hence find_unused.
+            self._step_module = distributed.wrap(self._step_module, find_unused=budget is not None)
         self.epoch = self.step = 0
         self.finished = False
         self.best: tuple[float, int] | None = None
@@ -147,6 +130,8 @@ class Trainer:
         saved = time.monotonic()
         if self.progress:
             self.progress.begin(self.phase, self.recipe.epochs * len(self.train), self.step)
+        if distributed.active():
+            distributed.check_agreement(self._digests())
         while self.epoch < self.recipe.epochs and not self.finished:
             self.model.train()
             for images, labels in self.train:
@@ -154,7 +139,7 @@ class Trainer:
                 if self.progress:
                     self.progress.advance(1)
                 self._seconds = time.monotonic() - started
-                self.finished = self.stop is not None and self.stop()
+                self.finished = self._over() or (self.stop is not None and self.stop())
                 if self.finished:
                     break
                 at_end = self.step % len(self.train) == 0
@@ -172,18 +157,21 @@ class Trainer:
             self.phase, self.epoch, self.step, self.loss, self.accuracy, best_accuracy, best_epoch, self._seconds
         )
 
+    def _over(self) -> bool:
+        """Whether the minutes are used up; all processes go by the clock of rank 0."""
+        if self.recipe.minutes:
+            self._seconds = distributed.first(lambda: self._seconds)
+        return self.recipe.minutes > 0 and self.recipe.share(self.step, len(self.train), self._seconds) >= 1
+
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        factor = self.recipe.lr_factor(self.step, len(self.train))
+        factor = self.recipe.lr_factor(self.step, len(self.train), self._seconds)
         for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = lr * factor
         images = self._images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp == "bf16"):
-            logits = self.model(images)
-            task = self._task_loss(logits, labels, images)
-        loss = task if self.budget is None else task + self.budget()
+        loss, task, logits = self._step_module(images, labels)
         log = (self.step + 1) % self.recipe.log_every == 0
-        if (self.device.type == "cpu" or log) and not bool(loss.detach().isfinite()):
+        if (self.device.type == "cpu" or log) and self._somewhere_nonfinite(loss):
             self._stop()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -193,10 +181,26 @@ class Trainer:
         self.step += 1
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-            self._sums += torch.stack([loss.double(), task.double(), correct.double()])
+            # Of all processes in every step: a checkpoint, which rank 0 writes alone, must hold what belongs to all.
+            self._sums += distributed.reduce_mean(torch.stack([loss.double(), task.double(), correct.double()]))
         self._seen = [old + new for old, new in zip(self._seen, (1, len(labels), 1, len(labels)), strict=True)]
         if log:
             self._write_step()
+
+    def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss with the budget term, task loss, logits) of a batch."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp == "bf16"):
+            logits = self.model(images)
+            if logits.shape[-1] < self.train.classes:
+                raise DataError(
+                    f"the model gives {logits.shape[-1]} classes, the training labels go up to "
+                    f"{self.train.classes - 1}; give a model of {self.train.classes} classes"
+                )
+            task = self._task_loss(logits, labels, images)
+        return task if self.budget is None else task + self.budget(), task, logits
+
+    def _somewhere_nonfinite(self, loss: Tensor) -> bool:
+        return distributed.anywhere(not bool(loss.detach().isfinite()), self.device)
 
     def _task_loss(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         recipe = self.recipe
@@ -210,9 +214,17 @@ class Trainer:
         return (1 - recipe.distill) * loss + recipe.distill * recipe.temperature**2 * soft
 
     def _stop(self) -> None:
-        where = first_nonfinite(self.model, self._images)
+        """Raise, on every process, with the place that one of them found."""
+        with distributed.alone():
+            own = first_nonfinite(self.model, self._images)
+        reasons = distributed.gather(own)
+        broken = [(number, text) for number, text in enumerate(reasons) if not text.startswith("no layer")]
+        where = f"on rank {broken[0][0]}: {broken[0][1]}" if broken and len(reasons) > 1 else own
+        raise self._not_finite(where)
+
+    def _not_finite(self, where: str) -> TrainingError:
         kept = f"; the last good checkpoint is {self.folder.checkpoint(self.phase)}" if self.folder else ""
-        raise TrainingError(
+        return TrainingError(
             f"{self.phase}: the loss of step {self.step} (epoch {self.epoch}) is not finite; {where}{kept}. "
             f"Lower --lr (now {self.recipe.lr:g}) and start the phase again"
         )
@@ -239,8 +251,11 @@ class Trainer:
         sums = self._sums[1].tolist()
         steps, images = self._seen[2:]
         self.loss = sums[0] / steps
-        if not self.loss < float("inf") or not finite_weights(self.model):
+        if distributed.anywhere(not self.loss < float("inf") or not finite_weights(self.model), self.device):
             self._stop()
+        distributed.share_norms(self.model)
+        if distributed.active():
+            distributed.check_agreement(self._digests())
         self.epoch += 1
         last = self.finished or self.epoch == self.recipe.epochs
         measured = self.test is not None and (last or self.epoch % self.recipe.eval_every == 0)
@@ -266,6 +281,19 @@ class Trainer:
         self._sums[1] = 0
         self._seen[2:] = [0, 0]
 
+    def _digests(self) -> dict[str, str]:
+        """What must be equal on all processes after an epoch: weights, gates, ranges, momentum, budget."""
+        tensors = {
+            **self.model.state_dict(),
+            **_prefixed("momentum of", checkpoint.optimizer_tensors(self.optimizer, self.model)),
+        }
+        found = {name: checkpoint.digest({name: value.detach().cpu()}) for name, value in tensors.items()}
+        if self.budget is not None:
+            found["budget"] = str(sorted(self.budget.state_dict().items()))
+        if self.observe is not None:
+            found |= {f"plan ({key})": str(value) for key, value in self.observe().items()}
+        return found
+
     def _record(self, row: dict[str, Any]) -> None:
         if self.observe is not None:
             row |= self.observe()
@@ -275,11 +303,16 @@ class Trainer:
             self.progress.note(row)
 
     def save(self) -> None:
-        """Write all that the next step depends on, unless a weight is not finite. Nothing without a folder."""
-        if self.folder is None:
+        """Write all that the next step depends on, unless a weight is not finite. Nothing without a folder.
+
+        Of several processes only the first writes; what differs between them (norms' running statistics inside an
+        epoch, random state) is its own.
+        """
+        if self.folder is None or distributed.rank() > 0:
             return
         if not finite_weights(self.model):
-            self._stop()
+            with distributed.alone():
+                raise self._not_finite(first_nonfinite(self.model, self._images))
         tensors = {
             **_prefixed("model", self.model.state_dict()),
             **_prefixed("momentum", checkpoint.optimizer_tensors(self.optimizer, self.model)),

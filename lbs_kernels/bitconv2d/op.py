@@ -46,7 +46,7 @@ def bitconv2d(
         w_planes: int32 [w_bits, O, kh * kw, CW] of `pack_weights`, CW over the C / groups channels of one group.
         multiplier, bias: float32 [O].
         zero: the code of real 0, which padding holds. signed: codes mean 2 q - n; they cannot be padded.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         float32 [N, H', W', O].

@@ -24,14 +24,6 @@ def supports(problem: Problem) -> str | None:
     return bits_reason(problem)
 
 
-def problem_of(step: ConvStep, source: TensorSpec, filters: int, batch: int, device: str) -> Problem:
-    """The key of one step at one batch size."""
-    return Problem(
-        "bitconv2d", batch, source.height, source.width, source.channels, filters, step.kernel, step.stride,
-        step.padding, step.dilation, step.groups, step.w_bits, source.bits, device,
-    )  # fmt: skip
-
-
 def bind(
     step: ConvStep,
     problem: Problem,

@@ -37,7 +37,7 @@ def bitlinear(
         w_planes: int32 [w_bits, O, 1, CW] of `pack_weights`.
         multiplier, bias: float32 [O].
         zero, signed: how codes are read, see `bitconv2d`.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         float32 [N, O].

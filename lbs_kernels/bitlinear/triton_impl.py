@@ -20,13 +20,6 @@ def supports(problem: Problem) -> str | None:
     return bits_reason(problem)
 
 
-def problem_of(step: LinearStep, source: TensorSpec, filters: int, batch: int, device: str) -> Problem:
-    """The key of one step at one batch size."""
-    return Problem(
-        "bitlinear", batch, 1, 1, source.channels, filters, w_bits=step.w_bits, a_bits=source.bits, device=device
-    )
-
-
 def bind(
     step: LinearStep,
     problem: Problem,

@@ -31,7 +31,7 @@ def pool(
         x: uint8 codes or a float32 stream, [N, H, W, C].
         kind: "max", or "mean" (global; kernel, stride and padding keep their defaults).
         kernel, stride, padding: of "max"; padding is at most half of the kernel.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "gpu" or "triton".
 
     Returns:
         x's dtype, [N, H', W', C].

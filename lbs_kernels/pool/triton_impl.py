@@ -171,14 +171,6 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def problem_of(step: PoolStep, source: TensorSpec, batch: int, device: str) -> Problem:
-    """The key of one step at one batch size; the mean is a window of the whole image."""
-    kernel = (source.height, source.width) if step.kind == "mean" else step.kernel
-    stride = (1, 1) if step.kind == "mean" else step.stride
-    size = (source.height, source.width, source.channels, source.channels)
-    return Problem("pool", batch, *size, kernel, stride, step.padding, w_bits=0, a_bits=source.bits, device=device)
-
-
 def pool_shape(problem: Problem, source: TensorSpec) -> PoolShape:
     """The sizes the maximum reads."""
     return PoolShape(

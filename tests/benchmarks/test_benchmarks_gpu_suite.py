@@ -1,26 +1,47 @@
-"""benchmarks/gpu_suite.py as far as a machine without a GPU can run it."""
+"""benchmarks/gpu_suite.py as far as a machine without a GPU can run it: order, time boxes, crashes, whole files."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_layers, gpu_suite
-from lbs_kernels.bitconv2d import tuning as conv_tuning
-from lbs_kernels.problem import Problem
-from lbs_kernels.reference_runner import ReferenceRunner
+from benchmarks import gpu_checks, gpu_run, gpu_suite
+from benchmarks.gpu_run import Attempts, Run, deadline
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_suite.py"
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU; the suite would run")
+
+
+class Clock:
+    """Time that passes when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float, **body: Any) -> Callable[[Run, float], dict[str, Any]]:
+        """A part that takes so long, or until its deadline."""
+
+        def part(run: Run, until: float) -> dict[str, Any]:
+            begin, self.now = self.now, min(self.now + seconds, until)
+            return {"begin": begin, "until": until, **body}
+
+        return part
+
+
+def make_run(out: Path, clock: Callable[[], float], minutes: float = 9.0) -> Run:
+    return Run(out, clock() + 60 * minutes, {"device": "none"}, out, clock)
 
 
 @no_gpu
@@ -52,137 +73,198 @@ def test_arguments_that_make_no_sense(argv: list[str], message: str, capsys: pyt
 def test_parts_run_in_order_and_by_name() -> None:
     args = gpu_suite.arguments(["--out", "x", "--only", "layers", "--only", "tests"])
     assert gpu_suite.selected(args.only) == ["tests", "layers"]
-    assert gpu_suite.selected(gpu_suite.arguments(["--out", "x"]).only) == list(gpu_suite.PARTS)
-    assert gpu_suite.arguments(["--out", "x", "--minutes", "2.5"]).minutes == 2.5
+    assert gpu_suite.selected(None) == list(gpu_suite.BOXES) == list(gpu_run.PARTS)
 
 
-def make_run(out: Path, seconds: float = 60.0) -> gpu_suite.Run:
-    return gpu_suite.Run(out, time.monotonic() + seconds, {"device": "none"})
+def test_the_boxes_fit_into_nine_minutes() -> None:
+    assert sum(gpu_suite.BOXES.values()) + gpu_run.SLACK <= 60 * gpu_suite.MINUTES
 
 
-def test_every_part_is_saved_when_it_ends_and_a_broken_one_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_one_part_leaves_goes_to_the_next() -> None:
+    boxes = {"a": 100.0, "b": 50.0, "c": 50.0}
+    end = 200 + gpu_run.SLACK
+    assert deadline(boxes, "a", 0, end) == 100
+    assert deadline(boxes, "b", 20, end) == 150  # 80 s were left over
+    assert deadline(boxes, "c", 150, end) == 200
+    assert deadline(boxes, "c", 40, end) == 200
+    assert deadline({"b": 50.0}, "b", 0, end) == 200  # alone it has everything
+
+
+def test_boxes_shrink_where_the_time_is_short() -> None:
+    boxes = {"a": 100.0, "b": 100.0}
+    end = 50 + gpu_run.SLACK
+    assert deadline(boxes, "a", 0, end) == 25
+    assert deadline(boxes, "b", 30, end) == 50
+    assert deadline(boxes, "b", 90, end) == 90  # too late: its end has come
+
+
+def test_a_whole_run_ends_in_time_whatever_its_parts_take(tmp_path: Path) -> None:
+    clock = Clock()
+    run = make_run(tmp_path, clock)
+    greedy = {name: clock.spend(1e9) for name in gpu_suite.BOXES}
+    assert gpu_run.run_parts(run, gpu_suite.BOXES, greedy, beside=None)
+    assert clock.now <= run.end
+    for name, box in gpu_suite.BOXES.items():
+        body = run.load(name)
+        assert body["until"] - body["begin"] >= box * 0.98, name
+        assert (body["level"], body["header"]) == (f"gpu_{name}", {"device": "none"})
+
+
+def test_every_part_is_saved_when_it_ends_and_a_broken_one_stops_nothing(tmp_path: Path) -> None:
+    clock = Clock()
     seen: list[list[str]] = []
 
-    def good(run: gpu_suite.Run) -> dict[str, Any]:
-        seen.append(sorted(path.name for path in tmp_path.iterdir()))
-        return {"value": 7}
+    def look(run: Run, until: float) -> dict[str, Any]:
+        seen.append(sorted(path.name for path in tmp_path.glob("*.json")))
+        return {}
 
-    def broken(run: gpu_suite.Run) -> dict[str, Any]:
+    def broken(run: Run, until: float) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gpu_suite, "PARTS", {"first": good, "second": broken, "third": good})
-    assert not gpu_suite.run_parts(make_run(tmp_path), ["first", "second", "third"])
-    assert seen == [[], ["first.json", "second.json"]]
-    body = json.loads((tmp_path / "third.json").read_text())
-    assert (body["part"], body["value"], body["header"]) == ("third", 7, {"device": "none"})
-    assert json.loads((tmp_path / "second.json").read_text())["error"] == "RuntimeError: out of memory"
-    assert gpu_suite.run_parts(make_run(tmp_path), ["first"])
+    parts = {"build": look, "roofs": broken, "tests": look}
+    assert not gpu_run.run_parts(make_run(tmp_path, clock), dict.fromkeys(parts, 10.0), parts, beside=None)
+    assert seen == [[], ["build.json", "roofs.json", "targets.json"]]
+    assert json.loads((tmp_path / "roofs.json").read_text())["error"] == "RuntimeError: out of memory"
+    assert gpu_run.run_parts(make_run(tmp_path, clock), {"build": 10.0}, parts, beside=None)
 
 
-def test_failing_gpu_tests_fail_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_suite, "PARTS", {"tests": lambda run: {"passed": False}})
-    assert not gpu_suite.run_parts(make_run(tmp_path), ["tests"])
+def test_failing_gpu_tests_fail_the_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"tests": lambda run, until: {"passed": False, "tests": 5, "failures": 2}}
+    assert not gpu_run.run_parts(make_run(tmp_path, Clock()), {"tests": 10.0}, parts, beside=None)
+    assert "MISSED  every gpu test is green: 5; 5 tests, 2 failures" in capsys.readouterr().out
+
+
+class Child:
+    """A process that does a piece of work when it is waited for."""
+
+    def __init__(self, work: Callable[[float], int]) -> None:
+        self.work, self.pid = work, -1
+
+    def wait(self, timeout: float) -> int:
+        return self.work(timeout)
+
+
+def test_a_kernel_that_breaks_the_device_costs_itself_alone(tmp_path: Path) -> None:
+    clock, tried = Clock(), []
+
+    def work(run: Run, timeout: float) -> int:
+        attempt = Attempts(tmp_path, "layers")
+        rows = run.load("layers").get("rows", [])
+        for name in ("one", "two", "three", "four"):
+            if name in rows or not attempt(name):
+                continue
+            tried.append(name)
+            clock.now += 10
+            if name in ("two", "four"):
+                return -11
+            rows.append(name)
+            run.save("layers", {"rows": rows})
+        return 0
+
+    run = make_run(tmp_path, clock)
+    body = gpu_run.child(run, "layers", run.end, lambda run, part, until: Child(lambda t: work(run, t)))
+    assert tried == ["one", "two", "three", "four"]
+    assert (body["rows"], body["broke_the_device"], body["ended"]) == (["one", "three"], ["two", "four"], "complete")
+    assert "error" not in body
+
+
+def test_a_part_that_breaks_twice_at_one_place_is_given_up(tmp_path: Path) -> None:
+    starts = []
+
+    def start(run: Run, part: str, until: float) -> Child:
+        starts.append(part)
+        return Child(lambda timeout: 1)
+
+    run = make_run(tmp_path, Clock())
+    body = gpu_run.child(run, "roofs", run.end, start)
+    assert starts == ["roofs"]  # it named nothing it was trying
+    assert body["error"] == "its process ended with code 1"
+    Attempts(tmp_path, "models")("net")
+    assert gpu_run.child(run, "models", run.end, start)["broke_the_device"] == ["net"]
+    assert starts == ["roofs", "models", "models"]
+
+
+def test_a_part_without_time_is_not_started(tmp_path: Path) -> None:
+    clock = Clock()
+    run = make_run(tmp_path, clock)
+    body = gpu_run.child(run, "models", clock.now + 3, lambda *_: pytest.fail("it was started"))
+    assert "the time was up" in body["error"]
+
+
+def test_a_child_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    program = f"import subprocess, time; pid = subprocess.Popen({sleep!r}).pid; "
+    program += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(pid)); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.02)
+    begin = time.monotonic()
+    assert gpu_run.finish(process, 0.2) is None
+    assert time.monotonic() - begin < 10
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() - begin < 30
+        time.sleep(0.02)
 
 
 def test_counts_of_a_report(tmp_path: Path) -> None:
     report = tmp_path / "tests.xml"
-    assert gpu_suite._count(report) == {}
+    assert gpu_checks.count(report) == {}
     report.write_text('<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>')
-    assert gpu_suite._count(report) == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
+    assert gpu_checks.count(report) == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
 
 
-def test_saving_replaces_the_file_whole(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    run.save("layers", {"rows": [1]})
-    with pytest.raises(TypeError):
-        run.save("layers", {"rows": object()})
-    assert json.loads((tmp_path / "layers.json").read_text())["rows"] == [1]
-    assert not (tmp_path / "layers.json").with_suffix(".json.tmp").exists()
+def test_the_files_with_gpu_tests_are_found() -> None:
+    found = gpu_checks.gpu_files()
+    assert {"tests/kernels/test_triton_gpu.py", "tests/pack/test_pack_gpu.py"} <= set(found)
+    assert "tests/kernels/test_bitconv2d.py" in found  # through CONTENDERS
+    assert "tests/test_plan_json.py" not in found
+    assert found.index("tests/pack/test_pack_gpu.py") < found.index("tests/kernels/test_bitconv2d.py")
 
 
-def test_problems_are_distinct_and_keep_the_edges_at_eight_bits() -> None:
-    found = gpu_layers.problems(["resnet18", "cifar_resnet20"], [32, 1], [(4, 4), (2, 2)])
-    assert len(set(found)) == len(found)
-    assert {problem.batch for problem in found} == {1, 32}
-    for problem in found:
-        edge = problem.op == "bitlinear" or problem.in_channels == 3
-        assert (problem.w_bits, problem.a_bits) in ([(8, 8)] if edge else [(4, 4), (2, 2)])
-    assert found[0].batch == 32
-
-
-def test_configurations_start_with_the_default_and_stay_near_it() -> None:
-    problem = Problem("bitconv2d", 32, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4)
-    default = conv_tuning.default(problem)
-    assert gpu_layers.configurations(problem, 0) == [default]
-    near = gpu_layers.configurations(problem, 8)
-    assert near[0] == default
-    assert 4 <= len(near) <= 9
-    assert len(set(near)) == len(near)
+def test_counts_of_tests_that_were_cut_off() -> None:
+    text = """
+[gw0] [  1%] PASSED tests/a.py::test_one[x]
+[gw1] [  2%] FAILED tests/a.py::test_two
+tests/a.py::test_three SKIPPED (no reason) [  3%]
+tests/a.py::test_four ERROR
+tests/a.py::test_five
+FAILED tests/a.py::test_two - assert 1 == 2
+"""
+    assert gpu_checks.so_far(text) == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
 
 
 @pytest.mark.parametrize(
-    "problem",
+    ("code", "text", "errors", "reason"),
     [
-        Problem("bitconv2d", 2, 8, 8, 16, 20, (3, 3), (2, 2), (1, 1), w_bits=4, a_bits=2),
-        Problem("bitconv2d", 2, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1), groups=16, w_bits=8, a_bits=8),
-        Problem("bitlinear", 3, 1, 1, 64, 10, w_bits=8, a_bits=8),
+        (0, "3 passed\n========= ERROR SUMMARY: 0 errors", 0, "3 tests"),
+        (0, "3 passed\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 2, "3 tests"),
+        (1, "========= ERROR SUMMARY: 4 errors\n========= ERROR SUMMARY: 0 errors", 4, "no test passed under it"),
+        (5, "no tests ran\n========= ERROR SUMMARY: 0 errors", None, "no test passed under it"),
+        (None, "1 passed", None, "the time was up"),
+        (1, "Device not supported", None, "it printed no summary (exit code 1)"),
     ],
-    ids=str,
 )
-def test_single_layers_are_mostly_unsaturated(problem: Problem) -> None:
-    program, blob = gpu_layers.layer_program(problem)
-    trace: dict[int, torch.Tensor] = {}
-    image = torch.rand(problem.batch, problem.in_channels, problem.height, problem.width)
-    ReferenceRunner(program, blob).run([image], trace)
-    result = trace[2]
-    assert tuple(result.shape) == (problem.batch, problem.out_height, problem.out_width, problem.out_channels)
-    top = (1 << problem.a_bits) - 1 if problem.op == "bitconv2d" else float("inf")
-    assert float(((result > 0) & (result < top)).float().mean()) > 0.3
+def test_verdicts_of_compute_sanitizer(code: int | None, text: str, errors: int | None, reason: str) -> None:
+    assert gpu_checks.verdict(code, text) == {"errors": errors, "reason": reason}
 
 
-INTERPRETED = """
-import json, sys, time, torch
-from dataclasses import replace
-from pathlib import Path
-from benchmarks import gpu_layers
-from lbs_kernels.problem import Problem
-
-problems = [
-    Problem("bitconv2d", 1, 4, 4, 8, 8, (3, 3), (1, 1), (1, 1), w_bits=2, a_bits=4),
-    Problem("bitlinear", 2, 1, 1, 16, 5, w_bits=8, a_bits=8),
-]
-saved = []
-gpu_layers.NEIGHBOURS = 1
-cpu = torch.device("cpu")
-body = gpu_layers.sweep(problems, cpu, time.monotonic() + 100, lambda b: saved.append(len(b["rows"])), rounds=2)
-late = gpu_layers.sweep(problems, cpu, time.monotonic() - 1, lambda b: saved.append(-1), rounds=2)
-layer = gpu_layers.Layer(problems[0], cpu)
-layer.expected[0, 0, 0, 0] += 1
-try:
-    layer.launch(gpu_layers.configurations(problems[0], 0)[0])
-    refused = ""
-except gpu_layers.WrongResultError as error:
-    refused = str(error)
-print(json.dumps({"body": body, "late": late, "saved": saved, "refused": refused}))
-"""
+def test_a_missing_sanitizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: None)
+    body = gpu_checks.sanitizer(10)
+    assert body["tools"]["memcheck"] == {"errors": None, "reason": "compute-sanitizer was not found"}
 
 
-def test_the_sweep_checks_times_and_saves(tmp_path: Path) -> None:
-    """The whole sweep on two tiny layers, kernels interpreted; the times mean nothing, everything else does."""
-    pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    body = result["body"]
-    assert body["complete"]
-    assert result["saved"] == sorted(result["saved"])
-    assert len(result["saved"]) == 4  # two problems, defaults first, then neighbours
-    assert {row["config"] for row in body["rows"]} > {"float16"}
-    assert all("error" not in row and row["median_s"] > 0 for row in body["rows"])
-    assert not result["late"]["complete"]
-    assert result["late"]["rows"] == []
-    assert "differ from the reference" in result["refused"]
+def test_a_command_that_takes_too_long_keeps_its_words() -> None:
+    program = "import time; print('so far', flush=True); time.sleep(60)"
+    code, text = gpu_checks.call([sys.executable, "-c", program], 1.5)
+    assert (code, text) == (None, "so far\n")
+
+
+def test_saving_replaces_the_file_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path, Clock())
+    run.save("layers", {"rows": [1]})
+    with pytest.raises(TypeError):
+        run.save("layers", {"rows": object()})
+    assert run.load("layers")["rows"] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["layers.json"]

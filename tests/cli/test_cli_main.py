@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lbs.cli import doctor, main
 from lbs.cli.console import Console
-from lbs.cli.options import bit_operations, numbers
+from lbs.cli.options import bit_operations, decimal, decimals, numbers
 from lbs_kernels import extension
 from lbs_kernels.errors import PlanError
 
@@ -58,6 +60,16 @@ def test_errors_are_one_line_and_a_code(
         assert "\n" not in body["error"]
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """As in `lbs doctor | head -1`."""
+    code = "import sys; from lbs.cli.main import main; sys.exit(main(['doctor']))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    _, errors = child.communicate(timeout=120)
+    assert (child.returncode, errors) == (141, b"")
+
+
 def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     fake: Any = types.ModuleType("lbs.cli.report")
     fake.add_arguments, fake.run = (lambda parser: None), lambda args: 1 // 0
@@ -78,6 +90,26 @@ def test_numbers_in_options() -> None:
     for bad in ("0", "-3M"):
         with pytest.raises(argparse.ArgumentTypeError, match="no budget"):
             bit_operations(bad)
+    for kind, text, message in (
+        (bit_operations, "inf", "not finite"),
+        (bit_operations, "M", "no number"),
+        (decimal, "nan", "not finite"),
+        (decimal, "1e999", "not finite"),
+        (decimals, ".5,x", "no number"),
+        (numbers, "2,x", "no list of whole numbers"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            kind(text)
+
+
+@pytest.mark.parametrize("option", ["--lr nan", "--bops inf", "--gain -inf", "--bits 2,x", "--mean .5,nan"])
+def test_numbers_that_are_none_leave_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    line = f"search --run {tmp_path / 'run'} --data digits --model digits_resnet8 --bops 0.03 {option}"
+    assert main.main(line.split()) == 2
+    assert f"argument {option.split()[0]}: " in capsys.readouterr().err.rstrip().split("\n")[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import lbs
 from lbs.cli import main, quickstart, stages
 from lbs.plan import Plan
 from lbs.report.page import report
@@ -38,6 +40,9 @@ class Net(nn.Module):
         x = self.relu(self.norm1(self.conv1(x)))
         x = self.relu(self.norm2(self.conv2(x)))
         return self.fc(torch.flatten(self.pool(x), 1))
+
+def fails(classes):
+    raise ValueError("no such size")
 
 class Branching(Net):
     def forward(self, x):
@@ -114,31 +119,47 @@ def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> Non
     assert [row["kept_filters"] for row in alone["rows"]] == [row["kept_filters"] for row in explained["rows"]]
 
 
-@pytest.mark.parametrize(("command", "kill"), [("search", 9), ("search", 30), ("search", 60), ("finetune", 30)])
+@pytest.mark.parametrize(
+    ("command", "kill", "often"),
+    [("search", 9, False), ("search", 30, False), ("search", 60, True), ("finetune", 30, True)],
+)
 def test_a_killed_command_goes_on_to_the_same_bits(
-    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, command: str, kill: int
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, command: str, kill: int, often: bool
 ) -> None:
-    """Killed inside the first float epoch (no checkpoint yet), between and inside later ones."""
+    """Killed inside the first float epoch (no checkpoint yet), between and inside later ones.
+
+    often: with a checkpoint after every step, so that it goes on in the middle of an epoch.
+    """
     run = f"killed-{command}-{kill}"
     if command == "finetune":
         shutil.copytree(home / "whole", home / run, ignore=shutil.ignore_patterns("finetune*", "model.safetensors"))
-    step, left = Trainer._train_step, [kill]
+    step, left, taken, build = Trainer._train_step, [kill], [0], Trainer.__init__
 
     def counted(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
+        taken[0] += self.phase == command
         step(self, images, labels)
+
+    def often_saved(self: Trainer, model: Any, train: Any, recipe: Any, **options: Any) -> None:
+        build(self, model, train, replace(recipe, checkpoint_seconds=0.0), **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", counted)
+        if often:
+            patch.setattr(Trainer, "__init__", often_saved)
         options = SEARCH if command == "search" else FINETUNE
         code, _, errors = lbs_command(f"{command} --run {run} {options}")
         assert code == 130
         assert "goes on with --resume" in errors
     resume = "--resume" if any((home / run / "checkpoints").glob(f"{command}.*")) or kill > 9 else options
-    code, _, errors = lbs_command(f"{command} --run {run} {resume}")
+    left[0] = 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", counted)
+        code, section, errors = lbs_command(f"{command} --run {run} {resume}")
     assert code == 0, errors
+    assert not often or taken[0] == section["steps"]  # none twice
     name = "searched.safetensors" if command == "search" else "model.safetensors"
     again, expected = (checkpoint.load_weights(home / folder / name) for folder in (run, "whole"))
     assert again.keys() == expected.keys()
@@ -183,7 +204,39 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights none.pth", "none.pth"),
         ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --bits 2,3", "bit chain"),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.0001 --weights w.pth", "out of reach"),
-        ("search --run bad --data digits --model cifar_resnet20 --bops 0.03 --weights w.pth", "does not fit the model"),
+        (
+            "search --run bad --data digits --model tiny_cli_net:Net --bops 0.03 --weights w.pth",
+            "does not fit the model",
+        ),
+        (
+            "search --run bad --data digits --model cifar_resnet20 --bops 0.03 --float-epochs 9",
+            "cifar_resnet20 fails on an image (1, 8, 8) of digits",
+        ),
+        (
+            "finetune --run bad --data digits --model cifar_resnet20 --uniform 4,4 --weights w.pth",
+            "cifar_resnet20 fails on an image",
+        ),
+        (
+            "search --run bad --data digits --model torch.nn:Identity --bops 0.03 --float-epochs 9",
+            "gives (1, 1, 8, 8) for one image of digits; a classifier gives (1, 10)",
+        ),
+        (
+            "search --run bad --data digits --model tiny_cli_net:fails --bops 0.03 --float-epochs 9",
+            "ValueError: no such",
+        ),
+        ("search --run bad --data digits --model : --bops 0.03 --float-epochs 9", "give module:function"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --bits 2,3", "bit chain"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --lr 0", "lr=0.0"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --batch-size 0", "1..1437"),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --calibration 0",
+            "--calibration 0",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --device meta",
+            "cpu or cuda",
+        ),
+        ("search --run w.pth --data digits --model digits_resnet8 --bops .03 --weights w.pth", "could not be written"),
         (
             "search --run bad --data digits --model tiny_cli_net:Branching --bops 0.03 --weights n.pth",
             "tiny_cli_net.py",
@@ -197,8 +250,18 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4", "give two widths"),
         ("finetune --run bad --data digits --model digits_resnet8 --weights w.pth --plan whole/plan.json", "plan"),
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "lr=0.0"),
+        (
+            "finetune --run bad --data digits --model digits_resnet8 --weights w.pth --uniform 4,4 --plan w.pth",
+            "both name the bits",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --gate-lr -1",
+            "--gate-lr -1",
+        ),
+        ("quickstart --run bad --threads 0", "--threads 0"),
         ("pack --run bad", "network.json"),
         ("verify --run whole/checkpoints", "network.json"),
+        ("verify --run whole --images 0", "0 images to compare"),
         ("explain --run whole --zoo x", "name one packed network"),
         ("explain whole/config.json", "config.json"),
         ("bench --zoo imagenet", "the zoo has no network"),
@@ -220,6 +283,17 @@ def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str
     assert code == 2, errors
     assert message in body["error"], body["error"]
     assert errors.rstrip("\n").split("\n")[-1] == f"lbs {line.split()[0]}: {body['error']}"
+    assert not (home / "bad/checkpoints").exists()
+
+
+def test_a_search_of_no_epochs_is_projected(home: Path, lbs_command: Command) -> None:
+    code, section, errors = lbs_command(
+        f"search --run zero {SEARCH} --epochs 0 --float-epochs 0 --weights whole/float.safetensors"
+    )
+    assert code == 0, errors
+    assert section["bops"] <= section["target_bops"]
+    assert json.loads((home / "zero/results.json").read_text())["search"]["loss"] is None
+    assert lbs_command("pack --run zero")[0] == 0
 
 
 def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_command: Command) -> None:
@@ -233,6 +307,23 @@ def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_com
     assert not section["passed"]
     assert "conv2" in section["first_difference"]
     assert "FAILED" in errors
+
+
+def test_a_run_is_packed_for_bytes(home: Path, lbs_command: Command) -> None:
+    shutil.copytree(home / "whole", home / "bytes")
+    code, packed, _ = lbs_command("pack --run bytes --uint8")
+    assert (code, packed["input_dtype"]) == (0, "uint8")
+    card = json.loads((home / "bytes/network.json").read_text())
+    normalize = lbs.load(home / "bytes" / packed["file"]).normalize
+    assert normalize is not None
+    assert [list(normalize.mean), list(normalize.std)] == [card["mean"], card["std"]]
+    code, verified, _ = lbs_command("verify --run bytes --images 40")
+    assert code == 0
+    assert verified["images"] == 360
+    assert verified["equal_predictions"] >= 358
+    code, timed, _ = lbs_command("bench --run bytes --batches 2 --rounds 2 --threads 1 --baselines float32,uniform8")
+    assert code == 0
+    assert [row["contender"] for row in timed["rows"]] == ["packed", "torch float32", "packed uniform 8-bit"]
 
 
 def test_uniform_and_hand_made_plans_are_fine_tuned(home: Path, lbs_command: Command) -> None:

@@ -111,7 +111,7 @@ def test_drop_last_leaves_whole_batches() -> None:
 
 
 def test_position_of_other_settings_is_refused() -> None:
-    with pytest.raises(TrainingError, match="seed = 5, this loader 6"):
+    with pytest.raises(TrainingError, match="seed = 5, this one 6"):
         _loader(seed=6).load_state_dict(_loader().state_dict())
     with pytest.raises(TrainingError, match="batch 6"):
         _loader().load_state_dict({**_loader().state_dict(), "batch": 6})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import subprocess
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -214,6 +216,42 @@ def test_npz_with_objects_or_a_missing_array_is_refused(tmp_path: Path) -> None:
     del arrays["test_y"]
     with pytest.raises(DataError, match="lacks the arrays test_y"):
         lbs.data.load(_save_npz(path, arrays))
+
+
+@pytest.mark.parametrize("shape", [(1 << 20, 1 << 10, 1 << 10, 3), (12, 32, 32, 4), (12, 32, 31, 3)])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_npz_that_claims_other_sizes_is_refused_before_memory_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], compression: int
+) -> None:
+    path = tmp_path / "images.npz"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for key, array in _arrays().items():
+            buffer = io.BytesIO()
+            claim = {
+                "descr": array.dtype.str,
+                "fortran_order": False,
+                "shape": shape if key == "train_x" else array.shape,
+            }
+            np.lib.format.write_array_header_1_0(buffer, claim)
+            archive.writestr(f"{key}.npy", buffer.getvalue() + array.tobytes())
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: pytest.fail("the array was read"))
+    with pytest.raises(DataError, match=r"train_x\.npy of shape .* claims \d+ bytes, the archive holds 36864"):
+        lbs.data.load(path)
+
+
+def test_npz_of_foreign_make_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key in ("train_x", "train_y", "test_x", "test_y"):
+            archive.writestr(key, b"raw bytes")
+    with pytest.raises(DataError, match="not a readable"):
+        lbs.data.load(path)
+
+
+@pytest.mark.parametrize("label", [1 << 16, 1 << 62])
+def test_labels_too_high_to_be_classes_are_refused(label: int) -> None:
+    with pytest.raises(DataError, match=f"the highest label is {label}"):
+        lbs.data.from_arrays("set", {**_arrays(), "train_y": np.full(12, label, np.uint64)})
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     length = int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     metadata = header.pop("__metadata__")
-    assert (metadata["format"], metadata["version"]) == ("lbs-packed", "1")
+    assert metadata["format"] == "lbs-packed"
+    assert metadata["version"] in ("1", "2")
     blank = raw.replace(f'"digest":"{metadata["digest"]}"'.encode(), f'"digest":"{"0" * 64}"'.encode(), 1)
     assert hashlib.sha256(blank).hexdigest() == metadata["digest"]
     tensors = {}
@@ -105,7 +106,7 @@ class Stranger:
 
     def __init__(self, text: str, blob: bytes) -> None:
         self.program: dict[str, Any] = json.loads(text)
-        assert self.program["version"] == 1
+        assert self.program["version"] in (1, 2)
         digest = self.program.get("digest", "")
         assert digest in ("", hashlib.sha256(blob).hexdigest())
         self.blob = blob
@@ -114,16 +115,18 @@ class Stranger:
     def __call__(self, images: list[np.ndarray]) -> list[np.ndarray]:
         program = self.program
         self.tensors = {i: x.transpose(0, 2, 3, 1) for i, x in zip(program["inputs"], images, strict=True)}
+        for index, x in self.tensors.items():
+            assert x.dtype == program["tensors"][index].get("dtype", "float32")
         for step in program["steps"]:
             x, spec = self.tensors[step["input"]], program["tensors"][step["input"]]
             if step["op"] == "quantpack":
-                self.emit(step["emit"], x)
+                self.emit(step["emit"], self.affine(step, x.astype(F32)))
             elif step["op"] == "pool" and step["kind"] == "max" and spec["form"] == "codes":
                 self.tensors[step["emit"]["consumers"][0]["tensor"]] = self.pool_max(step, x)
             elif step["op"] == "pool":
                 self.emit(step["emit"], self.pool_max(step, x) if step["kind"] == "max" else self.pool_mean(x))
             else:
-                self.emit(step["emit"], self.integer_layer(step, x, spec))
+                self.emit(step["emit"], self.affine(step, self.integer_layer(step, x, spec).astype(F32)))
         results = []
         for index in program["outputs"]:
             y = self.tensors[index]
@@ -134,6 +137,11 @@ class Stranger:
         spec = self.program["arrays"][key]
         count = int(np.prod(spec["shape"]))
         return np.frombuffer(self.blob, f"<{spec['dtype'][0]}4", count, spec["offset"]).reshape(spec["shape"])
+
+    def affine(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
+        if step.get("multiplier") is None:
+            return x
+        return fma(x, self.array(step["multiplier"]), self.array(step["bias"]))
 
     def integer_layer(self, step: dict[str, Any], x: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
         kernel, stride = step.get("kernel", [1, 1]), step.get("stride", [1, 1])
@@ -157,7 +165,7 @@ class Stranger:
                     taps = weight[g * filters : (g + 1) * filters, row * kernel[1] + column]
                     acc[..., g * filters : (g + 1) * filters] += window[..., g * depth : (g + 1) * depth] @ taps.T
         assert np.abs(acc).max(initial=0) < 2**31
-        return fma(acc.astype(F32), self.array(step["multiplier"]), self.array(step["bias"]))
+        return acc
 
     def pool_max(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
         kernel, stride, padding = (

@@ -59,11 +59,31 @@ def test_reader_runs_a_packed_file(tmp_path: Path, name: str, bits: tuple[int, i
     assert expected.std() > 0
 
 
-def test_reader_runs_the_shipped_network() -> None:
-    """A really searched network: pruned filters, mixed bits."""
+def test_reader_runs_a_packed_file_on_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    floats = (images / 255 - 0.3) / 0.36
+    model = lbs.uniform(lbs.models.create("digits_resnet8"), floats[:2], 4, 4)
+    lbs.calibrate(model, [floats])
+    path = tmp_path / "network.lbs.safetensors"
+    lbs.pack(model.eval(), normalize=((0.3,), (0.36,))).save(path)
+    result = stranger.run_file(path, images.numpy())
+    assert np.array_equal(lbs.load(path)(images).numpy(), result)
+    assert result.std() > 0
+
+
+def test_reader_runs_the_shipped_network(tmp_path: Path) -> None:
+    """A really searched network: pruned filters, mixed bits; written by version 1 of the format."""
     path = lbs.zoo.entry("cifar100-resnet20").path
+    assert stranger.read_file(path)[1]["version"] == "1"
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(6))
-    assert np.array_equal(lbs.load(path)(images).numpy(), stranger.run_file(path, images.numpy()))
+    packed = lbs.load(path)
+    assert [program.version for program in packed.programs] == [1]
+    assert np.array_equal(packed(images).numpy(), stranger.run_file(path, images.numpy()))
+    packed.save(tmp_path / "again.lbs.safetensors")  # a file of version 2 around a program of version 1
+    again = lbs.load(tmp_path / "again.lbs.safetensors")
+    assert [program.to_json() for program in again.programs] == [program.to_json() for program in packed.programs]
+    assert np.array_equal(again(images).numpy(), stranger.run_file(tmp_path / "again.lbs.safetensors", images.numpy()))
 
 
 def test_example_of_the_page() -> None:

@@ -90,6 +90,55 @@ def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None
         assert f"`benchmarks/results/cpu/{name}.json`" in text
 
 
+GPU = {"device": "NVIDIA Example", "torch": "2.11", "triton": "3.6"}
+LAYER = "bitconv2d_n128_64x56x56_to64_k3x3_s1_p1_w4a4_cuda"
+
+
+def test_tables_of_a_gpu(tmp_path: Path) -> None:
+    """Made-up numbers; nothing like them is shipped."""
+    rows = [
+        {"target": "fast", "needed": 2.0, "measured": 2.5, "met": True, "detail": "9 layers"},
+        {"target": "faster", "needed": 94_620.0, "measured": 80_000.4, "met": False, "detail": ""},
+        {"target": "fastest", "needed": None, "measured": None, "met": None, "detail": "no time"},
+    ]
+    layers = [
+        {"problem": LAYER, "contender": "float16", "median_s": 6e-4},
+        {"problem": LAYER, "contender": "triton:a", "median_s": 3e-4},
+        {"problem": LAYER, "contender": "cuda:a", "error": "refused"},
+        {"problem": LAYER.replace("64x56", "32x56"), "contender": "float16", "median_s": 8e-4},
+        {"problem": LAYER.replace("64x56", "32x56"), "contender": "triton:a", "median_s": 1e-4},
+    ]
+    model = {"network": "net", "batch": 128, "median": 1e-3, "p20": 9e-4, "p80": 2e-3, "images_per_s": 128_000.0}
+    models = [
+        {**model, "contender": "w4a4", "ratios": {"torch float16": 1.5, "w8a8": 1.1}},
+        {**model, "contender": "torch float16", "ratios": {"w4a4": 0.66}},
+    ]
+    roofs = {"copy": {"bytes_per_s": 4.3e12}, "int8": {"operations_per_s": 1.5e15}}
+    files = {
+        "targets": {"level": "gpu_targets", "rows": rows},
+        "layers": {"level": "gpu_layers", "l2": "cold", "rows": layers},
+        "models": {"level": "gpu_models", "rows": models, "missing": {"net 128": {"w2a2": "out of memory"}}},
+        "roofs": {"level": "gpu_roofs", "rows": roofs, "b1_over_int8": None, "missing": {"b1": "no kernel"}},
+        "tests": {"level": "gpu_tests", "passed": True},
+    }
+    text = readme_tables.measured(_root(tmp_path, **{name: {**body, "header": GPU} for name, body in files.items()}))
+    for line in (
+        "| fast | 2 | 2.5 | met | 9 layers |",
+        "| faster | 94,620 | 80,000 | **missed** |  |",
+        "| fastest |  |  | not measured | no time |",
+        "| w4a4 | 128 | 2 | 4.00x |",  # geometric mean of 2 and 8
+        "| net | 128 | w4a4 | 1.000 [0.900 2.000] | 128,000 | 1.50x torch float16 |",
+        "| net | 128 | torch float16 | 1.000 [0.900 2.000] | 128,000 |  |",
+        "Not timed: w2a2 (net 128) (out of memory).",
+        "| copy | 4.30 TB/s |",
+        "| int8 | 1500 TOP/s |",
+        "Not timed: b1 (no kernel).",
+        "Without a table here: `benchmarks/results/cpu/tests.json`.",
+    ):
+        assert line in text
+    assert text.count("NVIDIA Example, torch 2.11, Triton 3.6") == 4
+
+
 def test_record_of_a_searched_network(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results" / "search"
     folder.mkdir(parents=True)

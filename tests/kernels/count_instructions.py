@@ -1,4 +1,4 @@
-"""Prints what one step of the GEMM costs, read from the machine code: the table of docs/gpu.md.
+"""Prints what one step of the GEMM costs, read from the machine code: the table of docs/triton.md.
 
 python tests/kernels/count_instructions.py
 """
@@ -14,11 +14,11 @@ import torch
 from ahead_of_time import Compiled, compiling
 from disassembly import instructions, main_loop
 
-from lbs_kernels import triton_runner
+from lbs_kernels import gpu_runner
 from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.problem import Problem
-from lbs_kernels.triton_runner import TritonRunner
 
 LAYERS = {"64->64 3x3": (64, 64, 56, 3), "256->256 3x3": (256, 256, 14, 3), "256->64 1x1": (256, 64, 56, 1)}
 BITS = ((2, 2), (4, 4), (4, 8), (8, 8))
@@ -33,10 +33,10 @@ def compiled(problem: Problem, target: str) -> Compiled:
         w_bits=problem.w_bits, a_bits=problem.a_bits, out_bits=problem.a_bits, kernel=problem.kernel,
         padding=problem.padding,
     )  # fmt: skip
-    with mock.patch.object(triton_runner, "INTERPRETED", mock.Mock(value=True)):
-        launch = TritonRunner(program, blob, "cpu").plan(problem.batch).launches[1]
+    with mock.patch.object(gpu_runner, "INTERPRETED", mock.Mock(value=True)):
+        launch = GpuRunner(program, blob, "cpu").plan(problem.batch).launches[1]
     with tempfile.TemporaryDirectory() as folder, compiling(target, Path(folder)) as kernels:
-        launch([torch.empty(16)])
+        launch([torch.empty(problem.batch, problem.in_channels, 1, 1)])
     return kernels[0]
 
 

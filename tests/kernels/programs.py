@@ -70,8 +70,8 @@ class Builder:
         spec = self.tensors[index]
         return spec.height, spec.width, spec.channels
 
-    def image(self, channels: int, height: int, width: int) -> int:
-        index = self._tensor("image", (height, width, channels))
+    def image(self, channels: int, height: int, width: int, dtype: str = "float32") -> int:
+        index = self._tensor("image", (height, width, channels), dtype=dtype)
         self.inputs.append(index)
         return index
 
@@ -108,8 +108,14 @@ class Builder:
         bias_key = self.floats("norm.bias", shape[2], -0.2, 0.8) if norm else None
         return Consumer(tensor, bits, scale, zero, signed, scale_key, bias_key, relu)
 
-    def quantize(self, source: int, emit: Emit) -> None:
-        self.steps.append(QuantPackStep(f"step{len(self.steps)}", source, emit))
+    def quantize(self, source: int, emit: Emit, affine: bool = False) -> None:
+        """`affine`: a multiplier and a bias that turn bytes, or values near 1, into values near 1."""
+        spec, keys = self.tensors[source], ()
+        if affine:
+            low, high = (1.5 / 255, 5 / 255) if spec.dtype == "uint8" else (0.4, 1.2)
+            multiplier = self.floats("multiplier", spec.channels, low, high, signs=spec.form == "stream")
+            keys = (multiplier, self.floats("bias", spec.channels, -0.8, 0.4))
+        self.steps.append(QuantPackStep(f"step{len(self.steps)}", source, emit, *keys))
 
     def conv_shape(
         self,
@@ -179,10 +185,16 @@ class Builder:
 
 
 def random_inputs(program: Program, batch: int, seed: int) -> list[Tensor]:
-    """Fresh images, normal with mean .3, so that the network-input codes use their whole range."""
+    """Fresh images: any bytes, or normal with mean .3, so that the network-input codes use their whole range."""
     generator = torch.Generator().manual_seed(seed)
-    specs = [program.tensors[index] for index in program.inputs]
-    return [torch.randn(batch, s.channels, s.height, s.width, generator=generator) + 0.3 for s in specs]
+    inputs = []
+    for spec in (program.tensors[index] for index in program.inputs):
+        shape = (batch, spec.channels, spec.height, spec.width)
+        if spec.dtype == "uint8":
+            inputs.append(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
+        else:
+            inputs.append(torch.randn(shape, generator=generator) + 0.3)
+    return inputs
 
 
 def share_unsaturated(program: Program, trace: dict[int, Tensor]) -> float:
@@ -243,11 +255,11 @@ def _head(b: Builder, stream: int, classes: int, bits: int = 8) -> None:
     b.linear(codes.tensor, Emit(stream=b.stream((1, 1, classes), output=True, flat=True)), classes, w_bits=bits)
 
 
-def _stem(b: Builder, channels: int, size: tuple[int, int]) -> int:
-    """Network input with a zero point; returns the code tensor."""
-    image = b.image(channels, *size)
+def _stem(b: Builder, channels: int, size: tuple[int, int], dtype: str = "float32") -> int:
+    """Network input with a zero point, bytes normalised; returns the code tensor."""
+    image = b.image(channels, *size, dtype=dtype)
     codes = b.consumer((*size, channels), 8, zero=117, top=2.5)
-    b.quantize(image, Emit(consumers=(codes,)))
+    b.quantize(image, Emit(consumers=(codes,)), affine=dtype == "uint8")
     return codes.tensor
 
 
@@ -374,6 +386,42 @@ def many_consumers(seed: int) -> tuple[Program, Tensor]:
     return b.build()
 
 
+def byte_image(seed: int, channels: int = 3, size: tuple[int, int] = (9, 8)) -> tuple[Program, Tensor]:
+    """Bytes to normalised codes by a multiplier and a bias; a second look at them as they are; a float image beside."""
+    b = Builder(seed)
+    image = b.image(channels, *size, dtype="uint8")
+    codes = b.consumer((*size, channels), 8, zero=117)
+    b.quantize(image, Emit(consumers=(codes,)), affine=True)
+    raw = b.stream((*size, channels))
+    b.quantize(image, Emit(high=200.0, stream=raw))
+    shape = b.conv_shape(codes.tensor, 13)
+    first = b.stream(shape)
+    b.conv(codes.tensor, Emit(low=0.0, stream=first), 13, w_bits=4)
+    mask = b.image(13, *size)
+    joined = b.stream(shape)
+    b.quantize(mask, Emit(residual=first, stream=joined), affine=True)
+    b.outputs.append(raw)
+    _head(b, joined, 5)
+    return b.build()
+
+
+def normed_stream(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Pre-activation: a norm and ReLU of a stream, read by a sum, a convolution and the mean; 13 channels, 7 x 5."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (7, 5))
+    shape = b.conv_shape(x, 13)
+    entry = b.stream(shape)
+    b.conv(x, Emit(stream=entry), 13, w_bits=8)
+    active, inner = b.stream(shape), b.consumer(shape, 4)
+    b.quantize(entry, Emit(low=0.0, stream=active, consumers=(inner,)), affine=True)
+    joined = b.stream(shape)
+    b.conv(inner.tensor, Emit(residual=active, stream=joined), 13, w_bits=4)
+    last = b.stream(shape)
+    b.quantize(joined, Emit(residual=entry, low=0.0, high=6.0, stream=last), affine=True)
+    _head(b, last, 5)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -395,6 +443,10 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "imagenet_stem": imagenet_stem,
     "depthwise": depthwise,
     "many_consumers": many_consumers,
+    "byte_image": byte_image,
+    "byte_image_of_five_channels": lambda seed: byte_image(seed, 5, (4, 8)),  # two groups, whole vectors only
+    "normed_stream": normed_stream,
+    "normed_stream_bfloat16": lambda seed: normed_stream(seed, "bfloat16"),
     "one_pixel": one_pixel,
 }
 
@@ -403,7 +455,8 @@ def random_program(seed: int) -> tuple[Program, Tensor]:
     """A small random network: 1 to 4 residual or plain blocks of random widths, bits, kernels and strides."""
     choice = random.Random(seed)
     b = Builder(seed, choice.choice(["float32", "float16", "bfloat16"]))
-    x = _stem(b, choice.choice([1, 3, 4]), (choice.randint(4, 13), choice.randint(4, 13)))
+    dtype = choice.choice(["float32", "float32", "uint8"])
+    x = _stem(b, choice.choice([1, 3, 4]), (choice.randint(4, 13), choice.randint(4, 13)), dtype)
     filters = choice.choice([8, 13, 16, 31, 32, 33, 44])
     shape = b.conv_shape(x, filters)
     stream = b.stream(shape)
@@ -422,7 +475,7 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
 
     shape = b.shape(stream)
     entry = b.consumer(shape, bits(), norm=choice.random() < 0.7, relu=True)
-    b.quantize(stream, Emit(consumers=(entry,)))
+    b.quantize(stream, Emit(consumers=(entry,)), affine=choice.random() < 0.3)
     kernel = choice.choice([(1, 1), (3, 3), (3, 1), (5, 5)])
     padding = (kernel[0] // 2, kernel[1] // 2)
     stride = choice.choice([(1, 1), (1, 1), (2, 2)]) if min(shape[:2]) > 2 else (1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -78,3 +79,51 @@ def test_a_stale_module_does_not_stay(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert report["cpu"]["reason"] == "LBS_BUILD_CPU=0 left it out"
     assert not module.exists()
+
+
+def test_torch_stands_in_for_pybind11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    folder = Path(setup.find_pybind11())
+    assert (folder / "pybind11" / "pybind11.h").exists()
+    assert folder.parent.name == "torch"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(setup.BuildFailure, match=r"pybind11 is missing .*, and torch's copy of its headers too"):
+        setup.find_pybind11()
+
+
+def test_without_ninja_the_same_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that copies: every object and the library are made, each by the command of its rule."""
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr(setup, "find_ninja", lambda: None)
+    monkeypatch.setattr(setup, "SOURCES", tmp_path / "src")
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    (tmp_path / "src" / "a" / "one.cpp").write_text("1")
+    (tmp_path / "src" / "two.cpp").write_text("2")
+    copy = 'import sys; open(sys.argv[2], "w").write("".join(open(f).read() for f in sys.argv[3:]))'
+    file = setup.NinjaFile(tmp_path / "work")
+    file.rule("cxx", [sys.executable, "-c", copy, "$flags", "$out", "$in"])
+    file.rule("link", [sys.executable, "-c", copy, "$flags", "$out", "$in"], depfile=False)
+    for source in ("a/one.cpp", "two.cpp"):
+        file.compile("cxx", tmp_path / "src" / source, ["-O"])
+    file.link(tmp_path / "library", ["-s"])
+    file.build()
+    assert (tmp_path / "library").read_text() == "12"
+    assert (tmp_path / "work" / "a.one.cpp.o").read_text() == "1"
+    (tmp_path / "src" / "two.cpp").unlink()
+    with pytest.raises(setup.BuildFailure, match=r"(?s)the compiler failed: .*FileNotFoundError"):
+        file.build()
+
+
+def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """setup.py as a module, without running a command."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "project_setup", module)
+    spec.loader.exec_module(module)
+    return module

@@ -9,7 +9,10 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +144,8 @@ def test_arguments_are_checked() -> None:
     x = torch.zeros(1)
     with pytest.raises(FormatError, match="batch is -1"):
         runner.run([x.data_ptr()], [x.data_ptr()], -1, 1)  # type: ignore[attr-defined]
+    with pytest.raises(FormatError, match="channels_last has 2 entries for 1 inputs"):
+        runner.run([x.data_ptr()], [x.data_ptr()], 1, 1, [True, False])  # type: ignore[attr-defined]
     with pytest.raises(FormatError, match="0 threads"):
         runner.run([x.data_ptr()], [x.data_ptr()], 1, 0)  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match="isa 'neon' is unknown"):
@@ -188,7 +193,7 @@ def test_damaged_programs_are_refused_or_run() -> None:
         if runner.image_bytes > 1 << 24 or not isinstance(body, dict):
             continue
         shapes = [body["tensors"][i] for i in body["inputs"]]
-        inputs = [torch.randn(1, s["channels"], s["height"], s["width"]) for s in shapes]
+        inputs = [torch.randn(1, s["channels"], s["height"], s["width"]) for s in shapes]  # enough for bytes too
         shapes = [body["tensors"][i] for i in body["outputs"]]
         outputs = [torch.empty(1, s["channels"], s["height"], s["width"]) for s in shapes]
         runner.run([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs], 1, 1)
@@ -205,9 +210,42 @@ def test_text_that_is_not_a_program(text: str) -> None:
 
 def test_a_newer_version_is_refused() -> None:
     program, blob = CASES["one_pixel"](0)
-    text = program.to_json().replace('"version":1', '"version":2')
-    with pytest.raises(FormatError, match="version 2; this library reads up to 1, update it"):
+    text = program.to_json().replace('"version":2', '"version":3')
+    with pytest.raises(FormatError, match="version 3; this library reads up to 2, update it"):
         extension.cpu.Program(text, blob.data_ptr(), blob.numel())
+
+
+def test_version_1_is_read() -> None:
+    program, blob = CASES["preact_residual"](0)
+    old = replace(program, version=1)
+    inputs = random_inputs(program, 2, 0)
+    assert '"multiplier":null' not in old.to_json()
+    assert equal(call(native(old, blob), program, inputs, 1), ReferenceRunner(program, blob).run(inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["tensors"][1].update(dtype="uint8"), "has dtype 'uint8'; only images have one, float32 or uint8"),
+        (lambda t: t["tensors"][0].update(dtype="int8"), "has dtype 'int8'; only images have one, float32 or uint8"),
+        (lambda t: t["tensors"][0].update(dtype=None), "expected a string"),
+        (lambda t: t["steps"][0].update(bias=None), "only one of multiplier and bias"),
+        (lambda t: t["steps"][0].update(bias="nothing"), "no array 'nothing'"),
+        (lambda t: t["steps"][0].update(bias=t["steps"][2]["bias"]), "is not float32 of 3"),
+        (lambda t: t["steps"][0].update(bias=t["steps"][2]["planes"]), "is not float32 of 3"),
+        (lambda t: t.update(version=1), "is uint8 in a program of version 1"),
+        (
+            lambda t: (t["tensors"][0].update(dtype="float32"), t.update(version=1)),
+            "has a multiplier in a program of version 1",
+        ),
+    ],
+)
+def test_bad_bytes_and_multipliers_are_refused(change: Callable[[Any], Any], message: str) -> None:
+    program, blob = CASES["byte_image"](0)
+    body = json.loads(program.to_json())
+    change(body)
+    with pytest.raises(FormatError, match=message):
+        extension.cpu.Program(json.dumps(body), blob.data_ptr(), blob.numel(), "auto")
 
 
 def test_an_accumulator_that_could_overflow_is_refused() -> None:
@@ -250,3 +288,17 @@ def test_device_tells_what_there_is() -> None:
     assert device.default_isa() in device.isa_reasons()
     assert device.isa_reasons()["portable"] == ""
     assert 1 <= device.default_threads() <= device.processors() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "expected"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 25, model 17)"),  # as virtual machines shorten it
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_processors_of_one_short_name_are_told_apart(model_name: str, expected: str) -> None:
+    cpuinfo = ["cpu family\t: 25", "model\t\t: 17", f"model name\t: {model_name}", "", "model\t\t: 18"]
+    assert device._described(cpuinfo) == expected
+    assert device._described([f"model name\t: {model_name}"]) == model_name
+    assert device._described([]) == ""

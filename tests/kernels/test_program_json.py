@@ -28,6 +28,34 @@ def test_round_trip_of_random_programs(seed: int) -> None:
     assert read_program(program.to_json(), blob.numel()) == program
 
 
+def test_version_1_is_read_and_written_without_the_additions() -> None:
+    program, blob = preact_residual(3)
+    old = replace(program, version=1)
+    text = old.to_json()
+    assert not any("dtype" in spec for spec in json.loads(text)["tensors"])
+    assert json.loads(text)["steps"][0].keys() == {"op", "name", "input", "emit"}
+    assert read_program(text, blob.numel()) == old
+    images = random_inputs(program, 2, 1)
+    for backend in ("reference", "auto"):
+        new = run_program(program, blob, images, backend=backend)
+        for one, other in zip(run_program(text, blob, images, backend=backend), new, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_what_has_a_default_may_be_left_out() -> None:
+    program, blob = preact_residual(0)
+    text = json.loads(program.to_json())
+    for spec in text["tensors"]:
+        for key in [k for k in ("bits", "zero", "signed", "flat", "dtype") if spec[k] in (0, False, "float32")]:
+            del spec[key]
+    for step in text["steps"]:
+        step["emit"] = {key: value for key, value in step["emit"].items() if value is not None}
+    images = random_inputs(program, 2, 1)
+    expected = run_program(program, blob, images, backend="reference")
+    for one, other in zip(run_program(json.dumps(text), blob, images), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def body() -> tuple[dict[str, Any], int]:
     program, blob = preact_residual(0)
     return json.loads(program.to_json()), blob.numel()
@@ -76,7 +104,7 @@ def too_many_products(text: dict[str, Any]) -> None:
 
 # What is done to a good program -> what the message says.
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer version": (lambda t: t.update(version=2), "version 2; this library reads 1 to 1"),
+    "newer version": (lambda t: t.update(version=3), "version 3; this library reads 1 to 2"),
     "no version": (lambda t: t.pop("version"), "version None"),
     "version is true": (lambda t: t.update(version=True), "version True"),
     "unknown key": (lambda t: t.update(extra=1), "unknown key 'extra'"),
@@ -101,6 +129,28 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "flat of many pixels": (
         lambda t: t["tensors"][t["outputs"][0]].update(flat=True),
         "is flat; only a stream of 1 x 1",
+    ),
+    "bytes of codes": (lambda t: code_tensor(t).update(dtype="uint8"), "is a codes of uint8; only images have a dtype"),
+    "image of another dtype": (lambda t: t["tensors"][0].update(dtype="int8"), "dtype is 'int8'"),
+    "dtype is a list": (lambda t: t["tensors"][0].update(dtype=[]), r"dtype is \[\]"),
+    "multiplier alone": (lambda t: t["steps"][0].update(multiplier="m"), "only one of multiplier and bias"),
+    "multiplier that is missing": (lambda t: t["steps"][0].update(multiplier="m", bias="m"), "needs array 'm'"),
+    "multiplier of other channels": (
+        lambda t: t["steps"][0].update(multiplier=conv(t)["bias"], bias=conv(t)["bias"]),
+        r"float32 \(16,\); the step needs float32 \(3,\)",
+    ),
+    "multiplier of integers": (
+        lambda t: t["steps"][0].update(multiplier=conv(t)["planes"], bias=conv(t)["planes"]),
+        "the step needs float32",
+    ),
+    "multiplier of a maximum": (lambda t: t["steps"][-2].update(multiplier="m"), "unknown key 'multiplier'"),
+    "bytes in version 1": (
+        lambda t: (t["tensors"][0].update(dtype="uint8"), t.update(version=1)),
+        "image image0 is uint8 in a program of version 1",
+    ),
+    "multiplier in version 1": (
+        lambda t: (t["steps"][0].update(multiplier="m", bias="m"), t.update(version=1)),
+        "step 'step0' has a multiplier or bias in a program of version 1",
     ),
     "unnamed": (lambda t: code_tensor(t).update(name=""), "1 to 256 printable characters"),
     "name breaks utf-8": (lambda t: code_tensor(t).update(name="\ud800"), "printable characters"),

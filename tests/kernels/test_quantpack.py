@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from contenders import CONTENDERS, assert_same, filled_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.format import pack_planes, unpack_planes
 from lbs_kernels.quantpack.op import quantpack
+from lbs_kernels.registry import backend_reason
 
 # bits, zero, signed
 READINGS = [(1, 0, False), (2, 0, False), (4, 0, False), (8, 0, False), (8, 117, False), (2, 0, True), (8, 0, True)]
@@ -70,6 +77,94 @@ def test_back_ends_equal_the_reference(
         assert float(((expected > 0) & (expected < n)).float().mean()) > 0.3
 
 
+# Tails of vectors, whole vectors only, channels that fill no group of four, one group, several.
+IMAGES = [(1, 1, 1, 1), (2, 3, 5, 7), (2, 3, 4, 8), (1, 4, 8, 8), (2, 5, 7, 9), (1, 13, 4, 8)]
+
+
+def bytes_and_affine(shape: tuple[int, int, int, int], dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """An image of all bytes, or of floats, and a multiplier and bias that bring its values near 1."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    if dtype == "uint8":
+        x = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    else:
+        x = torch.randn(shape, generator=generator) * 50 + 128
+    multiplier = (torch.rand(shape[1], generator=generator) + 0.5) / 64
+    return x, multiplier, torch.rand(shape[1], generator=generator) - 2
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_reference_multiplies_and_adds_with_one_rounding(dtype: str) -> None:
+    x, multiplier, bias = bytes_and_affine((2, 3, 8, 8), dtype)
+    codes = quantpack(x, scale=60.0, bits=8, zero=117, multiplier=multiplier, bias=bias, backend="reference")
+    for place in np.ndindex(2, 8, 8, 3):
+        image, row, column, channel = place
+        exact = Fraction(float(x[image, channel, row, column])) * Fraction(float(multiplier[channel]))
+        value = float32_of(exact + Fraction(float(bias[channel])))
+        assert int(codes[place]) == scalar_code(value, 60.0, 8, 117, False)
+
+
+def float32_of(exact: Fraction) -> float:
+    """The nearest float32, found among the neighbours of a double rounding; no ties occur here."""
+    guess = np.float32(float(exact))
+    near = (np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf)))
+    return float(min(near, key=lambda one: abs(Fraction(float(one)) - exact)))
+
+
+@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", IMAGES)
+def test_bytes_and_memory_formats_equal_the_reference(
+    shape: tuple[int, int, int, int], affine: bool, dtype: str, backend: str, device: str
+) -> None:
+    x, multiplier, bias = bytes_and_affine(shape, dtype)
+    options: dict[str, object] = {"scale": 60.0 if affine else 1.0, "bits": 8, "zero": 117 if affine else 0}
+    moved = {"multiplier": multiplier, "bias": bias} if affine else {}
+    expected = quantpack(x, **options, **moved, backend="reference")  # type: ignore[arg-type]
+    moved = {name: value.to(device) for name, value in moved.items()}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with filled_memory():
+            given = x.to(device).contiguous(memory_format=layout)
+            actual = quantpack(given, **options, **moved, backend=backend)  # type: ignore[arg-type]
+        assert_same(actual, expected, f"codes of {layout}")
+    if x.numel() > 100:
+        assert float(((expected > 0) & (expected < 255)).float().mean()) > 0.3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guards memory with mprotect")
+def test_nothing_is_read_past_the_end_of_an_image() -> None:
+    """Images end where a page ends, and the next page may not be read: a byte too far would kill the process."""
+    code = """
+import ctypes, mmap, sys
+import torch
+sys.path.insert(0, {tests!r})
+from lbs_kernels import extension
+from lbs_kernels.quantpack.op import quantpack
+from test_quantpack import IMAGES, bytes_and_affine
+pages = mmap.mmap(-1, 16 * mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+libc = ctypes.CDLL(None)
+assert libc.mprotect(ctypes.c_void_p(start + 15 * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+for shape in IMAGES:
+    for dtype in ("uint8", "float32"):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, multiplier, bias = bytes_and_affine(shape, dtype)
+            x = x.contiguous(memory_format=layout)
+            size = x.numel() * x.element_size()
+            guarded = torch.frombuffer(pages, dtype=x.dtype, count=x.numel(), offset=15 * mmap.PAGESIZE - size)
+            guarded = guarded.as_strided(x.shape, x.stride())
+            guarded.copy_(x)
+            options = dict(scale=60.0, bits=8, zero=117, multiplier=multiplier, bias=bias)
+            expected = quantpack(x, **options, backend="reference")
+            assert torch.equal(quantpack(guarded, **options, backend="cpu"), expected)
+"""
+    if backend_reason("cpu", "cpu") is not None:
+        pytest.skip(str(backend_reason("cpu", "cpu")))
+    code = code.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_codes_go_to_planes_and_back() -> None:
     x = torch.randn(2, 33, 3, 3)
     codes = quantpack(x, scale=1.5, bits=4)
@@ -95,7 +190,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ShapeError, match="float64"):
         quantpack(x.double(), scale=1.0, bits=4)
-    with pytest.raises(ShapeError, match=r"expected float32 \[N, C, H, W\]"):
+    with pytest.raises(ShapeError, match=r"expected float32 or uint8 \[N, C, H, W\]"):
         quantpack(x[0], scale=1.0, bits=4)
     for scale in (0.0, -1.0, 0.1, float("inf"), float("nan"), 1e300):
         with pytest.raises(FormatError, match="positive and exact in float32"):
@@ -104,8 +199,19 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         quantpack(x, scale=1.0, bits=0)
     with pytest.raises(FormatError, match="signed codes with zero"):
         quantpack(x, scale=1.0, bits=4, zero=1, signed=True)
+    two = torch.ones(2)
+    with pytest.raises(ShapeError, match="only one of multiplier and bias"):
+        quantpack(x, scale=1.0, bits=4, bias=two)
+    for wrong in (torch.ones(3), two.double(), torch.ones(2, 1)):
+        with pytest.raises(ShapeError, match=r"multiplier is .*; expected float32 \[2\]"):
+            quantpack(x, scale=1.0, bits=4, multiplier=wrong, bias=two)
+    with pytest.raises(ShapeError, match="bias lies on meta"):
+        quantpack(x, scale=1.0, bits=4, multiplier=two, bias=two.to("meta"))
 
 
 def test_op_is_well_formed() -> None:
     x = torch.randn(2, 3, 4, 5)
-    torch.library.opcheck(torch.ops.lbs_kernels.quantpack.default, (x, 1.5, 4, 0, False, "auto"))
+    torch.library.opcheck(torch.ops.lbs_kernels.quantpack.default, (x, 1.5, 4, 0, False, None, None, "auto"))
+    x, multiplier, bias = bytes_and_affine((2, 3, 4, 5), "uint8")
+    arguments = (x, 60.0, 8, 117, False, multiplier, bias, "auto")
+    torch.library.opcheck(torch.ops.lbs_kernels.quantpack.default, arguments)

@@ -23,14 +23,14 @@ from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_la
 
 import lbs.cost
 import lbs.models
-from lbs_kernels import triton_runner
+from lbs_kernels import gpu_runner
 from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import Emit, Program
+from lbs_kernels.program import IMAGE_DTYPES, Emit, Program, QuantPackStep
 from lbs_kernels.triton_common import INTERPRETED
-from lbs_kernels.triton_runner import TritonRunner
 
 INT8 = {
     "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
@@ -49,7 +49,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         value = True
 
     assert not INTERPRETED.value
-    monkeypatch.setattr(triton_runner, "INTERPRETED", Yes)
+    monkeypatch.setattr(gpu_runner, "INTERPRETED", Yes)
 
 
 def compile_steps(
@@ -59,13 +59,17 @@ def compile_steps(
     target: str,
     folder: Path,
     configs: dict[str, tuning.Config] | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> list[Compiled]:
     """Every launch of the program at one batch size, compiled."""
-    launches = TritonRunner(program, blob, "cpu", configs).plan(batch).launches
-    image = torch.empty(16)  # its address is all that a compiler asks of an image
+    launches = GpuRunner(program, blob, "cpu", configs).plan(batch).launches
+    images = []
+    for spec in (program.tensors[index] for index in program.inputs):
+        image = torch.empty(batch, spec.channels, spec.height, spec.width, dtype=IMAGE_DTYPES[spec.dtype])
+        images.append(image.contiguous(memory_format=layout))
     with compiling(target, folder) as kernels:
         for launch in launches:
-            launch([image])
+            launch(images)
     assert len(kernels) == len(program.steps)
     return kernels
 
@@ -130,9 +134,23 @@ def test_every_kind_of_step_compiles(target: str, tmp_path: Path) -> None:
             check_exact(kernel)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bytes_are_loaded_as_bytes_and_normalised_by_one_instruction(
+    layout: torch.memory_format, tmp_path: Path
+) -> None:
+    program, blob = programs.byte_image(0)
+    kernels = compile_steps(program, blob, 2, "sm_90", tmp_path, layout=layout)
+    for step, kernel in zip(program.steps, kernels, strict=True):
+        check_exact(kernel)
+        if isinstance(step, QuantPackStep):
+            loads_bytes = re.search(r"ld\.global\.(v\d\.)?b8", kernel.ptx) is not None
+            assert loads_bytes is (program.tensors[step.input].dtype == "uint8")
+            assert ("fma.rn.f32" in kernel.ptx) is (step.multiplier is not None)
+
+
 @pytest.mark.slow
 @TARGET
-@pytest.mark.parametrize("case", ["depthwise", "preact_residual_bfloat16", "preact_residual_float16"])
+@pytest.mark.parametrize("case", ["normed_stream", "depthwise", "preact_residual_bfloat16", "preact_residual_float16"])
 def test_other_programs_compile(case: str, target: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)
     for kernel in compile_steps(program, blob, 2, target, tmp_path):
@@ -321,7 +339,7 @@ def test_largest_valid_configurations_do_not_spill(
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_runner, "INTERPRETED", INTERPRETED)
+    monkeypatch.setattr(gpu_runner, "INTERPRETED", INTERPRETED)
     program, blob = programs.one_pixel(0)
-    with pytest.raises(BackendError, match=r"triton cannot run on cpu.*TRITON_INTERPRET=1"):
-        TritonRunner(program, blob, "cpu")
+    with pytest.raises(BackendError, match=r"GPU kernels cannot run on cpu.*TRITON_INTERPRET=1"):
+        GpuRunner(program, blob, "cpu")

@@ -20,17 +20,17 @@ from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
 if TYPE_CHECKING:
-    from lbs_kernels.triton_runner import TritonRunner
+    from lbs_kernels.gpu_runner import GpuRunner
 
 pytestmark = pytest.mark.gpu
 BITS = (2, 4, 8)
 
 
-def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[TritonRunner, list[Tensor]]:
-    from lbs_kernels.triton_runner import TritonRunner  # here, so that collecting needs no Triton
+def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[GpuRunner, list[Tensor]]:
+    from lbs_kernels.gpu_runner import GpuRunner  # here, so that collecting needs no Triton
 
     images = [image.cuda() for image in programs.random_inputs(program, batch, seed)]
-    return TritonRunner(program, blob, "cuda"), images
+    return GpuRunner(program, blob, "cuda"), images
 
 
 def check(program: Program, blob: Tensor, batch: int, seed: int) -> None:
@@ -91,7 +91,7 @@ def test_accumulator_of_every_tile(w_bits: int, a_bits: int) -> None:
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4), (8, 8), (8, 2)])
 def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int) -> None:
-    from lbs_kernels.triton_runner import TritonRunner
+    from lbs_kernels.gpu_runner import GpuRunner
 
     program, blob = programs.one_conv(
         0, channels=100, filters=100, groups=100, size=(15, 14), w_bits=w_bits, a_bits=a_bits, out_bits=4,
@@ -99,9 +99,9 @@ def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int) -
     )  # fmt: skip
     images = programs.random_inputs(program, 3, 0)
     expected = ReferenceRunner(program, blob).run(images)[0]
-    runner = TritonRunner(program, blob, "cuda")
+    runner = GpuRunner(program, blob, "cuda")
     for config in conv_tuning.candidates(runner.problems(3)["step1"]):
-        other = TritonRunner(program, blob, "cuda", {"step1": config})
+        other = GpuRunner(program, blob, "cuda", {"step1": config})
         assert_same(other.run([images[0].cuda()])[0], expected, str(config))
 
 

@@ -9,13 +9,13 @@ import pytest
 
 import lbs.cost
 import lbs.models
+from lbs_kernels import gpu_kernels
 from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.bitlinear import tuning as linear_tuning
 from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.launch_config import LaunchConfig, neighbours, parse
 from lbs_kernels.pool import tuning as pool_tuning
 from lbs_kernels.problem import Problem
 from lbs_kernels.quantpack import tuning as quantpack_tuning
@@ -109,7 +109,7 @@ def test_which_kernel_serves() -> None:
 
 @pytest.mark.parametrize("network", ["cifar_resnet20", "mobilenet_v2"])
 def test_configurations_print_themselves_and_parse_back(network: str) -> None:
-    printed: dict[str, LaunchConfig] = {}
+    printed: dict[str, object] = {}
     for problem in {replace(problem, batch=batch) for problem in network_problems(network) for batch in (1, 32)}:
         tuning = conv_tuning if problem.op == "bitconv2d" else linear_tuning
         pool = Problem("pool", problem.batch, 7, 7, problem.in_channels, problem.in_channels, (3, 3), w_bits=0)
@@ -117,28 +117,19 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
             assert printed.setdefault(str(config), config) == config  # unique
     assert {type(config) for config in printed.values()} >= {GemmConfig, ElementwiseConfig}
     for text, config in printed.items():
-        assert parse(text) == config
-        assert type(config).parse(text) == config
-
-
-def test_neighbours_differ_in_one_field() -> None:
-    default = conv_tuning.default(LAYER)
-    found = neighbours(default, conv_tuning.candidates(LAYER))
-    assert replace(default, stages=2) in found
-    assert replace(default, stages=2, warps=8 if default.warps == 4 else 4) not in found
-    assert default not in found
-    depthwise = replace(LAYER, in_channels=100, groups=100)
-    assert {type(near) for near in neighbours(conv_tuning.default(depthwise), conv_tuning.candidates(depthwise))} == {
-        DepthwiseConfig
-    }
+        choice = gpu_kernels.parse(f"triton:{text}")
+        assert choice is not None
+        assert choice.config == config
 
 
 @pytest.mark.parametrize(
     "text", ["", "gemm", "m128_o64", "gemm_m128_o64_k33_w4_s3_wx_bytes_p1", "depthwise_m64_c32_w2 ", "grouped_m1_o2"]
 )
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(FormatError, match="is not a launch configuration"):
-        parse(text)
+    assert gpu_kernels.parse(f"triton:{text}") is None
+    for kind in (GemmConfig, DepthwiseConfig, GroupedConfig, ElementwiseConfig):
+        with pytest.raises(FormatError, match="is not a launch configuration"):
+            kind.parse(text)
 
 
 def test_a_small_tile_may_hold_all_filters() -> None:

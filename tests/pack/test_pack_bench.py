@@ -12,17 +12,20 @@ from torch import Tensor
 import lbs
 import lbs.models
 from lbs import bench as bench_module
-from lbs.bench import BASELINES
+from lbs.bench import BASELINES, DEFAULT_BASELINES
+from lbs.engines import ENGINES, EngineModels, engine_reason
 from lbs.pack.model import PackedModel
 from lbs_kernels.errors import BackendError, LbsError
+
+OWN_BASELINES = tuple(name for name in BASELINES if name not in ENGINES)
 
 
 def test_all_contenders_are_timed_in_rows_that_the_report_reads() -> None:
     packed, model = pack_nets.packed_digits(), lbs.models.create("digits_resnet8", 10)
     before = torch.get_num_threads()
-    found = lbs.bench(packed, model=model, batches=(1, 3), threads=1, baselines=tuple(BASELINES), rounds=2)
+    found = lbs.bench(packed, model=model, batches=(1, 3), threads=1, baselines=OWN_BASELINES, rounds=2)
     assert torch.get_num_threads() == before
-    names = ["packed", *BASELINES.values()]
+    names = ["packed", *(BASELINES[name] for name in OWN_BASELINES)]
     assert [(row.batch, row.contender) for row in found.rows] == [(batch, name) for batch in (1, 3) for name in names]
     for row in found.rows:
         assert 0 < row.p20 <= row.median <= row.p80
@@ -38,7 +41,7 @@ def test_all_contenders_are_timed_in_rows_that_the_report_reads() -> None:
 def test_without_a_float_network_the_baselines_are_missing_by_name() -> None:
     found = lbs.bench(pack_nets.packed_digits(), batches=(2,), threads=1, rounds=1)
     assert [row.contender for row in found.rows] == ["packed"]
-    assert set(found.missing) == {"torch float32", "torch bfloat16", "packed uniform 8-bit"}
+    assert set(found.missing) == {BASELINES[name] for name in DEFAULT_BASELINES}
     assert "not timed: torch float32: no float network was given" in str(found)
     with pytest.raises(LbsError, match="torch float32 was not timed at batch 2: no float network"):
         found.ratio("float32", 2)
@@ -86,7 +89,47 @@ def test_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_senseless_requests() -> None:
     with pytest.raises(LbsError, match=r"unknown baselines \['int4'\].*float32_folded"):
         lbs.bench(pack_nets.packed_digits(), baselines=("int4",))
-    with pytest.raises(LbsError, match="batches are at least 1"):
+    with pytest.raises(LbsError, match=r"batches \[0\]; name at least one"):
         lbs.bench(pack_nets.packed_digits(), batches=(0,))
     with pytest.raises(LbsError, match="threads = 0"):
         lbs.bench(pack_nets.packed_digits(), threads=0)
+
+
+def test_engines_that_are_not_installed_are_listed_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("onnxruntime", "openvino") else name)
+    assert engine_reason("openvino") == "not installed: pip install openvino"
+    assert engine_reason("openvino8") == "not installed: pip install onnxruntime openvino"  # it quantizes
+    model = lbs.models.create("digits_resnet8", 10)
+    found = lbs.bench(
+        pack_nets.packed_digits(), model=model, batches=(1,), threads=1, baselines=tuple(ENGINES), rounds=1
+    )
+    assert set(found.missing) == set(ENGINES.values())
+    assert "not timed: ONNX Runtime int8: not installed: pip install onnxruntime" in str(found)
+
+
+def test_an_engine_that_fails_does_not_cost_the_other_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: EngineModels, name: str, images: Tensor, threads: int) -> None:
+        raise RuntimeError(f"{name} has no kernel\nfor this")
+
+    monkeypatch.setattr(EngineModels, "call", refuse)
+    monkeypatch.setattr(bench_module, "engine_reason", lambda name: None)
+    model = lbs.models.create("digits_resnet8", 10)
+    found = lbs.bench(
+        pack_nets.packed_digits(), model=model, batches=(1,), threads=1, baselines=("float32", "openvino8"), rounds=1
+    )
+    assert [row.contender for row in found.rows] == ["packed", "torch float32"]
+    assert found.missing == {"OpenVINO int8": "batch 1: RuntimeError: openvino8 has no kernel"}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_compute_the_float_network(name: str) -> None:
+    reason = engine_reason(name)
+    if reason is not None:
+        pytest.skip(reason)
+    model = pack_nets.unsettle(lbs.models.create("digits_resnet8", 10)).eval()
+    engines, images = EngineModels(model, (1, 8, 8)), pack_nets.images(3, (1, 8, 8))
+    assert engines.call(name, images, 1)().shape == (3, 10)
+    with torch.no_grad():
+        engines._model.fc.bias += 100.0  # the file on disk still holds the network as it was
+    with pytest.raises(BackendError, match="differs from torch by"):
+        engines.call(name, images, 1)

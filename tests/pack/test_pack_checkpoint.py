@@ -211,7 +211,7 @@ def change_json(key: str, old: str, new: str) -> Callable[[Header], None]:
 
 
 LIES: dict[str, tuple[Callable[[Header], None], str]] = {
-    "newer": (change_metadata("version", "2"), "has version 2; this release reads 1 to 1: upgrade lbs"),
+    "newer": (change_metadata("version", "3"), "has version 3; this release reads 1 to 2: upgrade lbs"),
     "no_version": (change_metadata("version", None), "which is no number"),
     "version_zero": (change_metadata("version", "0"), "has version 0"),
     "no_program": (change_metadata("program0", None), "damaged|no program|region0"),
@@ -225,7 +225,7 @@ LIES: dict[str, tuple[Callable[[Header], None], str]] = {
     "offset_text": (change_tensor(data_offsets=["0", "64"]), "claims"),
     "unknown_field": (change_tensor(extra=1), "lacks dtype, shape or offsets"),
     "float_planes": (change_tensor(dtype="F32"), "array conv1.planes is torch.float32"),
-    "program_of_a_newer_version": (change_json("program0", '"version":1', '"version":7'), "program has version 7"),
+    "program_of_a_newer_version": (change_json("program0", '"version":2', '"version":7'), "program has version 7"),
     "program_with_huge_tensor": (change_json("program0", '"height":8', '"height":16777216'), "at most 268435456 per"),
     "array_outside": (change_json("program0", '"offset":0', '"offset":6400000'), "ends at byte"),
     "other_digest": (change_json("program0", '"digest":"', '"digest":"0'), "digest|sha256|hexadecimal"),
@@ -317,6 +317,12 @@ def test_unknown_device(saved: Path) -> None:
         lbs.load(saved, device="cuda")
 
 
+@pytest.mark.parametrize("device", ["meta", "gpu"])
+def test_devices_nothing_runs_on(saved: Path, device: str) -> None:
+    with pytest.raises(BackendError, match=r"networks run on cpu or cuda"):
+        lbs.load(saved, device=device)
+
+
 # A save that cannot finish leaves the old file.
 
 
@@ -331,6 +337,14 @@ def test_full_disk_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPa
         pack_nets.packed_two_regions().save(saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_places_that_cannot_be_written_are_not_called_full(saved: Path) -> None:
+    for path in (saved / "below", saved.parent):
+        with pytest.raises(CheckpointError, match=r"could not be written .*give a path that can be written"):
+            pack_nets.packed_digits().save(path)
+    assert list(saved.parent.iterdir()) == [saved]
+    assert not list(saved.parent.parent.glob("*.part"))
 
 
 def test_file_size_limit_leaves_the_old_file(saved: Path) -> None:

@@ -60,3 +60,5 @@ def test_senseless_requests() -> None:
         lbs.explain(pack_nets.packed_digits(), batch=0)
     with pytest.raises(ShapeError, match="rounds = 0"):
         lbs.explain(pack_nets.packed_digits(), rounds=0)
+    with pytest.raises(ShapeError, match="threads = 0"):
+        lbs.explain(pack_nets.packed_digits(), threads=0)

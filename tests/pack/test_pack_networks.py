@@ -53,12 +53,16 @@ def test_mixed_bits_and_pruned_filters() -> None:
     assert packed.plan == model.lbs_record.plan
 
 
-def test_preactivation_network_leaves_its_last_norm_in_float() -> None:
-    model = pack_nets.network("preresnet20", 4, 4)
+@pytest.mark.parametrize("name", ["preresnet20", pytest.param("preresnet56", marks=pytest.mark.slow)])
+def test_preactivation_network_is_one_region(name: str) -> None:
+    """The last norm and ReLU are read by the mean alone: one step of their own, on the smallest map."""
+    model = pack_nets.network(name, 4, 4)
     packed = pack_nets.check_equal(model, (3, 32, 32))
-    assert [name for name, _ in packed.kept_float] == ["bn"]
-    assert len(packed.programs) == 2
-    assert len(layer_steps(packed.programs[0])) + len(layer_steps(packed.programs[1])) == 22
+    assert packed.kept_float == ()
+    (program,) = packed.programs
+    assert set(layer_steps(program)) == set(pack_nets.layers_of(model))
+    affine = [step for step in program.steps if getattr(step, "op", "") == "quantpack" and step.multiplier is not None]
+    assert [(step.name, step.emit.low, step.emit.consumers) for step in affine] == [("bn", 0.0, ())]
 
 
 def test_imagenet_resnet_pools_its_stem() -> None:

@@ -120,6 +120,31 @@ ONE_REGION: dict[str, tuple[Callable[[Net, Tensor], object], list[str]]] = {
         lambda n, x: head(n, n.other(n.relu(n.norm2(x))) + n.inner(n.relu(n.norm2(x))) + x),
         ["quantpack", "bitconv2d", "bitconv2d", "bitconv2d", "quantpack", "pool", "bitlinear"],
     ),
+    "norm_before_a_sum": (
+        lambda n, x: head(n, n.inner(n.relu(n.norm2(x) + x))),
+        [*WHOLE[:2], "quantpack", *WHOLE[2:]],
+    ),
+    "active_stream_for_a_layer_and_a_sum": (
+        lambda n, x: head(n, (lambda y: n.inner(y) + y)(n.relu(n.norm2(n.other(x) + x)))),
+        [*WHOLE[:3], "quantpack", *WHOLE[2:]],
+    ),
+    "active_stream_for_the_mean": (
+        lambda n, x: head(n, n.relu(n.norm2(n.inner(x) + x))),
+        [*WHOLE[:3], "quantpack", *WHOLE[3:]],
+    ),
+    "active_stream_for_a_maximum": (
+        lambda n, x: head(n, n.inner(n.pool(n.relu(n.norm2(x))))),
+        [*WHOLE[:2], "quantpack", "pool", *WHOLE[2:]],
+    ),
+    "norm_of_a_norm_behind_a_relu": (
+        lambda n, x: head(n, F.relu6(n.norm(n.norm2(x)))),
+        ["quantpack", "bitconv2d", "quantpack", "pool", "bitlinear"],
+    ),
+    "norm_for_a_sum_and_its_relu_for_a_layer": (
+        lambda n, x: head(n, (lambda y: n.inner(n.relu(y)) + y)(n.norm2(n.other(x) + x))),
+        [*WHOLE[:3], "quantpack", "quantpack", *WHOLE[2:]],
+    ),
+    "norm_of_a_result": (lambda n, x: (n.norm2(x), head(n, n.inner(x))), [*WHOLE[:2], "quantpack", *WHOLE[2:]]),
     "norm_alone_before_a_layer": (lambda n, x: head(n, x + n.inner(n.norm2(x).relu())), WHOLE),
     "flattened_pixels": (
         lambda n, x: n.wide(torch.flatten(n.relu(n.pool(n.inner(x))), 1)),
@@ -177,7 +202,6 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
         2,
         ["flatten", "tanh"],
     ),
-    "norm_before_a_sum": (lambda n, x: head(n, n.inner(n.relu(n.norm2(x) + x))), 2, ["norm2"]),
     "size_used_by_a_float_operation": (lambda n, x: head(n, n.inner(x * x.size(1))), 2, ["size", "mul"]),
     "scaled_sum": (lambda n, x: head(n, n.inner(torch.add(x, n.relu(n.other(x)), alpha=2))), 2, ["add"]),
     "broadcast_sum": (lambda n, x: head(n, n.inner(x + n.mean(x))), 2, ["add"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pack_nets
 import pytest
@@ -166,12 +168,13 @@ def test_example_that_is_no_batch_of_images() -> None:
         (torch.zeros(2, 3, 8, 8), r"input has shape \[2, 3, 8, 8\]; the model was packed for \[N, 1, 8, 8\]"),
         (torch.zeros(2, 1, 8, 9), r"input has shape \[2, 1, 8, 9\]"),
         (torch.zeros(1, 8, 8), r"input has shape \[1, 8, 8\]"),
-        (torch.zeros(2, 1, 8, 8).double(), r"input is torch.float64; a packed model takes float32"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"input is torch.uint8; .*x.float\(\)"),
+        (torch.zeros(2, 1, 8, 8).double(), r"input is torch.float64; the program takes normalised float32"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"input is torch.uint8; .*pack with normalize="),
+        ([[[[0.0]]]], "input is a list"),
         (torch.zeros(2, 1, 8, 8, device="meta"), r"input lies on meta, the packed model on cpu"),
     ],
 )
-def test_inputs_the_model_was_not_packed_for(x: Tensor, message: str) -> None:
+def test_inputs_the_model_was_not_packed_for(x: Any, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         pack_nets.packed_digits()(x)
 
@@ -179,6 +182,12 @@ def test_inputs_the_model_was_not_packed_for(x: Tensor, message: str) -> None:
 def test_empty_batch_gives_empty_logits() -> None:
     assert pack_nets.packed_digits()(torch.zeros(0, 1, 8, 8)).shape == (0, 10)
     assert pack_nets.packed_two_regions()(torch.zeros(0, 3, 10, 10)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("look", [lbs.explain, lbs.bench, lambda model: lbs.verify(fresh(), model, torch.zeros(1))])
+def test_a_model_that_is_not_packed_is_told_so(look: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(GraphError, match=r"got a \w+; it looks at a packed network: lbs\.pack\(model\)"):
+        look(fresh())
 
 
 def test_images_need_not_be_contiguous() -> None:

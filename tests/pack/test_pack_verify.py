@@ -16,7 +16,7 @@ from lbs.pack.packing import pack
 from lbs.pack.region import PackedRegion
 from lbs.pack.verify import verify
 from lbs.pack.verify_report import Check, VerifyReport
-from lbs_kernels.errors import GraphError, ShapeError
+from lbs_kernels.errors import BackendError, GraphError, ShapeError
 from lbs_kernels.program import Program, blob_digest
 
 DIGITS = (1, 8, 8)
@@ -122,6 +122,17 @@ def test_values_are_excused_within_the_stated_distance_only(units: float, passes
     report = verify(moved, packed, pack_nets.images(32, DIGITS))
     assert report.ok is passes
     assert report.first_layer == (None if passes else "layer3.0.conv1")
+
+
+def test_an_unknown_back_end_is_named_without_words_of_torch() -> None:
+    with pytest.raises(BackendError) as seen:
+        verify(
+            pack_nets.network("digits_resnet8", 4, 4, classes=10),
+            pack_nets.packed_digits(),
+            pack_nets.images(2, (1, 8, 8)),
+            backend="fpga",
+        )
+    assert str(seen.value).endswith("choose one of auto, cpu, gpu, triton, reference")
 
 
 def test_model_of_another_shape_is_refused_by_name() -> None:

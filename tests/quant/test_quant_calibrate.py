@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -153,6 +154,33 @@ def test_no_batches_and_empty_batches_are_refused() -> None:
         calibrate(model, [])
     with pytest.raises(PlanError, match=r"batch 1 of shape \(0, 1, 8, 8\) is empty"):
         calibrate(model, [images(), images()[:0]])
+
+
+def test_what_cannot_calibrate_is_refused() -> None:
+    model = uniform(small_model(), images()[:1])
+    with pytest.raises(PlanError, match=r"one tensor of shape .* list of batches"):
+        calibrate(model, images())
+    for bits in (0, 9, 1.5):
+        with pytest.raises(PlanError, match=f"{bits}"):
+            calibrate(model, [images()], bits=bits)  # type: ignore[arg-type]
+    with pytest.raises(GraphError, match="has no quantized layer"):
+        calibrate(small_model(), [images()])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x.expand(-1, 3, -1, -1), r"\(\d+, 3, 8, 8\), torch.float32 on cpu"),
+        (lambda x: x.double(), r".*, torch.float64 on cpu"),
+        (lambda x: x.to("meta"), r".*, torch.float32 on meta"),
+        (lambda x: x[0], r"\(1, 8, 8\), torch.float32"),
+    ],
+)
+def test_batches_the_model_cannot_take_are_named(change: Callable[[Tensor], Tensor], said: str) -> None:
+    model = uniform(small_model(), images()[:1])
+    with pytest.raises(GraphError, match=f"failed on a calibration batch of shape {said}"):
+        calibrate(model, [change(images())])
+    assert all(layer.quantize for layer in quant_layers(model))
 
 
 class _Signed(nn.Module):

@@ -123,7 +123,7 @@ def test_term_is_strength_times_log_cost() -> None:
     assert budget().item() == pytest.approx(0.7 * math.log(budget.value()), rel=1e-6)
 
 
-@pytest.mark.parametrize("bops", [0, 0.0, -1, -0.5, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bops", [0, 0.0, -1, -0.5, float("nan"), float("inf"), -float("inf"), "650M"])
 def test_targets_that_are_no_positive_number_are_refused(bops: float) -> None:
     with pytest.raises(PlanError, match=r"budget bops=.*; give a fraction of full precision in \(0, 1\]"):
         Budget(searchable(), bops=bops)

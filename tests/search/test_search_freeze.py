@@ -225,6 +225,8 @@ def test_plans_that_do_not_fit_are_refused(name: str, changes: dict[str, Any], m
 def test_missing_and_doubled_layers_are_refused() -> None:
     model = searchable()
     plan = plan_of(model)
+    with pytest.raises(PlanError, match=r"plan is a str; read one with lbs\.Plan\.load"):
+        freeze(model, "plan.json")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="does not fit the model: layers conv1;"):
         freeze(model, Plan(plan.layers[1:]))
     with pytest.raises(PlanError, match="listed twice"):

@@ -176,6 +176,17 @@ def test_bad_weights_name_the_tensor() -> None:
             prepare(model, images())
 
 
+@pytest.mark.parametrize("trace", [True, False])
+def test_an_example_that_is_no_batch_is_refused(trace: bool) -> None:
+    config = SearchConfig(pruning=False, trace=trace)
+    for example, name in ((None, "NoneType"), ((images(),), "tuple")):
+        with pytest.raises(GraphError, match=f"the example for .* is a {name}; give one batch"):
+            prepare(digits(), example, config)  # type: ignore[arg-type]
+    with pytest.raises(GraphError, match=r"torch.float64 on cpu: [^\n]*; give an example batch") as seen:
+        prepare(digits(), images().double(), config)
+    assert "tlparse" not in str(seen.value)
+
+
 def test_converted_models_are_refused() -> None:
     for made in (prepare(digits(), images()), uniform(digits(), images())):
         with pytest.raises(GraphError, match="already holds quantized layers"):
@@ -187,7 +198,11 @@ def test_converted_models_are_refused() -> None:
     [
         ({"bits": (2, 3)}, "multiple"),
         ({"bits": ()}, "empty"),
+        ({"bits": 4}, "no list of whole numbers"),
+        ({"bits": (2.5, 5)}, "no list of whole numbers"),
         ({"group_size": 0}, "group_size=0"),
+        ({"group_size": 2.5}, "group_size=2.5"),
+        ({"exclude": "conv1"}, "give a tuple of patterns"),
         ({"max_pruning_ratio": 1.0}, r"max_pruning_ratio=1\.0"),
         ({"max_pruning_ratio": float("nan")}, "max_pruning_ratio=nan"),
         ({"importance": "taylor"}, "importance='taylor'"),

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import lbs.data
+from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
 from lbs.search import Budget, SearchConfig, checkpoint, parameter_groups, prepare
-from lbs.search.recipe import Recipe
 from lbs.search.trainer import Trainer, evaluate
-from lbs_kernels.errors import CheckpointError, TrainingError
+from lbs_kernels.errors import CheckpointError, DataError, TrainingError
 
 
 class Small(nn.Module):
@@ -213,6 +213,85 @@ def test_an_output_that_overflows_names_its_layer() -> None:
         trainer.fit()
 
 
+def test_a_loss_that_breaks_later_leaves_the_checkpoint_of_the_epoch_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    trainer = make(folder, "float", epochs=3, checkpoint_seconds=1e9)
+    step = trainer._train_step
+
+    def spoiled(images: Tensor, labels: Tensor) -> None:
+        if trainer.step == 8:
+            trainer.model.norm1.bias.data[2] = float("inf")  # type: ignore[union-attr,operator]
+        step(images, labels)
+
+    trainer._train_step = spoiled  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"loss of step 8 \(epoch 1\) .*layer norm1: its parameter norm1.bias"):
+        trainer.fit()
+    tensors, state = checkpoint.load(folder.checkpoint("float"))
+    assert state["step"] == 6
+    assert all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
+    assert make(folder, "float", epochs=3).fit(resume=True).steps == 18
+
+
+def test_thresholds_that_would_close_a_whole_layer_leave_one_group(tmp_path: Path) -> None:
+    """Whatever the rate of the pruning threshold, a network stays a network."""
+    torch.manual_seed(7)
+    model = prepare(Small(), torch.zeros(1, 1, 8, 8), SearchConfig(group_size=2, max_pruning_ratio=0.99))
+    trainer = Trainer(
+        model,
+        lbs.data.train_loader(DATA, 8, seed=5),
+        Recipe(epochs=1, lr=0.01),
+        phase="search",
+        groups=parameter_groups(model, 0.01, gate_lr=0.0, prune_lr=1e6),
+        budget=Budget(model, bops=0.019),
+        folder=RunFolder(tmp_path),
+    )
+    trainer.fit()
+    kept = {name: len(layer.prune.kept()) for name, layer in trainer.budget.layers.items() if layer.prune}  # type: ignore[union-attr,attr-defined]
+    assert kept
+    assert set(kept.values()) == {2}  # of 8 filters: one group of two
+
+
+def test_a_model_with_too_few_classes_is_refused() -> None:
+    narrow = Small()
+    narrow.fc = nn.Linear(8, 3)
+    trainer = Trainer(narrow, lbs.data.train_loader(DATA, 8), Recipe(epochs=1, lr=0.1), phase="float")
+    with pytest.raises(DataError, match=r"gives 3 classes, the training labels go up to 3; give a model of 4 classes"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("change", ["data", "batch", "seed"])
+def test_other_batches_are_no_resumption(tmp_path: Path, change: str) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(KilledError):
+        make(folder, "float", KillAt(4)).fit()
+    trainer = make(folder, "float")
+    other = lbs.data.synthetic(classes=4, train=48, test=20, size=8, channels=1, seed=4)
+    trainer.train = lbs.data.train_loader(
+        other if change == "data" else DATA, 6 if change == "batch" else 8, seed=6 if change == "seed" else 5
+    )
+    with pytest.raises(TrainingError, match=rf"the saved loader had {change}.* = "):
+        trainer.fit(resume=True)
+
+
+def test_minutes_end_a_phase_and_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("lbs.search.trainer.time.monotonic", lambda: clock[0])
+    trainer = make(RunFolder(tmp_path), "float", epochs=100, minutes=1.0, schedule="cosine", log_every=1)
+    step = trainer._train_step
+
+    def timed(images: Tensor, labels: Tensor) -> None:
+        step(images, labels)
+        clock[0] += 6.0
+
+    trainer._train_step = timed  # type: ignore[method-assign]
+    result = trainer.fit()
+    assert (result.steps, result.epochs) == (10, 2)
+    assert result.accuracy is not None
+    rates = [row["lr"] / 0.05 for row in RunFolder(tmp_path).metrics() if row["kind"] == "step"]
+    assert rates[:1] + rates[5:6] == pytest.approx([1.0, 0.5])
+    assert make(RunFolder(tmp_path), "float", epochs=100, minutes=1.0).fit(resume=True).steps == 10
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "newer", "missing", "phase"])
 def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
     folder = RunFolder(tmp_path)
@@ -278,3 +357,13 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     folder.file("metrics.jsonl").write_text('{"loss\n' + json.dumps({"loss": 1}) + "\n")
     with pytest.raises(CheckpointError, match="line 1 is not JSON"):
         folder.metrics()
+    folder.file("metrics.jsonl").write_text('[3]\n{"loss": 1}\n')
+    with pytest.raises(CheckpointError, match=r"line 1 is not JSON: \[3\] is no object; delete that line"):
+        folder.metrics()
+
+
+def test_metrics_that_cannot_be_written_name_their_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.file("metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl could not be written \(one row\)"):
+        folder.append_metrics({"loss": 1.0})

@@ -27,10 +27,10 @@ from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.format import pack_weights
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.program import Program
 from lbs_kernels.reference_runner import ReferenceRunner
 from lbs_kernels.triton_common import INTERPRETED, fma
-from lbs_kernels.triton_runner import TritonRunner
 
 BITS = (2, 4, 8)
 SMALL = GemmConfig(block_m=16, block_o=32, block_words=1, warps=4, stages=2, weights_first=False)
@@ -42,13 +42,11 @@ def test_the_interpreter_is_on() -> None:
     assert INTERPRETED.value
 
 
-def check(
-    program: Program, blob: Tensor, images: list[Tensor], runner: TritonRunner | None = None
-) -> dict[int, Tensor]:
+def check(program: Program, blob: Tensor, images: list[Tensor], runner: GpuRunner | None = None) -> dict[int, Tensor]:
     """Trace and outputs equal the reference, from buffers full of garbage; returns the reference's trace."""
     expected: dict[int, Tensor] = {}
     outputs = ReferenceRunner(program, blob).run(images, expected)
-    runner = TritonRunner(program, blob, "cpu") if runner is None else runner
+    runner = GpuRunner(program, blob, "cpu") if runner is None else runner
     runner.plan(images[0].shape[0]).arena.random_(generator=torch.Generator().manual_seed(0))
     actual: dict[int, Tensor] = {}
     results = runner.run(images, actual)
@@ -63,6 +61,23 @@ def check(
 
 @pytest.mark.parametrize("name", ["chain", "preact_residual_bfloat16", "depthwise", "one_pixel"])
 def test_named_programs(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["byte_image", "byte_image_of_five_channels"])
+def test_images_are_read_where_they_lie(name: str, layout: torch.memory_format) -> None:
+    """Bytes, floats, with and without a multiplier and a bias."""
+    program, blob = programs.CASES[name](seed=1)
+    images = [x.contiguous(memory_format=layout) for x in programs.random_inputs(program, batch=2, seed=2)]
+    trace = check(program, blob, images)
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("name", ["normed_stream", "normed_stream_bfloat16"])
+def test_streams_are_normed(name: str) -> None:
     program, blob = programs.CASES[name](seed=1)
     trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
     assert programs.share_unsaturated(program, trace) > 0.3
@@ -185,7 +200,7 @@ def test_the_last_part_emits_and_leaves_zeros() -> None:
     """The second run finds the workspace as the first did; codes and a stream come from the total."""
     program, blob = programs.one_conv(0, channels=70, filters=13, size=(4, 4), w_bits=2, a_bits=4)
     config = GemmConfig(16, 32, 2, 4, 3, weights_first=False, weights="fields", split_k=5)
-    runner = TritonRunner(program, blob, "cpu", {"step1": config})
+    runner = GpuRunner(program, blob, "cpu", {"step1": config})
     for seed in (0, 1):
         trace = check(program, blob, programs.random_inputs(program, 2, seed), runner)
     assert programs.share_unsaturated(program, trace) > 0.3
@@ -220,7 +235,7 @@ def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedCo
     program, blob = programs.one_conv(
         5, **{"size": (4, 5), **case, "filters": case["channels"], "groups": case["channels"]}
     )
-    check(program, blob, programs.random_inputs(program, 2, 6), TritonRunner(program, blob, "cpu", {"step1": config}))
+    check(program, blob, programs.random_inputs(program, 2, 6), GpuRunner(program, blob, "cpu", {"step1": config}))
 
 
 # K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536) and cancel around 0.
@@ -301,7 +316,7 @@ def test_streams_are_clamped_and_rounded_half_to_even(stream_dtype: str) -> None
         images[0][0, 1, bit % 4] = ties + 2.0**-23
     images[0][0, :, 1, :2] = torch.tensor([[math.nan, math.inf], [-math.inf, -0.0]])
     expected = ReferenceRunner(program, blob).run(images)[0]
-    actual = TritonRunner(program, blob, "cpu").run(images)[0]
+    actual = GpuRunner(program, blob, "cpu").run(images)[0]
     assert float(actual.nan_to_num().min()) == -1.5
     assert float(actual.nan_to_num().max()) == 2.25
     assert_same(actual.nan_to_num(7.0), expected.nan_to_num(7.0), "stream")
@@ -334,7 +349,7 @@ def test_the_mean_adds_in_order_and_multiplies_once() -> None:
 
 def test_a_runner_serves_several_batches_from_kept_buffers() -> None:
     program, blob = programs.one_conv(0, channels=3, filters=5, size=(4, 4), w_bits=2, a_bits=2)
-    runner = TritonRunner(program, blob, "cpu")
+    runner = GpuRunner(program, blob, "cpu")
     first = runner.plan(2)
     for batch, seed in ((2, 0), (3, 1), (2, 2)):
         check(program, blob, programs.random_inputs(program, batch, seed), runner)
@@ -346,7 +361,7 @@ def test_a_runner_serves_several_batches_from_kept_buffers() -> None:
 def test_outputs_go_where_the_caller_says() -> None:
     program, blob = programs.preact_residual(0)
     images = programs.random_inputs(program, 1, 0)
-    runner = TritonRunner(program, blob, "cpu")
+    runner = GpuRunner(program, blob, "cpu")
     expected = runner.run(images)
     out = [torch.full_like(value, math.nan) for value in expected]
     results = runner.run(images, out=out)
@@ -359,11 +374,11 @@ def test_outputs_go_where_the_caller_says() -> None:
 
 def test_configurations_by_step_name() -> None:
     program, blob = programs.one_conv(0, channels=40, filters=40, size=(4, 4), w_bits=4, a_bits=8)
-    runner = TritonRunner(program, blob, "cpu", {"step1": SMALL})
+    runner = GpuRunner(program, blob, "cpu", {"step1": SMALL})
     check(program, blob, programs.random_inputs(program, 1, 0), runner)
     shared = GemmConfig(16, 16, 1, 4, 2, False)
     with pytest.raises(BackendError, match=r"step 'step1'.*40 filters in blocks of 16 would share words"):
-        TritonRunner(program, blob, "cpu", {"step1": shared})
+        GpuRunner(program, blob, "cpu", {"step1": shared})
 
 
 def test_what_is_refused() -> None:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 from lbs_kernels.errors import TrainingError
 
-SCHEDULES = ("cosine", "step", "constant")
+CURVES = ("cosine", "step", "constant")
 AMP = ("off", "bf16")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum .9, one learning-rate factor for all parameter groups.
+    """SGD with Nesterov momentum, one learning-rate factor for all parameter groups.
 
     schedule: `cosine` to 0 over all steps, `step` divides by 10 at each epoch of `milestones`, `constant`.
+    full_epochs: the length `milestones` were written for (0: `epochs`); they move in proportion where `epochs` is less.
+    minutes: the curve, and the phase, end with the epochs or with these minutes of training, whichever comes first (0:
+    no limit). A run with a limit depends on the clock, so it is not repeated bit for bit.
     warmup: epochs of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32.
     distill: weight 0..1 of the loss against a teacher's logits softened by `temperature`; the rest is the labels'.
     """
@@ -26,6 +29,8 @@ class Recipe:
     weight_decay: float = 1e-4
     schedule: str = "cosine"
     milestones: tuple[int, ...] = ()
+    full_epochs: int = 0
+    minutes: float = 0.0
     warmup: float = 0.0
     label_smoothing: float = 0.0
     distill: float = 0.0
@@ -41,7 +46,10 @@ class Recipe:
             ("lr", self.lr > 0 and math.isfinite(self.lr), "above 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("schedule", self.schedule in CURVES, f"one of {', '.join(CURVES)}"),
+            ("milestones", all(m > 0 for m in self.milestones), "epochs above 0"),
+            ("full_epochs", self.full_epochs >= 0, "0 or more"),
+            ("minutes", self.minutes >= 0, "0 (no limit) or more"),
             ("warmup", self.warmup >= 0, "0 or more epochs"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("distill", 0 <= self.distill <= 1, "in [0, 1]"),
@@ -54,16 +62,28 @@ class Recipe:
             if not holds:
                 raise TrainingError(f"{name}={getattr(self, name)!r}; it must be {rule}")
 
-    def lr_factor(self, step: int, steps_per_epoch: int) -> float:
-        """What every group's learning rate is multiplied by in 0-based step `step`.
+    def share(self, step: int, steps_per_epoch: int, seconds: float = 0.0) -> float:
+        """How much of the phase lies behind 0-based step `step`, 0..1; at 1 it is over."""
+        steps = self.epochs * steps_per_epoch
+        done = step / steps if steps else 1.0
+        return min(1.0, max(done, seconds / (60 * self.minutes)) if self.minutes else done)
+
+    def lr_factor(self, step: int, steps_per_epoch: int, seconds: float = 0.0) -> float:
+        """What every group's learning rate is multiplied by in 0-based step `step`, `seconds` after the start.
 
         >>> [round(Recipe(epochs=2, lr=0.1).lr_factor(s, 2), 3) for s in range(4)]
         [1.0, 0.854, 0.5, 0.146]
+        >>> shortened = Recipe(epochs=10, lr=0.1, schedule="step", milestones=(80, 120), full_epochs=200)
+        >>> [round(shortened.lr_factor(epoch, 1), 3) for epoch in (3, 4, 5, 6)]
+        [1.0, 0.1, 0.1, 0.01]
         """
-        epoch = step / steps_per_epoch
+        share = self.share(step, steps_per_epoch, seconds)
         rise = min(1.0, (step + 1) / (self.warmup * steps_per_epoch)) if self.warmup else 1.0
         if self.schedule == "cosine":
-            return rise * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+            return rise * 0.5 * (1 + math.cos(math.pi * share))
         if self.schedule == "step":
-            return float(rise * 0.1 ** sum(epoch >= milestone for milestone in self.milestones))
+            length = self.full_epochs or self.epochs
+            # In whole steps where no clock is involved: 0.4 * 200 must not fall short of 80 by a rounding.
+            passed = share * length if self.minutes else step * length / (self.epochs * steps_per_epoch)
+            return float(rise * 0.1 ** sum(passed >= milestone for milestone in self.milestones))
         return rise

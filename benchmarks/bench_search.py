@@ -1,0 +1,219 @@
+"""What searching costs: seconds of a training step, and peak memory, against plain float training.
+
+    python benchmarks/bench_search.py --model cifar_resnet20 --batch 128 --amp bf16 --threads 1 --save
+
+Steps are the trainer's own (batch in memory, forward, backward, SGD, budget), contenders interleaved in one process.
+The search keeps every gate open, its dearest state. `search` is a weight and an activation step, halved. Peak memory
+is that of four steps in a process of its own, over what torch takes there.
+
+    {"version": 1, "level": "training", "header": {...}, "missing": {contender: reason},
+     "rows": [{"contender", "median", "p20", "p80", "epoch"  (seconds of a step, of an epoch), "slower_than_float",
+               "peak_bytes", "memory_over_float"}]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, header
+from torch import Tensor
+
+import lbs
+import lbs.data
+import lbs.models
+from lbs.recipe import Recipe
+from lbs.search import Budget, parameter_groups
+from lbs.search.trainer import Trainer
+from lbs_kernels.timing import SelfTimed, Times, interleave
+from lbs_kernels.tuning_table import device_slug
+
+CONTENDERS = ("float", "fine-tuning 4/4", "search")
+HALVES = ("search, weight step", "search, activation step")  # parts of `search`, timed on the CPU only
+MISSING = {"multi-path": "this release has no search with one branch per width"}
+STEPS_FOR_PEAK = 4
+
+
+def trainer_of(contender: str, args: argparse.Namespace) -> Trainer:
+    """A trainer whose steps are those of a contender, on images of noise."""
+    entry = lbs.models.entry(args.model)
+    channels, size, _ = entry.input_shape
+    data = lbs.data.synthetic(entry.num_classes, args.batch, 1, size, channels)
+    torch.manual_seed(0)
+    model = lbs.models.create(args.model)
+    loader = lbs.data.train_loader(data, args.batch, augment=False, device=args.device)
+    example, groups, budget = lbs.models.example(args.model), None, None
+    if contender != "float":
+        quantized = lbs.prepare(model, example) if contender == "search" else lbs.uniform(model, example, 4, 4)
+        model = lbs.calibrate(quantized.to(args.device), [next(iter(loader))[0]])
+        groups = parameter_groups(model, 1e-3, gate_lr=0.0, prune_lr=0.0)
+        budget = Budget(model, bops=0.06) if contender == "search" else None  # 8/8 bits are .0625: out of reach
+    recipe = Recipe(epochs=1_000_000, lr=1e-3, amp=args.amp, log_every=1_000_000_000)
+    trainer = Trainer(model.to(args.device), loader, recipe, phase=contender, groups=groups, budget=budget)
+    trainer.model.train()
+    return trainer
+
+
+def batch_of(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    images, labels = next(iter(trainer.train))
+    return images, labels
+
+
+def stepper(trainer: Trainer, steps: int = 1) -> Callable[[], None]:
+    """One call: that many training steps on one batch."""
+    images, labels = batch_of(trainer)
+
+    def call() -> None:
+        for _ in range(steps):
+            trainer._train_step(images, labels)
+
+    return call
+
+
+def half(trainer: Trainer, activations: bool) -> SelfTimed:
+    """One call: a weight step and an activation step, of which one is timed."""
+    step = stepper(trainer)
+
+    def seconds() -> float:
+        spent = []
+        for _ in range(2):
+            start = time.perf_counter()
+            step()
+            spent.append(time.perf_counter() - start)
+        return spent[activations]
+
+    return SelfTimed(seconds)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Times]:
+    """Seconds of a step by contender; of `search`, of two."""
+    calls: dict[str, Any] = {name: stepper(trainer_of(name, args), 2 if name == "search" else 1) for name in CONTENDERS}
+    if torch.device(args.device).type == "cpu":
+        searching = trainer_of("search", args)
+        calls |= {name: half(searching, bool(index)) for index, name in enumerate(HALVES)}
+    return interleave(calls, device=args.device, rounds=args.rounds, warmup=0.0)
+
+
+def peak_of(contender: str, args: argparse.Namespace) -> int:
+    """Bytes, measured in a process of its own."""
+    command = [sys.executable, __file__, "--peak-of", contender]
+    for name in ("model", "batch", "amp", "threads", "device"):
+        command += [f"--{name}", str(getattr(args, name))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the same lbs, wherever it comes from
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.split()[-1])
+
+
+def peak_here(contender: str, args: argparse.Namespace) -> int:
+    """Growth of the peak over `STEPS_FOR_PEAK` steps, libraries already loaded."""
+    small = argparse.Namespace(**{**vars(args), "batch": 2})
+    stepper(trainer_of("float", small))()
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        step = stepper(trainer_of(contender, args))
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(STEPS_FOR_PEAK):
+            step()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident("VmRSS")
+    step = stepper(trainer_of(contender, args))
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building and calibrating
+    for _ in range(STEPS_FOR_PEAK):
+        step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def rows_of(times: dict[str, Times], peaks: dict[str, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the file."""
+    rows = []
+    for name, measured in times.items():
+        steps = 2 if name == "search" else 1
+        peak = peaks.get(name)
+        rows.append(
+            {
+                "contender": name,
+                "median": measured.median / steps,
+                "p20": measured.p20 / steps,
+                "p80": measured.p80 / steps,
+                "epoch": measured.median / steps * (args.epoch_images // args.batch),
+                "slower_than_float": times["float"].ratio(measured) / steps,
+                "peak_bytes": peak,
+                "memory_over_float": None if peak is None else peak / peaks["float"],
+            }
+        )
+    return rows
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything and print the table."""
+    times = measure(args)
+    peaks = {name: peak_of(name, args) for name in CONTENDERS}
+    head = {**header(args), "model": args.model, "amp": args.amp, "epoch_images": args.epoch_images}
+    body = {
+        "version": 1,
+        "level": "training",
+        "header": head,
+        "missing": MISSING,
+        "rows": rows_of(times, peaks, args),
+    }
+    for row in body["rows"]:
+        memory = (
+            "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 1e6:7.1f} MB x{row['memory_over_float']:.2f}"
+        )
+        print(
+            f"{row['contender']:26s} {row['median'] * 1e3:8.1f} ms [{row['p20'] * 1e3:.1f} {row['p80'] * 1e3:.1f}] "
+            f"x{row['slower_than_float']:.2f} float  {row['epoch']:7.1f} s an epoch{memory}"
+        )
+    for name, reason in MISSING.items():
+        print(f"missing: {name}: {reason}")
+    return body
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="cifar_resnet20", choices=sorted(lbs.models.REGISTRY))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--epoch-images", type=int, default=50_000, help="images of the epoch that is told")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/<device>/search_<model>.json")
+    parser.add_argument("--output", type=Path, help="write the JSON here instead")
+    parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(peak_here(args.peak_of, args))
+        return
+    body = run(args)
+    default = RESULTS / device_slug(args.device) / f"search_{args.model}.json" if args.save else None
+    path = args.output or default
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(body, indent=1) + "\n")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What a GPU machine is asked beside times: does it build, do the tests pass, is compute-sanitizer content."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BOTH = 30.0  # seconds; with less left the CPU module is not begun
+TEST_PROCESSES = 12  # compiling their kernels is what takes the time; each holds half a GiB of the GPU
+SANITIZED = "test_*cuda*.py"  # tests of kernels in CUDA; those in Triton are not ours to sanitize
+
+
+def output(*command: str) -> str:
+    """What a program prints, or why it did not."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+
+
+def call(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """Exit code and output of a command; the code is None where it was ended because the time was up."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            text, _ = process.communicate(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            text, _ = process.communicate()
+            return None, text
+    return process.returncode, text
+
+
+def architecture() -> str:
+    """The GPU's own, for nvcc: "90a" of an H100 or H200."""
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def build(seconds: float) -> dict[str, Any]:
+    """Both native modules for this machine, in place; a module that cannot be built is told with its reason."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    begin = time.monotonic()
+    # The CUDA module first: the other one takes a minute and nothing here depends on it.
+    code, text = call(command, seconds, LBS_CUDA_ARCHS=architecture(), LBS_BUILD_CPU="0")
+    left = seconds - (time.monotonic() - begin)
+    if left > BOTH:
+        code, text = call(command, left, LBS_CUDA_ARCHS=architecture())
+    report = ROOT / "lbs_kernels" / "_build_report.json"
+    modules = json.loads(report.read_text()) if report.exists() else {}
+    doctor_code, doctor = call([sys.executable, "-m", "lbs", "doctor"], 30)
+    return {
+        "ended": "the time was up" if code is None else f"exit code {code}",
+        "modules": modules,
+        "doctor": doctor.splitlines(),
+        "doctor_code": doctor_code,
+        "tail": text[-2000:],
+    }
+
+
+def tests(scratch: Path, seconds: float) -> dict[str, Any]:
+    """`pytest -m gpu`: a benchmark of kernels that fail their tests is worth nothing."""
+    report = scratch / "tests.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command += gpu_files()
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(TEST_PROCESSES)]
+    begin = time.monotonic()
+    code, text = call(command, seconds)
+    body = {"passed": code == 0, **count(report), "pytest_seconds": round(time.monotonic() - begin, 1)}
+    if code is None:
+        body.update(so_far(text), reason="the time was up before the tests ended")
+    failed = [line.strip() for line in text.splitlines() if re.search(r"\b(FAILED|ERROR)\b", line)]
+    return {**body, "failed": failed[:100], "tail": text[-6000:]}
+
+
+def so_far(text: str) -> dict[str, int]:
+    """Counts of the tests that ended, from what `pytest -v` printed."""
+    words = {"tests": "PASSED|FAILED|ERROR|SKIPPED", "failures": "FAILED", "errors": "ERROR", "skipped": "SKIPPED"}
+    lines = [line for line in text.splitlines() if "::" in line and " - " not in line]  # not those of the summary
+    return {key: sum(bool(re.search(rf"\b({word})\b", line)) for line in lines) for key, word in words.items()}
+
+
+def gpu_files() -> list[str]:
+    """Test files that may hold a test marked `gpu`; those of the GPU alone come first.
+
+    Importing the others would take longer than running these.
+    """
+    found = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search("gpu|CONTENDERS", path.read_text())]
+    names = sorted(str(path.relative_to(ROOT)) for path in found)
+    return sorted(names, key=lambda name: not re.search("gpu|cuda|half", name))
+
+
+def count(report: Path) -> dict[str, int]:
+    """Numbers of a JUnit report, added over its suites; empty where pytest wrote none."""
+    if not report.exists():
+        return {}
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    return {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
+
+
+def sanitizer(seconds: float) -> dict[str, Any]:
+    """compute-sanitizer over the GPU tests of kernels in CUDA: memcheck, then racecheck, half of the time each."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        reason = "compute-sanitizer was not found"
+        return {"passed": True, "tools": {tool: {"errors": None, "reason": reason} for tool in TOOLS}}
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob(SANITIZED))
+    found: dict[str, Any] = {}
+    for place, tool in enumerate(TOOLS):
+        begin = time.monotonic()
+        command = [program, "--tool", tool, "--print-limit", "20", "--target-processes", "all"]
+        command += [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", *files]
+        code, text = call(command, seconds / (len(TOOLS) - place))
+        seconds -= time.monotonic() - begin
+        found[tool] = {**verdict(code, text), "tail": text[-2000:]}
+    return {"passed": not any(one["errors"] for one in found.values()), "tools": found, "files": files}
+
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def verdict(code: int | None, text: str) -> dict[str, Any]:
+    """Number of errors in what compute-sanitizer printed; None, with the reason, where it did not come to a summary."""
+    summaries = [int(number) for number in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
+    ran = re.search(r"\b(\d+) passed", text)
+    if code is None:
+        return {"errors": None, "reason": "the time was up"}
+    if not summaries:
+        return {"errors": None, "reason": f"it printed no summary (exit code {code})"}
+    if ran is None:
+        return {"errors": sum(summaries) or None, "reason": "no test passed under it"}
+    return {"errors": sum(summaries), "reason": f"{ran[1]} tests"}

@@ -1,0 +1,117 @@
+"""The parts of the GPU suite that run kernels, each in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_nets, gpu_roofs
+from benchmarks.gpu_run import Attempts, Run, header
+from lbs_kernels import tuner
+from lbs_kernels.problem import Problem
+from lbs_kernels.run import clear_runners
+
+NETS = "nets"  # folder of packed networks
+BUILDERS = 6  # processes that pack networks while tests run
+
+
+def run(part: str, out: Path, scratch: Path, until: float) -> None:
+    """Run one part and save its results."""
+    found = Run(out, until, header(), scratch)
+    with torch.no_grad():
+        PARTS[part](found, Attempts(scratch, part))
+
+
+def roofs(run: Run, attempt: Attempts) -> None:
+    """Copy bandwidth and tensor-core rates."""
+    run.save("roofs", gpu_roofs.measure(functools.partial(run.save, "roofs"), attempt))
+
+
+def known_roofs(run: Run) -> dict[str, float]:
+    """Operations and bytes per second of the roofs that were measured in this run."""
+    rows = run.load("roofs").get("rows", {})
+    rates = {"int8": ("int8", "operations_per_s"), "copy": ("copy", "bytes_per_s")}
+    return {name: rows[row][unit] for name, (row, unit) in rates.items() if row in rows}
+
+
+def layers(run: Run, attempt: Attempts) -> None:
+    """Tune and time layers; compiling goes on ahead in other processes."""
+    todo = gpu_layers.problems()
+    torch.backends.cudnn.benchmark = True
+    compiler = gpu_compile.Compiler(gpu_compile.workers())
+    for problem in todo:
+        compiler.submit((problem, gpu_layers.NEAR), gpu_compile.compile_layer, problem, gpu_layers.NEAR)
+    for problem in todo:
+        compiler.submit((problem, gpu_layers.FAR), gpu_compile.compile_layer, problem, gpu_layers.FAR)
+    device = gpu_device.device()
+
+    def measure(problem: Problem, limit: int) -> tuner.Measured:
+        late = compiler.wait((problem, limit), run.end)
+        if late:
+            print(f"{problem}: not compiled ahead: {late}", flush=True)
+        return tuner.measure_gpu(problem, device, limit, rounds=12, others=gpu_layers.half, attempt=attempt)
+
+    earlier = run.load("layers").get("rows", [])
+    body = gpu_layers.sweep(todo, measure, run.end, functools.partial(run.save, "layers"), earlier, known_roofs(run))
+    run.save("layers", body)
+    compiler.stop()
+
+
+def models(run: Run, attempt: Attempts) -> None:
+    """Time whole networks, in the order of gpu_models.ORDER; compiling goes on ahead in other processes."""
+    torch.backends.cudnn.benchmark = True
+    folder = run.scratch / NETS
+    compiler = gpu_compile.Compiler(gpu_compile.workers())
+    for network, batch in gpu_models.ORDER:
+        for variant in gpu_models.variants(network):
+            compiler.submit((network, batch, variant), compile_variant, str(folder), network, variant, batch)
+    body: dict[str, Any] = {"rows": [], "missing": {}, "complete": False, "l2": "warm", **run.load("models")}
+    done = {(row["network"], row["batch"]) for row in body["rows"]}
+    for network, batch in gpu_models.ORDER:
+        if (network, batch) in done:
+            continue
+        for variant in gpu_models.variants(network):
+            compiler.wait((network, batch, variant), run.end)
+        if time.time() >= run.end:
+            break
+        ours, missing = gpu_models.packed_calls(folder, network, batch, attempt)
+        warmed = (run.scratch / f".warmed-{network}-{batch}").exists()
+        others, absent = gpu_models.baselines(network, batch, compiled=warmed)
+        body["rows"] += gpu_models.measure(network, batch, {**others, **ours})
+        body["missing"][f"{network} {batch}"] = {**missing, **absent}
+        run.save("models", body)
+        ours.clear()
+        others.clear()
+        clear_runners()
+        torch.cuda.empty_cache()
+    else:
+        body["complete"] = True
+    run.save("models", body)
+    compiler.stop()
+
+
+def compile_variant(folder: str, network: str, variant: str, batch: int) -> int:
+    """For a compiling process: pack a network where that was not done, and compile its launches."""
+    return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch)
+
+
+def warm(run: Run, attempt: Attempts) -> None:
+    """While nothing is timed: pack every network, and let torch.compile choose its kernels."""
+    folder = str(run.scratch / NETS)
+    compiler = gpu_compile.Compiler(BUILDERS)
+    nets = dict.fromkeys(network for network, _ in gpu_models.ORDER)
+    for network in nets:
+        for variant in gpu_models.variants(network):
+            compiler.submit((network, variant), gpu_nets.build, folder, network, variant)
+    for network, batch in sorted(gpu_models.AUTOTUNED):
+        gpu_models.warm(network, batch)
+        (run.scratch / f".warmed-{network}-{batch}").touch()
+    for name in list(compiler.jobs):
+        compiler.wait(name, run.end)
+
+
+PARTS = {"roofs": roofs, "layers": layers, "models": models, "warm": warm}

@@ -1,0 +1,235 @@
+"""The parent of a GPU suite: parts in time boxes, processes that may break, files that are always whole."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_checks, gpu_targets
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).with_name("gpu_suite.py")
+GRACE = 5.0  # seconds a child may take to end after its time
+RESTARTS = 8  # of a part whose kernels broke the device
+WORTHWHILE = 12.0  # seconds; less is not worth the start of a process
+SLACK = 5.0  # seconds kept for the last files
+LOG = 4000  # characters kept of what a part printed
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the results go and when to stop."""
+
+    out: Path
+    end: float  # of `clock`
+    header: dict[str, Any]
+    scratch: Path  # packed networks, logs, reports of single tools: nothing to keep
+    clock: Callable[[], float] = time.time
+
+    def save(self, part: str, body: dict[str, Any]) -> Path:
+        """Write DIR/<part>.json whole or not at all."""
+        path = self.out / f"{part}.json"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        text = json.dumps({"level": f"gpu_{part}", "version": 1, "header": self.header, **body}, indent=1)
+        temporary.write_text(text + "\n")
+        os.replace(temporary, path)
+        return path
+
+    def load(self, part: str) -> dict[str, Any]:
+        """What DIR/<part>.json holds; empty where there is none."""
+        path = self.out / f"{part}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+class Attempts:
+    """Tells the parent what a child is about to run, so that a crash names it; what crashed is not tried again."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self.current, self.broken = folder / f".{part}.now", folder / f".{part}.broken.json"
+        self.skip = set(json.loads(self.broken.read_text())) if self.broken.exists() else set()
+
+    def __call__(self, name: str) -> bool:
+        """Whether to run `name`; recorded if so."""
+        if name in self.skip:
+            return False
+        self.current.write_text(name)
+        return True
+
+    def blame(self) -> str | None:
+        """For the parent: what the child was running when it broke, from now on to be left out; None if it is known."""
+        name = self.current.read_text() if self.current.exists() else None
+        if name is None or name in self.skip:
+            return None
+        self.skip.add(name)
+        self.broken.write_text(json.dumps(sorted(self.skip)))
+        return name
+
+
+def header() -> dict[str, Any]:
+    """What the numbers depend on: device, clocks, driver, versions, commit."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "clocks_and_driver": gpu_checks.output(
+            "nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem", "--format=csv"
+        ),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "commit": gpu_checks.output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def deadline(boxes: dict[str, float], part: str, now: float, end: float) -> float:
+    """When a part that begins now must end: whatever the boxes of the later parts leave.
+
+    Boxes shrink in proportion where the time is shorter than all of them; what is left over goes to this part.
+    """
+    names = list(boxes)
+    later = [boxes[name] for name in names[names.index(part) + 1 :]]
+    left = max(0.0, end - now - SLACK)
+    scale = min(1.0, left / (sum(later) + boxes[part]))
+    return now + left - scale * sum(later)
+
+
+def run_parts(
+    run: Run,
+    boxes: dict[str, float],
+    parts: dict[str, Callable[[Run, float], Any]] | None = None,
+    beside: Callable[[Run], contextlib.AbstractContextManager[None]] | None = None,
+) -> bool:
+    """Run parts one after the other, saving each and the targets; one that raises is recorded, the next still runs.
+
+    Args:
+        beside: goes on beside the tests, where models are timed later.
+    """
+    parts = PARTS if parts is None else parts
+    good, found, layers = True, [], resnet_layers()
+    for name in boxes:
+        begin = run.clock()
+        warming = beside(run) if beside and name == "tests" and "models" in boxes else contextlib.nullcontext()
+        try:
+            with warming:
+                body = parts[name](run, deadline(boxes, name, begin, run.end))
+        except Exception as error:  # noqa: BLE001  one broken part must not cost the measurements of the others
+            body = {"error": f"{type(error).__name__}: {error}"}
+        good = good and "error" not in body and body.get("passed", True)
+        seconds = round(run.clock() - begin, 1)
+        path = run.save(name, {**body, "seconds": seconds})
+        found = gpu_targets.rows({part: run.load(part) for part in parts}, layers)
+        run.save("targets", {"rows": found})
+        print(f"{name}: {'failed' if 'error' in body else 'done'} in {seconds:.0f} s -> {path}", flush=True)
+    print(gpu_targets.table(found))
+    return good
+
+
+@functools.cache
+def resnet_layers() -> list[str]:
+    """The layers the targets speak of."""
+    from benchmarks import gpu_layers
+
+    order = ((gpu_layers.RESNETS, (128,), (gpu_layers.W4A4,)),)
+    return [str(problem) for problem in gpu_layers.problems(order)]
+
+
+def child(run: Run, part: str, until: float, start: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """Run a part in processes of its own until it is complete or its time is up; one that breaks is started again."""
+    start = start_child if start is None else start
+    broken: list[str] = []
+    reason = ""
+    for _ in range(1 + RESTARTS):
+        if until - run.clock() < WORTHWHILE:
+            reason = reason or "the time was up before it could begin"
+            break
+        process = start(run, part, until)
+        code = finish(process, until + GRACE - run.clock())
+        if isinstance(process, subprocess.Popen):
+            kill(process)  # what it started may still compile
+        if code in (0, None):
+            reason = "" if code == 0 else "the time was up"
+            break
+        blamed = Attempts(run.scratch, part).blame()
+        reason = f"its process ended with code {code}"
+        if blamed is None:
+            break
+        broken.append(blamed)
+    body = run.load(part)
+    failed = {"error": reason} if reason.startswith("its process") or not body else {}
+    log = run.scratch / f"{part}.log"
+    words = log.read_text(errors="replace")[-LOG:] if log.exists() else ""
+    return {**body, **failed, "broke_the_device": broken, "ended": reason or "complete", "log": words}
+
+
+def start_child(run: Run, part: str, until: float) -> subprocess.Popen[bytes]:
+    """This suite again, for one part; what it prints goes to its log."""
+    command = [sys.executable, str(SCRIPT), "--out", str(run.out), "--child", part, "--until", str(until)]
+    command += ["--scratch", str(run.scratch)]
+    environment = {
+        **os.environ,
+        "LBS_TUNING_DIR": str(run.out),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with (run.scratch / f"{part}.log").open("ab") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+
+@contextlib.contextmanager
+def warm(run: Run) -> Iterator[None]:
+    """Inside, networks are packed and torch.compile chooses kernels: it uses the GPU, so nothing may be timed."""
+    process = start_child(run, "warm", run.end)
+    try:
+        yield
+    finally:
+        kill(process)
+
+
+def finish(process: Any, seconds: float) -> int | None:
+    """The exit code, or None where the time was up and the process and its own were ended."""
+    try:
+        return int(process.wait(timeout=max(0.1, seconds)))
+    except subprocess.TimeoutExpired:
+        kill(process)
+        return None
+
+
+def kill(process: Any) -> None:
+    """End a child and every process it started: they share its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
+    "build": lambda run, until: gpu_checks.build(until - run.clock()),
+    "roofs": lambda run, until: child(run, "roofs", until),
+    "tests": lambda run, until: gpu_checks.tests(run.scratch, until - run.clock()),
+    "layers": lambda run, until: child(run, "layers", until),
+    "models": lambda run, until: child(run, "models", until),
+    "sanitizer": lambda run, until: gpu_checks.sanitizer(until - run.clock()),
+}

@@ -1,0 +1,70 @@
+"""One image file -> uint8 [size, size, 3]: the crops ImageNet networks are trained and tested with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lbs_kernels.errors import DataError
+
+# Share of the area and aspect ratio of a training crop; test images are scaled to 8/7 of the crop first (256 for 224).
+AREA = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TEST_SCALE = 8 / 7
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides about one training image, each in 0..1."""
+
+    area: float
+    ratio: float
+    left: float
+    top: float
+    flip: float
+
+
+def read_rgb(file: Path, size: int) -> Image.Image:
+    """The file as RGB; a JPEG may come at a fraction of its size, but not below `size` pixels on its short side.
+
+    Raises DataError where it cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (size, size))
+            return image.convert("RGB")
+    # PIL reports damaged PNGs as SyntaxError and oversized ones as DecompressionBombError.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def training_crop(image: Image.Image, size: int, draw: Draw) -> np.ndarray:
+    """A window of random area and aspect ratio, scaled to `size`, mirrored half of the time.
+
+    A window that would stick out is narrowed, so that every draw gives one.
+    """
+    width, height = image.size
+    area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * draw.area)
+    ratio = math.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * draw.ratio)
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))
+    left, top = int(draw.left * (width - w + 1)), int(draw.top * (height - h + 1))
+    left, top = min(left, width - w), min(top, height - h)
+    crop = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    pixels = np.asarray(crop)
+    return pixels[:, ::-1] if draw.flip < 0.5 else pixels
+
+
+def central_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The middle, after scaling the short side to 8/7 of `size`."""
+    width, height = image.size
+    factor = size * TEST_SCALE / min(width, height)
+    scaled = image.resize(
+        (max(size, round(width * factor)), max(size, round(height * factor))), Image.Resampling.BILINEAR
+    )
+    left, top = (scaled.size[0] - size) // 2, (scaled.size[1] - size) // 2
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))

@@ -1,0 +1,154 @@
+"""ONNX Runtime and OpenVINO as contenders of `lbs.bench`, float32 and int8, where they are installed.
+
+The float network is exported to ONNX with norms folded; int8 is the engine's own post-training quantization: static,
+per filter, the form each of them runs fastest. Both read the same file. Nothing here is needed to run a packed network.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import optimization
+
+from lbs_kernels.errors import BackendError
+
+# Name of the option -> name of the row.
+ENGINES = {
+    "onnxruntime": "ONNX Runtime float32",
+    "onnxruntime8": "ONNX Runtime int8",
+    "openvino": "OpenVINO float32",
+    "openvino8": "OpenVINO int8",
+}
+_MODULES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+_INPUT = "images"
+# Relative distance of the logits from torch's float32. int8 rounds 8-bit values through tens of layers: a wrong layout
+# or a lost layer gives about 1.4 (unrelated vectors of equal length), quantization a few hundredths.
+_TOLERANCE = {"onnxruntime": 1e-3, "openvino": 1e-3, "onnxruntime8": 0.5, "openvino8": 0.5}
+
+
+def engine_reason(name: str) -> str | None:
+    """Why this engine cannot be timed here, or None."""
+    needed = set(_MODULES[name.removesuffix("8")]) | ({"onnxruntime"} if name.endswith("8") else set())
+    missing = sorted(module for module in needed if importlib.util.find_spec(module) is None)
+    return f"not installed: pip install {' '.join(missing)}" if missing else None
+
+
+class EngineModels:
+    """One float network in the forms the engines read; files live as long as the object."""
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+        """
+        Args:
+            model: float network in evaluation mode. input_shape: [C, H, W].
+        """
+        plain = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self._model = optimization.fuse(plain)
+        self._shape = tuple(input_shape)
+        self._folder = tempfile.TemporaryDirectory(prefix="lbs-engines-")
+
+    def call(self, name: str, images: Tensor, threads: int) -> Callable[[], object]:
+        """A call that computes the logits of `images` float32 [N, C, H, W] with `threads` threads, checked once.
+
+        Raises:
+            BackendError: the engine refuses the network, or computes something else.
+        """
+        path = self._file(8 if name.endswith("8") else 32, images.shape[0])
+        run = _onnxruntime(path, threads) if name.startswith("onnxruntime") else _openvino(path, threads)
+        array = images.cpu().contiguous().numpy()
+        with torch.inference_mode():
+            expected = self._model(images.cpu())
+        distance = float((torch.from_numpy(run(array).copy()) - expected).norm() / expected.norm())
+        if not distance <= _TOLERANCE[name]:
+            raise BackendError(
+                f"{ENGINES[name]} differs from torch by {distance:.2g} of the logits' length (at most "
+                f"{_TOLERANCE[name]:g}); a wrong result is not timed"
+            )
+        return lambda: run(array)
+
+    def _file(self, bits: int, batch: int) -> Path:
+        """The ONNX file of one width and batch size, written on first use."""
+        path = Path(self._folder.name) / f"model{bits}_n{batch}.onnx"
+        if not path.exists():
+            if bits == 8:
+                _quantize(self._file(32, batch), path, batch, self._shape)
+            else:
+                self._export(path, batch)
+        return path
+
+    def _export(self, path: Path, batch: int) -> None:
+        with _quiet():
+            torch.onnx.export(
+                self._model, (torch.randn(batch, *self._shape),), str(path), input_names=[_INPUT], dynamo=True,
+                external_data=False, verbose=False,
+            )  # fmt: skip
+
+
+def _quantize(source: Path, target: Path, batch: int, shape: tuple[int, ...]) -> None:
+    """Static int8 quantization: ranges from random images, such as the timing uses."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter([{_INPUT: torch.randn(batch, *shape).numpy()} for _ in range(max(1, 8 // batch))])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.left, None)
+
+    prepared = source.with_suffix(".prepared.onnx")
+    with _quiet():
+        quant_pre_process(str(source), str(prepared))
+        quantize_static(
+            str(prepared), str(target), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+
+
+def _onnxruntime(path: Path, threads: int) -> Callable[[Any], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda array: session.run(None, {_INPUT: array})[0]
+
+
+def _openvino(path: Path, threads: int) -> Callable[[Any], Any]:
+    import openvino
+
+    # float32 stays float32: left alone, OpenVINO computes it in bfloat16 where the processor has that.
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    return lambda array: request.infer({_INPUT: array}, share_inputs=True, share_outputs=True)[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters tell their progress through warnings and loggers; it is of no use in a table."""
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

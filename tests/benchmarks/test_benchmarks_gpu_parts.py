@@ -1,0 +1,250 @@
+"""The parts of the GPU suite: targets from made-up results, networks, and the children with interpreted kernels."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_layers, gpu_nets, gpu_targets
+from lbs_kernels.errors import LbsError
+from lbs_kernels.problem import Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYER = "bitconv2d_n128_128x28x28_to128_k3x3_s1_p1_w{bits}_cuda"
+
+
+def layer(contender: str, seconds: float, bits: str = "4a4", problem: str = LAYER) -> dict[str, Any]:
+    return {"problem": problem.format(bits=bits), "contender": contender, "median_s": seconds}
+
+
+def found(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    rows = gpu_targets.rows(results, [LAYER.format(bits="4a4").replace("n128", "n1")])
+    assert len({row["target"] for row in rows}) == len(rows)
+    assert all(set(row) == {"target", "needed", "measured", "met", "detail"} for row in rows)
+    return {row["target"]: row for row in rows}
+
+
+def test_nothing_measured_meets_nothing() -> None:
+    assert {row["met"] for row in found({}).values()} == {None}
+    assert "not measured  b1 / INT8" in gpu_targets.table(gpu_targets.rows({}))
+
+
+def test_layers_take_the_fastest_kernel_and_the_wanted_shapes_only() -> None:
+    rows = [
+        layer("float16", 6e-4),
+        layer("triton:a", 3e-4),
+        layer("triton:b", 2.5e-4),
+        layer("cuda:c", 2e-4),
+        {**layer("triton:d", 1.0), "median_s": 1e-9, "contender": "fast but other"},
+        layer("float16", 1.0, problem="bitconv2d_n128_7x28x28_to128_k3x3_s1_p1_w{bits}_cuda"),
+        layer("triton:a", 1e-9, problem="bitconv2d_n128_7x28x28_to128_k3x3_s1_p1_w{bits}_cuda"),
+        layer("float16", 6e-4, bits="8a8"),
+        layer("triton:a", 5e-4, bits="8a8"),
+        {"problem": LAYER.format(bits="8a8"), "contender": "triton:z", "error": "wrong"},
+        layer("triton:a", 3e-4, bits="2a2"),
+        layer("cuda:a", 1e-4, bits="2a2"),
+    ]
+    targets = found({"layers": {"rows": rows}})
+    label = "{} over cuDNN float16 channels_last, ResNet-18/50 layers, batch 128"
+    assert targets[label.format("w4a4")]["measured"] == pytest.approx(3.0)
+    assert targets[label.format("w4a4")]["met"] is True
+    assert targets[label.format("w8a8")]["measured"] == pytest.approx(1.2)
+    assert targets[label.format("w8a8")]["met"] is False
+    assert targets[label.format("w2a2")]["met"] is None  # its float16 was not timed
+    one_bit = next(row for name, row in targets.items() if name.startswith("one-bit"))
+    assert (one_bit["measured"], one_bit["met"]) == (pytest.approx(3.0), True)
+
+
+def test_models_tests_and_sanitizer() -> None:
+    def row(network: str, batch: int, contender: str, median: float, **ratios: float) -> dict[str, Any]:
+        named = {name.replace("_", " "): value for name, value in ratios.items()}
+        return {
+            "network": network, "batch": batch, "contender": contender, "median": median,
+            "images_per_s": batch / median, "ratios": named,
+        }  # fmt: skip
+
+    models = [
+        row("resnet18", 128, "w4a4", 1e-3, torch_float32=16.0, torch_float16_compiled=1.7),
+        row("resnet50", 256, "mixed", 256 / 95_000),
+        row("resnet50", 256, "w4a4", 256 / 99_000, torch_float32=14.0),
+        row("resnet18", 1, "torch float16", 1e-6),
+        row("resnet18", 1, "w4a4", 70e-6),
+        row("resnet18", 1, "w2a2", 55e-6),
+        row("resnet50", 1, "w2a2", 155e-6),
+    ]
+    sanitizer = {"tools": {"memcheck": {"errors": 0, "reason": "3 tests"}, "racecheck": {"errors": 2, "reason": ""}}}
+    targets = found(
+        {
+            "models": {"rows": models},
+            "roofs": {"b1_over_int8": 6.5},
+            "tests": {"passed": True, "tests": 60},
+            "sanitizer": sanitizer,
+        }
+    )
+    met = {name: row["met"] for name, row in targets.items() if row["met"] is not None}
+    assert met == {
+        "b1 / INT8 tensor-core rate is measured": True,
+        "resnet18 w4a4 over float32 (TF32 off), batch 128": True,
+        "resnet50 w4a4 over float32 (TF32 off), batch 256": False,
+        "resnet18 w4a4 over compiled float16, batch 128": False,
+        "resnet50 images/s, batch 256, mixed plan (TensorRT INT8: 94,620)": True,
+        "resnet18 seconds, batch 1": True,
+        "resnet50 seconds, batch 1": False,
+        "every gpu test is green": True,
+        "compute-sanitizer memcheck errors": True,
+        "compute-sanitizer racecheck errors": False,
+    }
+    assert targets["resnet18 seconds, batch 1"]["detail"] == "w2a2"
+
+
+def test_problems_are_distinct_and_begin_with_what_the_targets_ask_for() -> None:
+    order = ((("resnet18",), (128,), ((4, 4), (8, 8))), (("cifar_resnet20",), (1,), ((2, 2),)))
+    problems = gpu_layers.problems(order)
+    assert len(set(problems)) == len(problems)
+    assert {problem.batch for problem in problems[:10]} == {128}
+    assert problems[-1].batch == 1
+    for problem in problems:
+        edge = problem.op == "bitlinear" or problem.in_channels == 3
+        assert (problem.w_bits, problem.a_bits) in ([(8, 8)] if edge else [(4, 4), (8, 8), (2, 2)])
+
+
+def test_packed_networks_follow_their_rule(tmp_path: Path) -> None:
+    import lbs
+    import lbs.models
+
+    for variant in ("mixed", "w4a4 pruned"):
+        packed = lbs.load(gpu_nets.build(str(tmp_path), "digits_resnet8", variant))
+        assert packed.plan is not None
+        layers = packed.plan.layers
+        assert {(layer.w_bits, layer.a_bits) for layer in (layers[0], layers[-1])} == {(8, 8)}
+        assert {(layer.w_bits, layer.a_bits) for layer in layers[1:-1]} == {(4, 4)}
+        kept = [layer.kept_filters / layer.filters for layer in layers if layer.kept is not None]
+        assert bool(kept) == (variant == "w4a4 pruned")
+        assert all(0.5 < share < 0.9 for share in kept)
+    before = gpu_nets.file_of(tmp_path, "digits_resnet8", "mixed").stat().st_mtime_ns
+    gpu_nets.build(str(tmp_path), "digits_resnet8", "mixed")
+    assert gpu_nets.file_of(tmp_path, "digits_resnet8", "mixed").stat().st_mtime_ns == before
+    small = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    model = lbs.prepare(small, torch.randn(1, 3, 8, 8))
+    with pytest.raises(LbsError, match="no layer whose filters can go"):
+        gpu_nets.plan(model, "digits_resnet8", "w4a4 pruned")
+
+
+def test_layers_and_networks_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernels that the timing process asks for, by a compiler that launches nothing."""
+    pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path / "none"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "kernels"))
+    from ahead_of_time import compiling
+
+    from benchmarks import gpu_compile
+    from lbs_kernels import gpu_runner
+
+    before = gpu_runner.INTERPRETED
+    problem = Problem("bitconv2d", 1, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1), w_bits=2, a_bits=2, device="cuda")
+    with compiling("sm_90", tmp_path / "cache") as kernels:
+        assert gpu_compile.compile_layer(problem, 1) == 2
+    assert [kernel.name for kernel in kernels] == ["quantpack_kernel", "gemm_kernel"] * 2
+    assert gpu_runner.INTERPRETED is before
+
+
+CHILDREN = """
+import sys, time, torch, lbs.models
+from pathlib import Path
+from benchmarks import gpu_children, gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_roofs, gpu_run
+from lbs_kernels import timing, tuner
+
+def tiny(classes):
+    nn = torch.nn
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes),
+    )
+
+lbs.models.REGISTRY["tiny"] = lbs.models.ModelEntry(tiny, 3, (1, 4, 4), 1)
+out = Path(sys.argv[1])
+(out / "scratch").mkdir()
+gpu_device.DEVICE = "cpu"
+gpu_run.header = gpu_children.header = lambda: {"device": "interpreter"}
+gpu_roofs.COPY_BYTES, gpu_roofs.SIZE = 1 << 16, 64
+gpu_layers.ORDER = ((("tiny",), (1,), ((2, 2),)),)
+gpu_layers.problems.__defaults__ = (gpu_layers.ORDER,)
+gpu_layers.NEAR, gpu_layers.FAR = 0, 1
+gpu_models.ORDER = (("tiny", 2),)
+gpu_models.variants = lambda network: ["w4a4", "w4a4 pruned"]
+quick = timing.interleave
+timing.interleave = lambda calls, **options: quick(calls, **{**options, "rounds": 2, "warmup": 1e-4, "cold_l2": False})
+from lbs_kernels import registry
+registry.AUTOMATIC["cpu"] = ("gpu", "reference")
+
+class Compiler:
+    jobs = {}
+    def __init__(self, workers): pass
+    def submit(self, name, function, *arguments): pass
+    def wait(self, name, until): return "not here"
+    def stop(self): pass
+
+gpu_compile.Compiler = Compiler
+for part in ("roofs", "layers", "models"):
+    gpu_children.run(part, out, out / "scratch", time.time() + 300)
+"""
+
+
+def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) -> None:
+    """Roofs, layers and models from end to end on tiny shapes; the times mean nothing, everything else does."""
+    pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "LBS_TUNING_DIR": str(tmp_path / "tuning"),
+    }  # fmt: skip
+    command = [sys.executable, "-c", CHILDREN, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    roofs, layers, models = (
+        json.loads((tmp_path / f"{part}.json").read_text()) for part in ("roofs", "layers", "models")
+    )
+    assert set(roofs["rows"]) == {"copy", "float16", "int8"}
+    assert "no row of gpu_kernels.KERNELS is in CUDA" in roofs["missing"]["b1"] or "one-bit" in roofs["missing"]["b1"]
+    assert (layers["complete"], layers["passes"]) == (True, 2)
+    contenders = {row["contender"].split(":")[0] for row in layers["rows"]}
+    assert contenders >= {"float16", "triton"}
+    assert all("error" not in row and row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"])
+    (table,) = (tmp_path / "tuning").glob("*.json")
+    timed = {name.split(":")[0] for times in json.loads(table.read_text())["rows"].values() for name in times}
+    assert timed == {"triton", "fp16"}
+    assert models["complete"]
+    names = {row["contender"] for row in models["rows"]}
+    assert names == {"torch float32", "torch TF32", "torch float16", "w4a4", "w4a4 pruned"}
+    assert set(models["missing"]["tiny 2"]) == {"torch float16 compiled"}
+    assert all(set(row["ratios"]) == names - {row["contender"]} for row in models["rows"])
+    assert (tmp_path / "scratch" / ".layers.now").exists()
+
+
+@pytest.mark.slow
+def test_jobs_run_in_processes_and_their_failures_are_words() -> None:
+    """Slow because every process imports torch."""
+    from benchmarks.gpu_compile import Compiler
+
+    compiler = Compiler(1)
+    try:
+        compiler.submit("good", math.sqrt, 4.0)
+        compiler.submit("bad", math.sqrt, -1.0)
+        compiler.submit("late", time.sleep, 60)
+        assert compiler.wait("good", time.time() + 120) == ""
+        assert compiler.wait("bad", time.time() + 60) == "ValueError: math domain error"
+        assert compiler.wait("other", 0) == "it was not submitted"
+        assert compiler.wait("late", time.time() + 0.1).startswith("TimeoutError")
+    finally:
+        processes = list(compiler.pool._processes.values())
+        compiler.stop()
+        for process in processes:
+            process.kill()

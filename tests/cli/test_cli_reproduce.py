@@ -1,0 +1,339 @@
+"""`lbs reproduce`: a row from float weights to record, killed anywhere and resumed, refused where it would change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lbs.data
+from lbs import run_folder
+from lbs.cli import main, rows
+from lbs.cli.reproduce import epochs_of, setting
+from lbs.cli.reproduction import schedule_text
+from lbs.config import FinetuneRun, SearchRun
+from lbs.plan import Plan
+from lbs.search import checkpoint
+from lbs.search.trainer import Trainer
+from lbs_kernels.errors import LbsError
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
+        self.norm0 = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.relu, self.pool = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = self.relu(self.norm1(self.conv1(self.relu(self.norm0(self.stem(x))))))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+class Colour(Net):
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.stem = nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False)
+"""
+TINY = rows.Network(
+    "tiny",
+    "tiny_reproduced:Net",
+    common={"data": "digits", "augment": False, "batch_size": 64, "train_images": 256, "calibration": 64},
+    float={"epochs": 2},
+    search={"lr": 0.01, "log_every": 1},
+    finetune={"lr": 0.02},
+)
+SHIPPED = dict(rows.ROWS)
+STREAMED = rows.Network(
+    "streamed",
+    "tiny_reproduced:Colour",
+    common={"batch_size": 6, "calibration": 6},
+    float={"epochs": 1},
+    finetune={"lr": 0.02},
+)
+LINE = "--schedule 2+2 --threads 1"
+Command = Callable[..., tuple[int, Any, str]]
+
+
+@pytest.fixture
+def lbs_command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `lbs ... --json`: (exit code, parsed stdout, stderr)."""
+
+    def run(line: str) -> tuple[int, Any, str]:
+        capsys.readouterr()
+        code = main.main([*line.split(), "--json"])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out) if captured.out else None, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the tiny network; rows `tiny` and `tiny-uniform-4`; the run `whole`, never interrupted."""
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "tiny_reproduced.py").write_text(NETWORK)
+    made = (
+        rows._row(TINY, "joint", {"bops": 0.03}, ""),
+        rows._uniform(TINY, 4),
+        rows._row(STREAMED, "joint", {"bops": 0.03}, ""),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "ROWS", {row.name: row for row in made})
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        assert main.main(f"reproduce tiny --out whole {LINE}".split()) == 0
+        yield folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Weights and plan a run ended with, and its rows without the clock."""
+    names = ("float.safetensors", "searched.safetensors", "model.safetensors")
+    found = {name: checkpoint.digest(checkpoint.load_weights(folder / name)) for name in names}
+    metrics = run_folder.RunFolder(folder).metrics()
+    found["metrics"] = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in metrics])
+    tensors, state = checkpoint.load(folder / "checkpoints/finetune.safetensors")
+    found["checkpoint"] = checkpoint.digest(tensors) + json.dumps({k: v for k, v in state.items() if k != "seconds"})
+    return {**found, "plan": (folder / "plan.json").read_text()}
+
+
+def test_a_row_from_float_network_to_record(home: Path) -> None:
+    record = json.loads((home / "whole/record.json").read_text())
+    plan = Plan.load(home / "whole/plan.json")
+    assert record["bops"] == plan.bops() <= record["target_bops"] == 0.03 * plan.full_precision_bops()
+    assert record["schedule"] == "2+2 of 30+200 epochs, 256 training images"
+    assert record["equal_predictions"] == record["images"] == 360
+    assert record["packed_top1"] == record["fine_tuned_top1"] <= record["best_epoch_top1"]
+    assert record["seeds"] == {"float": 0, "search": 0, "finetune": 0}
+    assert set(record["seconds"]) == {"float", "search", "finetune", "pack", "verify"}
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["commit"]
+    assert str(home) not in json.dumps(record)
+    assert record["config"]["finetune"]["milestones"] == [80, 120]
+
+
+class Killer:
+    """Ends the command at its n-th training step, or when it is about to put a file of some name in place."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, step: int | None = None, file: str = "", count: int = 1) -> None:
+        self.steps, self.file, self.count = step, file, count
+        inner, replace = Trainer._train_step, os.replace
+
+        def train_step(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+            if self.steps is not None:
+                self.steps -= 1
+                if self.steps < 0:
+                    raise KeyboardInterrupt
+            inner(trainer, images, labels)
+
+        def put(source: Any, target: Any) -> None:
+            if self.file and str(target).endswith(self.file):
+                self.count -= 1
+                if self.count == 0:
+                    raise KeyboardInterrupt
+            replace(source, target)
+
+        patch.setattr(Trainer, "_train_step", train_step)
+        patch.setattr(run_folder.os, "replace", put)
+
+
+# 4 steps an epoch, 2 epochs a phase. The files in the order they are written at the switches between phases.
+SWITCHES = [
+    ("float.safetensors", 2),  # the first is the checkpoint of the first epoch
+    ("float-best.safetensors", 1),
+    ("float.safetensors", 3),
+    ("results.json", 1),
+    ("searched.safetensors", 1),
+    ("plan.json", 1),
+    ("results.json", 2),
+    ("finetune.safetensors", 1),
+    ("plan.json", 2),
+    ("model.safetensors", 1),
+    ("results.json", 3),
+    ("packed.lbs.safetensors", 1),
+    ("results.json", 4),
+    ("record.json", 1),
+]
+QUICK = {("searched.safetensors", 1), ("results.json", 2)}
+KILLS = [
+    pytest.param({"step": 10}, id="step10"),
+    pytest.param({"step": 21}, id="step21", marks=pytest.mark.slow),
+    *[
+        pytest.param(
+            {"file": file, "count": count},
+            id=f"{file}-{count}",
+            marks=() if (file, count) in QUICK else (pytest.mark.slow,),
+        )
+        for file, count in SWITCHES
+    ],
+]
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_anywhere_it_goes_on_to_the_same_bits(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, kill: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        Killer(patch, **kill)
+        assert lbs_command(f"reproduce tiny --out {folder} {LINE}")[0] == 130
+    code, record, errors = lbs_command(f"reproduce tiny --out {folder} --resume --threads 1")
+    assert code == 0, errors
+    assert digests(folder) == digests(home / "whole")
+    whole = json.loads((home / "whole/record.json").read_text())
+    changing = ("seconds", "environment", "bytes")
+    assert {k: v for k, v in record.items() if k not in changing} == {
+        k: v for k, v in whole.items() if k not in changing
+    }
+
+
+def test_a_uniform_row_starts_from_the_weights_that_were_named(home: Path, lbs_command: Command) -> None:
+    line = "reproduce tiny-uniform-4 --out uniform --weights whole/float.safetensors --schedule 1 --threads 1"
+    code, record, errors = lbs_command(f"{line} --record copy.json --curve cosine --finetune distill=0.5")
+    assert code == 0, errors
+    assert {(x.w_bits, x.a_bits) for x in Plan.load(home / "uniform/plan.json").layers} == {(8, 8), (4, 4)}
+    assert record["target_bops"] is None
+    assert record["float_top1"] == json.loads((home / "whole/record.json").read_text())["float_top1"]
+    assert record["config"]["finetune"]["schedule"] == "cosine"
+    assert json.loads((home / "copy.json").read_text()) == record
+
+
+def test_a_resumed_row_names_everything_that_differs(home: Path, lbs_command: Command) -> None:
+    before = {path: path.read_bytes() for path in (home / "whole").rglob("*") if path.is_file()}
+    code, body, _ = lbs_command("reproduce tiny --out whole --resume --seed 3 --schedule 4+2")
+    assert code == 2
+    assert "seed 0, asked is 3" in body["error"]
+    code, body, _ = lbs_command("reproduce tiny --out whole --resume --search gain=0.5")
+    assert "section search, has gain 0.009, asked is 0.5" in body["error"]
+    code, body, _ = lbs_command("reproduce tiny-uniform-4 --out whole --resume")
+    assert "row 'tiny', asked is 'tiny-uniform-4'" in body["error"]
+    code, body, _ = lbs_command(f"reproduce tiny --out whole {LINE}")
+    assert "already holds a float" in body["error"]
+    code, body, _ = lbs_command("reproduce tiny --out elsewhere --resume")
+    assert "no float to resume" in body["error"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def write_set(path: Path, seed: int) -> None:
+    data = lbs.data.synthetic(classes=3, train=128, test=32, size=8, channels=1, seed=seed)
+    np.savez(path, **{name: getattr(data, name).numpy() for name in ("train_x", "train_y", "test_x", "test_y")})
+
+
+def test_a_data_set_that_changed_under_its_name_is_refused(home: Path, lbs_command: Command) -> None:
+    line = "reproduce tiny --out changing --data own.npz --train-images 128 --threads 1"
+    write_set(home / "own.npz", seed=1)
+    assert lbs_command(f"{line} --schedule 1+1 --float-epochs 1")[0] == 0
+    shutil.copy(home / "changing/results.json", home / "kept.json")
+    write_set(home / "own.npz", seed=2)
+    results = json.loads((home / "changing/results.json").read_text())
+    for name in ("finetune", "pack", "verify"):
+        del results[name]
+    (home / "changing/results.json").write_text(json.dumps(results))
+    code, body, _ = lbs_command(f"{line} --resume")
+    assert code == 2
+    assert "another data set: own.npz has the fingerprint" in body["error"]
+    code, body, _ = lbs_command("verify --run changing")
+    assert code == 2
+    assert "another data set: own.npz" in body["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    for part, count in (("train", 18), ("val", 7)):
+        for index in range(count):
+            place = tmp_path / "set" / part / f"c{index % 3}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (40 + index, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{index}.jpg")
+    (tmp_path / "set/train/c0/broken.jpg").write_bytes(b"no image")
+    line = f"--data imagenet:{tmp_path}/set --schedule 2+2 --threads 1"
+    code, body, _ = lbs_command(f"reproduce streamed --out {tmp_path}/strict {line}")
+    assert code == 2
+    assert "1 of 19 images cannot be read, at most 0.00%" in body["error"]
+    line += " --max-unreadable 0.1"
+    assert lbs_command(f"reproduce streamed --out {tmp_path}/whole {line}")[0] == 0
+    assert "broken.jpg" in json.dumps(
+        json.loads((tmp_path / "whole/results.json").read_text())["finetune"]["unreadable"]
+    )
+    with monkeypatch.context() as patch:
+        Killer(patch, step=7)
+        assert lbs_command(f"reproduce streamed --out {tmp_path}/parts {line}")[0] == 130
+    code, record, errors = lbs_command(f"reproduce streamed --out {tmp_path}/parts --resume --threads 1")
+    assert code == 0, errors
+    assert record["equal_predictions"] == record["images"] == 7
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("reproduce nothing", "no row is called 'nothing'; the rows are tiny"),
+        ("reproduce tiny --schedule 8", "takes two numbers, such as 8+30"),
+        ("reproduce tiny --schedule 8+x", "takes two numbers"),
+        ("reproduce tiny --search wings=2", "keys are amp, augment"),
+        ("reproduce tiny --search gain=word", "gain is a float, as 0.009 is"),
+        ("reproduce tiny-uniform-4 --bops 0.5", "has no search"),
+        ("reproduce tiny --bops 0.00001", "out of reach"),
+        ("reproduce tiny --weights other.safetensors", "is for 7 classes (fc.weight is (7, 16)), the data set digits"),
+        ("reproduce tiny --search mode=backwards --weights ok.safetensors", "--mode backwards is not known; use joint"),
+    ],
+)
+def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str, message: str) -> None:
+    state = checkpoint.load_weights(home / "whole/float.safetensors")
+    checkpoint.safetensors.torch.save_file(state, home / "ok.safetensors")
+    state["fc.weight"], state["fc.bias"] = torch.zeros(7, 16), torch.zeros(7)
+    checkpoint.safetensors.torch.save_file(state, home / "other.safetensors")
+    shutil.rmtree(home / "bad", ignore_errors=True)
+    if "bops 0.0" in line:
+        line += " --weights ok.safetensors"
+    code, body, errors = lbs_command(f"{line} --out bad --train-images 64 --threads 1")
+    assert code == 2, errors
+    assert message in body["error"], body["error"]
+
+
+def test_schedules_are_named_by_what_was_run() -> None:
+    search, full = SearchRun(epochs=30, full_epochs=30), FinetuneRun()
+    results = {"finetune": {"epochs": 16}}
+    assert schedule_text({"search": search, "finetune": full}, results) == "30+200 epochs"
+    short = {"search": SearchRun(epochs=8, full_epochs=30), "finetune": FinetuneRun(epochs=30, amp="bf16")}
+    assert schedule_text(short, results) == "8+30 of 30+200 epochs, bfloat16 autocast"
+    limited = {"search": search, "finetune": FinetuneRun(epochs=30, minutes=35.0)}
+    assert schedule_text(limited, results) == "30+16 of 30+200 epochs"
+    assert schedule_text({"finetune": FinetuneRun(epochs=5)}, results) == "5 of 200 epochs"
+
+
+def test_options_on_the_command_line() -> None:
+    row = rows._uniform(TINY, 4)
+    assert epochs_of("30", row) == (None, 30)
+    assert setting(FinetuneRun, "milestones=[3,5]") == ("milestones", (3, 5))
+    with pytest.raises(LbsError, match="give KEY=VALUE"):
+        setting(SearchRun, "gain")
+
+
+def test_every_row_is_listed_with_what_was_published(lbs_command: Command) -> None:
+    code, body, _ = lbs_command("reproduce --list")
+    assert code == 0
+    assert [row["row"] for row in body["rows"]] == ["tiny", "tiny-uniform-4", "streamed"]
+    joint = SHIPPED["cifar100-resnet20"]
+    assert joint.published is not None
+    assert (joint.target, joint.published.top1, joint.published.bops) == (630.6e6, 68.1, 630.6e6)
+    for network in ("cifar100-resnet20", "cifar100-resnet56"):
+        variants = {row.variant for row in SHIPPED.values() if row.network.name == network}
+        assert variants >= {"joint", "quant-only", "prune-only", "two-stage", "multi-path", "greedy", "uniform-4"}

@@ -1,0 +1,75 @@
+"""`lbs tune` from the shell's point of view."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import lbs.zoo
+from lbs.cli import main
+from lbs_kernels import extension, tuner, tuning_table
+from lbs_kernels.problem import Problem
+
+native = pytest.mark.skipif(extension.cpu is None, reason=f"native module: {extension.cpu_reason}")
+SMALL = ["tune", "--shapes", "digits_resnet8", "--bits", "4/4", "--points", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
+    tuning_table.forget()
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    tuning_table.forget()
+
+
+@native
+def test_layers_are_measured_once_and_the_table_is_named(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([*SMALL, "--json"]) == 0
+    done = capsys.readouterr()
+    body = json.loads(done.out)
+    path = Path(body["path"])
+    assert path.parent == tables
+    rows = tuning_table.read(path).rows
+    assert body["measured"] == len(rows) > 3
+    assert all(set(times) == {"cpu:t1"} for times in rows.values())
+    assert f"{len(rows)}/{len(rows)} " in done.err
+    assert main.main([*SMALL, "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert (body["measured"], body["skipped"]) == (0, len(rows))
+
+
+@native
+def test_the_steps_of_a_packed_network(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["tune", "--zoo", next(iter(lbs.zoo.ENTRIES)), "--threads", "1", "--minutes", "0.01", "--json"]
+    assert main.main(command) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["measured"] + body["left"] > 10
+
+
+def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(problem: Problem, threads: int) -> tuner.Measured:
+        return tuner.Measured(problem, {}, {"cpu:t1": "3.00% of the elements differ from the reference"})
+
+    monkeypatch.setattr(tuner, "measure_cpu", measure)
+    assert main.main(SMALL) == 1
+    assert "WRONG  bitconv2d_n1_" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune"], "name one packed network"),
+        ([*SMALL, "--minutes", "0"], "--minutes 0.0; give a positive number"),
+        (["tune", "--shapes", "digits_resnet8", "--bits", "4"], "write weight/activation"),
+        (["tune", "--shapes", "no_such_net"], "no_such_net"),
+    ],
+)
+def test_what_makes_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The grid of problems that latency tables hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lbs.cost
+import lbs.models
+from lbs.cost.latency import latency_grid, network_seconds
+from lbs_kernels import tuning_table
+from lbs_kernels.errors import PlanError
+from lbs_kernels.tuning_table import TuningTable
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning_table, "device_slug", tuning_table.kind)
+    tuning_table.forget()
+    yield
+    tuning_table.forget()
+
+
+def layers(name: str) -> lbs.cost.NetworkLayers:
+    return lbs.cost.network_layers(lbs.models.create(name), lbs.models.example(name))
+
+
+def test_whole_layers_come_first_and_ends_keep_their_shape() -> None:
+    net = layers("cifar_resnet20")
+    grid = latency_grid(net, [(4, 4), (2, 2)], points=2, group=8)
+    assert len(set(grid)) == len(grid)
+    whole = {layer.problem for bits in ((4, 4), (2, 2)) for layer in net.with_bits(*bits).layers}
+    assert set(grid[: len(whole)]) == whole
+    stem = [problem for problem in grid if problem.in_channels == 3]
+    assert {problem.out_channels for problem in stem} == {8, 16}
+    linear = [problem for problem in grid if problem.op == "bitlinear"]
+    assert {(problem.in_channels, problem.out_channels) for problem in linear} == {(32, 100), (64, 100)}
+    assert all((problem.w_bits, problem.a_bits) == (8, 8) for problem in [*stem, *linear])
+    assert all(problem.out_channels % 8 == 0 for problem in grid if problem.op == "bitconv2d")
+
+
+def test_depthwise_layers_keep_one_filter_per_channel() -> None:
+    grid = latency_grid(layers("mobilenet_v2"), [(4, 4)], points=2)
+    depthwise = [problem for problem in grid if problem.groups > 1]
+    assert depthwise
+    assert all(problem.groups == problem.in_channels == problem.out_channels for problem in depthwise)
+
+
+def test_batches_and_what_makes_no_sense() -> None:
+    net = layers("cifar_resnet20")
+    assert {problem.batch for problem in latency_grid(net, [(4, 4)], batch=8, points=1)} == {8}
+    with pytest.raises(PlanError, match="points 0"):
+        latency_grid(net, [(4, 4)], points=0)
+
+
+def test_the_grid_makes_every_kept_size_of_the_network_known() -> None:
+    net = layers("cifar_resnet20")
+    grid = latency_grid(net, [(4, 4)], points=2, group=8)
+    # Times proportional to the work are met exactly at the grid's points, and whole networks add up.
+    rows = {tuning_table.key(problem): {"cpu:t1": problem.macs * 1e-12} for problem in grid}
+    tuning_table.write(tuning_table.user_path("cpu"), TuningTable("cpu", rows))
+    whole = [layer.problem for layer in net.with_bits(4, 4).layers]
+    assert network_seconds(whole, threads=1) == pytest.approx(sum(problem.macs for problem in whole) * 1e-12)
+    assert network_seconds(whole, threads=2) is None
+    assert network_seconds([layer.problem for layer in net.with_bits(2, 2).layers]) is None

@@ -1,0 +1,143 @@
+"""The half-precision fallback, kernels interpreted: near the reference, never taken unless allowed, told everywhere.
+
+Started by tests/kernels/test_gpu_runner.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pack_nets
+import programs
+import pytest
+import torch
+
+import lbs
+from lbs_kernels import gpu_kernels, registry, tuner, tuning_table
+from lbs_kernels.errors import BackendError, FormatError
+from lbs_kernels.gpu_runner import GpuRunner
+from lbs_kernels.half_config import HalfConfig
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import ConvStep, LinearStep
+from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.run import clear_runners
+from lbs_kernels.tuning_table import TuningTable
+
+HALF = HalfConfig()
+NAME = f"fp16:{HALF}"
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No measured times but those a test writes; models on the processor use the GPU's kernels."""
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
+    monkeypatch.setitem(registry.AUTOMATIC, "cpu", ("gpu", "reference"))
+    tuning_table.forget()
+    clear_runners()
+    yield
+    tuning_table.forget()
+    clear_runners()
+
+
+def measured(problems: list[Problem], seconds: dict[str, float]) -> None:
+    device = tuning_table.device_slug("cpu")
+    rows = {tuning_table.key(problem): seconds for problem in problems}
+    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+
+
+# 33 channels: a word and one bit. Zero, sign, groups: how codes are read. 8/8 bits over 9 * 33 overflow float16.
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"w_bits": 8, "a_bits": 8, "channels": 33},
+        {"w_bits": 2, "a_bits": 4, "channels": 33, "stride": (2, 1)},
+        {"w_bits": 4, "a_bits": 8, "zero": 117},
+        {"w_bits": 4, "a_bits": 4, "signed": True, "padding": (0, 0)},
+        {"w_bits": 8, "a_bits": 4, "groups": 4, "channels": 8, "filters": 12},
+    ],
+    ids=str,
+)
+def test_codes_differ_by_one_at_most(geometry: dict[str, object]) -> None:
+    program, blob = programs.one_conv(5, **{"channels": 5, "filters": 13, "size": (5, 4), **geometry})  # type: ignore[arg-type]
+    images = programs.random_inputs(program, batch=2, seed=6)
+    expected: dict[int, torch.Tensor] = {}
+    ReferenceRunner(program, blob).run(images, expected)
+    runner = GpuRunner(program, blob, "cpu", {"step1": HALF})
+    actual: dict[int, torch.Tensor] = {}
+    runner.run(images, actual)
+    step = next(step for step in program.steps if isinstance(step, ConvStep))
+    target = step.emit.consumers[0].tensor
+    difference = (actual[target].int() - expected[target].int()).abs()
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).float().mean()) < 0.05
+    assert programs.share_unsaturated(program, expected) > 0.3
+
+
+def test_a_sum_is_rounded_to_float16_and_no_more() -> None:
+    program, blob = programs.chain(3)
+    images = programs.random_inputs(program, 2, 0)
+    expected: dict[int, torch.Tensor] = {}
+    wanted = ReferenceRunner(program, blob).run(images, expected)
+    last = program.steps[-1]
+    assert isinstance(last, LinearStep)
+    found = GpuRunner(program, blob, "cpu", {last.name: HALF}).run(images)
+    spread = float(wanted[-1].abs().max())
+    assert float((found[-1] - wanted[-1]).abs().max()) <= 2.0**-9 * spread
+    assert not torch.equal(found[-1], wanted[-1])  # it is not exact, whoever thinks so
+
+
+def test_it_is_never_chosen_unless_allowed() -> None:
+    program, blob = programs.one_conv(0, channels=5, filters=6, size=(4, 4), w_bits=2, a_bits=2)
+    runner = GpuRunner(program, blob, "cpu")
+    problem = runner.problems(2)["step1"]
+    measured([problem], {NAME: 1e-6, f"triton:{gpu_kernels.default(problem).config}": 2e-6})
+    assert {choice.kernel.family for choice in runner.choices(2)} == {"triton"}
+    allowed = GpuRunner(program, blob, "cpu", families=("triton", "fp16"))
+    assert [choice.kernel.family for choice in allowed.choices(2)][1] == "fp16"
+    rows = [str(row) for row in registry.explain(problem)]
+    assert any(NAME in row and 'fallback="fp16"' in row for row in rows)
+    measured([problem], {NAME: 3e-6, f"triton:{gpu_kernels.default(problem).config}": 2e-6})
+    assert {choice.kernel.family for choice in allowed.choices(2)} == {"triton"}
+    with pytest.raises(BackendError, match="fallback 'int4' does not exist"):
+        gpu_kernels.check_fallback("int4")
+    with pytest.raises(FormatError, match="no configuration of the half-precision fallback"):
+        HalfConfig.parse("cudnn")
+
+
+def test_the_tuner_measures_it_within_its_tolerance() -> None:
+    problem = Problem("bitconv2d", 1, 4, 4, 8, 8, (3, 3), (1, 1), (1, 1), w_bits=8, a_bits=8, device="cpu")
+    found = tuner.measure_gpu(problem, torch.device("cpu"), limit=0, rounds=1)
+    assert set(found.seconds) == {NAME, f"triton:{gpu_kernels.default(problem).config}"}
+    assert not found.refused
+
+
+def test_a_model_says_where_it_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    exact = lbs.pack(model, verify=False)
+    path = tmp_path / "net.lbs.safetensors"
+    exact.save(path)
+    half = lbs.load(path, fallback="fp16")
+    assert (exact.fallback, half.fallback) == (None, "fp16")
+    x = pack_nets.images(2, (1, 8, 8))
+    assert torch.equal(half(x), exact(x))  # nothing was measured, so nothing is faster
+    clear_runners()
+    runner = exact.regions[0].compiled().runner
+    layers = {n: p for n, p in runner.problems(2).items() if p.op in ("bitconv2d", "bitlinear")}  # type: ignore[attr-defined]
+    measured(list(layers.values()), {NAME: 1e-9})
+    clear_runners()
+    assert half.inexact_layers(2) == set(layers)
+    assert not exact.inexact_layers(2)
+    assert not torch.equal(half(x), exact(x))
+    report = lbs.verify(model, half, x)
+    assert report.ok, str(report)
+    strict = lbs.verify(model, exact, x)
+    assert strict.ok
+    wide, narrow = ({check.what: check.tolerance for check in one.checks} for one in (report, strict))
+    assert sum(wide[what] > 2 * narrow[what] for what in wide) > 3
+    with monkeypatch.context() as patch:  # the wider tolerance is needed, and no wider than that
+        patch.setattr(type(half), "inexact_layers", lambda self, batch, backend="auto": frozenset())
+        assert not lbs.verify(model, half, x).ok
+    explained = lbs.explain(half, batch=2, rounds=1)
+    assert any("in half precision, not exact: " in note for note in explained.notes)
+    assert NAME in {row.kernel for row in explained.rows}

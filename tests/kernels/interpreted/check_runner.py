@@ -1,0 +1,173 @@
+"""The GPU runner's own logic, kernels interpreted: plans per stream, recording, threads, measured choices.
+
+Started by tests/kernels/test_gpu_runner.py; by hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted/check_runner.py
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import pack_nets
+import programs
+import pytest
+from contenders import assert_same
+from torch import Tensor
+
+import lbs
+from lbs_kernels import gpu_runner, registry, tuning_table
+from lbs_kernels.bitconv2d import tuning as conv_tuning
+from lbs_kernels.errors import BackendError
+from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
+from lbs_kernels.half_config import HalfConfig
+from lbs_kernels.program import Program
+from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.run import clear_runners
+from lbs_kernels.tuning_table import TuningTable
+
+OTHER = GemmConfig(16, 32, 1, 4, 2, weights_first=False)
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measured times but those a test writes."""
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
+    tuning_table.forget()
+
+
+@pytest.fixture
+def net() -> tuple[Program, Tensor]:
+    return programs.one_conv(0, channels=5, filters=6, size=(4, 4), w_bits=2, a_bits=2)
+
+
+def check(runner: GpuRunner, blob: Tensor, batch: int, seed: int) -> None:
+    images = programs.random_inputs(runner.program, batch, seed)
+    expected = ReferenceRunner(runner.program, blob).run(images)
+    for result, output in zip(runner.run(images), expected, strict=True):
+        assert_same(result, output, "output")
+
+
+def test_every_stream_has_buffers_of_its_own(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = GpuRunner(*net, "cpu")
+    first = runner.plan(2)
+    monkeypatch.setattr(gpu_runner, "stream_handle", lambda device: 7)
+    second = runner.plan(2)
+    assert second is not first
+    assert second.arena.data_ptr() != first.arena.data_ptr()
+    assert runner.plan(2) is second
+    monkeypatch.undo()
+    assert runner.plan(2) is first
+    runner.release()
+    assert runner.plan(2) is not first
+
+
+def test_the_plans_used_last_are_kept(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "MAX_PLANS", 2)
+    runner = GpuRunner(*net, "cpu")
+    one, two = runner.plan(1), runner.plan(2)
+    assert runner.plan(1) is one
+    runner.plan(3)  # 2 was used longest ago
+    assert runner.plan(1) is one
+    assert runner.plan(2) is not two
+
+
+def test_a_recorded_call_is_given_the_buffers_of_an_earlier_one(
+    net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = GpuRunner(*net, "cpu")
+    kept: list[object] = []
+    monkeypatch.setattr(gpu_runner.cuda_graph, "keep", kept.append)
+
+    def record(seed: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_runner, "capturing", lambda device: True)
+            patch.setattr(runner, "_bind", lambda *arguments: pytest.fail("binding may wait, which no recording may"))
+            check(runner, net[1], 2, seed)
+
+    with pytest.raises(BackendError, match=r"batch 2 is being recorded .* call the model once with this batch first"):
+        record(0)
+    check(runner, net[1], 2, 0)
+    given = runner.plan(2)
+    record(1)
+    assert kept == [(runner, given)]
+    given.arena.fill_(77)  # what a replay would do meanwhile
+    check(runner, net[1], 2, 2)
+    assert (given.arena == 77).all()
+    assert runner.plan(2) is not given
+    with monkeypatch.context() as patch:  # a plan of another stream will do
+        patch.setattr(gpu_runner, "stream_handle", lambda device: 7)
+        record(3)
+    assert len(kept) == 2
+
+
+def test_a_step_may_be_refused_beyond_its_problem(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbs_kernels.bitconv2d import half_impl
+
+    refused = lambda step, source: f"{step.name} reads {source.name}"  # noqa: E731
+    monkeypatch.setattr(half_impl, "step_reason", refused, raising=False)
+    runner = GpuRunner(*net, "cpu", families=("triton", "fp16"))
+    device = tuning_table.device_slug("cpu")
+    rows = {tuning_table.key(runner.problems(2)["step1"]): {"fp16:torch": 1e-9}}
+    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+    assert {choice.kernel.family for choice in runner.choices(2)} == {"triton"}
+    with pytest.raises(BackendError, match=r"step 'step1': fp16 cannot serve .*: step1 reads "):
+        GpuRunner(*net, "cpu", {"step1": HalfConfig()})
+
+
+def test_threads_share_a_runner(net: tuple[Program, Tensor]) -> None:
+    runner = GpuRunner(*net, "cpu")
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(4):
+                check(runner, net[1], 2, 10 * seed + turn)
+        except BaseException as error:  # noqa: BLE001  told to the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_measured_configuration_runs(net: tuple[Program, Tensor]) -> None:
+    runner = GpuRunner(*net, "cpu")
+    problem = runner.problems(2)["step1"]
+    assert conv_tuning.default(problem) != OTHER
+    key = tuning_table.key(problem)
+    device = tuning_table.device_slug("cpu")
+    rows = {key: {f"triton:{OTHER}": 1e-5, f"triton:{conv_tuning.default(problem)}": 2e-5}}
+    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+    choices = {step.name: choice for step, choice in zip(net[0].steps, runner.choices(2), strict=True)}
+    assert choices["step1"].config == OTHER
+    assert choices["step1"].seconds == 1e-5
+    check(runner, net[1], 2, 0)
+    assert runner.plan(2).choices == tuple(runner.choices(2))
+
+
+def test_plans_free_what_they_hold(net: tuple[Program, Tensor]) -> None:
+    runner = GpuRunner(*net, "cpu")
+    check(runner, net[1], 2, 0)
+    del runner
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, GpuRunner)]
+
+
+def test_explain_names_the_kernel_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.AUTOMATIC, "cpu", ("gpu", "reference"))
+    clear_runners()
+    try:
+        packed = pack_nets.packed_digits()
+        rows = lbs.explain(packed, rounds=1).rows
+    finally:
+        clear_runners()
+    assert all(row.kernel.startswith("triton:m") for row in rows)
+    assert len({row.kernel for row in rows}) > 1
+    assert all(row.seconds is None for row in rows)
