@@ -3,7 +3,7 @@
     {"version": 2, "device": ..., "rows": {problem: {implementation: seconds}}}
 
 An implementation is a back end or a family of kernels, with its configuration where it has one: "reference",
-"cpu:t2" (two threads), "triton:m64_o64_k64_w4_s3_wx", "cuda:...", "fp16". Problems are keyed by `key`: their batch is a
+"cpu:t2" (two threads), "triton:depthwise_m64_c32_w2", "cuda:...", "fp16". Problems are keyed by `key`: their batch is a
 bucket, their device without an index.
 
 Tables shipped with the package lie in lbs_kernels/tuning/; those measured here lie in the user's cache folder
