@@ -54,7 +54,7 @@ AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("gpu", "reference")}
 class Candidate:
     """One implementation's answer for one problem: a reason why not, or its measured time if there is one.
 
-    name: a back end, or a GPU kernel with its configuration as tuning tables name it ("triton:gemm_m64_o64_k64_w4_s3_wx_bytes_p1").
+    name: a back end, or a GPU kernel with its configuration as tuning tables name it ("triton:depthwise_m64_c32_w2").
     """
 
     name: str
