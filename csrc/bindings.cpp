@@ -6,6 +6,8 @@
 
 #include "common/cpu_features.h"
 #include "common/format.h"
+#include "common/onebit/model.h"
+#include "common/onebit/task_python.h"
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
@@ -30,26 +32,53 @@ void check_count(int64_t count) {
     lbs::require(count >= 0, "count is " + std::to_string(count) + "; it cannot be negative");
 }
 
-void fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float scale, float step, float n, float low,
-                        int threads, int dtype, const std::string& isa) {
-    check_count(count);
-    const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y), scale, step, n, low, float_type(dtype)};
-    const lbs::Isa resolved = lbs::resolve_isa(isa);
-    py::gil_scoped_release release;
-    lbs::fake_quant_forward(task, count, threads, resolved);
+lbs::QuantWidths quant_widths(float v, const std::vector<float>& scales, const std::vector<float>& steps,
+                              const std::vector<float>& levels, bool is_signed) {
+    lbs::require(!levels.empty() && levels.size() <= lbs::kMaxCoarse + 1 && scales.size() == levels.size() &&
+                     steps.size() == levels.size(),
+                 "fake quantizer: " + std::to_string(levels.size()) + " widths; give 1 to " +
+                     std::to_string(lbs::kMaxCoarse + 1) + ", with a scale and a step each");
+    lbs::QuantWidths widths{};
+    widths.coarse = static_cast<int>(levels.size()) - 1;
+    for (size_t j = 0; j < levels.size(); ++j) {
+        widths.scale[j] = scales[j];
+        widths.step[j] = steps[j];
+        widths.n[j] = levels[j];
+    }
+    widths.v = v;
+    widths.is_signed = is_signed;
+    return widths;
 }
 
-float fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v, float n, int threads,
-                          int dtype, const std::string& isa) {
+std::vector<double> by_width(const lbs::QuantSums& sums, int coarse) {
+    return std::vector<double>(sums.by_width, sums.by_width + coarse);
+}
+
+std::vector<double> fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float v, const std::vector<float>& scales,
+                                  const std::vector<float>& steps, const std::vector<float>& levels, bool is_signed,
+                                  int threads, int dtype, const std::string& isa) {
+    check_count(count);
+    const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y),
+                                 quant_widths(v, scales, steps, levels, is_signed), float_type(dtype)};
+    const lbs::Isa resolved = lbs::resolve_isa(isa);
+    py::gil_scoped_release release;
+    return by_width(lbs::fake_quant_forward(task, count, threads, resolved), task.widths.coarse);
+}
+
+std::pair<double, std::vector<double>> fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v,
+                                                      const std::vector<float>& scales,
+                                                      const std::vector<float>& steps,
+                                                      const std::vector<float>& levels, bool is_signed, int threads,
+                                                      int dtype, const std::string& isa) {
     check_count(count);
     lbs::require(v > 0.0f && std::isfinite(v),
                  "fake_quant_backward: v is " + std::to_string(v) + "; it must be positive and finite");
-    const float scale = static_cast<float>(static_cast<double>(n) / static_cast<double>(v));
-    const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx), v, n, scale,
-                                      float_type(dtype)};
+    const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx),
+                                  quant_widths(v, scales, steps, levels, is_signed), float_type(dtype)};
     const lbs::Isa resolved = lbs::resolve_isa(isa);
     py::gil_scoped_release release;
-    return lbs::fake_quant_backward(task, count, threads, resolved);
+    const lbs::QuantSums sums = lbs::fake_quant_backward(task, count, threads, resolved);
+    return {sums.v, by_width(sums, task.widths.coarse)};
 }
 
 py::dict isa_reasons() {
@@ -104,6 +133,14 @@ std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, cons
     return seconds;
 }
 
+void onebit_model(const py::dict& task, const std::string& machine, int groups, int filters, int stages, int blocks,
+                  bool late, unsigned seed) {
+    const lbs::onebit::Task read = lbs::onebit::read_task(task);
+    const lbs::onebit::TileRow& row = lbs::onebit::find_row(machine, groups, filters, stages);
+    py::gil_scoped_release release;
+    lbs::onebit::run_model(read, row, blocks, late ? lbs::onebit::Timing::kLate : lbs::onebit::Timing::kEarly, seed);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -129,15 +166,31 @@ PYBIND11_MODULE(_cpu, module) {
         "resolve_isa", [](const std::string& name) { return std::string(lbs::isa_name(lbs::resolve_isa(name))); },
         py::arg("name") = "auto", "The instruction set `name` stands for. Raises BackendError.");
 
-    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"),
-               py::arg("scale"), py::arg("step"), py::arg("n"), py::arg("low") = 0.0f, py::arg("threads") = 1,
-               py::arg("dtype") = 0, py::arg("isa") = "auto",
-               "y = clamp(rint(x * scale), low, n) * step. dtype: 0 float32, 1 bfloat16 (arithmetic is float32).");
+    module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"), py::arg("v"),
+               py::arg("scales"), py::arg("steps"), py::arg("levels"), py::arg("is_signed") = false,
+               py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
+               "y at the last of the widths; returns sum |clip(x) - y_j| for each width j before it. dtype: 0 float32, 1 "
+               "bfloat16 (arithmetic is float32).");
     module.def("fake_quant_backward", &fake_quant_backward, py::arg("x_ptr"), py::arg("gy_ptr"), py::arg("gx_ptr"),
-               py::arg("count"), py::arg("v"), py::arg("n"), py::arg("threads") = 1, py::arg("dtype") = 0,
-               py::arg("isa") = "auto",
-               "gx = gy where 0 <= x <= v, else 0; returns the gradient of v: sum of gy * (q / n - x / v inside, 1 "
-               "above, 0 below).");
+               py::arg("count"), py::arg("v"), py::arg("scales"), py::arg("steps"), py::arg("levels"),
+               py::arg("is_signed") = false, py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
+               "gx = gy inside the range, else 0; returns the gradient of v, and sum gy * (y - y_j) for each width j "
+               "before the last, which is y's.");
+
+    module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def("onebit_model", &onebit_model, py::arg("task"), py::arg("machine"), py::arg("groups"),
+               py::arg("filters"), py::arg("stages"), py::arg("blocks") = 1, py::arg("late") = true,
+               py::arg("seed") = 0,
+               "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/common/onebit/task_python.h. late: "
+               "asynchronous operations happen where they are waited for, else where they are issued; seed: of the "
+               "order of the threads, 0 for that of their numbers.");
+    module.def(
+        "onebit_quotient",
+        [](int n, int d) { return lbs::onebit::quotient(n, lbs::onebit::fast_divisor(d)); }, py::arg("n"),
+        py::arg("d"), "n / d as the kernel divides.");
+    module.def("onebit_half", &lbs::onebit::to_float16, py::arg("value"), "Bits of the nearest float16.");
+    module.def("onebit_from_half", &lbs::onebit::from_float16, py::arg("bits"), "float32 of the bits of a float16.");
+    module.def("onebit_brain", &lbs::onebit::to_bfloat16, py::arg("value"), "Bits of the nearest bfloat16.");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),

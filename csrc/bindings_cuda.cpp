@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "common/cuda_check.cuh"
+#include "common/onebit/onebit_cuda.cuh"
+#include "common/onebit/task_python.h"
 #include "common/python_errors.h"
 #include "quantpack/quantpack_cuda.cuh"
 
@@ -40,6 +42,12 @@ void encode_image(uintptr_t x, uintptr_t codes, int64_t batch, int channels, int
     lbs::encode_image_cuda(task, device, reinterpret_cast<cudaStream_t>(stream));
 }
 
+std::unique_ptr<lbs::onebit::Launch> onebit_launch(const py::dict& task, const std::string& machine, int groups,
+                                                   int filters, int stages, int device) {
+    return std::make_unique<lbs::onebit::Launch>(lbs::onebit::read_task(task),
+                                                 lbs::onebit::find_row(machine, groups, filters, stages), device);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -57,4 +65,27 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("channels"), py::arg("pixels"), py::arg("bits"), py::arg("scale"), py::arg("zero"),
                py::arg("signed"), py::arg("device"), py::arg("stream"),
                "float32 [batch, channels, pixels] -> uint8 [batch, pixels, channels].");
+
+    module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def(
+        "onebit_peak",
+        [](const std::string& machine, int repeats, uintptr_t out, int device, uintptr_t stream) {
+            return lbs::onebit::enqueue_peak(machine, repeats, pointer<int>(out), device,
+                                             reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("machine"), py::arg("repeats"), py::arg("out_ptr"), py::arg("device"), py::arg("stream"),
+        "Enqueues products on operands in shared memory and returns how many one-bit multiplications they are: the "
+        "roof. out: int32 [onebit_peak_threads(device)].");
+    module.def("onebit_peak_threads", &lbs::onebit::peak_threads, py::arg("device"), "Elements of out of onebit_peak.");
+    py::class_<lbs::onebit::Launch>(module, "OneBitLaunch", "A convolution on the one-bit tensor cores, bound once.")
+        .def(py::init(&onebit_launch), py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"),
+             py::arg("stages"), py::arg("device"),
+             "task: see csrc/common/onebit/task_python.h; the rest names a row of onebit_tiles(). Raises FormatError, "
+             "BackendError.")
+        .def(
+            "enqueue",
+            [](const lbs::onebit::Launch& launch, uintptr_t stream) {
+                launch.enqueue(reinterpret_cast<cudaStream_t>(stream));
+            },
+            py::arg("stream"), "Launches on a stream; neither allocates nor waits, and can be captured.");
 }

@@ -32,6 +32,7 @@ class ChannelGroup:
     consumers: tuple[str, ...]
     prunable: bool
     reason: str = ""  # why not
+    through: tuple[str, ...] = ()  # depthwise convolutions in between, whose filters go along
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ModelGraph:
     layers: dict[str, LayerPlan]
     groups: dict[str, ChannelGroup]
     repeated: frozenset[str] = frozenset()  # layers that are called more than once
+    uneven: frozenset[str] = frozenset()  # of those, layers whose calls cost differently
 
 
 class _Tracer(fx.Tracer):
@@ -95,13 +97,28 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
             _Shapes(module).run(example)
         except Exception as error:
             raise GraphError(_example_message(model, example, error)) from error
-    layers = {}
+    calls = []
     for node in layer_nodes(module):
         source = node.args[0]
         shape = source.meta["shape"] if isinstance(source, fx.Node) else node.meta["shape"]
-        layers[str(node.target)] = geometry(str(node.target), module.get_submodule(str(node.target)), shape)
+        calls.append(geometry(str(node.target), module.get_submodule(str(node.target)), shape))
     groups = {str(n.target): _group(module, n) for n in layer_nodes(module) if _is_conv(module, n)}
-    return ModelGraph(module, layers, groups, _repeated(str(n.target) for n in layer_nodes(module)))
+    layers, uneven = _summed(calls)
+    return ModelGraph(module, layers, groups, _repeated(entry.name for entry in calls), uneven)
+
+
+def _summed(calls: Iterable[LayerPlan]) -> tuple[dict[str, LayerPlan], frozenset[str]]:
+    """One entry per layer, its calls counted in `positions`; and the layers whose calls differ in size."""
+    found: dict[str, LayerPlan] = {}
+    uneven = set()
+    for entry in calls:
+        before = found.setdefault(entry.name, entry)
+        if before is entry:
+            continue
+        if (before.height, before.width) != (entry.height, entry.width):
+            uneven.add(entry.name)
+        found[entry.name] = replace(before, positions=before.positions + entry.positions)
+    return found, frozenset(uneven)
 
 
 @contextmanager
@@ -160,19 +177,17 @@ def called_module(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def observe_layers(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerPlan], frozenset[str]]:
-    """Geometry of the layers that one forward pass calls, in that order, without a trace; and those called twice.
+    """Geometry of the layers that one forward pass calls, in that order, without a trace; and the uneven ones.
 
     Raises:
         GraphError: an example that does not fit.
     """
     _check_example(model, example)
-    found: dict[str, LayerPlan] = {}
-    calls: list[str] = []
+    calls: list[LayerPlan] = []
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            calls.append(name)
-            found.setdefault(name, geometry(name, layer, tuple(args[0].shape)))
+            calls.append(geometry(name, layer, tuple(args[0].shape)))
 
         return hook
 
@@ -187,7 +202,7 @@ def observe_layers(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerPl
     finally:
         for handle in handles:
             handle.remove()
-    return found, _repeated(calls)
+    return _summed(calls)
 
 
 def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
@@ -229,6 +244,7 @@ def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
     """Follow a convolution's channels to everything that reads them."""
     norms: list[str] = []
     consumers: list[str] = []
+    through: list[str] = []
     reasons: list[str] = []
     seen: set[fx.Node] = set()
     stack = list(producer.users)
@@ -240,6 +256,8 @@ def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
         target = called_module(module, node)
         if isinstance(target, NORMS):
             norms.append(str(node.target))
+        elif isinstance(target, nn.Conv2d) and 1 < target.groups == target.in_channels == target.out_channels:
+            through.append(str(node.target))
         elif isinstance(target, nn.Conv2d):
             if target.groups != 1:
                 reasons.append(f"its channels feed the grouped convolution {node.target}")
@@ -260,10 +278,12 @@ def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
     if not consumers:
         reasons.append("no convolution reads its channels")
     twice = _repeated(str(n.target) for n in module.graph.nodes if n.op == "call_module")
-    for name in sorted({str(producer.target), *norms, *consumers} & twice):
+    for name in sorted({str(producer.target), *norms, *through, *consumers} & twice):
         reasons.append(f"{name} is called more than once")
-    names = tuple(sorted(set(norms))), tuple(sorted(set(consumers)))
-    return ChannelGroup(str(producer.target), *names, not reasons, "; ".join(dict.fromkeys(reasons)))
+    order = {str(node.target): index for index, node in enumerate(module.graph.nodes)}
+    ordered = [tuple(sorted(set(names), key=order.__getitem__)) for names in (norms, consumers, through)]
+    reason = "; ".join(dict.fromkeys(reasons))
+    return ChannelGroup(str(producer.target), ordered[0], ordered[1], not reasons, reason, ordered[2])
 
 
 def _keeps_channels(node: fx.Node, target: nn.Module | None) -> bool:
@@ -278,7 +298,7 @@ def _what(node: fx.Node) -> str:
 
 def template_plan(layers: dict[str, LayerPlan], groups: dict[str, ChannelGroup], name: str) -> Plan:
     """Plan at 8 / 8 bits, nothing pruned; `source` names layers whose filters could go."""
-    sources = {c: g.producer for g in groups.values() if g.prunable for c in g.consumers}
+    sources = {c: g.producer for g in groups.values() if g.prunable for c in (*g.through, *g.consumers)}
     return Plan(tuple(replace(layer, source=sources.get(layer.name)) for layer in layers.values()), name)
 
 

@@ -32,13 +32,18 @@ class LayerPlan:
     groups: int = 1
     height: int = 1  # of the input
     width: int = 1
-    positions: int = 1  # linear: how many positions it is applied at
+    positions: int = 1  # how often it is applied to one image: a linear layer's positions, a shared layer's calls
     kept: tuple[int, ...] | None = None  # None: all
     source: str | None = None  # the layer whose filters are this layer's input channels, if they can be pruned
 
     @property
     def kept_filters(self) -> int:
         return self.filters if self.kept is None else len(self.kept)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every input channel has one filter of its own, which lives and dies with it."""
+        return 1 < self.groups == self.in_channels == self.filters
 
     def problem(self, in_channels: int | None = None, out_channels: int | None = None, batch: int = 1) -> Problem:
         """The layer as a Problem, with other channel counts where they are given."""
@@ -53,7 +58,7 @@ class LayerPlan:
             self.stride,
             self.padding,
             self.dilation,
-            self.groups,
+            in_channels or self.groups if self.depthwise else self.groups,
             self.w_bits,
             self.a_bits,
         )
@@ -174,8 +179,8 @@ def check_layer(layer: LayerPlan) -> None:
         raise PlanError(f"layer {layer.name}: source={layer.source!r}; name a layer, or null")
     for label in ("w_bits", "a_bits"):
         bits = getattr(layer, label)
-        if not _is_whole(bits) or not 1 <= bits <= 8:
-            raise PlanError(f"layer {layer.name}: {label}={bits!r}; a width is an integer from 1 to 8")
+        if not _is_whole(bits) or not (1 <= bits <= 8 or bits == cost.FULL_PRECISION_BITS):
+            raise PlanError(f"layer {layer.name}: {label}={bits!r}; a width is an integer from 1 to 8, or 32 for float")
     for label, low in _AT_LEAST.items():
         value = getattr(layer, label)
         if not _is_whole(value) or value < low:

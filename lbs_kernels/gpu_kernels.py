@@ -18,6 +18,7 @@ from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import BackendError, LbsError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.half_config import HalfConfig
+from lbs_kernels.onebit_config import OneBitConfig
 from lbs_kernels.problem import Problem
 
 
@@ -67,6 +68,7 @@ KERNELS: list[Kernel] = [
     Kernel("triton", GEMMS, GemmConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
     Kernel("triton", ("bitconv2d",), DepthwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
     Kernel("triton", ("bitconv2d",), GroupedConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
+    Kernel("cuda", GEMMS, OneBitConfig, "cuda_impl", "lbs_kernels.onebit_config"),
     Kernel("triton", ELEMENTWISE, ElementwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
     Kernel("fp16", GEMMS, HalfConfig, "half_impl", "lbs_kernels.half_config", exact=False),
 ]
@@ -83,7 +85,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """As in tuning tables: "triton:gemm_m64_o64_k64_w4_s3_wx_bytes_p1"."""
+        """As in tuning tables: "triton:m64_o64_k64_w4_s3_wx"."""
         return f"{self.kernel.family}:{self.config}"
 
 

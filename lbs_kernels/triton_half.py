@@ -24,7 +24,7 @@ from lbs_kernels.format import unpack_weights
 from lbs_kernels.gpu_layout import pixel_elements
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, LinearStep, Program, TensorSpec
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, fma, unpack_planes
+from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, fma
 from lbs_kernels.triton_emit import bind_emit, emit
 
 LARGEST = 65504.0  # of float16
@@ -48,14 +48,17 @@ def decode_kernel(
     words = (channels + 31) // 32
     program = tl.program_id(0)
     row = (program // words) * BLOCK_M + tl.arange(0, BLOCK_M)
-    word = program % words + tl.arange(0, 1)
-    channel = (program % words) * 32 + tl.arange(0, 32)
+    word = program % words
+    channel = word * 32 + tl.arange(0, 32)
     row_mask = row < rows
     mask = row_mask[:, None] & (channel < channels)[None, :]
     if BITS == 8:
         codes = tl.load(x_ptr + row[:, None] * pitch + channel[None, :], mask=mask, other=0).to(tl.int32) + 128
     else:
-        codes = unpack_planes(x_ptr + row[:, None] * pitch + word[None, :], words, row_mask[:, None], BITS)
+        codes = tl.zeros([BLOCK_M, 32], dtype=tl.int32)
+        for plane in tl.static_range(BITS):
+            bits = tl.load(x_ptr + row * pitch + plane * words + word, mask=row_mask, other=0)
+            codes = codes | (((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1) << plane)
     value = 2 * codes - LEVELS if SIGNED else codes - ZERO
     tl.store(out_ptr + row[:, None] * channels + channel[None, :], value.to(tl.float16), mask=mask)
 

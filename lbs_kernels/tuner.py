@@ -109,21 +109,21 @@ def measure_cpu(problem: Problem, threads: int, rounds: int = 15) -> Measured:
 
 
 def shortlist(problem: Problem, limit: int | None = NEIGHBOURS) -> list[Choice]:
-    """The default and `limit` candidates near it, then as many of each other kernel, but at least one."""
+    """The default, `limit` candidates near it, and as many of each other kernel (at least one), spread over its own."""
     default = gpu_kernels.default(problem)
-    counts: dict[Any, int] = {}
-    found = []
-    for choice in sorted(gpu_kernels.candidates(problem), key=lambda choice: _distance(choice.config, default.config)):
-        counts[choice.kernel] = counts.get(choice.kernel, 0) + 1
-        if limit is None or counts[choice.kernel] <= (limit + 1 if choice.kernel == default.kernel else max(1, limit)):
-            found.append(choice)
+    kinds: dict[Any, list[Choice]] = {}
+    for choice in gpu_kernels.candidates(problem):
+        kinds.setdefault(choice.kernel, []).append(choice)
+    near = sorted(kinds.pop(default.kernel, []), key=lambda choice: _distance(choice.config, default.config))
+    found = near if limit is None else near[: limit + 1]
+    for choices in kinds.values():
+        count = len(choices) if limit is None else min(len(choices), max(1, limit))
+        found += [choices[place * len(choices) // count] for place in range(count)]
     return found
 
 
 def _distance(config: Any, default: Any) -> int:
-    """In how many fields two configurations differ; 0 between kernels, whose fields do not compare."""
-    if type(config) is not type(default):
-        return 0
+    """In how many fields two configurations of one kernel differ."""
     return sum(getattr(config, item.name) != getattr(default, item.name) for item in fields(config))
 
 

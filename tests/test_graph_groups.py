@@ -74,7 +74,7 @@ def test_reasons() -> None:
     graph = trace(_Many(), torch.zeros(2, 3, 8, 9))
     groups = graph.groups
     assert groups["pooled"] == ChannelGroup("pooled", (), ("flat",), True)
-    assert "feed the grouped convolution depthwise" in groups["before_depthwise"].reason
+    assert groups["before_depthwise"] == ChannelGroup("before_depthwise", (), ("pooled",), True, "", ("depthwise",))
     assert "it is a grouped convolution" in groups["depthwise"].reason
     assert "flattened with pixels before head" in groups["pixels"].reason
     assert "shared is called more than once" in groups["shared"].reason
@@ -92,9 +92,49 @@ def test_geometry() -> None:
     assert (depthwise.kernel, depthwise.padding, depthwise.dilation) == ((3, 1), (2, 0), (2, 1))
     assert (depthwise.groups, depthwise.height, depthwise.width) == (6, 4, 5)
     assert (layers["head"].kind, layers["head"].in_channels, layers["head"].filters) == ("linear", 40, 3)
-    seen, repeated = observe_layers(_Many(), torch.zeros(2, 3, 8, 9))
-    assert seen == layers
-    assert repeated == {"shared"}
+    assert layers["shared"].positions == 2  # called twice
+    assert observe_layers(_Many(), torch.zeros(2, 3, 8, 9)) == (layers, frozenset())
+
+
+class _Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.grouped = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2)
+        self.wider, self.last = nn.Conv2d(8, 16, 1, groups=8), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.wider(self.grouped(self.before(x))))
+
+
+def test_grouped_convolutions_that_are_not_depthwise_keep_their_inputs() -> None:
+    groups = trace(_Grouped(), torch.zeros(1, 3, 4, 4)).groups
+    assert "feed the grouped convolution grouped" in groups["before"].reason
+    assert "feed the grouped convolution wider" in groups["grouped"].reason  # two filters a channel
+
+
+def test_hidden_channels_of_inverted_residuals_go_through_the_depthwise_layer() -> None:
+    groups = graph_of("mobilenet_v2").groups
+    expand = groups["features.2.conv.0.0"]
+    assert expand.prunable
+    assert expand.through == ("features.2.conv.1.0",)
+    assert expand.norms == ("features.2.conv.0.1", "features.2.conv.1.1")
+    assert expand.consumers == ("features.2.conv.2",)
+    hidden = [g for g in groups.values() if g.prunable and g.through]
+    assert len(hidden) == 17  # the stem feeds the first one, which does not expand
+    assert "add" in groups["features.3.conv.2"].reason
+
+
+def test_calls_of_different_sizes_are_uneven() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.max_pool2d(self.conv(x), 2))
+
+    assert trace(Pyramid(), torch.zeros(1, 2, 4, 4)).uneven == {"conv"}
+    assert observe_layers(Pyramid(), torch.zeros(1, 2, 4, 4))[1] == {"conv"}
 
 
 def test_linear_positions() -> None:

@@ -22,23 +22,30 @@ void over_chunks(int64_t count, int threads, const Part& part) {
     });
 }
 
-}  // namespace
-
-void fake_quant_forward(const FakeQuantForward& task, int64_t count, int threads, Isa isa) {
-    const FakeQuantForwardKernel kernel = kernels_for(isa).fake_quant_forward;
-    over_chunks(count, threads,
-                [&](int64_t chunk) { kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk)); });
+// Sums of the chunks, added in order.
+template <class Task>
+QuantSums sum_chunks(QuantSums (*kernel)(const Task&, int64_t, int64_t), const Task& task, int64_t count,
+                     int threads) {
+    std::vector<QuantSums> parts(static_cast<size_t>((count + kChunk - 1) / kChunk));
+    over_chunks(count, threads, [&](int64_t chunk) {
+        parts[static_cast<size_t>(chunk)] = kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk));
+    });
+    QuantSums total;
+    for (const QuantSums& part : parts) {
+        total.v += part.v;
+        for (int j = 0; j < kMaxCoarse; ++j) total.by_width[j] += part.by_width[j];
+    }
+    return total;
 }
 
-float fake_quant_backward(const FakeQuantBackward& task, int64_t count, int threads, Isa isa) {
-    const FakeQuantBackwardKernel kernel = kernels_for(isa).fake_quant_backward;
-    std::vector<double> sums(static_cast<size_t>((count + kChunk - 1) / kChunk));
-    over_chunks(count, threads, [&](int64_t chunk) {
-        sums[static_cast<size_t>(chunk)] = kernel(task, chunk * kChunk, std::min(count, (chunk + 1) * kChunk));
-    });
-    double total = 0.0;
-    for (double sum : sums) total += sum;
-    return static_cast<float>(total);
+}  // namespace
+
+QuantSums fake_quant_forward(const FakeQuantForward& task, int64_t count, int threads, Isa isa) {
+    return sum_chunks(kernels_for(isa).fake_quant_forward, task, count, threads);
+}
+
+QuantSums fake_quant_backward(const FakeQuantBackward& task, int64_t count, int threads, Isa isa) {
+    return sum_chunks(kernels_for(isa).fake_quant_backward, task, count, threads);
 }
 
 }  // namespace lbs

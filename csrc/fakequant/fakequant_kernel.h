@@ -1,6 +1,8 @@
 // Kernels of fakequant.h over the Simd type of the translation unit.
 #pragma once
 
+#include <type_traits>
+
 #include "fakequant/fakequant.h"
 
 namespace {
@@ -33,64 +35,145 @@ struct Tail {
     }
 };
 
-template <bool kBf16>
-void fq_forward(const lbs::FakeQuantForward& t, int64_t begin, int64_t end) {
-    const Simd::F scale = Simd::fset(t.scale), step = Simd::fset(t.step), n = Simd::fset(t.n), low = Simd::fset(t.low);
+template <bool kSigned>
+struct WidthLanes {
+    Simd::F scale, step, n, half;
+    explicit WidthLanes(const lbs::QuantWidths& w, int j)
+        : scale(Simd::fset(w.scale[j])), step(Simd::fset(w.step[j])), n(Simd::fset(w.n[j])),
+          half(Simd::fset(w.n[j] / 2)) {}
+
     // Bounds first: the kernels' max and min return their second operand for not-a-number, which lets it through;
     // rounding after clamping is the same, the bounds being integers.
-    const auto one = [&](Simd::F x) {
-        return Simd::fmul(Simd::fround(Simd::fmin(n, Simd::fmax(low, Simd::fmul(x, scale)))), step);
-    };
-    int64_t i = begin;
-    for (; i + Simd::L <= end; i += Simd::L) fq_store<kBf16>(t.y, i, one(fq_load<kBf16>(t.x, i)));
-    if (i < end) {
-        const Tail<kBf16> x(t.x, i, end - i);
-        Tail<kBf16> y;
-        fq_store<kBf16>(y.bytes, 0, one(fq_load<kBf16>(x.bytes, 0)));
-        y.put(t.y, i, end - i);
+    Simd::F value(Simd::F x) const {
+        Simd::F t = Simd::fmul(x, scale);
+        if constexpr (kSigned) t = Simd::fadd(t, half);
+        const Simd::F q = Simd::fround(Simd::fmin(n, Simd::fmax(Simd::fset(0.0f), t)));
+        if constexpr (kSigned) return Simd::fmul(Simd::fsub(Simd::fadd(q, q), n), step);
+        else return Simd::fmul(q, step);
     }
-}
+};
 
-template <bool kBf16>
-double fq_backward(const lbs::FakeQuantBackward& t, int64_t begin, int64_t end) {
-    const Simd::F zero = Simd::fset(0.0f), v = Simd::fset(t.v), scale = Simd::fset(t.scale);
-    const Simd::F per_n = Simd::fset(1.0f / t.n), per_v = Simd::fset(1.0f / t.v);
-    Simd::F sum = zero;
-    const auto one = [&](Simd::F x, Simd::F gy) {
-        const Simd::F gx = Simd::fkeep_inside(x, zero, v, gy);
-        const Simd::F inside = Simd::fkeep_inside(x, zero, v, x);  // bounded, so that rounding is exact
-        const Simd::F q = Simd::fround(Simd::fmul(inside, scale));
-        const Simd::F slope = Simd::fsub(Simd::fmul(q, per_n), Simd::fmul(inside, per_v));
-        sum = Simd::fadd(sum, Simd::fadd(Simd::fmul(gx, slope), Simd::fkeep_above(x, v, gy)));
-        return gx;
-    };
-    double total = 0.0;
+// Calls many(i) for whole vectors and last(i, count) for the rest; flush() after every kSumBlock elements.
+template <class Many, class Last, class Flush>
+void fq_blocks(int64_t begin, int64_t end, const Many& many, const Last& last, const Flush& flush) {
     int64_t i = begin;
     while (i + Simd::L <= end) {
         const int64_t stop = i + kSumBlock < end ? i + kSumBlock : end;
-        for (; i + Simd::L <= stop; i += Simd::L)
-            fq_store<kBf16>(t.gx, i, one(fq_load<kBf16>(t.x, i), fq_load<kBf16>(t.gy, i)));
-        total += static_cast<double>(Simd::fsum(sum));
-        sum = zero;
+        for (; i + Simd::L <= stop; i += Simd::L) many(i);
+        flush();
     }
     if (i < end) {
-        const Tail<kBf16> x(t.x, i, end - i), gy(t.gy, i, end - i);
-        Tail<kBf16> gx;
-        fq_store<kBf16>(gx.bytes, 0, one(fq_load<kBf16>(x.bytes, 0), fq_load<kBf16>(gy.bytes, 0)));
-        gx.put(t.gx, i, end - i);
-        total += static_cast<double>(Simd::fsum(sum));
+        last(i, end - i);
+        flush();
     }
+}
+
+template <bool kBf16, bool kSigned, int kCoarse>
+lbs::QuantSums fq_forward(const lbs::FakeQuantForward& t, int64_t begin, int64_t end) {
+    using Lanes = WidthLanes<kSigned>;
+    const lbs::QuantWidths& w = t.widths;
+    const Lanes open(w, kCoarse), coarse[3] = {Lanes(w, 0), Lanes(w, kCoarse > 1 ? 1 : 0), Lanes(w, kCoarse > 2 ? 2 : 0)};
+    const Simd::F zero = Simd::fset(0.0f), high = Simd::fset(w.v), low = Simd::fset(kSigned ? -w.v : 0.0f);
+    lbs::QuantSums total;
+    Simd::F sum[3] = {zero, zero, zero};
+    const auto one = [&](Simd::F x) {
+        const Simd::F clipped = Simd::fmin(high, Simd::fmax(low, x));
+        for (int j = 0; j < kCoarse; ++j) {
+            const Simd::F error = Simd::fsub(clipped, coarse[j].value(x));
+            sum[j] = Simd::fadd(sum[j], Simd::fmax(error, Simd::fsub(zero, error)));
+        }
+        return open.value(x);
+    };
+    fq_blocks(
+        begin, end, [&](int64_t i) { fq_store<kBf16>(t.y, i, one(fq_load<kBf16>(t.x, i))); },
+        [&](int64_t i, int64_t count) {  // the padding of the last vector is 0, whose error is 0 unless signed
+            const Tail<kBf16> x(t.x, i, count);
+            Tail<kBf16> y;
+            fq_store<kBf16>(y.bytes, 0, one(fq_load<kBf16>(x.bytes, 0)));
+            y.put(t.y, i, count);
+            if constexpr (kSigned)
+                for (int j = 0; j < kCoarse; ++j)
+                    total.by_width[j] -= static_cast<double>(Simd::L - count) * static_cast<double>(w.step[j]);
+        },
+        [&] {
+            for (int j = 0; j < kCoarse; ++j) {
+                total.by_width[j] += static_cast<double>(Simd::fsum(sum[j]));
+                sum[j] = zero;
+            }
+        });
     return total;
 }
 
-void fake_quant_forward_kernel(const lbs::FakeQuantForward& t, int64_t begin, int64_t end) {
-    if (t.type == lbs::FloatType::kBfloat16) fq_forward<true>(t, begin, end);
-    else fq_forward<false>(t, begin, end);
+template <bool kBf16, bool kSigned, int kCoarse>
+lbs::QuantSums fq_backward(const lbs::FakeQuantBackward& t, int64_t begin, int64_t end) {
+    using Lanes = WidthLanes<kSigned>;
+    const lbs::QuantWidths& w = t.widths;
+    const Lanes open(w, kCoarse), coarse[3] = {Lanes(w, 0), Lanes(w, kCoarse > 1 ? 1 : 0), Lanes(w, kCoarse > 2 ? 2 : 0)};
+    const Simd::F zero = Simd::fset(0.0f), high = Simd::fset(w.v), low = Simd::fset(kSigned ? -w.v : 0.0f);
+    const Simd::F per_v = Simd::fset(1.0f / w.v);
+    lbs::QuantSums total;
+    Simd::F sum_v = zero, sum[3] = {zero, zero, zero};
+    const auto one = [&](Simd::F x, Simd::F gy) {
+        const Simd::F y = open.value(x);
+        for (int j = 0; j < kCoarse; ++j)
+            sum[j] = Simd::fadd(sum[j], Simd::fmul(gy, Simd::fsub(y, coarse[j].value(x))));
+        const Simd::F gx = Simd::fkeep_inside(x, low, high, gy);
+        const Simd::F slope = Simd::fmul(Simd::fkeep_inside(x, low, high, Simd::fsub(y, x)), per_v);
+        Simd::F edge = Simd::fkeep_above(x, high, gy);
+        if constexpr (kSigned) edge = Simd::fsub(edge, Simd::fkeep_above(low, x, gy));
+        sum_v = Simd::fadd(sum_v, Simd::fadd(Simd::fmul(gx, slope), edge));
+        return gx;
+    };
+    fq_blocks(
+        begin, end,
+        [&](int64_t i) { fq_store<kBf16>(t.gx, i, one(fq_load<kBf16>(t.x, i), fq_load<kBf16>(t.gy, i))); },
+        [&](int64_t i, int64_t count) {  // gy is 0 in the padding
+            const Tail<kBf16> x(t.x, i, count), gy(t.gy, i, count);
+            Tail<kBf16> gx;
+            fq_store<kBf16>(gx.bytes, 0, one(fq_load<kBf16>(x.bytes, 0), fq_load<kBf16>(gy.bytes, 0)));
+            gx.put(t.gx, i, count);
+        },
+        [&] {
+            total.v += static_cast<double>(Simd::fsum(sum_v));
+            sum_v = zero;
+            for (int j = 0; j < kCoarse; ++j) {
+                total.by_width[j] += static_cast<double>(Simd::fsum(sum[j]));
+                sum[j] = zero;
+            }
+        });
+    return total;
 }
 
-double fake_quant_backward_kernel(const lbs::FakeQuantBackward& t, int64_t begin, int64_t end) {
-    if (t.type == lbs::FloatType::kBfloat16) return fq_backward<true>(t, begin, end);
-    return fq_backward<false>(t, begin, end);
+// The run for a task's type, sign and number of coarse widths.
+template <bool kBf16, bool kSigned, class Task>
+lbs::QuantSums fq_by_coarse(const Task& t, int64_t begin, int64_t end) {
+    constexpr bool kForward = std::is_same_v<Task, lbs::FakeQuantForward>;
+    const auto run = [&](auto coarse) {
+        if constexpr (kForward) return fq_forward<kBf16, kSigned, decltype(coarse)::value>(t, begin, end);
+        else return fq_backward<kBf16, kSigned, decltype(coarse)::value>(t, begin, end);
+    };
+    switch (t.widths.coarse) {
+        case 0: return run(std::integral_constant<int, 0>());
+        case 1: return run(std::integral_constant<int, 1>());
+        case 2: return run(std::integral_constant<int, 2>());
+        default: return run(std::integral_constant<int, 3>());
+    }
+}
+
+template <class Task>
+lbs::QuantSums fq_by_type(const Task& t, int64_t begin, int64_t end) {
+    const bool is_signed = t.widths.is_signed;
+    if (t.type == lbs::FloatType::kBfloat16)
+        return is_signed ? fq_by_coarse<true, true>(t, begin, end) : fq_by_coarse<true, false>(t, begin, end);
+    return is_signed ? fq_by_coarse<false, true>(t, begin, end) : fq_by_coarse<false, false>(t, begin, end);
+}
+
+lbs::QuantSums fake_quant_forward_kernel(const lbs::FakeQuantForward& t, int64_t begin, int64_t end) {
+    return fq_by_type(t, begin, end);
+}
+
+lbs::QuantSums fake_quant_backward_kernel(const lbs::FakeQuantBackward& t, int64_t begin, int64_t end) {
+    return fq_by_type(t, begin, end);
 }
 
 }  // namespace

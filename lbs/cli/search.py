@@ -9,6 +9,7 @@ from lbs.cli.options import add_training, asked, bit_operations, decimal, number
 from lbs.config import SearchRun, open_run
 from lbs.report.units import bops
 from lbs.search import distributed
+from lbs.search.importance import IMPORTANCE
 from lbs.search.modes import MODES
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--importance",
+        choices=tuple(IMPORTANCE),
         default=_UNSET,
-        metavar="RULE",
         help=f"what ranks filters (default {SearchRun.importance})",
     )
     parser.add_argument(

@@ -8,11 +8,21 @@
 
 from __future__ import annotations
 
-from lbs.cost.bops import bops, full_precision, macs, pair_macs, physical, physical_bops, total_bops
+from lbs.cost.bops import (
+    FULL_PRECISION_BITS,
+    bops,
+    full_precision,
+    macs,
+    pair_macs,
+    physical,
+    physical_bops,
+    total_bops,
+)
 from lbs.cost.network import CountedLayer, NetworkLayers, network_layers
 from lbs.cost.storage import activation_bytes, float_weight_bytes, weight_bytes
 
 __all__ = [
+    "FULL_PRECISION_BITS",
     "CountedLayer",
     "NetworkLayers",
     "activation_bytes",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbs.cost import FULL_PRECISION_BITS
 from lbs.quant import codec
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
@@ -43,11 +44,14 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4,
     empty = [index for index, batch in enumerate(stored) if not batch.numel()]
     if empty:
         raise PlanError(f"calibration batch {empty[0]} of shape {tuple(stored[empty[0]].shape)} is empty; leave it out")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
-    if not layers:
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+    if not found:
         raise GraphError(
             f"{type(model).__name__} has no quantized layer; make it with lbs.prepare or lbs.uniform first"
         )
+    layers = {name: m for name, m in found.items() if m.w_bits < FULL_PRECISION_BITS}
+    if not layers:
+        return model  # every layer computes in float: the norms are as training left them
     samples = _observe(model, layers, stored)
     for name, layer in layers.items():
         values = samples[name]

@@ -19,7 +19,7 @@ _ABOVE_ONE = "each width must be an integer multiple of the one before"
 
 
 def levels(bits: int) -> int:
-    """n = 2^bits - 1, the largest code."""
+    """n = 2^bits - 1, the largest code; an int64 scalar where a width is decided on the device."""
     return (1 << bits) - 1
 
 
@@ -59,7 +59,9 @@ def activation_scale(v: Tensor, bits: int, signed: bool = False) -> Tensor:
 
     One rounding, in v's dtype. A number divided by a tensor would take two: torch multiplies by the reciprocal.
     """
-    return torch.full_like(v, levels(bits)) / (2 * v if signed else v)
+    n = levels(bits)
+    numerator = n.to(v.dtype) if isinstance(n, Tensor) else torch.full_like(v, n)
+    return numerator / (2 * v if signed else v)
 
 
 def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
@@ -72,9 +74,11 @@ def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> T
         x: any shape, floating. v: positive scalar tensor, the clipping range.
     """
     t = x * activation_scale(v, bits, signed)
+    n = levels(bits)
     if signed:
-        t = t + levels(bits) / 2
-    return t.round().clamp(0, levels(bits))
+        t = t + n / 2
+    t = t.round()
+    return t.clamp(min=0).minimum(n.to(t.dtype)) if isinstance(n, Tensor) else t.clamp(0, n)
 
 
 def activation_values(codes: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
@@ -102,12 +106,12 @@ def round_trip(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
     return activation_values(activation_codes(x, v, bits, signed), v, bits, signed)
 
 
-def input_codes(x: Tensor, step: Tensor, zero: int) -> Tensor:
+def input_codes(x: Tensor, step: Tensor, zero: Tensor | int) -> Tensor:
     """Codes 0..255 of the network input: clamp(rint(x / step) + zero, 0, 255), 1 / step rounded to x's dtype."""
     return ((x * (1.0 / step)).round() + zero).clamp(0, 255)
 
 
-def input_values(codes: Tensor, step: Tensor, zero: int) -> Tensor:
+def input_values(codes: Tensor, step: Tensor, zero: Tensor | int) -> Tensor:
     """Real values of input codes: step * (q - zero)."""
     return (codes - zero) * step
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbs.quant import codec
-from lbs_kernels import extension
+from lbs.quant import codec, fused
 
 
 class _FakeActivation(torch.autograd.Function):
@@ -21,10 +20,10 @@ class _FakeActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, bits: int, signed: bool) -> Tensor:
         ctx.signed, ctx.bits = signed, bits
-        ctx.fused = not signed and _fusible(x, v)
+        ctx.fused = fused.serves(x, v)
         if ctx.fused:
             ctx.save_for_backward(x, v)
-            return _fused_forward(x, v, bits)
+            return fused.forward(x, v, (bits,), signed)[0]
         y = codec.round_trip(codec.wide(x), v, bits, "signed" if signed else "unsigned").to(x.dtype)
         ctx.save_for_backward(x, v, y)
         return y
@@ -33,48 +32,11 @@ class _FakeActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.fused:
             x, v = ctx.saved_tensors
-            return *_fused_backward(grads[0], x, v, ctx.bits), None, None
+            grad_x, grad_v, _ = fused.backward(grads[0], x, v, (ctx.bits,), ctx.signed)
+            return grad_x, grad_v, None, None
         x, v, y = ctx.saved_tensors
         grad_x, grad_v = ste_gradients(grads[0], x, v, y, ctx.signed)
         return grad_x, grad_v, None, None
-
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def _fusible(x: Tensor, v: Tensor) -> bool:
-    """Whether the native one-pass kernels serve this tensor: on the CPU, dense in memory, float32 range."""
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return (
-        extension.cpu is not None
-        and x.device.type == "cpu"
-        and x.dtype in _DTYPE_CODES
-        and dense
-        and v.dtype == torch.float32
-    )
-
-
-def _fused_forward(x: Tensor, v: Tensor, bits: int) -> Tensor:
-    """One pass over memory; the same codes as the codec, bit for bit."""
-    y = torch.empty_like(x)
-    scale, step = float(codec.activation_scale(v, bits)), float(v / codec.levels(bits))
-    extension.require_cpu().fake_quant_forward(
-        x.data_ptr(), y.data_ptr(), x.numel(), scale, step, float(codec.levels(bits)), 0.0,
-        torch.get_num_threads(), _DTYPE_CODES[x.dtype],
-    )  # fmt: skip
-    return y
-
-
-def _fused_backward(grad: Tensor, x: Tensor, v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """One pass over memory: gradients to x and v."""
-    if grad.stride() != x.stride() or grad.dtype != x.dtype:
-        grad = torch.empty_like(x).copy_(grad)
-    grad_x = torch.empty_like(x)
-    total = extension.require_cpu().fake_quant_backward(
-        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(), float(v), float(codec.levels(bits)),
-        torch.get_num_threads(), _DTYPE_CODES[x.dtype],
-    )  # fmt: skip
-    return grad_x, torch.full_like(v, total)
 
 
 def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class QuantLayer(nn.Module):
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
 
-    def _init_quant(self, w_bits: int, quantizer: ActivationQuantizer | InputQuantizer, standardize: str) -> None:
+    def _init_quant(self, w_bits: int, quantizer: Any, standardize: str) -> None:
         if standardize not in STANDARDIZE:
             raise GraphError(f"standardize={standardize!r} is unknown; use one of {', '.join(STANDARDIZE)}")
         self.w_bits = w_bits

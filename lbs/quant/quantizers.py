@@ -82,11 +82,11 @@ class InputQuantizer(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, computed in x's dtype (half precision: in float32)."""
         source = codec.wide(x)
-        return codec.input_codes(source, self.step_size.to(source.dtype), self.zero)
+        return codec.input_codes(source, self.step_size.to(source.dtype), self.zero_point)
 
     def values(self, codes: Tensor) -> Tensor:
         """Real values of codes."""
-        return codec.input_values(codes, self.step_size.to(codes.dtype), self.zero)
+        return codec.input_values(codes, self.step_size.to(codes.dtype), self.zero_point)
 
     def units(self, codes: Tensor) -> Tensor:
         """What codes count as in the accumulator: q - zero."""

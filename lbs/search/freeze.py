@@ -12,7 +12,8 @@ from lbs.graph import ModelRecord, record_of
 from lbs.plan import LayerPlan, Plan, check_layer
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
-from lbs.search.layers import SearchLayer
+from lbs.search.layers import FULL_BITS, SearchLayer
+from lbs.search.multi_path import settled_range
 from lbs.search.prepare import layer_arguments, layer_options, like, move_hooks, replace_layer
 from lbs_kernels.errors import PlanError
 
@@ -25,9 +26,11 @@ def plan_of(model: nn.Module) -> Plan:
         module = model.get_submodule(layer.name)
         kept = layer.kept
         if isinstance(module, SearchLayer):
-            kept = module.prune.kept() if module.prune is not None else None
+            gate = module.own_gate()
+            kept = gate.kept() if gate is not None else None
             kept = None if kept is None or len(kept) == layer.filters else kept
-        layers.append(replace(layer, w_bits=int(module.w_bits), a_bits=int(module.a_bits), kept=kept))  # type: ignore[arg-type]
+        w_bits, a_bits = (int(getattr(module, label, FULL_BITS)) for label in ("w_bits", "a_bits"))
+        layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits, kept=kept))
     return replace(plan, layers=tuple(layers))
 
 
@@ -47,18 +50,20 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     plan = plan or plan_of(model)
     model = copy.deepcopy(model)
     record = record_of(model)
+    plan = _with_through(plan, record)
     check_fit(plan, record)
     plan = replace(record.plan, layers=tuple(_fitted(plan.layer(own.name), own) for own in record.plan.layers))
     kept = {entry.name: entry.kept for entry in plan.layers if entry.kept is not None}
     present = {entry.name: _rows(model.get_submodule(entry.name), entry) for entry in plan.layers}
     sources = {c: g.producer for g in record.groups if g.producer in kept for c in g.consumers}
+    twins: dict[tuple[object, ...], nn.Parameter] = {}  # weights that were one parameter stay one
     for entry in plan.layers:
         old = model.get_submodule(entry.name)
         rows, columns = present[entry.name], present.get(sources.get(entry.name, ""))
-        replace_layer(model, entry.name, _fixed(old, entry, rows, columns))  # type: ignore[arg-type]
+        replace_layer(model, entry.name, _fixed(old, entry, rows, columns, twins))
     for group in record.groups:
         rows = present.get(group.producer)
-        if rows is not None:
+        if rows is not None and group.prunable:
             for norm in group.norms:
                 _cut_norm(model.get_submodule(norm), rows)  # type: ignore[arg-type]
     model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
@@ -69,6 +74,17 @@ def _fitted(entry: LayerPlan, own: LayerPlan) -> LayerPlan:
     """Bits and kept filters of a plan's entry, the geometry of the model."""
     kept = entry.kept if entry.kept_filters < entry.filters else None
     return replace(own, w_bits=entry.w_bits, a_bits=entry.a_bits, kept=kept)
+
+
+def _with_through(plan: Plan, record: ModelRecord) -> Plan:
+    """The plan in which depthwise layers lose the filters of the layer before them, where it does not say so."""
+    kept = {entry.name: entry.kept for entry in plan.layers}
+    follows = {name: group.producer for group in record.groups if group.prunable for name in group.through}
+    layers = []
+    for entry in plan.layers:
+        leader = kept.get(follows.get(entry.name, ""))
+        layers.append(replace(entry, kept=leader) if entry.kept is None and leader is not None else entry)
+    return replace(plan, layers=tuple(layers))
 
 
 def _rows(layer: nn.Module, entry: LayerPlan) -> tuple[int, ...] | None:
@@ -98,6 +114,7 @@ def check_fit(plan: Plan, record: ModelRecord) -> None:
             f"plan does not fit the model: layers {', '.join(odd) or 'are listed twice'}; use the plan of this model"
         )
     groups = {group.producer: group for group in record.groups}
+    leaders = {name: group.producer for group in record.groups if group.prunable for name in group.through}
     for entry in plan.layers:
         own = record.plan.layer(entry.name)
         check_layer(entry)
@@ -107,7 +124,14 @@ def check_fit(plan: Plan, record: ModelRecord) -> None:
                     f"plan does not fit the model: {entry.name} has {label} {getattr(own, label)}, the plan says "
                     f"{getattr(entry, label)}; use the plan of this model"
                 )
-        if entry.kept_filters < entry.filters:
+        if entry.name in leaders:
+            leader = plan.layer(leaders[entry.name])
+            if entry.kept != leader.kept:
+                raise PlanError(
+                    f"plan keeps filters {entry.kept} of the depthwise layer {entry.name} and {leader.kept} of "
+                    f"{leader.name} before it; they live and die together, give both the same"
+                )
+        elif entry.kept_filters < entry.filters:
             group = groups.get(entry.name)
             if group is None or not group.prunable:
                 reason = group.reason if group is not None else "it is no convolution"
@@ -115,9 +139,43 @@ def check_fit(plan: Plan, record: ModelRecord) -> None:
 
 
 def _fixed(
-    old: QuantLayer, entry: LayerPlan, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None
-) -> QuantLayer:
+    old: nn.Module,
+    entry: LayerPlan,
+    rows: tuple[int, ...] | None,
+    columns: tuple[int, ...] | None,
+    twins: dict[tuple[object, ...], nn.Parameter],
+) -> nn.Module:
     """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
+    new = _float_layer(old, entry) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
+    move_hooks(new, old)
+    weight: Tensor = old.weight  # type: ignore[assignment]
+    bias: Tensor | None = old.bias  # type: ignore[assignment]
+    key = (id(weight), rows, columns)
+    if rows is not None:
+        weight = weight[torch.tensor(rows)]
+        bias = bias[torch.tensor(rows)] if bias is not None else None
+    if columns is not None:
+        weight = weight[:, torch.tensor(columns)]
+    if key not in twins:
+        twins[key] = nn.Parameter(weight.detach().clone())
+    new.weight = twins[key]
+    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None  # type: ignore[assignment]
+    if isinstance(new, nn.Conv2d):
+        new.groups = len(rows) if entry.depthwise and rows is not None else new.groups
+        new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups
+    elif isinstance(new, nn.Linear):
+        new.out_features, new.in_features = int(weight.shape[0]), int(weight.shape[1])
+    new.kept = entry.kept  # type: ignore[assignment]
+    new.train(old.training)
+    return new
+
+
+def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
+    """A QuantConv2d or QuantLinear with the bits of the plan and the ranges of `old`, its weights not yet cut."""
+    if not isinstance(old, QuantLayer) or old.w_bits == FULL_BITS:
+        raise PlanError(
+            f"plan gives {entry.name} {entry.w_bits} bits, but it was searched in float; give it 32, or None"
+        )
     quantizer: ActivationQuantizer | InputQuantizer
     if isinstance(old.quantizer, InputQuantizer):
         quantizer = old.quantizer
@@ -127,35 +185,27 @@ def _fixed(
             )
     else:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
-        quantizer.range = old.quantizer.range
+        quantizer.range = settled_range(old.quantizer.range, getattr(old.quantizer, "gate", None))
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
-    new = kind(
-        *layer_arguments(old),
-        w_bits=entry.w_bits,
-        quantizer=quantizer,
-        standardize=old.standardize,
-        **layer_options(old),
-    )
+    options = layer_options(old)
+    new = kind(*layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **options)
     like(new, old)
-    move_hooks(new, old)
-    weight: Tensor = old.weight
-    bias: Tensor | None = old.bias  # type: ignore[assignment]
-    if rows is not None:
-        weight = weight[torch.tensor(rows)]
-        bias = bias[torch.tensor(rows)] if bias is not None else None
-    if columns is not None:
-        weight = weight[:, torch.tensor(columns)]
-    new.weight = nn.Parameter(weight.detach().clone())
-    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None
-    new.w_range = old.w_range
+    new.w_range = settled_range(old.w_range, getattr(old, "w_gate", None))
     new.output_scale.copy_(old.output_scale)
-    new.kept = entry.kept
     new.total_filters = entry.filters
-    if isinstance(new, QuantConv2d):
-        new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups
-    elif isinstance(new, QuantLinear):
-        new.out_features, new.in_features = int(weight.shape[0]), int(weight.shape[1])
-    new.train(old.training)
+    return new
+
+
+def _float_layer(old: nn.Module, entry: LayerPlan) -> nn.Module:
+    """A plain layer of the kind of `old`, which computed in float."""
+    if isinstance(old, QuantLayer) and old.w_bits != FULL_BITS:
+        raise PlanError(
+            f"plan gives {entry.name} 32 bits, but it was searched quantized; give it 1 to 8, or search with "
+            "SearchConfig(bits=(32,))"
+        )
+    kind = nn.Conv2d if isinstance(old, nn.Conv2d) else nn.Linear
+    new = kind(*layer_arguments(old), **layer_options(old))  # type: ignore[arg-type]
+    like(new, old)
     return new
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbs.quant.codec import check_chain
+from lbs.search.distributed import reduce_mean
 
 
 class _Step(torch.autograd.Function):
@@ -56,21 +58,44 @@ class BitGate(nn.Module):
         """The width that is open now."""
         return self.chain[self.level]
 
-    def observe(self, statistic: Tensor) -> Tensor:
-        """Decide from the statistics [J] of this batch, remember them, and return hard gates [J] for the quantizer."""
-        self.statistic.copy_(statistic)
+    def observe(self, errors: Tensor) -> Tensor:
+        """Decide on this batch and return hard gates [J] for the quantizer, differentiable in alpha.
+
+        Arguments:
+            errors: mean |z - z_j| at each width but the last, [J]. A_j is the error of the present gated sum: gates
+                behind a closed one see what that one sees, the value they would refine.
+
+        Nothing is read back from a GPU: there `level` follows at the next `refresh`.
+        """
+        with torch.no_grad():
+            opened = (errors > self.alpha).long().cumprod(0)
+            places = torch.arange(len(self.alpha), device=errors.device)
+            self.statistic.copy_(errors.index_select(0, torch.minimum(places, opened.sum())))
         gates = step(self.statistic.clone(), self.alpha)
         self.is_open.copy_(gates.detach() > 0)
-        self.refresh()
+        if not self.is_open.is_cuda:
+            self.refresh()
         return gates
 
+    def open_level(self) -> Tensor:
+        """`level` as an int64 scalar beside `is_open`, which is up to date on a GPU too."""
+        return self.is_open.long().cumprod(0).sum()
+
+    def open_width(self) -> Tensor:
+        """`bits` as an int64 scalar beside `is_open`."""
+        return torch.tensor(self.chain, device=self.is_open.device).index_select(0, self.open_level().reshape(1))[0]
+
     def refresh(self) -> None:
-        """Recompute `level` from `is_open` (after loading a state)."""
-        self.level = int(self.is_open.long().cumprod(0).sum())
+        """Recompute `level` from `is_open` (after loading a state, or to read back what a GPU decided)."""
+        self.level = int(self.open_level())
+
+    def shares(self) -> Tensor:
+        """g_2 ... g_j for every gate [J]: what the increment from width j - 1 to j counts, differentiable in alpha."""
+        return step(self.statistic.clone(), self.alpha).cumprod(0)
 
     def soft_bits(self) -> Tensor:
         """b_1 + sum_j (b_j - b_(j-1)) g_2 ... g_j, differentiable in alpha; equals `bits`."""
-        gates = step(self.statistic.clone(), self.alpha).cumprod(0)
+        gates = self.shares()
         widths = torch.tensor(self.chain, dtype=gates.dtype, device=gates.device)
         return widths[0] + ((widths[1:] - widths[:-1]) * gates).sum()
 
@@ -89,73 +114,110 @@ class BitGate(nn.Module):
         self.alpha.copy_(torch.where(self.is_open, self.alpha.clamp(max=0.9 * finite), finite))
         self.refresh()
 
+    def settle(self) -> None:
+        """Nothing more to do when the search is over: the open width is the only one computed."""
+
 
 class PruneGate(nn.Module):
     """One threshold for the filter groups of a layer: g_c = 1(A_c > alpha), c = 0..G-1, groups of `size` filters.
 
-    At most `max_ratio` of the groups close, and never all of them; groups that tie at that cap stay open. The statistic
-    is what `observe` is given: the paper's mean |w| / max |w|, or the following norm's |gamma| / max |gamma|.
+    At most `max_ratio` of the groups close, never all of them, and as many groups live as make the filters a multiple
+    of `tile`: where alpha would close more, the most important ones stay (the first of equals). alpha = 0 closes
+    nothing. The statistic is what `observe` is given (lbs/search/importance.py). `score` [filters] is the running mean
+    that some rules keep; the others have none.
     """
 
-    def __init__(self, filters: int, size: int, max_ratio: float) -> None:
+    forced: Tensor
+    score: Tensor
+
+    def __init__(self, filters: int, size: int, max_ratio: float, tile: int = 1, scored: bool = False) -> None:
         super().__init__()
-        self.filters, self.size, self.max_ratio = filters, size, max_ratio
+        self.filters, self.size, self.max_ratio, self.tile = filters, size, max_ratio, tile
         self.groups = -(-filters // size)
+        self.unit = math.lcm(size, tile) // size  # groups that come and go together
         self.alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("forced", torch.full((self.groups,), -1, dtype=torch.int8))  # -1 free, 0 closed, 1 open
+        if scored:
+            self.register_buffer("score", torch.zeros(filters))
         self.statistic = torch.full((self.groups,), torch.inf)
-
-    forced: Tensor
+        self.shared: Tensor | None = None  # the mask of this iteration, one tensor for all that read it
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the autograd graph of the last iteration behind."""
-        return {**self.__dict__, "statistic": self.statistic.detach()}
+        return {**self.__dict__, "statistic": self.statistic.detach(), "shared": None}
 
     def observe(self, importance: Tensor) -> None:
         """Set this iteration's statistic from per-filter importance [filters] in 0..1, differentiable."""
         padded = nn.functional.pad(importance, (0, self.groups * self.size - self.filters))
-        sizes = torch.full((self.groups,), float(self.size), device=importance.device)
-        sizes[-1] = self.filters - self.size * (self.groups - 1)
-        self.statistic = padded.view(self.groups, self.size).sum(1) / sizes
+        self.statistic = padded.view(self.groups, self.size).sum(1) / self._sizes(importance)
+        self.shared = None
+
+    def _sizes(self, like: Tensor) -> Tensor:
+        sizes = torch.full((self.groups,), float(self.size), device=like.device, dtype=like.dtype)
+        sizes[-1] = self.group_size(self.groups - 1)
+        return sizes
 
     def gates(self) -> Tensor:
-        """Hard gates [G], differentiable."""
-        free = step(self.statistic, self._capped_alpha())
+        """Hard gates [G], differentiable in alpha and the statistic."""
+        free = step(self.statistic, self.alpha)
+        with torch.no_grad():
+            wanted = torch.where(self.alpha > 0, (free > 0).sum(), self.groups).clamp(min=self.least)
+            count = -(-wanted // self.unit) * self.unit
+            order = self.statistic.argsort(descending=True, stable=True)
+            hard = (order.argsort() < count).to(free.dtype)
+        free = hard + (free - free.detach())
         return torch.where(self.forced >= 0, self.forced.to(free.dtype), free)
 
     @property
     def least(self) -> int:
         """Groups that stay open whatever alpha says."""
-        return max(1, self.groups - int(self.max_ratio * self.groups))
-
-    def _capped_alpha(self) -> Tensor:
-        """alpha, lowered so that enough groups stay open (also where their statistic is 0)."""
-        limit = self.statistic.detach().sort(descending=True).values[self.least - 1]
-        if not bool(limit.isfinite()):
-            return self.alpha
-        return torch.minimum(self.alpha, limit * 0.999999 - 1e-20)
+        fewest = max(1, self.groups - int(self.max_ratio * self.groups))
+        return min(self.groups, -(-fewest // self.unit) * self.unit)
 
     def mask(self) -> Tensor:
         """Per-filter mask [filters] of 0 and 1, differentiable."""
         return self.gates().repeat_interleave(self.size)[: self.filters]
 
+    def shared_mask(self) -> Tensor:
+        """`mask`, computed once an iteration: all consumers multiply by one tensor, and its gradient is their sum."""
+        return self.mask() if self.shared is None else self.shared
+
+    def share(self, watch: bool) -> None:
+        """Make the shared mask of this iteration. watch: the running `score` follows |dL / d mask|."""
+        self.shared = self.mask()
+        if watch and self.shared.requires_grad:
+            self.shared.register_hook(self.note)
+
+    @torch.no_grad()
+    def note(self, value: Tensor, keep: float = 0.9) -> None:
+        """Let the running `score` follow |value| [filters], averaged over ranks."""
+        self.score.mul_(keep).add_(reduce_mean(value.detach().to(self.score.dtype).abs()), alpha=1 - keep)
+
     @torch.no_grad()
     def clamp(self) -> None:
-        """alpha >= 0 and within the cap."""
-        self.alpha.copy_(self._capped_alpha().clamp(min=0))
+        """alpha >= 0 and just below the statistic of the last group that must live, so that it can fall again."""
+        limit = self.statistic.detach().sort(descending=True).values[self.least - 1]
+        below = torch.where(limit.isfinite(), limit * 0.999999, torch.full_like(limit, torch.inf))
+        self.alpha.copy_(torch.minimum(self.alpha, below.to(self.alpha.dtype)).clamp(min=0))
+
+    @property
+    def levels(self) -> int:
+        """How many numbers of open groups there are, from `least` to all."""
+        return 1 + -(-(self.groups - self.least) // self.unit)
+
+    def open_groups(self, level: int) -> int:
+        """Open groups at a level, 0 the fewest."""
+        return min(self.groups, self.least + level * self.unit)
+
+    def group_size(self, group: int) -> int:
+        """Filters of one group; the last may be short."""
+        return min(self.size, self.filters - group * self.size)
 
     @torch.no_grad()
-    def weakest(self) -> int | None:
-        """The open group with the smallest statistic; None if no more may close."""
-        gates = self.gates()
-        if int(gates.sum()) <= self.least:
-            return None
-        return int(torch.where(gates > 0, self.statistic, torch.inf).argmin())
-
-    @torch.no_grad()
-    def force(self, group: int, state: int) -> None:
-        """Hold one group closed (0) or open (1), or let alpha decide (-1)."""
-        self.forced[group] = state
+    def force(self, groups: tuple[int, ...], state: int) -> None:
+        """Hold groups closed (0) or open (1), or let alpha decide (-1)."""
+        self.forced[list(groups)] = state
+        self.shared = None
 
     @torch.no_grad()
     def freeze(self) -> None:

@@ -12,21 +12,45 @@ from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate, PruneGate
+from lbs.search.importance import IMPORTANCE
+from lbs.search.multi_path import BranchGate
+
+FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
+
+
+class FloatInput(nn.Module):
+    """What stands where a quantizer would, in a layer that computes in float."""
+
+    bits, signed = FULL_BITS, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class SearchQuantizer(ActivationQuantizer):
     """An activation quantizer whose width is searched."""
 
-    def __init__(self, chain: tuple[int, ...], signed: bool = False) -> None:
+    def __init__(self, chain: tuple[int, ...], signed: bool = False, multi_path: bool = False) -> None:
         super().__init__(chain[-1], signed)
-        self.gate = BitGate(chain)
+        self.gate = BranchGate(chain) if multi_path else BitGate(chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.gate.active:
-            y = gated(x, self.range.abs(), self.gate, "signed" if self.signed else "unsigned")
-            self.bits = self.gate.bits
+        gate, v, kind = self.gate, self.range.abs(), "signed" if self.signed else "unsigned"
+        if isinstance(gate, BranchGate):
+            return gate.mix(x, v, kind) if self.training else gate.branch(x, v, kind, gate.level)
+        if self.training and gate.active:
+            y = gated(x, v, gate, kind)
+            self.bits = gate.bits
             return y
+        if self.training and x.is_cuda:  # decided on the device, and not read back yet
+            return fake.fake_activation(x, v, gate.open_width(), self.signed)  # type: ignore[arg-type]
         return super().forward(x)
+
+
+def searched_gate(quantizer: nn.Module) -> BitGate | None:
+    """The gate of a quantizer whose width is searched, else None."""
+    gate = getattr(quantizer, "gate", None)
+    return gate if isinstance(gate, BitGate) else None
 
 
 class SearchLayer(QuantLayer):
@@ -44,33 +68,55 @@ class SearchLayer(QuantLayer):
         self,
         *args: Any,
         chain: tuple[int, ...],
-        quantizer: ActivationQuantizer | InputQuantizer,
+        quantizer: ActivationQuantizer | InputQuantizer | FloatInput,
         standardize: str,
         importance: str,
+        multi_path: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._init_quant(chain[-1], quantizer, standardize)
-        self.w_gate = BitGate(chain) if len(chain) > 1 else None
+        self._init_quant(chain[-1], quantizer, standardize if chain[-1] < FULL_BITS else "none")
+        gate_type = BranchGate if multi_path else BitGate
+        self.w_gate = gate_type(chain) if len(chain) > 1 else None
         self.prune = None
         self.importance = importance
-        self._input_gate: list[PruneGate] = []  # in a list: owned, saved and trained by the producer
-        self._norm: list[nn.Module] = []  # the norm whose gamma ranks this layer's filters
+        # In lists: owned, saved and trained elsewhere.
+        self.input_gate: list[PruneGate] = []  # of the layer whose filters this one reads
+        self.through_gate: list[PruneGate] = []  # of the layer before this depthwise one, whose filters go along
+        self.norm_behind: list[nn.Module] = []  # whose gamma ranks this layer's filters
+        self.watches_input = False  # the feeding layer's filters are ranked by what arrives here
+
+    def own_gate(self) -> PruneGate | None:
+        """The gate that closes this layer's own filters."""
+        return self.prune if self.prune is not None else next(iter(self.through_gate), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning = self.training and torch.is_grad_enabled()
+        if self.prune is not None:
+            self.prune.shared = None
+            if learning:  # ranked in this iteration's graph, so that the task's gradient reaches what ranks the filters
+                self.observe_filters()
+                self.prune.share(IMPORTANCE[self.importance].watches == "gradient")
+        if learning and self.watches_input:
+            features = x.detach().flatten(2).mean((0, 2)) if x.dim() > 2 else x.detach().mean(0)
+            self.input_gate[0].note(features)
+        return super().forward(x)
 
     def float_weight(self) -> Tensor:
         return codec.standardize(self.weight, self.standardize, self._alive())
 
     def _alive(self) -> Tensor | None:
         """1 for weights between living channels, broadcastable to `weight`; None if all live."""
-        if self.prune is None and not self._input_gate:
+        own = self.own_gate()
+        if own is None and not self.input_gate:
             return None
         window = [1] * (self.weight.dim() - 2)
         alive = self.weight.new_ones(1, 1, *window)
         with torch.no_grad():
-            if self.prune is not None:
-                alive = alive * self.prune.mask().view(-1, 1, *window)
-            if self._input_gate:
-                alive = alive * self._input_gate[0].mask().view(1, -1, *window)
+            if own is not None:
+                alive = alive * own.shared_mask().view(-1, 1, *window)
+            if self.input_gate:
+                alive = alive * self.input_gate[0].shared_mask().view(1, -1, *window)
         return alive
 
     @property
@@ -80,22 +126,21 @@ class SearchLayer(QuantLayer):
 
     def observe_filters(self) -> None:
         """Give the prune gate this iteration's importance of each filter."""
-        if self.prune is None:
-            return
-        if self.importance == "gamma" and self._norm:
-            size = self._norm[0].weight.abs()  # type: ignore[operator]
-            largest = size.detach().max()
-        else:
-            size = self.weight.abs().flatten(1).mean(1)
-            largest = self.weight.detach().abs().max()
-        self.prune.observe(size / largest.clamp(min=torch.finfo(size.dtype).tiny))  # all zero: no group ranks higher
+        if self.prune is not None:
+            self.prune.observe(IMPORTANCE[self.importance].score(self))
 
     def quantized_weight(self) -> Tensor:
+        if self.w_bits == FULL_BITS:
+            return self._cut_inputs(self.weight)
         v, w = self.w_range.abs(), self.float_weight()
         gate = self.w_gate
-        if self.training and gate is not None and gate.active:
+        if isinstance(gate, BranchGate):
+            quantized = gate.mix(w, v, "weight") if self.training else gate.branch(w, v, "weight", gate.level)
+        elif self.training and gate is not None and gate.active:
             quantized = gated(w, v, gate, "weight")
             self.w_bits = gate.bits
+        elif self.training and gate is not None and w.is_cuda:
+            quantized = fake.fake_weight(w, v, gate.open_width())  # type: ignore[arg-type]
         else:
             quantized = fake.fake_weight(w, v, self.w_bits)
         return self._cut_inputs(quantized * self.output_scale)
@@ -105,9 +150,9 @@ class SearchLayer(QuantLayer):
 
     def _cut_inputs(self, weight: Tensor) -> Tensor:
         """Zero where the feeding layer's filters are closed."""
-        if not self._input_gate:
+        if not self.input_gate:
             return weight
-        return weight * self._input_gate[0].mask().view(1, -1, *([1] * (weight.dim() - 2)))
+        return weight * self.input_gate[0].shared_mask().view(1, -1, *([1] * (weight.dim() - 2)))
 
 
 class SearchConv2d(SearchLayer, ConvProduct):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from lbs.quant.codec import check_chain
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
-from lbs.search.layers import SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
+from lbs.search.importance import IMPORTANCE
+from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
 from lbs_kernels.errors import GraphError, PlanError
 
 EDGE_BITS = 8
@@ -26,10 +28,13 @@ EDGE_BITS = 8
 class SearchConfig:
     """What is searched.
 
-    bits: chain of widths. group_size: filters per prune group (B). importance: `gamma` or the paper's `magnitude`.
-    exclude: name patterns left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx
-    cannot trace; they can be searched and fine-tuned, not packed. The first convolution and the last linear layer stay
-    at 8 / 8 bits.
+    bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
+    group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
+    lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
+    multiple of it. multi_path: a branch of its own for every width instead of bit sharing, the baseline of
+    lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with
+    pruning=False) serves models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first
+    convolution and the last linear layer stay at 8 / 8 bits.
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
@@ -37,24 +42,29 @@ class SearchConfig:
     group_size: int = 4
     max_pruning_ratio: float = 0.5
     importance: str = "gamma"
+    filter_tile: int = 1
     standardize: str = "scale"
+    multi_path: bool = False
     exclude: tuple[str, ...] = ()
     trace: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", check_chain(self.bits))
+        in_float = self.bits in ((FULL_BITS,), [FULL_BITS])
+        object.__setattr__(self, "bits", (FULL_BITS,) if in_float else check_chain(self.bits))
         if self.pruning and not self.trace:
             raise PlanError("pruning=True needs trace=True: filters are cut along the traced graph; set pruning=False")
-        if not isinstance(self.group_size, int) or self.group_size < 1:
-            raise PlanError(f"group_size={self.group_size}; a group holds at least one filter, and whole ones")
+        for label in ("group_size", "filter_tile"):
+            count = getattr(self, label)
+            if not isinstance(count, int) or count < 1:
+                raise PlanError(f"{label}={count}; it counts filters, a whole number from 1 on")
         if isinstance(self.exclude, str):
             raise PlanError(f"exclude={self.exclude!r} is one text; give a tuple of patterns: ({self.exclude!r},)")
         if not 0 <= self.max_pruning_ratio < 1:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"
             )
-        if self.importance not in ("gamma", "magnitude"):
-            raise PlanError(f"importance={self.importance!r} is unknown; use gamma or magnitude")
+        if self.importance not in IMPORTANCE:
+            raise PlanError(f"importance={self.importance!r} is unknown; use {', '.join(IMPORTANCE)}")
 
 
 def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = None) -> nn.Module:
@@ -73,14 +83,16 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     first, last = _edges(record.plan)
     for layer in record.plan.layers:
         edge = layer.name in (first, last)
-        chain = (EDGE_BITS,) if edge else config.bits
-        quantizer: ActivationQuantizer | InputQuantizer
-        if layer.name == first:
+        chain = (EDGE_BITS,) if edge and config.bits != (FULL_BITS,) else config.bits
+        quantizer: ActivationQuantizer | InputQuantizer | FloatInput
+        if chain == (FULL_BITS,):
+            quantizer = FloatInput()
+        elif layer.name == first:
             quantizer = InputQuantizer()
         elif edge or len(chain) == 1:
             quantizer = ActivationQuantizer(chain[-1])
         else:
-            quantizer = SearchQuantizer(chain)
+            quantizer = SearchQuantizer(chain, multi_path=config.multi_path)
         old = model.get_submodule(layer.name)
         new = _searchable(old, chain, quantizer, config)
         replace_layer(model, layer.name, new)
@@ -120,6 +132,9 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
             if gate is not None
             else "filters kept: " + (reasons.get(layer.name) or "first or last layer, or pruning is off")
         )
+        through = getattr(module, "through_gate", None)
+        if through:
+            pruning = "filters go with those before it"
         searched = getattr(module, "w_gate", None)
         bits = searched.chain if searched is not None else f"fixed at {module.w_bits}/{module.a_bits}"
         rows.append((layer.name, f"bits {bits}; {pruning}"))
@@ -133,16 +148,16 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
-    layers, found, repeated = _layers_and_groups(model, example, config)
+    layers, found, uneven = _layers_and_groups(model, example, config)
     unconverted = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            reason = _unconvertible(name, module, layers, config.exclude, repeated)
+            reason = _unconvertible(name, module, layers, config.exclude, uneven)
             if reason:
                 unconverted.append((name, reason))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
-    groups = {name: _without(group, skipped) for name, group in found.items()}
+    groups = {name: _without_tied(_without(group, skipped), model) for name, group in found.items()}
     kept = {name: layer for name, layer in layers.items() if name not in skipped}
     plan = template_plan(kept, groups, type(model).__name__)
     if not plan.layers:
@@ -155,10 +170,10 @@ def _layers_and_groups(
     model: nn.Module, example: Tensor, config: SearchConfig
 ) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup], frozenset[str]]:
     if not config.trace:
-        layers, repeated = observe_layers(model, example)
-        return layers, {}, repeated
+        layers, uneven = observe_layers(model, example)
+        return layers, {}, uneven
     graph = trace(model, example)
-    return graph.layers, graph.groups, graph.repeated
+    return graph.layers, graph.groups, graph.uneven
 
 
 def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:
@@ -169,8 +184,22 @@ def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
-    if skipped & {group.producer, *group.consumers}:
+    if skipped & {group.producer, *group.through, *group.consumers}:
         return replace(group, prunable=False, reason="it touches a layer left in float")
+    return group
+
+
+def _without_tied(group: ChannelGroup, model: nn.Module) -> ChannelGroup:
+    """Filters whose weights serve another layer as well stay: cutting them would untie the two."""
+    members = {group.producer, *group.through, *group.consumers}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Conv2d | nn.Linear) or weight is None:
+            continue
+        other = owners.setdefault(id(weight), name)
+        if other != name and {name, other} & members:
+            return replace(group, prunable=False, reason=f"{other} and {name} share their weights")
     return group
 
 
@@ -179,15 +208,15 @@ def _unconvertible(
     module: nn.Conv2d | nn.Linear,
     layers: dict[str, LayerPlan],
     exclude: tuple[str, ...],
-    repeated: frozenset[str],
+    uneven: frozenset[str],
 ) -> str:
     """Why a layer stays in float; "" if it need not."""
     if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
         return "excluded by name"
     if name not in layers:
         return "the forward pass does not call it"
-    if name in repeated:
-        return "the forward pass calls it more than once, and one set of codes and costs cannot stand for all uses"
+    if name in uneven:
+        return "the forward pass calls it on inputs of different sizes, and one entry of costs cannot stand for both"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed by a parametrization"
     plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
@@ -204,24 +233,37 @@ def _edges(plan: Plan) -> tuple[str, str]:
 
 
 def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]) -> None:
+    rule = IMPORTANCE[config.importance]
     for group in record.groups:
         if not group.prunable or group.producer in edges:
             continue
         producer: Any = model.get_submodule(group.producer)
-        gate = PruneGate(int(producer.weight.shape[0]), config.group_size, config.max_pruning_ratio)
-        producer.prune = gate.to(producer.weight.device)
+        filters = int(producer.weight.shape[0])
+        if config.filter_tile > 1 and filters % math.lcm(config.group_size, config.filter_tile):
+            continue  # no number of whole groups but all of them is a multiple of the tile
+        gate = PruneGate(filters, config.group_size, config.max_pruning_ratio, config.filter_tile, bool(rule.watches))
+        producer.prune = gate
+        like(gate, producer)
         norms = [model.get_submodule(name) for name in group.norms]
-        producer._norm = [norm for norm in norms if norm.weight is not None][:1]
+        producer.norm_behind = [norm for norm in norms if norm.weight is not None][:1]
         for name in group.consumers:
             consumer: Any = model.get_submodule(name)
-            consumer._input_gate = [gate]
+            consumer.input_gate = [gate]
+            consumer.watches_input = rule.watches == "activation" and name == group.consumers[0]
+        for name in group.through:
+            passed: Any = model.get_submodule(name)
+            passed.through_gate = [gate]
         producer.observe_filters()
 
 
 def _searchable(
-    old: nn.Module, chain: tuple[int, ...], quantizer: ActivationQuantizer | InputQuantizer, config: SearchConfig
+    old: nn.Module,
+    chain: tuple[int, ...],
+    quantizer: ActivationQuantizer | InputQuantizer | FloatInput,
+    config: SearchConfig,
 ) -> SearchLayer:
-    extra = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize, "importance": config.importance}
+    extra: dict[str, Any] = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize}
+    extra |= {"importance": config.importance, "multi_path": config.multi_path}
     kind = SearchConv2d if isinstance(old, nn.Conv2d) else SearchLinear
     new = kind(*layer_arguments(old), **extra, **layer_options(old))  # type: ignore[arg-type]
     return adopt(new, old)  # type: ignore[return-value]
@@ -273,6 +315,8 @@ def like(new: nn.Module, old: nn.Module) -> None:
 
 def move_hooks(new: nn.Module, old: nn.Module) -> None:
     """Hooks that users put on `old` serve `new`."""
+    for kind in ("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"):
+        setattr(new, kind, getattr(old, kind))
     for kind in ("_forward_hooks", "_forward_pre_hooks"):
         for suffix in ("", "_with_kwargs", "_always_called"):
             if hasattr(old, kind + suffix):

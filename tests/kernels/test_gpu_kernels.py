@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
-from lbs_kernels import extension, gpu_kernels, registry, tuning_table
+from lbs_kernels import extension, gpu_kernels, registry, tuner, tuning_table
 from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.bitlinear import tuning as linear_tuning
 from lbs_kernels.errors import BackendError, FormatError
@@ -163,6 +163,23 @@ def test_one_row_adds_a_kernel() -> None:
     assert gpu_kernels.choose(eight).kernel.family == "triton"
     assert gpu_kernels.reasons(eight) == {"triton": None, "fp16": None, "other": "it takes 4 bits"}
     assert gpu_kernels.reasons(replace(LAYER, op="pool"))["other"] == "there is no such kernel for pool"
+
+
+def test_the_shortlist_is_near_the_default_and_spread_over_other_kernels(
+    other: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other, "candidates", lambda problem: [OtherConfig(size) for size in range(10)])
+    monkeypatch.setattr(other, "invalid_reason", lambda config, problem: None)
+    default = conv_tuning.default(LAYER)
+    names = [choice.name for choice in tuner.shortlist(LAYER, 4)]
+    assert names[0] == f"triton:{default}"
+    assert sum(name.startswith("triton:") for name in names) == 5
+    assert [name for name in names if name.startswith("other:")] == [f"other:size{n}" for n in (0, 2, 5, 7)]
+    assert [name for name in names if name.startswith("fp16:")] == ["fp16:torch"]
+    near = [choice.config for choice in tuner.shortlist(LAYER, 4) if choice.kernel.family == "triton"]
+    assert all(sum(a != b for a, b in zip(astuple(one), astuple(default), strict=True)) <= 1 for one in near)
+    assert len(tuner.shortlist(LAYER, None)) == len(gpu_kernels.candidates(LAYER))
+    assert len(tuner.shortlist(LAYER, 0)) == 3
 
 
 @pytest.mark.usefixtures("other")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_which_kernel_serves() -> None:
 
 @pytest.mark.parametrize("network", ["cifar_resnet20", "mobilenet_v2"])
 def test_configurations_print_themselves_and_parse_back(network: str) -> None:
-    printed: dict[str, object] = {}
+    printed: dict[str, Any] = {}
     for problem in {replace(problem, batch=batch) for problem in network_problems(network) for batch in (1, 32)}:
         tuning = conv_tuning if problem.op == "bitconv2d" else linear_tuning
         pool = Problem("pool", problem.batch, 7, 7, problem.in_channels, problem.in_channels, (3, 3), w_bits=0)
@@ -127,7 +128,7 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
 )
 def test_other_texts_are_refused(text: str) -> None:
     assert gpu_kernels.parse(f"triton:{text}") is None
-    for kind in (GemmConfig, DepthwiseConfig, GroupedConfig, ElementwiseConfig):
+    for kind in (GemmConfig, ElementwiseConfig, DepthwiseConfig, GroupedConfig):
         with pytest.raises(FormatError, match="is not a launch configuration"):
             kind.parse(text)
 

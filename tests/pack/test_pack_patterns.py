@@ -305,7 +305,7 @@ def test_layer_called_twice_makes_two_steps() -> None:
 
 def test_layers_that_were_never_quantized_say_why() -> None:
     torch.manual_seed(3)
-    model = Net(lambda n, x: head(n, n.inner(n.relu(n.inner(x)))))
+    model = Net(lambda n, x: head(n, n.inner(n.pool(n.relu(n.inner(x))))))
     packed = pack_nets.check_equal(pack_nets.quantized(model, SHAPE), SHAPE)
     assert dict(packed.kept_float)["inner"] == dict(pack_nets.quantized(model, SHAPE).lbs_record.unconverted)["inner"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lbs.quant import codec, fake
+from lbs.quant import codec, fused
 from lbs.quant.fake import fake_activation, fake_weight, ste_gradients
 from lbs_kernels import extension
 
@@ -18,13 +18,13 @@ def both_paths(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(y, dL/dx, dL/dv) of the native path, then of the torch path."""
     results = []
-    for fused in (True, False):
+    for native_path in (True, False):
         with monkeypatch.context() as patch:
-            if not fused:
-                patch.setattr(fake, "_fusible", lambda x, v: False)
+            if not native_path:
+                patch.setattr(fused, "serves", lambda x, v: False)
             source, scale = x.detach().clone().requires_grad_(), v.clone().requires_grad_()
             y = fake_activation(source, scale, bits)
-            assert y.grad_fn.fused is fused  # type: ignore[union-attr]
+            assert y.grad_fn.fused is native_path  # type: ignore[union-attr]
             y.backward(grad)
             assert source.grad is not None
             assert scale.grad is not None

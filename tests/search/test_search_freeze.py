@@ -53,10 +53,8 @@ def decide(model: nn.Module, seed: int) -> None:
             layer.quantizer.gate.close_to(pick(3))
             layer.quantizer.bits = layer.quantizer.gate.bits
         if layer.prune is not None:
-            for _ in range(pick(layer.prune.groups - layer.prune.least + 1)):
-                group = layer.prune.weakest()
-                if group is not None:
-                    layer.prune.force(group, 0)
+            weakest = layer.prune.statistic.argsort(stable=True).tolist()
+            layer.prune.force(tuple(weakest[: pick(layer.prune.groups - layer.prune.least + 1)]), 0)
 
 
 @pytest.mark.parametrize("name", ["preresnet20", "cifar_resnet20", "digits_resnet8"])
@@ -97,7 +95,7 @@ def test_masked_equals_cut_in_float32() -> None:
 def test_norms_lose_the_same_channels() -> None:
     model = searchable()
     decide(model, 1)
-    model.get_submodule("layer1.0.conv1").prune.force(2, 0)  # type: ignore[union-attr,operator]
+    model.get_submodule("layer1.0.conv1").prune.force((2,), 0)  # type: ignore[union-attr,operator]
     frozen = freeze(model)
     kept = plan_of(model).layer("layer1.0.conv1").kept
     assert kept is not None
@@ -172,7 +170,7 @@ def test_rebuilt_from_files() -> None:
 def test_a_frozen_model_can_be_frozen_again() -> None:
     model = searchable().eval()
     decide(model, 1)
-    model.get_submodule("layer1.0.conv1").prune.force(1, 0)  # type: ignore[union-attr,operator]
+    model.get_submodule("layer1.0.conv1").prune.force((1,), 0)  # type: ignore[union-attr,operator]
     frozen = freeze(model)
     x = images("digits_resnet8")
     assert torch.equal(freeze(frozen)(x), frozen(x))
@@ -211,6 +209,7 @@ def test_uniform_models_take_plans_too() -> None:
         ("layer1.0.conv1", {"kept": (3, 3)}, "none twice"),
         ("layer1.0.conv1", {"w_bits": 9}, "w_bits=9"),
         ("layer1.0.conv1", {"a_bits": 0}, "a_bits=0"),
+        ("layer1.0.conv1", {"w_bits": 32, "a_bits": 32}, "32 bits, but it was searched quantized"),
         ("conv1", {"a_bits": 4}, "gives the first layer conv1 4-bit inputs"),
         ("layer1.0.conv1", {"name": "layer1.9.conv1"}, r"layers layer1.0.conv1, layer1.9.conv1"),
     ],

@@ -1,0 +1,128 @@
+"""What a learned search is measured against: greedy projection by measured losses, and pruning before quantizing.
+
+Uniform widths are `lbs.uniform`, or a chain of one width; separate branches are `SearchConfig(multi_path=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lbs.quant import calibrate
+from lbs.search.budget import Budget, BudgetResult
+from lbs.search.freeze import freeze
+from lbs.search.layers import FULL_BITS
+from lbs.search.ledger import Choice
+from lbs.search.prepare import SearchConfig, prepare
+from lbs.search.projection import at_levels
+from lbs.search.projection import project as project_choices
+from lbs.search.quantities import Table
+from lbs_kernels.errors import PlanError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batches = Sequence[tuple[Tensor, Tensor]]
+
+
+def project(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    bops: float | None = None,
+    *,
+    size_mb: float | None = None,
+    latency_ms: float | None = None,
+    table: Table | None = None,
+    loss: Loss = F.cross_entropy,
+) -> BudgetResult:
+    """Fix a searchable model's choices without training: greedily, by measured loss increase per unit saved.
+
+        error of a step = loss with this one choice a level lower - loss at its present level, all else open
+
+    The errors are taken to add up; then the choice with the smallest error per share of the excess it saves is closed,
+    until the targets hold, and what is left over is spent the same way round. Costs one pass over `batches` for every
+    level of every choice.
+
+    Arguments:
+        model: calibrated, searchable; its gates are closed in place and held, `freeze` follows. batches: (images,
+            labels). bops, size_mb, latency_ms, table: as in `Budget`.
+
+    Raises:
+        PlanError: no batch, or a target the gates cannot reach.
+    """
+    stored = list(batches)
+    if not stored:
+        raise PlanError("project got no batch; give at least one batch of images and labels")
+    budget = Budget(model, bops, size_mb=size_mb, latency_ms=latency_ms, table=table)
+    ledger = budget.ledger
+    with torch.no_grad():
+        budget.freeze()
+        ledger.read(errors=True)
+        at_levels(ledger, lambda choice: choice.top)
+        was_training = model.training
+        model.eval()
+        ledger.apply()
+        open_loss = _mean_loss(model, stored, loss)
+        for choice in ledger.choices:
+            choice.errors = _measured_errors(budget, choice, stored, loss, open_loss)
+        project_choices(ledger, budget.targets, filters_last=False)
+        ledger.apply()
+        model.train(was_training)
+    return budget.result()
+
+
+def _measured_errors(
+    budget: Budget, choice: Choice, batches: Batches, loss: Loss, open_loss: float
+) -> tuple[float, ...]:
+    """Loss added by each step down of one choice, the others open; what lowers the loss counts as free."""
+    losses = [open_loss]
+    for level in reversed(range(choice.top)):
+        choice.level = level
+        budget.ledger.apply()
+        losses.append(_mean_loss(budget.model, batches, loss))
+    choice.level = choice.top
+    budget.ledger.apply()
+    return tuple(max(0.0, lower - upper) for upper, lower in pairwise(losses))[::-1]
+
+
+def _mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
+    total = sum(float(loss(model(images), labels)) * len(images) for images, labels in batches)
+    return total / sum(len(images) for images, _ in batches)
+
+
+def two_stage(
+    model: nn.Module,
+    example: Tensor,
+    batches: Sequence[Tensor],
+    search: Callable[[nn.Module, Budget], object],
+    finetune: Callable[[nn.Module], object],
+    *,
+    prune_bops: float,
+    bops: float,
+    config: SearchConfig | None = None,
+) -> nn.Module:
+    """The two-stage baseline: prune a float network, fine-tune it, then search the bits of what is left; frozen.
+
+    Arguments:
+        batches: images for calibration. search: trains a searchable model with its budget. finetune: trains the pruned
+            float network. prune_bops: target of the first stage, 32 x 32 bits counted. bops: target of the second, a
+            number of bit operations or a fraction of the PRUNED network's full precision.
+
+    Raises:
+        PlanError: a target that cannot be reached.
+    """
+    config = config or SearchConfig()
+    pruning = prepare(model, example, replace(config, bits=(FULL_BITS,), pruning=True))
+    pruned = _searched(pruning, Budget(pruning, prune_bops), search)
+    finetune(pruned)
+    quantizing = calibrate(prepare(pruned, example, replace(config, pruning=False)), batches)
+    return _searched(quantizing, Budget(quantizing, bops), search)
+
+
+def _searched(model: nn.Module, budget: Budget, search: Callable[[nn.Module, Budget], object]) -> nn.Module:
+    search(model, budget)
+    budget.finish()
+    return freeze(model)

@@ -1,0 +1,73 @@
+"""The multi-path baseline: a branch of its own for every width, mixed by learned weights (DNAS), nothing shared.
+
+    w' = sum_b p_b * Q_b(w; v_b),   p = softmax(alpha),   v_b = |range| * |scale_b|
+
+Every step computes K_w + K_a quantized copies where bit sharing computes one of each: that is the comparison. The same
+`Budget` drives it: the share of the increment to width b_j is p_j + p_(j+1) + ... instead of a product of gates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lbs.quant import fake
+from lbs.search.gates import BitGate
+
+
+class BranchGate(BitGate):
+    """Branches of one tensor: `alpha` float [K] are logits of their weights, `scale` [K] ranges over the common one."""
+
+    def __init__(self, chain: tuple[int, ...]) -> None:
+        super().__init__(chain)
+        self.alpha = nn.Parameter(torch.zeros(len(self.chain)))
+        self.scale = nn.Parameter(torch.ones(len(self.chain)))
+
+    def open_level(self) -> Tensor:
+        """The branch with the largest weight, the widest of equals: where training starts."""
+        return len(self.chain) - 1 - self.alpha.flip(0).argmax()
+
+    def shares(self) -> Tensor:
+        """p_j + p_(j+1) + ... for every step of the chain [J]."""
+        tail = self.alpha.softmax(0).flip(0).cumsum(0).flip(0)[1:]
+        self.statistic.copy_(tail.detach())
+        return tail
+
+    def mix(self, x: Tensor, v: Tensor, kind: str) -> Tensor:
+        """sum_b p_b * Q_b(x)."""
+        shares = self.alpha.softmax(0).to(x.dtype)
+        parts = [shares[level] * self.branch(x, v, kind, level) for level in range(len(self.chain))]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def branch(self, x: Tensor, v: Tensor, kind: str, level: int) -> Tensor:
+        """Q_b(x; v_b) of one branch."""
+        own, bits = v * self.scale[level].abs(), self.chain[level]
+        if kind == "weight":
+            return fake.fake_weight(x, own, bits)
+        return fake.fake_activation(x, own, bits, kind == "signed")
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Logits are free; only `level` follows."""
+
+    @torch.no_grad()
+    def close_to(self, level: int) -> None:
+        """Give one branch all the weight."""
+        self.alpha.fill_(-40.0)
+        self.alpha[level] = 0.0
+        self.level = level
+
+    def settle(self) -> None:
+        """One branch is left once the search is over."""
+        self.close_to(int(self.open_level()))
+
+
+def settled_range(common: nn.Parameter, gate: BitGate | None) -> nn.Parameter:
+    """The range of the branch that is left; the common range itself where there are no branches."""
+    if not isinstance(gate, BranchGate):
+        return common
+    scale = gate.scale.detach()[int(gate.open_level())].abs()
+    return nn.Parameter(common.detach().abs() * scale)

@@ -1,0 +1,123 @@
+"""From choices to a plan that holds its targets: close what hurts least per unit saved, then spend what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lbs.search.ledger import Choice, Ledger
+from lbs.search.quantities import Quantity, Target
+
+CLOSE_ENOUGH = 0.97  # of the target: nearer is not worth another exchange
+
+
+def fits(ledger: Ledger, targets: Sequence[Target]) -> bool:
+    """Whether every target holds under the present choices."""
+    return all(ledger.total(target.quantity) <= target.limit for target in targets)
+
+
+def fill(ledger: Ledger, targets: Sequence[Target]) -> float:
+    """The share of its limit that the fullest target uses."""
+    return max(ledger.total(target.quantity) / target.limit for target in targets)
+
+
+def project(ledger: Ledger, targets: Sequence[Target], filters_last: bool = True) -> None:
+    """Change the ledger's choices, not the gates, until every target holds and little is left over.
+
+    filters_last: filters go only after every width is at its narrowest, one step at a time. Their importance and the
+    errors of widths are no common currency, unless both were measured as losses.
+    """
+    close_cheapest(ledger, targets, filters_last)
+    spend_rest(ledger, targets)
+    exchange(ledger, targets)
+
+
+def close_cheapest(ledger: Ledger, targets: Sequence[Target], filters_last: bool) -> None:
+    """Close the choice with the smallest error added per share of the excess it saves, until every target holds."""
+    while True:
+        over = [t for t in targets if ledger.total(t.quantity) > t.limit]
+        if not over:
+            return
+        options = [c for c in ledger.choices if c.level > 0]
+        if filters_last and any(c.kind != "filters" and _saves(ledger, over, c) for c in options):
+            options = [c for c in options if c.kind != "filters"]
+        rated = [
+            (c.errors[c.level - 1] / saved, i) for i, c in enumerate(options) if (saved := _saves(ledger, over, c))
+        ]
+        if not rated:
+            return
+        options[min(rated)[1]].level -= 1
+
+
+def _saves(ledger: Ledger, over: Sequence[Target], choice: Choice) -> float:
+    return sum(max(0.0, -ledger.change(t.quantity, choice, choice.level - 1)) / t.limit for t in over)
+
+
+def spend_rest(ledger: Ledger, targets: Sequence[Target]) -> None:
+    """Open the choice whose error is largest per share of the limits it costs, as long as one fits."""
+    while True:
+        rated = []
+        for index, choice in enumerate(ledger.choices):
+            if choice.level < choice.top:
+                cost = _room_taken(ledger, targets, choice)
+                if cost is not None:
+                    rated.append((choice.errors[choice.level] / max(cost, 1e-12), -index))
+        if not rated:
+            return
+        ledger.choices[-max(rated)[1]].level += 1
+
+
+def _room_taken(ledger: Ledger, targets: Sequence[Target], choice: Choice) -> float | None:
+    """Share of the limits that one level more takes; None where it does not fit."""
+    cost = 0.0
+    for target in targets:
+        more = ledger.change(target.quantity, choice, choice.level + 1)
+        if ledger.total(target.quantity) + more > target.limit:
+            return None
+        cost += more / target.limit
+    return cost
+
+
+def exchange(ledger: Ledger, targets: Sequence[Target], rounds: int = 20) -> None:
+    """While a target is filled by less than 97 %: close one choice and open others, if that fills it better."""
+    for _ in range(rounds):
+        best = fill(ledger, targets)
+        if best >= CLOSE_ENOUGH or not fits(ledger, targets):
+            return
+        before = [choice.level for choice in ledger.choices]
+        found = before
+        for down in [choice for choice in ledger.choices if choice.level > 0]:
+            down.level -= 1
+            _fill_up(ledger, targets, down)
+            if fill(ledger, targets) > best:
+                best, found = fill(ledger, targets), [choice.level for choice in ledger.choices]
+            _set(ledger, before)
+        if found is before:
+            return
+        _set(ledger, found)
+
+
+def _fill_up(ledger: Ledger, targets: Sequence[Target], without: Choice) -> None:
+    """Open the choice that takes most room among those that fit, until none does."""
+    while True:
+        options = [c for c in ledger.choices if c.level < c.top and c is not without]
+        rated = [(room, -i) for i, c in enumerate(options) if (room := _room_taken(ledger, targets, c)) is not None]
+        if not rated:
+            return
+        options[-max(rated)[1]].level += 1
+
+
+def _set(ledger: Ledger, levels: Sequence[int]) -> None:
+    for choice, level in zip(ledger.choices, levels, strict=True):
+        choice.level = level
+
+
+def smallest_step(ledger: Ledger, quantity: Quantity) -> float:
+    """The least that opening one choice by one level would add; 0 where all are open."""
+    steps = [ledger.change(quantity, c, c.level + 1) for c in ledger.choices if c.level < c.top]
+    return min((step for step in steps if step > 0), default=0.0)
+
+
+def at_levels(ledger: Ledger, levels: Callable[[Choice], int]) -> None:
+    """Set every choice to the level a function gives."""
+    for choice in ledger.choices:
+        choice.level = levels(choice)

@@ -1,0 +1,156 @@
+"""What a budget can count: bit operations, bytes of packed weights, seconds; one small class, three of its objects.
+
+A quantity prices one layer under hard gates. Everything differentiable follows from prices alone (`budget.py`): the
+increments between neighbouring widths, and the slope between neighbouring numbers of filters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol, runtime_checkable
+
+from lbs import cost
+from lbs.plan import LayerPlan, Plan
+from lbs_kernels.errors import PlanError
+from lbs_kernels.problem import Problem
+
+
+@runtime_checkable
+class Estimates(Protocol):
+    """A table of measured times."""
+
+    def estimate(self, problem: Problem) -> float | None:
+        """Seconds of one step, None where nothing is known."""
+        ...
+
+
+LookUp = Callable[[Problem], float | None]
+Table = LookUp | Estimates
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """name and unit are for people: value / scale is what they read. price: exact cost of a layer."""
+
+    name: str
+    unit: str
+    scale: float
+    price: Callable[[Problem], float]
+
+    def total(self, plan: Plan) -> float:
+        """The quantity of a whole plan, as the budget counts it."""
+        return sum(self.price(kept_problem(plan, layer)) for layer in plan.layers)
+
+    def show(self, value: float) -> str:
+        """For people: `630.6M BOPs`."""
+        return f"{value / self.scale:.1f}{self.unit}" if value >= self.scale else f"{value / self.scale:.3g}{self.unit}"
+
+
+def kept_problem(plan: Plan, layer: LayerPlan) -> Problem:
+    """A layer of a plan with the channels that live, for one image."""
+    return layer.problem(plan.kept_inputs(layer), layer.kept_filters)
+
+
+def bit_operations() -> Quantity:
+    """Bit operations of one image (LBS section 3.3)."""
+    return Quantity("bops", "M BOPs", 1e6, cost.bops)
+
+
+def packed_bytes() -> Quantity:
+    """Bytes of the packed weights: planes, multiplier and bias; float layers (32 bits) count four bytes a weight."""
+
+    def price(problem: Problem) -> float:
+        full = problem.w_bits == cost.FULL_PRECISION_BITS
+        return cost.float_weight_bytes(problem) if full else cost.weight_bytes(problem)
+
+    return Quantity("size_mb", " MB", 1e6, price)
+
+
+def seconds(table: Table) -> Quantity:
+    """Measured latency of one image: the sum of the layers' times in `table`.
+
+    A table is a function, or an object whose method `estimate` is one. A size it does not know lies on the line between
+    the nearest numbers of filters it does know.
+    """
+    look_up: LookUp = table.estimate if isinstance(table, Estimates) else table
+
+    @cache
+    def price(problem: Problem) -> float:
+        known = look_up(problem)
+        return float(known) if known is not None else _between(look_up, problem)
+
+    return Quantity("latency_ms", " ms", 1e-3, price)
+
+
+def _between(table: LookUp, problem: Problem) -> float:
+    """Linear between the nearest numbers of filters that the table knows; beyond them in proportion to the nearest.
+
+    Raises:
+        PlanError: the table knows no number of filters of this layer at all.
+    """
+    count = problem.out_channels
+    lower = _nearest(table, problem, range(count - 1, 0, -1))
+    upper = _nearest(table, problem, range(count + 1, 2 * count + 65))
+    if lower is not None and upper is not None:
+        share = (count - lower[0]) / (upper[0] - lower[0])
+        return lower[1] + share * (upper[1] - lower[1])
+    found = lower or upper
+    if found is None:
+        raise PlanError(
+            f"the latency table has no time for {problem}, whatever the number of filters; measure this layer first, "
+            "or give a table that estimates"
+        )
+    return found[1] * count / found[0]
+
+
+def _nearest(table: LookUp, problem: Problem, counts: range) -> tuple[int, float] | None:
+    """The first number of filters with a known time, and that time."""
+    depthwise = 1 < problem.groups == problem.in_channels == problem.out_channels
+    for count in counts:
+        other = replace(problem, out_channels=count)
+        known = table(replace(other, in_channels=count, groups=count) if depthwise else other)
+        if known is not None:
+            return count, float(known)
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A quantity and the most it may be."""
+
+    quantity: Quantity
+    limit: float
+
+
+def targets_of(
+    full_precision: int, bops: float | None, size_mb: float | None, latency_ms: float | None, table: Table | None
+) -> tuple[Target, ...]:
+    """The limits a user asked for, in base units.
+
+    Raises:
+        PlanError: none, one that is no positive number, or a latency without a table.
+    """
+    asked = {"bops": bops, "size_mb": size_mb, "latency_ms": latency_ms}
+    for name, limit in asked.items():
+        if limit is not None and not (isinstance(limit, int | float) and math.isfinite(limit) and limit > 0):
+            rule = "a fraction of full precision in (0, 1], or bit operations of one image"
+            raise PlanError(f"budget {name}={limit!r}; give {rule if name == 'bops' else 'a positive number'}")
+    targets: list[Target] = []
+    if bops is not None:
+        targets.append(Target(bit_operations(), float(bops) * full_precision if bops <= 1 else float(bops)))
+    if size_mb is not None:
+        targets.append(_scaled(packed_bytes(), size_mb))
+    if latency_ms is not None:
+        if table is None:
+            raise PlanError("budget latency_ms needs table=, a function from a Problem to its seconds")
+        targets.append(_scaled(seconds(table), latency_ms))
+    if not targets:
+        raise PlanError("budget without a target; give bops=, size_mb= or latency_ms=")
+    return tuple(targets)
+
+
+def _scaled(quantity: Quantity, limit: float) -> Target:
+    return Target(quantity, float(limit) * quantity.scale)

@@ -1,0 +1,55 @@
+"""bitconv2d in CUDA C++: the implicit GEMM on one-bit tensor cores of onebit_gemm.py, for 2- and 4-bit codes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lbs_kernels.errors import BackendError, ShapeError
+from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
+from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import TensorSpec
+
+__all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
+
+bind = bind_onebit
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this back end cannot serve `problem`, or None; `step_reason` answers for the rest of a step."""
+    return unsupported_reason(problem)
+
+
+def accumulate(
+    x_codes: Tensor,
+    w_planes: Tensor,
+    *,
+    a_bits: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    zero: int = 0,
+    signed: bool = False,
+    config: OneBitConfig | None = None,
+) -> Tensor:
+    """The accumulator int32 [N, H', W', O] of one group; arguments as in reference.py, plus the launch configuration.
+
+    Raises:
+        BackendError: bits, zero point or configuration that is not served.
+        FormatError: the accumulator could overflow, or the planes do not fit the channels.
+        ShapeError: signed codes with padding.
+    """
+    if signed and padding != (0, 0):
+        raise ShapeError(f"padding {padding} of signed codes: they have no code for 0; pad before encoding")
+    batch, height, width, channels = x_codes.shape
+    w_bits, filters = w_planes.shape[:2]
+    problem = Problem(
+        "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, 1, w_bits, a_bits,
+        str(x_codes.device),
+    )  # fmt: skip
+    reason = unsupported_reason(problem)
+    if reason is not None:
+        raise BackendError(f"one-bit kernels cannot serve {problem}: {reason}")
+    source = TensorSpec("x", "codes", channels, height, width, a_bits, zero, signed)
+    return onebit_accumulate(x_codes, w_planes, source, problem, onebit_default(problem) if config is None else config)

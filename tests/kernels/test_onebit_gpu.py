@@ -1,0 +1,176 @@
+"""The one-bit kernels on a GPU against the reference, every element; run with -m gpu on a machine that has one."""
+
+from __future__ import annotations
+
+import programs
+import pytest
+import torch
+from contenders import assert_same
+from onebit_steps import check_steps
+
+from lbs_kernels import extension
+from lbs_kernels.bitconv2d import cuda_impl as conv_cuda
+from lbs_kernels.bitconv2d import reference as conv_reference
+from lbs_kernels.bitlinear import cuda_impl as linear_cuda
+from lbs_kernels.bitlinear import reference as linear_reference
+from lbs_kernels.errors import BackendError
+from lbs_kernels.format import pack_weights
+from lbs_kernels.gpu_layout import from_logical, storage, to_logical
+from lbs_kernels.onebit_config import TILES, OneBitConfig, machines, onebit_default
+from lbs_kernels.program import Emit
+from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.step_problem import problem_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}"),
+]
+CONFIGS = [OneBitConfig(*tile) for tile in TILES]
+
+
+def require(config: OneBitConfig) -> None:
+    if config.machine not in machines("cuda"):
+        pytest.skip(f"this GPU has no {config.machine}")
+
+
+# (channels, filters, size, window): words by one, two and four; K of odd steps and of whole chunks; filters and pixels
+# around the tiles; borders under a stride, dilation, windows beyond the image, one output pixel.
+SHAPES = {
+    "stem": (3, 64, (30, 31), {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)}),
+    "pairs": (64, 64, (28, 28), {"kernel": (3, 3), "padding": (1, 1)}),
+    "units": (128, 129, (14, 15), {"kernel": (3, 3), "padding": (1, 1)}),
+    "wide": (512, 127, (7, 7), {"kernel": (3, 3), "padding": (1, 1), "stride": (2, 2)}),
+    "odd": (130, 13, (9, 8), {"kernel": (3, 3), "padding": (1, 0), "stride": (2, 1)}),
+    "dilated": (96, 40, (12, 12), {"kernel": (3, 3), "padding": (2, 3), "dilation": (2, 3)}),
+    "outside": (32, 5, (3, 4), {"kernel": (5, 1), "padding": (5, 1)}),
+    "pixel": (33, 70, (3, 3), {"kernel": (3, 3)}),
+    "pointwise": (256, 300, (13, 11), {"kernel": (1, 1)}),
+}
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (2, 4), (4, 2), (4, 4)])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_accumulator(config: OneBitConfig, w_bits: int, a_bits: int, shape: str) -> None:
+    require(config)
+    channels, filters, size, window = SHAPES[shape]
+    generator = torch.Generator().manual_seed(w_bits + a_bits)
+    x = torch.randint(0, 1 << a_bits, (5, *size, channels), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(
+        0, 1 << w_bits, (filters, *window["kernel"], channels), generator=generator, dtype=torch.uint8
+    )
+    planes = pack_weights(codes, w_bits)
+    expected = conv_reference.accumulate(x, planes, a_bits=a_bits, **window)
+    for _ in range(3):  # a race need not show at once
+        actual = conv_cuda.accumulate(x.cuda(), planes.cuda(), a_bits=a_bits, **window, config=config)
+        assert_same(actual, expected, f"accumulator of {config}")
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 1000])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_linear(config: OneBitConfig, rows: int) -> None:
+    require(config)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randint(0, 4, (rows, 512), generator=generator, dtype=torch.uint8)
+    planes = pack_weights(torch.randint(0, 4, (1000, 1, 1, 512), generator=generator, dtype=torch.uint8), 2)
+    expected = linear_reference.accumulate(x, planes, a_bits=2)
+    assert_same(linear_cuda.accumulate(x.cuda(), planes.cuda(), a_bits=2, config=config), expected, "accumulator")
+
+
+@pytest.mark.parametrize("weight", [0, 15])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_accumulator_near_the_overflow_corner(config: OneBitConfig, weight: int) -> None:
+    require(config)
+    channels = 5_000_000  # twice the sum of products passes 2^31 and wraps around
+    x = torch.full((1, channels), 15, dtype=torch.uint8, device="cuda")
+    planes = pack_weights(torch.full((1, 1, 1, channels), weight, dtype=torch.uint8), 4)
+    expected = torch.tensor([[channels * 15 * (2 * weight - 15)]], dtype=torch.int32)
+    assert_same(linear_cuda.accumulate(x, planes, a_bits=4, config=config), expected, "accumulator")
+
+
+@pytest.mark.parametrize("name", sorted(programs.CASES))
+@pytest.mark.parametrize("config", [*CONFIGS, None], ids=str)
+def test_named_programs(name: str, config: OneBitConfig | None) -> None:
+    if config is not None:
+        require(config)
+    program, blob = programs.CASES[name](seed=5)
+    check_steps(program, blob, programs.random_inputs(program, batch=5, seed=3), "cuda", config)
+
+
+@pytest.mark.parametrize("seed", range(400, 424))
+def test_random_programs(seed: int) -> None:
+    program, blob = programs.random_program(seed)
+    check_steps(program, blob, programs.random_inputs(program, 1 + seed % 4, seed), "cuda")
+
+
+@pytest.mark.parametrize("limit", [0, 4])
+@pytest.mark.parametrize("out_bits", [1, 2, 4])
+def test_codes_alone_by_thresholds_and_by_floats(out_bits: int, limit: int) -> None:
+    b = programs.Builder(out_bits)
+    image = b.image(128, 14, 14)
+    codes = b.consumer((14, 14, 128), 2)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, 200)
+    b.conv(codes.tensor, Emit(low=0.0, consumers=(b.consumer(shape, out_bits),)), 200, w_bits=2)
+    b.conv(codes.tensor, Emit(stream=b.stream(shape, output=True)), 200, w_bits=2)
+    program, blob = b.build()
+    for config in CONFIGS:
+        if config.machine in machines("cuda"):
+            used = OneBitConfig(config.machine, config.block_m, config.block_o, config.stages, limit)
+            check_steps(program, blob, programs.random_inputs(program, 4, 1), "cuda", used)
+
+
+def test_a_captured_launch_replays_and_follows_its_inputs() -> None:
+    """Neither binding's allocations nor a synchronisation are part of a launch: else the capture fails."""
+    program, blob = programs.one_conv(0, channels=128, filters=64, size=(14, 14), w_bits=2, a_bits=2, out_bits=2)
+    source, step = program.tensors[program.steps[1].input], program.steps[1]
+    arrays = {key: program.array(blob, key).cuda() for key in program.arrays}
+    images = [programs.random_inputs(program, 3, seed) for seed in range(2)]
+    traces: list[dict[int, torch.Tensor]] = [{}, {}]
+    for image, trace in zip(images, traces, strict=True):
+        ReferenceRunner(program, blob).run(image, trace)
+    written = [step.emit.stream, step.emit.consumers[0].tensor]
+    buffers = {step.input: from_logical(traces[0][step.input], source).cuda()}
+    for index in written:
+        assert index is not None
+        dtype, shape = storage(program.tensors[index], program.stream_dtype, 3)
+        buffers[index] = torch.zeros(shape, dtype=dtype, device="cuda")
+    problem = problem_of(step, program, 3, "cuda")
+    weights = conv_cuda.prepare_weights(arrays[step.planes], (3, 3), 1, source, "cuda")  # type: ignore[union-attr]
+    launch = conv_cuda.bind(step, problem, onebit_default(problem), program, arrays, weights, buffers)  # type: ignore[arg-type]
+    launch([])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch([])
+    for trace in traces[::-1]:
+        buffers[step.input].copy_(from_logical(trace[step.input], source))
+        graph.replay()
+        for index in written:
+            assert index is not None
+            assert_same(to_logical(buffers[index], program.tensors[index]), trace[index], "replayed output")
+
+
+@pytest.mark.parametrize("machine", ["wgmma", "mma"])
+def test_the_roof_multiplies(machine: str) -> None:
+    if machine not in machines("cuda"):
+        pytest.skip(f"this GPU has no {machine}")
+    native = extension.require_cuda()
+    out = torch.zeros(native.onebit_peak_threads(0), dtype=torch.int32, device="cuda:0")
+    sums = []
+    for repeats in (1, 2, 4):  # an even number of steps meets both halves of the operands equally often
+        count = native.onebit_peak(machine, repeats, out.data_ptr(), 0, torch.cuda.current_stream(0).cuda_stream)
+        columns = 128 if machine == "wgmma" else 64
+        assert count == torch.cuda.get_device_properties(0).multi_processor_count * repeats * 4 * 128 * 256 * columns
+        sums.append(out.cpu().clone())
+    assert bool((sums[1] > 0).all())
+    assert torch.equal(2 * sums[1], sums[2])
+
+
+def test_another_gpu_is_refused_in_words() -> None:
+    if "wgmma" in machines("cuda"):
+        pytest.skip("this GPU runs every kernel")
+    x = torch.zeros(1, 4, 4, 32, dtype=torch.uint8, device="cuda")
+    planes = pack_weights(torch.zeros(8, 3, 3, 32, dtype=torch.uint8), 2)
+    with pytest.raises(BackendError, match="has no wgmma"):
+        conv_cuda.accumulate(x, planes.cuda(), a_bits=2, kernel=(3, 3), config=OneBitConfig("wgmma", 64, 64, 4))
