@@ -87,18 +87,6 @@ def store_stream(pointer, y, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def unpack_planes(pointer, plane_stride, mask, BITS: tl.constexpr):
-    """Codes int32 [R, 32 W] of words pointed at by [R, W]; plane p lies p * plane_stride words further."""
-    lane = tl.arange(0, 32)[None, None, :]
-    words = tl.load(pointer, mask=mask, other=0)
-    codes = (words[:, :, None] >> lane) & 1  # [R, W, 32]
-    for plane in tl.static_range(1, BITS):
-        words = tl.load(pointer + plane * plane_stride, mask=mask, other=0)
-        codes = codes | (((words[:, :, None] >> lane) & 1) << plane)
-    return tl.reshape(codes, [pointer.shape[0], pointer.shape[1] * 32])
-
-
-@triton.jit
 def eight_codes(lanes):
     """Registers [R, words, bytes of a word] of codes below 16 [.., 8]: bit p of code i is bit i of byte p.
 
