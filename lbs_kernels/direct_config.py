@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from lbs_kernels.errors import FormatError
+from lbs_kernels.config_text import match_text
 from lbs_kernels.format import WORD
 from lbs_kernels.problem import Problem
 
@@ -28,7 +27,8 @@ class DepthwiseConfig:
     @classmethod
     def parse(cls, text: str) -> DepthwiseConfig:
         """The configuration that prints as `text`. Raises FormatError."""
-        return cls(*parse_numbers(r"depthwise_m(\d+)_c(\d+)_w(\d+)", text))
+        found = match_text(r"depthwise_m(\d+)_c(\d+)_w(\d+)", text, "depthwise kernel", cls(128, 32, 4))
+        return cls(*map(int, found.groups()))
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,8 @@ class GroupedConfig:
     @classmethod
     def parse(cls, text: str) -> GroupedConfig:
         """The configuration that prints as `text`. Raises FormatError."""
-        return cls(*parse_numbers(r"grouped_m(\d+)_o(\d+)_w(\d+)", text))
-
-
-def parse_numbers(pattern: str, text: str) -> list[int]:
-    """The numbers of a printed configuration.
-
-    Raises:
-        FormatError: `text` is not of that form.
-    """
-    found = re.fullmatch(pattern, text)
-    if found is None:
-        raise FormatError(f"{text!r} is not a launch configuration of the form {pattern}; print one to see it")
-    return [int(number) for number in found.groups()]
+        found = match_text(r"grouped_m(\d+)_o(\d+)_w(\d+)", text, "grouped kernel", cls(64, 32, 4))
+        return cls(*map(int, found.groups()))
 
 
 def power_at_least(size: int, smallest: int, largest: int) -> int:

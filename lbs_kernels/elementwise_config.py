@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lbs_kernels.direct_config import parse_numbers
+from lbs_kernels.config_text import match_text
 from lbs_kernels.format import WORD
 from lbs_kernels.problem import Problem
 
@@ -25,7 +25,8 @@ class ElementwiseConfig:
     @classmethod
     def parse(cls, text: str) -> ElementwiseConfig:
         """The configuration that prints as `text`. Raises FormatError."""
-        return cls(*parse_numbers(r"elementwise_m(\d+)_c(\d+)_w(\d+)", text))
+        found = match_text(r"elementwise_m(\d+)_c(\d+)_w(\d+)", text, "elementwise kernels", cls(32, 32, 4))
+        return cls(*map(int, found.groups()))
 
 
 def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:

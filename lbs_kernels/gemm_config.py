@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from lbs_kernels.config_text import match_text
 from lbs_kernels.direct_config import power_at_least
 from lbs_kernels.errors import FormatError
 from lbs_kernels.format import MAX_BITS, WORD, words
@@ -51,9 +51,9 @@ class GemmConfig:
         'fields'
         """
         pattern = r"gemm_m(\d+)_o(\d+)_k(\d+)_w(\d+)_s(\d+)_(wx|xw)_(bytes|fields)_p(\d+)"
-        found = re.fullmatch(pattern, text)
-        if found is None or int(found[3]) % WORD:
-            raise FormatError(f"{text!r} is not a launch configuration of the form {pattern}; print one to see it")
+        found = match_text(pattern, text, "GEMM", cls(128, 64, 4, 4, 3, False, "fields"))
+        if int(found[3]) % WORD:
+            raise FormatError(f"{text!r}: steps of {found[3]} channels; they are multiples of {WORD}")
         m, o, k, warps, stages = (int(found[i]) for i in range(1, 6))
         return cls(m, o, k // WORD, warps, stages, found[6] == "wx", found[7], int(found[8]))
 

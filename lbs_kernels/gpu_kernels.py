@@ -85,7 +85,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """As in tuning tables: "triton:m64_o64_k64_w4_s3_wx"."""
+        """As in tuning tables: "triton:elementwise_m32_c32_w4"."""
         return f"{self.kernel.family}:{self.config}"
 
 

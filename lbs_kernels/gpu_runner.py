@@ -189,7 +189,7 @@ class GpuRunner:
         """Tell the allocator that the current stream reads the weights: freed, they wait for its work."""
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
-            for tensor in tensors_in([list(self.arrays.values()), list(self._weights.values())]):
+            for tensor in tensors_in([self.arrays, self._weights], self.device.type):
                 tensor.record_stream(stream)
 
     def _problem(self, step: Step, batch: int) -> Problem:
@@ -257,14 +257,18 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside lists, tuples, dictionaries and dataclasses."""
+def tensors_in(value: Any, device_type: str) -> Iterator[Tensor]:
+    """Every tensor of this kind of device inside lists, tuples, dictionaries and dataclasses.
+
+    Weights keep some on the processor, from which they lay out others; those know no streams.
+    """
     if isinstance(value, Tensor):
-        yield value
+        if value.device.type == device_type:
+            yield value
     elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+        yield from tensors_in(list(value.values()), device_type)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from tensors_in(item)
+            yield from tensors_in(item, device_type)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)], device_type)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 
-from lbs_kernels.errors import FormatError
+from lbs_kernels.config_text import match_text
 from lbs_kernels.problem import Problem
 
 GROUP_ROWS = 64  # pixels of one group of 128 threads
@@ -48,9 +47,8 @@ class OneBitConfig:
         >>> OneBitConfig.parse("onebit_wgmma_m128_o128_s6_t2").block_o
         128
         """
-        found = re.fullmatch(r"onebit_(wgmma|mma)_m(\d+)_o(\d+)_s(\d+)_t(\d+)", text)
-        if found is None:
-            raise FormatError(f"{text!r} is no one-bit configuration; expected one like {cls(*TILES[0])}")
+        pattern = r"onebit_(wgmma|mma)_m(\d+)_o(\d+)_s(\d+)_t(\d+)"
+        found = match_text(pattern, text, "one-bit kernels", cls(*TILES[0]))
         block_m, block_o, stages, thresholds = (int(found[index]) for index in range(2, 6))
         return cls(found[1], block_m, block_o, stages, thresholds)
 

@@ -54,7 +54,7 @@ AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("gpu", "reference")}
 class Candidate:
     """One implementation's answer for one problem: a reason why not, or its measured time if there is one.
 
-    name: a back end, or a GPU kernel with its configuration as tuning tables name it ("triton:depthwise_m64_c32_w2").
+    name: a back end, or a GPU kernel with its configuration as tuning tables name it ("triton:elementwise_m32_c32_w4").
     """
 
     name: str

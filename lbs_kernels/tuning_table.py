@@ -3,8 +3,8 @@
     {"version": 2, "device": ..., "rows": {problem: {implementation: seconds}}}
 
 An implementation is a back end or a family of kernels, with its configuration where it has one: "reference",
-"cpu:t2" (two threads), "triton:depthwise_m64_c32_w2", "cuda:...", "fp16". Problems are keyed by `key`: their batch is a
-bucket, their device without an index.
+"cpu:t2" (two threads), "triton:elementwise_m32_c32_w4", "cuda:...", "fp16:torch". Problems are keyed by `key`: their
+batch is a bucket, their device without an index.
 
 Tables shipped with the package lie in lbs_kernels/tuning/; those measured here lie in the user's cache folder
 (`LBS_TUNING_DIR`, else `$XDG_CACHE_HOME/lbs/tuning`, else `~/.cache/lbs/tuning`) and win over the shipped ones.

@@ -170,9 +170,6 @@ def tiny(classes):
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes),
     )
 
-# On the processor the one-bit kernels run on a model of the GPU, thread by thread: too slow to be timed.
-from lbs_kernels import gpu_kernels
-gpu_kernels.KERNELS[:] = [kernel for kernel in gpu_kernels.KERNELS if kernel.family != "cuda"]
 lbs.models.REGISTRY["tiny"] = lbs.models.ModelEntry(tiny, 3, (1, 4, 4), 1)
 out = Path(sys.argv[1])
 (out / "scratch").mkdir()
@@ -216,15 +213,14 @@ def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) 
         json.loads((tmp_path / f"{part}.json").read_text()) for part in ("roofs", "layers", "models")
     )
     assert set(roofs["rows"]) == {"copy", "float16", "int8"}
-    assert set(roofs["missing"]) == {"b1", "b1 product"}
-    assert "no one-bit kernel" in roofs["missing"]["b1"]
+    assert set(roofs["missing"]) == {"b1"}
     assert (layers["complete"], layers["passes"]) == (True, 2)
     contenders = {row["contender"].split(":")[0] for row in layers["rows"]}
     assert contenders >= {"float16", "triton"}
     assert all("error" not in row and row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"])
     (table,) = (tmp_path / "tuning").glob("*.json")
     timed = {name.split(":")[0] for times in json.loads(table.read_text())["rows"].values() for name in times}
-    assert timed == {"triton", "fp16"}
+    assert timed - {"cuda"} == {"triton", "fp16"}  # the model of the GPU serves where it is built
     assert models["complete"]
     names = {row["contender"] for row in models["rows"]}
     assert names == {"torch float32", "torch TF32", "torch float16", "w4a4", "w4a4 pruned"}

@@ -255,6 +255,39 @@ def test_a_missing_sanitizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert body["tools"]["memcheck"] == {"errors": None, "reason": "compute-sanitizer was not found"}
 
 
+def test_without_pytest_both_parts_that_need_it_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: None)
+    body = gpu_checks.tests(tmp_path, 10)
+    assert (body["passed"], body["reason"]) == (False, gpu_checks.NO_PYTEST)
+    assert gpu_checks.sanitizer(10)["tools"]["racecheck"] == {"errors": None, "reason": gpu_checks.NO_PYTEST}
+
+
+def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, good = tmp_path / "test_gpu_a.py", tmp_path / "test_gpu_b.py"
+    broken.write_text("import a_package_that_is_not_there\n")
+    good.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_one() -> None:\n    pass\n")
+    monkeypatch.setattr(gpu_checks, "gpu_files", lambda: [str(broken), str(good)])
+    body = gpu_checks.tests(tmp_path, 60)
+    assert (body["passed"], body["tests"], body["errors"], body["failures"]) == (False, 2, 1, 0)
+
+
+def test_the_sanitizer_is_given_tests_of_every_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def call(command: list[str], seconds: float) -> tuple[int, str]:
+        asked.append(command[command.index("-m") :])
+        return 0, "1 passed\n========= ERROR SUMMARY: 0 errors"
+
+    monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu_checks, "call", call)
+    assert gpu_checks.sanitizer(10)["passed"]
+    listed = subprocess.run(
+        [sys.executable, *asked[0], "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in ("test_planes_equal", "test_images_equal", "test_accumulator[onebit_wgmma", "test_codes_alone"):
+        assert name in listed
+
+
 def test_a_command_that_takes_too_long_keeps_its_words() -> None:
     program = "import time; print('so far', flush=True); time.sleep(60)"
     code, text = gpu_checks.call([sys.executable, "-c", program], 1.5)

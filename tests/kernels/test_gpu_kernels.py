@@ -56,10 +56,10 @@ def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
 
 
 def test_text_that_no_kernel_knows() -> None:
-    with pytest.raises(FormatError, match="'m64' is not a launch configuration"):
+    with pytest.raises(FormatError, match="'m64' is no configuration of the GEMM"):
         GemmConfig.parse("m64")
     assert gpu_kernels.parse("triton:m64") is None
-    assert gpu_kernels.parse("metal:m64_o64_k64_w4_s3_wx") is None
+    assert gpu_kernels.parse("metal:elementwise_m32_c32_w4") is None
     with pytest.raises(BackendError, match="3 is a int; GPU kernels take GemmConfig"):
         gpu_kernels.kernel_of(3)
 
@@ -93,7 +93,7 @@ def test_a_fast_configuration_that_does_not_fit_the_exact_problem_is_passed_over
 
 
 def test_a_configuration_of_another_operation_is_passed_over() -> None:
-    measured(LAYER, triton__m32_c32_w4=1e-9)
+    measured(LAYER, triton__elementwise_m32_c32_w4=1e-9)
     assert gpu_kernels.choose(LAYER).config == conv_tuning.default(LAYER)
 
 
@@ -134,7 +134,7 @@ class OtherConfig:
 
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """One more row of the table with its implementation and configurations, without kernels that may not be built."""
+    """One more row of the table, its implementation and its configurations; none in CUDA: not everybody builds it."""
     module = ModuleType("lbs_kernels.bitconv2d.other_impl")
     module.supports = lambda problem: None if problem.w_bits == 4 else "it takes 4 bits"  # type: ignore[attr-defined]
     module.bind = lambda *arguments: None  # type: ignore[attr-defined]
@@ -142,8 +142,8 @@ def other(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.invalid_reason = lambda config, problem: None if config.size == 1 else "too large"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     row = Kernel("other", ("bitconv2d",), OtherConfig, "other_impl", module.__name__)
-    always = [kernel for kernel in gpu_kernels.KERNELS if kernel.family != "cuda"]
-    monkeypatch.setattr(gpu_kernels, "KERNELS", [*always, row])
+    portable = [kernel for kernel in gpu_kernels.KERNELS if kernel.family != "cuda"]
+    monkeypatch.setattr(gpu_kernels, "KERNELS", [*portable, row])
     return module
 
 

@@ -129,7 +129,7 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
 def test_other_texts_are_refused(text: str) -> None:
     assert gpu_kernels.parse(f"triton:{text}") is None
     for kind in (GemmConfig, ElementwiseConfig, DepthwiseConfig, GroupedConfig):
-        with pytest.raises(FormatError, match="is not a launch configuration"):
+        with pytest.raises(FormatError, match=r"is no configuration of the|multiples of 32"):
             kind.parse(text)
 
 
