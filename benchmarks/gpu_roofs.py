@@ -19,7 +19,11 @@ REPEATS = 1 << 14  # chunks of one-bit products in one launch: some milliseconds
 
 
 def measure(save: Callable[[dict[str, Any]], object], attempt: Callable[[str], bool]) -> dict[str, Any]:
-    """{"rows": {roof: {median_s, p20_s, p80_s, operations | bytes per second}}, "b1_over_int8", "missing"}."""
+    """{"rows": {roof: {median_s, p20_s, p80_s, operations | bytes per second}}, "b1_over_int8", "missing"}.
+
+    b1_over_int8 is the rate of the one-bit instruction, on operands that lie ready, over that of the library's INT8
+    product: the most a one-bit kernel could gain.
+    """
     body: dict[str, Any] = {"rows": {}, "missing": {}, "b1_over_int8": None, "complete": False}
     for name, make in CONTENDERS.items():
         if not attempt(name):

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.format import MAX_BITS, WORD, words
-from lbs_kernels.gpu_layout import BYTE_BITS
 
 FIELD_BITS = 4  # codes of more bits are kept as bytes
 
@@ -49,7 +48,7 @@ def field_shift(bits: int) -> int:
 def channel_order(a_bits: int) -> Tensor:
     """int64 [32]: the channel at each position of a word, for activations of `a_bits` bits."""
     position = torch.arange(WORD)
-    return position if a_bits == BYTE_BITS else position % 4 * 8 + position // 4
+    return position if a_bits == MAX_BITS else position % 4 * 8 + position // 4
 
 
 def centre_bytes(codes: Tensor, bits: int) -> Tensor:

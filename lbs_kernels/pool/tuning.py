@@ -10,7 +10,7 @@ from lbs_kernels.elementwise_config import (
     invalid_reason,
     is_valid,
 )
-from lbs_kernels.gpu_layout import BYTE_BITS
+from lbs_kernels.format import MAX_BITS
 from lbs_kernels.problem import Problem
 
 __all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid"]
@@ -23,6 +23,6 @@ def candidates(problem: Problem) -> list[Config]:
 
 def default(problem: Problem) -> Config:
     """The configuration used where nothing was measured; planes are whole words, one for each thread."""
-    if 0 < problem.a_bits < BYTE_BITS:
+    if 0 < problem.a_bits < MAX_BITS:
         return Config(128, channel_block(problem.in_channels), warps=4)
     return elementwise_default(problem)

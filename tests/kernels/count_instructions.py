@@ -1,4 +1,4 @@
-"""Prints what one step of the GEMM costs, read from the machine code: the table of docs/gpu.md.
+"""Prints what one step of the GEMM costs, read from the machine code: the table of docs/triton.md.
 
 python tests/kernels/count_instructions.py
 """
@@ -36,7 +36,7 @@ def compiled(problem: Problem, target: str) -> Compiled:
     with mock.patch.object(gpu_runner, "INTERPRETED", mock.Mock(value=True)):
         launch = GpuRunner(program, blob, "cpu").plan(problem.batch).launches[1]
     with tempfile.TemporaryDirectory() as folder, compiling(target, Path(folder)) as kernels:
-        launch([torch.empty(16)])
+        launch([torch.empty(problem.batch, problem.in_channels, 1, 1)])
     return kernels[0]
 
 

@@ -21,7 +21,7 @@ from lbs.quant import calibrate
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
 from lbs.search import Budget, SearchConfig, distributed, parameter_groups, prepare
-from lbs.search.bit_sharing import gate_statistics
+from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate
 from lbs.search.trainer import Trainer
 from lbs_kernels.errors import LbsError
@@ -111,9 +111,14 @@ def statistics_of_halves() -> list[list[float]]:
         gate.alpha[0] = 0.02
     own = x[distributed.rank() * 4 :][:4]
     v = torch.tensor(1.0)
+
+    def seen(images: torch.Tensor) -> list[float]:
+        gated(images, v, gate, "signed")
+        return gate.statistic.tolist()
+
     with distributed.alone():
-        whole = gate_statistics(x, v, gate, "signed").tolist()
-    return [gate_statistics(own, v, gate, "signed").tolist(), whole]
+        whole = seen(x)
+    return [seen(own), whole]
 
 
 def poisoned(folder: Path, at: int, value: float) -> Trainer:
