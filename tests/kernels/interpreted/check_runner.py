@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pack_nets
@@ -63,6 +64,16 @@ def test_every_stream_has_buffers_of_its_own(net: tuple[Program, Tensor], monkey
     assert runner.plan(2) is first
     runner.release()
     assert runner.plan(2) is not first
+
+
+def test_streams_are_told_of_tensors_on_their_device_only(net: tuple[Program, Tensor]) -> None:
+    """Weights keep codes on the processor, where `record_stream` raises; "meta" stands in for the GPU here."""
+    runner = GpuRunner(*net, "cpu")
+    weights = next(iter(runner._weights.values()))
+    on_device = replace(weights, planes=weights.planes.to("meta"), offset=weights.offset.to("meta"))
+    found = list(gpu_runner.tensors_in([runner.arrays, {"layer": (on_device,)}], "meta"))
+    assert [tensor.shape for tensor in found] == [weights.planes.shape, weights.offset.shape]
+    assert len(list(gpu_runner.tensors_in([runner.arrays], "cpu"))) == len(runner.arrays)
 
 
 def test_the_plans_used_last_are_kept(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
