@@ -13,6 +13,7 @@ from lbs_kernels.problem import Problem
 from lbs_kernels.tuning_table import estimate
 
 TARGETS = ("bops", "size_mb", "latency_ms")
+NO_TARGET = "no budget; name one or several: --bops 0.03 (share), --bops 650M, --size-mb 0.2, --latency-ms 1.5"
 
 
 def limits(config: SearchRun) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def limits(config: SearchRun) -> dict[str, Any]:
     """
     asked = {name: value for name in TARGETS if (value := getattr(config, name))}
     if not asked:
-        raise PlanError("no budget; name one or several: --bops 0.03, --bops 650M, --size-mb 0.2, --latency-ms 1.5")
+        raise PlanError(NO_TARGET)
     return {**asked, "table": tuned_seconds(config.model, config.latency_device)} if "latency_ms" in asked else asked
 
 

@@ -181,7 +181,7 @@ def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:
 
 
 def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
-    """Float network -> network of fixed bits by `plan`, or pruned in float; ranges are those of an uncalibrated layer."""
+    """Float network -> network of fixed bits, or pruned in float, by `plan`; ranges are those of no calibration."""
     prunes = any(layer.kept is not None for layer in plan.layers)
     bits = (FULL_BITS,) if plan.in_float else SearchConfig.bits
     network = freeze(prepare(model, card.example(), SearchConfig(bits=bits, pruning=prunes)), plan)

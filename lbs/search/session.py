@@ -44,9 +44,7 @@ def test_loader(data: lbs.data.ImageSet, device: torch.device) -> lbs.data.Loade
     return lbs.data.eval_loader(data, device=device, rank=distributed.rank(), world_size=distributed.world_size())
 
 
-def calibration_pairs(
-    config: RunConfig, data: lbs.data.ImageSet, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
+def calibration_pairs(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Batches of training images that are not augmented, and their labels; the same on every process."""
     size = min(128, data.train_count, config.calibration)
     loader = lbs.data.train_loader(data, size, augment=False, seed=config.seed, device=device)
