@@ -73,7 +73,7 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert ": met" in printed
+    assert ", met" in printed
     assert (tmp_path / "digits.lbs.safetensors").stat().st_size > 10_000
 
 
