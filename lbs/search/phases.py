@@ -173,7 +173,7 @@ def _float_network(config: SearchRun, card: NetworkCard, session: Session) -> nn
 def _start_of_finetuning(
     config: FinetuneRun, data: lbs.data.ImageSet, card: NetworkCard, session: Session
 ) -> tuple[nn.Module, NetworkCard]:
-    """The quantized network fine-tuning starts from, and its card."""
+    """The network fine-tuning starts from, quantized or pruned in float, and its card."""
     folder, batches = session.folder, calibration_batches(config, data, session.device)
     if config.plan or config.uniform:
         path = network.weights_path(config.weights, folder)
@@ -186,7 +186,9 @@ def _start_of_finetuning(
             quantized = uniform(model, card.example(), *config.uniform)
         else:
             quantized = network.apply_plan(model, card, Plan.load(config.plan))
-        quantized = calibrate(quantized.to(session.device), batches, bits=None)
+        quantized = quantized.to(session.device)
+        if not plan_of(quantized).in_float:
+            calibrate(quantized, batches, bits=None)
         return quantized, network.with_signs(card, quantized)
     if not folder.file(SEARCHED).exists():
         raise CheckpointError(
