@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from lbs.quant import fake
 from lbs.search.gates import BitGate
 
-
 TEMPERATURE = 0.1
 FIRST_SHARE = 2 / 3  # of the widest branch
 
 
 class BranchGate(BitGate):
-    """Branches of one tensor: `alpha` float [K] are T x logits of their weights, `scale` [K] ranges over the common one."""
+    """Branches of one tensor: `alpha` float [K] is T times their logits, `scale` [K] their range over the common one."""
 
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)

@@ -120,7 +120,7 @@ def test_a_network_that_was_only_pruned_stays_in_float(home: Path, lbs_command: 
     assert type(model.get_submodule("conv1")) is torch.nn.Conv2d
     assert model(card.example()).shape == (1, 10)
     assert not (home / "pruning-only/packed.lbs.safetensors").exists()
-    with pytest.raises(GraphError, match="holds a float network: .* There is nothing to pack"):
+    with pytest.raises(GraphError, match=r"holds a float network: .* There is nothing to pack"):
         pack_run(RunFolder(home / "pruning-only"))
     assert lbs_command("report pruning-only")[0] == 0
 
