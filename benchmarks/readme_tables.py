@@ -3,7 +3,7 @@
     python benchmarks/readme_tables.py            rewrite README.md
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
-Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, levels `op` as bench_<op>.py,
+Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `op` as bench_<op>.py,
 `training` as bench_search.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records
 of searched networks. Files of other kinds are listed by name.
 """
