@@ -3,9 +3,9 @@
     python benchmarks/readme_tables.py            rewrite README.md
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
-Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, level `op` as bench_<op>.py
-and levels `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records of searched networks.
-Files of other kinds are listed by name.
+Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `op` as bench_<op>.py,
+`training` as bench_search.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records
+of searched networks. Files of other kinds are listed by name.
 """
 
 from __future__ import annotations
@@ -26,18 +26,36 @@ Body = dict[str, Any]
 
 def network_table(path: str, body: Body) -> list[str]:
     """A searched network: accuracy, cost, size."""
-    pruned = body.get("pruned_layers") or {}
+    pruned, in_float = body.get("pruned_layers") or {}, body.get("in_float", False)
     rows = [
         ("top-1, fine-tuned, in torch", f"{body['fine_tuned_top1']:.2f} %"),
-        ("top-1, packed", f"{body['packed_top1']:.2f} %"),
-        ("equal predictions", f"{body['equal_predictions']:,} of {body['images']:,} test images"),
+        ("top-1, packed", "" if in_float else f"{body['packed_top1']:.2f} %"),
+        ("equal predictions", "" if in_float else f"{body['equal_predictions']:,} of {body['images']:,} test images"),
         ("bit operations", f"{body['bops'] / 1e6:.1f}M of {body['full_precision_bops'] / 1e6:.1f}M"),
         ("(weight, activation) bits", ", ".join(f"{w}/{a}" for w, a in body["bits"])),
         ("layers with pruned filters", str(len(pruned))),
-        ("file", f"{body['bytes']:,} bytes"),
+        ("file", "" if in_float else f"{body['bytes']:,} bytes"),
         ("training", f"{body['schedule']}; the {body['epoch']} epoch is reported"),
     ]
-    return [f"**{Path(path).stem}**, searched and packed (`{path}`)", "", *_table(["", "measured"], rows)]
+    made = "pruned, in float" if in_float else "searched and packed"
+    known = [row for row in rows if row[1]]  # a network that stays in float has no codes to pack
+    return [f"**{Path(path).stem}**, {made} (`{path}`)", "", *_table(["", "measured"], known)]
+
+
+def training_table(path: str, body: Body) -> list[str]:
+    """What a step of the search costs: one row per contender."""
+    rows = []
+    for row in body["rows"]:
+        times = f"{row['median'] * 1e3:.1f} [{row['p20'] * 1e3:.1f} {row['p80'] * 1e3:.1f}]"
+        memory = ("", "")
+        if row["peak_bytes"] is not None:
+            memory = (f"{row['peak_bytes'] / 1e6:.0f}", f"{row['memory_over_float']:.2f}x")
+        rows.append((row["contender"], times, f"{row['slower_than_float']:.2f}x", *memory))
+    head = body["header"]
+    name = f"{head['model']}, batch {head['batch']}, amp {head['amp']}"
+    title = f"**Training steps of {name}**, {head['threads']} threads, torch {head['torch']} (`{path}`)"
+    heads = ["contender", "ms per step, median [p20 p80]", "of float", "peak MB", "of float"]
+    return [title, "", *_table(heads, rows)]
 
 
 def model_table(path: str, body: Body) -> list[str]:
@@ -153,6 +171,7 @@ TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "search": network_table,
     "model": model_table,
     "op": op_table,
+    "training": training_table,
     "gpu_targets": targets_table,
     "gpu_models": gpu_models_table,
     "gpu_layers": gpu_layers_table,

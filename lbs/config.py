@@ -86,15 +86,19 @@ class SearchRun(RunConfig):
     """
 
     command: ClassVar[str] = "search"
-    phases: ClassVar[tuple[str, ...]] = ("float", "search")
+    phases: ClassVar[tuple[str, ...]] = ("float", "prune", "pruned", "search")
 
     schedule: str = "constant"
     full_epochs: int = 30
     mode: str = "joint"  # what is searched, and how: see lbs.search.modes
-    bops: float = 0.0  # at most 1: a share of full precision; above: bit operations of one image
+    bops: float = 0.0  # at most 1: a share of full precision; above: bit operations of one image; 0: no target
+    size_mb: float = 0.0  # of packed weights, in 10^6 bytes; 0: no target
+    latency_ms: float = 0.0  # of one image, by the times `lbs tune` measured; 0: no target
+    latency_device: str = "cpu"  # whose times
     bits: tuple[int, ...] = (2, 4, 8)
     pruning: bool = True
     group_size: int = 0  # filters pruned together; 0: the model's own
+    filter_tile: int = 1  # kept filters of a layer are a multiple of it
     max_pruning_ratio: float = 0.5
     importance: str = "gamma"
     gate_lr: float = 0.006
@@ -102,6 +106,9 @@ class SearchRun(RunConfig):
     strength: float = 1.4  # of the budget term, at the start
     gain: float = 0.009
     stop_when_met: bool = True  # the gates stand still from there on, and fine-tuning follows
+    prune_bops: float = 0.7  # two-stage: target of the first stage at 32 x 32 bits, counted as bops is
+    pruned_epochs: int = 0  # two-stage: of fine-tuning in float between the stages; 0: as many as `epochs`
+    pruned_lr: float = 0.01
     float_epochs: int = 0  # train the float network first, where there are no weights
     float_lr: float = 0.1
 

@@ -100,6 +100,11 @@ class Plan:
         """Multiply-accumulates of one layer and image, kept channels only."""
         return cost.macs(self._kept_problem(layer))
 
+    @property
+    def in_float(self) -> bool:
+        """Whether every layer computes in float: only filters are gone."""
+        return all(layer.w_bits == cost.FULL_PRECISION_BITS for layer in self.layers)
+
     def full_precision_bops(self) -> int:
         """The same network at 32 x 32 bits, nothing pruned."""
         return sum(cost.bops(cost.full_precision(layer.problem())) for layer in self.layers)

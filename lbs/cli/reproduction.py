@@ -12,6 +12,7 @@ from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun, open_runs
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder, environment, write_json, writes
 from lbs.search import distributed
+from lbs.search.limits import targets_met
 from lbs.search.modes import mode_settings
 from lbs.search.phases import Session, run_finetune, run_float, run_search
 from lbs_kernels.errors import LbsError
@@ -63,9 +64,10 @@ def reproduce(row: Row, configs: dict[str, RunConfig], session: Session) -> dict
         run_finetune(finetune, session)
     if writes():
         with distributed.alone():
-            session.say("pack and verify")
-            pack_run(folder)
-            verify_run(folder)
+            if not Plan.load(folder.file("plan.json")).in_float:
+                session.say("pack and verify")
+                pack_run(folder)
+                verify_run(folder)
             write_json(folder.file(RECORD), record_of(row, configs, folder))
     distributed.wait()
     return record_of(row, configs, folder)
@@ -79,20 +81,22 @@ def _config(configs: dict[str, RunConfig], kind: type[C]) -> C:
 
 
 def _done(session: Session, config: RunConfig) -> bool:
-    """Whether results.json has this phase, made by this configuration, within its budget."""
+    """Whether results.json has this phase, made by this configuration, within all its targets."""
 
     def look() -> bool:
         section = session.folder.results().get(config.command, {}) if session.resume else {}
-        met = section.get("bops", 0) <= section.get("target_bops", float("inf"))
-        return bool(section.get("config_hash") == config.digest() and met)
+        return bool(section.get("config_hash") == config.digest() and targets_met(section))
 
     return distributed.first(look)
 
 
 def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dict[str, Any]:
-    """What is published of a run: accuracies in percent, last and best epoch, cost, schedule, seeds, machine."""
+    """What is published of a run: accuracies in percent, last and best epoch, cost, schedule, seeds, machine.
+
+    A network that stays in float is not packed: what packing would tell is None.
+    """
     results, plan = folder.results(), Plan.load(folder.file("plan.json"))
-    tuned, verified, packed = results["finetune"], results["verify"], results["pack"]
+    tuned, verified, packed = (results.get(name, {}) for name in ("finetune", "verify", "pack"))
     phases = [name for name in ("float", "search", "finetune", "pack", "verify") if name in results]
     pruned = {e.name: f"{e.kept_filters}/{e.filters}" for e in plan.layers if e.kept_filters < e.filters}
     return {
@@ -109,16 +113,18 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
         "epoch": "last",
         "best_epoch_top1": _percent(tuned["best_accuracy"]),
         "best_epoch": tuned["best_epoch"],
-        "packed_top1": _percent(verified["packed_accuracy"]),
-        "images": verified["images"],
-        "equal_predictions": verified["equal_predictions"],
-        "verified": verified["passed"],
+        "packed_top1": _percent(verified.get("packed_accuracy")),
+        "images": verified.get("images"),
+        "equal_predictions": verified.get("equal_predictions"),
+        "verified": verified.get("passed"),
+        "in_float": plan.in_float,
+        "targets": results.get("search", {}).get("targets"),
         "target_bops": results.get("search", {}).get("target_bops"),
         "bops": plan.bops(),
         "full_precision_bops": plan.full_precision_bops(),
         "bits": sorted({(layer.w_bits, layer.a_bits) for layer in plan.layers}),
         "pruned_layers": pruned,
-        "bytes": packed["bytes"],
+        "bytes": packed.get("bytes"),
         "seconds": {name: results[name].get("seconds") for name in phases},
         "config": {name: _without_paths(config) for name, config in configs.items()},
         "environment": {key: value for key, value in environment().items() if key != "command"},

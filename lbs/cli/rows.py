@@ -81,6 +81,10 @@ def _row(network: Network, variant: str, search: dict[str, Any], method: str) ->
     return Row(name, network, variant, search, published=mark_of(network.name, method))
 
 
+# Filters alone must save a third: a quarter of each prunable layer is not enough.
+HALF = {"max_pruning_ratio": 0.5}
+
+
 def _uniform(network: Network, bits: int) -> Row:
     mark = mark_of(network.name, f"uniform {bits}-bit")
     return Row(
@@ -92,8 +96,8 @@ def _cifar_rows(network: Network, joint: float, quantized: float, pruned: float)
     return [
         _row(network, "joint", {"bops": joint}, OURS),
         _row(network, "quant-only", {"bops": quantized, "mode": "quantization-only"}, "LBS quantization only"),
-        _row(network, "prune-only", {"bops": pruned, "mode": "pruning-only"}, "LBS pruning only"),
-        _row(network, "two-stage", {"bops": joint, "mode": "two-stage"}, ""),
+        _row(network, "prune-only", {"bops": pruned, "mode": "pruning-only", **HALF}, "LBS pruning only"),
+        _row(network, "two-stage", {"bops": joint, "mode": "two-stage", **HALF}, ""),
         _row(network, "multi-path", {"bops": joint, "mode": "multi-path"}, ""),
         _row(network, "greedy", {"bops": joint, "mode": "greedy"}, ""),
         *[_uniform(network, bits) for bits in UNIFORM_BITS],
@@ -106,12 +110,18 @@ ROWS: dict[str, Row] = {
         *_cifar_rows(CIFAR_RESNET20, joint=630.6e6, quantized=649.5e6, pruned=28586.5e6),
         *_cifar_rows(CIFAR_RESNET56, joint=1918.8e6, quantized=1970.7e6, pruned=87021.6e6),
         _row(CIFAR_RESNET56, "joint-1042M", {"bops": 1042.5e6}, "LBS, more compressed"),
-        _row(CIFAR_RESNET56, "two-stage-1042M", {"bops": 1042.5e6, "mode": "two-stage"}, "prune, then quantize"),
+        _row(
+            CIFAR_RESNET56, "two-stage-1042M", {"bops": 1042.5e6, "mode": "two-stage", **HALF}, "prune, then quantize"
+        ),
         _row(IMAGENET_RESNET18, "joint", {"bops": 32.3e9}, OURS),
         _uniform(IMAGENET_RESNET18, 4),
         _row(IMAGENET_MOBILENET, "joint", {"bops": 10.8e9}, OURS),
         _uniform(IMAGENET_MOBILENET, 6),
         _row(DIGITS, "joint", {"bops": 0.02}, ""),
+        _row(DIGITS, "prune-only", {"bops": 0.7, "mode": "pruning-only", **HALF}, ""),
+        _row(DIGITS, "two-stage", {"bops": 0.02, "mode": "two-stage", **HALF}, ""),
+        _row(DIGITS, "multi-path", {"bops": 0.02, "mode": "multi-path"}, ""),
+        _row(DIGITS, "greedy", {"bops": 0.02, "mode": "greedy"}, ""),
         _row(DIGITS, "quant-only", {"bops": 0.03, "mode": "quantization-only"}, ""),
         *[_uniform(DIGITS, bits) for bits in UNIFORM_BITS],
     )

@@ -10,6 +10,7 @@ from lbs.config import SearchRun, open_run
 from lbs.report.units import bops
 from lbs.search import distributed
 from lbs.search.importance import IMPORTANCE
+from lbs.search.limits import NO_TARGET, TARGETS
 from lbs.search.modes import MODES
 from lbs.search.phases import run_search
 from lbs_kernels.errors import PlanError
@@ -21,10 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the search."""
     add_training(parser, SearchRun)
     parser.add_argument("--bops", type=bit_operations, default=_UNSET, help="budget: 0.03 (share), 650M, 34.7G")
+    parser.add_argument(
+        "--size-mb", type=decimal, default=_UNSET, metavar="X", help="budget: packed weights, 10^6 bytes"
+    )
+    parser.add_argument(
+        "--latency-ms", type=decimal, default=_UNSET, metavar="X", help="budget: one image, by what lbs tune measured"
+    )
+    parser.add_argument(
+        "--latency-device", default=_UNSET, metavar="D", help="whose times --latency-ms counts: cpu (default) or cuda"
+    )
     parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
     parser.add_argument(
         "--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together (default: the model's)"
+    )
+    parser.add_argument(
+        "--filter-tile",
+        type=int,
+        default=_UNSET,
+        metavar="N",
+        help="kept filters of a layer are a multiple (default 1)",
     )
     parser.add_argument(
         "--max-pruning-ratio",
@@ -47,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("prune-lr", "learning rate of pruning thresholds"),
         ("strength", "weight of the budget term at the start"),
         ("gain", "growth of that weight per step above the target"),
+        ("prune-bops", "two-stage: budget of the first stage, at 32 x 32 bits"),
+        ("pruned-lr", "two-stage: learning rate of fine-tuning in float between the stages"),
         ("float-lr", "learning rate of --float-epochs"),
     ):
         usual = getattr(SearchRun, name.replace("-", "_"))
@@ -59,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on with held gates when the budget is met",
     )
     parser.add_argument(
+        "--pruned-epochs",
+        type=int,
+        default=_UNSET,
+        metavar="N",
+        help="two-stage: epochs of fine-tuning in float between the stages (default: as many as --epochs)",
+    )
+    parser.add_argument(
         "--float-epochs", type=int, default=_UNSET, metavar="N", help="train the float network first, without --weights"
     )
 
@@ -68,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
     out = console(args)
     current = session(args, out)
     options = asked(args)
-    if not args.resume and "bops" not in options:
-        raise PlanError("--bops is missing; name a budget: a share such as 0.03, or a count such as 650M")
+    if not args.resume and not any(name in options for name in TARGETS):
+        raise PlanError(NO_TARGET)
     config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume))
     current.folder.note_environment()
     section = run_search(config, current)
     out.say(
-        f"searched: {section['frozen_accuracy']:.2%} before fine-tuning, {bops(section['bops'])} BOPs of "
-        f"{bops(section['target_bops'])} allowed ({bops(section['full_precision_bops'])} in full precision)"
+        f"searched: {section['frozen_accuracy']:.2%} before fine-tuning, {bops(section['bops'])} BOPs "
+        f"({bops(section['full_precision_bops'])} in full precision)"
     )
     out.say(f"next: lbs finetune --run {args.run}")
     out.finish(section)

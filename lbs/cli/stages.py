@@ -13,9 +13,10 @@ import lbs
 import lbs.data
 from lbs.cli.packed import PACKED, of_run
 from lbs.pack.model import PackedModel
+from lbs.plan import Plan
 from lbs.run_folder import RunFolder
 from lbs.search import network
-from lbs_kernels.errors import LbsError
+from lbs_kernels.errors import GraphError, LbsError
 
 _EXAMPLES = 4
 _BATCH = 256
@@ -28,6 +29,11 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
     """
     started = time.monotonic()
     model, card = network.load_network(folder)
+    if Plan.load(folder.file("plan.json")).in_float:
+        raise GraphError(
+            f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
+            "search bits too, in a new run with --mode joint or two-stage"
+        )
     data = network.images_of(card)
     normalize = (data.mean, data.std) if uint8 else None
     pixels, _ = lbs.data.pixels_at(data, torch.arange(min(_EXAMPLES, data.test_count)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbs.cost import bops, float_weight_bytes, full_precision, weight_bytes
+from lbs.cost import FULL_PRECISION_BITS, bops, float_weight_bytes, full_precision, weight_bytes
 from lbs.plan import LayerPlan, Plan
 from lbs.run_folder import RunFolder, read_json
 from lbs_kernels.errors import CheckpointError
@@ -23,7 +23,7 @@ class LayerRow:
     full_bops: int  # 32 x 32 bits, nothing pruned
     bops: int
     full_bytes: int  # float32 weights, nothing pruned
-    bytes: int  # planes, multiplier and bias
+    bytes: int  # planes, multiplier and bias; float32 weights where the layer computes in float
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
                 bops(full_precision(before)),
                 bops(now),
                 float_weight_bytes(before),
-                weight_bytes(now),
+                float_weight_bytes(now) if layer.w_bits == FULL_PRECISION_BITS else weight_bytes(now),
             )
         )
     return tuple(rows)

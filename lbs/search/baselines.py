@@ -53,11 +53,17 @@ def project(
     Raises:
         PlanError: no batch, or a target the gates cannot reach.
     """
+    return project_budget(Budget(model, bops, size_mb=size_mb, latency_ms=latency_ms, table=table), batches, loss)
+
+
+def project_budget(
+    budget: Budget, batches: Iterable[tuple[Tensor, Tensor]], loss: Loss = F.cross_entropy
+) -> BudgetResult:
+    """`project` towards the targets of a budget, which is frozen from then on."""
     stored = list(batches)
     if not stored:
         raise PlanError("project got no batch; give at least one batch of images and labels")
-    budget = Budget(model, bops, size_mb=size_mb, latency_ms=latency_ms, table=table)
-    ledger = budget.ledger
+    ledger, model = budget.ledger, budget.model
     with torch.no_grad():
         budget.freeze()
         ledger.read(errors=True)
@@ -70,6 +76,7 @@ def project(
             choice.errors = _measured_errors(budget, choice, stored, loss, open_loss)
         project_choices(ledger, budget.targets, filters_last=False)
         ledger.apply()
+        budget.freeze()  # holds the thresholds as they are now
         model.train(was_training)
     return budget.result()
 

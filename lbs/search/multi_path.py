@@ -1,6 +1,9 @@
 """The multi-path baseline: a branch of its own for every width, mixed by learned weights (DNAS), nothing shared.
 
-    w' = sum_b p_b * Q_b(w; v_b),   p = softmax(alpha),   v_b = |range| * |scale_b|
+    w' = sum_b p_b * Q_b(w; v_b),   p = softmax(alpha / T),   v_b = |range| * |scale_b|
+
+T puts logits on the scale of bit sharing's thresholds, so that one learning rate serves both. The widest branch starts
+with two thirds of the weight: among equal ones the first step of the budget would decide everything.
 
 Every step computes K_w + K_a quantized copies where bit sharing computes one of each: that is the comparison. The same
 `Budget` drives it: the share of the increment to width b_j is p_j + p_(j+1) + ... instead of a product of gates.
@@ -8,34 +11,45 @@ Every step computes K_w + K_a quantized copies where bit sharing computes one of
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from lbs.quant import fake
 from lbs.search.gates import BitGate
 
+TEMPERATURE = 0.1
+FIRST_SHARE = 2 / 3  # of the widest branch
+
 
 class BranchGate(BitGate):
-    """Branches of one tensor: `alpha` float [K] are logits of their weights, `scale` [K] ranges over the common one."""
+    """Branches of one tensor: `alpha` float [K] holds T times their logits, `scale` [K] range over common range."""
 
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)
+        others = (1 - FIRST_SHARE) / max(1, len(self.chain) - 1)
         self.alpha = nn.Parameter(torch.zeros(len(self.chain)))
+        self.alpha.data[-1] = TEMPERATURE * math.log(FIRST_SHARE / others)
         self.scale = nn.Parameter(torch.ones(len(self.chain)))
 
     def open_level(self) -> Tensor:
         """The branch with the largest weight, the widest of equals: where training starts."""
         return len(self.chain) - 1 - self.alpha.flip(0).argmax()
 
+    def weights(self) -> Tensor:
+        """p [K], what each branch counts."""
+        return (self.alpha / TEMPERATURE).softmax(0)
+
     def shares(self) -> Tensor:
         """p_j + p_(j+1) + ... for every step of the chain [J]."""
-        tail = self.alpha.softmax(0).flip(0).cumsum(0).flip(0)[1:]
+        tail = self.weights().flip(0).cumsum(0).flip(0)[1:]
         self.statistic.copy_(tail.detach())
         return tail
 
     def mix(self, x: Tensor, v: Tensor, kind: str) -> Tensor:
         """sum_b p_b * Q_b(x)."""
-        shares = self.alpha.softmax(0).to(x.dtype)
+        shares = self.weights().to(x.dtype)
         parts = [shares[level] * self.branch(x, v, kind, level) for level in range(len(self.chain))]
         total = parts[0]
         for part in parts[1:]:

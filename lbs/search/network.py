@@ -20,6 +20,7 @@ from lbs.quant import QuantLayer
 from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search import checkpoint
 from lbs.search.freeze import freeze
+from lbs.search.layers import FULL_BITS
 from lbs.search.prepare import SearchConfig, prepare
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 
@@ -180,9 +181,10 @@ def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:
 
 
 def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
-    """Float network -> quantized network of fixed bits by `plan`; ranges are those of an uncalibrated layer."""
+    """Float network -> network of fixed bits, or pruned in float, by `plan`; ranges are those of no calibration."""
     prunes = any(layer.kept is not None for layer in plan.layers)
-    network = freeze(prepare(model, card.example(), SearchConfig(pruning=prunes)), plan)
+    bits = (FULL_BITS,) if plan.in_float else SearchConfig.bits
+    network = freeze(prepare(model, card.example(), SearchConfig(bits=bits, pruning=prunes)), plan)
     for name in card.signed:
         quantizer: Any = network.get_submodule(name).quantizer
         quantizer.signed = True

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.mark.slow
 def test_the_cost_of_searching_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts three processes for the peaks."""
+    """Starts four processes for the peaks."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("bench_search")
     path, threads = tmp_path / "result.json", torch.get_num_threads()
@@ -33,3 +33,5 @@ def test_the_cost_of_searching_is_measured(tmp_path: Path, monkeypatch: pytest.M
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows.values())
     assert rows["float"]["epoch"] == pytest.approx(rows["float"]["median"] * (50_000 // 32))
     assert all(rows[name]["peak_bytes"] > 0 for name in module.CONTENDERS)
+    table = importlib.import_module("readme_tables").training_table("results/device/search_digits_resnet8.json", body)
+    assert len(table) == 4 + len(rows)
