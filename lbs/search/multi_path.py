@@ -24,7 +24,7 @@ FIRST_SHARE = 2 / 3  # of the widest branch
 
 
 class BranchGate(BitGate):
-    """Branches of one tensor: `alpha` float [K], T times their logits; `scale` [K], their ranges over the common one."""
+    """Branches of one tensor: `alpha` float [K], T times their logits; `scale` [K], ranges over the common one."""
 
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)
