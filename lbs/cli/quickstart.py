@@ -34,7 +34,6 @@ SEARCH: dict[str, Any] = {
     "lr": 0.005,
     "schedule": "cosine",
     "bops": 0.02,
-    "strength": 1.4,
     "log_every": 5,
 }
 FINETUNE: dict[str, Any] = {"epochs": 12, "batch_size": 64, "lr": 0.02, "schedule": "cosine", "distill": 0.5}

@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("prune-lr", "learning rate of pruning thresholds"),
         ("strength", "weight of the budget term at the start"),
         ("gain", "growth of that weight per step above the target"),
-        ("prune-bops", "two-stage: budget of the first stage, at 32 x 32 bits"),
         ("pruned-lr", "two-stage: learning rate of fine-tuning in float between the stages"),
         ("float-lr", "learning rate of --float-epochs"),
     ):
@@ -76,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         default=_UNSET,
         help="train on with held gates when the budget is met",
+    )
+    parser.add_argument(
+        "--prune-bops",
+        type=bit_operations,
+        default=_UNSET,
+        metavar="B",
+        help=f"two-stage: budget of the first stage, at 32 x 32 bits (default {SearchRun.prune_bops:g})",
     )
     parser.add_argument(
         "--pruned-epochs",

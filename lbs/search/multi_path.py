@@ -24,7 +24,7 @@ FIRST_SHARE = 2 / 3  # of the widest branch
 
 
 class BranchGate(BitGate):
-    """Branches of one tensor: `alpha` float [K] holds T times their logits, `scale` [K] range over common range."""
+    """Branches of one tensor: `alpha` float [K], T times their logits; `scale` [K], ranges over the common one."""
 
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)
