@@ -25,7 +25,7 @@ from lbs.quant.layers import QuantLayer
 from lbs.run_folder import environment
 from lbs.search.prepare import layer_arguments, layer_options, replace_layer, uniform
 from lbs_kernels.errors import BackendError, LbsError
-from lbs_kernels.timing import Times, cuda_graph, interleave
+from lbs_kernels.timing import SETTLE, Times, cuda_graph, interleave
 
 PACKED = "packed"
 # Name of the option -> name of the row. float32_folded: norms merged into the convolutions, as deployment tools do.
@@ -63,6 +63,7 @@ class BenchReport:
     rows: tuple[BenchRow, ...]
     missing: dict[str, str]
     notes: tuple[str, ...] = ()
+    first_call: bool = False  # times are of the first call after a pause, not of calls in a loop
     header: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, baseline: str, batch: int) -> float:
@@ -83,7 +84,8 @@ class BenchReport:
         return {"version": 1, "level": "model", **body, "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        lines = [f"{self.device}, {self.threads} threads; images of random numbers; median [p20 p80]"]
+        calls = f"first call after {SETTLE * 1e3:.0f} ms of rest" if self.first_call else "calls in a loop"
+        lines = [f"{self.device}, {self.threads} threads; images of random numbers; {calls}; median [p20 p80]"]
         for row in self.rows:
             times = f"{row.median * 1e3:9.3f} ms [{row.p20 * 1e3:.3f} {row.p80 * 1e3:.3f}]"
             ratios = ""
@@ -102,6 +104,7 @@ def bench(
     model: nn.Module | None = None,
     baselines: Sequence[str] = DEFAULT_BASELINES,
     rounds: int = 30,
+    first_call: bool = False,
 ) -> BenchReport:
     """Time a packed network against baselines of the same architecture.
 
@@ -112,9 +115,12 @@ def bench(
         baselines: of "float32", "float32_folded", "bfloat16", "float16", "uniform8", and on the CPU "onnxruntime",
             "onnxruntime8", "openvino", "openvino8" (post-training int8) where these are installed.
         rounds: measurements of each contender.
+        first_call: on the CPU, time the first call after a pause, when threads sleep and caches are cold, instead of
+            calls in a loop.
 
     Raises:
-        LbsError: an unknown baseline, or batches below 1. BackendError: a wrong packed result; nothing is timed.
+        LbsError: an unknown baseline, batches below 1, or first_call on a GPU. BackendError: a wrong packed result;
+            nothing is timed.
 
     Example:
         print(lbs.bench(packed, model=float_model, threads=2))
@@ -128,6 +134,8 @@ def bench(
     missing: dict[str, str] = {}
     notes: list[str] = []
     device = packed.device
+    if first_call and device.type != "cpu":
+        raise LbsError(f"first_call is timed on the CPU; the network is on {device}. Leave it out, or move the network")
     rows: list[BenchRow] = []
     with _threads(threads) as count, torch.inference_mode(), _no_tf32():
         models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes)
@@ -139,10 +147,10 @@ def bench(
             calls |= _engine_calls(engines, baselines, floats, count, missing)
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
-            rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds)))
+            rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds, first_call=first_call)))
         header = environment()
     name = str(header["gpu"] if device.type == "cuda" else header["cpu"])
-    return BenchReport(name, count, tuple(rows), missing, tuple(notes), header)
+    return BenchReport(name, count, tuple(rows), missing, tuple(notes), first_call, header)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 Every round times each contender once, in an order that rotates, so that a machine that slows down for a while slows
 all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`, after a pause in which the
-threads of the contender before fall asleep and one call that is not timed; on a GPU it is a pair of CUDA events.
-Ratios are medians of the ratios inside each round.
+threads of the contender before fall asleep and `AWAKE` of calls that are not timed, in which its own wake up: the speed
+of calls in a loop. The first call after a pause can be timed instead. On a GPU it is a pair of CUDA events. Ratios are
+medians of the ratios inside each round.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lbs_kernels.cuda_graph import record
 from lbs_kernels.errors import ShapeError
 
 SETTLE = 25e-3  # seconds: OpenMP's idle threads spin after a torch call and hold a core; 5 ms were too few (Zen 5)
+AWAKE = 2e-3  # seconds: a sleeping thread was seen to take 300 us to start on a virtual machine (Zen 4)
 MIN_SPAN = 2e-4  # seconds of one CPU measurement: a thousand times the resolution and cost of the clock
 L2_FLUSH_BYTES = 256 << 20  # five times the largest L2 in use (50 MB on an H100, 60 MB on an H200)
 
@@ -90,6 +92,7 @@ def interleave(
     rounds: int = 30,
     warmup: float = 0.1,
     cold_l2: bool = False,
+    first_call: bool = False,
 ) -> dict[str, Times]:
     """Time functions against each other.
 
@@ -100,6 +103,7 @@ def interleave(
         rounds: measurements of each contender.
         warmup: seconds spent on each contender before the first measurement.
         cold_l2: GPU only: overwrite the L2 cache before each measurement.
+        first_call: CPU only: time one call after a pause of `SETTLE`, what a request that comes alone waits for.
 
     Returns:
         name -> Times, in the order given.
@@ -109,7 +113,8 @@ def interleave(
     """
     if rounds < 1:
         raise ShapeError(f"rounds = {rounds}; at least one measurement is needed")
-    measure = _cuda_clock(torch.device(device), cold_l2) if torch.device(device).type == "cuda" else _wall_clock
+    cpu_clock = _first_call_clock if first_call else _wall_clock
+    measure = _cuda_clock(torch.device(device), cold_l2) if torch.device(device).type == "cuda" else cpu_clock
     calls = {name: _warm_up(call, warmup, torch.device(device)) for name, call in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -144,11 +149,22 @@ def _wall_clock(call: Callable[[], object], calls: int) -> float:
     if isinstance(call, SelfTimed):
         return sum(call.seconds() for _ in range(calls)) / calls
     time.sleep(SETTLE)
-    call()
+    start = time.perf_counter()
+    while time.perf_counter() - start < AWAKE:
+        call()
     start = time.perf_counter()
     for _ in range(calls):
         call()
     return (time.perf_counter() - start) / calls
+
+
+def _first_call_clock(call: Callable[[], object], calls: int) -> float:
+    if isinstance(call, SelfTimed):
+        return _wall_clock(call, calls)
+    time.sleep(SETTLE)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _cuda_clock(device: torch.device, cold_l2: bool) -> Callable[[Callable[[], object], int], float]:

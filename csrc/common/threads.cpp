@@ -10,7 +10,6 @@
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,9 +18,11 @@
 namespace lbs {
 namespace {
 
-// About 50 us of spinning covers the pause between two calls of a batch-1 loop in Python; measured on a
-// Zen 5 virtual machine, where waking a sleeping thread costs 20-60 us.
-constexpr auto kSpin = std::chrono::microseconds(60);
+// Between two calls of a batch-1 loop in Python lie 40-60 us, and more with some work on the result; a thread that falls
+// asleep there is missed for the whole next call (seen on Zen 4 with 60 us: 250 us a call instead of 147).
+constexpr auto kSpin = std::chrono::microseconds(250);
+// What the first member of a team waits for threads that are awake: some ten times what an answer takes.
+constexpr auto kJoin = std::chrono::microseconds(2);
 constexpr int kPausesPerLook = 16;
 
 void pause_processor() {
@@ -52,6 +53,13 @@ bool spin_until(const Ready& ready) {
     return ready();
 }
 
+// Spins, then yields, then naps, so that it stays sane when there are more threads than processors.
+template <class Ready>
+void wait_until(const Ready& ready) {
+    if (spin_until(ready)) return;
+    while (!ready()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
+
 // The processor this thread runs on, -1 where the system does not tell.
 int current_processor() {
 #if defined(__linux__)
@@ -77,74 +85,106 @@ void leave_processor(int taken) {
 #endif
 }
 
+// The call on offer: its number in the upper half, ranks not yet taken in the lower. Whoever lowers it takes a rank.
+uint32_t call_number(uint64_t offer) { return static_cast<uint32_t>(offer >> 32); }
+uint32_t free_ranks(uint64_t offer) { return static_cast<uint32_t>(offer); }
+
 class Pool {
 public:
     void run(int threads, const std::function<void(int, int)>& job) {
         std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-        if (!owner.owns_lock() || threads <= 1) {
-            job(0, 1);
+        if (!owner.owns_lock()) {
+            job(0, 0);
             return;
         }
-        while (static_cast<int>(workers_.size()) + 1 < threads) start_worker();
+        while (workers_ < threads - 1) start_worker();
         job_ = &job;
-        count_ = threads;
-        caller_ = current_processor();
+        awake_ = std::min(spinning_.load(std::memory_order_relaxed), threads - 1);
         error_ = nullptr;
-        running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(sleep_);
-            ticket_.fetch_add(1, std::memory_order_release);
-        }
-        if (sleepers_.load(std::memory_order_acquire) > 0) wake_.notify_all();
+        caller_.store(current_processor(), std::memory_order_relaxed);
+        done_.store(0, std::memory_order_relaxed);
+        const uint64_t number = call_number(offer_.load(std::memory_order_relaxed)) + uint64_t{1};
+        // Sequentially consistent with the sleepers' count: a worker that goes to sleep sees the offer, or is seen here.
+        offer_.store(number << 32 | static_cast<uint64_t>(threads - 1));
+        if (sleepers_.load() > 0) wake(threads - 1 - awake_);
         attempt(0);
-        while (!spin_until([this] { return running_.load(std::memory_order_acquire) == 0; })) std::this_thread::yield();
+        const int left = static_cast<int>(free_ranks(offer_.exchange(number << 32)));
+        const auto all_done = [&] { return done_.load(std::memory_order_acquire) == threads - 1 - left; };
+        while (!spin_until(all_done)) std::this_thread::yield();
         if (error_) std::rethrow_exception(error_);
     }
 
 private:
     void start_worker() {
-        const int rank = static_cast<int>(workers_.size()) + 1;
-        const unsigned seen = ticket_.load(std::memory_order_relaxed);
-        workers_.emplace_back([this, rank, seen] { work(rank, seen); });
-        workers_.back().detach();  // they live as long as the process; a pool is never destroyed
+        const uint32_t seen = call_number(offer_.load(std::memory_order_relaxed));
+        std::thread([this, seen] { work(seen); }).detach();  // lives as long as the process; a pool is never destroyed
+        ++workers_;
+    }
+
+    void wake(int count) {
+        { std::lock_guard<std::mutex> lock(sleep_); }  // a worker between its last look and its sleep holds it
+        for (int i = 0; i < count; ++i) wake_.notify_one();
+        // The kernel may have put it on this processor, where it would wait for the end of the call; now it can leave.
+        std::this_thread::yield();
     }
 
     void attempt(int rank) {
         try {
-            (*job_)(rank, count_);
+            (*job_)(rank, awake_);
         } catch (...) {
             std::lock_guard<std::mutex> lock(sleep_);
             if (!error_) error_ = std::current_exception();
         }
     }
 
-    void work(int rank, unsigned seen) {
+    // A rank of the call on offer, 0 when all are taken.
+    int claim(uint32_t& seen) {
+        uint64_t offer = offer_.load(std::memory_order_acquire);
+        do {
+            seen = call_number(offer);
+            if (free_ranks(offer) == 0) return 0;
+        } while (!offer_.compare_exchange_weak(offer, offer - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+        return static_cast<int>(free_ranks(offer));
+    }
+
+    void await_call(uint32_t seen) {
+        const auto called = [&] { return call_number(offer_.load()) != seen; };
+        spinning_.fetch_add(1, std::memory_order_relaxed);
+        const bool came = spin_until(called);
+        spinning_.fetch_sub(1, std::memory_order_relaxed);
+        if (came) return;
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, called);
+        sleepers_.fetch_sub(1);
+    }
+
+    // `seen`: the last call this thread knows of. One that wakes too late for its call spins for the next.
+    void work(uint32_t seen) {
         while (true) {
-            const auto called = [&] { return ticket_.load(std::memory_order_acquire) != seen; };
-            if (!spin_until(called)) {
-                std::unique_lock<std::mutex> lock(sleep_);
-                sleepers_.fetch_add(1, std::memory_order_relaxed);
-                wake_.wait(lock, called);
-                sleepers_.fetch_sub(1, std::memory_order_relaxed);
-            }
-            ++seen;
-            if (rank < count_ && caller_ >= 0 && current_processor() == caller_) leave_processor(caller_);
-            if (rank < count_) attempt(rank);
-            running_.fetch_sub(1, std::memory_order_release);
+            await_call(seen);
+            const int caller = caller_.load(std::memory_order_relaxed);
+            if (caller >= 0 && current_processor() == caller) leave_processor(caller);
+            const int rank = claim(seen);
+            if (rank == 0) continue;
+            attempt(rank);
+            done_.fetch_add(1, std::memory_order_release);
         }
     }
 
     std::mutex owner_;
-    std::vector<std::thread> workers_;
+    int workers_ = 0;
+    // Of the present call; read by those who took a rank of it.
     const std::function<void(int, int)>* job_ = nullptr;
-    int count_ = 0;
-    int caller_ = -1;  // the processor the caller runs on
+    int awake_ = 0;
     std::exception_ptr error_;
     std::mutex sleep_;
     std::condition_variable wake_;
-    alignas(64) std::atomic<unsigned> ticket_{0};
-    alignas(64) std::atomic<int> running_{0};
+    std::atomic<int> caller_{-1};  // the processor the caller runs on
+    alignas(64) std::atomic<uint64_t> offer_{0};
+    alignas(64) std::atomic<int> done_{0};
     alignas(64) std::atomic<int> sleepers_{0};
+    alignas(64) std::atomic<int> spinning_{0};
 };
 
 Pool* g_pool = nullptr;
@@ -166,23 +206,54 @@ int max_threads() { return 256; }
 void parallel(int threads, const std::function<void(int, int)>& job) {
     threads = std::min(threads, max_threads());
     if (threads <= 1) {
-        job(0, 1);
+        job(0, 0);
         return;
     }
     pool().run(threads, job);
 }
 
-void SpinBarrier::wait() {
-    if (count_ <= 1) return;
-    const unsigned generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+void Team::expect(int others) const {
+    const auto here = [&] { return asking_.load(std::memory_order_relaxed) >= others; };
+    const auto end = std::chrono::steady_clock::now() + kJoin;
+    while (!here() && std::chrono::steady_clock::now() < end)
+        for (int i = 0; i < kPausesPerLook && !here(); ++i) pause_processor();
+}
+
+bool Team::join(Member& self, Place& place) {
+    self.rank = 1 + asking_.fetch_add(1, std::memory_order_relaxed);
+    uint64_t state = 0;
+    const auto members = [&] { return static_cast<int>(state & (kOver - 1)); };
+    wait_until([&] {
+        state = state_.load(std::memory_order_acquire);
+        return members() > self.rank || (state & kOver) != 0;
+    });
+    // Let in at the last meeting, a member has its part to do even though the first one is through with its own.
+    if (members() <= self.rank) return false;
+    self.size = members();
+    self.meetings = static_cast<unsigned>(state >> 32);
+    place = place_;  // the next meeting, which overwrites it, waits for this thread
+    return true;
+}
+
+void Team::meet(Member& self, const Place& place) {
+    if (self.size == 1 && asking_.load(std::memory_order_relaxed) == 0) return;
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == self.size) {
         arrived_.store(0, std::memory_order_relaxed);
-        generation_.store(generation + 1, std::memory_order_release);
+        place_ = place;
+        self.size = 1 + asking_.load(std::memory_order_relaxed);
+        ++self.meetings;
+        state_.store(uint64_t{self.meetings} << 32 | static_cast<uint64_t>(self.size), std::memory_order_release);
         return;
     }
-    const auto passed = [&] { return generation_.load(std::memory_order_acquire) != generation; };
-    if (spin_until(passed)) return;
-    while (!passed()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+    uint64_t state = 0;
+    wait_until([&] {
+        state = state_.load(std::memory_order_acquire);
+        return static_cast<unsigned>(state >> 32) != self.meetings;
+    });
+    self.size = static_cast<int>(state & (kOver - 1));
+    self.meetings = static_cast<unsigned>(state >> 32);
 }
+
+void Team::close() { state_.fetch_or(kOver, std::memory_order_release); }
 
 }  // namespace lbs

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "common/threads.h"
@@ -11,14 +12,14 @@ namespace {
 constexpr int64_t kChunk = 1 << 15;  // elements: 128 KB of float32, within L2 and enough to hide a thread's start
 constexpr int64_t kWorthAThread = 1 << 16;  // elements below which waking a second thread costs more than it saves
 
-// Calls part(chunk) for every chunk, in equal runs per thread.
+// Calls part(chunk) for every chunk.
 template <class Part>
 void over_chunks(int64_t count, int threads, const Part& part) {
     const int64_t chunks = (count + kChunk - 1) / kChunk;
     if (count < kWorthAThread) threads = 1;
-    parallel(threads, [&](int rank, int ranks) {
-        const int64_t begin = chunks * rank / ranks, end = chunks * (rank + 1) / ranks;
-        for (int64_t chunk = begin; chunk < end; ++chunk) part(chunk);
+    std::atomic<int64_t> next{0};
+    parallel(threads, [&](int, int) {
+        for (int64_t chunk = next++; chunk < chunks; chunk = next++) part(chunk);
     });
 }
 

@@ -15,6 +15,8 @@
 namespace lbs {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 struct Free {
     void operator()(unsigned char* p) const { std::free(p); }
 };
@@ -32,21 +34,31 @@ struct Share {
     int first, last;
 };
 
-}  // namespace
+// This thread's part of [0, count).
+Share share(int count, const Team::Member& self) {
+    const auto bound = [&](int rank) { return static_cast<int>(static_cast<int64_t>(count) * rank / self.size); };
+    return {bound(self.rank), bound(self.rank + 1)};
+}
 
-// Threads that work on one image together; one alone needs no barrier.
-struct Runner::Team {
-    int rank, ranks;
-    SpinBarrier* barrier;
+// Releases those who wait to be let in, whatever ends the work of the first member.
+struct Closing {
+    Team* team;
+    ~Closing() {
+        if (team) team->close();
+    }
 };
 
-namespace {
-
-// This thread's part of [0, count).
-template <class Team>
-Share share(int count, const Team& team) {
-    const auto bound = [&](int rank) { return static_cast<int>(static_cast<int64_t>(count) * rank / team.ranks); };
-    return {bound(team.rank), bound(team.rank + 1)};
+// Seconds of every step, of all threads together, scaled so that they add up to those of the call.
+std::vector<double> shared_out(const std::vector<std::vector<double>>& clocks, double call) {
+    std::vector<double> steps(clocks.front().size(), 0.0);
+    double total = 0;
+    for (const std::vector<double>& clock : clocks)
+        for (size_t i = 0; i < clock.size(); ++i) {
+            steps[i] += clock[i];
+            total += clock[i];
+        }
+    for (double& step : steps) step *= total > 0 ? call / total : 0;
+    return steps;
 }
 
 }  // namespace
@@ -78,6 +90,16 @@ struct Runner::Memory {
             if (plan.slot_of[i] >= 0)
                 tensors[i] = owner.arena.get() + plan.slots[static_cast<size_t>(plan.slot_of[i])].offset;
     }
+};
+
+// A thread of a call: its own memory, and where its tensors lie.
+struct Runner::Worker {
+    Memory& own;
+    const Memory& shared;
+    std::vector<double>* seconds;
+    Team* team = nullptr;  // that it shares images with
+    Team::Member self{};
+    bool just_met = false;  // it was let in at the step it begins with
 };
 
 struct Runner::Call {
@@ -118,37 +140,39 @@ void Runner::run(const std::vector<const void*>& inputs, const std::vector<bool>
     std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0,
                                             std::vector<double>(plan_->steps.size(), 0.0));
     const Call call{inputs, channels_last, outputs, traces};
+    const Clock::time_point start = Clock::now();
 
+    // Whole images while there is one for every thread; threads share each of the rest, which keeps all of them busy to
+    // the end. A traced image belongs to one thread.
+    const int64_t alone = traces.empty() ? batch - batch % threads : batch;
     std::atomic<int64_t> next{0};
-    SpinBarrier barrier(threads);
-    int used = 1;  // threads that really ran: one where another call holds the pool
-    parallel(batch == 0 ? 1 : threads, [&](int rank, int ranks) {
-        // Whole images while there is one for every thread; the rest is shared, which keeps all threads busy to the
-        // end.
-        if (rank == 0) used = ranks;
-        const int64_t alone = batch - batch % ranks;
+    Team team;
+    parallel(batch == 0 ? 1 : threads, [&](int rank, int awake) {
         std::vector<double>* clock = seconds ? &clocks[static_cast<size_t>(rank)] : nullptr;
-        Memory& own = memory(rank);
-        for (int64_t image = next++; image < alone; image = next++)
-            run_image(call, image, {0, 1, nullptr}, own, own, clock);
+        const Closing closing{rank == 0 ? &team : nullptr};
+        Worker single{memory(rank), memory(rank), clock};
+        for (int64_t image = next++; image < alone; image = next++) run_image(call, {image, 0}, single);
         if (alone == batch) return;
-        barrier.wait();  // the first thread's memory is shared from here on
-        for (int64_t image = alone; image < batch; ++image) {
-            run_image(call, image, {rank, ranks, &barrier}, own, memory(0), clock);
-            barrier.wait();
+
+        Worker member{memory(rank), memory(0), clock, &team};
+        Team::Place place{alone, 0};
+        if (rank > 0) {
+            if (!team.join(member.self, place)) return;
+            member.just_met = true;
+        } else if (alone == 0) {
+            team.expect(awake);
         }
+        for (; place.image < batch; ++place.image, place.step = 0) run_image(call, place, member);
     });
-    if (!seconds) return;
-    seconds->assign(plan_->steps.size(), 0.0);
-    for (const std::vector<double>& clock : clocks)
-        for (size_t i = 0; i < clock.size(); ++i) (*seconds)[i] += clock[i] / used;
+    if (seconds) *seconds = shared_out(clocks, std::chrono::duration<double>(Clock::now() - start).count());
 }
 
-void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared,
-                       std::vector<double>* seconds) {
+void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
+    const int64_t image = from.image;
+    Memory& own = worker.own;
     std::vector<unsigned char*>& tensors = own.tensors;
     const ProgramSpec& spec = plan_->spec;
-    own.point_at(shared, *plan_);
+    own.point_at(worker.shared, *plan_);
     for (size_t i = 0; i < spec.inputs.size(); ++i) {
         const TensorSpec& tensor = spec.tensors[static_cast<size_t>(spec.inputs[i])];
         const int64_t bytes = tensor.pixels() * tensor.channels * (tensor.is_bytes ? 1 : 4);
@@ -168,33 +192,32 @@ void Runner::run_image(const Call& call, int64_t image, const Team& team, Memory
     context.tile_pack = reinterpret_cast<int8_t*>(own.tiles.get());
     float* floats = reinterpret_cast<float*>(own.floats.get());
 
-    using Clock = std::chrono::steady_clock;
     Clock::time_point start;
-    if (seconds) start = Clock::now();
-    for (size_t i = 0; i < plan_->steps.size(); ++i) {
+    if (worker.seconds) start = Clock::now();
+    for (size_t i = static_cast<size_t>(from.step); i < plan_->steps.size(); ++i) {
         const StepPlan& step = plan_->steps[i];
-        if (team.barrier && (step.meet_before || !call.traces.empty())) team.barrier->wait();
-        run_step(call, step, spec.steps[i], team, context, floats);
-        if (!call.traces.empty()) {
-            if (team.barrier) team.barrier->wait();
-            if (team.rank == 0) export_tensors(*plan_, step.writes, call.traces, image, tensors.data());
+        if (worker.team && (i == 0 || step.meet_before)) {
+            if (!worker.just_met) worker.team->meet(worker.self, {image, static_cast<int>(i)});
+            worker.just_met = false;
         }
-        if (seconds) {
+        run_step(call, step, spec.steps[i], worker.self, context, floats);
+        if (!call.traces.empty()) export_tensors(*plan_, step.writes, call.traces, image, tensors.data());
+        if (worker.seconds) {
             const Clock::time_point end = Clock::now();
-            (*seconds)[i] += std::chrono::duration<double>(end - start).count();
+            (*worker.seconds)[i] += std::chrono::duration<double>(end - start).count();
             start = end;
         }
     }
 }
 
-void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team& team,
+void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team::Member& self,
                       const RunContext& context, float* floats) const {
     const KernelTable& kernels = plan_->kernels;
     const unsigned char* in = context.tensors[spec.input];
     const TensorSpec& source = plan_->spec.tensors[static_cast<size_t>(spec.input)];
     switch (step.run) {
         case StepPlan::Run::kQuantPack: {
-            const Share part = share(step.emit.vectors, team);
+            const Share part = share(step.emit.vectors, self);
             const bool last = step.place >= 0 && !call.channels_last.empty() &&
                               call.channels_last[static_cast<size_t>(step.place)];
             kernels.quantpack(step.read, step.emit, context, in, last, part.first, part.last);
@@ -202,19 +225,19 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
         }
         case StepPlan::Run::kConv: {
             // Pixels are shared where every thread gets some, otherwise filters (late layers of small images).
-            const bool by_pixels = step.conv.emit.vectors >= team.ranks;
-            const Share vectors = by_pixels ? share(step.conv.emit.vectors, team) : Share{0, step.conv.emit.vectors};
-            const Share blocks = by_pixels ? Share{0, step.conv.block_count} : share(step.conv.block_count, team);
+            const bool by_pixels = step.conv.emit.vectors >= self.size;
+            const Share vectors = by_pixels ? share(step.conv.emit.vectors, self) : Share{0, step.conv.emit.vectors};
+            const Share blocks = by_pixels ? Share{0, step.conv.block_count} : share(step.conv.block_count, self);
             kernels.conv(step.conv, context, vectors.first, vectors.last, blocks.first, blocks.last);
             return;
         }
         case StepPlan::Run::kLinear: {
-            const Share groups = share(vector_count(step.linear.outputs, kernels.lanes), team);
+            const Share groups = share(vector_count(step.linear.outputs, kernels.lanes), self);
             kernels.linear(step.linear, context, groups.first, groups.last);
             return;
         }
         case StepPlan::Run::kMaxStream: {
-            const Share groups = share((source.channels + 3) / 4, team);
+            const Share groups = share((source.channels + 3) / 4, self);
             float* row = floats + 4 * step.emit.pixels;
             for (int group = groups.first; group < groups.last; ++group) {
                 for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel)
@@ -225,17 +248,17 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             return;
         }
         case StepPlan::Run::kMeanStream:
-            if (team.rank != 0) return;
+            if (self.rank != 0) return;
             mean_planes(reinterpret_cast<const float*>(in), source.channels, source.pixels(), floats);
             kernels.emit_planes(step.emit, context, floats, 0, 0, (source.channels + 3) / 4, 0, 1);
             return;
         case StepPlan::Run::kMaxCodes: {
-            const Share groups = share(step.pool.groups, team);
+            const Share groups = share(step.pool.groups, self);
             kernels.pool_codes(step.pool, context, groups.first, groups.last);
             return;
         }
         case StepPlan::Run::kMaxCodesAnyZero: {
-            const Share groups = share(step.pool.groups, team);
+            const Share groups = share(step.pool.groups, self);
             const size_t output = static_cast<size_t>(step.pool.output);
             max_codes(in, plan_->layouts[static_cast<size_t>(spec.input)], spec, context.tensors[output],
                       plan_->layouts[output], groups.first, groups.last);

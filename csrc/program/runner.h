@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "common/threads.h"
 #include "program/plan_builder.h"
 
 namespace lbs {
@@ -24,8 +25,7 @@ public:
     // inputs[i]: [batch, C, H, W] of the i-th input, float32 or uint8 as its tensor says, in memory [batch, H, W, C]
     // where channels_last[i] (empty: nowhere); outputs[i]: float32 [batch, C, H, W], written. Calls from several
     // threads take turns. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds: where
-    // given, gets the mean over the threads of the time spent in every step, which adds up to about the time of the
-    // call.
+    // given, gets the time spent in every step by all threads, scaled to add up to the time of the call.
     void run(const std::vector<const void*>& inputs, const std::vector<bool>& channels_last,
              const std::vector<float*>& outputs, int64_t batch, int threads, const std::map<int, void*>& traces,
              std::vector<double>* seconds);
@@ -37,11 +37,10 @@ public:
 private:
     struct Memory;  // of one thread
     struct Call;
-    struct Team;
+    struct Worker;
     Memory& memory(int rank);
-    void run_image(const Call& call, int64_t image, const Team& team, Memory& own, Memory& shared,
-                   std::vector<double>* seconds);
-    void run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team& team,
+    void run_image(const Call& call, Team::Place from, Worker& worker);
+    void run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team::Member& self,
                   const RunContext& context, float* floats) const;
 
     const Isa isa_;

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=30, metavar="N", help="measurements of each contender (default 30)"
     )
+    parser.add_argument(
+        "--first-call", action="store_true", help="time the first call after a pause, not calls in a loop (CPU)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         model=source.float_model,
         baselines=args.baselines,
         rounds=args.rounds,
+        first_call=args.first_call,
     )
     section = timed.to_json()
     if source.folder is not None:

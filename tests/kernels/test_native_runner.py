@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_batches_and_threads_do_not_matter(threads: int) -> None:
     for batch in (64, 0, 1, 2, 3, 7, 64):  # down and up again: memory is kept between calls
         part = [x[:batch].contiguous() for x in inputs]
         assert equal(call(runner, program, part, threads), [y[:batch] for y in expected])
+
+
+def test_threads_join_whenever_they_wake() -> None:
+    """Pauses around the time a thread spins and wakes: it comes before, during and after the call, or not at all."""
+    program, blob = CASES["preact_residual"](3)
+    inputs = random_inputs(program, 7, seed=4)
+    expected = ReferenceRunner(program, blob).run(inputs)
+    parts = [[x[:batch].contiguous() for x in inputs] for batch in range(8)]
+    runner = native(program, blob)
+    chance = random.Random(0)
+    for _ in range(1500):
+        batch, threads = chance.randrange(1, 8), chance.randrange(1, 6)
+        time.sleep(chance.choice((0, 0, 5e-5, 2e-4, 5e-4)))
+        assert equal(call(runner, program, parts[batch], threads), [y[:batch] for y in expected]), (batch, threads)
 
 
 def test_calls_from_several_threads_at_once() -> None:

@@ -38,21 +38,35 @@ def test_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_contenders_alternate_and_take_turns_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    contenders = {name: clock.contender(name, 1e-3) for name in "abc"}
+    contenders = {name: clock.contender(name, timing.AWAKE) for name in "abc"}
     interleave(contenders, rounds=4, warmup=0.0005)
     assert "".join(clock.order) == "abc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"  # warm-up, then untimed and timed
+
+
+def test_a_contender_is_called_until_its_threads_are_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    interleave({"a": clock.contender("a", timing.AWAKE / 8)}, rounds=1, warmup=0.0)
+    assert len(clock.order) == 1 + 8 + 1  # warm-up, untimed, timed
+
+
+def test_the_first_call_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: clock.order.append(f"pause {seconds}"))
+    times = interleave({"a": clock.contender("a", 2.0**-20)}, rounds=2, warmup=0.0, first_call=True)
+    assert clock.order == ["a", *[f"pause {timing.SETTLE}", "a"] * 2]
+    assert times["a"].median == pytest.approx(2.0**-20)
 
 
 def test_warm_up_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     interleave({"a": clock.contender("a", 1e-3)}, rounds=1, warmup=0.0205)
-    assert len(clock.order) == 21 + 2
+    assert len(clock.order) == 21 + 2 + 1  # warm-up, awake, timed
 
 
 def test_short_calls_are_repeated_until_the_clock_can_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     times = interleave({"a": clock.contender("a", 2.0**-20)}, rounds=3, warmup=2.0**-20)
-    repeats = (len(clock.order) - 1) / 3
+    repeats = (len(clock.order) - 1) / 3 - timing.AWAKE * 2.0**20
     assert repeats * 2.0**-20 >= timing.MIN_SPAN
     assert times["a"].median == pytest.approx(2.0**-20)
 
