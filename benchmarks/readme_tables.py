@@ -5,7 +5,7 @@
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `op` as bench_<op>.py,
 `training` as bench_search.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records
-of searched networks. Files of other kinds are listed by name.
+of searched networks: one table for all that `lbs reproduce` made. Files of other kinds are listed by name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a script from anywhere
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.readme_search import search_table  # noqa: E402  the path above comes first
+
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 Body = dict[str, Any]
 
@@ -183,13 +188,18 @@ def measured(root: Path = ROOT) -> str:
     """Everything between the markers."""
     found: dict[str, list[list[str]]] = {level: [] for level in TABLES}
     others: list[str] = []
+    reproduced: dict[str, Body] = {}
     for file in sorted((root / "benchmarks" / "results").glob("*/*.json")):
         body, path = json.loads(file.read_text()), file.relative_to(root).as_posix()
         level = body.get("level", file.parent.name)
-        if level in TABLES:
+        if level == "search" and "row" in body:
+            reproduced[path] = body
+        elif level in TABLES:
             found[level].append(TABLES[level](path, body))
         else:
             others.append(f"`{path}`")
+    if reproduced:
+        found["search"].append(search_table(reproduced))
     if found["op"]:
         found["op"].insert(0, [OP_LEGEND])
     parts = [part for level in TABLES for part in found[level]]

@@ -149,6 +149,26 @@ def test_record_of_a_searched_network(tmp_path: Path) -> None:
     assert "`benchmarks/results/search/net.json`" in text
 
 
+def test_reproduced_rows_share_a_table(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "results" / "search"
+    folder.mkdir(parents=True)
+    made = {**RECORD, "row": "net", "network": "net", "float_top1": 68.8, "target_bops": 65e7, "best_epoch_top1": 68.0}
+    made |= {"published": {"top1": 68.1, "bops": 630.6e6}, "seeds": {"finetune": 0}}
+    better = {**made, "packed_top1": 68.1, "equal_predictions": 9990, "bops": 640e6, "seeds": {"finetune": 1}}
+    pruned = {**made, "row": "net-prune-only", "target_bops": None, "published": None, "packed_top1": None}
+    pruned |= {"equal_predictions": None}
+    for name, body in {"a": better, "b": made, "c": pruned}.items():
+        (folder / f"{name}.json").write_text(json.dumps(body))
+    text = readme_tables.measured(tmp_path)
+    assert text.count("**net**, float 68.80 %") == 1
+    rows = [line for line in text.splitlines() if line.startswith("| net")]
+    assert rows == [
+        "| net-prune-only | 2 epochs | 0 | 67.68 | 68.00 | in float |  | 649.5M | 4/4, 8/2 | 1 |  |",
+        "| net | 2 epochs | 0, 1 | 67.68 [67.68 67.68] | 68.00 [68.00 68.00] | 67.90 [67.70 68.10] | 9,990 of 10,000 | "
+        "640.0M to 649.5M of 650.0M | 4/4, 8/2 | 1 | 68.1 at 630.6M |",
+    ]
+
+
 def test_no_result_files(tmp_path: Path) -> None:
     assert "no result files" in readme_tables.measured(tmp_path)
 

@@ -1,0 +1,80 @@
+"""The README's table of searched networks, from the records `lbs reproduce --record` wrote."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+Body = dict[str, Any]
+HEADS = [
+    "row",
+    "schedule (epochs of search + fine-tuning)",
+    "seeds",
+    "top-1, last epoch",
+    "best epoch",
+    "packed",
+    "equal predictions",
+    "BOPs",
+    "bits (weights/activations)",
+    "layers pruned",
+    "published",
+]
+LEGEND = (
+    "Searched and fine-tuned with `lbs reproduce` (a row is its command). Top-1 in percent on all test images, mean "
+    "[lowest highest] where there are several seeds. The weights of the last epoch are the ones packed; the best epoch "
+    "is picked on the test images, as published figures probably are."
+)
+
+
+def search_table(records: dict[str, Body]) -> list[str]:
+    """Lines of one table for each network: one row for all seeds of a row, budget and schedule."""
+    groups: dict[tuple[Any, ...], list[Body]] = {}
+    for _, body in sorted(records.items()):
+        key = (body["network"], body["float_top1"], body["target_bops"] or 0, body["row"], body["schedule"])
+        groups.setdefault(key, []).append(body)
+    lines = [LEGEND]
+    for network, float_top1 in sorted({key[:2] for key in groups}):
+        rows = [_row(groups[key]) for key in sorted(groups) if key[:2] == (network, float_top1)]
+        title = f"**{network}**, float {float_top1:.2f} % (`benchmarks/results/search/`)"
+        lines += ["", title, "", *(f"| {' | '.join(line)} |" for line in [HEADS, ["---"] * len(HEADS), *rows])]
+    return lines
+
+
+def _row(group: list[Body]) -> list[str]:
+    first = group[0]
+    published = first["published"]
+    return [
+        first["row"],
+        first["schedule"],
+        ", ".join(str(seed) for seed in sorted(body["seeds"]["finetune"] for body in group)),
+        _spread([body["fine_tuned_top1"] for body in group]),
+        _spread([body["best_epoch_top1"] for body in group]),
+        _spread([body["packed_top1"] for body in group if body["packed_top1"] is not None]) or "in float",
+        _counts(group),
+        _cost(group),
+        " or ".join(dict.fromkeys(", ".join(f"{w}/{a}" for w, a in body["bits"]) for body in group)),
+        ", ".join(dict.fromkeys(str(len(body["pruned_layers"])) for body in group)),
+        f"{published['top1']:.1f} at {published['bops'] / 1e6:.1f}M" if published else "",
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.2f}" + (f" [{min(values):.2f} {max(values):.2f}]" if len(values) > 1 else "")
+
+
+def _counts(group: list[Body]) -> str:
+    least = min((body for body in group if body["equal_predictions"] is not None), key=_equal, default=None)
+    return "" if least is None else f"{least['equal_predictions']:,} of {least['images']:,}"
+
+
+def _equal(body: Body) -> int:
+    return int(body["equal_predictions"])
+
+
+def _cost(group: list[Body]) -> str:
+    costs = sorted({round(body["bops"] / 1e6, 1) for body in group})
+    measured = " to ".join(f"{cost}M" for cost in dict.fromkeys((costs[0], costs[-1])))
+    target = group[0]["target_bops"]
+    return f"{measured} of {target / 1e6:.1f}M" if target else measured
