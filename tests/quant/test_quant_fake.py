@@ -21,7 +21,7 @@ def both_paths(
     for native_path in (True, False):
         with monkeypatch.context() as patch:
             if not native_path:
-                patch.setattr(fused, "serves", lambda x, v: False)
+                patch.setattr(fused, "serves", lambda *_: False)
             source, scale = x.detach().clone().requires_grad_(), v.clone().requires_grad_()
             y = fake_activation(source, scale, bits)
             assert y.grad_fn.fused is native_path  # type: ignore[union-attr]

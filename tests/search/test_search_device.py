@@ -76,7 +76,7 @@ def trained(steps: int, read_every: int, importance: str) -> tuple[Budget, list[
 
 @pytest.mark.parametrize("importance", ["gamma", "taylor"])
 def test_the_host_waits_only_when_it_looks(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "serves", lambda x, v: False)
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     _, waits, _ = trained(8, 4, importance)
     assert waits == [0, 0, 0, 1] * 2
@@ -84,7 +84,7 @@ def test_the_host_waits_only_when_it_looks(importance: str, monkeypatch: pytest.
 
 def test_decisions_left_on_the_device_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read back every step, or decided there: the same losses, thresholds and bits as on the CPU, bit for bit."""
-    monkeypatch.setattr(fused, "serves", lambda x, v: False)
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
     here, _, losses = trained(6, 1, "gamma")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     there, _, others = trained(6, 1, "gamma")
