@@ -38,7 +38,7 @@ def serves(x: Tensor, v: Tensor, kind: str) -> bool:
 
 
 def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(y = decode(encode(x)) at the width `bits`, mean |z - z_b| [J] at the widths of `coarse`); z in 0..1 (LBS eq. 1-2).
+    """(y = decode(encode(x)) at the width `bits`, mean |z - z_b| [J] at the widths of `coarse`), z in 0..1.
 
     Sums are taken in float32 over blocks of 2048 elements and in float64 from there on, in an order that depends on
     nothing but the number of elements.
@@ -58,7 +58,7 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
 
 def correct(y: Tensor, x: Tensor, v: Tensor, bits: int | Tensor, guess: int | Tensor, kind: str) -> None:
     """Overwrite y, which `forward` computed at the width `guess`, with what it is at `bits`, where they differ."""
-    if x.is_cuda:
+    if isinstance(bits, Tensor) and isinstance(guess, Tensor):
         from lbs_kernels.fakequant import triton_impl
 
         triton_impl.correct(y, x, v, bits, guess, kind)

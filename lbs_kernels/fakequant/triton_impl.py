@@ -25,7 +25,8 @@ from torch import Tensor
 from lbs_kernels.triton_common import LAUNCH_OPTIONS, device_guard, load_stream, store_stream
 from lbs_kernels.triton_emit import RINT_MAGIC
 
-BLOCK = 2048  # elements of one program: 16 a thread, four loads of 16 bytes in float32
+BLOCK = 2048  # elements of one program
+WARPS = 8  # 8 elements a thread: 16 bytes in half precision; with 16 the backward pass takes up to 128 registers
 CHUNK = 1024  # partial sums added at a time
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -33,11 +34,8 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 @triton.jit
 def load_levels(bits_ptr, OPEN: tl.constexpr):
     """n = 2^b - 1 of the open width as float32: OPEN, or the int64 scalar at bits_ptr where OPEN is None."""
-    if OPEN is None:
-        result = ((1 << tl.load(bits_ptr)) - 1).to(tl.float32)
-    else:
-        result = tl.full((), (1 << OPEN) - 1, tl.float32)
-    return result
+    bits = tl.load(bits_ptr) if OPEN is None else tl.full((), OPEN, tl.int32)
+    return ((1 << bits) - 1).to(tl.float32)
 
 
 @triton.jit
@@ -117,13 +115,12 @@ def backward_kernel(
     v = tl.load(v_ptr)
     u = unit(x, v, KIND)
     y = decoded(u, v, load_levels(bits_ptr, OPEN), KIND)
-    below = x < (0.0 if KIND == "unsigned" else -v)
-    above = x > v
-    inside = (x == x) & (below == 0) & (above == 0)
+    low = 0.0 if KIND == "unsigned" else -v
+    inside = (x >= low) & (x <= v)
     store_stream(gx_ptr + place, tl.where(inside, gy, 0.0), mask, DTYPE)
-    slope = tl.where(inside, (y - x) * tl.div_rn(tl.full((), 1.0, tl.float32), v), tl.where(above, 1.0, 0.0))
+    slope = tl.where(inside, (y - x) * tl.div_rn(tl.full((), 1.0, tl.float32), v), tl.where(x > v, 1.0, 0.0))
     if KIND != "unsigned":
-        slope = tl.where(below, -1.0, slope)
+        slope = tl.where(x < low, -1.0, slope)
     part = parts_ptr + tl.program_id(0)
     for j in tl.static_range(len(COARSE)):
         product = gy * (y - decoded(u, v, load_levels(None, COARSE[j]), KIND))
@@ -132,7 +129,9 @@ def backward_kernel(
 
 
 @triton.jit
-def total_kernel(parts_ptr, v_ptr, totals_ptr, parts, count, MEAN: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr):
+def total_kernel(
+    parts_ptr, v_ptr, totals_ptr, parts, count, MEAN: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr
+):
     """totals [rows] of parts [rows, parts], row by row; MEAN: over `count` elements, in units of the range."""
     row = tl.program_id(0)
     column = tl.arange(0, CHUNK)
@@ -147,9 +146,13 @@ def total_kernel(parts_ptr, v_ptr, totals_ptr, parts, count, MEAN: tl.constexpr,
     tl.store(totals_ptr + row, total.to(tl.float32))
 
 
-def _meta(x: Tensor, kind: str, bits: int | Tensor | None, coarse: tuple[int, ...]) -> dict[str, Any]:
+def _meta(x: Tensor, kind: str, bits: int | Tensor, coarse: tuple[int, ...]) -> dict[str, Any]:
     opened = bits if isinstance(bits, int) else None
-    return {"OPEN": opened, "COARSE": coarse, "KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, **LAUNCH_OPTIONS}
+    return {"OPEN": opened, "COARSE": coarse, **_common(x, kind)}
+
+
+def _common(x: Tensor, kind: str) -> dict[str, Any]:
+    return {"KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, "num_warps": WARPS, **LAUNCH_OPTIONS}
 
 
 def _raw(x: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
     """
     y, count = torch.empty_like(x), x.numel()
     programs = triton.cdiv(count, BLOCK)
-    parts = torch.empty(len(coarse), programs, device=x.device)
+    parts = torch.empty(len(coarse), programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
         if count:
             forward_kernel[(programs,)](_raw(x), v, bits, _raw(y), parts, count, **_meta(x, kind, bits, coarse))
@@ -186,10 +189,10 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
 
 def correct(y: Tensor, x: Tensor, v: Tensor, bits: Tensor, guess: Tensor, kind: str) -> None:
     """Make y, which `forward` computed at the width `guess`, that of the width `bits`: a pass where they differ."""
-    meta = {"KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, **LAUNCH_OPTIONS}
-    if x.numel():
+    count = x.numel()
+    if count:
         with device_guard(x.device):
-            correct_kernel[(triton.cdiv(x.numel(), BLOCK),)](_raw(x), v, bits, guess, _raw(y), x.numel(), **meta)
+            correct_kernel[(triton.cdiv(count, BLOCK),)](_raw(x), v, bits, guess, _raw(y), count, **_common(x, kind))
 
 
 def backward(
@@ -198,7 +201,7 @@ def backward(
     """(gx like x, grad v float32 scalar, products float32 [J]); grad has x's dtype and strides, the rest as above."""
     grad_x, count = torch.empty_like(x), x.numel()
     programs = triton.cdiv(count, BLOCK)
-    parts = torch.empty(len(coarse) + 1, programs, device=x.device)
+    parts = torch.empty(len(coarse) + 1, programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
         if count:
             backward_kernel[(programs,)](
