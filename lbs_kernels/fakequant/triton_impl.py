@@ -146,12 +146,12 @@ def total_kernel(
     tl.store(totals_ptr + row, total.to(tl.float32))
 
 
-def _meta(x: Tensor, kind: str, bits: int | Tensor, coarse: tuple[int, ...]) -> dict[str, Any]:
-    opened = bits if isinstance(bits, int) else None
-    return {"OPEN": opened, "COARSE": coarse, **_common(x, kind)}
+def _told(bits: int | Tensor) -> tuple[Tensor | None, int | None]:
+    """The open width as a pointer or as a constant of the kernel; the other is None."""
+    return (bits, None) if isinstance(bits, Tensor) else (None, bits)
 
 
-def _common(x: Tensor, kind: str) -> dict[str, Any]:
+def _meta(x: Tensor, kind: str) -> dict[str, Any]:
     return {"KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, "num_warps": WARPS, **LAUNCH_OPTIONS}
 
 
@@ -178,12 +178,14 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
         x: float32, bfloat16 or float16, dense in memory in any order. v: float32 scalar on x's device. bits: the open
             width, 1 to 8, an int64 scalar there if the device has decided it. kind: unsigned, signed or weight.
     """
-    y, count = torch.empty_like(x), x.numel()
+    y, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), _told(bits)
     programs = triton.cdiv(count, BLOCK)
     parts = torch.empty(len(coarse), programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
         if count:
-            forward_kernel[(programs,)](_raw(x), v, bits, _raw(y), parts, count, **_meta(x, kind, bits, coarse))
+            forward_kernel[(programs,)](
+                _raw(x), v, bits_ptr, _raw(y), parts, count, OPEN=opened, COARSE=coarse, **_meta(x, kind)
+            )
         return y, _totals(parts, v, count, True, kind)
 
 
@@ -192,20 +194,21 @@ def correct(y: Tensor, x: Tensor, v: Tensor, bits: Tensor, guess: Tensor, kind: 
     count = x.numel()
     if count:
         with device_guard(x.device):
-            correct_kernel[(triton.cdiv(count, BLOCK),)](_raw(x), v, bits, guess, _raw(y), count, **_common(x, kind))
+            correct_kernel[(triton.cdiv(count, BLOCK),)](_raw(x), v, bits, guess, _raw(y), count, **_meta(x, kind))
 
 
 def backward(
     grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gx like x, grad v float32 scalar, products float32 [J]); grad has x's dtype and strides, the rest as above."""
-    grad_x, count = torch.empty_like(x), x.numel()
+    grad_x, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), _told(bits)
     programs = triton.cdiv(count, BLOCK)
     parts = torch.empty(len(coarse) + 1, programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
         if count:
             backward_kernel[(programs,)](
-                _raw(x), _raw(grad), v, bits, _raw(grad_x), parts, count, **_meta(x, kind, bits, coarse)
-            )
+                _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, count,
+                OPEN=opened, COARSE=coarse, **_meta(x, kind),
+            )  # fmt: skip
         totals = _totals(parts, v, count, False, kind)
     return grad_x, totals[-1], totals[:-1]
