@@ -136,9 +136,11 @@ def total_kernel(
     row = tl.program_id(0)
     column = tl.arange(0, CHUNK)
     sums = tl.zeros((CHUNK,), tl.float64)
-    for first in range(0, parts, CHUNK):
+    first = 0
+    while first < parts:  # no range: the interpreter of Triton 3.6 cannot count to an argument with numpy 2.4
         place = first + column
         sums += tl.load(parts_ptr + row.to(tl.int64) * parts + place, mask=place < parts, other=0.0).to(tl.float64)
+        first += CHUNK
     total = tl.sum(sums)
     if MEAN:
         v = tl.load(v_ptr).to(tl.float64)
