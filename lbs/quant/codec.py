@@ -59,9 +59,18 @@ def activation_scale(v: Tensor, bits: int, signed: bool = False) -> Tensor:
 
     One rounding, in v's dtype. A number divided by a tensor would take two: torch multiplies by the reciprocal.
     """
+    return _count(v, bits) / (2 * v if signed else v)
+
+
+def code_step(v: Tensor, bits: int) -> Tensor:
+    """v / n, the real value of one code unit, as exactly: a GPU would multiply by the reciprocal of a Python number."""
+    return v / _count(v, bits)
+
+
+def _count(v: Tensor, bits: int) -> Tensor:
+    """n as a scalar in v's dtype, on its device."""
     n = levels(bits)
-    numerator = n.to(v.dtype) if isinstance(n, Tensor) else torch.full_like(v, n)
-    return numerator / (2 * v if signed else v)
+    return n.to(v.dtype) if isinstance(n, Tensor) else torch.full_like(v, n)
 
 
 def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
@@ -83,8 +92,7 @@ def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> T
 
 def activation_values(codes: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
     """Real values of activation codes: v * q / n, signed v * (2 q - n) / n."""
-    step = v / levels(bits)
-    return (2 * codes - levels(bits)) * step if signed else codes * step
+    return (2 * codes - levels(bits) if signed else codes) * code_step(v, bits)
 
 
 def weight_codes(w: Tensor, v: Tensor, bits: int) -> Tensor:
@@ -95,7 +103,7 @@ def weight_codes(w: Tensor, v: Tensor, bits: int) -> Tensor:
 
 def weight_values(codes: Tensor, v: Tensor, bits: int) -> Tensor:
     """Real values of weight codes: v * (2 q - n) / n. There is no zero level."""
-    return (2 * codes - levels(bits)) * (v / levels(bits))
+    return (2 * codes - levels(bits)) * code_step(v, bits)
 
 
 def round_trip(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:

@@ -14,17 +14,17 @@ from torch import Tensor
 from lbs.quant import codec, fused
 
 
-class _FakeActivation(torch.autograd.Function):
-    """y = decode(encode(x)), arithmetic in float32 whatever x's dtype (autocast)."""
+class _Fake(torch.autograd.Function):
+    """y = decode(encode(x)); arithmetic on activations in float32 whatever their dtype (autocast)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, bits: int, signed: bool) -> Tensor:
-        ctx.signed, ctx.bits = signed, bits
-        ctx.fused = fused.serves(x, v)
+    def forward(ctx: Any, x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
+        ctx.bits, ctx.kind = bits, kind
+        ctx.fused = fused.serves(x, v, kind)
         if ctx.fused:
             ctx.save_for_backward(x, v)
-            return fused.forward(x, v, (bits,), signed)[0]
-        y = codec.round_trip(codec.wide(x), v, bits, "signed" if signed else "unsigned").to(x.dtype)
+            return fused.forward(x, v, (), bits, kind)[0]
+        y = codec.round_trip(x if kind == "weight" else codec.wide(x), v, bits, kind).to(x.dtype)
         ctx.save_for_backward(x, v, y)
         return y
 
@@ -32,10 +32,10 @@ class _FakeActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.fused:
             x, v = ctx.saved_tensors
-            grad_x, grad_v, _ = fused.backward(grads[0], x, v, (ctx.bits,), ctx.signed)
-            return grad_x, grad_v, None, None
-        x, v, y = ctx.saved_tensors
-        grad_x, grad_v = ste_gradients(grads[0], x, v, y, ctx.signed)
+            grad_x, grad_v, _ = fused.backward(grads[0], x, v, (), ctx.bits, ctx.kind)
+        else:
+            x, v, y = ctx.saved_tensors
+            grad_x, grad_v = ste_gradients(grads[0], x, v, y, ctx.kind != "unsigned")
         return grad_x, grad_v, None, None
 
 
@@ -63,24 +63,9 @@ def fake_activation(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Te
     >>> fake_activation(torch.tensor([-1.0, 0.3, 2.0]), torch.tensor(1.0), 2).tolist()[1:]
     [0.3333333432674408, 1.0]
     """
-    return _FakeActivation.apply(x, v, bits, signed)
-
-
-class _FakeWeight(torch.autograd.Function):
-    """Decoded weight codes, to the last bit."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, v: Tensor, bits: int) -> Tensor:
-        y = codec.round_trip(w, v, bits, "weight")
-        ctx.save_for_backward(w, v, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        w, v, y = ctx.saved_tensors
-        return *ste_gradients(grads[0], w, v, y, signed=True), None
+    return _Fake.apply(x, v, bits, "signed" if signed else "unsigned")
 
 
 def fake_weight(w: Tensor, v: Tensor, bits: int) -> Tensor:
     """Quantized weights v * (2 q - n) / n of standardised weights w, differentiable in w and v."""
-    return _FakeWeight.apply(w, v, bits)
+    return _Fake.apply(w, v, bits, "weight")

@@ -1,6 +1,12 @@
-"""One-pass native quantizers of activations on the CPU: the codec's codes, gradients, and sums for gates."""
+"""Quantizers of training in one pass each way: native on the CPU, Triton on a GPU; the codec's codes, bit for bit.
+
+Nothing on a GPU is read back: v, and widths the device has decided, stay there.
+"""
 
 from __future__ import annotations
+
+import functools
+import importlib.util
 
 import torch
 from torch import Tensor
@@ -8,53 +14,88 @@ from torch import Tensor
 from lbs.quant import codec
 from lbs_kernels import extension
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def serves(x: Tensor, v: Tensor) -> bool:
-    """Whether the native kernels take this tensor: on the CPU, float32 or bfloat16, dense in memory, float32 range."""
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def serves(x: Tensor, v: Tensor, kind: str) -> bool:
+    """Whether one pass serves this tensor: a float32 scalar v, and x dense in memory, of a dtype its device takes.
+
+    kind: `unsigned` or `signed` activations anywhere; `weight` on a GPU only, and in float32, where codes are computed
+    in the weights' own dtype.
+    """
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return (
-        extension.cpu is not None
-        and x.device.type == "cpu"
-        and x.dtype in _DTYPE_CODES
-        and dense
-        and v.dtype == torch.float32
-    )
+    if not dense or v.dtype != torch.float32 or v.dim() or x.device != v.device:
+        return False
+    if x.is_cuda:
+        return _has_triton() and (x.dtype in _GPU_DTYPES if kind != "weight" else x.dtype == torch.float32)
+    return extension.cpu is not None and x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and kind != "weight"
+
+
+def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(y = decode(encode(x)) at the width `bits`, mean |z - z_b| [J] at the widths of `coarse`), z in 0..1.
+
+    Sums are taken in float32 over blocks of 2048 elements and in float64 from there on, in an order that depends on
+    nothing but the number of elements.
+
+    Arguments:
+        bits: an int64 scalar on x's device where the device has decided it.
+    """
+    if x.is_cuda:
+        from lbs_kernels.fakequant import triton_impl
+
+        return triton_impl.forward(x, v, coarse, bits, kind)
+    y = torch.empty_like(x)
+    sums = _native_forward(x, v, (*coarse, int(bits)), kind, y)
+    scale = float(v) * (2 if kind == "signed" else 1) * max(x.numel(), 1)
+    return y, torch.tensor([total / scale for total in sums], dtype=v.dtype)
+
+
+def correct(y: Tensor, x: Tensor, v: Tensor, bits: int | Tensor, guess: int | Tensor, kind: str) -> None:
+    """Overwrite y, which `forward` computed at the width `guess`, with what it is at `bits`, where they differ."""
+    if isinstance(bits, Tensor) and isinstance(guess, Tensor):
+        from lbs_kernels.fakequant import triton_impl
+
+        triton_impl.correct(y, x, v, bits, guess, kind)
+    elif bits != guess:
+        _native_forward(x, v, (int(bits),), kind, y)
+
+
+def backward(
+    grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Straight-through gradients of y at the width `bits` to x and v, and sum dL/dy * (y - y_b) [J] for `coarse`."""
+    if grad.stride() != x.stride() or grad.dtype != x.dtype:
+        grad = torch.empty_like(x).copy_(grad)
+    if x.is_cuda:
+        from lbs_kernels.fakequant import triton_impl
+
+        return triton_impl.backward(grad, x, v, coarse, bits, kind)
+    signed, grad_x = kind == "signed", torch.empty_like(x)
+    total, products = extension.require_cpu().fake_quant_backward(
+        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(), *_widths(v, (*coarse, int(bits)), signed), signed,
+        torch.get_num_threads(), _NATIVE_DTYPES[x.dtype],
+    )  # fmt: skip
+    return grad_x, torch.full_like(v, total), torch.tensor(products, dtype=v.dtype)
 
 
 def _widths(v: Tensor, widths: tuple[int, ...], signed: bool) -> tuple[float, list[float], list[float], list[float]]:
     """(v, scale, step and n of each width), each number rounded as the codec rounds it."""
     scales = [float(codec.activation_scale(v, bits, signed)) for bits in widths]
-    steps = [float(v / codec.levels(bits)) for bits in widths]
+    steps = [float(codec.code_step(v, bits)) for bits in widths]
     return float(v), scales, steps, [float(codec.levels(bits)) for bits in widths]
 
 
-def forward(
-    x: Tensor, v: Tensor, widths: tuple[int, ...], signed: bool, out: Tensor | None = None
-) -> tuple[Tensor, list[float]]:
-    """y = decode(encode(x)) at the last of `widths`, bit for bit the codec's, and sum |clip(x) - y_b| at the others.
-
-    Sums are taken in float32 over blocks of 2048 elements and in float64 from there on, in an order that does not
-    depend on the number of threads.
-    """
-    y = torch.empty_like(x) if out is None else out
-    sums = extension.require_cpu().fake_quant_forward(
+def _native_forward(x: Tensor, v: Tensor, widths: tuple[int, ...], kind: str, y: Tensor) -> list[float]:
+    """Fill y at the last of `widths`; sum |clip(x) - y_b| at the others."""
+    signed = kind == "signed"
+    sums: list[float] = extension.require_cpu().fake_quant_forward(
         x.data_ptr(), y.data_ptr(), x.numel(), *_widths(v, widths, signed), signed, torch.get_num_threads(),
-        _DTYPE_CODES[x.dtype],
+        _NATIVE_DTYPES[x.dtype],
     )  # fmt: skip
-    return y, sums
-
-
-def backward(
-    grad: Tensor, x: Tensor, v: Tensor, widths: tuple[int, ...], signed: bool
-) -> tuple[Tensor, Tensor, list[float]]:
-    """Straight-through gradients to x and v of y at the last of `widths`, and sum dL/dy * (y - y_b) at the others."""
-    if grad.stride() != x.stride() or grad.dtype != x.dtype:
-        grad = torch.empty_like(x).copy_(grad)
-    grad_x = torch.empty_like(x)
-    total, products = extension.require_cpu().fake_quant_backward(
-        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(), *_widths(v, widths, signed), signed,
-        torch.get_num_threads(), _DTYPE_CODES[x.dtype],
-    )  # fmt: skip
-    return grad_x, torch.full_like(v, total), products
+    return sums

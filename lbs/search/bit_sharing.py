@@ -1,9 +1,9 @@
 """The gated decomposition: z_hat = z_b1 + g_2 (r_b2 + g_3 (r_b3 + ...)) (LBS eq. 8-13).
 
 The residuals sum to the direct quantization D(z, s_b) of the open width, so the value is taken from the codec; only
-the gradient to the gates needs the other widths. On the CPU one native pass forward gives the value and every gate's
-statistic, and one pass backward all gradients; elsewhere the same comes from torch operations that never wait for the
-device.
+the gradient to the gates needs the other widths. Where `fused` serves, one pass forward gives the value and every
+gate's statistic, and one pass backward all gradients; the value is computed again where this batch decides otherwise
+than the last one. Elsewhere the same comes from torch operations. On a GPU neither waits for the device.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ def width_errors(x: Tensor, v: Tensor, chain: tuple[int, ...], kind: str) -> Ten
 
 
 class _Gated(torch.autograd.Function):
-    """Value at the open width; straight-through to x and v; to the gates as `_gate_gradients` says."""
+    """Value at the open width; straight-through to x and v; to the gates as `_placed` says."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, gates: Tensor, chain: tuple[int, ...], level: Tensor | int, kind: str
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        chain: tuple[int, ...],
+        level: int | Tensor,
+        bits: int | Tensor,
+        kind: str,
     ) -> Tensor:
-        bits = (
-            chain[level]
-            if isinstance(level, int)
-            else torch.tensor(chain, device=v.device).index_select(0, level.reshape(1))[0]
-        )
         y = codec.round_trip(codec.wide(x), v, bits, kind).to(x.dtype)  # type: ignore[arg-type]
         ctx.save_for_backward(x, v, y)
         ctx.setup = (chain, level, kind)
@@ -49,11 +51,15 @@ class _Gated(torch.autograd.Function):
         x, v, y = ctx.saved_tensors
         chain, level, kind = ctx.setup
         grad_x, grad_v = ste_gradients(grads[0], x, v, y, kind != "unsigned")
-        return grad_x, grad_v, _gate_gradients(grads[0], x, v, y, chain, level, kind), None, None, None
+        grad, wide_x, wide_y = codec.wide(grads[0]), codec.wide(x), codec.wide(y)
+        products = [
+            (grad * (wide_y - codec.round_trip(wide_x, v, bits, kind))).sum() for bits in _compared(chain, level)
+        ]
+        return grad_x, grad_v, _placed(torch.stack(products).to(v.dtype), chain, level), *[None] * 4
 
 
 class _FusedGated(torch.autograd.Function):
-    """The same in native passes. `value` holds y, which the statistics' pass has left behind."""
+    """The same in one pass. `value` holds y, which the statistics' pass has left behind."""
 
     @staticmethod
     def forward(
@@ -63,44 +69,41 @@ class _FusedGated(torch.autograd.Function):
         gates: Tensor,
         value: list[Tensor],
         chain: tuple[int, ...],
-        level: int,
+        level: int | Tensor,
+        bits: int | Tensor,
         kind: str,
     ) -> Tensor:
         ctx.save_for_backward(x, v)
-        ctx.setup = (chain, level, kind)
+        ctx.setup = (chain, level, bits, kind)
         return value.pop()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, v = ctx.saved_tensors
-        chain, level, kind = ctx.setup
-        others = chain[:level] + chain[level + 1 : level + 2]
-        grad_x, grad_v, products = fused.backward(grads[0], x, v, (*others, chain[level]), kind == "signed")
-        signs = [1.0] * level + [-1.0] * (len(others) - level)
-        grad_gates = torch.zeros(len(chain) - 1, dtype=v.dtype)
-        grad_gates[: len(others)] = torch.tensor([s * p for s, p in zip(signs, products, strict=True)], dtype=v.dtype)
-        return grad_x, grad_v, grad_gates, None, None, None, None
+        chain, level, bits, kind = ctx.setup
+        grad_x, grad_v, products = fused.backward(grads[0], x, v, _compared(chain, level), bits, kind)
+        return grad_x, grad_v, _placed(products, chain, level), *[None] * 5
 
 
-def _gate_gradients(
-    grad: Tensor, x: Tensor, v: Tensor, y: Tensor, chain: tuple[int, ...], level: Tensor | int, kind: str
-) -> Tensor:
-    """dL/dg [J]: for an open gate j the sum of dL/dy * (y - y_(j-1)), for the first closed one of dL/dy * (y_j - y).
+def _compared(chain: tuple[int, ...], level: int | Tensor) -> tuple[int, ...]:
+    """The widths b for whose gates sum dL/dy * (y - y_b) is needed: all where only the device knows the level."""
+    return chain if isinstance(level, Tensor) else chain[:level] + chain[level + 1 : level + 2]
 
-    Gates behind a closed one get none, and count as closed in the gradient of the one before them: a gate re-opens
-    for the next width only.
+
+def _placed(products: Tensor, chain: tuple[int, ...], level: int | Tensor) -> Tensor:
+    """dL/dg [J] from sum dL/dy * (y - y_b) at the widths of `_compared`.
+
+    For an open gate j it is the sum of dL/dy * (y - y_(j-1)), for the first closed one of dL/dy * (y_j - y). Gates
+    behind a closed one get none, and count as closed in the gradient of the one before them: a gate re-opens for the
+    next width only.
     """
-    wide_grad, wide_x, wide_y = codec.wide(grad), codec.wide(x), codec.wide(y)
-    result = torch.zeros(len(chain) - 1, dtype=v.dtype, device=v.device)
+    count = len(chain) - 1
     if isinstance(level, int):
-        for j in range(min(level + 1, len(chain) - 1)):
-            other = codec.round_trip(wide_x, v, chain[j] if j < level else chain[level + 1], kind)
-            result[j] = (wide_grad * (wide_y - other if j < level else other - wide_y)).sum()
-        return result
-    sums = torch.stack([(wide_grad * (wide_y - codec.round_trip(wide_x, v, bits, kind))).sum() for bits in chain])
-    places = torch.arange(len(chain) - 1, device=v.device)
-    opened, first_closed = places < level, places == level
-    return torch.where(opened, sums[:-1], torch.where(first_closed, -sums[1:], result)).to(v.dtype)
+        signed = torch.cat([products[:level], -products[level:]])
+        return torch.nn.functional.pad(signed, (0, count - len(signed)))
+    places = torch.arange(count, device=products.device)
+    closed = torch.where(places == level, -products[1:], torch.zeros_like(products[1:]))
+    return torch.where(places < level, products[:-1], closed)
 
 
 def gated(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
@@ -109,26 +112,20 @@ def gated(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
     Arguments:
         x: any shape, floating. v: positive scalar. kind: `unsigned`, `signed` or `weight`.
     """
-    if kind != "weight" and fused.serves(x, v):
-        return _gated_natively(x, v, gate, kind)
+    one_pass = fused.serves(x, v, kind)
+    guess: int | Tensor = gate.open_width() if x.is_cuda else gate.bits
     with torch.no_grad():
-        errors = width_errors(codec.wide(x), v, gate.chain, kind)
+        if one_pass:  # at the width that was open last
+            y, errors = fused.forward(x, v, gate.chain[:-1], guess, kind)
+        else:
+            errors = width_errors(codec.wide(x), v, gate.chain, kind)
         if kind != "weight":  # weights are the same on every rank
             errors = reduce_mean(errors)
     gates = gate.observe(errors)
-    level = gate.open_level() if x.is_cuda else gate.level
-    return _Gated.apply(x, v, gates, gate.chain, level, kind)
-
-
-def _gated_natively(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
-    """One pass at the width that was open last; another one only where this batch decides otherwise."""
-    chain, expected, signed = gate.chain, gate.level, kind == "signed"
+    level: int | Tensor = gate.open_level() if x.is_cuda else gate.level
+    bits: int | Tensor = gate.open_width() if x.is_cuda else gate.bits
+    if not one_pass:
+        return _Gated.apply(x, v, gates, gate.chain, level, bits, kind)
     with torch.no_grad():
-        y, sums = fused.forward(x, v, (*chain[:-1], chain[expected]), signed)
-        scale = float(v) * (2 if signed else 1) * max(x.numel(), 1)
-        errors = reduce_mean(torch.tensor([total / scale for total in sums], dtype=v.dtype))
-    gates = gate.observe(errors)
-    if gate.level != expected:
-        with torch.no_grad():
-            y, _ = fused.forward(x, v, (chain[gate.level],), signed, out=y)
-    return _FusedGated.apply(x, v, gates, [y], chain, gate.level, kind)
+        fused.correct(y, x, v, bits, guess, kind)
+    return _FusedGated.apply(x, v, gates, [y], gate.chain, level, bits, kind)

@@ -120,8 +120,9 @@ class Budget:
         prices = [[change(quantity, c, level) for level in range(len(c.amounts))] for c in active]
         steps = [after - before for row in prices for before, after in pairwise(row)]
         shares = torch.cat([c.gate.shares() for c in active]).double()
-        hard = torch.tensor([float(level < c.level) for c in active for level in range(c.top)], dtype=torch.float64)
-        return ((shares - hard.to(shares.device)) * torch.tensor(steps, dtype=torch.float64).to(shares.device)).sum()
+        hard = [float(level < c.level) for c in active for level in range(c.top)]
+        numbers = _sent([hard, steps], shares.device)
+        return ((shares - numbers[0]) * numbers[1]).sum()
 
     def _filter_terms(self, quantity: Quantity) -> list[Tensor]:
         terms = []
@@ -226,6 +227,12 @@ class Budget:
         self._observe_filters()
         self.ledger.read()
         self._assign_sides()
+
+
+def _sent(values: list[list[float]], device: torch.device) -> Tensor:
+    """float64 tensor on `device`; from pinned memory to a GPU, which it need not wait for."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _check_reachable(ledger: Ledger, target: Target) -> None:

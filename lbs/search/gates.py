@@ -42,6 +42,7 @@ class BitGate(nn.Module):
 
     statistic: Tensor
     is_open: Tensor
+    widths: Tensor  # the chain, beside is_open: a tensor made of Python numbers would have to wait for a GPU
 
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class BitGate(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(count))
         self.register_buffer("statistic", torch.full((count,), torch.inf))
         self.register_buffer("is_open", torch.ones(count, dtype=torch.bool))
+        self.register_buffer("widths", torch.tensor(self.chain), persistent=False)
         self.level = count  # index of the open width in the chain; mirrors is_open
         self.active = False  # gates decide and learn in this iteration
 
@@ -83,7 +85,7 @@ class BitGate(nn.Module):
 
     def open_width(self) -> Tensor:
         """`bits` as an int64 scalar beside `is_open`."""
-        return torch.tensor(self.chain, device=self.is_open.device).index_select(0, self.open_level().reshape(1))[0]
+        return self.widths.index_select(0, self.open_level().reshape(1))[0]
 
     def refresh(self) -> None:
         """Recompute `level` from `is_open` (after loading a state, or to read back what a GPU decided)."""
@@ -96,7 +98,7 @@ class BitGate(nn.Module):
     def soft_bits(self) -> Tensor:
         """b_1 + sum_j (b_j - b_(j-1)) g_2 ... g_j, differentiable in alpha; equals `bits`."""
         gates = self.shares()
-        widths = torch.tensor(self.chain, dtype=gates.dtype, device=gates.device)
+        widths = self.widths.to(gates.dtype)
         return widths[0] + ((widths[1:] - widths[:-1]) * gates).sum()
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ def both_paths(
     for native_path in (True, False):
         with monkeypatch.context() as patch:
             if not native_path:
-                patch.setattr(fused, "serves", lambda x, v: False)
+                patch.setattr(fused, "serves", lambda *_: False)
             source, scale = x.detach().clone().requires_grad_(), v.clone().requires_grad_()
             y = fake_activation(source, scale, bits)
             assert y.grad_fn.fused is native_path  # type: ignore[union-attr]
@@ -81,6 +81,26 @@ def test_a_view_with_gaps_takes_the_torch_path() -> None:
     y = fake_activation(x, torch.tensor(1.0), 4)
     assert not y.grad_fn.fused  # type: ignore[union-attr]
     assert torch.equal(y, fake_activation(x.detach().contiguous(), torch.tensor(1.0), 4))
+
+
+def test_which_tensors_one_pass_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all but float64 and weights in half precision, if Triton is there; tensors here pretend to be on one."""
+    v = torch.tensor(1.0)
+    tensors = {dtype: torch.zeros(2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+    def served(kind: str) -> list[torch.dtype]:
+        return [dtype for dtype, x in tensors.items() if fused.serves(x, v, kind)]
+
+    native = [torch.float32, torch.bfloat16] if extension.cpu is not None else []
+    assert (served("unsigned"), served("weight")) == (native, [])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    assert (served("unsigned"), served("signed"), served("weight")) == ([*tensors], [*tensors], [torch.float32])
+    assert not fused.serves(torch.zeros(2, dtype=torch.float64), v, "unsigned")
+    assert not fused.serves(tensors[torch.float32], v.double(), "unsigned")
+    assert not fused.serves(torch.zeros(4, 6)[:, ::2], v, "unsigned")
+    monkeypatch.setattr(fused, "_has_triton", lambda: False)
+    assert (served("unsigned"), served("weight")) == ([], [])
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -159,10 +159,10 @@ def test_decisions_that_stay_on_the_device_are_the_same(level: int, kind: str) -
     """A level in a tensor, as on a GPU, against one in Python: value and every gradient."""
     v, weight = torch.tensor(1.2, dtype=torch.float64), sample(8)
     results = []
-    for place in (level, torch.tensor(level)):
+    for place, bits in ((level, (2, 4, 8)[level]), (torch.tensor(level), torch.tensor((2, 4, 8)[level]))):
         x, scale = sample(7).requires_grad_(), v.clone().requires_grad_()
         gates = torch.ones(2, dtype=torch.float64, requires_grad=True)
-        y = bit_sharing._Gated.apply(x, scale, gates, (2, 4, 8), place, kind)
+        y = bit_sharing._Gated.apply(x, scale, gates, (2, 4, 8), place, bits, kind)
         results.append((y, *torch.autograd.grad(y, (x, scale, gates), weight)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -191,7 +191,7 @@ def test_native_passes_equal_the_torch_path(
                 gate.alpha.copy_(statistics * torch.where(torch.arange(len(chain) - 1) < level, 0.5, 1.01))
             with monkeypatch.context() as patch:
                 if not native:
-                    patch.setattr(fused, "serves", lambda x, v: False)
+                    patch.setattr(fused, "serves", lambda *_: False)
                 for _ in range(2):  # the second pass guesses right
                     y = gated(x, v, gate, kind)
                     grads = torch.autograd.grad(y, (x, v, gate.alpha), weight)

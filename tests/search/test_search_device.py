@@ -30,17 +30,23 @@ class _Waits(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __enter__(self) -> Any:
-        self.tolist = torch.Tensor.tolist  # reads the CPU's memory without a dispatch
+        self.tensor, self.tolist = torch.tensor, torch.Tensor.tolist  # read or fill the CPU's memory without a dispatch
 
         def tolist(tensor: Tensor) -> Any:
             self.seen["tolist"] += 1
             return self.tolist(tensor)
 
+        def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+            self.seen["tensor"] += device is not None  # Python numbers are copied while the host waits
+            return self.tensor(*args, device=device, **kwargs)
+
         torch.Tensor.tolist = tolist  # type: ignore[method-assign]
+        torch.tensor = tensor
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.Tensor.tolist = self.tolist  # type: ignore[method-assign]
+        torch.tensor = self.tensor
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +82,7 @@ def trained(steps: int, read_every: int, importance: str) -> tuple[Budget, list[
 
 @pytest.mark.parametrize("importance", ["gamma", "taylor"])
 def test_the_host_waits_only_when_it_looks(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "serves", lambda x, v: False)
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     _, waits, _ = trained(8, 4, importance)
     assert waits == [0, 0, 0, 1] * 2
@@ -84,7 +90,7 @@ def test_the_host_waits_only_when_it_looks(importance: str, monkeypatch: pytest.
 
 def test_decisions_left_on_the_device_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read back every step, or decided there: the same losses, thresholds and bits as on the CPU, bit for bit."""
-    monkeypatch.setattr(fused, "serves", lambda x, v: False)
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
     here, _, losses = trained(6, 1, "gamma")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     there, _, others = trained(6, 1, "gamma")
@@ -92,3 +98,22 @@ def test_decisions_left_on_the_device_train_the_same(monkeypatch: pytest.MonkeyP
     assert here.value() == there.value()
     for (_, ours, _), (_, theirs, _) in zip(here.bit_gates(), there.bit_gates(), strict=True):
         assert torch.equal(ours.alpha, theirs.alpha)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for() -> None:
+    """torch itself says so: every wait but that of the look raises."""
+    model = lbs.prepare(lbs.models.create("digits_resnet8"), images(0), lbs.SearchConfig())
+    model = lbs.calibrate(model, [images(0)]).train().cuda()
+    budget = Budget(model, bops=0.012, strength=1.0, read_every=4)
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.01, gate_lr=0.02), lr=0.01, momentum=0.9)
+    batches, labels = [images(seed).cuda() for seed in range(4)], torch.arange(4).cuda()
+    for number, batch in enumerate(batches):
+        torch.cuda.set_sync_debug_mode("error" if number in (1, 2) else "default")  # the first compiles, the last looks
+        try:
+            optimizer.zero_grad()
+            (F.cross_entropy(model(batch), labels) + budget()).backward()
+            optimizer.step()
+            budget.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

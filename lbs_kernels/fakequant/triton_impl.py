@@ -1,0 +1,216 @@
+"""The quantizers of training in Triton: one pass forward, one backward, nothing that waits for the device.
+
+    unsigned   q = clamp(rint(x * (n / v)), 0, n)                   y = q * (v / n)             range [0, v]
+    signed     q = clamp(rint(x * (n / 2 v) + n / 2), 0, n)         y = (2 q - n) * (v / n)     range [-v, v]
+    weight     q = rint(clamp(x / v, -1, 1) * (n / 2) + n / 2)      y = (2 q - n) * (v / n)     range [-v, v]
+
+    forward    y at the open width;  errors[j] = mean |clip(x) - y_j| / (v, or 2 v) at each width compared with
+    backward   gx = gy inside the range, else 0;  products[j] = sum gy * (y - y_j)
+               grad v = sum gy * ((y - x) / v inside,   1 above,   0 (signed, weight: -1) below)
+
+Arithmetic is float32, whatever x is, and rounds where torch rounds on a CPU: y and gx have the same bits. v, and the
+open width where it was decided on the device, are read by the kernels. Every program sums its block in float32 and
+leaves the sum in a place of its own; `total_kernel` adds those in float64, always in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lbs_kernels.triton_common import LAUNCH_OPTIONS, device_guard, load_stream, store_stream
+from lbs_kernels.triton_emit import RINT_MAGIC
+
+BLOCK = 2048  # elements of one program
+WARPS = 8  # 8 elements a thread: 16 bytes in half precision; with 16 the backward pass takes up to 128 registers
+CHUNK = 1024  # partial sums added at a time
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@triton.jit
+def load_levels(bits_ptr, OPEN: tl.constexpr):
+    """n = 2^b - 1 of the open width as float32: OPEN, or the int64 scalar at bits_ptr where OPEN is None."""
+    bits = tl.load(bits_ptr) if OPEN is None else tl.full((), OPEN, tl.int32)
+    return ((1 << bits) - 1).to(tl.float32)
+
+
+@triton.jit
+def unit(x, v, KIND: tl.constexpr):
+    """What codes are made of: x, or clip(x / v, -1, 1) of weights. Here and below comparisons let NaN through."""
+    result = x
+    if KIND == "weight":
+        result = tl.div_rn(x, tl.zeros_like(x) + v)
+        result = tl.where(result < -1.0, -1.0, tl.where(result > 1.0, 1.0, result))
+    return result
+
+
+@triton.jit
+def decoded(u, v, n, KIND: tl.constexpr):
+    """y of `unit` values at the width of n levels. Bounds are integers: clamping before rint is clamping after it."""
+    half = n * 0.5
+    if KIND == "weight":
+        t = u * half + half
+    else:
+        t = u * tl.div_rn(n, 2.0 * v if KIND == "signed" else v)
+        if KIND == "signed":
+            t = t + half
+        t = tl.where(t < 0.0, 0.0, tl.where(t > n, n, t))
+    q = (t + RINT_MAGIC) - RINT_MAGIC
+    if KIND != "unsigned":
+        q = 2.0 * q - n
+    return q * tl.div_rn(v, n)
+
+
+@triton.jit
+def own_block(count, BLOCK: tl.constexpr):
+    """Places of this program's elements, and which of them exist."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return place, place < count
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, v_ptr, bits_ptr, y_ptr, parts_ptr, count,
+    OPEN: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y [count] and, at each width of COARSE, this program's sum |clip(x) - y_b|: parts [len(COARSE), programs]."""
+    place, mask = own_block(count, BLOCK)
+    x = load_stream(x_ptr + place, mask, DTYPE)
+    v = tl.load(v_ptr)
+    u = unit(x, v, KIND)
+    store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, OPEN), KIND), mask, DTYPE)
+    low = 0.0 if KIND == "unsigned" else -v
+    clipped = tl.where(x < low, low, tl.where(x > v, v, x))
+    for j in tl.static_range(len(COARSE)):
+        error = tl.abs(clipped - decoded(u, v, load_levels(None, COARSE[j]), KIND))
+        part = tl.sum(tl.where(mask, error, 0.0))
+        tl.store(parts_ptr + j * tl.num_programs(0) + tl.program_id(0), part)
+
+
+@triton.jit
+def correct_kernel(
+    x_ptr, v_ptr, bits_ptr, guess_ptr, y_ptr, count, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y again where it was computed at another width than the one that is open."""
+    if tl.load(bits_ptr) != tl.load(guess_ptr):
+        place, mask = own_block(count, BLOCK)
+        v = tl.load(v_ptr)
+        u = unit(load_stream(x_ptr + place, mask, DTYPE), v, KIND)
+        store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, None), KIND), mask, DTYPE)
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr, gy_ptr, v_ptr, bits_ptr, gx_ptr, parts_ptr, count,
+    OPEN: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """gx [count] and this program's sums, parts [len(COARSE) + 1, programs]: gy * (y - y_b), and the gradient of v."""
+    place, mask = own_block(count, BLOCK)
+    x = load_stream(x_ptr + place, mask, DTYPE)
+    gy = load_stream(gy_ptr + place, mask, DTYPE)  # 0 where nothing exists
+    v = tl.load(v_ptr)
+    u = unit(x, v, KIND)
+    y = decoded(u, v, load_levels(bits_ptr, OPEN), KIND)
+    low = 0.0 if KIND == "unsigned" else -v
+    inside = (x >= low) & (x <= v)
+    store_stream(gx_ptr + place, tl.where(inside, gy, 0.0), mask, DTYPE)
+    slope = tl.where(inside, (y - x) * tl.div_rn(tl.full((), 1.0, tl.float32), v), tl.where(x > v, 1.0, 0.0))
+    if KIND != "unsigned":
+        slope = tl.where(x < low, -1.0, slope)
+    part = parts_ptr + tl.program_id(0)
+    for j in tl.static_range(len(COARSE)):
+        product = gy * (y - decoded(u, v, load_levels(None, COARSE[j]), KIND))
+        tl.store(part + j * tl.num_programs(0), tl.sum(product))
+    tl.store(part + len(COARSE) * tl.num_programs(0), tl.sum(gy * slope))
+
+
+@triton.jit
+def total_kernel(
+    parts_ptr, v_ptr, totals_ptr, parts, count, MEAN: tl.constexpr, KIND: tl.constexpr, CHUNK: tl.constexpr
+):
+    """totals [rows] of parts [rows, parts], row by row; MEAN: over `count` elements, in units of the range."""
+    row = tl.program_id(0)
+    column = tl.arange(0, CHUNK)
+    sums = tl.zeros((CHUNK,), tl.float64)
+    first = 0
+    while first < parts:  # no range: the interpreter of Triton 3.6 cannot count to an argument with numpy 2.4
+        place = first + column
+        sums += tl.load(parts_ptr + row.to(tl.int64) * parts + place, mask=place < parts, other=0.0).to(tl.float64)
+        first += CHUNK
+    total = tl.sum(sums)
+    if MEAN:
+        v = tl.load(v_ptr).to(tl.float64)
+        total = total / ((v if KIND == "unsigned" else 2.0 * v) * count)
+    tl.store(totals_ptr + row, total.to(tl.float32))
+
+
+def _told(bits: int | Tensor) -> tuple[Tensor | None, int | None]:
+    """The open width as a pointer or as a constant of the kernel; the other is None."""
+    return (bits, None) if isinstance(bits, Tensor) else (None, bits)
+
+
+def _meta(x: Tensor, kind: str) -> dict[str, Any]:
+    return {"KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, "num_warps": WARPS, **LAUNCH_OPTIONS}
+
+
+def _raw(x: Tensor) -> Tensor:
+    """bfloat16 as int16: the kernels round it themselves."""
+    return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
+
+
+def _totals(parts: Tensor, v: Tensor, count: int, mean: bool, kind: str) -> Tensor:
+    """float32 [rows] of parts float32 [rows, programs]."""
+    rows, programs = parts.shape
+    totals = parts.new_empty(rows)
+    if rows:
+        total_kernel[(rows,)](
+            parts, v, totals, programs, max(count, 1), MEAN=mean, KIND=kind, CHUNK=CHUNK, **LAUNCH_OPTIONS
+        )
+    return totals
+
+
+def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(y like x, mean |z - z_b| float32 [J] at the widths of `coarse`), z in 0..1 over the range.
+
+    Arguments:
+        x: float32, bfloat16 or float16, dense in memory in any order. v: float32 scalar on x's device. bits: the open
+            width, 1 to 8, an int64 scalar there if the device has decided it. kind: unsigned, signed or weight.
+    """
+    y, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), _told(bits)
+    programs = triton.cdiv(count, BLOCK)
+    parts = torch.empty(len(coarse), programs, dtype=torch.float32, device=x.device)
+    with device_guard(x.device):
+        if count:
+            forward_kernel[(programs,)](
+                _raw(x), v, bits_ptr, _raw(y), parts, count, OPEN=opened, COARSE=coarse, **_meta(x, kind)
+            )
+        return y, _totals(parts, v, count, True, kind)
+
+
+def correct(y: Tensor, x: Tensor, v: Tensor, bits: Tensor, guess: Tensor, kind: str) -> None:
+    """Make y, which `forward` computed at the width `guess`, that of the width `bits`: a pass where they differ."""
+    count = x.numel()
+    if count:
+        with device_guard(x.device):
+            correct_kernel[(triton.cdiv(count, BLOCK),)](_raw(x), v, bits, guess, _raw(y), count, **_meta(x, kind))
+
+
+def backward(
+    grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gx like x, grad v float32 scalar, products float32 [J]); grad has x's dtype and strides, the rest as above."""
+    grad_x, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), _told(bits)
+    programs = triton.cdiv(count, BLOCK)
+    parts = torch.empty(len(coarse) + 1, programs, dtype=torch.float32, device=x.device)
+    with device_guard(x.device):
+        if count:
+            backward_kernel[(programs,)](
+                _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, count,
+                OPEN=opened, COARSE=coarse, **_meta(x, kind),
+            )  # fmt: skip
+        totals = _totals(parts, v, count, False, kind)
+    return grad_x, totals[-1], totals[:-1]

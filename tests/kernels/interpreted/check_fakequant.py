@@ -1,0 +1,186 @@
+"""The quantizers of training in Triton's interpreter: values and gx equal the codec's, every element; sums in float64.
+
+Started by tests/kernels/test_triton_fakequant.py; by hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted/check_fakequant.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lbs.quant import codec
+from lbs_kernels.fakequant import triton_impl
+from lbs_kernels.fakequant.triton_impl import BLOCK, CHUNK, DTYPES
+from lbs_kernels.triton_common import INTERPRETED
+
+# Infinities and numbers beyond a dtype are tested: numpy warns where a GPU would not.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+KINDS = ["unsigned", "signed", "weight"]
+COUNTS = [0, 1, 17, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 77]  # empty, one, odd, a block and its neighbours, several
+CHAINS = [(4,), (2, 4), (2, 4, 8), (8, 4, 2), (1, 2, 4, 8), (2, 4, 8, 4)]  # the last width is the value's
+V = torch.tensor(1.37)
+
+
+def test_the_interpreter_is_on() -> None:
+    assert INTERPRETED.value
+
+
+def sample(count: int, dtype: torch.dtype, seed: int, v: Tensor = V) -> Tensor:
+    """Random numbers of which two thirds lie in the range; the range's ends, their neighbours, and ties of rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, generator=generator) * 1.5
+    x[::5] = 0.0
+    ends = torch.stack([v, -v])
+    special = torch.cat([ends, torch.nextafter(ends, 2 * ends), torch.nextafter(ends, 0 * ends)])
+    ties = (torch.arange(16) - 7.5) * v / 15  # codes of 4 bits fall between two integers, or nearly so
+    special = torch.cat([special, ties])[: max(count - 1, 0)]
+    x[1 : 1 + len(special)] = special
+    return x.to(dtype)
+
+
+def low(kind: str) -> float:
+    return 0.0 if kind == "unsigned" else -float(V)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    """Equal in every element, NaN with NaN."""
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
+def rounding(terms: Tensor) -> float:
+    """Error of a sum of float32 terms: each rounded once or twice, and 11 times on the way to the sum of 2048."""
+    return 14 * 2**-24 * float(terms.abs().sum()) + 1e-30
+
+
+def check_forward(x: Tensor, chain: tuple[int, ...], kind: str, v: Tensor = V) -> None:
+    y, errors = triton_impl.forward(x, v, chain[:-1], chain[-1], kind)
+    wide = x.float()
+    same(y, codec.round_trip(wide, v, chain[-1], kind).to(x.dtype))
+    assert y.stride() == x.stride()
+    assert errors.dtype == torch.float32
+    assert errors.shape == (len(chain) - 1,)
+    clipped = wide.double().clamp(low(kind), float(v))
+    span = float(v) * (1 if kind == "unsigned" else 2) * max(1, x.numel())
+    for got, bits in zip(errors.tolist(), chain, strict=False):
+        terms = (clipped - codec.round_trip(wide, v, bits, kind).double()).abs()
+        # a difference of float32 numbers up to v is rounded by 2^-24 v; the quotient is rounded to float32
+        allowed = (rounding(terms) + 2**-24 * float(v) * x.numel()) / span
+        assert abs(got - float(terms.sum()) / span) <= allowed + 2**-24 * got
+
+
+def check_backward(grad: Tensor, x: Tensor, chain: tuple[int, ...], kind: str) -> None:
+    gx, grad_v, products = triton_impl.backward(grad, x, V, chain[:-1], chain[-1], kind)
+    inside = (x.float() >= low(kind)) & (x.float() <= V)
+    same(gx, torch.where(inside, grad, torch.zeros_like(grad)))
+    assert gx.stride() == x.stride()
+    values = [codec.round_trip(x.float(), V, bits, kind).double() for bits in chain]
+    wide, gy = x.double(), grad.double()
+    below = -1.0 if kind != "unsigned" else 0.0
+    slope = torch.where(inside, (values[-1] - wide) / float(V), torch.where(wide > V, 1.0, below).double())
+    cancelled = 2**-22 * float(gy.abs().sum())  # y - x: float32 numbers up to v, divided by v
+    assert grad_v.shape == ()
+    terms = gy * slope
+    assert abs(float(grad_v) - float(terms.sum())) <= rounding(terms) + cancelled + 2**-24 * abs(float(grad_v))
+    assert products.shape == (len(chain) - 1,)
+    for got, value in zip(products.tolist(), values[:-1], strict=True):
+        terms = gy * (values[-1] - value)
+        assert abs(got - float(terms.sum())) <= rounding(terms) + float(V) * cancelled + 2**-24 * abs(got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes(kind: str) -> None:
+    for seed, count in enumerate(COUNTS):
+        x, grad = sample(count, torch.float32, seed), sample(count, torch.float32, seed + 100)
+        check_forward(x, (2, 4, 8), kind)
+        check_backward(grad, x, (2, 4, 8), kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chains(kind: str, dtype: torch.dtype) -> None:
+    for seed, chain in enumerate(CHAINS):
+        x, grad = sample(BLOCK + 1, dtype, seed), sample(BLOCK + 1, dtype, seed + 100)
+        check_forward(x, chain, kind)
+        check_backward(grad, x, chain, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_and_many_ranges(bits: int, kind: str) -> None:
+    """n / v and v / n are rounded once: a reciprocal would be seen in some of these."""
+    ranges = torch.rand(6, generator=torch.Generator().manual_seed(bits)) * 3 + 0.01
+    for seed, v in enumerate(ranges):
+        check_forward(sample(300, torch.float32, seed, v), (bits,), kind, v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_ties_round_to_even_and_ends_belong_to_the_range(kind: str) -> None:
+    v, n = torch.tensor(3.0), 3  # scale, step and values are exact
+    x = torch.tensor([-3.5, -3.0, -2.0, -0.5, 0.0, 0.5, 1.5, 2.0, 2.5, 3.0, 3.5])
+    y, _ = triton_impl.forward(x, v, (), 2, kind)
+    signed = kind != "unsigned"
+    expected = [-3, -3, -3, -1, 1, 1, 1, 1, 3, 3, 3] if signed else [0, 0, 0, 0, 0, 0, 2, 2, 2, 3, 3]
+    # signed codes: x / 2 + 1.5 is 0.5 at -2 and goes to 0; 1.5 at 0 goes to 2; 2.5 at 2 goes to 2
+    assert y.tolist() == expected
+    grad = torch.arange(1.0, len(x) + 1)
+    gx, grad_v, _ = triton_impl.backward(grad, x, v, (), 2, kind)
+    inside = (x >= (-n if signed else 0)) & (x <= n)
+    assert gx.tolist() == (grad * inside).tolist()
+    slope = torch.where(inside, (y - x) / v, torch.where(x > v, 1.0, -float(signed)))
+    assert float(grad_v) == pytest.approx(float((grad * slope).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_a_number_goes_through_and_infinities_are_clipped(kind: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([math.nan, -math.inf, math.inf, 0.3, -0.3] * 3).to(dtype)
+    y, errors = triton_impl.forward(x, V, (2,), 8, kind)
+    same(y, codec.round_trip(x.float(), V, 8, kind).to(dtype))
+    assert y[::5].isnan().all()
+    assert errors.isnan().all()
+    gx, _, _ = triton_impl.backward(torch.ones_like(x), x, V, (), 8, kind)
+    assert gx[:5].tolist() == [0.0, 0.0, 0.0, 1.0, 0.0 if kind == "unsigned" else 1.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_width_that_the_device_knows_is_the_same(bits: int, kind: str) -> None:
+    x, grad, chain = sample(BLOCK + 9, torch.float32, 3), sample(BLOCK + 9, torch.float32, 4), (2, 4, 8)
+    told = torch.tensor(bits)
+    for ours, theirs in (
+        (triton_impl.forward(x, V, chain, told, kind), triton_impl.forward(x, V, chain, bits, kind)),
+        (triton_impl.backward(grad, x, V, chain, told, kind), triton_impl.backward(grad, x, V, chain, bits, kind)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for guess in (2, bits):
+        y, _ = triton_impl.forward(x, V, (), guess, kind)
+        before = y.clone().fill_(7.0) if guess == bits else y
+        triton_impl.correct(before, x, V, told, torch.tensor(guess), kind)
+        wanted = triton_impl.forward(x, V, (), bits, kind)[0]
+        # nothing is written where the guess was right
+        assert torch.equal(before, torch.full_like(y, 7.0) if guess == bits else wanted)
+
+
+def test_many_partial_sums_are_added_in_order() -> None:
+    """More of them than are added at a time, of very different sizes; twice the same bits."""
+    parts = torch.randn(3, 2 * CHUNK + 5, generator=torch.Generator().manual_seed(1)).exp2() * 1e3
+    totals = triton_impl._totals(parts, V, 10, False, "signed")
+    assert totals.tolist() == parts.double().sum(1).float().tolist()
+    assert torch.equal(totals, triton_impl._totals(parts, V, 10, False, "signed"))
+    means = triton_impl._totals(parts, V, 10, True, "signed")
+    assert means.tolist() == (parts.double().sum(1) / (20 * V.double())).float().tolist()
+
+
+def test_channels_last_is_kept() -> None:
+    x = sample(2 * 3 * 5 * 7, torch.bfloat16, 1).view(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
+    grad = sample(2 * 3 * 5 * 7, torch.bfloat16, 2).view(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
+    check_forward(x, (2, 4, 8), "unsigned")
+    check_backward(grad, x, (2, 4, 8), "unsigned")
