@@ -111,14 +111,14 @@ def bind_onebit(
     source, emit = program.tensors[step.input], step.emit
     _check(problem, config, step_reason(step, source))
     layout, w, offset = weights.laid_out(config.block_o)
-    kept: list[Tensor] = [w, offset]  # made here; the launch holds them
+    kept: list[Tensor] = [w, offset, buffers[step.input]]  # the kernel has addresses only; the launch holds the memory
 
     def slots(key: str | None) -> int:
         return 0 if key is None else _kept(layout.per_filter(arrays[key]), kept)
 
     def target(consumer: Consumer) -> dict[str, Any]:
         return {
-            "codes": buffers[consumer.tensor].data_ptr(),
+            "codes": _kept(buffers[consumer.tensor], kept),
             "pre_scale": slots(consumer.pre_scale),
             "pre_bias": slots(consumer.pre_bias),
             "scale": consumer.scale,
@@ -133,9 +133,9 @@ def bind_onebit(
     task.update(multiplier=slots(step.multiplier), bias=slots(step.bias), low=emit.low, high=emit.high)
     task.update(stream_type=program.stream_dtype, consumers=[target(consumer) for consumer in emit.consumers])
     if emit.residual is not None:
-        task.update(residual=buffers[emit.residual].data_ptr())
+        task.update(residual=_kept(buffers[emit.residual], kept))
     if emit.stream is not None:
-        task.update(stream=buffers[emit.stream].data_ptr())
+        task.update(stream=_kept(buffers[emit.stream], kept))
     if compares(emit, config):
         tables = threshold_tables(layout, arrays[step.multiplier], arrays[step.bias], emit, program, arrays)
         task.update(thresholds=_kept(tables[0], kept), flips=_kept(tables[1], kept))

@@ -23,7 +23,6 @@ from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.program import ConvStep, LinearStep, Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
-
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 TENSOR_CORE = r"mma\.sync|wgmma"
 

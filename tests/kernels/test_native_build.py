@@ -190,7 +190,7 @@ def test_a_linker_that_is_killed_leaves_the_old_library(project: Project) -> Non
 
 def test_the_compilers_words_are_told(project: Project) -> None:
     touch(project.sources / "two.cpp", "wrong")
-    with pytest.raises(project.setup.BuildFailure, match="the compiler failed: error: a wrong word$"):
+    with pytest.raises(project.setup.BuildFailure, match=r"the compiler failed: error: a wrong word$"):
         project.build()
     touch(project.sources / "two.cpp", "2")
     project.build()
