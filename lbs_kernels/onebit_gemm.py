@@ -9,7 +9,7 @@ On CUDA tensors the kernels of `lbs_kernels._cuda` run; on CPU tensors the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from lbs_kernels.epilogue import thresholds
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cpu, require_cuda
 from lbs_kernels.format import check_accumulator, unpack_weights
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import from_logical, pixel_elements
 from lbs_kernels.onebit_config import OneBitConfig, invalid_reason, unsupported_reason
 from lbs_kernels.onebit_layout import OneBitLayout
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import Consumer, ConvStep, Emit, LinearStep, Program, TensorSpec, build_blob
 
-Launch = Callable[[list[Tensor]], None]  # takes the region's inputs and enqueues one kernel
 MODEL_BLOCKS = 3  # thread blocks of the model: several, so that each works off more than one tile
 MAX_CONSUMERS = 8
 

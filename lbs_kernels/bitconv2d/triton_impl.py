@@ -10,9 +10,9 @@ from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.errors import BackendError, ShapeError
 from lbs_kernels.gemm_config import GemmConfig, gemm_default
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, Program, TensorSpec
-from lbs_kernels.triton_common import Launch
 from lbs_kernels.triton_depthwise import bind_depthwise
 from lbs_kernels.triton_emit import bind_emit
 from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape

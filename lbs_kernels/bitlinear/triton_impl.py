@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lbs_kernels.bitlinear import tuning
 from lbs_kernels.errors import BackendError
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import LinearStep, Program, TensorSpec
-from lbs_kernels.triton_common import Launch
 from lbs_kernels.triton_emit import bind_emit
 from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
 
