@@ -124,7 +124,7 @@ def _native_cuda() -> Finding:
 
 
 def _build_words(name: str, reason: str) -> tuple[str, str]:
-    """(why, command) of an absent module: what the build wrote down if that is why, else what loading told."""
+    """(why, command) of an absent module: what the build wrote down if that is why, else what loading it said."""
     part = extension.build_report().get(name, {})
     if part.get("reason") and reason.startswith(str(part["reason"])):
         return str(part["reason"]).split("\n")[0], str(part["fix"])
