@@ -138,7 +138,8 @@ def escape(words: list[str]) -> str:
 class NinjaFile:
     """Objects and one shared library, written as build.ninja and built in parallel.
 
-    Where there is no ninja the same commands run as they are, as many at once as there are processors, every time.
+    Where there is no ninja the same commands run as they are, as many at once as there are processors, and those whose
+    results are newer than all they were made from are left out, as ninja leaves them out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,64 +147,122 @@ class NinjaFile:
         self.lines = ["ninja_required_version = 1.8"]
         self.rules: dict[str, list[str]] = {}
         self.objects: list[str] = []
-        self.compilations: list[list[str]] = []
-        self.linking: list[str] = []
+        self.compilations: list[Command] = []
+        self.linking: list[Command] = []
         folder.mkdir(parents=True, exist_ok=True)
 
-    def rule(self, name: str, command: list[str], depfile: bool = True) -> None:
-        """A rule whose command uses $in, $out and $flags."""
+    def rule(self, name: str, command: list[str]) -> None:
+        """A rule whose command uses $in, $out and $flags, and writes what it read to $out.d."""
         self.rules[name] = command
         self.lines += [
             f"rule {name}",
             f"  command = {escape(command).replace('$$', '$')}",
             f"  description = {name} $in",
+            "  depfile = $out.d",
+            "  deps = gcc",
         ]
-        if depfile:
-            self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def compile(self, rule: str, source: Path, flags: list[str]) -> None:
         """One object file."""
         target = str(source.relative_to(SOURCES)).replace("/", ".") + ".o"
         self.objects.append(target)
-        self.compilations.append(self._command(rule, [str(source)], target, flags))
+        words = fill(self.rules[rule], [str(source)], target, flags)
+        self.compilations.append(Command(self.folder, words, self.folder / target, self.folder / target))
         self.lines += [f"build {target}: {rule} {source}", f"  flags = {escape(flags)}"]
 
-    def link(self, library: Path, flags: list[str]) -> None:
-        """The library from all objects so far."""
-        self.linking = self._command("link", self.objects, str(library), flags)
-        self.lines += [f"build {library}: link {' '.join(self.objects)}", f"  flags = {escape(flags)}"]
+    def link(self, library: Path, command: list[str]) -> None:
+        """The library from all objects so far, by a command that uses $in and $out.
+
+        It is linked beside its place and renamed: whoever stops the linker never leaves half a module to be imported.
+        """
+        part = partial(library)
+        words = fill(command, self.objects, str(part), [])
+        self.linking = [Command(self.folder, words, part, library, [self.folder / name for name in self.objects])]
+        text = escape(command).replace("$$", "$").replace("$out", "$out.part")
+        self.lines += ["rule link", f"  command = {text} && mv -f $out.part $out", "  description = link $out"]
+        self.lines += [f"build {library}: link {' '.join(self.objects)}"]
 
     def build(self) -> None:
         """Compile and link. Raises BuildFailure with the compiler's last words."""
         ninja = find_ninja()
-        if ninja is None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self._judge(list(pool.map(self._run, self.compilations)))
-            self._judge([self._run(self.linking)])
+        if ninja is not None:
+            (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+            judge([subprocess.run([ninja], capture_output=True, text=True, cwd=self.folder)])
             return
-        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        self._judge([self._run([ninja])])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for commands in (self.compilations, self.linking):
+                judge(list(pool.map(Command.run, [command for command in commands if not command.done()])))
 
-    def _command(self, rule: str, sources: list[str], target: str, flags: list[str]) -> list[str]:
-        """The words of one command, $in, $out and $flags filled in."""
-        words: list[str] = []
-        for word in self.rules[rule]:
-            if word in ("$in", "$flags"):
-                words += sources if word == "$in" else flags
-            else:
-                words.append(word.replace("$out", target))
-        return words
 
-    def _run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
+@dataclass
+class Command:
+    """One command run without ninja: it writes `output`, which becomes `target` once it has succeeded.
 
-    @staticmethod
-    def _judge(runs: list[subprocess.CompletedProcess[str]]) -> None:
-        lines = [line for run in runs if run.returncode for line in (run.stdout + run.stderr).splitlines()]
-        if any(run.returncode for run in runs):
-            told = [line for line in lines if "error" in line or "fatal" in line] or lines
-            words = "the compiler failed: " + "\n".join(told[:8])
-            raise BuildFailure(words, "mend what it names, then: pip install -e .")
+    `target.made` is what it was made by, begun before the command and renamed after it: a source that changes
+    meanwhile is newer, and a command that was killed has left none.
+    """
+
+    folder: Path
+    words: list[str]
+    output: Path
+    target: Path
+    sources: list[Path] | None = None  # None: what the compiler wrote to target.d
+
+    def done(self) -> bool:
+        """Whether `target` was made by this command from sources that have not changed since."""
+        try:
+            made = self.made.stat().st_mtime_ns
+            sources = self.sources if self.sources is not None else self.read_sources()
+            same = self.made.read_text() == "\n".join(self.words)
+            return same and self.target.exists() and all(source.stat().st_mtime_ns <= made for source in sources)
+        except OSError:
+            return False
+
+    def run(self) -> subprocess.CompletedProcess[str]:
+        """Runs it; only a success is kept."""
+        self.made.unlink(missing_ok=True)
+        making = self.made.with_suffix(".making")
+        making.write_text("\n".join(self.words))
+        done = subprocess.run(self.words, capture_output=True, text=True, cwd=self.folder)
+        if done.returncode == 0:
+            self.output.replace(self.target)
+            making.replace(self.made)
+        return done
+
+    @property
+    def made(self) -> Path:
+        return self.folder / f"{self.target.name}.made"
+
+    def read_sources(self) -> list[Path]:
+        """The files named in target.d, in the words of make: `target: file file`, lines joined by a backslash."""
+        text = self.target.with_name(f"{self.target.name}.d").read_text().replace("\\\n", " ")
+        names = text.partition(": ")[2].replace("\\ ", "\0").split()
+        return [self.folder / name.replace("\0", " ") for name in names]
+
+
+def fill(command: list[str], sources: list[str], target: str, flags: list[str]) -> list[str]:
+    """The words of one command, $in, $out and $flags filled in."""
+    words: list[str] = []
+    for word in command:
+        if word in ("$in", "$flags"):
+            words += sources if word == "$in" else flags
+        else:
+            words.append(word.replace("$out", target))
+    return words
+
+
+def partial(library: Path) -> Path:
+    """Where the library is linked to before it is renamed; no name that Python would import."""
+    return library.with_name(f"{library.name}.part")
+
+
+def judge(runs: list[subprocess.CompletedProcess[str]]) -> None:
+    """Raises BuildFailure with the errors of the runs that failed."""
+    lines = [line for run in runs if run.returncode for line in (run.stdout + run.stderr).splitlines()]
+    if any(run.returncode for run in runs):
+        told = [line for line in lines if "error" in line or "fatal" in line] or lines
+        words = "the compiler failed: " + "\n".join(told[:8])
+        raise BuildFailure(words, "mend what it names, then: pip install -e .")
 
 
 def build_cpu(library: Path, work: Path, part: Part) -> None:
@@ -222,14 +281,14 @@ def build_cpu(library: Path, work: Path, part: Part) -> None:
         "cxx",
         [*compiler.split(), "-MMD", "-MF", "$out.d", *flags, *includes, *defines, "$flags", "-c", "$in", "-o", "$out"],
     )
-    ninja.rule("link", [*compiler.split(), "-shared", "$in", "-o", "$out", "$flags"], depfile=False)
     for source in sorted(SOURCES.rglob("*.cpp")):
         if source.name.endswith("_cuda.cpp"):
             continue
         isa = special.get(source)
         if isa is None or isas[isa]:
             ninja.compile("cxx", source, ISA_FLAGS[isa] if isa else [])
-    ninja.link(library, ["-pthread", *os.environ.get("LBS_CXXFLAGS", "").split()])
+    last = ["-pthread", *os.environ.get("LBS_CXXFLAGS", "").split()]
+    ninja.link(library, [*compiler.split(), "-shared", "$in", "-o", "$out", *last])
     ninja.build()
 
 
@@ -244,10 +303,9 @@ def build_cuda(library: Path, work: Path, part: Part) -> None:
     ninja = NinjaFile(work)
     includes = include_flags()
     ninja.rule("nvcc", [nvcc, "-MMD", "-MF", "$out.d", *host, *includes, *codes, "$flags", "-c", "$in", "-o", "$out"])
-    ninja.rule("link", [nvcc, *host, "-shared", "-cudart", "static", "$in", "-o", "$out", "$flags"], depfile=False)
     for source in sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*_cuda.cpp")]):
         ninja.compile("nvcc", source, [])
-    ninja.link(library, [])
+    ninja.link(library, [nvcc, *host, "-shared", "-cudart", "static", "$in", "-o", "$out"])
     ninja.build()
     part.details = {f"sm_{arch}": "built" for arch in archs}
 
@@ -263,7 +321,9 @@ class BuildNative(build_ext):
         for name, build in (("cpu", build_cpu), ("cuda", build_cuda)):
             library = target / f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
             report[name] = self.build_part(name, build, library)
-        (target / "_build_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        written = partial(target / "_build_report.json")
+        written.write_text(json.dumps(report, indent=2) + "\n")
+        written.replace(target / "_build_report.json")
 
     def build_part(self, name: str, build: object, library: Path) -> dict[str, object]:
         """Builds one module; a failure becomes part of the report unless the user insisted."""
@@ -279,6 +339,7 @@ class BuildNative(build_ext):
         except BuildFailure as failure:
             part.reason, part.fix = str(failure), failure.fix
             library.unlink(missing_ok=True)  # a stale module is worse than none
+            partial(library).unlink(missing_ok=True)
             if wish == "1":
                 raise SystemExit(f"lbs_kernels._{name}: {failure}\nfix: {failure.fix}") from failure
             print(f"lbs_kernels._{name} is left out: {failure}\nfix: {failure.fix}", file=sys.stderr)

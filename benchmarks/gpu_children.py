@@ -84,8 +84,8 @@ def models(run: Run, attempt: Attempts) -> None:
             break
         ours, missing = gpu_models.packed_calls(folder, network, batch, attempt)
         warmed = (run.scratch / f".warmed-{network}-{batch}").exists()
-        others, absent = gpu_models.baselines(network, batch, compiled=warmed)
-        body["rows"] += gpu_models.measure(network, batch, {**others, **ours})
+        others, absent = gpu_models.baselines(network, batch, compiled=warmed, attempt=attempt)
+        body["rows"] += gpu_models.measure(network, batch, {**others, **ours}, attempt)
         body["missing"][f"{network} {batch}"] = {**missing, **absent}
         run.save("models", body)
         ours.clear()

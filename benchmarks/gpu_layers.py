@@ -81,18 +81,24 @@ def logical_bytes(problem: Problem) -> float:
 
 
 def rows(measured: Measured, roofs: dict[str, float]) -> list[dict[str, Any]]:
-    """One row per contender. roof: share of the larger of INT8 operations and bytes over the roofs of this run."""
+    """One row per contender. roof: share of the larger of INT8 operations and bytes over the roofs of this run.
+
+    over_float16: times as fast as the baseline; None where that has no time.
+    """
     problem = measured.problem
     found: list[dict[str, Any]] = [
         {"problem": str(problem), "contender": name, "error": reason} for name, reason in measured.refused.items()
     ]
     if not measured.times:
         return found
-    baseline = measured.times[HALF]
+    baseline = measured.times.get(HALF)
     for name, times in measured.times.items():
         moved = logical_bytes(problem)
         floor = max(2 * problem.macs / roofs["int8"], moved / roofs["copy"]) if {"int8", "copy"} <= set(roofs) else None
-        paired = len(times.seconds) == len(baseline.seconds)
+        over = None
+        if baseline is not None:
+            paired = len(times.seconds) == len(baseline.seconds)
+            over = times.ratio(baseline) if paired else baseline.median / times.median
         found.append(
             {
                 "problem": str(problem),
@@ -103,7 +109,7 @@ def rows(measured: Measured, roofs: dict[str, float]) -> list[dict[str, Any]]:
                 "operations_per_s": 2 * problem.macs / times.median,
                 "bytes_per_s": moved / times.median,
                 "roof": None if floor is None else floor / times.median,
-                "over_float16": times.ratio(baseline) if paired else baseline.median / times.median,
+                "over_float16": over,
             }
         )
     return found

@@ -16,7 +16,7 @@ import lbs
 import lbs.models
 from benchmarks import gpu_device, gpu_nets
 from lbs.pack.model import PackedModel
-from lbs_kernels import timing
+from lbs_kernels import timing, tuner
 from lbs_kernels.errors import BackendError
 from lbs_kernels.timing import Times
 
@@ -62,7 +62,9 @@ def warm(network: str, batch: int) -> None:
     gpu_device.survive()
 
 
-def baselines(network: str, batch: int, compiled: bool) -> tuple[dict[str, Call], dict[str, str]]:
+def baselines(
+    network: str, batch: int, compiled: bool, attempt: Callable[[str], bool]
+) -> tuple[dict[str, Call], dict[str, str]]:
     """Recorded calls by name, and the baselines that could not be made with their reasons."""
     images = _images(network, batch)
     model = _channels_last(gpu_nets.float_model(network).to(gpu_device.DEVICE))
@@ -81,11 +83,15 @@ def baselines(network: str, batch: int, compiled: bool) -> tuple[dict[str, Call]
         makers[COMPILED] = (False, lambda: lambda: function(half_images))
     found: dict[str, Call] = {}
     for name, (allowed, make) in makers.items():
+        if not attempt(f"{network} {batch} {name}"):
+            missing[name] = tuner.BROKE
+            continue
         try:
             with tf32(allowed):  # the graph keeps the kernels that were chosen while it was recorded
                 found[name] = gpu_device.recorded(make())
         except Exception as error:  # noqa: BLE001  a baseline that cannot run is listed as missing
             missing[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            gpu_device.survive()
     return found, missing
 
 
@@ -98,7 +104,7 @@ def packed_calls(
     missing: dict[str, str] = {}
     for variant in variants(network):
         if not attempt(f"{network} {batch} {variant}"):
-            missing[variant] = "it broke the device before"
+            missing[variant] = tuner.BROKE
             continue
         try:
             packed = lbs.load(gpu_nets.build(str(folder), network, variant), device=gpu_device.DEVICE)
@@ -122,9 +128,17 @@ def check(packed: PackedModel, images: Tensor) -> None:
         raise BackendError(f"{packed.name}: {share:.2%} of the outputs differ from the reference; it is not timed")
 
 
-def measure(network: str, batch: int, calls: dict[str, Call], rounds: int = 15) -> list[dict[str, Any]]:
+def measure(
+    network: str, batch: int, calls: dict[str, Call], attempt: Callable[[str], bool], rounds: int = 15
+) -> list[dict[str, Any]]:
     """One row per contender, all interleaved; ratios: how many times faster than each other contender."""
-    times: dict[str, Times] = timing.interleave(calls, device=gpu_device.DEVICE, rounds=rounds, warmup=0.05)
+    times: dict[str, Times] = timing.interleave(
+        calls,
+        device=gpu_device.DEVICE,
+        rounds=rounds,
+        warmup=0.05,
+        before=lambda name: attempt(f"{network} {batch} {name}"),
+    )
     return [
         {
             "network": network,

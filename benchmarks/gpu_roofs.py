@@ -31,6 +31,7 @@ def measure(save: Callable[[dict[str, Any]], object], attempt: Callable[[str], b
             continue
         try:
             body["rows"][name] = make()
+            gpu_device.survive()
         except Exception as error:  # noqa: BLE001  one roof that cannot be measured must not cost the others
             body["missing"][name] = f"{type(error).__name__}: {error}"
             gpu_device.survive()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,21 @@ from typing import Any
 from lbs_kernels.errors import BackendError
 
 _REPORT = Path(__file__).with_name("_build_report.json")
+# What Python uses of each module. One that lacks any of it is another release's, and so is taken for missing.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "cpu": (
+        "Program.run",
+        "Program.run_traced",
+        "Program.step_times",
+        "cpu_features",
+        "fake_quant_backward",
+        "fake_quant_forward",
+        "isa_reasons",
+        "onebit_model",
+        "resolve_isa",
+    ),
+    "cuda": ("OneBitLaunch.enqueue", "encode_image", "pack_planes", "unpack_planes"),
+}
 
 
 def build_report() -> dict[str, Any]:
@@ -28,7 +44,7 @@ def build_report() -> dict[str, Any]:
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module(f"lbs_kernels._{name}"), ""
+        module = importlib.import_module(f"lbs_kernels._{name}")
     except ImportError as error:
         part = build_report().get(name, {})
         if part.get("reason"):
@@ -36,6 +52,19 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         if part.get("built"):
             return None, f"it was built but does not load: {error}; build again: pip install -e ."
         return None, "it was never built; build it: pip install -e ."
+    lacks = [needed for needed in NEEDED.get(name, ()) if not _has(module, needed)]
+    if lacks:
+        words = f"the one found was built by another release and lacks {', '.join(lacks)}"
+        return None, f"{words}; build it again: pip install -e ."
+    return module, ""
+
+
+def _has(module: ModuleType, name: str) -> bool:
+    try:
+        attrgetter(name)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 cpu, cpu_reason = _load("cpu")

@@ -113,14 +113,19 @@ def unpack_weights(planes: Tensor, channels: int) -> Tensor:
     return unpack_planes(planes.permute(1, 2, 0, 3), planes.shape[0], channels)
 
 
+def accumulator_fits(reduction: int, w_bits: int, a_bits: int) -> bool:
+    """Whether K products always fit an int32: K * n_w * n_x < 2^31, n = 2^bits - 1."""
+    return reduction * ((1 << w_bits) - 1) * ((1 << a_bits) - 1) < 1 << 31
+
+
 def check_accumulator(reduction: int, w_bits: int, a_bits: int, name: str) -> None:
     """Refuse a layer whose int32 accumulator could overflow: K * n_w * n_x < 2^31, n = 2^bits - 1.
 
     Raises:
         FormatError: with the three numbers.
     """
-    n_w, n_x = (1 << w_bits) - 1, (1 << a_bits) - 1
-    if reduction * n_w * n_x >= 1 << 31:
+    if not accumulator_fits(reduction, w_bits, a_bits):
+        n_w, n_x = (1 << w_bits) - 1, (1 << a_bits) - 1
         raise FormatError(
             f"{name}: {reduction} products of weights up to {n_w} and activations up to {n_x} sum to "
             f"{reduction * n_w * n_x}, the 32-bit accumulator ends below {1 << 31}; use fewer bits or split the layer"

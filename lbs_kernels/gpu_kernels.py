@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from lbs_kernels import extension, tuning_table
 from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.elementwise_config import ElementwiseConfig
@@ -20,6 +22,8 @@ from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.onebit_config import OneBitConfig
 from lbs_kernels.problem import Problem
+
+Launch = Callable[[list[Tensor]], None]  # what `bind` returns: takes the region's inputs and enqueues one step
 
 
 @dataclass(frozen=True)

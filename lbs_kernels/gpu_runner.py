@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lbs_kernels import cuda_graph, gpu_kernels
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gpu_kernels import Choice
+from lbs_kernels.gpu_kernels import Choice, Launch
 from lbs_kernels.gpu_layout import arena_view, plan_arena, to_logical
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, LinearStep, Program, Step
 from lbs_kernels.step_problem import problem_of
-from lbs_kernels.triton_common import INTERPRETED, Launch, device_guard
+from lbs_kernels.triton_common import INTERPRETED, device_guard
 from lbs_kernels.triton_gemm import prepare_weights
 
 MAX_PLANS = 16  # batch sizes times streams whose buffers are kept

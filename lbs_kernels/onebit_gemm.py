@@ -9,7 +9,7 @@ On CUDA tensors the kernels of `lbs_kernels._cuda` run; on CPU tensors the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from lbs_kernels.epilogue import thresholds
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cpu, require_cuda
 from lbs_kernels.format import check_accumulator, unpack_weights
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import from_logical, pixel_elements
 from lbs_kernels.onebit_config import OneBitConfig, invalid_reason, unsupported_reason
 from lbs_kernels.onebit_layout import OneBitLayout
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import Consumer, ConvStep, Emit, LinearStep, Program, TensorSpec, build_blob
 
-Launch = Callable[[list[Tensor]], None]  # takes the region's inputs and enqueues one kernel
 MODEL_BLOCKS = 3  # thread blocks of the model: several, so that each works off more than one tile
 MAX_CONSUMERS = 8
 
@@ -111,14 +111,14 @@ def bind_onebit(
     source, emit = program.tensors[step.input], step.emit
     _check(problem, config, step_reason(step, source))
     layout, w, offset = weights.laid_out(config.block_o)
-    kept: list[Tensor] = [w, offset]  # made here; the launch holds them
+    kept: list[Tensor] = [w, offset, buffers[step.input]]  # the kernel has addresses only; the launch holds the memory
 
     def slots(key: str | None) -> int:
         return 0 if key is None else _kept(layout.per_filter(arrays[key]), kept)
 
     def target(consumer: Consumer) -> dict[str, Any]:
         return {
-            "codes": buffers[consumer.tensor].data_ptr(),
+            "codes": _kept(buffers[consumer.tensor], kept),
             "pre_scale": slots(consumer.pre_scale),
             "pre_bias": slots(consumer.pre_bias),
             "scale": consumer.scale,
@@ -133,9 +133,9 @@ def bind_onebit(
     task.update(multiplier=slots(step.multiplier), bias=slots(step.bias), low=emit.low, high=emit.high)
     task.update(stream_type=program.stream_dtype, consumers=[target(consumer) for consumer in emit.consumers])
     if emit.residual is not None:
-        task.update(residual=buffers[emit.residual].data_ptr())
+        task.update(residual=_kept(buffers[emit.residual], kept))
     if emit.stream is not None:
-        task.update(stream=buffers[emit.stream].data_ptr())
+        task.update(stream=_kept(buffers[emit.stream], kept))
     if compares(emit, config):
         tables = threshold_tables(layout, arrays[step.multiplier], arrays[step.bias], emit, program, arrays)
         task.update(thresholds=_kept(tables[0], kept), flips=_kept(tables[1], kept))

@@ -26,9 +26,7 @@ def _reference_reason(device_type: str) -> str | None:
 def _cpu_reason(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"it runs on the processor, the tensors lie on {device_type}"
-    if extension.cpu is None:
-        return extension.cpu_reason
-    return None if hasattr(extension.cpu, "Program") else "the native module was built without programs; build it again"
+    return None if extension.cpu is not None else extension.cpu_reason
 
 
 def _triton_reason(device_type: str) -> str | None:

@@ -93,6 +93,7 @@ def interleave(
     warmup: float = 0.1,
     cold_l2: bool = False,
     first_call: bool = False,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Times]:
     """Time functions against each other.
 
@@ -104,6 +105,8 @@ def interleave(
         warmup: seconds spent on each contender before the first measurement.
         cold_l2: GPU only: overwrite the L2 cache before each measurement.
         first_call: CPU only: time one call after a pause of `SETTLE`, what a request that comes alone waits for.
+        before: told, outside the clock, which contender is about to be called. Every measurement on a GPU waits for
+            its end, so whoever was named last has broken a device that is found broken.
 
     Returns:
         name -> Times, in the order given.
@@ -115,19 +118,29 @@ def interleave(
         raise ShapeError(f"rounds = {rounds}; at least one measurement is needed")
     cpu_clock = _first_call_clock if first_call else _wall_clock
     measure = _cuda_clock(torch.device(device), cold_l2) if torch.device(device).type == "cuda" else cpu_clock
-    calls = {name: _warm_up(call, warmup, torch.device(device)) for name, call in contenders.items()}
+    calls: dict[str, int] = {}
+    for name, call in contenders.items():
+        before(name)
+        calls[name] = _warm_up(call, warmup, torch.device(device))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for index in range(rounds):
         first = index % max(1, len(names))
         for name in names[first:] + names[:first]:
+            before(name)
             seconds[name].append(measure(contenders[name], calls[name]))
     return {name: Times(name, tuple(values)) for name, values in seconds.items()}
 
 
 def cuda_graph(call: Callable[[], object]) -> Callable[[], None]:
-    """`call` recorded once as a CUDA graph; the function returned replays it. Inputs must stay where they are."""
-    return record(call).replay
+    """`call` recorded once as a CUDA graph; the function returned replays it. Inputs must stay where they are.
+
+    The first replay has been waited for: a kernel that breaks the device in it raises here, not in another's turn.
+    """
+    replay = record(call).replay
+    replay()
+    torch.cuda.synchronize()
+    return replay
 
 
 def _warm_up(call: Callable[[], object], seconds: float, device: torch.device) -> int:

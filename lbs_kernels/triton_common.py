@@ -8,19 +8,15 @@ rounds `tl.fma` twice and lets NaN win a maximum, so those have a second form, c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Set by TRITON_INTERPRET=1 before Triton is first imported: kernels run in Python, on CPU tensors.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 WORD = tl.constexpr(32)
-
-Launch = Callable[[list[Tensor]], None]  # takes the region's inputs and enqueues one kernel
 
 
 @triton.jit

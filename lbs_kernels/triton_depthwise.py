@@ -22,9 +22,10 @@ from torch import Tensor
 from lbs_kernels.direct_config import DepthwiseConfig
 from lbs_kernels.errors import FormatError
 from lbs_kernels.format import WORD, words
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import BYTE_BITS
 from lbs_kernels.gpu_weights import centre_bytes, channel_order, uncentre_bytes
-from lbs_kernels.triton_common import INTERPRETED, Launch, fma
+from lbs_kernels.triton_common import INTERPRETED, fma
 from lbs_kernels.triton_emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.triton_gemm import GemmWeights, launch_options, operand_scales
 from lbs_kernels.triton_gemm_kernel import GemmMeta, GemmOperands, GemmShape

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lbs_kernels.format import check_accumulator, unpack_weights, words
 from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import BYTE_BITS, from_logical, pixel_elements
 from lbs_kernels.gpu_weights import WeightTiles, field_shift
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import TensorSpec
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, device_guard
+from lbs_kernels.triton_common import LAUNCH_OPTIONS, device_guard
 from lbs_kernels.triton_emit import EmitMeta, EmitTarget
 from lbs_kernels.triton_gemm_kernel import (
     GemmMeta,

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.direct_config import GroupedConfig
-from lbs_kernels.triton_common import Launch, fma
+from lbs_kernels.gpu_kernels import Launch
+from lbs_kernels.triton_common import fma
 from lbs_kernels.triton_emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.triton_gemm import GemmWeights, launch_options
 from lbs_kernels.triton_gemm_kernel import GemmShape, tile

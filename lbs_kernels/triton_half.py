@@ -21,10 +21,11 @@ from torch import Tensor
 
 from lbs_kernels.elementwise_config import elementwise_default
 from lbs_kernels.format import unpack_weights
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import pixel_elements
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, LinearStep, Program, TensorSpec
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, fma
+from lbs_kernels.triton_common import LAUNCH_OPTIONS, fma
 from lbs_kernels.triton_emit import bind_emit, emit
 
 LARGEST = 65504.0  # of float16

@@ -28,6 +28,8 @@ from lbs_kernels.tuning_table import TuningTable
 
 NEIGHBOURS = 12  # configurations of one kernel timed besides its default
 FINALISTS = 6  # of many, those that are timed carefully
+REFERENCE = "reference"
+BROKE = "it broke the device before"  # in place of a time
 WRONG = "differ from the reference"  # in the reason of whatever was refused for its result
 Call = Callable[[], object]
 
@@ -139,35 +141,40 @@ def measure_gpu(
 
     Args:
         others: contenders of the caller, timed in the same run; they are in `times`, not in `seconds`.
-        attempt: asked before each kernel runs for the first time; False leaves it out.
+        attempt: told before each contender runs, also in the race; False the first time leaves it out. Each is waited
+            for before the next is named, so that what breaks the device is what was named last.
 
     Raises:
         RuntimeError: a kernel broke the device's context; nothing can run in this process any more.
     """
+    if not attempt(f"{problem} {REFERENCE}"):
+        return Measured(problem, {}, {REFERENCE: BROKE})
     layer = Layer(problem, device)
-    calls = others(layer)
-    own, refused = set(calls), {}
-    for choice in shortlist(problem, limit):
-        if not attempt(f"{problem} {choice.name}"):
-            refused[choice.name] = "it broke the device before"
+    given = others(layer)
+    makers: dict[str, Callable[[], Call]] = {name: functools.partial(given.__getitem__, name) for name in given}
+    makers.update((choice.name, functools.partial(layer.launch, choice)) for choice in shortlist(problem, limit))
+    calls: dict[str, Call] = {}
+    refused: dict[str, str] = {}
+    for name, make in makers.items():
+        if not attempt(f"{problem} {name}"):
+            refused[name] = BROKE
             continue
         try:
-            calls[choice.name] = layer.launch(choice)
+            calls[name] = timing.cuda_graph(make()) if device.type == "cuda" else make()
         except Exception as error:  # noqa: BLE001  one kernel the compiler or the device refuses must not end the tuning
-            refused[choice.name] = f"{type(error).__name__}: {error}"
+            refused[name] = f"{type(error).__name__}: {error}"
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # raises where the context is broken
-    times = _race(calls, own, device, rounds)
-    seconds = {name: one.median for name, one in times.items() if name not in own}
+    times = _race(calls, set(given), device, rounds, lambda name: attempt(f"{problem} {name}"))
+    seconds = {name: one.median for name, one in times.items() if name not in given}
     return Measured(problem, seconds, refused, times)
 
 
-def _race(calls: dict[str, Call], own: set[str], device: torch.device, rounds: int) -> dict[str, Times]:
+def _race(
+    calls: dict[str, Call], own: set[str], device: torch.device, rounds: int, before: Callable[[str], object]
+) -> dict[str, Times]:
     """Times of all; where there are many, a short heat first and the finalists (and `own`) again, carefully."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        calls = {name: timing.cuda_graph(call) for name, call in calls.items()}
-    clock = functools.partial(timing.interleave, device=device, cold_l2=on_gpu)
+    clock = functools.partial(timing.interleave, device=device, cold_l2=device.type == "cuda", before=before)
     times: dict[str, Times] = {}
     if len(calls) > 2 * FINALISTS:
         times = clock(calls, rounds=3, warmup=0.002)

@@ -124,9 +124,9 @@ def _native_cuda() -> Finding:
 
 
 def _build_words(name: str, reason: str) -> tuple[str, str]:
-    """(why, command) of a module that is not there: what the build wrote down, or else what loading it said."""
+    """(why, command) of an absent module: what the build wrote down if that is why, else what loading it said."""
     part = extension.build_report().get(name, {})
-    if part.get("reason"):
+    if part.get("reason") and reason.startswith(str(part["reason"])):
         return str(part["reason"]).split("\n")[0], str(part["fix"])
     why, _, fix = reason.rpartition("; build")
     return (why, fix.partition(": ")[2]) if why else (reason, "pip install -e .")

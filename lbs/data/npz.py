@@ -16,6 +16,10 @@ from lbs_kernels.errors import DataError
 # What numpy and zipfile say of damaged, encrypted and foreign archives.
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, MemoryError)
 _DEFLATE = 1032  # the highest ratio deflate reaches
+# A file of a few kilobytes may hold gigabytes of zeros. Photographs shrink to a half or a third, digits and drawings of
+# lines to a tenth or a fiftieth. What is no larger than 256 MiB unpacked (CIFAR-100 takes 175) may hold anything.
+FREE_BYTES = 256 << 20
+LARGEST_RATIO = 64
 KEYS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -52,6 +56,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 def _check_claims(path: Path) -> None:
     """Refuse arrays that claim more bytes than the archive holds of them, before memory is asked for."""
     size = path.stat().st_size
+    expanded = packed = 0
     with zipfile.ZipFile(path) as archive:
         for entry in (archive.getinfo(f"{key}.npy") for key in KEYS):
             with archive.open(entry) as file:
@@ -61,9 +66,25 @@ def _check_claims(path: Path) -> None:
                 held = entry.file_size - file.tell()
             if dtype.hasobject:
                 continue  # a pickle of any length, which numpy refuses unread
+            expanded, packed = expanded + entry.file_size, packed + entry.compress_size
             claimed = math.prod(shape) * dtype.itemsize
             if claimed != held or entry.file_size > _DEFLATE * min(entry.compress_size, size):
                 raise DataError(
                     f"{path}: {entry.filename} of shape {shape} claims {claimed} bytes, the archive holds {held} in "
                     f"{entry.compress_size}; it is damaged, write it again with numpy.savez"
                 )
+    if expands_too_far(expanded, min(packed, size)):
+        raise DataError(
+            f"{path}: {min(packed, size)} bytes expand to {expanded}; beyond {FREE_BYTES} bytes, images shrink to "
+            f"1/{LARGEST_RATIO} at best; if these are images, write them with numpy.savez, which does not compress"
+        )
+
+
+def expands_too_far(expanded: int, packed: int) -> bool:
+    """Whether so many bytes are more than images can be of which an archive holds `packed` bytes: it is made to fill
+    the memory.
+
+    >>> expands_too_far(1 << 30, 1 << 20), expands_too_far(1 << 30, 1 << 24)
+    (True, False)
+    """
+    return expanded > FREE_BYTES + LARGEST_RATIO * packed

@@ -19,7 +19,8 @@ from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
-from lbs_kernels.errors import GraphError, PlanError
+from lbs_kernels.errors import FormatError, GraphError, PlanError
+from lbs_kernels.format import accumulator_fits, check_accumulator
 
 EDGE_BITS = 8
 
@@ -76,11 +77,15 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         example: one input batch [N, C, H, W].
 
     Raises:
-        GraphError: nothing can be converted, the model cannot be traced, or weights are not finite.
+        GraphError: nothing can be converted, the model cannot be traced, weights are not finite, or a layer's sum at
+            the widest bits of the chain could overflow once it is packed.
     """
     config = config or SearchConfig()
     model, record = _copy_and_trace(model, example, config)
     first, last = _edges(record.plan)
+    if config.trace and config.bits != (FULL_BITS,):  # others are never packed
+        for layer in record.plan.layers:
+            _check_sum(layer, (EDGE_BITS,) if layer.name in (first, last) else config.bits)
     for layer in record.plan.layers:
         edge = layer.name in (first, last)
         chain = (EDGE_BITS,) if edge and config.bits != (FULL_BITS,) else config.bits
@@ -230,6 +235,20 @@ def _unconvertible(
 
 def _edges(plan: Plan) -> tuple[str, str]:
     return plan.layers[0].name, plan.layers[-1].name
+
+
+def _check_sum(layer: LayerPlan, chain: tuple[int, ...]) -> None:
+    """Refuse what `lbs.pack` would refuse after the search, were the widest bits of the chain chosen. Nothing is pruned
+    in this count: no search promises that it will be."""
+    reduction = layer.problem().reduction
+    try:
+        check_accumulator(reduction, chain[-1], chain[-1], layer.name)
+    except FormatError as error:
+        way = f"leave it in float, exclude=({layer.name!r},)"
+        fitting = tuple(bits for bits in chain if accumulator_fits(reduction, bits, bits))
+        if fitting:
+            way = f"search bits={fitting}, which fit, or {way}"
+        raise GraphError(f"{error}. It could be searched but not packed at {chain[-1]} bits: {way}") from error
 
 
 def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lbs_kernels.errors import BackendError, ShapeError
+from lbs_kernels.bitconv2d.posed import posed
+from lbs_kernels.errors import BackendError
 from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
 from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import TensorSpec
 
 __all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
 
@@ -40,16 +40,8 @@ def accumulate(
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
         ShapeError: signed codes with padding.
     """
-    if signed and padding != (0, 0):
-        raise ShapeError(f"padding {padding} of signed codes: they have no code for 0; pad before encoding")
-    batch, height, width, channels = x_codes.shape
-    w_bits, filters = w_planes.shape[:2]
-    problem = Problem(
-        "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, 1, w_bits, a_bits,
-        str(x_codes.device),
-    )  # fmt: skip
+    problem, source = posed(x_codes, w_planes, a_bits, kernel, stride, padding, dilation, zero, signed)
     reason = unsupported_reason(problem)
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot serve {problem}: {reason}")
-    source = TensorSpec("x", "codes", channels, height, width, a_bits, zero, signed)
     return onebit_accumulate(x_codes, w_planes, source, problem, onebit_default(problem) if config is None else config)

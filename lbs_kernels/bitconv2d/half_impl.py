@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import ConvStep, Program
-from lbs_kernels.triton_common import Launch
 from lbs_kernels.triton_half import HalfWeights, bind_half, prepare_weights
 
 __all__ = ["bind", "prepare_weights", "supports"]

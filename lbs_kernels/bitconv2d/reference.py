@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbs_kernels.errors import ShapeError
+from lbs_kernels.bitconv2d.posed import check_padding
 from lbs_kernels.format import check_accumulator, unpack_weights
 
 
@@ -56,8 +56,7 @@ def accumulate(
         FormatError: the accumulator could overflow, or the planes do not fit C / groups.
         ShapeError: signed codes with padding.
     """
-    if signed and padding != (0, 0):
-        raise ShapeError(f"padding {padding} of signed codes: they have no code for 0; pad before encoding")
+    check_padding(signed, padding)
     w_bits, filters, taps, _ = w_planes.shape
     group_channels = x_codes.shape[3] // groups
     check_accumulator(taps * group_channels, w_bits, a_bits, "bitconv2d")

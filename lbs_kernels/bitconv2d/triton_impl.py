@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lbs_kernels.bitconv2d import tuning
+from lbs_kernels.bitconv2d.posed import posed
 from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
-from lbs_kernels.errors import BackendError, ShapeError
+from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig, gemm_default
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, Program, TensorSpec
-from lbs_kernels.triton_common import Launch
+from lbs_kernels.program import ConvStep, Program
 from lbs_kernels.triton_depthwise import bind_depthwise
 from lbs_kernels.triton_emit import bind_emit
 from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
@@ -65,17 +66,9 @@ def accumulate(
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
         ShapeError: signed codes with padding.
     """
-    if signed and padding != (0, 0):
-        raise ShapeError(f"padding {padding} of signed codes: they have no code for 0; pad before encoding")
-    batch, height, width, channels = x_codes.shape
-    w_bits, filters = w_planes.shape[:2]
-    problem = Problem(
-        "bitconv2d", batch, height, width, channels, filters, kernel, stride, padding, dilation, 1, w_bits, a_bits,
-        str(x_codes.device),
-    )  # fmt: skip
+    problem, source = posed(x_codes, w_planes, a_bits, kernel, stride, padding, dilation, zero, signed)
     config = gemm_default(problem) if config is None else config
     reason = supports(problem) or tuning.invalid_reason(config, problem)
     if reason is not None:
         raise BackendError(f"triton cannot serve {problem}: {reason}")
-    source = TensorSpec("x", "codes", channels, height, width, a_bits, zero, signed)
     return gemm_accumulate(x_codes, w_planes, source, problem, config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lbs_kernels.bitlinear.posed import posed
 from lbs_kernels.errors import BackendError
 from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
 from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import TensorSpec
 
 __all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
 
@@ -35,14 +35,9 @@ def accumulate(
         BackendError: bits or configuration that is not served.
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
     """
-    batch, channels = x_codes.shape
-    w_bits, filters = w_planes.shape[:2]
-    problem = Problem(
-        "bitlinear", batch, 1, 1, channels, filters, w_bits=w_bits, a_bits=a_bits, device=str(x_codes.device)
-    )
+    problem, source = posed(x_codes, w_planes, a_bits, zero, signed)
     reason = unsupported_reason(problem)
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot serve {problem}: {reason}")
-    source = TensorSpec("x", "codes", channels, 1, 1, a_bits, zero, signed)
     config = onebit_default(problem) if config is None else config
     return onebit_accumulate(x_codes[:, None, None], w_planes, source, problem, config)[:, 0, 0]

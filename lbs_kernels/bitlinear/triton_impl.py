@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lbs_kernels.bitlinear import tuning
+from lbs_kernels.bitlinear.posed import posed
 from lbs_kernels.errors import BackendError
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import LinearStep, Program, TensorSpec
-from lbs_kernels.triton_common import Launch
+from lbs_kernels.program import LinearStep, Program
 from lbs_kernels.triton_emit import bind_emit
 from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
 
@@ -51,14 +52,9 @@ def accumulate(
         BackendError: a configuration that does not fit.
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
     """
-    batch, channels = x_codes.shape
-    w_bits, filters = w_planes.shape[:2]
-    problem = Problem(
-        "bitlinear", batch, 1, 1, channels, filters, w_bits=w_bits, a_bits=a_bits, device=str(x_codes.device)
-    )
+    problem, source = posed(x_codes, w_planes, a_bits, zero, signed)
     config = tuning.default(problem) if config is None else config
     reason = supports(problem) or tuning.invalid_reason(config, problem)
     if reason is not None:
         raise BackendError(f"triton cannot serve {problem}: {reason}")
-    source = TensorSpec("x", "codes", channels, 1, 1, a_bits, zero, signed)
     return gemm_accumulate(x_codes[:, None, None], w_planes, source, problem, config)[:, 0, 0]

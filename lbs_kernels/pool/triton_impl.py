@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import BYTE_BITS, pixel_elements
 from lbs_kernels.pool import tuning
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import PoolStep, Program, TensorSpec
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, Launch, load_stream
+from lbs_kernels.triton_common import LAUNCH_OPTIONS, load_stream
 from lbs_kernels.triton_emit import bind_emit, emit, kernel_view
 
 

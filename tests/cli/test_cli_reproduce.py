@@ -68,19 +68,6 @@ LINE = "--schedule 2+2 --threads 1"
 Command = Callable[..., tuple[int, Any, str]]
 
 
-@pytest.fixture
-def lbs_command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `lbs ... --json`: (exit code, parsed stdout, stderr)."""
-
-    def run(line: str) -> tuple[int, Any, str]:
-        capsys.readouterr()
-        code = main.main([*line.split(), "--json"])
-        captured = capsys.readouterr()
-        return code, json.loads(captured.out) if captured.out else None, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the tiny network; rows `tiny` and `tiny-uniform-4`; the run `whole`, never interrupted."""

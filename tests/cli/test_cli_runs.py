@@ -56,19 +56,6 @@ FINETUNE = "--epochs 2 --batch-size 64 --lr 0.02 --threads 1 --distill 0.3 --cal
 Command = Callable[..., tuple[int, Any, str]]
 
 
-@pytest.fixture
-def lbs_command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `lbs ... --json`: (exit code, parsed stdout, stderr)."""
-
-    def run(line: str) -> tuple[int, Any, str]:
-        capsys.readouterr()
-        code = main.main([*line.split(), "--json"])
-        captured = capsys.readouterr()
-        return code, json.loads(captured.out) if captured.out else None, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the network and a run that was searched and fine-tuned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import subprocess
 import zipfile
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import lbs.data
+from lbs.data import npz
 from lbs.data.cifar100 import load_plain_pickle
 from lbs_kernels.errors import DataError
 
@@ -237,6 +239,52 @@ def test_npz_that_claims_other_sizes_is_refused_before_memory_is_asked_for(
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: pytest.fail("the array was read"))
     with pytest.raises(DataError, match=r"train_x\.npy of shape .* claims \d+ bytes, the archive holds 36864"):
         lbs.data.load(path)
+
+
+@pytest.mark.parametrize("free", [300 << 20, 256 << 20])
+def test_npz_that_is_a_bomb_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """290 MiB of zeros, truthfully described, in a file of 300 KiB. They are only read where the rule allows them."""
+    path, size = tmp_path / "images.npz", 290 << 20
+    zeros = bytes(1 << 20)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for key, array in _arrays().items():
+            shape = (size // 3072, 32, 32, 3) if key == "train_x" else array.shape
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                claim = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, claim)  # type: ignore[arg-type]
+                left = math.prod(shape)
+                while left:
+                    left -= file.write(zeros[:left])
+    assert path.stat().st_size < 400_000
+    read: list[str] = []
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: read.append(key) or np.zeros(1))
+    monkeypatch.setattr(npz, "FREE_BYTES", free)
+    if free > size:
+        npz.read_npz(path)
+        assert read == list(npz.KEYS)
+        return
+    with pytest.raises(DataError, match=r"images\.npz: \d{6} bytes expand to 304\d+; .* numpy\.savez, which does not"):
+        lbs.data.load(path)
+    assert not read
+
+
+@pytest.mark.parametrize(
+    ("images", "pixels", "ratio"),
+    [
+        (60_000, 32 * 32 * 3, 1000.0),  # of CIFAR-100's size, whatever it holds
+        (1_331_167, 32 * 32 * 3, 1.0),  # ImageNet at 32 x 32, stored
+        (1_331_167, 32 * 32 * 3, 1.1),  # and compressed
+        (1_331_167, 64 * 64 * 3, 2.0),
+        (70_000, 28 * 28, 5.0),  # MNIST
+        (32_460, 105 * 105, 60.0),  # drawings of lines, one byte a pixel
+    ],
+)
+def test_real_image_sets_are_no_bombs(images: int, pixels: int, ratio: float) -> None:
+    size = images * (pixels + 8)
+    assert not npz.expands_too_far(size, int(size / ratio))
+    assert npz.expands_too_far((1 << 30) + 64 * 4, 1 << 20)
 
 
 def test_npz_of_foreign_make_is_a_data_error(tmp_path: Path) -> None:

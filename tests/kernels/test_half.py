@@ -5,7 +5,9 @@ What it computes is tested interpreted (interpreted/check_half.py).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import programs
 import pytest
@@ -13,30 +15,95 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
-from ahead_of_time import TARGETS, compiling
+from ahead_of_time import TARGETS, Compiled, compiling
 
 from lbs_kernels import gpu_runner
 from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.half_config import HalfConfig
-from lbs_kernels.program import ConvStep
+from lbs_kernels.program import ConvStep, LinearStep, Program
 from lbs_kernels.reference_runner import ReferenceRunner
 
+TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
+TENSOR_CORE = r"mma\.sync|wgmma"
 
-@pytest.mark.parametrize("target", sorted(TARGETS))
-@pytest.mark.parametrize("a_bits", [4, 8])
-def test_its_kernels_compile_without_spills(
-    a_bits: int, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a runner be built on CPU tensors although nothing is interpreted: its launches are compiled only."""
+
     class Yes:
         value = True
 
-    monkeypatch.setattr(gpu_runner, "INTERPRETED", Yes)  # binds on CPU tensors; launches are compiled only
+    monkeypatch.setattr(gpu_runner, "INTERPRETED", Yes)
+
+
+def check_layers(program: Program, blob: torch.Tensor, target: str, folder: Path) -> int:
+    """Compiles every layer of a program in half precision; returns how many there are.
+
+    The product between the two kernels is torch's, and with it the tensor cores. The kernels themselves must not
+    spill, flush or contract, decode must round to float16 nowhere but at its end, and step 2 must be one instruction.
+    """
+    layers = {index: step.name for index, step in enumerate(program.steps) if isinstance(step, ConvStep | LinearStep)}
+    launches = GpuRunner(program, blob, "cpu", {name: HalfConfig() for name in layers.values()}).plan(2).launches
+    kernels: list[Compiled] = []
+    for index in layers:
+        with compiling(target, folder / str(index)) as found:  # two layers may share a kernel, and each wants its log
+            launches[index]([])
+        kernels += found
+    assert [kernel.name for kernel in kernels] == ["decode_kernel", "finish_kernel"] * len(layers)
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0, kernel.log
+        assert ".ftz" not in kernel.ptx
+        assert not re.search(TENSOR_CORE, kernel.ptx)
+    for decode, finish in zip(kernels[::2], kernels[1::2], strict=True):
+        assert re.search(r"cvt\.rn\.f16", decode.ptx)
+        assert not re.search(r"(add|mul|sub|fma)\.(rn\.)?f16", decode.ptx)
+        assert re.search(r"cvt\.f32\.f16", finish.ptx)
+        assert "fma.rn.f32" in finish.ptx
+    return len(layers)
+
+
+@pytest.mark.usefixtures("no_device")
+@TARGET
+@pytest.mark.parametrize("a_bits", [4, 8])
+def test_its_kernels_compile_without_spills(a_bits: int, target: str, tmp_path: Path) -> None:
     program, blob = programs.one_conv(0, channels=40, filters=33, size=(6, 6), w_bits=4, a_bits=a_bits)
-    launches = GpuRunner(program, blob, "cpu", {"step1": HalfConfig()}).plan(2).launches
-    with compiling(target, tmp_path) as kernels:
-        launches[1]([])
-    assert [kernel.name for kernel in kernels] == ["decode_kernel", "finish_kernel"]
-    assert all(kernel.spill_bytes == 0 for kernel in kernels)
+    assert check_layers(program, blob, target, tmp_path) == 1
+
+
+# How codes are read: one plane, a word that ends in its middle, signed, a zero point. How they are written: widths of
+# the next layer. 512 channels are the widest blocks there are.
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_device")
+@TARGET
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"a_bits": 1, "channels": 33, "out_bits": 1},
+        {"a_bits": 2, "channels": 512, "filters": 512, "out_bits": 2},
+        {"a_bits": 4, "signed": True, "padding": (0, 0), "out_bits": 8},
+        {"a_bits": 8, "zero": 117, "channels": 3, "filters": 64},
+        {"a_bits": 8, "signed": True, "padding": (0, 0), "stride": (2, 1), "filters": 1},
+        {"a_bits": 8, "groups": 8, "channels": 64, "filters": 64, "out_bits": 8},
+    ],
+    ids=str,
+)
+def test_every_form_of_codes_compiles(geometry: dict[str, Any], target: str, tmp_path: Path) -> None:
+    settings = {"channels": 40, "filters": 33, "size": (6, 6), "w_bits": 4, **geometry}
+    program, blob = programs.one_conv(0, **settings)
+    assert check_layers(program, blob, target, tmp_path) == 1
+
+
+# Linear layers, residuals and streams of every type, thresholds of several consumers.
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_device")
+@TARGET
+@pytest.mark.parametrize(
+    "case", ["chain", "preact_residual_bfloat16", "preact_residual_float16", "depthwise", "many_consumers", "one_pixel"]
+)
+def test_every_layer_of_a_program_compiles(case: str, target: str, tmp_path: Path) -> None:
+    program, blob = programs.CASES[case](0)
+    assert check_layers(program, blob, target, tmp_path) >= 1
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +93,108 @@ def test_torch_stands_in_for_pybind11(tmp_path: Path, monkeypatch: pytest.Monkey
         setup.find_pybind11()
 
 
-def test_without_ninja_the_same_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler that copies: every object and the library are made, each by the command of its rule."""
-    setup = load_setup(monkeypatch)
-    monkeypatch.setattr(setup, "find_ninja", lambda: None)
-    monkeypatch.setattr(setup, "SOURCES", tmp_path / "src")
-    (tmp_path / "src" / "a").mkdir(parents=True)
-    (tmp_path / "src" / "a" / "one.cpp").write_text("1")
-    (tmp_path / "src" / "two.cpp").write_text("2")
-    copy = 'import sys; open(sys.argv[2], "w").write("".join(open(f).read() for f in sys.argv[3:]))'
-    file = setup.NinjaFile(tmp_path / "work")
-    file.rule("cxx", [sys.executable, "-c", copy, "$flags", "$out", "$in"])
-    file.rule("link", [sys.executable, "-c", copy, "$flags", "$out", "$in"], depfile=False)
-    for source in ("a/one.cpp", "two.cpp"):
-        file.compile("cxx", tmp_path / "src" / source, ["-O"])
-    file.link(tmp_path / "library", ["-s"])
-    file.build()
-    assert (tmp_path / "library").read_text() == "12"
-    assert (tmp_path / "work" / "a.one.cpp.o").read_text() == "1"
-    (tmp_path / "src" / "two.cpp").unlink()
-    with pytest.raises(setup.BuildFailure, match=r"(?s)the compiler failed: .*FileNotFoundError"):
+# A compiler that copies what it is given, writes what it read as make would, and counts its runs. As a linker it writes
+# half its library; the word `die` in an object then kills it, as a full machine would.
+COPY = """
+import os, signal, sys
+from pathlib import Path
+what, out, *sources = sys.argv[1:]
+with open("{log}", "a") as log:
+    log.write(Path(out).name + "\\n")
+text = "".join(Path(source).read_text() for source in sources)
+if "wrong" in text:
+    sys.exit("error: a wrong word")
+if what == "compile":
+    headers = sorted(Path(sources[0]).parent.glob("*.h"))
+    Path(out + ".d").write_text(out + ": " + " \\\\\\n ".join(str(path) for path in (*sources, *headers)) + "\\n")
+if what == "link":
+    Path(out).write_text(text[:1])
+    if "die" in text:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path(out).write_text(text)
+"""
+
+
+class Project:
+    """Two sources, a header, and a library made of them by the compiler above; `runs` is what it was run for."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, ninja: bool) -> None:
+        self.setup = load_setup(monkeypatch)
+        if ninja and self.setup.find_ninja() is None:
+            pytest.skip("ninja is not installed")
+        if not ninja:
+            monkeypatch.setattr(self.setup, "find_ninja", lambda: None)
+        self.sources, self.folder, self.log = folder / "src", folder / "work", folder / "log"
+        monkeypatch.setattr(self.setup, "SOURCES", self.sources)
+        (self.sources / "a").mkdir(parents=True)
+        (self.sources / "a" / "one.cpp").write_text("1")
+        (self.sources / "a" / "one.h").write_text("")
+        (self.sources / "two.cpp").write_text("2")
+        (folder / "copy.py").write_text(COPY.replace("{log}", str(self.log)))
+        self.copy = [sys.executable, str(folder / "copy.py")]
+        self.library = folder / "library"
+
+    def build(self, *flags: str) -> list[str]:
+        """Builds; the names that were made, sorted."""
+        self.log.write_text("")
+        file = self.setup.NinjaFile(self.folder)
+        file.rule("cxx", [*self.copy, "compile", "$out", "$in", *flags])
+        for source in ("a/one.cpp", "two.cpp"):
+            file.compile("cxx", self.sources / source, [])
+        file.link(self.library, [*self.copy, "link", "$out", "$in"])
         file.build()
+        return sorted(self.log.read_text().split())
+
+
+@pytest.fixture(params=[True, False], ids=["ninja", "no ninja"])
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Project:
+    return Project(tmp_path, monkeypatch, request.param)
+
+
+def touch(path: Path, text: str) -> None:
+    """`path` with another text, at a time the file system tells from the last."""
+    time.sleep(0.02)
+    path.write_text(text)
+
+
+def test_a_second_build_makes_only_what_changed(project: Project) -> None:
+    assert project.build() == ["a.one.cpp.o", "library.part", "two.cpp.o"]
+    assert project.library.read_text() == "12"
+    assert project.build() == []
+    touch(project.sources / "two.cpp", "3")
+    assert project.build() == ["library.part", "two.cpp.o"]
+    assert project.library.read_text() == "13"
+    touch(project.sources / "a" / "one.h", "a header")
+    assert project.build() == ["a.one.cpp.o", "library.part"]
+    project.library.unlink()
+    assert project.build() == ["library.part"]
+    extra = project.sources / "more.txt"
+    extra.write_text("+")
+    assert project.build(str(extra)) == ["a.one.cpp.o", "library.part", "two.cpp.o"], "another command"
+    assert project.library.read_text() == "1+3+"
+
+
+def test_a_linker_that_is_killed_leaves_the_old_library(project: Project) -> None:
+    project.build()
+    touch(project.sources / "two.cpp", "die")
+    with pytest.raises(project.setup.BuildFailure):
+        project.build()
+    assert project.library.read_text() == "12"
+    with pytest.raises(project.setup.BuildFailure):
+        project.build()  # and what was half made is not taken for made
+    touch(project.sources / "two.cpp", "3")
+    assert project.build() == ["library.part", "two.cpp.o"]
+    assert project.library.read_text() == "13"
+    assert not project.setup.partial(project.library).exists()
+
+
+def test_the_compilers_words_are_told(project: Project) -> None:
+    touch(project.sources / "two.cpp", "wrong")
+    with pytest.raises(project.setup.BuildFailure, match=r"the compiler failed: error: a wrong word$"):
+        project.build()
+    touch(project.sources / "two.cpp", "2")
+    project.build()
+    assert project.library.read_text() == "12"
 
 
 def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import programs
@@ -20,6 +22,7 @@ from lbs_kernels.bitlinear import reference as linear_reference
 from lbs_kernels.epilogue import emit_reference, fma32
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.format import pack_weights
+from lbs_kernels.gpu_layout import storage
 from lbs_kernels.onebit_config import (
     TILES,
     OneBitConfig,
@@ -30,7 +33,8 @@ from lbs_kernels.onebit_config import (
 from lbs_kernels.onebit_gemm import MODEL_BLOCKS, threshold_tables
 from lbs_kernels.onebit_layout import OneBitLayout, channel_order
 from lbs_kernels.problem import Problem
-from lbs_kernels.program import Emit
+from lbs_kernels.program import ConvStep, Emit
+from lbs_kernels.step_problem import problem_of
 
 needs_module = pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
 pytestmark = needs_module
@@ -185,6 +189,32 @@ def test_codes_alone_by_thresholds_or_floats(out_bits: int, config: OneBitConfig
     b.conv(source, Emit(consumers=(norm,)), 77, w_bits=2)
     b.conv(source, Emit(stream=b.stream(shape, output=True)), 77, w_bits=2)
     assert run_emit(b, config) == ["step1", "step2", "step3"]
+
+
+def test_a_launch_holds_what_it_reads_and_writes() -> None:
+    """The kernel has addresses only: whoever keeps the launch alone must keep the memory behind them."""
+    b, source, shape = emit_case(0, "float32", 33)
+    residual = b.stream(shape)
+    b.conv(source, Emit(stream=residual), 33, w_bits=2)
+    consumer = b.consumer(shape, 2, norm=True)
+    b.conv(source, Emit(residual=residual, stream=b.stream(shape, output=True), consumers=(consumer,)), 33, w_bits=2)
+    program, blob = b.build()
+    step = program.steps[-1]
+    assert isinstance(step, ConvStep)
+    arrays = {key: program.array(blob, key) for key in program.arrays}
+    buffers = {}
+    for index in (source, residual, step.emit.stream, consumer.tensor):
+        dtype, size = storage(program.tensors[index], program.stream_dtype, 2)
+        buffers[index] = torch.zeros(size, dtype=dtype)
+    held = {index: weakref.ref(buffer) for index, buffer in buffers.items()}
+    problem = problem_of(step, program, 2, "cpu")
+    weights = conv_cuda.prepare_weights(arrays[step.planes], (3, 3), 1, program.tensors[source], "cpu")
+    launch = conv_cuda.bind(step, problem, HOPPER, program, arrays, weights, buffers)
+    del buffers
+    gc.collect()
+    assert [index for index, buffer in held.items() if buffer() is None] == []
+    launch([])
+    assert bool(held[step.emit.stream]().any())
 
 
 @pytest.mark.parametrize("name", sorted(programs.CASES))

@@ -39,7 +39,9 @@ def test_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_contenders_alternate_and_take_turns_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     contenders = {name: clock.contender(name, timing.AWAKE) for name in "abc"}
-    interleave(contenders, rounds=4, warmup=0.0005)
+    told: list[str] = []
+    interleave(contenders, rounds=4, warmup=0.0005, before=told.append)
+    assert "".join(told) == "abc" + "abc" + "bca" + "cab" + "abc"  # before a contender's warm-up and every measurement
     assert "".join(clock.order) == "abc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"  # warm-up, then untimed and timed
 
 

@@ -168,6 +168,56 @@ def test_nothing_to_convert() -> None:
         prepare(nn.Sequential(nn.Conv2d(1, 1, 1)), images(), SearchConfig(exclude=("*",)))
 
 
+class _Wide(nn.Module):
+    """A linear layer of `width` products between two small ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 1, 1)
+        self.grow = nn.Conv2d(1, width, 1)
+        self.wide = nn.Linear(width, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.grow(torch.relu(self.first(x))))
+        return self.last(torch.relu(self.wide(torch.flatten(nn.functional.adaptive_avg_pool2d(y, 1), 1))))
+
+
+def test_a_sum_that_could_not_be_packed_is_refused_before_the_search() -> None:
+    # 255 * 255 * 33025 < 2^31 <= 255 * 255 * 33026, as `lbs.pack` counts
+    prepare(_Wide(33025), images())
+    with pytest.raises(GraphError) as refusal:
+        prepare(_Wide(33026), images())
+    assert str(refusal.value) == (
+        "wide: 33026 products of weights up to 255 and activations up to 255 sum to 2147515650, the 32-bit accumulator "
+        "ends below 2147483648; use fewer bits or split the layer. It could be searched but not packed at 8 bits: "
+        "search bits=(2, 4), which fit, or leave it in float, exclude=('wide',)"
+    )
+    with pytest.raises(GraphError, match=r"not packed at 8 bits: leave it in float, exclude=\('wide',\)$"):
+        prepare(_Wide(33026), images(), SearchConfig(bits=(8,)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": (2, 4)},
+        {"exclude": ("wide",)},
+        {"bits": (32,)},
+        {"trace": False, "pruning": False},
+    ],
+)
+def test_the_ways_out_of_a_sum_that_could_overflow(options: dict[str, Any]) -> None:
+    prepare(_Wide(33026), images(), SearchConfig(**options))
+
+
+def test_the_edges_count_at_eight_bits() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 33026, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(33026, 2))
+    with pytest.raises(GraphError, match=r"4: 33026 products .* not packed at 8 bits: leave it in float, exclude="):
+        prepare(model, images(), SearchConfig(bits=(2, 4)))
+    depthwise = nn.Sequential(nn.Conv2d(1, 33026, 1), nn.ReLU(), nn.Conv2d(33026, 33026, 1, groups=33026))
+    prepare(depthwise, images(), SearchConfig(pruning=False))
+
+
 def test_bad_weights_name_the_tensor() -> None:
     for value in (float("nan"), float("inf")):
         model = digits()
