@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
 from ahead_of_time import TARGETS, Compiled, compiling
-from test_triton_interpreted import HERE, ROOT, run_interpreted
+from test_triton_interpreted import HERE, run_interpreted
 
 from lbs.quant import fused
 from lbs.quant.fake import fake_activation, fake_weight
@@ -30,11 +29,7 @@ def test_kernels_equal_the_codec(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), pytest.param(("-m", "slow"), marks=pytest.mark.slow)])
-def test_quantizers_and_search_steps(
-    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    search = str(ROOT / "tests" / "search")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([search, os.environ.get("PYTHONPATH", "")]))
+def test_quantizers_and_search_steps(arguments: tuple[str, ...], tmp_path: Path) -> None:
     run_interpreted(str(HERE / "interpreted" / "check_search_step.py"), *arguments, cache=tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Quantizers and search steps through the interpreted Triton kernels: tensors of the CPU pretend to be on a GPU.
 
-Started by tests/kernels/test_triton_fakequant.py, which makes tests/search importable.
+Started by tests/kernels/test_triton_fakequant.py.
 """
 
 from __future__ import annotations
