@@ -1,4 +1,4 @@
-"""The README's table of searched networks, from the records `lbs reproduce --record` wrote."""
+"""The README's tables of searched networks, from the records `lbs reproduce --record` wrote."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ LEGEND = (
 )
 
 
-def search_table(records: dict[str, Body]) -> list[str]:
-    """Lines of one table for each network: one row for all seeds of a row, budget and schedule."""
+def search_tables(records: dict[str, Body]) -> list[tuple[str, list[list[str]]]]:
+    """Title and rows under `HEADS` for each network: one row for all seeds of a row, budget and schedule."""
     groups: dict[tuple[Any, ...], list[Body]] = {}
     for _, body in sorted(records.items()):
         key = (body["network"], body["float_top1"], body["target_bops"] or 0, body["row"], body["schedule"])
         groups.setdefault(key, []).append(body)
-    lines = [LEGEND]
+    tables = []
     for network, float_top1 in sorted({key[:2] for key in groups}):
         rows = [_row(groups[key]) for key in sorted(groups) if key[:2] == (network, float_top1)]
-        title = f"**{network}**, float {float_top1:.2f} % (`benchmarks/results/search/`)"
-        lines += ["", title, "", *(f"| {' | '.join(line)} |" for line in [HEADS, ["---"] * len(HEADS), *rows])]
-    return lines
+        tables.append((f"**{network}**, float {float_top1:.2f} % (`benchmarks/results/search/`)", rows))
+    return tables
 
 
 def _row(group: list[Body]) -> list[str]:

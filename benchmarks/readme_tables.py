@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script from anywhere
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.readme_search import search_table  # noqa: E402  the path above comes first
+from benchmarks.readme_search import HEADS, LEGEND, search_tables  # noqa: E402  the path above comes first
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 Body = dict[str, Any]
@@ -199,7 +199,8 @@ def measured(root: Path = ROOT) -> str:
         else:
             others.append(f"`{path}`")
     if reproduced:
-        found["search"].append(search_table(reproduced))
+        found["search"].append([LEGEND])
+        found["search"] += [[title, "", *_table(HEADS, rows)] for title, rows in search_tables(reproduced)]
     if found["op"]:
         found["op"].insert(0, [OP_LEGEND])
     parts = [part for level in TABLES for part in found[level]]
@@ -249,7 +250,7 @@ def _remarks(body: Body) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _table(heads: list[str], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(heads: list[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [heads, ["---"] * len(heads), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 

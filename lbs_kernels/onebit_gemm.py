@@ -22,7 +22,7 @@ from lbs_kernels.extension import require_cpu, require_cuda
 from lbs_kernels.format import check_accumulator, unpack_weights
 from lbs_kernels.gpu_kernels import Launch
 from lbs_kernels.gpu_layout import from_logical, pixel_elements
-from lbs_kernels.onebit_config import OneBitConfig, invalid_reason, unsupported_reason
+from lbs_kernels.onebit_config import OneBitConfig, invalid_reason, onebit_default, unsupported_reason
 from lbs_kernels.onebit_layout import OneBitLayout
 from lbs_kernels.problem import Problem
 from lbs_kernels.program import Consumer, ConvStep, Emit, LinearStep, Program, TensorSpec, build_blob
@@ -109,7 +109,7 @@ def bind_onebit(
         BackendError: a problem, configuration or epilogue that is not served, or a native module that is missing.
     """
     source, emit = program.tensors[step.input], step.emit
-    _check(problem, config, step_reason(step, source))
+    _refuse(problem, unsupported_reason(problem) or step_reason(step, source) or invalid_reason(config, problem))
     layout, w, offset = weights.laid_out(config.block_o)
     kept: list[Tensor] = [w, offset, buffers[step.input]]  # the kernel has addresses only; the launch holds the memory
 
@@ -166,10 +166,16 @@ def threshold_tables(
 
 
 def onebit_accumulate(
-    x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: OneBitConfig
+    x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: OneBitConfig | None
 ) -> Tensor:
-    """Accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW]."""
-    _check(problem, config, _source_reason(source, problem.padding))
+    """Accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW].
+
+    Raises:
+        BackendError: a problem, zero point or configuration (None: the default) that is not served.
+    """
+    _refuse(problem, unsupported_reason(problem) or _source_reason(source, problem.padding))
+    config = onebit_default(problem) if config is None else config
+    _refuse(problem, invalid_reason(config, problem))
     weights = prepare_weights(w_planes, problem.kernel, 1, source, x_codes.device)
     _, w, offset = weights.laid_out(config.block_o)
     x = from_logical(x_codes, source)
@@ -187,8 +193,7 @@ def _source_reason(source: TensorSpec, padding: tuple[int, int]) -> str | None:
     return None
 
 
-def _check(problem: Problem, config: OneBitConfig, reason: str | None) -> None:
-    reason = unsupported_reason(problem) or reason or invalid_reason(config, problem)
+def _refuse(problem: Problem, reason: str | None) -> None:
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot serve {problem}: {reason}")
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from lbs_kernels.bitlinear.posed import posed
-from lbs_kernels.errors import BackendError
-from lbs_kernels.onebit_config import OneBitConfig, onebit_default, unsupported_reason
+from lbs_kernels.onebit_config import OneBitConfig, unsupported_reason
 from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
-from lbs_kernels.problem import Problem
 
 __all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
 
-bind = bind_onebit
-
-
-def supports(problem: Problem) -> str | None:
-    """Why this back end cannot serve `problem`, or None."""
-    return unsupported_reason(problem)
+bind, supports = bind_onebit, unsupported_reason
 
 
 def accumulate(
@@ -36,8 +29,4 @@ def accumulate(
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
     """
     problem, source = posed(x_codes, w_planes, a_bits, zero, signed)
-    reason = unsupported_reason(problem)
-    if reason is not None:
-        raise BackendError(f"one-bit kernels cannot serve {problem}: {reason}")
-    config = onebit_default(problem) if config is None else config
     return onebit_accumulate(x_codes[:, None, None], w_planes, source, problem, config)[:, 0, 0]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cli_nets
 import pytest
 import torch
 from torch import Tensor
@@ -24,27 +25,6 @@ from lbs_kernels import tuning_table
 from lbs_kernels.errors import GraphError, PlanError
 from lbs_kernels.problem import Problem
 
-NETWORK = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
-        self.norm0 = nn.BatchNorm2d(8)
-        self.conv1 = nn.Conv2d(8, 16, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(16)
-        self.relu, self.pool = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(16, classes)
-
-    def forward(self, x):
-        x = self.relu(self.norm1(self.conv1(self.relu(self.norm0(self.stem(x))))))
-        x = self.relu(self.norm2(self.conv2(x)))
-        return self.fc(torch.flatten(self.pool(x), 1))
-"""
 SMALL = rows.Network(
     "small",
     "tiny_modes:Net",
@@ -62,7 +42,7 @@ Command = Callable[..., tuple[int, Any, str]]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the small network, its rows, and the run of each mode, never interrupted."""
     folder = tmp_path_factory.mktemp("modes")
-    (folder / "tiny_modes.py").write_text(NETWORK)
+    (folder / "tiny_modes.py").write_text(cli_nets.SOURCE)
     made = [rows._row(SMALL, mode, {"bops": bops, "mode": mode}, "") for mode, bops in MODES.items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "ROWS", {row.name: row for row in made})

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cli_nets
 import pytest
 import torch
 
@@ -19,28 +20,9 @@ from lbs.report.page import report
 from lbs.search import checkpoint
 from lbs.search.trainer import Trainer
 
-NETWORK = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
-        self.norm0 = nn.BatchNorm2d(8)
-        self.conv1 = nn.Conv2d(8, 16, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(16)
-        self.relu, self.pool = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(16, classes)
-
-    def forward(self, x):
-        x = self.relu(self.norm0(self.stem(x)))
-        x = self.relu(self.norm1(self.conv1(x)))
-        x = self.relu(self.norm2(self.conv2(x)))
-        return self.fc(torch.flatten(self.pool(x), 1))
-
+NETWORK = (
+    cli_nets.SOURCE
+    + """
 def fails(classes):
     raise ValueError("no such size")
 
@@ -50,6 +32,7 @@ class Branching(Net):
             x = -x
         return super().forward(x)
 """
+)
 SEARCH = "--data digits --model tiny_cli_net:Net --no-augment --batch-size 64 --float-epochs 2 --epochs 2 --bops 0.03"
 SEARCH += " --log-every 5 --threads 1 --lr 0.01 --calibration 128"
 FINETUNE = "--epochs 2 --batch-size 64 --lr 0.02 --threads 1 --distill 0.3 --calibration 128"
