@@ -10,7 +10,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 
 help:
 	@echo "make quickstart   search, pack, verify and time a small network on real digits"
-	@echo "make test         lint, types, import directions, doctests and tests"
+	@echo "make test         lint, types, import directions, doctests, tests, GPU kernels compiled"
 	@echo "make lint         ruff: rules and format"
 	@echo "make clean        remove what was built, keep $(VENV)"
 
@@ -29,8 +29,9 @@ typecheck: setup
 check-imports: setup
 	$(BIN)/lint-imports
 
+# The default suite and some hundreds of GPU kernels compiled, a process for each core.
 pytest: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'not slow and not gpu'
 
 setup: $(VENV)/.installed $(VENV)/.native
 

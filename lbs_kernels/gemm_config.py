@@ -119,18 +119,22 @@ def _fields_reason(config: GemmConfig, problem: Problem) -> str | None:
 
 
 def slow_operand(config: GemmConfig, problem: Problem) -> bool:
-    """Whether one thread would unpack a whole row of operand A: the compiler then moves it byte by byte.
+    """Whether the compiler would move an unpacked operand through shared memory byte by byte.
 
-    Read from the disassembly with Triton 3.7: 64 one-byte stores and loads for each step, twice the whole loop.
+    It does where one thread would unpack a whole row of operand A: 64 one-byte stores and loads for each step, twice
+    the whole loop. And where there are fewer words of fields than threads to unpack them into operand B: 8 stores and
+    more instructions around them. Read from the disassembly with Triton 3.7 for sm_90.
     """
     threads = 32 * config.warps
+    fields = config.block_words * (2 if problem.w_bits <= 2 else 4)  # words of one filter, if they are fields
     if config.weights_first:
-        width = 2 if problem.w_bits <= 2 else 4
-        row, rows = config.block_words * width, config.block_o
+        row, rows = fields, config.block_o
         computed = config.weights == "fields"
     else:
         row, rows = config.block_words, config.block_m
         computed = problem.a_bits < MAX_BITS
+        if config.weights == "fields" and fields * config.block_o < threads:
+            return True
     return computed and min(4, max(1, row * rows // threads)) >= row
 
 

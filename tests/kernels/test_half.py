@@ -16,8 +16,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
 from ahead_of_time import TARGETS, Compiled, compiling
+from compiled_layers import launches
 
-from lbs_kernels import gpu_runner
 from lbs_kernels.gpu_runner import GpuRunner
 from lbs_kernels.half_config import HalfConfig
 from lbs_kernels.program import ConvStep, LinearStep, Program
@@ -27,16 +27,6 @@ TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 TENSOR_CORE = r"mma\.sync|wgmma"
 
 
-@pytest.fixture
-def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a runner be built on CPU tensors although nothing is interpreted: its launches are compiled only."""
-
-    class Yes:
-        value = True
-
-    monkeypatch.setattr(gpu_runner, "INTERPRETED", Yes)
-
-
 def check_layers(program: Program, blob: torch.Tensor, target: str, folder: Path) -> int:
     """Compiles every layer of a program in half precision; returns how many there are.
 
@@ -44,11 +34,11 @@ def check_layers(program: Program, blob: torch.Tensor, target: str, folder: Path
     spill, flush or contract, decode must round to float16 nowhere but at its end, and step 2 must be one instruction.
     """
     layers = {index: step.name for index, step in enumerate(program.steps) if isinstance(step, ConvStep | LinearStep)}
-    launches = GpuRunner(program, blob, "cpu", {name: HalfConfig() for name in layers.values()}).plan(2).launches
+    steps = launches(program, blob, 2, {name: HalfConfig() for name in layers.values()})
     kernels: list[Compiled] = []
     for index in layers:
         with compiling(target, folder / str(index)) as found:  # two layers may share a kernel, and each wants its log
-            launches[index]([])
+            steps[index]([])
         kernels += found
     assert [kernel.name for kernel in kernels] == ["decode_kernel", "finish_kernel"] * len(layers)
     for kernel in kernels:
@@ -63,7 +53,6 @@ def check_layers(program: Program, blob: torch.Tensor, target: str, folder: Path
     return len(layers)
 
 
-@pytest.mark.usefixtures("no_device")
 @TARGET
 @pytest.mark.parametrize("a_bits", [4, 8])
 def test_its_kernels_compile_without_spills(a_bits: int, target: str, tmp_path: Path) -> None:
@@ -74,7 +63,6 @@ def test_its_kernels_compile_without_spills(a_bits: int, target: str, tmp_path: 
 # How codes are read: one plane, a word that ends in its middle, signed, a zero point. How they are written: widths of
 # the next layer. 512 channels are the widest blocks there are.
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_device")
 @TARGET
 @pytest.mark.parametrize(
     "geometry",
@@ -96,7 +84,6 @@ def test_every_form_of_codes_compiles(geometry: dict[str, Any], target: str, tmp
 
 # Linear layers, residuals and streams of every type, thresholds of several consumers.
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_device")
 @TARGET
 @pytest.mark.parametrize(
     "case", ["chain", "preact_residual_bfloat16", "preact_residual_float16", "depthwise", "many_consumers", "one_pixel"]

@@ -18,96 +18,33 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
-from ahead_of_time import TARGETS, Compiled, compiling
-from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_layouts
+from ahead_of_time import TARGETS
+from compiled_layers import (
+    check_exact,
+    check_gemm,
+    check_layouts,
+    check_operands,
+    compile_problem,
+    compile_steps,
+    square,
+)
+from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
 
-import lbs.cost
-import lbs.models
-from lbs_kernels import gpu_runner
 from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gemm_config import GemmConfig
 from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import IMAGE_DTYPES, Emit, Program, QuantPackStep
-from lbs_kernels.triton_common import INTERPRETED
+from lbs_kernels.program import Emit, QuantPackStep
 
-INT8 = {
-    "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
-    "wgmma": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
-}
-BITS = (2, 4, 8)
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 HOPPER_FIRST = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
-
-
-@pytest.fixture(autouse=True)
-def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a runner be built on CPU tensors although nothing is interpreted: its launches are compiled only."""
-
-    class Yes:
-        value = True
-
-    assert not INTERPRETED.value
-    monkeypatch.setattr(gpu_runner, "INTERPRETED", Yes)
-
-
-def compile_steps(
-    program: Program,
-    blob: torch.Tensor,
-    batch: int,
-    target: str,
-    folder: Path,
-    configs: dict[str, tuning.Config] | None = None,
-    layout: torch.memory_format = torch.contiguous_format,
-) -> list[Compiled]:
-    """Every launch of the program at one batch size, compiled."""
-    launches = GpuRunner(program, blob, "cpu", configs).plan(batch).launches
-    images = []
-    for spec in (program.tensors[index] for index in program.inputs):
-        image = torch.empty(batch, spec.channels, spec.height, spec.width, dtype=IMAGE_DTYPES[spec.dtype])
-        images.append(image.contiguous(memory_format=layout))
-    with compiling(target, folder) as kernels:
-        for launch in launches:
-            launch(images)
-    assert len(kernels) == len(program.steps)
-    return kernels
-
-
-def layer(
-    channels: int, filters: int, size: int, w_bits: int, a_bits: int, kernel: int = 3
-) -> tuple[Program, torch.Tensor]:
-    return programs.one_conv(
-        0,
-        channels=channels,
-        filters=filters,
-        size=(size, size),
-        w_bits=w_bits,
-        a_bits=a_bits,
-        out_bits=a_bits,
-        kernel=(kernel, kernel),
-        padding=(kernel // 2, kernel // 2),
-    )
-
-
-def check_gemm(kernel: Compiled, instruction: str) -> None:
-    assert re.search(INT8[instruction], kernel.ptx), f"no {instruction} with int8 operands in {kernel.name}"
-    check_exact(kernel)
-
-
-def check_exact(kernel: Compiled) -> None:
-    """No spills, no flush of small numbers to zero."""
-    assert kernel.spill_bytes == 0, kernel.log
-    assert ".ftz" not in kernel.ptx
 
 
 # A middle layer of ResNet-18 at batch 32 with the configuration shipped for it.
 @TARGET
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4), (8, 8)])
 def test_convolution_uses_int8_tensor_cores(w_bits: int, a_bits: int, target: str, tmp_path: Path) -> None:
-    program, blob = layer(128, 128, 28, w_bits, a_bits)
-    quantize, conv = compile_steps(program, blob, 32, target, tmp_path)
-    check_exact(quantize)
+    conv = compile_problem(square(128, 128, 28, 3, 32, w_bits, a_bits), target, tmp_path)
     check_gemm(conv, "wgmma" if target == "sm_90" else "mma.sync")
     if target == "sm_90":
         check_operands(conv)
@@ -115,9 +52,8 @@ def test_convolution_uses_int8_tensor_cores(w_bits: int, a_bits: int, target: st
 
 @TARGET
 def test_small_tiles_use_mma_sync(target: str, tmp_path: Path) -> None:
-    program, blob = layer(16, 13, 8, 4, 2)  # CIFAR ResNet, pruned, batch 1
-    _, conv = compile_steps(program, blob, 1, target, tmp_path)
-    check_gemm(conv, "mma.sync")
+    pruned = square(16, 13, 8, 3, 1, 4, 2)  # CIFAR ResNet, batch 1
+    check_gemm(compile_problem(pruned, target, tmp_path), "mma.sync")
 
 
 @TARGET
@@ -177,41 +113,9 @@ def test_nothing_is_contracted_that_the_epilogue_rounds_twice(tmp_path: Path, mo
 
 
 def test_fused_multiply_add_is_one_instruction(tmp_path: Path) -> None:
-    program, blob = layer(32, 32, 8, 4, 4)
-    _, conv = compile_steps(program, blob, 1, "sm_80", tmp_path)
+    conv = compile_problem(square(32, 32, 8, 3, 1, 4, 4), "sm_80", tmp_path)
     assert "fma.rn.f32" in conv.ptx
     assert "FFMA" in conv.sass
-
-
-def problem(
-    channels: int, filters: int, size: int, kernel: int, batch: int, w_bits: int, a_bits: int, **rest: int
-) -> Problem:
-    window, padding = (kernel, kernel), (kernel // 2, kernel // 2)
-    return Problem(
-        "bitconv2d", batch, size, size, channels, filters, window, padding=padding, w_bits=w_bits, a_bits=a_bits, **rest
-    )
-
-
-def compile_problem(problem: Problem, target: str, folder: Path, config: tuning.Config | None = None) -> Compiled:
-    """The launch of one layer that writes a stream and codes of as many bits as it reads."""
-    program, blob = programs.one_conv(
-        0, channels=problem.in_channels, filters=problem.out_channels, size=(problem.height, problem.width),
-        w_bits=problem.w_bits, a_bits=problem.a_bits, out_bits=problem.a_bits, kernel=problem.kernel,
-        stride=problem.stride, padding=problem.padding, groups=problem.groups,
-    )  # fmt: skip
-    return compile_steps(program, blob, problem.batch, target, folder, config and {"step1": config})[1]
-
-
-def check_operands(kernel: Compiled) -> None:
-    """What assembly takes for neighbours are neighbours, and no operand moves through shared memory byte by byte."""
-    check_layouts(kernel)
-    assert main_loop(kernel).count(r"(STS|LDS)\.[US]8") == 0
-
-
-def check_layouts(kernel: Compiled) -> None:
-    for assembly, dimensions in ((SPLIT, 2), (SUM, 1)):
-        for layout in packed_layouts(kernel, assembly):
-            assert neighbours_in_a_thread(layout, dimensions), layout
 
 
 # Instructions of the loop for 128 x 128 x 128 products, which take the tensor core 512 clocks at best; each of its four
@@ -225,7 +129,7 @@ def check_layouts(kernel: Compiled) -> None:
     ],
 )
 def test_the_loop_is_short(bits: tuple[int, int], kernel: int, limit: int, tmp_path: Path) -> None:
-    layer = problem(256, 256, 28, kernel, 32, *bits)
+    layer = square(256, 256, 28, kernel, 32, *bits)
     assert str(tuning.default(layer)).startswith("gemm_m128_o128_k128_w8")
     compiled = compile_problem(layer, "sm_90", tmp_path)
     check_operands(compiled)
@@ -240,7 +144,7 @@ def test_the_loop_is_short(bits: tuple[int, int], kernel: int, limit: int, tmp_p
 
 def test_bytes_of_another_thread_would_be_noticed(tmp_path: Path) -> None:
     """The check of the layouts can fail, and there is something to check."""
-    kernel = compile_problem(problem(64, 64, 56, 3, 32, 4, 4), "sm_90", tmp_path)
+    kernel = compile_problem(square(64, 64, 56, 3, 32, 4, 4), "sm_90", tmp_path)
     assert len(packed_layouts(kernel, SPLIT)) == 2
     check_layouts(kernel)
     blocked = "#ttg.blocked<{sizePerThread = [1, 1, 2, 2], threadsPerWarp = [16, 2, 1, 1], warpsPerCTA = [4, 1, 1, 1], "
@@ -255,7 +159,7 @@ def test_bytes_of_another_thread_would_be_noticed(tmp_path: Path) -> None:
 
 @HOPPER_FIRST
 def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> None:
-    layer = problem(512, 512, 7, 3, 1, 4, 4)
+    layer = square(512, 512, 7, 3, 1, 4, 4)
     assert tuning.default(layer).split_k == 16
     kernel = compile_problem(layer, target, tmp_path)
     check_gemm(kernel, "wgmma" if target == "sm_90" else "mma.sync")
@@ -266,50 +170,11 @@ def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> No
 @HOPPER_FIRST
 @pytest.mark.parametrize("bits", [(4, 4), pytest.param((8, 8), marks=pytest.mark.slow)])
 def test_depthwise_multiplies_four_taps_at_once(bits: tuple[int, int], target: str, tmp_path: Path) -> None:
-    kernel = compile_problem(problem(96, 96, 56, 3, 32, *bits, groups=96), target, tmp_path)
+    kernel = compile_problem(replace(square(96, 96, 56, 3, 32, *bits), groups=96), target, tmp_path)
     check_exact(kernel)
     assert "dp4a.s32.s32" in kernel.ptx
     assert "prmt.b32" in kernel.ptx
     assert not re.search(r"LDG\.E\.[US]8", kernel.sass), "bytes are loaded one by one"
-
-
-def shipped(network: str) -> dict[str, Problem]:
-    """One layer for every kernel that the defaults choose over the layers of a known network."""
-    found: dict[str, Problem] = {}
-    layers = lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network)).layers
-    for layer, batch, bits in itertools.product(layers, (1, 32, 128, 256), BITS):
-        problem = replace(layer.problem, op="bitconv2d", batch=batch, w_bits=bits, a_bits=bits)
-        tail = "tail" if problem.in_channels % 32 else "whole"
-        key = f"{tuning.default(problem)}-w{bits}a{bits}-k{problem.kernel[0]}-p{problem.padding[0]}-{tail}"
-        found.setdefault(key, problem)
-    return found
-
-
-def check_shipped(layer: Problem, target: str, folder: Path) -> None:
-    config = tuning.default(layer)
-    kernel = compile_problem(layer, target, folder)
-    if not isinstance(config, GemmConfig):
-        check_exact(kernel)
-        return
-    rows = config.block_o if config.weights_first else config.block_m  # of operand A
-    wgmma = target == "sm_90" and rows >= 64
-    check_gemm(kernel, "wgmma" if wgmma else "mma.sync")
-    check_layouts(kernel)
-    if wgmma and config.block_m * config.block_words >= 32 * config.warps:
-        check_operands(kernel)
-
-
-@pytest.mark.slow
-@TARGET
-@pytest.mark.parametrize("network", ["resnet18", "resnet50", "mobilenet_v2", "cifar_resnet20", "cifar_resnet56"])
-def test_shipped_configurations(network: str, target: str, tmp_path: Path) -> None:
-    failures = {}
-    for name, layer in shipped(network).items():
-        try:
-            check_shipped(layer, target, tmp_path / name)
-        except AssertionError as error:
-            failures[name] = str(error).splitlines()[0]
-    assert not failures
 
 
 CORNERS = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 8), (256, 64, 4, 8), (256, 32, 4, 8), (32, 128, 4, 4)]
@@ -319,7 +184,7 @@ def corner_cases() -> list[tuple[int, int, GemmConfig]]:
     """The largest configurations that the rule allows: it claims that they do not spill."""
     cases = []
     for w_bits, a_bits in ((8, 8), (8, 2), (4, 4), (2, 8)):
-        layer = problem(128, 128, 28, 3, 32, w_bits, a_bits)
+        layer = square(128, 128, 28, 3, 32, w_bits, a_bits)
         for corner, first, weights in itertools.product(CORNERS, (True, False), ("bytes", "fields")):
             config = GemmConfig(*corner, stages=3, weights_first=first, weights=weights)
             if tuning.is_valid(config, layer):
@@ -333,13 +198,12 @@ def corner_cases() -> list[tuple[int, int, GemmConfig]]:
 def test_largest_valid_configurations_do_not_spill(
     w_bits: int, a_bits: int, config: GemmConfig, target: str, tmp_path: Path
 ) -> None:
-    kernel = compile_problem(problem(128, 128, 28, 3, 32, w_bits, a_bits), target, tmp_path, config)
+    kernel = compile_problem(square(128, 128, 28, 3, 32, w_bits, a_bits), target, tmp_path, config)
     assert kernel.spill_bytes == 0, f"{config}: {kernel.log}"
     check_layouts(kernel)
 
 
-def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_runner, "INTERPRETED", INTERPRETED)
+def test_a_cpu_without_the_interpreter_is_refused() -> None:
     program, blob = programs.one_pixel(0)
     with pytest.raises(BackendError, match=r"GPU kernels cannot run on cpu.*TRITON_INTERPRET=1"):
         GpuRunner(program, blob, "cpu")

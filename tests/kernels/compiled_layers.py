@@ -1,0 +1,143 @@
+"""Steps of a program and layers of known networks compiled ahead of time, and what is asked of every kernel.
+
+launches(program, blob, batch)                  # made without a GPU, to be compiled only
+kernel = compile_problem(problem, "sm_90", folder)
+check_gemm(kernel, "wgmma")
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import programs
+import torch
+from ahead_of_time import Compiled, compiling
+from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_layouts
+
+import lbs.cost
+import lbs.models
+from lbs_kernels import gpu_runner
+from lbs_kernels.bitconv2d import tuning
+from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu_runner import GpuRunner
+from lbs_kernels.problem import Problem
+from lbs_kernels.program import IMAGE_DTYPES, Program
+
+INT8 = {
+    "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
+    "wgmma": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+}
+BATCHES = (1, 32, 128, 256)
+
+
+def launches(
+    program: Program, blob: torch.Tensor, batch: int, configs: dict[str, Any] | None = None
+) -> list[Callable[[list[torch.Tensor]], object]]:
+    """The launches of a program on CPU tensors although nothing is interpreted: they can be compiled, not run."""
+    with mock.patch.object(gpu_runner, "INTERPRETED", mock.Mock(value=True)):
+        return list(GpuRunner(program, blob, "cpu", configs).plan(batch).launches)
+
+
+def compile_steps(
+    program: Program,
+    blob: torch.Tensor,
+    batch: int,
+    target: str,
+    folder: Path,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> list[Compiled]:
+    """Every launch of the program at one batch size, compiled."""
+    images = []
+    for spec in (program.tensors[index] for index in program.inputs):
+        image = torch.empty(batch, spec.channels, spec.height, spec.width, dtype=IMAGE_DTYPES[spec.dtype])
+        images.append(image.contiguous(memory_format=layout))
+    steps = launches(program, blob, batch)
+    with compiling(target, folder) as kernels:
+        for launch in steps:
+            launch(images)
+    assert len(kernels) == len(program.steps)
+    return kernels
+
+
+def square(channels: int, filters: int, size: int, kernel: int, batch: int, w_bits: int, a_bits: int) -> Problem:
+    """A convolution that keeps the size of its image."""
+    window, padding = (kernel, kernel), (kernel // 2, kernel // 2)
+    return Problem(
+        "bitconv2d", batch, size, size, channels, filters, window, padding=padding, w_bits=w_bits, a_bits=a_bits
+    )
+
+
+def compile_problem(problem: Problem, target: str, folder: Path, config: tuning.Config | None = None) -> Compiled:
+    """The launch of one layer that writes a stream and codes of as many bits as it reads."""
+    program, blob = programs.one_conv(
+        0, channels=problem.in_channels, filters=problem.out_channels, size=(problem.height, problem.width),
+        w_bits=problem.w_bits, a_bits=problem.a_bits, out_bits=problem.a_bits, kernel=problem.kernel,
+        stride=problem.stride, padding=problem.padding, groups=problem.groups,
+    )  # fmt: skip
+    _, launch = launches(program, blob, problem.batch, config and {"step1": config})
+    with compiling(target, folder) as kernels:
+        launch([])  # it reads what the step before wrote
+    (kernel,) = kernels
+    return kernel
+
+
+def check_exact(kernel: Compiled) -> None:
+    """No spills, no flush of small numbers to zero."""
+    assert kernel.spill_bytes == 0, f"{kernel.name} spills {kernel.spill_bytes} bytes: {kernel.log}"
+    assert ".ftz" not in kernel.ptx, f"{kernel.name} takes small numbers for zero"
+
+
+def check_gemm(kernel: Compiled, instruction: str) -> None:
+    assert re.search(INT8[instruction], kernel.ptx), f"no {instruction} with int8 operands in {kernel.name}"
+    check_exact(kernel)
+
+
+def check_layouts(kernel: Compiled) -> None:
+    """What assembly takes for neighbours are neighbours."""
+    for assembly, dimensions in ((SPLIT, 2), (SUM, 1)):
+        for layout in packed_layouts(kernel, assembly):
+            assert neighbours_in_a_thread(layout, dimensions), f"{kernel.name}: {layout}"
+
+
+def check_operands(kernel: Compiled) -> None:
+    """As `check_layouts`, and no operand moves through shared memory byte by byte."""
+    check_layouts(kernel)
+    moved = main_loop(kernel).count(r"(STS|LDS)\.[US]8")
+    assert moved == 0, f"{kernel.name} moves bytes through shared memory by {moved} instructions of its loop"
+
+
+def shipped(networks: Iterable[str], bits: Iterable[tuple[int, int]], windows: bool = True) -> dict[str, Problem]:
+    """One layer for every kernel that the defaults choose over the layers of known networks, by the kernel's name.
+
+    Without `windows`, one for every configuration: kernels that differ in their window alone count once.
+    """
+    found: dict[str, Problem] = {}
+    for network in networks:
+        layers = lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network)).layers
+        for layer, batch, (w_bits, a_bits) in itertools.product(layers, BATCHES, bits):
+            problem = replace(layer.problem, op="bitconv2d", batch=batch, w_bits=w_bits, a_bits=a_bits)
+            tail = "tail" if problem.in_channels % 32 else "whole"
+            window = f"-k{problem.kernel[0]}-p{problem.padding[0]}-{tail}" if windows else ""
+            found.setdefault(f"{tuning.default(problem)}-w{w_bits}a{a_bits}{window}", problem)
+    return found
+
+
+def check_shipped(layer: Problem, target: str, folder: Path) -> None:
+    """The kernel that the defaults choose for a layer: the tensor-core instruction it must use, no spill, no detour."""
+    config = tuning.default(layer)
+    kernel = compile_problem(layer, target, folder)
+    if not isinstance(config, GemmConfig):
+        check_exact(kernel)
+        return
+    rows = config.block_o if config.weights_first else config.block_m  # of operand A
+    wgmma = target == "sm_90" and rows >= 64
+    check_gemm(kernel, "wgmma" if wgmma else "mma.sync")
+    check_layouts(kernel)
+    if wgmma and config.block_m * config.block_words >= 32 * config.warps:
+        check_operands(kernel)
