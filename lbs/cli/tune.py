@@ -16,9 +16,10 @@ from lbs.cli.console import BarProgress, Console, console
 from lbs.cli.options import device_of, numbers, set_threads
 from lbs.cli.packed import add_source, source_of
 from lbs.cost.latency import latency_grid
-from lbs_kernels import tuner
+from lbs_kernels import tuner, tuning_table
+from lbs_kernels.blame import Blame
 from lbs_kernels.device import default_threads
-from lbs_kernels.errors import LbsError
+from lbs_kernels.errors import BackendError, LbsError
 from lbs_kernels.problem import Problem
 from lbs_kernels.step_problem import problem_of
 
@@ -70,22 +71,33 @@ def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     todo = _problems(args, device)
     threads = default_threads()
+    blame = Blame(tuning_table.user_path(tuning_table.device_slug(str(device))).with_suffix(".broken"))
     measure: Callable[[Problem], tuner.Measured]
     if device.type == "cuda":
-        measure = functools.partial(tuner.measure_gpu, device=device, limit=None if args.every else tuner.NEIGHBOURS)
+        limit = None if args.every else tuner.NEIGHBOURS
+        measure = functools.partial(tuner.measure_gpu, device=device, limit=limit, attempt=blame)
     else:
         measure = functools.partial(tuner.measure_cpu, threads=threads)
     progress = _Progress(out, len(tuner.distinct(todo)))
-    done = tuner.tune(
-        todo,
-        measure,
-        tuner.known_on_gpu if device.type == "cuda" else tuner.known_on_cpu(threads),
-        device=device.type,
-        seconds=float("inf") if args.minutes is None else 60 * args.minutes,
-        again=args.again,
-        progress=progress.tell,
-    )
-    progress.bar.end()
+    try:
+        done = tuner.tune(
+            todo,
+            measure,
+            tuner.known_on_gpu if device.type == "cuda" else tuner.known_on_cpu(threads),
+            device=device.type,
+            seconds=float("inf") if args.minutes is None else 60 * args.minutes,
+            again=args.again,
+            progress=progress.tell,
+        )
+    except RuntimeError as error:
+        if isinstance(error, LbsError) or device.type != "cuda":
+            raise
+        raise BackendError(
+            f"{blame.keep()} broke {device}: {str(error).strip().splitlines()[0]}. It is left out from now on "
+            f"({blame.path}), and what was measured before is kept: call again to go on"
+        ) from error
+    finally:
+        progress.bar.end()
     out.say(f"{done.measured} problems measured, {done.skipped} were known, {done.left} are left; {done.path}")
     wrong = [
         f"{row}: {reason}" for row, found in done.refused.items() for reason in found.values() if tuner.WRONG in reason

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import lbs.zoo
-from lbs.cli import main
+from lbs.cli import main, tune
 from lbs_kernels import extension, tuner, tuning_table
+from lbs_kernels.blame import Blame
+from lbs_kernels.errors import FormatError
 from lbs_kernels.problem import Problem
 
 native = pytest.mark.skipif(extension.cpu is None, reason=f"native module: {extension.cpu_reason}")
@@ -59,6 +61,42 @@ def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(tuner, "measure_cpu", measure)
     assert main.main(SMALL) == 1
     assert "WRONG  bitconv2d_n1_" in capsys.readouterr().out
+
+
+def test_a_kernel_that_breaks_the_device_is_named_and_left_out_from_then_on(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a CUDA context breaks: the error comes as a RuntimeError, whatever ran, and the process is lost."""
+    ran: list[str] = []
+
+    def measure(problem: Problem, device: torch.device, limit: int, attempt: Blame) -> tuner.Measured:
+        for name in (f"{problem} good", f"{problem} bad"):
+            if attempt(name):
+                ran.append(name)
+                if len(ran) == 4:
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        return tuner.Measured(problem, {"good": 1e-6})
+
+    monkeypatch.setattr(tuner, "measure_gpu", measure)
+    monkeypatch.setattr(tune, "device_of", lambda name: torch.device("cuda"))
+    assert main.main(SMALL) == 2
+    problem, bad = ran[-1].split(" ")
+    words = capsys.readouterr().err
+    assert f"{problem} {bad} broke cuda: CUDA error: an illegal memory access was encountered. It is left" in words
+    assert "Compile with" not in words
+    (table,) = tables.glob("*.json")
+    assert list(tuning_table.read(table).rows) == [ran[0].split(" ")[0]]  # what was measured before
+    assert main.main(SMALL) == 0
+    assert ran.count(f"{problem} {bad}") == 1
+    assert ran.count(f"{problem} good") == 2
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "["])
+def test_a_list_of_broken_kernels_that_is_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.broken"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=r"list\.broken.*delete it to try every kernel again"):
+        Blame(path)
 
 
 @pytest.mark.parametrize(
