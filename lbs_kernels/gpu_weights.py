@@ -1,9 +1,11 @@
 """How the implicit GEMM keeps weights: tiles of the reduction, as int8 bytes or as narrow fields. Needs no Triton.
 
-The reduction runs in steps of one word block (BLOCK_WORDS words of 32 channels) and one tap, taps innermost. A tile
-holds what one step multiplies, for every filter, each weight in `width` bits:
+The reduction runs in steps of one word block (BLOCK_WORDS words of 32 channels) and BLOCK_TAPS taps, taps innermost. A
+tile holds what one step multiplies, for every filter, tap after tap, each weight in `width` bits:
 
-    tiles int32 [steps, rows, BLOCK_WORDS * width],   steps = word blocks * T, rows and words padded to whole blocks
+    tiles int32 [steps, rows, BLOCK_TAPS * BLOCK_WORDS * width],   steps = word blocks * ceil(T / BLOCK_TAPS)
+
+Rows, words and taps are padded to whole blocks.
 
 Inside a word of 32 channels the products may be summed in any order that both operands share. It is the order in which
 the activations come out of their GPU form, 4 bytes to a register:
@@ -74,6 +76,7 @@ class WeightTiles:
     fields: bool  # else bytes
     block_rows: int
     block_words: int
+    block_taps: int = 1
 
     @property
     def width(self) -> int:
@@ -81,19 +84,19 @@ class WeightTiles:
         return field_width(self.bits) if self.fields else MAX_BITS
 
     def tiles(self, codes: Tensor) -> Tensor:
-        """int32 [steps, rows, 32 block_words width / 32] of codes uint8 [O, T, C]."""
+        """int32 [steps, rows, block_taps block_words width] of codes uint8 [O, T, C]."""
         filters, taps, channels = codes.shape
-        rows = -(-filters // self.block_rows) * self.block_rows
-        blocks = -(-words(channels) // self.block_words)
+        rows, blocks, groups = self._counts(filters, taps, channels)
         size = WORD * self.block_words
-        byte = torch.zeros(rows, taps, blocks * size, dtype=torch.uint8)
-        byte[:filters, :, :channels] = self._encode(codes)
-        byte = byte.reshape(rows, taps, blocks * self.block_words, WORD)[..., channel_order(self.a_bits)]
-        byte = byte.reshape(rows, taps, blocks, size).permute(2, 1, 0, 3).reshape(blocks * taps, rows, size)
+        byte = torch.zeros(rows, groups * self.block_taps, blocks * size, dtype=torch.uint8)
+        byte[:filters, :taps, :channels] = self._encode(codes)
+        byte = byte.reshape(rows, groups, self.block_taps, blocks, self.block_words, WORD)
+        byte = byte[..., channel_order(self.a_bits)].permute(3, 1, 0, 2, 4, 5)
+        byte = byte.reshape(blocks * groups, rows, self.block_taps * size)
         if not self.fields:
             return byte.contiguous().view(torch.int32)
         per_byte = MAX_BITS // self.width
-        lanes = byte.reshape(blocks * taps, rows, -1, per_byte, 4).to(torch.int32)
+        lanes = byte.reshape(blocks * groups, rows, -1, per_byte, 4).to(torch.int32)
         shift = (torch.arange(per_byte, dtype=torch.int32) * self.width).reshape(per_byte, 1)
         return (lanes >> shift).sum(dim=-2).to(torch.uint8).contiguous().view(torch.int32).squeeze(-1)
 
@@ -103,21 +106,26 @@ class WeightTiles:
         Raises:
             FormatError: tiles of another size.
         """
-        blocks = -(-words(channels) // self.block_words)
-        rows = -(-filters // self.block_rows) * self.block_rows
-        expected = (blocks * taps, rows, self.block_words * self.width)
+        rows, blocks, groups = self._counts(filters, taps, channels)
+        expected = (blocks * groups, rows, self.block_taps * self.block_words * self.width)
         if tuple(tiles.shape) != expected:
             raise FormatError(
                 f"weight tiles have shape {tuple(tiles.shape)}; {self} of {filters} filters is {expected}"
             )
-        byte = tiles.contiguous().view(torch.uint8).reshape(blocks * taps, rows, -1, 1, 4)
+        byte = tiles.contiguous().view(torch.uint8).reshape(blocks * groups, rows, -1, 1, 4)
         if self.fields:
             per_byte = MAX_BITS // self.width
             shift = (torch.arange(per_byte) * self.width).reshape(per_byte, 1)
             byte = (byte.long() << shift) & 0xFF
-        byte = byte.reshape(blocks, taps, rows, self.block_words, WORD)
-        byte = byte[..., channel_order(self.a_bits).argsort()].permute(2, 1, 0, 3, 4).reshape(rows, taps, -1)
-        return self._decode(byte[:filters, :, :channels].to(torch.uint8))
+        byte = byte.reshape(blocks, groups, rows, self.block_taps, self.block_words, WORD)
+        byte = byte[..., channel_order(self.a_bits).argsort()].permute(2, 1, 3, 0, 4, 5)
+        byte = byte.reshape(rows, groups * self.block_taps, -1)
+        return self._decode(byte[:filters, :taps, :channels].to(torch.uint8))
+
+    def _counts(self, filters: int, taps: int, channels: int) -> tuple[int, int, int]:
+        """Padded rows, word blocks, groups of taps."""
+        rows = -(-filters // self.block_rows) * self.block_rows
+        return rows, -(-words(channels) // self.block_words), -(-taps // self.block_taps)
 
     def _encode(self, codes: Tensor) -> Tensor:
         """The byte of each code: what is multiplied, or a field in the upper bits of a byte."""

@@ -37,7 +37,7 @@ class GemmWeights:
     planes: Tensor  # int32 [w_bits, O, T, CW], on the device
     codes: Tensor  # uint8 [O, T, C], on the CPU
     offset: Tensor  # int32 [O], on the device: what is added to every accumulator
-    padding: Tensor  # one pixel of the code that padding holds, in its GPU form, on the device
+    padding: Tensor  # a pixel of the code that padding holds and one of code 0, in their GPU form, on the device
     kernel: tuple[int, int]
     source: TensorSpec  # of the activations
     _tiles: dict[WeightTiles, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -49,7 +49,7 @@ class GemmWeights:
     def tiles(self, config: GemmConfig) -> Tensor:
         """The operand of one configuration: int32 fields, or int8 bytes; made on first use and kept."""
         fields = config.weights == "fields"
-        layout = WeightTiles(self.bits, self.source.bits, fields, config.block_o, config.block_words)
+        layout = WeightTiles(self.bits, self.source.bits, fields, config.block_o, config.block_words, config.block_taps)
         if layout not in self._tiles:
             tiles = layout.tiles(self.codes)
             self._tiles[layout] = (tiles if fields else tiles.view(torch.int8)).to(self.planes.device)
@@ -80,8 +80,9 @@ def prepare_weights(
     w = codes.long() - 128 if w_bits == BYTE_BITS else 2 * codes.long() - ((1 << w_bits) - 1)
     # int64 here, int32 on the device: only the sum with the dot product has to fit, the rest wraps around.
     offset = w_scale * x_shift * w.sum(dim=(1, 2)) + w_shift * x_shift * taps * channels
-    zeros = torch.full((1, 1, 1, source.channels), source.zero, dtype=torch.uint8)
-    padding = from_logical(zeros, source).to(device)
+    code = torch.full((1, 1, 1, source.channels), source.zero, dtype=torch.uint8)
+    pixel = from_logical(code, source)
+    padding = torch.cat([pixel, torch.zeros_like(pixel)]).to(device)
     return GemmWeights(
         planes.contiguous().to(device), codes, offset.to(torch.int32).to(device), padding, kernel, source
     )

@@ -68,7 +68,7 @@ class GemmOperands(NamedTuple):
     """Pointers of one step."""
 
     x: Tensor  # planes int32 [N, H, W, a_bits, CW], or biased bytes int8 [N, H, W, pitch]
-    padding: Tensor  # one such pixel, of code `zero`
+    padding: Tensor  # two such pixels: of code `zero`, and of x = 0
     w: Tensor  # int8 or int32 tiles of gpu_weights.py
     offset: Tensor  # int32 [O]
     multiplier: Tensor  # float32 [O]
@@ -84,15 +84,16 @@ class SplitTarget(NamedTuple):
 
 @triton.jit
 def load_weights(w_ptr, step, rows, first, META: tl.constexpr, CONFIG: tl.constexpr):
-    """w int8 [BLOCK_O, 32 BLOCK_WORDS] of one step, filters from `first` on; padded rows of the tile are there."""
+    """w int8 [BLOCK_O, 32 STEP_WORDS] of one step, filters from `first` on; padded rows of the tile are there."""
     BLOCK_O: tl.constexpr = CONFIG.block_o
-    BLOCK_K: tl.constexpr = 32 * CONFIG.block_words
+    STEP_WORDS: tl.constexpr = CONFIG.block_words * CONFIG.block_taps
+    BLOCK_K: tl.constexpr = 32 * STEP_WORDS
     row = (step * rows + first) + tl.arange(0, BLOCK_O)
     if CONFIG.weights == "bytes":
         w = tl.load(w_ptr + row[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :])
     else:
         FIELD: tl.constexpr = 2 if META.w_bits <= 2 else 4
-        SIZE: tl.constexpr = CONFIG.block_words * FIELD
+        SIZE: tl.constexpr = STEP_WORDS * FIELD
         words = tl.load(w_ptr + row[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
         FULL: tl.constexpr = 32 * CONFIG.warps <= BLOCK_O * SIZE
         w = split_bytes(field_registers(words, META.w_bits), BLOCK_O, BLOCK_K, FULL)
@@ -101,13 +102,16 @@ def load_weights(w_ptr, step, rows, first, META: tl.constexpr, CONFIG: tl.conste
 
 @triton.jit
 def load_activations(pixel, first_word, words, x_sum, shape, META: tl.constexpr, CONFIG: tl.constexpr):
-    """x int8 [BLOCK_M, 32 BLOCK_WORDS] of pixels pointed at by [BLOCK_M], and x_sum with their sums if asked for."""
+    """x int8 [BLOCK_M, 32 STEP_WORDS], and x_sum with the sums over each row if asked for.
+
+    pixel: pointers [BLOCK_M, 1], or one for each element of a row if a step has several taps.
+    """
     BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_WORDS: tl.constexpr = CONFIG.block_words
-    BLOCK_K: tl.constexpr = 32 * BLOCK_WORDS
+    STEP_WORDS: tl.constexpr = CONFIG.block_words * CONFIG.block_taps
+    BLOCK_K: tl.constexpr = 32 * STEP_WORDS
     if META.a_bits == 8:
-        channel = first_word * 32 + tl.arange(0, BLOCK_K)
-        pointer = pixel[:, None] + channel[None, :]
+        channel = first_word * 32 + within_tap(BLOCK_K, CONFIG)
+        pointer = in_runs(pixel + channel[None, :], 16, CONFIG)
         x = load_words(pointer, (channel < shape.pitch)[None, :] if META.tail else None)
         if META.sum_scale != 0:
             terms = x
@@ -117,28 +121,62 @@ def load_activations(pixel, first_word, words, x_sum, shape, META: tl.constexpr,
             terms = quarter_sums(terms, VECTORS)
             x_sum += tl.sum(tl.reshape(terms, [BLOCK_M, BLOCK_K // 16, 16]), axis=2)
     else:
-        word = first_word + tl.arange(0, BLOCK_WORDS)
-        pointer = pixel[:, None] + word[None, :]
+        word = first_word + within_tap(STEP_WORDS, CONFIG)
+        pointer = in_runs(pixel + word[None, :], META.run, CONFIG)
         mask = (word < words)[None, :] if META.tail else None
         registers = plane_registers(pointer, words, mask, META.a_bits)
         if META.sum_scale != 0:
             x_sum = add_bytes(registers, x_sum)
-        FULL: tl.constexpr = 32 * CONFIG.warps <= BLOCK_M * BLOCK_WORDS
+        FULL: tl.constexpr = 32 * CONFIG.warps <= BLOCK_M * STEP_WORDS
         x = split_bytes(registers, BLOCK_M, BLOCK_K, FULL)
     return x, x_sum
+
+
+@triton.jit
+def within_tap(SIZE: tl.constexpr, CONFIG: tl.constexpr):
+    """Place within its tap of each of the SIZE elements of a row."""
+    place = tl.arange(0, SIZE)
+    if CONFIG.block_taps > 1:
+        place = place % (SIZE // CONFIG.block_taps)
+    return place
+
+
+@triton.jit
+def several_taps(operands, step, start, first_y, first_x, pitch, shape, META: tl.constexpr, CONFIG: tl.constexpr):
+    """Pointers [BLOCK_M, elements of a row] to the pixels of a step's taps; x = 0 behind the last tap."""
+    KERNEL_W: tl.constexpr = META.kernel[1]
+    TAPS: tl.constexpr = META.kernel[0] * KERNEL_W
+    PER_TAP: tl.constexpr = CONFIG.block_words * (32 if META.a_bits == 8 else 1)
+    tap = step * CONFIG.block_taps + tl.arange(0, CONFIG.block_taps * PER_TAP) // PER_TAP
+    shift_y = tap // KERNEL_W * shape.dilation_h
+    shift_x = tap % KERNEL_W * shape.dilation_w
+    pixel = operands.x + (start[:, None] + ((shift_y * shape.width + shift_x) * pitch)[None, :])
+    if META.padded:
+        in_y = (first_y[:, None] + shift_y[None, :]).to(tl.uint32, bitcast=True) < tl.cast(shape.height, tl.uint32)
+        in_x = (first_x[:, None] + shift_x[None, :]).to(tl.uint32, bitcast=True) < tl.cast(shape.width, tl.uint32)
+        pixel = tl.where(in_y & in_x, pixel, operands.padding)
+    if TAPS % CONFIG.block_taps != 0:
+        pixel = tl.where((tap < TAPS)[None, :], pixel, operands.padding + pitch)
+    return pixel
+
+
+@triton.jit
+def in_runs(pointer, RUN: tl.constexpr, CONFIG: tl.constexpr):
+    """Pointers of a row are contiguous and aligned in runs, which the compiler sees itself where a step is one tap."""
+    return pointer if CONFIG.block_taps == 1 else tl.max_contiguous(tl.multiple_of(pointer, [1, RUN]), [1, RUN])
 
 
 @triton.jit
 def empty_sums(META: tl.constexpr, CONFIG: tl.constexpr):
     """Accumulators of sum x, in the shape in which a thread adds without asking others."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
-    BLOCK_WORDS: tl.constexpr = CONFIG.block_words
+    STEP_WORDS: tl.constexpr = CONFIG.block_words * CONFIG.block_taps
     if META.sum_scale == 0:
         sums = tl.zeros([1], dtype=tl.int32)
     elif META.a_bits == 8:
-        sums = tl.zeros([BLOCK_M, 2 * BLOCK_WORDS], dtype=tl.int32)
+        sums = tl.zeros([BLOCK_M, 2 * STEP_WORDS], dtype=tl.int32)
     else:
-        sums = tl.zeros([BLOCK_M, BLOCK_WORDS, 2, 2, 2], dtype=tl.int32)
+        sums = tl.zeros([BLOCK_M, STEP_WORDS, 2, 2, 2], dtype=tl.int32)
     return sums
 
 
@@ -164,33 +202,39 @@ def accumulate(operands, row, first, rows, part, shape, META: tl.constexpr, CONF
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.int32)
     x_sum = empty_sums(META, CONFIG)
-    steps = (words + BLOCK_WORDS - 1) // BLOCK_WORDS * TAPS
+    GROUPS: tl.constexpr = (TAPS + CONFIG.block_taps - 1) // CONFIG.block_taps
+    steps = (words + BLOCK_WORDS - 1) // BLOCK_WORDS * GROUPS
     per_part = (steps + CONFIG.split_k - 1) // CONFIG.split_k
     first_step = part * per_part
-    first_word = first_step // TAPS * BLOCK_WORDS
+    first_word = first_step // GROUPS * BLOCK_WORDS  # always 0 where a step has several taps
     tap_y = first_step % TAPS // KERNEL_W
     tap_x = first_step % KERNEL_W  # TAPS is a multiple of it
     # One flat loop over word blocks and taps: the compiler pipelines innermost loops only, and those would be short. It
     # counts like an odometer, where divisions took a sixth of the loop.
     for step in range(first_step, tl.minimum(steps, first_step + per_part)):
-        shift_y = tap_y * shape.dilation_h
-        shift_x = tap_x * shape.dilation_w
-        pixel = operands.x + (start + (shift_y * shape.width + shift_x) * pitch)
-        if META.padded:
-            # As unsigned numbers, rows above the image lie beyond its height.
-            in_y = (first_y + shift_y).to(tl.uint32, bitcast=True) < tl.cast(shape.height, tl.uint32)
-            in_x = (first_x + shift_x).to(tl.uint32, bitcast=True) < tl.cast(shape.width, tl.uint32)
-            pixel = tl.where(in_y & in_x, pixel, operands.padding)
+        if CONFIG.block_taps > 1:
+            pixel = several_taps(operands, step, start, first_y, first_x, pitch, shape, META, CONFIG)
+        else:
+            shift_y = tap_y * shape.dilation_h
+            shift_x = tap_x * shape.dilation_w
+            pixel = operands.x + (start + (shift_y * shape.width + shift_x) * pitch)
+            if META.padded:
+                # As unsigned numbers, rows above the image lie beyond its height.
+                in_y = (first_y + shift_y).to(tl.uint32, bitcast=True) < tl.cast(shape.height, tl.uint32)
+                in_x = (first_x + shift_x).to(tl.uint32, bitcast=True) < tl.cast(shape.width, tl.uint32)
+                pixel = tl.where(in_y & in_x, pixel, operands.padding)
+            pixel = pixel[:, None]
         x, x_sum = load_activations(pixel, first_word, words, x_sum, shape, META, CONFIG)
         w = load_weights(operands.w, step, rows, first, META, CONFIG)
-        if TAPS == 1:
-            first_word += BLOCK_WORDS
-        else:
-            end_x = tap_x == KERNEL_W - 1
-            end_y = end_x & (tap_y == META.kernel[0] - 1)
-            first_word += tl.where(end_y, BLOCK_WORDS, 0)
-            tap_y = tl.where(end_y, 0, tap_y + end_x.to(tl.int32))
-            tap_x = tl.where(end_x, 0, tap_x + 1)
+        if CONFIG.block_taps == 1:
+            if TAPS == 1:
+                first_word += BLOCK_WORDS
+            else:
+                end_x = tap_x == KERNEL_W - 1
+                end_y = end_x & (tap_y == META.kernel[0] - 1)
+                first_word += tl.where(end_y, BLOCK_WORDS, 0)
+                tap_y = tl.where(end_y, 0, tap_y + end_x.to(tl.int32))
+                tap_x = tl.where(end_x, 0, tap_x + 1)
         if CONFIG.weights_first:
             acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
         else:

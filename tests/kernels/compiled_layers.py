@@ -139,5 +139,5 @@ def check_shipped(layer: Problem, target: str, folder: Path) -> None:
     wgmma = target == "sm_90" and rows >= 64
     check_gemm(kernel, "wgmma" if wgmma else "mma.sync")
     check_layouts(kernel)
-    if wgmma and config.block_m * config.block_words >= 32 * config.warps:
+    if wgmma and config.block_m * config.step_words >= 32 * config.warps:
         check_operands(kernel)

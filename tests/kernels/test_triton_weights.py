@@ -24,12 +24,20 @@ def random_codes(*shape: int, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize(("bits", "fields"), [(b, f) for b in range(1, 9) for f in (True, False) if b <= 4 or not f])
 def test_tiles_have_an_exact_inverse(bits: int, fields: bool, filters: int, taps: int, channels: int) -> None:
     codes = random_codes(filters, taps, channels, bits=bits)
-    for a_bits, words in ((4, 1), (8, 4)):
-        layout = WeightTiles(bits, a_bits, fields, block_rows=32, block_words=words)
+    for a_bits, words, together in ((4, 1, 1), (8, 4, 1), (4, 2, 4), (8, 1, 2)):
+        layout = WeightTiles(bits, a_bits, fields, block_rows=32, block_words=words, block_taps=together)
         tiles = layout.tiles(codes)
-        blocks = -(-channels // (32 * words))
-        assert tuple(tiles.shape) == (blocks * taps, -(-filters // 32) * 32, words * layout.width)
+        steps = -(-channels // (32 * words)) * -(-taps // together)
+        assert tuple(tiles.shape) == (steps, -(-filters // 32) * 32, together * words * layout.width)
         assert torch.equal(layout.codes(tiles, filters, taps, channels), codes)
+
+
+def test_taps_of_a_step_lie_side_by_side() -> None:
+    codes = random_codes(16, 9, 32, bits=4)
+    one = WeightTiles(4, 4, False, 16, 1).tiles(codes)  # [9, 16, 8]
+    four = WeightTiles(4, 4, False, 16, 1, block_taps=4).tiles(codes)  # [3, 16, 32]
+    for tap in range(9):
+        assert torch.equal(four[tap // 4, :, tap % 4 * 8 : tap % 4 * 8 + 8], one[tap])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

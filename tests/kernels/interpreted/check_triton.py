@@ -188,6 +188,27 @@ def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
     check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
 
 
+# 9 taps in steps of 2 and 4, the last with one tap and what lies behind the window: fields have no 0 for it, sums of x
+# are taken over it, and padding is another code than it. 33 channels end in the second of two words.
+@pytest.mark.parametrize(
+    ("config", "w_bits", "a_bits", "channels"),
+    [
+        (GemmConfig(16, 32, 2, 4, 3, False, "fields", block_taps=2), 2, 4, 33),
+        (GemmConfig(32, 16, 1, 4, 3, True, "bytes", block_taps=4), 8, 2, 17),
+        (GemmConfig(16, 32, 1, 4, 3, True, "bytes", block_taps=4), 8, 8, 17),
+        (GemmConfig(16, 32, 1, 4, 3, False, "fields", block_taps=4, split_k=2), 4, 8, 32),
+        (GemmConfig(16, 32, 1, 4, 2, False, "bytes", block_taps=8), 4, 1, 5),
+        pytest.param(
+            GemmConfig(16, 32, 2, 4, 3, True, "fields", block_taps=2, split_k=5), 4, 2, 64, marks=pytest.mark.slow
+        ),
+        pytest.param(GemmConfig(32, 32, 4, 4, 3, False, "bytes", block_taps=2), 8, 7, 70, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_several_taps_in_a_step(config: GemmConfig, w_bits: int, a_bits: int, channels: int) -> None:
+    check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
+
+
 # 27 steps in 4 parts, the last of 6; in 16 parts of 2, where the last two parts have nothing to do.
 @pytest.mark.parametrize("parts", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("bits", "weights"), [(4, "fields"), (8, "bytes")])
