@@ -189,8 +189,13 @@ def accumulate(operands, row, first, rows, part, shape, META: tl.constexpr, CONF
     KERNEL_W: tl.constexpr = META.kernel[1]
     TAPS: tl.constexpr = META.kernel[0] * KERNEL_W
     RUN: tl.constexpr = META.run
-    words = tl.multiple_of((shape.channels + 31) // 32, RUN)
-    pitch = tl.multiple_of(shape.pitch, 16) if META.a_bits == 8 else tl.multiple_of(words * META.a_bits, RUN)
+    # One channel is a constant to the compiler, which takes no hint about constants; a run of 1 needs none.
+    words = (shape.channels + 31) // 32
+    if RUN > 1:
+        words = tl.multiple_of(words, RUN)
+    pitch = tl.multiple_of(shape.pitch, 16) if META.a_bits == 8 else words * META.a_bits
+    if META.a_bits < 8 and RUN > 1:
+        pitch = tl.multiple_of(pitch, RUN)
     # Rows beyond the last repeat it: what they give is never stored, and no load needs a mask for them.
     row = tl.minimum(row, shape.rows - 1)
     pixels = shape.out_height * shape.out_width

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
-from ahead_of_time import TARGETS
+from ahead_of_time import TARGETS, compiling
 from compiled_layers import (
     check_exact,
     check_gemm,
@@ -26,6 +26,7 @@ from compiled_layers import (
     check_operands,
     compile_problem,
     compile_steps,
+    launches,
     square,
 )
 from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
@@ -82,6 +83,23 @@ def test_bytes_are_loaded_as_bytes_and_normalised_by_one_instruction(
             loads_bytes = re.search(r"ld\.global\.(v\d\.)?b8", kernel.ptx) is not None
             assert loads_bytes is (program.tensors[step.input].dtype == "uint8")
             assert ("fma.rn.f32" in kernel.ptx) is (step.multiplier is not None)
+
+
+# Sizes of 1 are constants to the compiler, which the interpreter does not know: one channel, one pixel, one filter.
+@pytest.mark.parametrize("a_bits", [2, 8])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sizes_of_one_compile(kernel: int, a_bits: int, tmp_path: Path) -> None:
+    for number, (channels, filters, size) in enumerate([(1, 8, 6), (8, 1, 6), (1, 1, 1), (8, 8, 1)]):
+        layer = square(channels, filters, size, kernel, 1, 4, a_bits)
+        check_exact(compile_problem(layer, "sm_90", tmp_path / str(number)))
+
+
+@pytest.mark.parametrize("case", ["one_pixel", "chain"])
+def test_small_programs_compile(case: str, tmp_path: Path) -> None:
+    program, blob = programs.CASES[case](0)
+    for number, launch in enumerate(launches(program, blob, 1)):
+        with compiling("sm_90", tmp_path / str(number)):  # two steps may share a kernel, and each wants its log
+            launch(programs.random_inputs(program, 1, 0))
 
 
 @pytest.mark.slow
