@@ -73,7 +73,12 @@ def models(run: Run, attempt: Attempts) -> None:
     for network, batch in gpu_models.ORDER:
         for variant in gpu_models.variants(network):
             compiler.submit((network, batch, variant), compile_variant, str(folder), network, variant, batch)
-    body: dict[str, Any] = {"rows": [], "missing": {}, "complete": False, "l2": "warm", **run.load("models")}
+    # Rows of this run's own earlier process, which the device failed; those of another run stood on other kernels.
+    begun = run.scratch / ".models-begun"
+    earlier = run.load("models") if begun.exists() else {}
+    begun.touch()
+    kept = {key: earlier[key] for key in ("rows", "missing") if key in earlier}
+    body: dict[str, Any] = {"rows": [], "missing": {}, "complete": False, "l2": "warm", **kept}
     done = {(row["network"], row["batch"]) for row in body["rows"]}
     for network, batch in gpu_models.ORDER:
         if (network, batch) in done:

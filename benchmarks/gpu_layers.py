@@ -34,7 +34,7 @@ ORDER = (
     (RESNETS, (1, 256), (W2A2,)),
     (EVERY, (128, 1, 32, 256), (W4A4, W8A8, W2A2, (2, 4), (4, 2))),
 )
-NEAR, FAR = 5, 40  # candidates of each kernel beside the default: of everything first, then of everything again
+NEAR, FAR = 12, 40  # candidates of each kernel beside the default: of everything first, then of everything again
 MAX_IMAGE = 1 << 31  # bytes of float32 input to quantize; no layer of a real network is larger
 
 

@@ -98,9 +98,9 @@ def is_valid(config: OneBitConfig, problem: Problem) -> bool:
 
 
 def candidates(problem: Problem) -> Iterator[OneBitConfig]:
-    """Valid configurations worth timing: no tile twice as large as the problem."""
+    """Valid configurations worth timing, every tile first: no tile twice as large as the problem."""
     rows = problem.batch * problem.out_height * problem.out_width
-    for (machine, block_m, block_o, stages), thresholds in product(TILES, (0, 2, 4)):
+    for thresholds, (machine, block_m, block_o, stages) in product((2, 4, 0), TILES):
         wasteful = (block_m > 64 and block_m >= 2 * rows) or (block_o > 64 and block_o >= 2 * problem.out_channels)
         config = OneBitConfig(machine, block_m, block_o, stages, thresholds)
         if not wasteful and is_valid(config, problem):

@@ -6,6 +6,7 @@ Exactness comes first: an implementation whose result differs from the reference
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -111,22 +112,45 @@ def measure_cpu(problem: Problem, threads: int, rounds: int = 15) -> Measured:
 
 
 def shortlist(problem: Problem, limit: int | None = NEIGHBOURS) -> list[Choice]:
-    """The default, `limit` candidates near it, and as many of each other kernel (at least one), spread over its own."""
+    """The default, `limit` of its neighbours in different directions, and as many first ones of each other kernel."""
     default = gpu_kernels.default(problem)
     kinds: dict[Any, list[Choice]] = {}
     for choice in gpu_kernels.candidates(problem):
         kinds.setdefault(choice.kernel, []).append(choice)
-    near = sorted(kinds.pop(default.kernel, []), key=lambda choice: _distance(choice.config, default.config))
-    found = near if limit is None else near[: limit + 1]
+    found = neighbours(kinds.pop(default.kernel, []), default)[: None if limit is None else limit + 1]
     for choices in kinds.values():
-        count = len(choices) if limit is None else min(len(choices), max(1, limit))
-        found += [choices[place * len(choices) // count] for place in range(count)]
+        found += choices if limit is None else choices[: max(1, limit)]
     return found
 
 
-def _distance(config: Any, default: Any) -> int:
-    """In how many fields two configurations of one kernel differ."""
-    return sum(getattr(config, item.name) != getattr(default, item.name) for item in fields(config))
+def neighbours(choices: list[Choice], default: Choice) -> list[Choice]:
+    """The default, then in turns the nearest that differs in each one field, in each pair, then the next nearest ..."""
+    turns: dict[tuple[int, ...], list[Choice]] = {}
+    for choice in sorted(choices, key=lambda choice: _distance(choice.config, default.config)):
+        turns.setdefault(_changed(choice.config, default.config), []).append(choice)
+    ranked = [
+        (len(changed) + turn, -len(changed), changed, choice)
+        for changed, group in turns.items()
+        for turn, choice in enumerate(group)
+    ]
+    return [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])]
+
+
+def _changed(config: Any, default: Any) -> tuple[int, ...]:
+    """Places of the fields in which two configurations of one kernel differ."""
+    names = [item.name for item in fields(config)]
+    return tuple(at for at, name in enumerate(names) if getattr(config, name) != getattr(default, name))
+
+
+def _distance(config: Any, default: Any) -> float:
+    """Factors of two between their numbers, and one for everything else in which they differ."""
+    total = 0.0
+    for at in _changed(config, default):
+        name = fields(config)[at].name
+        one, other = getattr(config, name), getattr(default, name)
+        numbers = type(one) is int and type(other) is int and one > 0 and other > 0
+        total += abs(math.log2(one / other)) if numbers else 1.0
+    return total
 
 
 def measure_gpu(

@@ -214,6 +214,29 @@ def test_counts_of_a_report(tmp_path: Path) -> None:
     assert gpu_checks.count(report) == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
 
 
+@pytest.mark.parametrize(("built", "code", "passed"), [(True, 0, True), (False, 0, False), (True, 1, False)])
+def test_a_build_without_the_cuda_module_fails(
+    built: bool, code: int, passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lbs_kernels").mkdir()
+    report = json.dumps({"cuda": {"built": built, "reason": "no nvcc"}})
+    (tmp_path / "lbs_kernels" / "_build_report.json").write_text(report)
+    monkeypatch.setattr(gpu_checks, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_checks, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_checks, "call", lambda command, seconds, **environment: (code, ""))
+    assert gpu_checks.build(10)["passed"] is passed
+
+
+def test_tests_skipped_for_want_of_the_module_are_counted(tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase><skipped message="CUDA module missing: no nvcc"/></testcase>'
+        '<testcase><skipped message="no channels_last there"/></testcase></testsuite></testsuites>'
+    )
+    assert gpu_checks.no_module(report) == 1
+    assert gpu_checks.no_module(tmp_path / "none.xml") == 0
+
+
 def test_the_files_with_gpu_tests_are_found() -> None:
     found = gpu_checks.gpu_files()
     assert {"tests/kernels/test_triton_gpu.py", "tests/pack/test_pack_gpu.py"} <= set(found)
@@ -274,7 +297,8 @@ def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monke
 def test_the_sanitizer_is_given_tests_of_every_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def call(command: list[str], seconds: float) -> tuple[int, str]:
+    def call(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
+        assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         asked.append(command[command.index("-m") :])
         return 0, "1 passed\n========= ERROR SUMMARY: 0 errors"
 
