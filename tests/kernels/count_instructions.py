@@ -32,10 +32,12 @@ def main() -> None:
                     result = compile_problem(problem, target, Path(folder))
                 loop = main_loop(result)
                 length = len(loop.instructions)
+                taps = kernel * kernel
+                idle = -(-taps // config.block_taps) * config.block_taps / taps  # what lies behind the window counts
                 clocks = config.block_m * config.block_o * 32 * config.step_words / clock
                 print(
                     f"{target} | {name} | w{w_bits}a{a_bits} | {config} | {length} | {length / loop.products:.1f} | "
-                    f"{length * config.warps / 4 / clocks:.2f} | {len(instructions(result)) - length} | "
+                    f"{length * config.warps / 4 / clocks * idle:.2f} | {len(instructions(result)) - length} | "
                     f"{result.registers}"
                 )
 
