@@ -73,10 +73,8 @@ def build(seconds: float) -> dict[str, Any]:
     modules = json.loads(report.read_text()) if report.exists() else {}
     doctor_code, doctor = call([sys.executable, "-m", "lbs", "doctor"], 30)
     return {
-        "passed": cuda_code == 0
-        and bool(
-            modules.get("cuda", {}).get("built")
-        ),  # without the CUDA module its tests would all be skipped, and look green
+        # Without the CUDA module its tests would all be skipped, and look green.
+        "passed": cuda_code == 0 and bool(modules.get("cuda", {}).get("built")),
         "ended": "the time was up" if code is None else f"exit code {code}",
         "modules": modules,
         "doctor": doctor.splitlines(),
@@ -94,17 +92,8 @@ def tests(scratch: Path, seconds: float) -> dict[str, Any]:
         return {"passed": False, "reason": NO_PYTEST}
     report = scratch / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-m",
-        "gpu and not slow",
-        f"--junitxml={report}",
-        *PYTEST,
-        *gpu_files(),
-    ]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", f"--junitxml={report}"]
+    command += [*PYTEST, *gpu_files()]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(TEST_PROCESSES)]
     begin = time.monotonic()

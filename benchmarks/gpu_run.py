@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_checks, gpu_targets
+from lbs_kernels.blame import Blame
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("gpu_suite.py")
@@ -54,28 +55,24 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else {}
 
 
-class Attempts:
-    """Tells the parent what a child is about to run, so that a crash names it; what crashed is not tried again."""
+class Attempts(Blame):
+    """Blame across processes: a child writes down what it is about to run, and its parent finds it there."""
 
     def __init__(self, folder: Path, part: str) -> None:
-        self.current, self.broken = folder / f".{part}.now", folder / f".{part}.broken.json"
-        self.skip = set(json.loads(self.broken.read_text())) if self.broken.exists() else set()
+        super().__init__(folder / f".{part}.broken.json")
+        self.current = folder / f".{part}.now"
 
     def __call__(self, name: str) -> bool:
         """Whether to run `name`; recorded if so."""
-        if name in self.skip:
+        if not super().__call__(name):
             return False
         self.current.write_text(name)
         return True
 
     def blame(self) -> str | None:
         """For the parent: what the child was running when it broke, from now on to be left out; None if it is known."""
-        name = self.current.read_text() if self.current.exists() else None
-        if name is None or name in self.skip:
-            return None
-        self.skip.add(name)
-        self.broken.write_text(json.dumps(sorted(self.skip)))
-        return name
+        self.running = self.current.read_text() if self.current.exists() else None
+        return None if self.running in self.broken else self.keep()
 
 
 def header() -> dict[str, Any]:

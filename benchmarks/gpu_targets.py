@@ -119,7 +119,9 @@ def _models(found: list[Row]) -> list[Row]:
 
 def _tests(body: Row) -> Row:
     counts = ", ".join(f"{body[key]} {key}" for key in ("tests", "failures", "errors", "skipped") if key in body)
-    row = _row("every gpu test is green", None, body.get("tests"), counts or str(body.get("reason", "")))
+    left_out = f"; left out: {body['left_out']}" if "left_out" in body else ""
+    detail = (counts or str(body.get("reason", ""))) + left_out
+    row = _row("every gpu test is green", None, body.get("tests"), detail)
     return {**row, "met": body.get("passed") if body else None}
 
 

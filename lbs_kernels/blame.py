@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from lbs_kernels.errors import FormatError
+from lbs_kernels.tuning_table import write_json
 
 
 class Blame:
@@ -44,8 +44,5 @@ class Blame:
         """Write down what ran last as broken, for every later run; its name, or None if nothing ran."""
         if self.running is not None:
             self.broken.add(self.running)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(sorted(self.broken), indent=1) + "\n")
-            os.replace(temporary, self.path)
+            write_json(self.path, sorted(self.broken))
         return self.running

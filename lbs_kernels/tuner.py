@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,18 +138,17 @@ def neighbours(choices: list[Choice], default: Choice) -> list[Choice]:
 
 def _changed(config: Any, default: Any) -> tuple[int, ...]:
     """Places of the fields in which two configurations of one kernel differ."""
-    names = [item.name for item in fields(config)]
-    return tuple(at for at, name in enumerate(names) if getattr(config, name) != getattr(default, name))
+    pairs = zip(astuple(config), astuple(default), strict=True)
+    return tuple(at for at, (one, other) in enumerate(pairs) if one != other)
 
 
 def _distance(config: Any, default: Any) -> float:
     """Factors of two between their numbers, and one for everything else in which they differ."""
     total = 0.0
-    for at in _changed(config, default):
-        name = fields(config)[at].name
-        one, other = getattr(config, name), getattr(default, name)
-        numbers = type(one) is int and type(other) is int and one > 0 and other > 0
-        total += abs(math.log2(one / other)) if numbers else 1.0
+    for one, other in zip(astuple(config), astuple(default), strict=True):
+        if one != other:
+            numbers = type(one) is int and type(other) is int and one > 0 and other > 0
+            total += abs(math.log2(one / other)) if numbers else 1.0
     return total
 
 

@@ -20,6 +20,7 @@ import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -136,9 +137,14 @@ def read(path: Path) -> TuningTable:
 
 
 def write(path: Path, table: TuningTable) -> None:
-    """Write the table whole or not at all: to a temporary name beside `path`, then renamed."""
+    """Write the table whole or not at all."""
+    write_json(path, {"version": TABLE_VERSION, "device": table.device, "rows": table.rows})
+    forget()
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write a file whole or not at all: to a temporary name beside `path`, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {"version": TABLE_VERSION, "device": table.device, "rows": table.rows}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
@@ -150,7 +156,6 @@ def write(path: Path, table: TuningTable) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    forget()
 
 
 def forget() -> None:
