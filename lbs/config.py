@@ -135,7 +135,20 @@ class FinetuneRun(RunConfig):
     milestones: tuple[int, ...] = (80, 120)
     plan: str = ""  # file of a plan; "": the run folder's own
     plan_digest: str = ""
+    teacher: str = ""  # network that `distill` follows, by name; "": the float network itself
+    teacher_weights: str = ""
+    teacher_weights_digest: str = ""
     uniform: tuple[int, ...] = ()  # (weight bits, activation bits) of a uniform baseline instead of a plan
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.teacher) != bool(self.teacher_weights):
+            raise TrainingError(
+                f"teacher {self.teacher!r} with weights {self.teacher_weights!r}: give the name of a network and the "
+                "file of its weights, or neither"
+            )
+        if self.teacher and not self.distill:
+            raise TrainingError(f"teacher {self.teacher!r} is not used at distill=0; give --distill above 0")
 
 
 def from_dict(kind: type[C], body: dict[str, Any], origin: str) -> C:

@@ -21,6 +21,7 @@ class Recipe:
     no limit). A run with a limit depends on the clock, so it is not repeated bit for bit.
     warmup: epochs of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32.
     distill: weight 0..1 of the loss against a teacher's logits softened by `temperature`; the rest is the labels'.
+    ema: what is measured and kept is the running average of the weights, of this decay (0: the weights themselves).
     """
 
     epochs: int
@@ -35,6 +36,7 @@ class Recipe:
     label_smoothing: float = 0.0
     distill: float = 0.0
     temperature: float = 4.0
+    ema: float = 0.0
     amp: str = "off"
     log_every: int = 50
     eval_every: int = 1
@@ -54,6 +56,7 @@ class Recipe:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("distill", 0 <= self.distill <= 1, "in [0, 1]"),
             ("temperature", self.temperature > 0, "above 0"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
             ("amp", self.amp in AMP, f"one of {', '.join(AMP)}"),
             ("log_every", self.log_every >= 1, "1 or more"),
             ("eval_every", self.eval_every >= 1, "1 or more"),

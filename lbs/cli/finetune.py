@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of fine-tuning."""
     add_training(parser, FinetuneRun)
     parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
+    parser.add_argument("--teacher", default=_UNSET, metavar="NAME", help="another network for --distill to follow")
+    parser.add_argument("--teacher-weights", default=_UNSET, metavar="FILE", help="its float weights")
     parser.add_argument(
         "--uniform", type=numbers, default=_UNSET, metavar="W,A", help="one width for all weights, one for activations"
     )

@@ -91,6 +91,7 @@ def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None
         ("label-smoothing", decimal, "label smoothing"),
         ("distill", decimal, "share of the loss against the float network's outputs, 0..1"),
         ("temperature", decimal, "what those outputs are divided by"),
+        ("ema", decimal, "decay of the running average of the weights that is kept; 0: none"),
         ("minutes", decimal, "end the phase, and its learning-rate curve, after these minutes; 0: no limit"),
         ("max-unreadable", decimal, "share of an image folder's files that may be left out, unreadable"),
         ("train-images", int, "train on that many images, drawn by the seed; 0: on all"),
@@ -124,7 +125,7 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     found = {key: value for key, value in vars(args).items() if key not in own}
     if "milestones" in found:  # epochs of this run, not of the full schedule
         found["full_epochs"] = 0
-    for key in ("weights", "plan"):
+    for key in ("weights", "plan", "teacher_weights"):
         if found.get(key):
             found[f"{key}_digest"] = file_digest(found[key])
     return found

@@ -91,6 +91,8 @@ def named_options(args: argparse.Namespace, row: Row) -> Options:
     found = {phase: {k: v for k, v in options.items() if v is not None} for phase, options in named.items()}
     found["search"] |= dict(setting(SearchRun, text) for text in args.search)
     found["finetune"] |= dict(setting(FinetuneRun, text) for text in args.finetune)
+    if "teacher_weights" in found["finetune"]:
+        found["finetune"]["teacher_weights_digest"] = file_digest(found["finetune"]["teacher_weights"])
     return found
 
 

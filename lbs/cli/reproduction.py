@@ -134,7 +134,10 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
 def _without_paths(config: RunConfig) -> dict[str, Any]:
     """A record is read elsewhere: files by their names, which the digests beside them make certain."""
     body = config.as_dict()
-    return {**body, **{key: Path(body[key]).name for key in ("data", "weights", "plan") if body.get(key)}}
+    return {
+        **body,
+        **{key: Path(body[key]).name for key in ("data", "weights", "plan", "teacher_weights") if body.get(key)},
+    }
 
 
 def schedule_text(configs: dict[str, RunConfig], results: dict[str, Any]) -> str:
@@ -152,6 +155,8 @@ def schedule_text(configs: dict[str, RunConfig], results: dict[str, Any]) -> str
     share = configs["finetune"].train_images
     notes = [f"{share} training images"] if share else []
     notes += ["bfloat16 autocast"] if configs["finetune"].amp == "bf16" else []
+    teacher = getattr(configs["finetune"], "teacher", "")
+    notes += [f"distilled from {teacher}"] if teacher else []
     return ", ".join([text, *notes])
 
 

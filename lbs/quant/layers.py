@@ -31,7 +31,7 @@ class QuantLayer(nn.Module):
     def _init_quant(self, w_bits: int, quantizer: Any, standardize: str) -> None:
         if standardize not in STANDARDIZE:
             raise GraphError(f"standardize={standardize!r} is unknown; use one of {', '.join(STANDARDIZE)}")
-        self.w_bits = w_bits
+        self._w_bits = w_bits
         self.standardize = standardize
         self.quantizer = quantizer
         self.w_range = nn.Parameter(torch.tensor(1.0))
@@ -39,6 +39,10 @@ class QuantLayer(nn.Module):
         self.kept: tuple[int, ...] | None = None  # indices among the filters before pruning; None: all
         self.total_filters = int(self.weight.shape[0])
         self.quantize = True  # False while a float model is being observed
+
+    @property
+    def w_bits(self) -> int:
+        return self._w_bits
 
     @property
     def a_bits(self) -> int:

@@ -14,9 +14,14 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, bits: int = 8, signed: bool = False) -> None:
         super().__init__()
-        self.bits = bits
+        self._bits = bits
         self.signed = signed
         self.range = nn.Parameter(torch.tensor(1.0))
+
+    @property
+    def bits(self) -> int:
+        """Width of the codes."""
+        return self._bits
 
     @property
     def zero(self) -> int:
@@ -73,20 +78,25 @@ class InputQuantizer(nn.Module):
         self.bits = 8
         self.signed = False
         self.register_buffer("step_size", torch.tensor(1.0 / 32))
-        self.register_buffer("zero_point", torch.tensor(128, dtype=torch.int64))
+        # An integer, kept as a float: averages of a model's buffers truncate integers.
+        self.register_buffer("zero_point", torch.tensor(128.0))
 
     @property
     def zero(self) -> int:
-        return int(self.zero_point)
+        return round(float(self.zero_point))
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, computed in x's dtype (half precision: in float32)."""
         source = codec.wide(x)
-        return codec.input_codes(source, self.step_size.to(source.dtype), self.zero_point)
+        return codec.input_codes(source, self.step_size.to(source.dtype), self._offset(source))
 
     def values(self, codes: Tensor) -> Tensor:
         """Real values of codes."""
-        return codec.input_values(codes, self.step_size.to(codes.dtype), self.zero_point)
+        return codec.input_values(codes, self.step_size.to(codes.dtype), self._offset(codes))
+
+    def _offset(self, like: Tensor) -> Tensor:
+        """`zero` beside `like` and in its dtype; nothing is read back."""
+        return self.zero_point.round().to(like.dtype)
 
     def units(self, codes: Tensor) -> Tensor:
         """What codes count as in the accumulator: q - zero."""

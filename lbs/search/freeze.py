@@ -22,6 +22,10 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan a searchable, uniform or frozen model follows right now."""
     plan = record_of(model).plan
     layers = []
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SearchLayer):
+                module.observe_filters()
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
         kept = layer.kept

@@ -1,4 +1,8 @@
-"""Threshold gates: the only home of the rule g = 1(A > alpha) (LBS eq. 13-15)."""
+"""Threshold gates: the only home of the rule g = 1(A > alpha) (LBS eq. 13-15).
+
+What a gate holds is a float buffer, whole numbers too: it is saved with the model, and running averages of a model's
+buffers are right, which would truncate integers.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,9 @@ def step(statistic: Tensor, alpha: Tensor) -> Tensor:
 class BitGate(nn.Module):
     """Nested gates of one tensor: gate j opens the step from width j to j + 1; a closed gate closes the later ones.
 
-    Buffers hold what the last active iteration saw, so that an idle gate stands still: `statistic` float [J] and
-    `is_open` bool [J], J = len(chain) - 1. `alpha` float [J] starts at 0: everything open.
+    Buffers hold what the last active iteration saw, so that an idle gate stands still: `statistic` float [J], 1 (above
+    any error) until something was seen, and `is_open` float [J] of 0 and 1, J = len(chain) - 1. `alpha` float [J]
+    starts at 0: everything open.
     """
 
     statistic: Tensor
@@ -49,9 +54,9 @@ class BitGate(nn.Module):
         self.chain = check_chain(chain)
         count = len(self.chain) - 1
         self.alpha = nn.Parameter(torch.zeros(count))
-        self.register_buffer("statistic", torch.full((count,), torch.inf))
-        self.register_buffer("is_open", torch.ones(count, dtype=torch.bool))
-        self.register_buffer("widths", torch.tensor(self.chain), persistent=False)
+        self.register_buffer("statistic", torch.ones(count))
+        self.register_buffer("is_open", torch.ones(count))
+        self.register_buffer("widths", torch.tensor(self.chain, dtype=torch.float32), persistent=False)
         self.level = count  # index of the open width in the chain; mirrors is_open
         self.active = False  # gates decide and learn in this iteration
 
@@ -59,6 +64,15 @@ class BitGate(nn.Module):
     def bits(self) -> int:
         """The width that is open now."""
         return self.chain[self.level]
+
+    def train(self, mode: bool = True) -> BitGate:
+        """As in torch.nn.Module; `level` follows `is_open`, which an average of models may have changed."""
+        self.refresh()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.refresh()
 
     def observe(self, errors: Tensor) -> Tensor:
         """Decide on this batch and return hard gates [J] for the quantizer, differentiable in alpha.
@@ -81,14 +95,14 @@ class BitGate(nn.Module):
 
     def open_level(self) -> Tensor:
         """`level` as an int64 scalar beside `is_open`, which is up to date on a GPU too."""
-        return self.is_open.long().cumprod(0).sum()
+        return (self.is_open > 0.5).long().cumprod(0).sum()
 
     def open_width(self) -> Tensor:
         """`bits` as an int64 scalar beside `is_open`."""
-        return self.widths.index_select(0, self.open_level().reshape(1))[0]
+        return self.widths.index_select(0, self.open_level().reshape(1))[0].long()
 
     def refresh(self) -> None:
-        """Recompute `level` from `is_open` (after loading a state, or to read back what a GPU decided)."""
+        """Read `level` back from where the gates were decided."""
         self.level = int(self.open_level())
 
     def shares(self) -> Tensor:
@@ -104,16 +118,15 @@ class BitGate(nn.Module):
     @torch.no_grad()
     def clamp(self) -> None:
         """alpha in [0, 1.05 A]: a gate far beyond its statistic could never open again."""
-        high = torch.where(self.statistic.isfinite(), 1.05 * self.statistic, torch.full_like(self.statistic, torch.inf))
-        self.alpha.copy_(torch.minimum(self.alpha.clamp(min=0), high))
+        self.alpha.copy_(torch.minimum(self.alpha.clamp(min=0), 1.05 * self.statistic))
 
     @torch.no_grad()
     def close_to(self, level: int) -> None:
         """Force the open width to chain[level] and hold it there."""
         count = len(self.chain) - 1
         self.is_open.copy_(torch.arange(count) < level)
-        finite = torch.where(self.statistic.isfinite(), self.statistic, torch.ones_like(self.statistic))
-        self.alpha.copy_(torch.where(self.is_open, self.alpha.clamp(max=0.9 * finite), finite))
+        below = torch.minimum(self.alpha, 0.9 * self.statistic)
+        self.alpha.copy_(torch.where(self.is_open > 0.5, below, self.statistic))
         self.refresh()
 
     def settle(self) -> None:
@@ -129,7 +142,7 @@ class PruneGate(nn.Module):
     that some rules keep; the others have none.
     """
 
-    forced: Tensor
+    held: Tensor
     score: Tensor
 
     def __init__(self, filters: int, size: int, max_ratio: float, tile: int = 1, scored: bool = False) -> None:
@@ -138,7 +151,7 @@ class PruneGate(nn.Module):
         self.groups = -(-filters // size)
         self.unit = math.lcm(size, tile) // size  # groups that come and go together
         self.alpha = nn.Parameter(torch.zeros(()))
-        self.register_buffer("forced", torch.full((self.groups,), -1, dtype=torch.int8))  # -1 free, 0 closed, 1 open
+        self.register_buffer("held", torch.zeros(self.groups))  # -1 closed, 0 free, 1 open
         if scored:
             self.register_buffer("score", torch.zeros(filters))
         self.statistic = torch.full((self.groups,), torch.inf)
@@ -168,7 +181,8 @@ class PruneGate(nn.Module):
             order = self.statistic.argsort(descending=True, stable=True)
             hard = (order.argsort() < count).to(free.dtype)
         free = hard + (free - free.detach())
-        return torch.where(self.forced >= 0, self.forced.to(free.dtype), free)
+        held = self.held.round()
+        return torch.where(held == 0, free, (held > 0).to(free.dtype))
 
     @property
     def least(self) -> int:
@@ -216,15 +230,15 @@ class PruneGate(nn.Module):
         return min(self.size, self.filters - group * self.size)
 
     @torch.no_grad()
-    def force(self, groups: tuple[int, ...], state: int) -> None:
-        """Hold groups closed (0) or open (1), or let alpha decide (-1)."""
-        self.forced[list(groups)] = state
+    def hold(self, groups: tuple[int, ...], state: int) -> None:
+        """Hold groups closed (-1) or open (1), or let alpha decide (0)."""
+        self.held[list(groups)] = float(state)
         self.shared = None
 
     @torch.no_grad()
     def freeze(self) -> None:
         """Hold the present gates."""
-        self.forced.copy_(self.gates().to(torch.int8))
+        self.held.copy_(2 * self.gates() - 1)
 
     def kept(self) -> tuple[int, ...]:
         """Indices of the filters that live."""

@@ -34,14 +34,17 @@ class SearchQuantizer(ActivationQuantizer):
         super().__init__(chain[-1], signed)
         self.gate = BranchGate(chain) if multi_path else BitGate(chain)
 
+    @property
+    def bits(self) -> int:
+        """The width that is open now."""
+        return self.gate.bits
+
     def forward(self, x: Tensor) -> Tensor:
         gate, v, kind = self.gate, self.range.abs(), "signed" if self.signed else "unsigned"
         if isinstance(gate, BranchGate):
             return gate.mix(x, v, kind) if self.training else gate.branch(x, v, kind, gate.level)
         if self.training and gate.active:
-            y = gated(x, v, gate, kind)
-            self.bits = gate.bits
-            return y
+            return gated(x, v, gate, kind)
         if self.training and x.is_cuda:  # decided on the device, and not read back yet
             return fake.fake_activation(x, v, gate.open_width(), self.signed)  # type: ignore[arg-type]
         return super().forward(x)
@@ -86,6 +89,11 @@ class SearchLayer(QuantLayer):
         self.norm_behind: list[nn.Module] = []  # whose gamma ranks this layer's filters
         self.watches_input = False  # the feeding layer's filters are ranked by what arrives here
 
+    @property
+    def w_bits(self) -> int:
+        """The width of the weights that is open now, or the fixed one."""
+        return self._w_bits if self.w_gate is None else self.w_gate.bits
+
     def own_gate(self) -> PruneGate | None:
         """The gate that closes this layer's own filters."""
         return self.prune if self.prune is not None else next(iter(self.through_gate), None)
@@ -93,9 +101,9 @@ class SearchLayer(QuantLayer):
     def forward(self, x: Tensor) -> Tensor:
         learning = self.training and torch.is_grad_enabled()
         if self.prune is not None:
-            self.prune.shared = None
-            if learning:  # ranked in this iteration's graph, so that the task's gradient reaches what ranks the filters
-                self.observe_filters()
+            # In this iteration's graph, so that the task's gradient reaches what ranks the filters.
+            self.observe_filters()
+            if learning:
                 self.prune.share(IMPORTANCE[self.importance].watches == "gradient")
         if learning and self.watches_input:
             features = x.detach().flatten(2).mean((0, 2)) if x.dim() > 2 else x.detach().mean(0)
@@ -138,7 +146,6 @@ class SearchLayer(QuantLayer):
             quantized = gate.mix(w, v, "weight") if self.training else gate.branch(w, v, "weight", gate.level)
         elif self.training and gate is not None and gate.active:
             quantized = gated(w, v, gate, "weight")
-            self.w_bits = gate.bits
         elif self.training and gate is not None and w.is_cuda:
             quantized = fake.fake_weight(w, v, gate.open_width())  # type: ignore[arg-type]
         else:

@@ -100,18 +100,7 @@ class Ledger:
             else:
                 choice.gate.level = level
                 if errors:
-                    finite = torch.nan_to_num(choice.gate.statistic, posinf=1.0)
-                    choice.errors = tuple(finite.tolist())
-        self._sync()
-
-    def _sync(self) -> None:
-        """Layers compute with the width their gate has open."""
-        for name, choice in self._weights.items():
-            if self.layers[name].w_bits != choice.amount:
-                self.layers[name].w_bits = choice.amount
-        for name, choice in self._activations.items():
-            if self.layers[name].quantizer.bits != choice.amount:
-                self.layers[name].quantizer.bits = choice.amount
+                    choice.errors = tuple(choice.gate.statistic.tolist())
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -119,11 +108,10 @@ class Ledger:
         for choice in self.choices:
             if choice.kind == "filters":
                 count = choice.gate.open_groups(choice.level)
-                choice.gate.force(choice.order[:count], 1)
-                choice.gate.force(choice.order[count:], 0)
+                choice.gate.hold(choice.order[:count], 1)
+                choice.gate.hold(choice.order[count:], -1)
             else:
                 choice.gate.close_to(choice.level)
-        self._sync()
 
     def price(self, quantity: Quantity, entry: LayerPlan) -> float:
         """What a layer costs under the present choices."""

@@ -204,6 +204,11 @@ def _start_of_finetuning(
 def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Module | None:
     if not config.distill:
         return None
+    if config.teacher:
+        teacher = network.build(config.teacher, card.num_classes)
+        network.load_float(teacher, Path(config.teacher_weights), card)
+        network.check_images(teacher, card, torch.device("cpu"))
+        return teacher
     path = network.weights_path(config.weights, folder)
     if path is None:
         raise TrainingError(f"--distill {config.distill} needs the float network; give --weights FILE")

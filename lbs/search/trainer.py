@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lbs.data import Loader
 from lbs.recipe import Recipe
@@ -90,12 +91,15 @@ class Trainer:
     ) -> None:
         if recipe.distill and teacher is None:
             raise TrainingError(f"distill={recipe.distill} needs a teacher; give the float model, or distill=0")
+        if recipe.ema and budget is not None:
+            raise TrainingError(f"ema={recipe.ema}: a search goes by the weights as they are; average in fine-tuning")
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = next(model.parameters()).device
         self.train, self.test, self.recipe, self.phase = train, test, recipe, phase
         self.budget, self.folder, self.progress = budget, folder, progress
         self.observe, self.stop = observe, stop
         self.teacher = teacher.to(self.device).eval() if recipe.distill and teacher is not None else None
+        self.average = running_average(self.model, recipe.ema) if recipe.ema else None
         self.optimizer = torch.optim.SGD(
             groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
         )
@@ -150,12 +154,19 @@ class Trainer:
             self._seconds = time.monotonic() - started
             self.save()
             saved = time.monotonic()
+        if self.average is not None:
+            self.model.load_state_dict(self.kept.state_dict())
         if self.progress:
             self.progress.end()
         best_accuracy, best_epoch = self.best or (None, None)
         return TrainResult(
             self.phase, self.epoch, self.step, self.loss, self.accuracy, best_accuracy, best_epoch, self._seconds
         )
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is measured, and that `model` holds in the end."""
+        return self.model if self.average is None else self.average.module
 
     def _over(self) -> bool:
         """Whether the minutes are used up; all processes go by the clock of rank 0."""
@@ -178,6 +189,8 @@ class Trainer:
         self.optimizer.step()
         if self.budget is not None:
             self.budget.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.step += 1
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
@@ -254,17 +267,19 @@ class Trainer:
         if distributed.anywhere(not self.loss < float("inf") or not finite_weights(self.model), self.device):
             self._stop()
         distributed.share_norms(self.model)
+        if self.average is not None:
+            distributed.share_norms(self.average)
         if distributed.active():
             distributed.check_agreement(self._digests())
         self.epoch += 1
         last = self.finished or self.epoch == self.recipe.epochs
         measured = self.test is not None and (last or self.epoch % self.recipe.eval_every == 0)
         if measured and self.test is not None:
-            self.accuracy = evaluate(self.model, self.test)
+            self.accuracy = evaluate(self.kept, self.test)
             if self.best is None or self.accuracy > self.best[0]:
                 self.best = (self.accuracy, self.epoch)
                 if self.folder:
-                    checkpoint.save_weights(self.folder.best(self.phase), self.model)
+                    checkpoint.save_weights(self.folder.best(self.phase), self.kept)
         row = {
             "phase": self.phase,
             "kind": "epoch",
@@ -285,6 +300,7 @@ class Trainer:
         """What must be equal on all processes after an epoch: weights, gates, ranges, momentum, budget."""
         tensors = {
             **self.model.state_dict(),
+            **_prefixed("average of", self._average()),
             **_prefixed("momentum of", checkpoint.optimizer_tensors(self.optimizer, self.model)),
         }
         found = {name: checkpoint.digest({name: value.detach().cpu()}) for name, value in tensors.items()}
@@ -293,6 +309,9 @@ class Trainer:
         if self.observe is not None:
             found |= {f"plan ({key})": str(value) for key, value in self.observe().items()}
         return found
+
+    def _average(self) -> dict[str, Tensor]:
+        return {} if self.average is None else self.average.state_dict()
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.observe is not None:
@@ -315,6 +334,7 @@ class Trainer:
                 raise self._not_finite(first_nonfinite(self.model, self._images))
         tensors = {
             **_prefixed("model", self.model.state_dict()),
+            **_prefixed("average", self._average()),
             **_prefixed("momentum", checkpoint.optimizer_tensors(self.optimizer, self.model)),
             **_prefixed("random", checkpoint.random_tensors()),
             "sums": self._sums,
@@ -343,6 +363,8 @@ class Trainer:
         if state.get("phase") != self.phase:
             raise CheckpointError(f"{path} is of the phase {state.get('phase')!r}, not {self.phase!r}")
         checkpoint.apply_weights(self.model, _below("model", tensors), path)
+        if self.average is not None:
+            checkpoint.apply_weights(self.average, _below("average", tensors), path)
         checkpoint.restore_optimizer(self.optimizer, self.model, _below("momentum", tensors))
         self.train.load_state_dict(state["loader"])
         if self.budget is not None:
@@ -356,6 +378,20 @@ class Trainer:
         self._sums.copy_(tensors["sums"])
         self.folder.keep_metrics(self.phase, self.step)
         checkpoint.restore_random(_below("random", tensors))
+
+
+def running_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The average of a model's weights and norm statistics; call `update_parameters` after every step.
+
+    The decay rises to `decay` as (1 + n) / (10 + n) over the updates n, so that the weights training began with are
+    soon forgotten. Nothing is read back from the device.
+    """
+
+    def update(averaged: Any, present: Any, updates: Tensor | int) -> None:
+        count = int(updates)  # on the host
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, present, updates)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def default_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

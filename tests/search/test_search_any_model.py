@@ -75,7 +75,7 @@ def test_blocks_are_searched_frozen_and_packed_equal(kind: str) -> None:
     assert len(budget.prune_gates()) == PRUNABLE[kind]
     train(model, budget, 2, x)
     for gate in budget.prune_gates():
-        gate.force((int(gate.statistic.argmin()),), 0)
+        gate.hold((int(gate.statistic.argmin()),), -1)
     budget.finish()
     frozen = lbs.calibrate(freeze(model), [x], bits=None).eval()
     packed = lbs.pack(frozen)
@@ -202,6 +202,37 @@ def test_exponential_moving_averages(stage: str) -> None:
         torch.testing.assert_close(average.module.fc.weight, before + 0.5)
     average.eval()
     assert lbs.verify(average.module, lbs.pack(average.module), images(4, 1)).ok
+
+
+def test_a_searched_model_is_restored_by_its_state_dict() -> None:
+    model = digits()
+    budget = Budget(model, bops=0.02)
+    train(model, budget, 2, images(4, 1))
+    budget.prune_gates()[0].hold((0,), -1)
+    budget.finish()
+    other = digits()
+    other.load_state_dict(model.state_dict())
+    assert plan_of(other) == plan_of(model)
+    assert plan_of(other).bops() == budget.value()
+    assert any(entry.kept_filters < entry.filters for entry in plan_of(model).layers)
+    assert torch.equal(other.eval()(images(4, 1)), model.eval()(images(4, 1)))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_an_average_follows_the_gates_of_a_search(buffers: bool) -> None:
+    model = digits().train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=buffers)
+    budget = Budget(model, bops=0.02)
+    train(model, budget, 2, images(4, 1))
+    budget.prune_gates()[0].hold((0,), -1)
+    budget.finish()
+    for _ in range(40):  # .9^40 < .02: every gate is past the half
+        average.update_parameters(model)
+    average.eval()
+    assert plan_of(average.module) == plan_of(model)
+    frozen = freeze(average.module).eval()
+    torch.testing.assert_close(frozen(images(4, 1)), average(images(4, 1)), rtol=1e-4, atol=1e-5)
+    assert lbs.verify(frozen, lbs.pack(frozen), images(4, 1)).ok
 
 
 def test_copies_of_searchable_and_frozen_models_compute_the_same_and_train_apart() -> None:

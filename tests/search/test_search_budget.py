@@ -13,7 +13,7 @@ from lbs.quant.calibrate import calibrate
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.gates import BitGate, PruneGate
-from lbs.search.layers import SearchLayer, SearchQuantizer
+from lbs.search.layers import SearchLayer
 from lbs.search.prepare import SearchConfig, prepare
 from lbs_kernels.errors import PlanError
 
@@ -48,10 +48,6 @@ def scatter_gates(model: nn.Module, seed: int) -> None:
         for gate in gates:
             if gate is not None:
                 gate.close_to(int(torch.randint(0, len(gate.chain), (), generator=generator)))
-        if layer.w_gate is not None:
-            layer.w_bits = layer.w_gate.bits
-        if isinstance(layer.quantizer, SearchQuantizer):
-            layer.quantizer.bits = layer.quantizer.gate.bits
         if layer.prune is not None:
             ordered = layer.prune.statistic.detach().sort().values
             with torch.no_grad():

@@ -48,13 +48,11 @@ def decide(model: nn.Module, seed: int) -> None:
             continue
         if layer.w_gate is not None:
             layer.w_gate.close_to(pick(3))
-            layer.w_bits = layer.w_gate.bits
         if isinstance(layer.quantizer, SearchQuantizer):
             layer.quantizer.gate.close_to(pick(3))
-            layer.quantizer.bits = layer.quantizer.gate.bits
         if layer.prune is not None:
             weakest = layer.prune.statistic.argsort(stable=True).tolist()
-            layer.prune.force(tuple(weakest[: pick(layer.prune.groups - layer.prune.least + 1)]), 0)
+            layer.prune.hold(tuple(weakest[: pick(layer.prune.groups - layer.prune.least + 1)]), -1)
 
 
 @pytest.mark.parametrize("name", ["preresnet20", "cifar_resnet20", "digits_resnet8"])
@@ -95,7 +93,7 @@ def test_masked_equals_cut_in_float32() -> None:
 def test_norms_lose_the_same_channels() -> None:
     model = searchable()
     decide(model, 1)
-    model.get_submodule("layer1.0.conv1").prune.force((2,), 0)  # type: ignore[union-attr,operator]
+    model.get_submodule("layer1.0.conv1").prune.hold((2,), -1)  # type: ignore[union-attr,operator]
     frozen = freeze(model)
     kept = plan_of(model).layer("layer1.0.conv1").kept
     assert kept is not None
@@ -170,7 +168,7 @@ def test_rebuilt_from_files() -> None:
 def test_a_frozen_model_can_be_frozen_again() -> None:
     model = searchable().eval()
     decide(model, 1)
-    model.get_submodule("layer1.0.conv1").prune.force((1,), 0)  # type: ignore[union-attr,operator]
+    model.get_submodule("layer1.0.conv1").prune.hold((1,), -1)  # type: ignore[union-attr,operator]
     frozen = freeze(model)
     x = images("digits_resnet8")
     assert torch.equal(freeze(frozen)(x), frozen(x))

@@ -144,9 +144,9 @@ def test_weights_or_gammas_of_zero_leave_filters() -> None:
 def test_levels_count_units_of_groups_and_force_holds() -> None:
     gate = prune_gate([0.4, 0.2, 0.2, 0.9])
     assert (gate.levels, [gate.open_groups(level) for level in range(3)]) == (3, [2, 3, 4])
-    gate.force((1, 2), 0)
+    gate.hold((1, 2), -1)
     assert gate.kept() == (0, 1, 6, 7)
-    gate.force((1,), -1)
+    gate.hold((1,), 0)
     assert gate.kept() == (0, 1, 2, 3, 6, 7)
 
 

@@ -77,7 +77,7 @@ def test_copies_are_independent() -> None:
     gate = twin.get_submodule("layer1.0.conv1").prune
     assert twin.get_submodule("layer1.0.conv2").input_gate[0] is gate  # type: ignore[index,union-attr]
     with torch.no_grad():
-        gate.force((0,), 0)  # type: ignore[union-attr,operator]
+        gate.hold((0,), -1)  # type: ignore[union-attr,operator]
     assert plan_of(twin).layer("layer1.0.conv1").kept == tuple(range(4, 16))
     assert plan_of(searched).layer("layer1.0.conv1").kept is None
 

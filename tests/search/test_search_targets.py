@@ -131,17 +131,18 @@ def test_derivatives_are_increments_between_neighbours(kind: str) -> None:
     of_width, of_filters = torch.autograd.grad(budget.cost(), alphas)
     by_bits = []
     for level in (0, 1):
-        layer.w_bits = layer.w_gate.chain[level]
-        layer.w_gate.level, layer.w_gate.is_open = level, torch.tensor([level > 0, False])
+        layer.w_gate.is_open.copy_(torch.tensor([level > 0, False]))
+        layer.w_gate.refresh()
         by_bits.append(measure(model))
-    layer.w_gate.level, layer.w_gate.is_open, layer.w_bits = 2, torch.tensor([True, True]), 8
+    layer.w_gate.is_open.fill_(1)
+    layer.w_gate.refresh()
     s = torch.sigmoid(layer.w_gate.statistic - layer.w_gate.alpha.detach()).double()
     to_two, to_four = by_bits[1] - by_bits[0], total - by_bits[1]
     expected = -s * (1 - s) * torch.tensor([to_two + to_four, to_four], dtype=torch.float64)
     torch.testing.assert_close(of_width.double(), expected, rtol=1e-5, atol=0)
-    layer.prune.force((0,), 0)
+    layer.prune.hold((0,), -1)
     slope = (total - measure(model)) / layer.prune.size
-    layer.prune.force((0,), -1)
+    layer.prune.hold((0,), 0)
     s = torch.sigmoid(layer.prune.statistic.detach() - layer.prune.alpha.detach()).double()
     torch.testing.assert_close(of_filters.double(), -(s * (1 - s)).sum() * layer.prune.size * slope, rtol=1e-5, atol=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 import lbs.data
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
-from lbs.search import Budget, SearchConfig, checkpoint, parameter_groups, prepare
-from lbs.search.trainer import Trainer, evaluate
+from lbs.search import Budget, SearchConfig, checkpoint, parameter_groups, prepare, uniform
+from lbs.search.trainer import Trainer, _below, evaluate
 from lbs_kernels.errors import CheckpointError, DataError, TrainingError
 
 
@@ -72,6 +73,9 @@ def make(folder: RunFolder | None, kind: str, progress: Any = None, **changes: A
     model: nn.Module = Small()
     recipe = Recipe(**{"epochs": 3, "lr": 0.05, "log_every": 2, "checkpoint_seconds": 0.0, **changes})
     budget = groups = None
+    if kind == "averaged":
+        images, _ = next(iter(lbs.data.eval_loader(DATA, 16)))
+        model, recipe = lbs.calibrate(uniform(model, images, 4, 4), [images]), replace(recipe, ema=0.9)
     if kind == "search":
         model = prepare(model, torch.zeros(1, 1, 8, 8), SearchConfig(group_size=2))
         groups = parameter_groups(model, recipe.lr, gate_lr=0.05, prune_lr=0.1)
@@ -94,7 +98,7 @@ def rows(folder: RunFolder) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in folder.metrics()]
 
 
-@pytest.mark.parametrize("kind", ["float", "search"])
+@pytest.mark.parametrize("kind", ["float", "search", "averaged"])
 @pytest.mark.parametrize("kill", [3, 6, 7, 17])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, kill: int) -> None:
     """6 steps an epoch: killed inside the first, at its end, just behind it, and inside the last."""
@@ -112,6 +116,33 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, kill: int) 
     assert (again.loss, again.accuracy, again.best_accuracy) == (result.loss, result.accuracy, result.best_accuracy)
     assert rows(parts) == rows(whole)
     assert [row["step"] for row in rows(whole) if row["kind"] == "step"] == list(range(2, 19, 2))
+
+
+def test_the_running_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
+    """Against the recurrence e <- k e + (1 - k) w, k = min(decay, (1 + n) / (10 + n)), e the weights at n = 0."""
+    folder = RunFolder(tmp_path)
+    trainer = make(folder, "averaged")
+    name, expected, seen = "conv1.weight", torch.zeros(()), 0
+
+    class Follow(KillAt):
+        def advance(self, steps: int) -> None:
+            nonlocal expected, seen
+            now = trainer.model.get_parameter(name).detach().double()
+            keep = min(0.9, (1 + seen) / (10 + seen)) if seen else 0.0
+            expected, seen = keep * expected + (1 - keep) * now, seen + 1
+
+    trainer.progress = Follow(0)
+    result = trainer.fit()
+    assert seen == 18
+    torch.testing.assert_close(trainer.model.get_parameter(name).detach().double(), expected, rtol=1e-6, atol=1e-7)
+    assert result.accuracy == evaluate(trainer.model, lbs.data.eval_loader(DATA, 16))
+    saved = _below("model", checkpoint.load(folder.checkpoint("averaged"))[0])
+    assert not torch.equal(saved[name], trainer.model.state_dict()[name])  # training goes on from the weights
+
+
+def test_a_search_averages_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"ema=0\.9: a search goes by the weights"):
+        make(None, "search", ema=0.9)
 
 
 def test_a_phase_that_reached_its_goal_stops_there(tmp_path: Path) -> None:
