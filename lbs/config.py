@@ -172,41 +172,50 @@ def from_dict(kind: type[C], body: dict[str, Any], origin: str) -> C:
     return config
 
 
-def refuse_changes(saved: RunConfig, asked: dict[str, Any], origin: str) -> None:
-    """Refuse options that differ from the run that is to go on.
+def refuse_changes(saved: Sequence[tuple[RunConfig, dict[str, Any]]], origin: str) -> None:
+    """Refuse options that differ from the run that is to go on: pairs of what was saved and what is asked.
 
     Raises:
-        TrainingError: names every option with both values.
+        TrainingError: names every option of every command with both values.
     """
-    known = asdict(saved)
-    unknown = sorted(asked.keys() - known.keys())
-    if unknown:
-        raise TrainingError(f"--resume: unknown options {', '.join(unknown)}; leave them out")
-    differing = (key for key in sorted(asked) if known[key] != asked[key])
-    changed = [f"{key} {known[key]!r}, asked is {asked[key]!r}" for key in differing]
+    changed = []
+    for config, asked in saved:
+        known = asdict(config)
+        unknown = sorted(asked.keys() - known.keys())
+        if unknown:
+            raise TrainingError(f"--resume: unknown options {', '.join(unknown)}; leave them out")
+        differing = (key for key in sorted(asked) if known[key] != asked[key])
+        changed += [f"{config.command} has {key} {known[key]!r}, asked is {asked[key]!r}" for key in differing]
     if changed:
         raise TrainingError(
-            f"--resume with another configuration; {origin} has {'; '.join(changed)}. "
+            f"--resume with another configuration; in {origin} {'; '.join(changed)}. "
             "Leave these options out to go on, or start in a new run folder"
         )
 
 
-def open_run(kind: type[C], folder: RunFolder, asked: dict[str, Any], resume: bool, inherit: str = "") -> C:
+def open_run(
+    kind: type[C], folder: RunFolder, asked: dict[str, Any], resume: bool, inherit: str = "", processes: int = 1
+) -> C:
     """The configuration of a command in its run folder, written to config.json when the command starts anew.
 
     Arguments:
         asked: the options the user named. inherit: a command in whose section data, model and pixel statistics are
-            looked up where they are not named.
+            looked up where they are not named. processes: how many train together.
 
     Raises:
-        TrainingError: nothing to resume; another configuration; or the folder holds such a run and `resume` is off.
+        TrainingError: nothing to resume; another configuration or number of processes; or the folder holds such a run
+            and `resume` is off.
     """
-    found: C = open_runs(((kind, asked),), folder, resume, inherit)[0]  # type: ignore[assignment]
+    found: C = open_runs(((kind, asked),), folder, resume, inherit, processes)[0]  # type: ignore[assignment]
     return found
 
 
 def open_runs(
-    wanted: Sequence[tuple[type[RunConfig], dict[str, Any]]], folder: RunFolder, resume: bool, inherit: str = ""
+    wanted: Sequence[tuple[type[RunConfig], dict[str, Any]]],
+    folder: RunFolder,
+    resume: bool,
+    inherit: str = "",
+    processes: int = 1,
 ) -> list[RunConfig]:
     """As `open_run` for several commands, whose sections are written at once: all of them are there, or none.
 
@@ -215,9 +224,19 @@ def open_runs(
     """
     path = folder.file("config.json")
     sections: dict[str, Any] = dict(read_json(path)) if path.exists() else {}
+    found = sections.get("processes")
+    begun = dict(found) if isinstance(found, dict) else {}
     if resume:
-        return [_saved(kind, sections, asked, folder) for kind, asked in wanted]
-    configs = []
+        saved = [_saved(kind, sections, folder) for kind, _ in wanted]
+        refuse_changes([(config, asked) for config, (_, asked) in zip(saved, wanted, strict=True)], str(path))
+        for config in saved:
+            if begun.get(config.command, processes) != processes:
+                raise TrainingError(
+                    f"--resume with {processes} processes; the {config.command} in {path} was begun with "
+                    f"{begun[config.command]}, and another number trains otherwise. Start as many to go on"
+                )
+        return saved
+    configs: list[RunConfig] = []
     for kind, asked in wanted:
         if any(folder.checkpoint(phase).exists() for phase in kind.phases):
             raise TrainingError(
@@ -230,17 +249,16 @@ def open_runs(
                 raise TrainingError(f"--{name} is missing and {folder.path} holds no run to take it from; name it")
         configs.append(config)
     new = {config.command: config.as_dict() for config in configs}
-    write_json(path, {**sections, "version": CONFIG_VERSION, **new})
+    begun |= dict.fromkeys(new, processes)
+    write_json(path, {**sections, "version": CONFIG_VERSION, "processes": begun, **new})
     return configs
 
 
-def _saved(kind: type[C], sections: dict[str, Any], asked: dict[str, Any], folder: RunFolder) -> C:
+def _saved(kind: type[C], sections: dict[str, Any], folder: RunFolder) -> C:
     section, path = sections.get(kind.command), folder.file("config.json")
     if section is None:
         raise TrainingError(f"{folder.path} holds no {kind.command} to resume; start it without --resume")
-    saved = from_dict(kind, section, f"{path}, section {kind.command}")
-    refuse_changes(saved, asked, f"{path}, section {kind.command},")
-    return saved
+    return from_dict(kind, section, f"{path}, section {kind.command}")
 
 
 def _tuples(value: Any) -> Any:

@@ -35,7 +35,10 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError(f"--uniform {options['uniform']}: give two widths, weights and activations, such as 4,4")
     if options.get("uniform") and options.get("plan"):
         raise PlanError("--uniform and --plan both name the bits; leave one of them out")
-    config = distributed.first(lambda: open_run(FinetuneRun, current.folder, options, args.resume, inherit="search"))
+    processes = distributed.world_size()
+    config = distributed.first(
+        lambda: open_run(FinetuneRun, current.folder, options, args.resume, inherit="search", processes=processes)
+    )
     current.folder.note_environment()
     section = run_finetune(config, current)
     if section["accuracy"] is not None:

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     row = row_named(args.row)
     args.run = args.run or f"runs/{row.name}-seed{args.seed or 0}"
     current = session(args, out)
-    configs = distributed.first(lambda: open_row(row, named_options(args, row), current.folder, args.resume))
+    processes = distributed.world_size()
+    configs = distributed.first(lambda: open_row(row, named_options(args, row), current.folder, args.resume, processes))
     current.folder.note_environment()
     record = reproduce(row, configs, current)
     if args.record is not None:

@@ -22,7 +22,7 @@ Options = dict[str, dict[str, Any]]
 C = TypeVar("C", bound=RunConfig)
 
 
-def open_row(row: Row, named: Options, folder: RunFolder, resume: bool) -> dict[str, RunConfig]:
+def open_row(row: Row, named: Options, folder: RunFolder, resume: bool, processes: int = 1) -> dict[str, RunConfig]:
     """The configuration of each phase by its command: the row's, changed by what the user named.
 
     Raises:
@@ -37,7 +37,7 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool) -> dict[
         if kind is SearchRun and "mode" in asked:
             mode_settings(asked["mode"])  # before anything is trained
         wanted.append((kind, asked))
-    return {config.command: config for config in open_runs(wanted, folder, resume)}
+    return {config.command: config for config in open_runs(wanted, folder, resume, processes=processes)}
 
 
 def _of_row(row: Row, command: str) -> dict[str, Any]:

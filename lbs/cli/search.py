@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     options = asked(args)
     if not args.resume and not any(name in options for name in TARGETS):
         raise PlanError(NO_TARGET)
-    config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume))
+    processes = distributed.world_size()
+    config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume, processes=processes))
     current.folder.note_environment()
     section = run_search(config, current)
     out.say(

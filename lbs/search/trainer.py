@@ -236,10 +236,13 @@ class Trainer:
         raise self._not_finite(where)
 
     def _not_finite(self, where: str) -> TrainingError:
-        kept = f"; the last good checkpoint is {self.folder.checkpoint(self.phase)}" if self.folder else ""
+        kept, again = "", "start the phase again"
+        if self.folder and self.folder.checkpoint(self.phase).exists():
+            kept = f"; the last good checkpoint is {self.folder.checkpoint(self.phase)}"
+            again = "start in a new run folder: this one goes on as it began"
         return TrainingError(
             f"{self.phase}: the loss of step {self.step} (epoch {self.epoch}) is not finite; {where}{kept}. "
-            f"Lower --lr (now {self.recipe.lr:g}) and start the phase again"
+            f"Lower --lr (now {self.recipe.lr:g}) and {again}"
         )
 
     def _write_step(self) -> None:

@@ -40,11 +40,13 @@ def test_files_of_other_releases_and_edited_ones_are_refused(change: dict[str, A
 
 
 def test_every_changed_option_is_named() -> None:
-    refuse_changes(CONFIG, {"bops": 0.03, "model": "m"}, "config.json")
-    with pytest.raises(TrainingError, match=r"bits \(2, 4, 8\), asked is \(2, 4\); lr 0.001, asked is 0.5"):
-        refuse_changes(CONFIG, {"lr": 0.5, "bits": (2, 4), "bops": 0.03}, "config.json")
+    tuning = FinetuneRun(data="digits", model="m")
+    refuse_changes([(CONFIG, {"bops": 0.03, "model": "m"}), (tuning, {"model": "m"})], "config.json")
+    message = r"search has bits \(2, 4, 8\), asked is \(2, 4\); .*lr 0.001, asked is 0.5; finetune has epochs 200, .* 3"
+    with pytest.raises(TrainingError, match=message):
+        refuse_changes([(CONFIG, {"lr": 0.5, "bits": (2, 4), "bops": 0.03}), (tuning, {"epochs": 3})], "config.json")
     with pytest.raises(TrainingError, match="unknown options wings"):
-        refuse_changes(CONFIG, {"wings": 2}, "config.json")
+        refuse_changes([(CONFIG, {"wings": 2})], "config.json")
 
 
 def test_open_run_starts_resumes_and_protects(tmp_path: Path) -> None:
@@ -65,7 +67,25 @@ def test_open_run_starts_resumes_and_protects(tmp_path: Path) -> None:
         open_run(SearchRun, folder, asked, resume=True)
     tuned = open_run(FinetuneRun, folder, {"epochs": 2}, resume=False, inherit="search")
     assert (tuned.data, tuned.model, tuned.epochs, tuned.seed) == ("digits", "m", 2, 0)
-    assert read_json(folder.file("config.json")).keys() == {"version", "search", "finetune"}
+    assert read_json(folder.file("config.json")).keys() == {"version", "processes", "search", "finetune"}
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    asked = {"data": "digits", "model": "m", "bops": 0.03}
+    started = open_run(SearchRun, folder, asked, resume=False, processes=2)
+    assert open_run(SearchRun, folder, {}, resume=True, processes=2) == started
+    with pytest.raises(TrainingError, match=r"--resume with 1 processes; the search in .* was begun with 2"):
+        open_run(SearchRun, folder, {}, resume=True)
+    open_run(FinetuneRun, folder, {}, resume=False, inherit="search")  # another command may go on with one
+    assert read_json(folder.file("config.json"))["processes"] == {"search": 2, "finetune": 1}
+
+
+def test_a_teacher_has_a_name_weights_and_something_to_teach() -> None:
+    with pytest.raises(TrainingError, match="give the name of a network and the file"):
+        FinetuneRun(teacher="cifar_resnet56", distill=0.5)
+    with pytest.raises(TrainingError, match="is not used at distill=0"):
+        FinetuneRun(teacher="cifar_resnet56", teacher_weights="a.pth")
 
 
 def test_damaged_files_name_the_way_out(tmp_path: Path) -> None:

@@ -198,13 +198,35 @@ def test_a_uniform_row_starts_from_the_weights_that_were_named(home: Path, lbs_c
     assert json.loads((home / "copy.json").read_text()) == record
 
 
+def test_another_network_teaches_and_the_average_is_kept(home: Path, lbs_command: Command) -> None:
+    line = "reproduce tiny-uniform-4 --out taught --weights whole/float.safetensors --schedule 1 --threads 1"
+    teacher = "--finetune teacher=tiny_reproduced:Net --finetune teacher_weights=whole/float.safetensors"
+    code, record, errors = lbs_command(f"{line} --distill 0.5 --finetune ema=0.9 {teacher}")
+    assert code == 0, errors
+    assert record["verified"]
+    assert record["schedule"] == "1 of 200 epochs, 256 training images, distilled from tiny_reproduced:Net"
+    config = record["config"]["finetune"]
+    assert config["teacher_weights"] == "float.safetensors"
+    assert config["teacher_weights_digest"] == record["config"]["float"]["weights_digest"]
+    kept = checkpoint.load_weights(home / "taught/model.safetensors")
+    trained, _ = checkpoint.load(home / "taught/checkpoints/finetune.safetensors")
+    assert torch.equal(kept["fc.weight"], trained["average/module.fc.weight"])
+    assert not torch.equal(kept["fc.weight"], trained["model/fc.weight"])
+    code, body, _ = lbs_command(
+        f"{line.replace('taught', 'other')} --distill 0.5 {teacher.replace('whole/float', 'no')}"
+    )
+    assert code == 2
+    assert "no.safetensors cannot be read" in body["error"]
+
+
 def test_a_resumed_row_names_everything_that_differs(home: Path, lbs_command: Command) -> None:
     before = {path: path.read_bytes() for path in (home / "whole").rglob("*") if path.is_file()}
     code, body, _ = lbs_command("reproduce tiny --out whole --resume --seed 3 --schedule 4+2")
     assert code == 2
-    assert "seed 0, asked is 3" in body["error"]
+    assert "float has seed 0, asked is 3; search has epochs 2, asked is 4" in body["error"]
+    assert "finetune has seed 0, asked is 3" in body["error"]
     code, body, _ = lbs_command("reproduce tiny --out whole --resume --search gain=0.5")
-    assert "section search, has gain 0.004, asked is 0.5" in body["error"]
+    assert "search has gain 0.004, asked is 0.5" in body["error"]
     code, body, _ = lbs_command("reproduce tiny-uniform-4 --out whole --resume")
     assert "row 'tiny', asked is 'tiny-uniform-4'" in body["error"]
     code, body, _ = lbs_command(f"reproduce tiny --out whole {LINE}")
