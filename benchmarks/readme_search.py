@@ -9,6 +9,7 @@ Body = dict[str, Any]
 HEADS = [
     "row",
     "schedule (epochs of search + fine-tuning)",
+    "learning rate, distillation; filters",
     "seeds",
     "top-1, last epoch",
     "best epoch",
@@ -27,10 +28,10 @@ LEGEND = (
 
 
 def search_tables(records: dict[str, Body]) -> list[tuple[str, list[list[str]]]]:
-    """Title and rows under `HEADS` for each network: one row for all seeds of a row, budget and schedule."""
+    """Title and rows under `HEADS` for each network: one row for all seeds of a row, budget, schedule and recipe."""
     groups: dict[tuple[Any, ...], list[Body]] = {}
     for _, body in sorted(records.items()):
-        key = (body["network"], body["float_top1"], body["target_bops"] or 0, body["row"], body["schedule"])
+        key = (body["network"], body["float_top1"], body["target_bops"] or 0, body["row"], body["schedule"], _recipe(body))
         groups.setdefault(key, []).append(body)
     tables = []
     for network, float_top1 in sorted({key[:2] for key in groups}):
@@ -45,6 +46,7 @@ def _row(group: list[Body]) -> list[str]:
     return [
         first["row"],
         first["schedule"],
+        _recipe(first),
         ", ".join(str(seed) for seed in sorted(body["seeds"]["finetune"] for body in group)),
         _spread([body["fine_tuned_top1"] for body in group]),
         _spread([body["best_epoch_top1"] for body in group]),
@@ -55,6 +57,16 @@ def _row(group: list[Body]) -> list[str]:
         ", ".join(dict.fromkeys(str(len(body["pruned_layers"])) for body in group)),
         f"{published['top1']:.1f} at {published['bops'] / 1e6:.1f}M" if published else "",
     ]
+
+
+def _recipe(body: Body) -> str:
+    """What one chooses beside the schedule."""
+    tuned, search = body["config"]["finetune"], body["config"].get("search")
+    text = f"{tuned['lr']:g}, {tuned['distill']:g}"
+    text += f", decay {tuned['weight_decay']:g}" if tuned["weight_decay"] != 1e-4 else ""
+    text += f", average {tuned['ema']:g}" if tuned.get("ema") else ""
+    searched = search and search["pruning"] and search["mode"] not in ("quantization-only", "greedy")
+    return f"{text}; {search['prune_lr']:g} by {search['importance']}" if searched else text
 
 
 def _spread(values: list[float]) -> str:
