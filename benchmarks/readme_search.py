@@ -31,7 +31,8 @@ def search_tables(records: dict[str, Body]) -> list[tuple[str, list[list[str]]]]
     """Title and rows under `HEADS` for each network: one row for all seeds of a row, budget, schedule and recipe."""
     groups: dict[tuple[Any, ...], list[Body]] = {}
     for _, body in sorted(records.items()):
-        key = (body["network"], body["float_top1"], body["target_bops"] or 0, body["row"], body["schedule"], _recipe(body))
+        budget = body["target_bops"] or 0
+        key = (body["network"], body["float_top1"], budget, body["row"], body["schedule"], _recipe(body))
         groups.setdefault(key, []).append(body)
     tables = []
     for network, float_top1 in sorted({key[:2] for key in groups}):
