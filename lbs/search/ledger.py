@@ -6,7 +6,7 @@ Plain numbers on the host. `read` takes them from the gates, `apply` writes them
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -141,14 +141,27 @@ class Ledger:
         return after - before
 
     def floor(self, quantity: Quantity) -> float:
-        """What the network costs with every choice at its narrowest."""
+        """The least the network can cost: fewest filters, and in each layer the cheapest of its widths.
+
+        The narrowest widths need not be the fastest ones.
+        """
         present = [choice.level for choice in self.choices]
         for choice in self.choices:
             choice.level = 0
-        total = self.total(quantity)
+        total = sum(self._cheapest(quantity, entry) for entry in self.plan.layers)
         for choice, level in zip(self.choices, present, strict=True):
             choice.level = level
         return total
+
+    def _cheapest(self, quantity: Quantity, entry: LayerPlan) -> float:
+        """The least price of a layer over its widths, whose levels it leaves anywhere."""
+        own = [found[entry.name] for found in (self._weights, self._activations) if entry.name in found]
+        prices = []
+        for levels in product(*(range(len(choice.amounts)) for choice in own)):
+            for choice, level in zip(own, levels, strict=True):
+                choice.level = level
+            prices.append(self.price(quantity, entry))
+        return min(prices)
 
 
 def _level(gate: BitGate | PruneGate) -> Tensor:

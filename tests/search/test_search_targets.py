@@ -88,6 +88,28 @@ def test_latency_comes_from_the_table(share: float) -> None:
     assert result.value == pytest.approx(plan_seconds(freeze(model)), rel=1e-12)
 
 
+def slow_in_the_middle(problem: Problem) -> float:
+    """Seconds by which four bits are slower than eight, two faster, and filters count by tiles of eight."""
+    filters = -(-problem.out_channels // 8) * 8
+    rate = {2: 0.6, 4: 1.5, 8: 1.0}
+    return 1e-6 + problem.macs / problem.out_channels * filters * rate[problem.w_bits] * rate[problem.a_bits] * 1e-11
+
+
+def test_a_width_that_is_slower_than_the_one_above_is_stepped_over() -> None:
+    model = searchable()
+    budget = Budget(model, latency_ms=1.0, table=slow_in_the_middle)
+    quantity = budget.targets[0].quantity
+    floor = budget.ledger.floor(quantity)
+    look(model, budget)
+    tight = Budget(model, latency_ms=1.0001 * floor / 1e-3, table=slow_in_the_middle)
+    assert tight.finish().met
+    searched = [entry for entry in plan_of(model).layers if (entry.w_bits, entry.a_bits) != (8, 8)]
+    assert searched
+    assert {bits for entry in searched for bits in (entry.w_bits, entry.a_bits)} <= {2, 8}
+    with pytest.raises(PlanError, match="out of reach"):
+        Budget(model, latency_ms=0.999 * floor / 1e-3, table=slow_in_the_middle)
+
+
 def test_tables_are_functions_or_have_estimates() -> None:
     class Measured:
         def estimate(self, problem: Problem) -> float:
