@@ -95,10 +95,12 @@ def tests(scratch: Path, seconds: float) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", f"--junitxml={report}"]
     command += [*PYTEST, *gpu_files()]
+    environment = {}
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(TEST_PROCESSES)]
+        environment["OMP_NUM_THREADS"] = "1"  # else the references of all processes fight for the processors
     begin = time.monotonic()
-    code, text = call(command, seconds)
+    code, text = call(command, seconds, **environment)
     passed = code == 0 and not no_module(report)  # skipped for want of the module is not green
     body = {"passed": passed, **count(report), "left_out": "slow", "pytest_seconds": round(time.monotonic() - begin, 1)}
     if code is None:
@@ -168,7 +170,7 @@ TOOLS = ("memcheck", "racecheck")
 def verdict(code: int | None, text: str) -> dict[str, Any]:
     """{errors, reason, covered} of what compute-sanitizer printed.
 
-    errors: None where it did not come to a summary. reason: how far it came, or why nowhere. covered: tests that passed.
+    errors: None where it did not come to a summary. reason: how far it came, or why nowhere. covered: what passed.
     """
     summaries = [int(number) for number in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
     chosen = re.search(r"\b(\d+) selected", text) or re.search(r"\bcollected (\d+) items?", text)

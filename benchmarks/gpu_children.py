@@ -125,8 +125,9 @@ def compile_variant(folder: str, network: str, variant: str, batch: int, share: 
     return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch, share)
 
 
-def warm_plain(folder: Path, network: str, batch: int) -> None:
+def warm_plain(folder: Path, network: str, batch: int, threads: int) -> None:
     """For a process of its own: the default way of torch.compile; marked also where it fails, as nobody need wait."""
+    torch.set_num_threads(threads)  # inductor's cache may ask for as many as there will be
     try:
         gpu_models.warm(network, batch, gpu_models.PLAIN)
     finally:
@@ -139,7 +140,7 @@ def warm(run: Run, attempt: Attempts) -> None:
     compiler = gpu_compile.Compiler(BUILDERS)
     nets = dict.fromkeys(network for network, _ in gpu_models.ORDER)
     for network, batch in gpu_models.COMPILED_AT:
-        compiler.submit((network, batch), warm_plain, run.scratch, network, batch)
+        compiler.submit((network, batch), warm_plain, run.scratch, network, batch, torch.get_num_threads())
     for network in nets:
         for variant in gpu_models.variants(network):
             compiler.submit((network, variant), gpu_nets.build, folder, network, variant)

@@ -356,6 +356,21 @@ def test_without_pytest_both_parts_that_need_it_say_so(tmp_path: Path, monkeypat
     assert gpu_checks.sanitizer(10)["tools"]["racecheck"] == {"errors": None, "reason": gpu_checks.NO_PYTEST}
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_many_test_processes_take_one_processor_each(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
+        assert ("-n" in command) == (environment == {"OMP_NUM_THREADS": "1"}) == installed
+        return 0, ""
+
+    monkeypatch.setattr(gpu_checks, "call", call)
+    monkeypatch.setattr(
+        gpu_checks.importlib.util, "find_spec", lambda name: name if installed or name != "xdist" else None
+    )
+    assert gpu_checks.tests(tmp_path, 60)["passed"]
+
+
 def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, good = tmp_path / "test_gpu_a.py", tmp_path / "test_gpu_b.py"
     broken.write_text("import a_package_that_is_not_there\n")
