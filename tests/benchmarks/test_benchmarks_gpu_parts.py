@@ -284,6 +284,41 @@ def test_every_size_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any(torch.SymInt in group or int not in group for group in kinds)
 
 
+COMPILED = """
+import json, sys, torch, lbs.models
+from torch._dynamo.utils import counters
+from benchmarks import gpu_device, gpu_models
+
+def tiny(classes):
+    nn = torch.nn
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+lbs.models.REGISTRY["tiny"] = lbs.models.ModelEntry(tiny, 4, (3, 8, 8), 1)
+gpu_device.DEVICE = "cpu"
+if sys.argv[1] == "warm":
+    gpu_models.warm("tiny", 2, gpu_models.PLAIN)
+else:
+    with torch.no_grad():
+        calls, missing = gpu_models.baselines("tiny", 2, gpu_models.PLAIN, lambda name: True)
+        with gpu_models.tf32(False):
+            calls[gpu_models.COMPILED]()
+    assert not missing, missing
+print(json.dumps(counters["inductor"]))
+"""
+
+
+@pytest.mark.slow
+def test_what_was_compiled_ahead_is_found_where_it_is_timed(tmp_path: Path) -> None:
+    """Slow because two processes compile."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for step, count in (("warm", "fxgraph_cache_miss"), ("time", "fxgraph_cache_hit")):
+        command = [sys.executable, "-c", COMPILED, step]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert {key: value for key, value in found.items() if key.startswith("fxgraph_cache")} == {count: 1}
+
+
 def test_the_best_way_of_compiling_that_was_made_is_taken(tmp_path: Path) -> None:
     def make(mode: str) -> None:
         gpu_models.mark_of(tmp_path, "resnet50", 256, mode).touch()
