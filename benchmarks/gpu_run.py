@@ -184,22 +184,28 @@ def child(run: Run, part: str, until: float, start: Callable[..., Any] | None = 
 
 def start_child(run: Run, part: str, until: float) -> subprocess.Popen[bytes]:
     """This suite again, for one part; what it prints goes to its log."""
-    import triton
-
     command = [sys.executable, str(SCRIPT), "--out", str(run.out), "--child", part, "--until", str(until)]
     command += ["--scratch", str(run.scratch)]
-    environment = {
-        **os.environ,
-        "LBS_TUNING_DIR": str(run.out),
-        # Named, for torch.compile moves Triton's cache to a folder of its own where nobody did: what was compiled ahead
-        # would lie elsewhere from then on.
-        "TRITON_CACHE_DIR": str(triton.knobs.cache.dir),
-        "PYTHONUNBUFFERED": "1",
-    }
     with (run.scratch / f"{part}.log").open("ab") as log:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+            command, cwd=ROOT, env=environment(run), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Of a child."""
+    import triton
+
+    return {
+        **os.environ,
+        "LBS_TUNING_DIR": str(run.out),
+        # Named, for torch.compile gives its process a cache and an assembler of its own where nobody did: what was
+        # compiled ahead would not be found from then on.
+        "TRITON_CACHE_DIR": str(triton.knobs.cache.dir),
+        "TRITON_PTXAS_PATH": triton.knobs.nvidia.ptxas.path,
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 @contextlib.contextmanager

@@ -226,14 +226,11 @@ def test_what_torch_compiles_is_waited_for(
     assert ended == [process] * 2
 
 
-def test_children_share_one_cache_of_triton_whatever_torch_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_children_share_what_triton_compiled_whatever_torch_does(tmp_path: Path) -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
-    given: list[dict[str, str]] = []
-    monkeypatch.setattr(gpu_run.subprocess, "Popen", lambda command, env, **options: given.append(env))
-    gpu_run.start_child(make_run(tmp_path, Clock()), "models", 0.0)
-    assert given[0]["TRITON_CACHE_DIR"] == triton.knobs.cache.dir
+    given = gpu_run.environment(make_run(tmp_path, Clock()))
+    assert given["TRITON_CACHE_DIR"] == triton.knobs.cache.dir
+    assert given["TRITON_PTXAS_PATH"] == triton.knobs.nvidia.ptxas.path
 
 
 def test_half_written_files_do_not_stay(tmp_path: Path) -> None:
