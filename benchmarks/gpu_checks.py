@@ -23,11 +23,12 @@ NO_PYTEST = "pytest is not installed, and with it the tests run: pip install pyt
 # A file that cannot be imported, for want of hypothesis say, is an error of its own and must not stop the others.
 PYTEST = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
 # Kernels in CUDA; those in Triton are not ours to sanitize. A few cases of each, as everything runs 10 to 100 times
-# slower: every tile, all bits, windows that leave the image, both epilogues.
-SANITIZED = ("test_native_cuda.py", "test_onebit_gpu.py")
+# slower, the most telling first: every tile with windows that leave the image, both epilogues, then the small kernels.
+SANITIZED = ("test_onebit_gpu.py", "test_native_cuda.py")
 # Each tensor an allocation of its own, so that an access behind its end is one outside every allocation.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-CASES = "planes_equal or images_equal or 2-4-odd or 4-4-outside or codes_alone"
+CASES = "2-4-odd or 4-4-outside or codes_alone or images_equal or (planes_equal and 33)"
+SUMMARY = 5.0  # seconds kept for the end of a test and the sanitizer's summary
 
 
 def output(*command: str) -> str:
@@ -41,8 +42,8 @@ def output(*command: str) -> str:
 def call(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
     """Exit code and output of a command; the code is None where it was ended because the time was up."""
     with subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
+        command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         try:
             text, _ = process.communicate(timeout=max(1.0, seconds))
@@ -94,10 +95,12 @@ def tests(scratch: Path, seconds: float) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", f"--junitxml={report}"]
     command += [*PYTEST, *gpu_files()]
+    environment = {}
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(TEST_PROCESSES)]
+        environment["OMP_NUM_THREADS"] = "1"  # else the references of all processes fight for the processors
     begin = time.monotonic()
-    code, text = call(command, seconds)
+    code, text = call(command, seconds, **environment)
     passed = code == 0 and not no_module(report)  # skipped for want of the module is not green
     body = {"passed": passed, **count(report), "left_out": "slow", "pytest_seconds": round(time.monotonic() - begin, 1)}
     if code is None:
@@ -152,24 +155,34 @@ def sanitizer(seconds: float) -> dict[str, Any]:
     for place, tool in enumerate(TOOLS):
         begin = time.monotonic()
         command = [program, "--tool", tool, "--print-limit", "20", "--target-processes", "all"]
-        command += [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-k", CASES, *PYTEST, *files]
-        code, text = call(command, seconds / (len(TOOLS) - place), **UNCACHED)
+        command += [sys.executable, "-m", "pytest", "-v", "-x", "-m", "gpu", "-k", CASES]
+        command += ["-p", "benchmarks.gpu_stop", *PYTEST, *files]
+        box = seconds / (len(TOOLS) - place)
+        code, text = call(command, box, **UNCACHED, LBS_STOP_AT=str(time.time() + box - SUMMARY))
         seconds -= time.monotonic() - begin
         found[tool] = {**verdict(code, text), "tail": text[-2000:]}
-    return {"passed": not any(one["errors"] for one in found.values()), "tools": found, "files": files}
+    return {"passed": not any(one["errors"] for one in found.values()), "tools": found, "cases": CASES, "files": files}
 
 
 TOOLS = ("memcheck", "racecheck")
 
 
 def verdict(code: int | None, text: str) -> dict[str, Any]:
-    """Number of errors in what compute-sanitizer printed; None, with the reason, where it did not come to a summary."""
+    """{errors, reason, covered} of what compute-sanitizer printed.
+
+    errors: None where it did not come to a summary. reason: how far it came, or why nowhere. covered: what passed.
+    """
     summaries = [int(number) for number in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)]
-    ran = re.search(r"\b(\d+) passed", text)
+    chosen = re.search(r"\b(\d+) selected", text) or re.search(r"\bcollected (\d+) items?", text)
+    covered = re.findall(r"^(\S+::.+?) PASSED", text, re.MULTILINE)
+    reason = f"{len(covered)} of {chosen[1] if chosen else '?'} tests"
+    errors: int | None = sum(summaries)
     if code is None:
-        return {"errors": None, "reason": "the time was up"}
-    if not summaries:
-        return {"errors": None, "reason": f"it printed no summary (exit code {code})"}
-    if ran is None:
-        return {"errors": sum(summaries) or None, "reason": "no test passed under it"}
-    return {"errors": sum(summaries), "reason": f"{ran[1]} tests"}
+        errors, reason = None, f"the time was up after {reason}"
+    elif not summaries:
+        errors, reason = None, f"it printed no summary (exit code {code}) after {reason}"
+    elif not covered:
+        errors, reason = errors or None, "no test passed under it"
+    elif "Interrupted" in text:
+        reason += ", as far as the time went"
+    return {"errors": errors, "reason": reason, "covered": covered}

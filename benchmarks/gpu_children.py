@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from lbs_kernels.problem import Problem
 from lbs_kernels.run import clear_runners
 
 NETS = "nets"  # folder of packed networks
-BUILDERS = 6  # processes that pack networks while tests run
+BUILDERS = 6  # processes that pack and compile networks while tests run
+# The GPU would wait for the first networks of the list: so many processes compile each of their variants. The others
+# have the time that these take.
+FIRST, SHARES = 2, 3
 
 
 def run(part: str, out: Path, scratch: Path, until: float) -> None:
@@ -70,28 +74,41 @@ def models(run: Run, attempt: Attempts) -> None:
     torch.backends.cudnn.benchmark = True
     folder = run.scratch / NETS
     compiler = gpu_compile.Compiler(gpu_compile.workers())
-    for network, batch in gpu_models.ORDER:
+    shares = {place: SHARES if index < FIRST else 1 for index, place in enumerate(gpu_models.ORDER)}
+    jobs: dict[tuple[str, int], list[Any]] = {place: [] for place in gpu_models.ORDER}
+    for (network, batch), count in shares.items():
         for variant in gpu_models.variants(network):
-            compiler.submit((network, batch, variant), compile_variant, str(folder), network, variant, batch)
+            for share in range(count):
+                name = (network, batch, variant, share)
+                jobs[network, batch].append(name)
+                compiler.submit(name, compile_variant, str(folder), network, variant, batch, (share, count))
     # Rows of this run's own earlier process, which the device failed; those of another run stood on other kernels.
     begun = run.scratch / ".models-begun"
     earlier = run.load("models") if begun.exists() else {}
     begun.touch()
-    kept = {key: earlier[key] for key in ("rows", "missing") if key in earlier}
-    body: dict[str, Any] = {"rows": [], "missing": {}, "complete": False, "l2": "warm", **kept}
+    kept = {key: earlier[key] for key in ("rows", "missing", "compiled") if key in earlier}
+    body: dict[str, Any] = {"rows": [], "missing": {}, "compiled": {}, **kept}
     done = {(row["network"], row["batch"]) for row in body["rows"]}
+    left = [f"{network} {batch}" for network, batch in gpu_models.ORDER if (network, batch) not in done]
+    body.update(complete=False, left=left, timed=gpu_models.TIMED, l2="warm")
     for network, batch in gpu_models.ORDER:
         if (network, batch) in done:
             continue
-        for variant in gpu_models.variants(network):
-            compiler.wait((network, batch, variant), run.end)
+        if time.time() >= run.end:
+            break
+        mode = gpu_models.warmed(run.scratch, network, batch)
+        # torch.compile takes seconds even for what is in its cache; meanwhile other processes compile ours.
+        others, absent = gpu_models.baselines(network, batch, mode, attempt)
+        for name in jobs[network, batch]:
+            compiler.wait(name, run.end)
         if time.time() >= run.end:
             break
         ours, missing = gpu_models.packed_calls(folder, network, batch, attempt)
-        warmed = (run.scratch / f".warmed-{network}-{batch}").exists()
-        others, absent = gpu_models.baselines(network, batch, compiled=warmed, attempt=attempt)
         body["rows"] += gpu_models.measure(network, batch, {**others, **ours}, attempt)
-        body["missing"][f"{network} {batch}"] = {**missing, **absent}
+        place = f"{network} {batch}"
+        body["missing"][place] = {**missing, **absent}
+        body["compiled"].update({place: mode} if mode else {})
+        left.remove(place)
         run.save("models", body)
         ours.clear()
         others.clear()
@@ -103,9 +120,18 @@ def models(run: Run, attempt: Attempts) -> None:
     compiler.stop()
 
 
-def compile_variant(folder: str, network: str, variant: str, batch: int) -> int:
-    """For a compiling process: pack a network where that was not done, and compile its launches."""
-    return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch)
+def compile_variant(folder: str, network: str, variant: str, batch: int, share: tuple[int, int]) -> int:
+    """For a compiling process: pack a network where that was not done, and compile a share of its launches."""
+    return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch, share)
+
+
+def warm_plain(folder: Path, network: str, batch: int, threads: int) -> None:
+    """For a process of its own: the default way of torch.compile; marked also where it fails, as nobody need wait."""
+    torch.set_num_threads(threads)  # inductor's cache may ask for as many as there will be
+    try:
+        gpu_models.warm(network, batch, gpu_models.PLAIN)
+    finally:
+        gpu_models.mark_of(folder, network, batch, gpu_models.PLAIN).touch()
 
 
 def warm(run: Run, attempt: Attempts) -> None:
@@ -113,12 +139,18 @@ def warm(run: Run, attempt: Attempts) -> None:
     folder = str(run.scratch / NETS)
     compiler = gpu_compile.Compiler(BUILDERS)
     nets = dict.fromkeys(network for network, _ in gpu_models.ORDER)
+    for network, batch in gpu_models.COMPILED_AT:
+        compiler.submit((network, batch), warm_plain, run.scratch, network, batch, torch.get_num_threads())
     for network in nets:
         for variant in gpu_models.variants(network):
             compiler.submit((network, variant), gpu_nets.build, folder, network, variant)
-    for network, batch in sorted(gpu_models.AUTOTUNED):
-        gpu_models.warm(network, batch)
-        (run.scratch / f".warmed-{network}-{batch}").touch()
+    for network, batch in gpu_models.COMPILED_AT:
+        try:
+            gpu_models.warm(network, batch, gpu_models.AUTOTUNED)
+        except Exception:  # noqa: BLE001  the default way goes on beside it
+            traceback.print_exc()
+        else:
+            gpu_models.mark_of(run.scratch, network, batch, gpu_models.AUTOTUNED).touch()
     for name in list(compiler.jobs):
         compiler.wait(name, run.end)
 

@@ -101,8 +101,12 @@ def compile_layer(problem: Problem, limit: int | None) -> int:
     return done
 
 
-def compile_network(path: str, batch: int) -> int:
-    """Compile every launch of a packed network (its file) at one batch size, as the tuning tables choose them."""
+def compile_network(path: str, batch: int, share: tuple[int, int] = (0, 1)) -> int:
+    """Compile the launches of a packed network (its file) at one batch size, as the tuning tables choose them.
+
+    Args:
+        share: (i, n) takes the i-th of n equal parts of its distinct problems.
+    """
     import lbs
     from lbs_kernels.gpu_runner import GpuRunner
     from lbs_kernels.program import IMAGE_DTYPES
@@ -113,14 +117,14 @@ def compile_network(path: str, batch: int) -> int:
         for region in lbs.load(path).regions:
             program = region.program
             # The choice is that of the device; the tensors lie on the processor.
-            choices = {
-                step.name: gpu_kernels.choose(problem_of(step, program, batch, "cuda")) for step in program.steps
-            }
+            problems = {step.name: problem_of(step, program, batch, "cuda") for step in program.steps}
+            choices = {name: gpu_kernels.choose(problem) for name, problem in problems.items()}
             configs = {name: choice.config for name, choice in choices.items() if choice.kernel.family == "triton"}
+            mine = set(list(dict.fromkeys(problems.values()))[share[0] :: share[1]])
             plan = GpuRunner(program, region.blob, "cpu", configs, families=("triton",)).plan(batch)
             images = [torch.empty(16, dtype=IMAGE_DTYPES[program.tensors[index].dtype]) for index in program.inputs]
             for step, launch in zip(program.steps, plan.launches, strict=True):
-                if step.name in configs:
+                if step.name in configs and problems[step.name] in mine:
                     launch(images)
                     done += 1
     return done

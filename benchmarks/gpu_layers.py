@@ -1,11 +1,12 @@
 """Tunes and times single packed layers on a GPU: layer shapes of the known networks, most valuable first.
 
-Each layer stands as in a network (layer_program.py) and its launch alone is timed, against float16 channels_last
+Each layer reads and writes codes (layer_program.py) and its launch alone is timed, against float16 channels_last
 through torch on the same shape in the same run. Times go to the tuning table as they come.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,19 +17,28 @@ from torch import Tensor
 
 import lbs.cost
 import lbs.models
-from benchmarks import gpu_device
+from benchmarks import gpu_device, gpu_nets
 from lbs_kernels import tuner
 from lbs_kernels.problem import Problem
 from lbs_kernels.tuner import Layer, Measured
 
 HALF = "float16"
+# Said in the result. A table knows a layer by its problem, which says nothing of what its result goes through.
+TIMED = (
+    "one launch: codes in, codes out (floats out of a linear layer); residuals and several consumers are timed in "
+    "whole networks alone. float16 is the convolution without norm, activation or addition"
+)
 W4A4, W8A8, W2A2 = (4, 4), (8, 8), (2, 2)
+(PRUNED,) = gpu_nets.PRUNING
 RESNETS, CIFAR = ("resnet18", "resnet50"), ("cifar_resnet20", "cifar_resnet56")
 EVERY = (*RESNETS, "mobilenet_v2", *CIFAR)
-# Networks, batches, bits: what the targets ask for comes first, the budget may end the sweep anywhere.
-ORDER = (
-    (RESNETS, (128,), (W4A4, W8A8, W2A2)),
+Bits = tuple[int, int] | str  # of weights and activations, or a variant of gpu_nets with shapes of its own
+# Networks, batches, bits: what the targets ask for comes first, the budget may end the sweep anywhere. What was
+# measured at batch 128 serves batches 32 to 512 until they are measured.
+ORDER: tuple[tuple[Iterable[str], Iterable[int], Iterable[Bits]], ...] = (
+    (RESNETS, (128,), (W4A4, W8A8, W2A2, PRUNED)),
     (RESNETS, (1, 256), (W4A4, W8A8)),
+    (RESNETS, (1, 256), (PRUNED,)),
     (("mobilenet_v2", *CIFAR), (128, 1), (W4A4,)),
     (RESNETS, (32,), (W4A4, W2A2, W8A8)),
     (RESNETS, (1, 256), (W2A2,)),
@@ -38,19 +48,29 @@ NEAR, FAR = 12, 40  # candidates of each kernel beside the default: of everythin
 MAX_IMAGE = 1 << 31  # bytes of float32 input to quantize; no layer of a real network is larger
 
 
-def problems(order: Iterable[tuple[Iterable[str], Iterable[int], Iterable[tuple[int, int]]]] = ORDER) -> list[Problem]:
+def problems(order: Iterable[tuple[Iterable[str], Iterable[int], Iterable[Bits]]] = ORDER) -> list[Problem]:
     """Every distinct layer, in order; first and last layers stay at 8/8 bits."""
-    order = list(order)
-    named = dict.fromkeys(name for networks, _, _ in order for name in networks)
-    layers = {name: lbs.cost.network_layers(lbs.models.create(name), lbs.models.example(name)) for name in named}
     found: dict[Problem, None] = {}
-    for networks, batches, bits in order:
+    for networks, batches, every_bits in order:
         for batch in batches:
-            for w_bits, a_bits in bits:
+            for bits in every_bits:
                 for name in networks:
-                    for layer in layers[name].with_bits(w_bits, a_bits).layers:
-                        found[replace(layer.problem, batch=batch, device=gpu_device.DEVICE)] = None
+                    for problem in _layers(name, bits):
+                        found[replace(problem, batch=batch, device=gpu_device.DEVICE)] = None
     return [problem for problem in found if _image_bytes(problem) <= MAX_IMAGE]
+
+
+@functools.cache
+def _layers(network: str, bits: Bits) -> list[Problem]:
+    """For one image."""
+    if isinstance(bits, str):
+        return gpu_nets.layers(network, bits)
+    return [layer.problem for layer in _whole_layers(network).with_bits(*bits).layers]
+
+
+@functools.cache
+def _whole_layers(network: str) -> lbs.cost.NetworkLayers:
+    return lbs.cost.network_layers(lbs.models.create(network), lbs.models.example(network))
 
 
 def half(layer: Layer) -> dict[str, Callable[[], object]]:
@@ -134,7 +154,9 @@ def sweep(
     found: dict[str, list[dict[str, Any]]] = {}
     for row in earlier:
         found.setdefault(row["problem"], []).append(row)
-    body: dict[str, Any] = {"problems": len(todo), "l2": "cold", "complete": False, "passes": 0}
+    body: dict[str, Any] = {
+        "problems": len(todo), "timed": TIMED, "l2": "cold", "complete": False, "passes": 0,
+    }  # fmt: skip
 
     def tell(measured: Measured | None) -> None:
         if measured is not None:

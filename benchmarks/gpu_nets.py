@@ -15,6 +15,7 @@ import lbs
 import lbs.models
 from lbs.plan import LayerPlan, Plan
 from lbs_kernels.errors import LbsError
+from lbs_kernels.problem import Problem
 
 CALIBRATION = 4  # images
 PRUNED = 0.3  # of the filters that can go
@@ -60,6 +61,12 @@ def build(folder: str, network: str, variant: str) -> str:
         model = lbs.freeze(model.eval(), plan(model, network, variant))
         lbs.pack(lbs.calibrate(model, [images]).eval(), verify=False).save(path)
     return str(path)
+
+
+def layers(network: str, variant: str) -> list[Problem]:
+    """The layers of a variant for one image, without the filters that are gone; nothing is packed."""
+    found = plan(lbs.prepare(float_model(network), lbs.models.example(network)), network, variant)
+    return [layer.problem(found.kept_inputs(layer), layer.kept_filters) for layer in found.layers]
 
 
 def plan(model: nn.Module, network: str, variant: str) -> Plan:

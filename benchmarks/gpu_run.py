@@ -43,7 +43,7 @@ class Run:
     def save(self, part: str, body: dict[str, Any]) -> Path:
         """Write DIR/<part>.json whole or not at all."""
         path = self.out / f"{part}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".json.{os.getpid()}.tmp")
         text = json.dumps({"level": f"gpu_{part}", "version": 1, "header": self.header, **body}, indent=1)
         temporary.write_text(text + "\n")
         os.replace(temporary, path)
@@ -115,21 +115,22 @@ def run_parts(
     run: Run,
     boxes: dict[str, float],
     parts: dict[str, Callable[[Run, float], Any]] | None = None,
-    beside: Callable[[Run], contextlib.AbstractContextManager[None]] | None = None,
+    beside: Callable[[Run, float], contextlib.AbstractContextManager[None]] | None = None,
 ) -> bool:
     """Run parts one after the other, saving each and the targets; one that raises is recorded, the next still runs.
 
     Args:
-        beside: goes on beside the tests, where models are timed later.
+        beside: goes on beside the tests, until their deadline at most, where models are timed later.
     """
     parts = PARTS if parts is None else parts
     good, found, layers = True, [], resnet_layers()
     for name in boxes:
         begin = run.clock()
-        warming = beside(run) if beside and name == "tests" and "models" in boxes else contextlib.nullcontext()
+        until = deadline(boxes, name, begin, run.end)
+        warming = beside(run, until) if beside and name == "tests" and "models" in boxes else contextlib.nullcontext()
         try:
             with warming:
-                body = parts[name](run, deadline(boxes, name, begin, run.end))
+                body = parts[name](run, until)
         except Exception as error:  # noqa: BLE001  one broken part must not cost the measurements of the others
             body = {"error": f"{type(error).__name__}: {error}"}
         good = good and "error" not in body and body.get("passed", True)
@@ -138,6 +139,8 @@ def run_parts(
         found = gpu_targets.rows({part: run.load(part) for part in parts}, layers)
         run.save("targets", {"rows": found})
         print(f"{name}: {'failed' if 'error' in body else 'done'} in {seconds:.0f} s -> {path}", flush=True)
+    for half_written in run.out.glob("*.json*.tmp"):  # by a child that was ended
+        half_written.unlink()
     print(gpu_targets.table(found))
     return good
 
@@ -183,23 +186,41 @@ def start_child(run: Run, part: str, until: float) -> subprocess.Popen[bytes]:
     """This suite again, for one part; what it prints goes to its log."""
     command = [sys.executable, str(SCRIPT), "--out", str(run.out), "--child", part, "--until", str(until)]
     command += ["--scratch", str(run.scratch)]
-    environment = {
-        **os.environ,
-        "LBS_TUNING_DIR": str(run.out),
-        "PYTHONUNBUFFERED": "1",
-    }
     with (run.scratch / f"{part}.log").open("ab") as log:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+            command, cwd=ROOT, env=environment(run), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Of a child."""
+    import triton
+
+    return {
+        **os.environ,
+        "LBS_TUNING_DIR": str(run.out),
+        # Named, for torch.compile gives its process a cache and an assembler of its own where nobody did: what was
+        # compiled ahead would not be found from then on.
+        "TRITON_CACHE_DIR": str(triton.knobs.cache.dir),
+        "TRITON_PTXAS_PATH": triton.knobs.nvidia.ptxas.path,
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 @contextlib.contextmanager
-def warm(run: Run) -> Iterator[None]:
-    """Inside, networks are packed and torch.compile chooses kernels: it uses the GPU, so nothing may be timed."""
-    process = start_child(run, "warm", run.end)
+def warm(run: Run, until: float) -> Iterator[None]:
+    """Inside, networks are packed and torch.compile chooses kernels: it uses the GPU, so nothing may be timed.
+
+    Left early it waits, until `until` at most, for the default way of torch.compile, which half of the targets need.
+    """
+    from benchmarks import gpu_models
+
+    process = start_child(run, "warm", until)
     try:
         yield
+        while run.clock() < until and process.poll() is None and not gpu_models.plain_done(run.scratch):
+            time.sleep(0.2)
     finally:
         kill(process)
 

@@ -13,7 +13,9 @@ from typing import Any
 Results = dict[str, dict[str, Any]]  # part -> its result file
 Row = dict[str, Any]
 HALF = "float16"
-RESNET = ("resnet18", "resnet50")
+RESNET, BATCHES = ("resnet18", "resnet50"), (128, 256)
+COMPILED = "torch float16 compiled"
+ONE_BIT = 1.3
 
 
 def rows(results: Results, resnet_layers: Iterable[str] = ()) -> list[Row]:
@@ -24,7 +26,7 @@ def rows(results: Results, resnet_layers: Iterable[str] = ()) -> list[Row]:
         _row("b1 / INT8 tensor-core rate is measured", None, results.get("roofs", {}).get("b1_over_int8")),
         _one_bit(layers),
         *[_layer_mean(layers, wanted, bits, needed) for bits, needed in (("w4a4", 2.0), ("w8a8", 1.4), ("w2a2", 3.0))],
-        *_models(results.get("models", {}).get("rows", [])),
+        *_models(results.get("models", {})),
         _tests(results.get("tests", {})),
         *[_sanitizer(results.get("sanitizer", {}), tool) for tool in ("memcheck", "racecheck")],
     ]
@@ -59,16 +61,21 @@ def _best(layers: list[Row], family: str) -> dict[str, float]:
 
 
 def _one_bit(layers: list[Row]) -> Row:
-    """K2 over K1 at w2a2 on 3x3 layers of 128 channels or more at batch 32 and up."""
+    """K2 over K1 at w2a2 on 3x3 layers of 128 channels or more at batch 32 and up, or K2 chosen on none of them."""
     triton, cuda = _best(layers, "triton"), _best(layers, "cuda")
     ratios = {}
     for problem in triton.keys() & cuda.keys():
         match = re.match(r"bitconv2d_n(\d+)_(\d+)x.*_k3x3_.*_w2a2_", problem)
         if match and int(match[1]) >= 32 and int(match[2]) >= 128 and "_g" not in problem:
             ratios[problem] = triton[problem] / cuda[problem]
-    mean = _mean(ratios.values())
-    detail = f"{len(ratios)} layers" if ratios else "no layer was timed with both"
-    return _row("one-bit kernel over the Triton one, w2a2, 3x3, C >= 128, batch >= 32", 1.3, mean, detail)
+    label = "one-bit kernel over the Triton one, w2a2, 3x3, C >= 128, batch >= 32; or it is chosen nowhere there"
+    if not ratios:
+        return _row(label, ONE_BIT, None, "no layer was timed with both")
+    row = _row(label, ONE_BIT, _mean(ratios.values()))
+    chosen = sum(ratio > 1 for ratio in ratios.values())  # the choice is the fastest by the times of these rows
+    held = "the first holds" if row["met"] else "neither holds" if chosen else "the second holds"
+    detail = f"{held}: it is chosen for {chosen} of {len(ratios)} layers"
+    return {**row, "met": row["met"] or not chosen, "detail": detail}
 
 
 def _layer_mean(layers: list[Row], wanted: set[str], bits: str, needed: float) -> Row:
@@ -87,33 +94,41 @@ def _layer_mean(layers: list[Row], wanted: set[str], bits: str, needed: float) -
     )
 
 
-def _models(found: list[Row]) -> list[Row]:
+def _models(body: Row) -> list[Row]:
+    found = body.get("rows", [])
     at = {(row["network"], row["batch"], row["contender"]): row for row in found}
+    missing, modes = body.get("missing", {}), body.get("compiled", {})
 
-    def ratio(network: str, batch: int, ours: str, other: str) -> float | None:
-        return at.get((network, batch, ours), {}).get("ratios", {}).get(other)
+    def why(network: str, batch: int, *contenders: str) -> str:
+        """Why a network has no such row."""
+        place = f"{network} {batch}"
+        reasons = [f"{name}: {missing[place][name]}" for name in contenders if name in missing.get(place, {})]
+        return "; ".join(reasons) if place in missing else f"{place} was not timed ({body.get('ended', 'not run')})"
 
+    def row(label: str, needed: float, network: str, batch: int, ours: str, other: str) -> Row:
+        ratio = at.get((network, batch, ours), {}).get("ratios", {}).get(other)
+        detail = f"torch.compile: {modes.get(f'{network} {batch}')}" if other == COMPILED else ""
+        detail = why(network, batch, ours, other) if ratio is None else detail
+        return _row(f"{label}, batch {batch}", needed, ratio, detail)
+
+    places = [(network, batch) for batch in BATCHES for network in RESNET]
     result = [
-        _row(
-            f"{network} w4a4 over float32 (TF32 off), batch {batch}",
-            15.0,
-            ratio(network, batch, "w4a4", "torch float32"),
-        )
-        for network, batch in (("resnet18", 128), ("resnet50", 128), ("resnet50", 256))
+        row(f"{network} w4a4 over float32 (TF32 off)", 15.0, network, batch, "w4a4", "torch float32")
+        for network, batch in places
     ]
-    for network in RESNET:
+    for network, batch in places:
         for ours, needed in (("w8a8", 1.4), ("w4a4", 1.8), ("w4a4 pruned", 2.5)):
-            label = f"{network} {ours} over compiled float16, batch 128"
-            result.append(_row(label, needed, ratio(network, 128, ours, "torch float16 compiled")))
+            result.append(row(f"{network} {ours} over compiled float16", needed, network, batch, ours, COMPILED))
     rate = at.get(("resnet50", 256, "mixed"), {}).get("images_per_s")
-    result.append(_row("resnet50 images/s, batch 256, mixed plan (TensorRT INT8: 94,620)", 94_620.0, rate))
+    detail = why("resnet50", 256, "mixed") if rate is None else ""
+    result.append(_row("resnet50 images/s, batch 256, mixed plan (TensorRT INT8: 94,620)", 94_620.0, rate, detail))
     for network, needed in (("resnet18", 60e-6), ("resnet50", 150e-6)):
         times = {row["contender"]: row["median"] for row in found if (row["network"], row["batch"]) == (network, 1)}
         packed = {name: seconds for name, seconds in times.items() if not name.startswith("torch")}
         best = min(packed, key=lambda name: packed[name]) if packed else None
-        result.append(
-            _row(f"{network} seconds, batch 1", needed, packed.get(best) if best else None, best or "", at_most=True)
-        )
+        detail = best or why(network, 1, *missing.get(f"{network} 1", {}))
+        label = f"{network} seconds, batch 1"
+        result.append(_row(label, needed, packed[best] if best else None, detail, at_most=True))
     return result
 
 

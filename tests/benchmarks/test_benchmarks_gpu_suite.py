@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_checks, gpu_run, gpu_suite
+from benchmarks import gpu_checks, gpu_models, gpu_run, gpu_suite
 from benchmarks.gpu_run import Attempts, Run, deadline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,17 +59,26 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--out"),
+        ([], "give --out DIR, or set the environment variable OUT"),
         (["--out", "x", "--only", "everything"], "invalid choice"),
         (["--out", "x", "--minutes", "0"], "positive number"),
         (["--out", "x", "--minutes", "nan"], "positive number"),
     ],
 )
-def test_arguments_that_make_no_sense(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_make_no_sense(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
     with pytest.raises(SystemExit) as stopped:
         gpu_suite.arguments(argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_folder_is_that_of_the_environment_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", "there")
+    assert gpu_suite.arguments([]).out == Path("there")
+    assert gpu_suite.arguments(["--out", "here"]).out == Path("here")
 
 
 def test_parts_run_in_order_and_by_name() -> None:
@@ -191,6 +202,45 @@ def test_a_part_without_time_is_not_started(tmp_path: Path) -> None:
     assert "the time was up" in body["error"]
 
 
+@pytest.mark.parametrize(
+    ("compiled_at", "ends_at", "box", "waited"),
+    [(3.0, 99.0, 10.0, 3.0), (99.0, 99.0, 10.0, 10.0), (99.0, 2.0, 10.0, 2.0), (0.0, 99.0, 10.0, 0.0)],
+)
+def test_what_torch_compiles_is_waited_for(
+    compiled_at: float, ends_at: float, box: float, waited: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, ended = Clock(), []
+    begin = clock.now
+    process = SimpleNamespace(poll=lambda: 1 if clock.now - begin >= ends_at else None)
+    monkeypatch.setattr(gpu_run, "start_child", lambda run, part, until: process)
+    monkeypatch.setattr(gpu_run, "kill", ended.append)
+    monkeypatch.setattr(gpu_run.time, "sleep", lambda seconds: clock.spend(seconds)(run, begin + 1e9))
+    monkeypatch.setattr(gpu_models, "plain_done", lambda folder: clock.now - begin >= compiled_at)
+    run = make_run(tmp_path, clock)
+    with gpu_run.warm(run, begin + box):
+        pass
+    assert clock.now - begin == pytest.approx(waited, abs=0.3)
+    with pytest.raises(RuntimeError), gpu_run.warm(run, begin + box):
+        raise RuntimeError("the tests broke")
+    assert clock.now - begin == pytest.approx(waited, abs=0.3)
+    assert ended == [process] * 2
+
+
+def test_children_share_what_triton_compiled_whatever_torch_does(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
+    given = gpu_run.environment(make_run(tmp_path, Clock()))
+    assert given["TRITON_CACHE_DIR"] == triton.knobs.cache.dir
+    assert given["TRITON_PTXAS_PATH"] == triton.knobs.nvidia.ptxas.path
+
+
+def test_half_written_files_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "models.json.1.tmp").write_text("{")
+    (tmp_path / "notes.tmp").write_text("somebody's")
+    parts = {"build": lambda run, until: {}}
+    gpu_run.run_parts(make_run(tmp_path, Clock()), {"build": 10.0}, parts, beside=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build.json", "notes.tmp", "targets.json"]
+
+
 def test_a_child_is_ended_with_all_it_started(tmp_path: Path) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     program = f"import subprocess, time; pid = subprocess.Popen({sleep!r}).pid; "
@@ -257,19 +307,37 @@ FAILED tests/a.py::test_two - assert 1 == 2
     assert gpu_checks.so_far(text) == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
 
 
+RAN = "collected 12 items / 3 deselected / 9 selected\na.py::b[1] PASSED [ 1%]\na.py::c PASSED [ 2%]\n"
+
+
 @pytest.mark.parametrize(
     ("code", "text", "errors", "reason"),
     [
-        (0, "3 passed\n========= ERROR SUMMARY: 0 errors", 0, "3 tests"),
-        (0, "3 passed\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 2, "3 tests"),
+        (0, f"{RAN}========= ERROR SUMMARY: 0 errors", 0, "2 of 9 tests"),
+        (0, f"{RAN}========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 2, "2 of 9 tests"),
+        (2, f"{RAN}!!! Interrupted: x !!!\n===== ERROR SUMMARY: 0 errors", 0, "2 of 9 tests, as far as the time went"),
+        (0, "collected 1 item\na.py::b PASSED\n========= ERROR SUMMARY: 0 errors", 0, "1 of 1 tests"),
         (1, "========= ERROR SUMMARY: 4 errors\n========= ERROR SUMMARY: 0 errors", 4, "no test passed under it"),
         (5, "no tests ran\n========= ERROR SUMMARY: 0 errors", None, "no test passed under it"),
-        (None, "1 passed", None, "the time was up"),
-        (1, "Device not supported", None, "it printed no summary (exit code 1)"),
+        (None, RAN, None, "the time was up after 2 of 9 tests"),
+        (1, "Device not supported", None, "it printed no summary (exit code 1) after 0 of ? tests"),
     ],
 )
 def test_verdicts_of_compute_sanitizer(code: int | None, text: str, errors: int | None, reason: str) -> None:
-    assert gpu_checks.verdict(code, text) == {"errors": errors, "reason": reason}
+    found = gpu_checks.verdict(code, text)
+    assert (found["errors"], found["reason"]) == (errors, reason)
+    assert found["covered"] == re.findall(r"a\.py::\S+", text)
+
+
+def test_a_run_under_the_sanitizer_ends_in_order_when_its_time_is_up(tmp_path: Path) -> None:
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("def test_one() -> None:\n    pass\n\n\ndef test_two() -> None:\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-v", *gpu_checks.PYTEST, "-p", "benchmarks.gpu_stop", str(slow)]
+    for until, passed in ((time.time() - 1, 1), (time.time() + 60, 2)):
+        _, text = gpu_checks.call(command, 60, LBS_STOP_AT=str(until))
+        assert f"{passed} passed" in text
+        reason = gpu_checks.verdict(0, f"{text}ERROR SUMMARY: 0 errors")["reason"]
+        assert reason == ("1 of 2 tests, as far as the time went" if passed == 1 else "2 of 2 tests")
 
 
 def test_a_missing_sanitizer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +353,21 @@ def test_without_pytest_both_parts_that_need_it_say_so(tmp_path: Path, monkeypat
     assert gpu_checks.sanitizer(10)["tools"]["racecheck"] == {"errors": None, "reason": gpu_checks.NO_PYTEST}
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_many_test_processes_take_one_processor_each(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
+        assert ("-n" in command) == (environment == {"OMP_NUM_THREADS": "1"}) == installed
+        return 0, ""
+
+    monkeypatch.setattr(gpu_checks, "call", call)
+    monkeypatch.setattr(
+        gpu_checks.importlib.util, "find_spec", lambda name: name if installed or name != "xdist" else None
+    )
+    assert gpu_checks.tests(tmp_path, 60)["passed"]
+
+
 def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, good = tmp_path / "test_gpu_a.py", tmp_path / "test_gpu_b.py"
     broken.write_text("import a_package_that_is_not_there\n")
@@ -296,20 +379,26 @@ def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monke
 
 def test_the_sanitizer_is_given_tests_of_every_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
+    left: list[float] = []
 
     def call(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
-        assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        left.append(float(environment["LBS_STOP_AT"]) - time.time())
         asked.append(command[command.index("-m") :])
-        return 0, "1 passed\n========= ERROR SUMMARY: 0 errors"
+        return 0, "a.py::b PASSED\n========= ERROR SUMMARY: 0 errors"
 
     monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: name)
     monkeypatch.setattr(gpu_checks, "call", call)
-    assert gpu_checks.sanitizer(10)["passed"]
+    body = gpu_checks.sanitizer(40)
+    assert body["passed"]
+    assert body["tools"]["racecheck"]["covered"] == ["a.py::b"]
+    assert left == pytest.approx([20 - gpu_checks.SUMMARY, 40 - gpu_checks.SUMMARY], abs=1)
     listed = subprocess.run(
         [sys.executable, *asked[0], "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for name in ("test_planes_equal", "test_images_equal", "test_accumulator[onebit_wgmma", "test_codes_alone"):
         assert name in listed
+    assert listed.index("onebit_wgmma") < listed.index("test_codes_alone") < listed.index("test_planes_equal")
 
 
 def test_a_command_that_takes_too_long_keeps_its_words() -> None:

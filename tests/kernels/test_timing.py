@@ -73,6 +73,17 @@ def test_short_calls_are_repeated_until_the_clock_can_see_them(monkeypatch: pyte
     assert times["a"].median == pytest.approx(2.0**-20)
 
 
+@pytest.mark.parametrize("seconds", [25e-6, 60e-6, 1e-3])
+def test_on_a_gpu_the_latency_of_the_first_call_is_shared_by_many(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latency, clock, counts = 20e-6, Clock(monkeypatch), []
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "_cuda_clock", lambda device, cold: lambda call, calls: counts.append(calls) or 1.0)
+    interleave({"graph": clock.contender("graph", seconds + latency)}, device="cuda", rounds=1, warmup=1e-3)
+    assert latency / (counts[0] * seconds) < 0.02
+
+
 def test_real_time_is_measured() -> None:
     times = interleave({"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, rounds=3, warmup=0.01)
     assert 0.01 <= times["sleep"].median < 0.1
