@@ -52,7 +52,8 @@ def kinds() -> dict[str, nn.Module]:
 
 
 def train(model: nn.Module, budget: Budget, steps: int, x: Tensor, amp: bool = False, **options: Any) -> Any:
-    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.01), lr=0.01, momentum=0.9, nesterov=True)
+    groups = parameter_groups(model, lr=0.01, gate_lr=0.006, prune_lr=0.05)
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
     labels = torch.arange(len(x)) % 5
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
