@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from test_report_page import PLAN, fill
 
+from lbs.cli import main
 from lbs.config import FinetuneRun, SearchRun
 from lbs.report import comparison, page, pareto
 from lbs.report.published import MARKS, marks_of
@@ -126,6 +128,19 @@ def test_a_run_that_lacks_phases_is_listed_with_dashes(tmp_path: Path) -> None:
     assert (line.last, line.bops, line.equal, line.schedule) == (None, None, "-", "-")
     with pytest.raises(CheckpointError, match="no run folder"):
         comparison.compare([whole, tmp_path / "absent"], tmp_path / "out")
+
+
+@pytest.mark.usefixtures("sketches")
+def test_the_command_prints_every_target_and_gives_them_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(make_run(tmp_path / name, seed, 0.6)) for seed, name in enumerate(("one", "two"))]
+    assert main.main(["report", *runs, "--out", str(tmp_path / "out"), "--json"]) == 0
+    printed = capsys.readouterr()
+    allowed, before = (f"{bops(n * PLAN.bops())}, {size}" for n, size in ((2, "5.5 kB"), (3, "5.3 kB")))
+    assert printed.err.count(f"(allowed {allowed}, thresholds reached {before})") == 2
+    found = json.loads(printed.out)["runs"]
+    assert [(line["seed"], line["targets"]["size_mb"]["thresholds"]) for line in found] == [(0, 5300), (1, 5300)]
 
 
 def test_the_frontier_and_the_enlargement() -> None:

@@ -238,7 +238,7 @@ def test_memory_formats_and_autocast_train_alike(amp: bool) -> None:
     rows = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = digits().to(memory_format=layout)
-        budget = Budget(model, bops=0.02)
+        budget = Budget(model, bops=0.02, strength=1.0, gain=0.01)
         train(model, budget, 2, images(4, 1).to(memory_format=layout), amp)
         statistics = torch.cat([gate.statistic for _, gate, _ in budget.bit_gates()])
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
