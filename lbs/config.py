@@ -99,6 +99,7 @@ class SearchRun(RunConfig):
     latency_device: str = "cpu"  # whose times
     bits: tuple[int, ...] = (2, 4, 8)
     pruning: bool = True
+    exclude: tuple[str, ...] = ()  # name patterns of layers that stay in float
     group_size: int = 0  # filters pruned together; 0: the model's own
     filter_tile: int = 1  # kept filters of a layer are a multiple of it
     max_pruning_ratio: float = 0.5

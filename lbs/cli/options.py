@@ -125,6 +125,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     found = {key: value for key, value in vars(args).items() if key not in own}
     if "milestones" in found:  # epochs of this run, not of the full schedule
         found["full_epochs"] = 0
+    if "exclude" in found:
+        found["exclude"] = tuple(found["exclude"])
     for key in ("weights", "plan", "teacher_weights"):
         if found.get(key):
             found[f"{key}_digest"] = file_digest(found[key])

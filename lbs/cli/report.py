@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from lbs.cli.console import console
 from lbs.report.comparison import compare, summary
@@ -26,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
     pictures = sorted(path.name for path in page.parent.glob("*.png"))
     lines = summary(args.run) if several else []
     for line in lines:
-        cost = bops(line["bops"]) if line["bops"] else "-"
+        cost = bops(line.bops) if line.bops else "-"
+        allowed, before = line.of_targets("target"), line.of_targets("thresholds")
+        budget = f" (allowed {allowed}, thresholds reached {before})" if line.targets else ""
         out.say(
-            f"{line['name']:28s} {line['label']:32s} seed {line['seed']}  last {percent(line['last'])}  "
-            f"best {percent(line['best'])}  {cost} BOPs  {line['schedule']}"
+            f"{line.name:28s} {line.label:32s} seed {line.seed}  last {percent(line.last)}  "
+            f"best {percent(line.best)}  {cost} BOPs{budget}  {line.schedule}"
         )
     out.say(f"wrote {page} and {', '.join(pictures) or 'no pictures'}")
-    out.finish({"page": str(page), "pictures": pictures, **({"runs": lines} if several else {})})
+    rows = {"runs": [asdict(line) for line in lines]} if several else {}
+    out.finish({"page": str(page), "pictures": pictures, **rows})
     return 0

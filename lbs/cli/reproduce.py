@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 from lbs.cli import rows
 from lbs.cli.console import Console, console
 from lbs.cli.options import add_machine, bit_operations, decimal, session
-from lbs.cli.reproduction import Options, open_row, reproduce
+from lbs.cli.reproduction import Options, open_row, reproduce, row_of
 from lbs.cli.rows import Row, row_named
 from lbs.config import FinetuneRun, RunConfig, SearchRun
-from lbs.report.units import bops, seconds
+from lbs.report.units import bops, quantity, seconds
 from lbs.run_folder import write_json
 from lbs.search import distributed
 from lbs.search.phases import file_digest
@@ -23,7 +24,7 @@ from lbs_kernels.errors import LbsError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which row, from what, how long."""
-    parser.add_argument("row", nargs="?", metavar="ROW", help="a name of --list")
+    parser.add_argument("row", nargs="?", metavar="ROW", help="a name of --list; --resume --out DIR needs none")
     parser.add_argument("--list", action="store_true", help="list the rows and what was published")
     parser.add_argument("--out", dest="run", metavar="DIR", help="run folder (default: runs/ROW-seedN)")
     parser.add_argument("--resume", action="store_true", help="go on after a stop, in whatever phase it was")
@@ -59,12 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the row and print it beside the published one; 1 where a packed network is not the trained one."""
     out = console(args)
-    if args.list or args.row is None:
+    if args.list or (args.row is None and args.run is None and not args.resume):
         list_rows(out)
         return 0
-    row = row_named(args.row)
-    args.run = args.run or f"runs/{row.name}-seed{args.seed or 0}"
+    if args.row is not None:
+        args.run = args.run or f"runs/{row_named(args.row).name}-seed{args.seed or 0}"
+    elif not (args.resume and args.run):
+        raise LbsError("name a ROW of --list; only --resume --out DIR takes it from the run in DIR")
     current = session(args, out)
+    row = row_named(args.row or distributed.first(lambda: row_of(current.folder)).name)
     processes = distributed.world_size()
     configs = distributed.first(lambda: open_row(row, named_options(args, row), current.folder, args.resume, processes))
     current.folder.note_environment()
@@ -109,26 +113,54 @@ def epochs_of(text: str | None, row: Row) -> tuple[int | None, int | None]:
 
 
 def setting(kind: type[RunConfig], text: str) -> tuple[str, Any]:
-    """`bits=[2,4]` -> ("bits", (2, 4)). Values are JSON, or else words.
+    """`bits=2,4` -> ("bits", (2, 4)): numbers as Python spells them, true or false, words, lists with commas.
 
-    >>> setting(SearchRun, "importance=taylor"), setting(SearchRun, "gain=1"), setting(SearchRun, "bits=[2,4]")
-    (('importance', 'taylor'), ('gain', 1.0), ('bits', (2, 4)))
+    >>> setting(SearchRun, "importance=taylor"), setting(SearchRun, "gain=.16"), setting(SearchRun, "bits=[2,4]")
+    (('importance', 'taylor'), ('gain', 0.16), ('bits', (2, 4)))
+    >>> setting(SearchRun, "exclude=layer1.*,fc"), setting(SearchRun, "pruning=false")
+    (('exclude', ('layer1.*', 'fc')), ('pruning', False))
     """
     key, sign, word = text.partition("=")
-    defaults = {field.name: field.default for field in fields(kind)}
-    if not sign or key not in defaults:
-        raise LbsError(f"--{kind.command} {text}: give KEY=VALUE; keys are {', '.join(sorted(defaults))}")
+    types = {field.name: str(field.type) for field in fields(kind)}
+    if not sign or key not in types:
+        raise LbsError(f"--{kind.command} {text}: give KEY=VALUE; keys are {', '.join(sorted(types))}")
+    read, wanted = _SPELLINGS[types[key]]
     try:
-        value = json.loads(word)
-    except ValueError:
-        value = word
-    if isinstance(value, list):
-        value = tuple(value)
-    if isinstance(defaults[key], float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(defaults[key]):
-        raise LbsError(f"--{kind.command} {text}: {key} is a {type(defaults[key]).__name__}, as {defaults[key]!r} is")
+        value = tuple(map(read, _parts(word))) if types[key].startswith("tuple") else read(word)
+    except (ValueError, KeyError, argparse.ArgumentTypeError) as error:
+        raise LbsError(f"--{kind.command} {text}: {key} takes {wanted}") from error
     return key, value
+
+
+def _truth(word: str) -> bool:
+    return {"true": True, "false": False}[word.lower()]
+
+
+def _text(word: str) -> str:
+    return str(json.loads(word)) if word.startswith('"') else word
+
+
+# Type of an option -> (how a text is read, what it takes).
+_SPELLINGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "a whole number such as 4"),
+    "float": (decimal, "a finite number such as 0.03 or 3e-2"),
+    "bool": (_truth, "true or false"),
+    "str": (_text, "a word"),
+    "tuple[int, ...]": (int, "whole numbers with commas between them, such as 2,4,8"),
+    "tuple[float, ...]": (decimal, "numbers with commas between them, such as .5,.4"),
+    "tuple[str, ...]": (_text, "patterns with commas between them, such as layer1.*,fc"),
+}
+
+
+def _parts(word: str) -> list[str]:
+    """`[2,4]` or `2,4` -> the texts between the commas. A pattern such as `[ab]*` keeps its brackets: it is no JSON."""
+    try:
+        found = json.loads(word)
+    except ValueError:
+        found = None
+    if isinstance(found, list):
+        return [part if isinstance(part, str) else json.dumps(part) for part in found]
+    return [part.strip() for part in word.split(",") if part.strip()]
 
 
 def list_rows(out: Console) -> None:
@@ -156,6 +188,9 @@ def show(out: Console, record: dict[str, Any]) -> None:
     target = record["target_bops"]
     allowed = f" of {bops(target)} allowed" if target else ""
     out.say(f"  {bops(record['bops'])} BOPs{allowed}, {bops(record['full_precision_bops'])} in full precision")
+    before = {name: row.get("thresholds") for name, row in (record["targets"] or {}).items()}
+    if any(before.values()):
+        out.say(f"  thresholds had reached {', '.join(map(quantity, before, before.values()))} before the projection")
     if record["published"]:
         mark = record["published"]
         out.say(f"  published: {mark['top1']:.1f} % at {bops(mark['bops'])} ({mark['method']})")

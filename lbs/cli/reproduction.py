@@ -6,15 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lbs.cli.rows import Row
+from lbs.cli.rows import Row, row_named
 from lbs.cli.stages import pack_run, verify_run
 from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun, open_runs
 from lbs.plan import Plan
-from lbs.run_folder import RunFolder, environment, write_json, writes
+from lbs.run_folder import RunFolder, environment, read_json, write_json, writes
 from lbs.search import distributed
 from lbs.search.limits import targets_met
 from lbs.search.modes import mode_settings
-from lbs.search.phases import Session, run_finetune, run_float, run_search
+from lbs.search.phases import Session, check_search, run_finetune, run_float, run_search
 from lbs_kernels.errors import LbsError
 
 RECORD = "record.json"
@@ -40,6 +40,17 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool, processe
     return {config.command: config for config in open_runs(wanted, folder, resume, processes=processes)}
 
 
+def row_of(folder: RunFolder) -> Row:
+    """The row that a run folder was begun with. Raises LbsError where it holds none."""
+    path = folder.file("config.json")
+    sections = read_json(path).values() if path.exists() else ()
+    names = {str(section["row"]) for section in sections if isinstance(section, dict) and section.get("row")}
+    if len(names) != 1:
+        found = f"runs of {', '.join(sorted(names))}" if names else "no run of a row"
+        raise LbsError(f"{folder.path} holds {found}; name the row too: lbs reproduce ROW --out {folder.path}")
+    return row_named(names.pop())
+
+
 def _of_row(row: Row, command: str) -> dict[str, Any]:
     own = {"float": {}, "search": row.search or {}, "finetune": row.finetune}[command]
     return {"model": row.network.model, **row.network.common, **getattr(row.network, command), **own}
@@ -53,8 +64,10 @@ def reproduce(row: Row, configs: dict[str, RunConfig], session: Session) -> dict
     Raises:
         LbsError: any of the family; nothing that was saved before is lost.
     """
-    folder = session.folder
-    run_float(_config(configs, FloatRun), session)
+    folder, start = session.folder, _config(configs, FloatRun)
+    if row.search is not None and not _done(session, start):
+        check_search(_config(configs, SearchRun), session)
+    run_float(start, session)
     if row.search is not None:
         search = _config(configs, SearchRun)
         if not _done(session, search):
@@ -120,6 +133,7 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
         "in_float": plan.in_float,
         "targets": results.get("search", {}).get("targets"),
         "target_bops": results.get("search", {}).get("target_bops"),
+        "unreadable": len(tuned.get("unreadable", {})),
         "bops": plan.bops(),
         "full_precision_bops": plan.full_precision_bops(),
         "bits": sorted({(layer.w_bits, layer.a_bits) for layer in plan.layers}),

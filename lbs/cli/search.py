@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
     parser.add_argument(
+        "--exclude",
+        action="append",
+        default=_UNSET,
+        metavar="PATTERN",
+        help="leave layers in float whose name matches, such as 'layer1.*'; may be given several times",
+    )
+    parser.add_argument(
         "--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together (default: the model's)"
     )
     parser.add_argument(

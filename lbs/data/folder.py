@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,19 @@ def from_folder(
 
     channels: 3 reads colour, 1 grey. All images must have one size. Statistics are measured on the training images
     unless given. max_unreadable: share of the files of a part that may be left out, with a warning each, because they
-    cannot be read. Raises DataError for missing folders, more unreadable images than that, and sizes that differ.
+    cannot be read; `unreadable` of the result has each with its reason. Raises DataError for missing folders, more
+    unreadable images than that, and sizes that differ.
     """
     root = Path(path)
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}; images are read with 3 (colour) or 1 (grey)")
     classes, folders = class_folders(root)
     arrays: dict[str, np.ndarray] = {}
+    left_out: dict[str, str] = {}
     for part, folder in folders.items():
-        arrays[f"{part}_x"], arrays[f"{part}_y"] = _read_part(folder, classes, channels, max_unreadable)
-    return from_arrays(root.name, arrays, classes=classes, mean=mean, std=std)
+        arrays[f"{part}_x"], arrays[f"{part}_y"], unreadable = _read_part(folder, classes, channels, max_unreadable)
+        left_out |= unreadable
+    return replace(from_arrays(root.name, arrays, classes=classes, mean=mean, std=std), unreadable=left_out)
 
 
 def class_folders(root: Path) -> tuple[list[str], dict[str, Path]]:
@@ -78,7 +82,10 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read_part(folder: Path, classes: list[str], channels: int, max_unreadable: float) -> tuple[np.ndarray, np.ndarray]:
+def _read_part(
+    folder: Path, classes: list[str], channels: int, max_unreadable: float
+) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Images [N, H, W, C], labels [N], and the files that cannot be read -> why."""
     images: list[np.ndarray] = []
     labels: list[int] = []
     unreadable: dict[str, str] = {}
@@ -99,7 +106,7 @@ def _read_part(folder: Path, classes: list[str], channels: int, max_unreadable: 
     too_many_unreadable(unreadable, len(named), max_unreadable if images else 0.0)
     for reason in unreadable.values():
         warnings.warn(f"left out: {reason}", stacklevel=2)
-    return np.stack(images), np.array(labels, dtype=np.int64)
+    return np.stack(images), np.array(labels, dtype=np.int64), unreadable
 
 
 def _read_image(file: Path, channels: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +31,7 @@ class ImageData:
     mean: tuple[float, ...]  # per channel, of pixels scaled to 0..1
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    unreadable: dict[str, str] = field(default_factory=dict)  # files that were left out -> why
 
     def __post_init__(self) -> None:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
@@ -135,8 +136,10 @@ def from_arrays(
     measured = measure_statistics(images["train_x"]) if mean is None or std is None else (mean, std)
     return ImageData(
         name=name,
-        **images,
-        **{key: torch.from_numpy(array) for key, array in labels.items()},
+        train_x=images["train_x"],
+        train_y=torch.from_numpy(labels["train_y"]),
+        test_x=images["test_x"],
+        test_y=torch.from_numpy(labels["test_y"]),
         mean=tuple(measured[0] if mean is None else mean),
         std=tuple(measured[1] if std is None else std),
         classes=tuple(classes),

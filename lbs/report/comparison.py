@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from lbs.report import page, pareto, records
+from lbs.report.asked import asked_of, variant
 from lbs.report.plots import STYLE
 from lbs.report.published import NETWORKS, marks_of
 from lbs.report.records import Record
 from lbs.report.tables import Table
-from lbs.report.units import bops, percent, seconds
+from lbs.report.units import bops, percent, quantity, seconds
 from lbs.run_folder import write_bytes
 
 
@@ -35,23 +35,29 @@ class Line:
     best_epoch: int | None
     packed: float | None
     equal: str
-    target: float | None
+    targets: dict[str, dict[str, float | None]]  # as Record.targets
     bops: int | None
     full: int | None
     seconds: float | None
+    variant: str
+    asked: str  # runs that agree in it differ by their seeds only; "": not known
+
+    def of_targets(self, key: str) -> str:
+        """One number of every target, such as `630.6M, 5.5 kB`; a dash where no target has it."""
+        shown = [quantity(name, row[key]) for name, row in self.targets.items()]
+        return ", ".join(shown) if set(shown) - {"-"} else "-"
 
 
 def line_of(record: Record) -> Line:
     """Read from the record of a reproduced row where there is one, else from the sections of results.json."""
     model, classes = str(record.network.get("model", "?")), int(record.network.get("num_classes", 0))
-    config = record.config.get("finetune", {})
     images, equal = record.value("verify", "images"), record.value("verify", "equal_predictions")
     spent = [record.value(phase, "seconds") for phase in ("float", "search", "finetune")]
     return Line(
         name=record.name,
         label=record.made.get("row") or record.name,
-        network=record.made.get("network") or NETWORKS.get((model, classes), model),
-        seed=config.get("seed"),
+        network=NETWORKS.get((model, classes), model),
+        seed=record.seed(),
         schedule=record.made.get("schedule") or _schedule(record),
         float_accuracy=record.value("float", "accuracy"),
         last=record.value("finetune", "accuracy"),
@@ -59,10 +65,12 @@ def line_of(record: Record) -> Line:
         best_epoch=record.value("finetune", "best_epoch"),
         packed=record.value("verify", "packed_accuracy"),
         equal=f"{equal} of {images}" if images is not None else "-",
-        target=record.value("search", "target_bops"),
+        targets=record.targets(),
         bops=sum(row.bops for row in record.layers) or None,
         full=sum(row.full_bops for row in record.layers) or None,
         seconds=sum(x for x in spent if x is not None) or None,
+        variant=record.made.get("variant") or variant(record),
+        asked=asked_of(record),
     )
 
 
@@ -129,6 +137,8 @@ def _runs(lines: list[Line]) -> Table:
         "#Equal predictions",
         "#BOPs",
         "#Allowed",
+        "#Reached by thresholds",
+        "#Result",
         "Schedule",
         "#Training",
     )
@@ -146,39 +156,44 @@ def _runs(lines: list[Line]) -> Table:
                 percent(line.packed),
                 line.equal,
                 bops(line.bops) if line.bops else "-",
-                bops(line.target) if line.target else "-",
+                *(line.of_targets(key) for key in ("target", "thresholds", "value")),
                 line.schedule,
                 seconds(line.seconds) if line.seconds else "-",
             )
         )
-    note = "The weights of the last epoch are kept and packed; the best epoch was picked on the test images."
+    note = (
+        "The weights of the last epoch are kept and packed; the best epoch was picked on the test images. What the "
+        "trained thresholds had reached is followed by a projection to the result."
+    )
     return Table("Runs", header, tuple(rows), note)
 
 
 def _seeds(lines: list[Line]) -> Table:
-    groups: dict[tuple[str, str], list[Line]] = {}
+    groups: dict[str, list[Line]] = {}
     for line in lines:
-        if line.last is not None:
-            groups.setdefault((line.label, line.schedule), []).append(line)
+        if line.last is not None and line.asked:
+            groups.setdefault(line.asked, []).append(line)
     rows = []
-    for (label, schedule), group in groups.items():
+    for group in groups.values():
         if len({line.seed for line in group}) > 1:
             values = [line.last for line in group if line.last is not None]
             best = [line.best for line in group if line.best is not None]
             costs = [line.bops for line in group if line.bops]
             rows.append(
                 (
-                    label,
+                    next((x.label for x in group if x.label != x.name), f"{group[0].network} {group[0].variant}"),
                     ", ".join(str(line.seed) for line in group),
                     percent(mean(values)),
                     f"{percent(min(values))} .. {percent(max(values))}",
                     percent(mean(best)) if best else "-",
                     f"{bops(min(costs))} .. {bops(max(costs))}" if costs else "-",
-                    schedule,
+                    group[0].of_targets("target"),
+                    " or ".join(dict.fromkeys(line.schedule for line in group)),
                 )
             )
-    header = ("Row", "Seeds", "#Mean, last epoch", "#From .. to", "#Mean, best epoch", "#BOPs", "Schedule")
-    return Table("Rows with several seeds", header, tuple(rows))
+    header = ("Row", "Seeds", "#Mean, last epoch", "#From .. to", "#Mean, best epoch", "#BOPs", "#Allowed", "Schedule")
+    note = "One row: equal networks, data, variants, targets, schedules and recipes, whatever the runs are called."
+    return Table("Rows with several seeds", header, tuple(rows), note)
 
 
 def _published(lines: list[Line]) -> Table:
@@ -190,6 +205,6 @@ def _published(lines: list[Line]) -> Table:
     return Table("Published", ("Network", "Method", "#Top-1", "#BOPs"), tuple(rows), note)
 
 
-def summary(run_dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """The lines of the first table, for JSON."""
-    return [line_of(records.read(folder)).__dict__ for folder in run_dirs]
+def summary(run_dirs: Sequence[str | Path]) -> list[Line]:
+    """The lines of the first table."""
+    return [line_of(records.read(folder)) for folder in run_dirs]

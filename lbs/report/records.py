@@ -52,6 +52,22 @@ class Record:
         """A value of results.json, or None."""
         return self.results.get(section, {}).get(key)
 
+    def targets(self) -> dict[str, dict[str, float | None]]:
+        """Targets of the search by name, in base units: `target`, `value`, and `thresholds`, what the trained
+        thresholds had reached before the projection. None where a run of an older release does not say."""
+        section = self.results.get("search", {})
+        rows = section.get("targets") or {}
+        if not rows and section.get("target_bops"):
+            now = sum(row.bops for row in self.layers) or section.get("bops")
+            rows = {"bops": {"target": section["target_bops"], "value": now}}
+        return {name: {key: row.get(key) for key in ("target", "value", "thresholds")} for name, row in rows.items()}
+
+    def seed(self, phase: str = "") -> int | None:
+        """The seed of a phase, or of the last one that was begun; a float network within a search has the search's."""
+        order = {"float": ("float", "search"), "": PHASES[::-1]}.get(phase, (phase,))
+        sections = (self.config.get(name) for name in order)
+        return next((section["seed"] for section in sections if section and "seed" in section), None)
+
     def bench_rows(self) -> list[dict[str, Any]]:
         """Rows of the benchmark."""
         return list(self.results.get("bench", {}).get("rows", []))

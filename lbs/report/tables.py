@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbs.report.records import PHASES, Record
-from lbs.report.units import bops, percent, seconds, size, times
+from lbs.report.units import bops, percent, quantity, seconds, size, times
+
+TARGET_NAMES = {"bops": "bit operations", "size_mb": "packed weights", "latency_ms": "latency of one image"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ def _cost_tiles(record: Record) -> list[Tile | None]:
     packed, before = record.value("pack", "bytes"), record.value("float", "bytes")
     if packed is not None:
         found.append(Tile("Packed file", size(packed), f"float weights {size(before)}" if before else ""))
-    target = record.value("search", "target_bops")
-    if target is not None:
-        met = now <= target
-        found.append(Tile("Budget", "met" if met else "missed", f"{bops(now)} of {bops(target)} allowed", _state(met)))
+    targets = record.targets()
+    if targets:
+        met = all((row["value"] or 0) <= (row["target"] or 0) for row in targets.values())
+        parts = (f"{quantity(name, row['value'])} of {quantity(name, row['target'])}" for name, row in targets.items())
+        found.append(Tile("Budget", "met" if met else "missed", f"{', '.join(parts)} allowed", _state(met)))
     return found
 
 
@@ -94,8 +97,33 @@ def _state(good: bool) -> str:
 
 def tables(record: Record) -> list[Table]:
     """All tables for which the run holds something."""
-    made = (layer_table(record), latency_table(record), phase_table(record), environment_table(record))
+    made = (
+        budget_table(record),
+        layer_table(record),
+        latency_table(record),
+        phase_table(record),
+        environment_table(record),
+    )
     return [table for table in made if table.rows]
+
+
+def budget_table(record: Record) -> Table:
+    """One row per target: what was allowed, what was reached, and by the thresholds alone."""
+    rows = []
+    for name, row in record.targets().items():
+        before, value = row["thresholds"], row["value"]
+        rest = "-"
+        if before is not None and value is not None:
+            rest = "closed by projection" if before > value else "opened by projection" if before < value else "nothing"
+        shown = [quantity(name, amount) for amount in (row["target"], before, value)]
+        rows.append((TARGET_NAMES[name], *shown, rest))
+    header = ("Target", "#Allowed", "#Reached by thresholds", "#Result", "The rest")
+    note = (
+        "By thresholds: what the trained thresholds had reached when the search ended; a projection then closed the "
+        "cheapest gates until the target held, or opened what still fitted. A dash: no thresholds were trained, or the "
+        "run is of an older release, which did not note it."
+    )
+    return Table("Budget", header, tuple(rows), note)
 
 
 def layer_table(record: Record) -> Table:
@@ -152,9 +180,19 @@ def phase_table(record: Record) -> Table:
         best = (
             f"{percent(section['best_accuracy'])} (epoch {section['best_epoch']})" if section["best_accuracy"] else "-"
         )
-        last = percent(section["accuracy"])
-        rows.append((phase, str(section["epochs"]), f"{section['steps']:,}", seconds(section["seconds"]), last, best))
-    header = ("Phase", "#Epochs", "#Steps", "#Time", "#Test, last epoch", "#Test, best")
+        last, seed = percent(section["accuracy"]), record.seed(phase)
+        rows.append(
+            (
+                phase,
+                "-" if seed is None else str(seed),
+                str(section["epochs"]),
+                f"{section['steps']:,}",
+                seconds(section["seconds"]),
+                last,
+                best,
+            )
+        )
+    header = ("Phase", "#Seed", "#Epochs", "#Steps", "#Time", "#Test, last epoch", "#Test, best")
     return Table(
         "Training",
         header,

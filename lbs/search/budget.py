@@ -6,11 +6,13 @@ loss.backward(); optimizer.step(); budget.step()
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from lbs.config import SearchRun
 from lbs.graph import record_of
 from lbs.search import projection
 from lbs.search.controller import Controller
@@ -33,6 +35,7 @@ class Budget:
         bops: absolute (above 1) or a fraction of the full-precision count (at most 1). size_mb: packed weights, in
             10^6 bytes. latency_ms: of one image, with `table`, Problem -> seconds (or None: interpolated).
         strength: starting lambda. gain: growth of lambda per step while above the target (integral part, in log R).
+            Both, and the rates of `parameter_groups`, are by default those of `lbs search`, which belong together.
         read_every: steps between looks at what the gates cost; 1 on the CPU, 8 on a GPU, whose work a look waits for.
 
     Raises:
@@ -44,8 +47,8 @@ class Budget:
         self,
         model: nn.Module,
         bops: float | None = None,
-        strength: float = 1.0,
-        gain: float = 0.01,
+        strength: float = SearchRun.strength,
+        gain: float = SearchRun.gain,
         *,
         size_mb: float | None = None,
         latency_ms: float | None = None,
@@ -194,15 +197,21 @@ class Budget:
 
     @torch.no_grad()
     def finish(self) -> BudgetResult:
-        """Close gates until the targets hold, spend what is left over, freeze, and return targets and result."""
+        """Close gates until the targets hold, spend what is left over, freeze, and return targets and result.
+
+        The result also tells what the thresholds had reached before: how much was left to the projection.
+        """
         self.ledger.read(errors=True)
+        before = [self.ledger.total(target.quantity) for target in self.targets]
         projection.project(self.ledger, self.targets)
         self.ledger.apply()
         self.freeze()
-        return self.result()
+        result = self.result()
+        rows = (replace(row, thresholds=value) for row, value in zip(result.reached, before, strict=True))
+        return replace(result, reached=tuple(rows))
 
     def result(self) -> BudgetResult:
-        """Targets and result."""
+        """Targets and what the present gates cost."""
         self.ledger.read()
         rows = []
         for target in self.targets:
@@ -238,15 +247,19 @@ def _sent(values: list[list[float]], device: torch.device) -> Tensor:
 def _check_reachable(ledger: Ledger, target: Target) -> None:
     floor = ledger.floor(target.quantity)
     if not floor <= target.limit:
-        unit, scale = target.quantity.unit, target.quantity.scale
         raise PlanError(
-            f"budget {target.limit / scale:.3f}{unit} is out of reach; the gates reach {floor / scale:.3f}{unit} at "
-            "the least. Raise it, allow narrower bits or a larger max_pruning_ratio"
+            f"budget {target.quantity.show(target.limit)} is out of reach; the gates reach "
+            f"{target.quantity.show_enough(floor)} at the least. Raise it, allow narrower bits or a larger "
+            "max_pruning_ratio"
         )
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float = 1e-4, gate_lr: float = 0.006, prune_lr: float = 0.05
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = SearchRun.weight_decay,
+    gate_lr: float = SearchRun.gate_lr,
+    prune_lr: float = SearchRun.prune_lr,
 ) -> list[dict[str, object]]:
     """Groups for torch.optim.SGD: weights (decayed), norms, biases and ranges (not decayed), bit and prune thresholds.
 

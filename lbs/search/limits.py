@@ -45,8 +45,11 @@ def tuned_seconds(model: str, device: str) -> Callable[[Problem], float]:
 
 
 def targets_section(outcome: BudgetResult) -> dict[str, Any]:
-    """Every target and what was reached, in base units (bit operations, bytes, seconds)."""
-    rows = {row.quantity.name: {"target": row.target, "value": row.value} for row in outcome.reached}
+    """Every target, what was reached, and by the thresholds alone, in base units (bit operations, bytes, seconds)."""
+    rows = {
+        row.quantity.name: {"target": row.target, "value": row.value, "thresholds": row.thresholds}
+        for row in outcome.reached
+    }
     return {"targets": rows, "target_bops": rows.get("bops", {}).get("target")}
 
 

@@ -38,6 +38,7 @@ class NetworkCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     signed: tuple[str, ...] = ()  # layers whose input codes are signed
+    exclude: tuple[str, ...] = ()  # patterns of layers the search left in float
     fingerprint: str = ""  # of the data
 
     def example(self) -> Tensor:
@@ -137,6 +138,7 @@ def card_of(config: RunConfig, data: lbs.data.ImageSet) -> NetworkCard:
         data.image_shape,
         data.mean,
         data.std,
+        exclude=getattr(config, "exclude", ()),
         fingerprint=data.fingerprint,
     )
 
@@ -184,7 +186,8 @@ def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
     """Float network -> network of fixed bits, or pruned in float, by `plan`; ranges are those of no calibration."""
     prunes = any(layer.kept is not None for layer in plan.layers)
     bits = (FULL_BITS,) if plan.in_float else SearchConfig.bits
-    network = freeze(prepare(model, card.example(), SearchConfig(bits=bits, pruning=prunes)), plan)
+    settings = SearchConfig(bits=bits, pruning=prunes, exclude=card.exclude)
+    network = freeze(prepare(model, card.example(), settings), plan)
     for name in card.signed:
         quantizer: Any = network.get_submodule(name).quantizer
         quantizer.signed = True

@@ -11,12 +11,16 @@ TOLERANCE = 0.03  # a result this far below its target is near enough
 
 @dataclass(frozen=True)
 class Reached:
-    """One quantity: its target, what was reached, and the smallest step that opening anything more would take."""
+    """One quantity: its target, what was reached, and the smallest step that opening anything more would take.
+
+    thresholds: what the trained thresholds had reached before the projection; None where none were trained.
+    """
 
     quantity: Quantity
     target: float
     value: float
     step: float
+    thresholds: float | None = None
 
     @property
     def met(self) -> bool:
@@ -32,6 +36,8 @@ class Reached:
         show, state = self.quantity.show, "met" if self.met else "MISSED"
         text = f"{self.quantity.name}: target {show(self.target)}, result {show(self.value)} "
         text += f"({self.value / self.target:.1%}), {state}"
+        if self.thresholds is not None:
+            text += f"; thresholds reached {show(self.thresholds)}" + self._rest()
         if self.met and not self.near:
             rest = self.target - self.value
             text += f"; {show(rest)} are left, " + (
@@ -42,6 +48,11 @@ class Reached:
                 else "another target forbids more"
             )
         return text
+
+    def _rest(self) -> str:
+        if self.thresholds is None or self.thresholds == self.value:
+            return ""
+        return f", projection {'closed' if self.thresholds > self.value else 'opened'} the rest"
 
 
 @dataclass(frozen=True)

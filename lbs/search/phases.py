@@ -21,7 +21,7 @@ from lbs.search.freeze import plan_of
 from lbs.search.limits import limits, targets_section
 from lbs.search.network import FINAL, FLOAT, SEARCHED, NetworkCard
 from lbs.search.prepare import uniform
-from lbs.search.searches import SearchJob, left_out, search_of, search_settings
+from lbs.search.searches import SearchJob, check_reach, left_out, search_of, search_settings
 from lbs.search.session import Session, calibration_batches, goes_on, test_loader, train_loader
 from lbs.search.trainer import Trainer
 from lbs_kernels.errors import CheckpointError, PlanError, TrainingError
@@ -67,6 +67,7 @@ def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
             progress=session.progress,
         )
         section = {"origin": "trained in this run", **trainer.fit(goes_on(session, "float")).as_dict()}
+        section |= left_out(trainer.train, data)
     session.say(f"float network: {section['accuracy']:.2%} of the test images")
     checkpoint.save_weights(kept, model)
     distributed.wait()
@@ -81,10 +82,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     Raises:
         LbsError: any of the family; nothing that was saved before is lost.
     """
-    data, card = _data_and_card(config, session)
-    _check_rates(config)
-    search_settings(config)  # a mistake in the options shows before the training does
-    limits(config)
+    data, card = check_search(config, session)
     card.write(session.folder)
     model = _float_network(config, card, session)
     torch.manual_seed(config.seed)
@@ -108,6 +106,23 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     if not found.outcome.met:
         raise PlanError(f"{found.outcome}; search longer (--epochs), or with a larger --strength")
     return section
+
+
+def check_search(config: SearchRun, session: Session) -> tuple[lbs.data.ImageSet, NetworkCard]:
+    """The data and the card of a search, once its options are seen to fit: a mistake shows before the training does.
+
+    Raises:
+        LbsError: options that contradict, a network that does not take these images, a target out of reach, or a layer
+            whose time is asked for and not known.
+    """
+    data, card = _data_and_card(config, session)
+    _check_rates(config)
+    search_settings(config)
+    limits(config)
+    model = network.build(config.model, card.num_classes)
+    network.check_images(model, card, torch.device("cpu"))
+    check_reach(config, model, card.example())
+    return data, card
 
 
 def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
@@ -139,7 +154,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
         "accuracy_before": before,
         "bops": plan.bops(),
         "full_precision_bops": plan.full_precision_bops(),
-        **left_out(trainer.train),
+        **left_out(trainer.train, data),
         "config_hash": config.digest(),
     }
     folder.add_result("finetune", section)

@@ -162,7 +162,10 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
                 unconverted.append((name, reason))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
-    groups = {name: _without_tied(_without(group, skipped), model) for name, group in found.items()}
+    groups = {
+        name: _fitting_tile(_without_tied(_without(group, skipped), model), model, config)
+        for name, group in found.items()
+    }
     kept = {name: layer for name, layer in layers.items() if name not in skipped}
     plan = template_plan(kept, groups, type(model).__name__)
     if not plan.layers:
@@ -206,6 +209,18 @@ def _without_tied(group: ChannelGroup, model: nn.Module) -> ChannelGroup:
         if other != name and {name, other} & members:
             return replace(group, prunable=False, reason=f"{other} and {name} share their weights")
     return group
+
+
+def _fitting_tile(group: ChannelGroup, model: nn.Module, config: SearchConfig) -> ChannelGroup:
+    """Filters stay where no number of whole groups but all of them is a multiple of the tile."""
+    unit = math.lcm(config.group_size, config.filter_tile)
+    if config.filter_tile == 1 or not group.prunable:
+        return group
+    filters = int(model.get_submodule(group.producer).weight.shape[0])  # type: ignore[index]
+    if filters % unit == 0:
+        return group
+    reason = f"{filters} are no multiple of {unit}, the smallest one of filter_tile={config.filter_tile} in groups"
+    return replace(group, prunable=False, reason=f"{reason} of {config.group_size}")
 
 
 def _unconvertible(
@@ -258,8 +273,6 @@ def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig
             continue
         producer: Any = model.get_submodule(group.producer)
         filters = int(producer.weight.shape[0])
-        if config.filter_tile > 1 and filters % math.lcm(config.group_size, config.filter_tile):
-            continue  # no number of whole groups but all of them is a multiple of the tile
         gate = PruneGate(filters, config.group_size, config.max_pruning_ratio, config.filter_tile, bool(rule.watches))
         producer.prune = gate
         like(gate, producer)

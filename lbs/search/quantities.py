@@ -48,6 +48,16 @@ class Quantity:
         """For people: `630.6M BOPs`."""
         return f"{value / self.scale:.1f}{self.unit}" if value >= self.scale else f"{value / self.scale:.3g}{self.unit}"
 
+    def show_enough(self, value: float) -> str:
+        """As `show`, with five digits and rounded up: a target of what is shown is enough for `value`.
+
+        >>> bit_operations().show_enough(612_345_678), bit_operations().show_enough(1_500_000)
+        ('612.35M BOPs', '1.5000M BOPs')
+        """
+        amount = value / self.scale
+        places = max(0, 4 - math.floor(math.log10(amount))) if amount > 0 else 0
+        return f"{math.ceil(amount * 10**places) / 10**places:.{places}f}{self.unit}"
+
 
 def kept_problem(plan: Plan, layer: LayerPlan) -> Problem:
     """A layer of a plan with the channels that live, for one image."""

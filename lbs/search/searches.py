@@ -89,7 +89,7 @@ class SearchJob:
             progress=session.progress,
             **options,
         )
-        return {**trainer.fit(goes_on(session, phase)).as_dict(), **left_out(trainer.train)}
+        return {**trainer.fit(goes_on(session, phase)).as_dict(), **left_out(trainer.train, self.data)}
 
     def frozen(self, searched: nn.Module) -> nn.Module:
         """The network that is left, with ranges at its own widths and norms estimated again."""
@@ -172,9 +172,28 @@ def search_settings(config: SearchRun) -> SearchConfig:
     return SearchConfig(**{**options, **mode_settings(config.mode)})
 
 
-def left_out(loader: lbs.data.Loader) -> dict[str, Any]:
-    """Images that could not be read, where there were any."""
-    unreadable = getattr(loader, "unreadable", {})
+def check_reach(config: SearchRun, model: nn.Module, example: Tensor) -> None:
+    """Refuse targets that no choice of the gates meets; neither weights nor gates need any training for that.
+
+    model: the float network, untrained. What `two-stage` reaches with bits depends on the filters it has cut by then;
+    here it may cut all that are allowed to go.
+
+    Raises:
+        PlanError: a target out of reach, or a layer that the latency table does not know.
+    """
+    settings = search_settings(config)
+    if config.mode == "two-stage":
+        Budget(prepare(model, example, replace(settings, bits=(FULL_BITS,))), config.prune_bops)
+    budget = Budget(prepare(model, example, settings), **limits(config))
+    for quantity in (target.quantity for target in budget.targets):
+        for choice in budget.ledger.choices:
+            for level in range(len(choice.amounts)):
+                budget.ledger.change(quantity, choice, level)  # a price that is not known raises
+
+
+def left_out(loader: lbs.data.Loader, data: lbs.data.ImageSet) -> dict[str, Any]:
+    """Images that could not be read, where there were any: file -> reason."""
+    unreadable = {**getattr(data, "unreadable", {}), **getattr(loader, "unreadable", {})}
     return {"unreadable": unreadable} if unreadable else {}
 
 

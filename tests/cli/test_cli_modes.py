@@ -170,7 +170,22 @@ def test_a_latency_nobody_measured_names_the_way_out(home: Path, lbs_command: Co
     code, body, _ = lbs_command(f"{SEARCH} --run unmeasured --latency-ms 1")
     assert code == 2
     assert "is known on this machine; measure the layers first, with lbs tune --shapes tiny_modes:Net" in body["error"]
+    untrained = SEARCH.replace("--weights greedy/float.safetensors", "--float-epochs 1")
+    code, body, _ = lbs_command(f"{untrained} --run unmeasured --latency-ms 1")
+    assert "measure the layers first" in body["error"]
+    assert not (home / "unmeasured/checkpoints").exists()
     assert lbs_command(f"{SEARCH} --run aimless")[1]["error"].startswith("no budget; name one or several: --bops")
+
+
+def test_a_width_nobody_measured_is_told_before_the_float_network_is_trained(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "estimate", lambda problem: None if problem.w_bits == 4 else times(problem))
+    untrained = SEARCH.replace("--weights greedy/float.safetensors", "--float-epochs 1")
+    code, body, _ = lbs_command(f"{untrained} --run partial --latency-ms 1")
+    assert code == 2
+    assert "w4a8" in body["error"]
+    assert not (home / "partial/checkpoints").exists()
 
 
 def test_every_target_counts_when_a_run_is_looked_at() -> None:

@@ -110,6 +110,11 @@ def test_a_row_from_float_network_to_record(home: Path) -> None:
     assert record["environment"]["commit"]
     assert str(home) not in json.dumps(record)
     assert record["config"]["finetune"]["milestones"] == [80, 120]
+    assert record["unreadable"] == 0
+    assert record["targets"] == json.loads((home / "whole/results.json").read_text())["search"]["targets"]
+    reached = record["targets"]["bops"]
+    last = [row for row in run_folder.RunFolder(home / "whole").metrics() if row["phase"] == "search"][-1]
+    assert reached["thresholds"] == last["bops"] != reached["value"]
 
 
 class Killer:
@@ -297,7 +302,12 @@ def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
         ("reproduce tiny --schedule 8", "takes two numbers, such as 8+30"),
         ("reproduce tiny --schedule 8+x", "takes two numbers"),
         ("reproduce tiny --search wings=2", "keys are amp, augment"),
-        ("reproduce tiny --search gain=word", "gain is a float, as 0.004 is"),
+        ("reproduce tiny --search gain=word", "--search gain=word: gain takes a finite number such as 0.03 or 3e-2"),
+        ("reproduce tiny --search bits=2,x", "bits takes whole numbers with commas between them, such as 2,4,8"),
+        ("reproduce tiny --search bits=2,5", "bit chain (2, 5): 5 is no larger integer multiple of 2"),
+        ("reproduce tiny --search exclude=conv9*", "exclude='conv9*' matches no layer; the layers are stem, conv1, fc"),
+        ("reproduce", "name a ROW of --list; only --resume --out DIR takes it from the run in DIR"),
+        ("reproduce --resume", "bad holds no run of a row; name the row too: lbs reproduce ROW --out bad"),
         ("reproduce tiny-uniform-4 --bops 0.5", "has no search"),
         ("reproduce tiny --bops 0.00001", "out of reach"),
         ("reproduce tiny --weights other.safetensors", "is for 7 classes (fc.weight is (7, 16)), the data set digits"),
@@ -310,11 +320,36 @@ def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str
     state["fc.weight"], state["fc.bias"] = torch.zeros(7, 16), torch.zeros(7)
     checkpoint.safetensors.torch.save_file(state, home / "other.safetensors")
     shutil.rmtree(home / "bad", ignore_errors=True)
-    if "bops 0.0" in line:
-        line += " --weights ok.safetensors"
     code, body, errors = lbs_command(f"{line} --out bad --train-images 64 --threads 1")
     assert code == 2, errors
     assert message in body["error"], body["error"]
+    assert not (home / "bad/checkpoints").exists()  # nothing was trained before the mistake was told
+
+
+def test_a_row_is_resumed_by_its_folder_alone(home: Path, lbs_command: Command) -> None:
+    before = digests(home / "whole")
+    code, record, errors = lbs_command("reproduce --out whole --resume --threads 1")
+    assert (code, record["row"]) == (0, "tiny"), errors
+    assert digests(home / "whole") == before
+    assert lbs_command("reproduce --resume")[1]["error"].startswith("name a ROW of --list")
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_unreadable_images_of_a_folder_in_memory_are_counted(home: Path, lbs_command: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    for part, index in [("train", i) for i in range(18)] + [("test", i) for i in range(6)]:
+        place = tmp_path / "set" / part / f"c{index % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{index}.png")
+    (tmp_path / "set/train/c0/broken.png").write_bytes(b"no image")
+    line = f"reproduce streamed --data {tmp_path}/set --schedule 1+1 --threads 1 --max-unreadable 0.1"
+    code, record, errors = lbs_command(f"{line} --out {tmp_path}/run")
+    assert code == 0, errors
+    assert record["unreadable"] == 1
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    for phase in ("float", "search", "finetune"):
+        (file,) = results[phase]["unreadable"]
+        assert file.endswith("broken.png")
 
 
 def test_schedules_are_named_by_what_was_run() -> None:
@@ -332,6 +367,13 @@ def test_options_on_the_command_line() -> None:
     row = rows._uniform(TINY, 4)
     assert epochs_of("30", row) == (None, 30)
     assert setting(FinetuneRun, "milestones=[3,5]") == ("milestones", (3, 5))
+    for text in (".16", "0.16", "16e-2", "+.16"):
+        assert setting(SearchRun, f"prune_lr={text}") == ("prune_lr", 0.16)
+    assert setting(SearchRun, "exclude=[ab]*,fc") == ("exclude", ("[ab]*", "fc"))
+    assert setting(SearchRun, 'exclude=["a,b"]') == ("exclude", ("a,b",))
+    for text in ("prune_lr=inf", "epochs=2.5", "pruning=perhaps", "mean=red"):
+        with pytest.raises(LbsError, match=f"--search {text}: {text.split('=')[0]} takes "):
+            setting(SearchRun, text)
     with pytest.raises(LbsError, match="give KEY=VALUE"):
         setting(SearchRun, "gain")
 

@@ -175,6 +175,19 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --bits 2,3", "bit chain"),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.0001 --weights w.pth", "out of reach"),
         (
+            "search --run bad --data digits --model digits_resnet8 --bops 0.0001 --float-epochs 9",
+            "M BOPs is out of reach; the gates reach ",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --mode two-stage "
+            "--prune-bops 0.1",
+            "out of reach",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --exclude conv9*",
+            "exclude='conv9*' matches no layer",
+        ),
+        (
             "search --run bad --data digits --model tiny_cli_net:Net --bops 0.03 --weights w.pth",
             "does not fit the model",
         ),
@@ -264,6 +277,25 @@ def test_a_search_of_no_epochs_is_projected(home: Path, lbs_command: Command) ->
     assert section["bops"] <= section["target_bops"]
     assert json.loads((home / "zero/results.json").read_text())["search"]["loss"] is None
     assert lbs_command("pack --run zero")[0] == 0
+
+
+def test_layers_stay_in_float_by_name(home: Path, lbs_command: Command) -> None:
+    line = f"search --run partly {SEARCH} --epochs 1 --float-epochs 0 --weights whole/float.safetensors"
+    code, section, errors = lbs_command(f"{line} --bops 0.06 --exclude conv1 --exclude con?1*")
+    assert code == 0, errors
+    assert ["conv1", "left in float: excluded by name"] in section["conversion"]
+    assert json.loads((home / "partly/config.json").read_text())["search"]["exclude"] == ["conv1", "con?1*"]
+    code, body, _ = lbs_command("search --run partly --resume --exclude fc")
+    assert "exclude ('conv1', 'con?1*'), asked is ('fc',)" in body["error"]
+    code, again, errors = lbs_command("search --run partly --resume")
+    assert (code, again["conversion"]) == (0, section["conversion"]), errors
+    code, _, errors = lbs_command(f"finetune --run partly {FINETUNE} --epochs 1")
+    assert code == 0, errors
+    assert [layer.name for layer in Plan.load(home / "partly/plan.json").layers] == ["stem", "conv2", "fc"]
+    code, packed, errors = lbs_command("pack --run partly")
+    assert code == 0, errors
+    assert [name for name, _ in packed["kept_float"]] == ["conv1"]
+    assert lbs_command("verify --run partly --images 8")[0] == 0
 
 
 def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_command: Command) -> None:

@@ -162,5 +162,8 @@ def test_folders_in_memory_leave_out_no_more_than_they_may(tmp_path: Path) -> No
     (tmp_path / "train/c0/4.png").write_bytes(b"")
     data = lbs.data.load(tmp_path, max_unreadable=0.2)
     assert (data.train_count, data.test_count) == (8, 10)
+    assert isinstance(data, lbs.data.ImageData)
+    assert sorted(Path(file).name for file in data.unreadable) == ["2.png", "4.png"]
+    assert all("cannot be read as an image" in reason for reason in data.subset(4, seed=0).unreadable.values())
     with pytest.raises(DataError, match=r"2 of 10 images cannot be read, at most 10.00% .*4\.png.*2\.png"):
         lbs.data.load(tmp_path, max_unreadable=0.1)

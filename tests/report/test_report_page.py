@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lbs.plan import LayerPlan, Plan
-from lbs.report import page, records, tables
+from lbs.report import page, records, tables, units
 from lbs.run_folder import RunFolder, write_json
 from lbs_kernels.errors import CheckpointError, PlanError
 
@@ -74,7 +74,12 @@ def fill(folder: RunFolder, *parts: str) -> None:
     if "results" in parts:
         phase = {"epochs": 4, "steps": 8, "seconds": 75.0, "accuracy": 0.7, "best_accuracy": 0.71, "best_epoch": 3}
         folder.add_result("float", {**phase, "accuracy": 0.72, "bytes": 100_000})
-        folder.add_result("search", {**phase, "target_bops": 2 * PLAN.bops(), "bops": PLAN.bops()})
+        allowed = {"target": 2 * PLAN.bops(), "value": PLAN.bops(), "thresholds": 3 * PLAN.bops()}
+        small = {"target": 5500, "value": 5400, "thresholds": 5300}
+        targets = {"bops": allowed, "size_mb": small}
+        folder.add_result(
+            "search", {**phase, "targets": targets, "target_bops": allowed["target"], "bops": PLAN.bops()}
+        )
         folder.add_result("finetune", phase)
         folder.add_result("pack", {"bytes": 20_000})
         folder.add_result("verify", {"images": 50, "equal_predictions": 50, "packed_accuracy": 0.7, "passed": True})
@@ -84,7 +89,7 @@ def fill(folder: RunFolder, *parts: str) -> None:
         )
     if "environment" in parts:
         folder.note_environment()
-        write_json(folder.file("config.json"), {"version": 1, "search": {"hash": "abc123"}})
+        write_json(folder.file("config.json"), {"version": 1, "search": {"hash": "abc123", "seed": 7}})
 
 
 EVERYTHING = ("plan", "metrics", "results", "bench", "environment")
@@ -102,6 +107,25 @@ def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) 
     assert "Not in this run yet" not in text
     for expected in ("70.00 %", "12 / 16", "abc123", "50 of 50", "10.0x at batch 1", "20.0 kB", ">met<"):
         assert expected in text, expected
+    record = records.read(folder.path)
+    found = {table.title: table.rows for table in tables.tables(record)}
+    cost, full = (units.bops(n * PLAN.bops()) for n in (1, 3))
+    assert found["Budget"] == (
+        ("bit operations", units.bops(2 * PLAN.bops()), full, cost, "closed by projection"),
+        ("packed weights", "5.5 kB", "5.3 kB", "5.4 kB", "opened by projection"),
+    )
+    assert [row[:2] for row in found["Training"]] == [("float", "7"), ("search", "7"), ("finetune", "-")]
+    detail = next(tile.detail for tile in tables.tiles(record) if tile.label == "Budget")
+    assert detail == f"{cost} of {units.bops(2 * PLAN.bops())}, 5.4 kB of 5.5 kB allowed"
+
+
+@pytest.mark.parametrize("section", [{"target_bops": 3e6}, {"targets": {"bops": {"target": 3e6, "value": 2e6}}}])
+def test_a_search_of_an_older_release_did_not_note_its_thresholds(tmp_path: Path, section: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.add_result("search", {"bops": 2e6, **section})
+    rows = tables.budget_table(records.read(folder.path)).rows
+    assert rows == (("bit operations", "3.0M", "-", "2.0M", "-"),)
 
 
 @pytest.mark.parametrize("part", EVERYTHING)

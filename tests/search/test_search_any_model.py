@@ -52,7 +52,8 @@ def kinds() -> dict[str, nn.Module]:
 
 
 def train(model: nn.Module, budget: Budget, steps: int, x: Tensor, amp: bool = False, **options: Any) -> Any:
-    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.01), lr=0.01, momentum=0.9, nesterov=True)
+    groups = parameter_groups(model, lr=0.01, gate_lr=0.006, prune_lr=0.05)
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
     labels = torch.arange(len(x)) % 5
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -268,7 +269,7 @@ def test_memory_formats_and_autocast_train_alike(amp: bool) -> None:
     rows = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = digits().to(memory_format=layout)
-        budget = Budget(model, bops=0.02)
+        budget = Budget(model, bops=0.02, strength=1.0, gain=0.01)
         train(model, budget, 2, images(4, 1).to(memory_format=layout), amp)
         statistics = torch.cat([gate.statistic for _, gate, _ in budget.bit_gates()])
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lbs.models
+from lbs.config import SearchRun
 from lbs.quant.calibrate import calibrate
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
@@ -196,7 +197,7 @@ def train(model: nn.Module, budget: Budget, steps: int) -> list[tuple[int, bool]
 
 def test_sides_alternate_and_the_idle_one_stands_still() -> None:
     model = searchable()
-    budget = Budget(model, bops=0.01)
+    budget = Budget(model, bops=0.01, strength=1.0)
     for iteration in range(4):
         alphas = {id(gate): gate.alpha.detach().clone() for _, gate, _ in budget.bit_gates()}
         active = {id(gate) for _, gate, _ in budget.bit_gates() if gate.active}
@@ -241,7 +242,32 @@ def test_a_resumed_budget_goes_on_where_it_was() -> None:
     assert resumed.frozen
     assert (resumed.strength, resumed.steps) == (budget.strength, budget.steps)
     assert plan_of(twin) == plan_of(model)
-    assert resumed.finish() == budget.result()
+    assert [(row.target, row.value) for row in resumed.finish().reached] == [
+        (row.target, row.value) for row in budget.result().reached
+    ]
+
+
+def test_what_the_thresholds_reached_is_told_beside_the_result() -> None:
+    for bops, word in ((0.014, "closed"), (0.03, "opened")):
+        model = searchable()
+        budget = Budget(model, bops=bops)
+        model(images())
+        scatter_gates(model, seed=1)  # 0.014 < cost < 0.03 of full precision
+        before = budget.value()
+        result = budget.finish()
+        row = result.reached[0]
+        assert row.thresholds == before != row.value
+        assert (before > row.target) == (word == "closed")
+        assert f"met; thresholds reached {before / 1e6:.1f}M BOPs, projection {word} the rest" in str(result)
+        assert "thresholds" not in str(budget.result())  # gates that were closed without training
+
+
+def test_a_loop_of_ones_own_has_the_numbers_of_the_command() -> None:
+    model, usual = searchable(), SearchRun()
+    budget = Budget(model, bops=0.05)
+    assert [(c.integral, c.gain) for c in budget.controllers] == [(usual.strength, usual.gain)]
+    rates = {group["name"]: group["lr"] for group in parameter_groups(model, lr=0.1)}
+    assert (rates["bit_gates"], rates["prune_gates"]) == (usual.gate_lr, usual.prune_lr)
 
 
 def test_parameter_groups_hold_each_parameter_once() -> None:

@@ -111,7 +111,7 @@ def test_one_step_of_the_budget_does_not_decide() -> None:
     """The widest branch begins ahead, so that data has a say before the first width falls."""
     model = searchable()
     budget = Budget(model, bops=0.02, strength=1.4)
-    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.001), lr=0.001)
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.001, gate_lr=0.006, prune_lr=0.05), lr=0.001)
     before = budget.value()
     (F.cross_entropy(model(images()), torch.arange(4)) + budget()).backward()
     optimizer.step()

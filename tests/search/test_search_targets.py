@@ -129,7 +129,7 @@ def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
     assert any(row.near for row in result.reached)
     lines = str(result).splitlines()
     assert [line.split(":")[0].split()[-1] for line in lines] == ["bops", "size_mb", "latency_ms"]
-    assert all("target" in line and "result" in line for line in lines)
+    assert all("target" in line and "result" in line and "thresholds reached" in line for line in lines)
     values = (plan_of(model).bops(), plan_bytes(model), plan_seconds(model))
     for row, value in zip(result.reached, values, strict=True):
         assert row.value == pytest.approx(value, rel=1e-12)
@@ -198,7 +198,8 @@ def test_a_table_that_knows_nothing_names_the_layer() -> None:
         ({}, "without a target; give bops=, size_mb= or latency_ms="),
         ({"latency_ms": 1.0}, "latency_ms needs table="),
         ({"size_mb": -1.0}, "size_mb=-1.0; give a positive number"),
-        ({"size_mb": 1e-6}, r"0\.000 MB is out of reach; the gates reach 0\.\d+ MB at the least"),
+        ({"size_mb": 1e-6}, r"budget 1e-06 MB is out of reach; the gates reach 0\.\d+ MB at the least"),
+        ({"bops": 1.5e6}, r"budget 1\.5M BOPs is out of reach; the gates reach \d\d\.\d\d\dM BOPs at the least"),
         ({"latency_ms": 1e-9, "table": made_up}, r"out of reach; the gates reach 0\.\d+ ms at the least"),
     ],
 )

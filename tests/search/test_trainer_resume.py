@@ -79,7 +79,7 @@ def make(folder: RunFolder | None, kind: str, progress: Any = None, **changes: A
     if kind == "search":
         model = prepare(model, torch.zeros(1, 1, 8, 8), SearchConfig(group_size=2))
         groups = parameter_groups(model, recipe.lr, gate_lr=0.05, prune_lr=0.1)
-        budget = Budget(model, bops=0.05)
+        budget = Budget(model, bops=0.05, strength=1.0, gain=0.01)
     return Trainer(
         model,
         lbs.data.train_loader(DATA, 8, seed=5),
@@ -273,7 +273,7 @@ def test_thresholds_that_would_close_a_whole_layer_leave_one_group(tmp_path: Pat
         Recipe(epochs=1, lr=0.01),
         phase="search",
         groups=parameter_groups(model, 0.01, gate_lr=0.0, prune_lr=1e6),
-        budget=Budget(model, bops=0.019),
+        budget=Budget(model, bops=0.019, strength=1.0, gain=0.01),
         folder=RunFolder(tmp_path),
     )
     trainer.fit()

@@ -68,7 +68,7 @@ def make(folder: Path | None, kill_at: int | None = None, augment: bool = True) 
         phase="search",
         test=lbs.data.eval_loader(DATA, 8, **own),
         groups=parameter_groups(model, 0.05, gate_lr=0.05, prune_lr=0.1),
-        budget=Budget(model, bops=0.05),
+        budget=Budget(model, bops=0.05, strength=1.0, gain=0.01),
         folder=RunFolder(folder) if folder else None,
     )
     if kill_at is not None:
