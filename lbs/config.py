@@ -185,8 +185,10 @@ def refuse_changes(saved: Sequence[tuple[RunConfig, dict[str, Any]]], origin: st
         unknown = sorted(asked.keys() - known.keys())
         if unknown:
             raise TrainingError(f"--resume: unknown options {', '.join(unknown)}; leave them out")
-        differing = (key for key in sorted(asked) if known[key] != asked[key])
-        changed += [f"{config.command} has {key} {known[key]!r}, asked is {asked[key]!r}" for key in differing]
+        differing = [key for key in sorted(asked) if known[key] != asked[key]]
+        if differing:
+            texts = (f"{key} {known[key]!r}, asked is {asked[key]!r}" for key in differing)
+            changed.append(f"{config.command} has {'; '.join(texts)}")
     if changed:
         raise TrainingError(
             f"--resume with another configuration; in {origin} {'; '.join(changed)}. "
