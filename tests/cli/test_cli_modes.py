@@ -184,7 +184,7 @@ def test_a_width_nobody_measured_is_told_before_the_float_network_is_trained(
     untrained = SEARCH.replace("--weights greedy/float.safetensors", "--float-epochs 1")
     code, body, _ = lbs_command(f"{untrained} --run partial --latency-ms 1")
     assert code == 2
-    assert "w4a8" in body["error"]
+    assert "_w4a" in body["error"]
     assert not (home / "partial/checkpoints").exists()
 
 
