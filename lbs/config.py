@@ -83,9 +83,9 @@ class SearchRun(RunConfig):
     Thresholds move at (their rate x lambda) against the task's pull (their rate alone): a fast threshold under a small
     lambda closes what the task misses least, a slow one under a large lambda whatever is dearest. strength 0.3 with
     gate_lr .03 closes as fast as 1.4 with .006, and left a better network before fine-tuning on every seed of a short
-    trial. It needs some hundred steps; what is left when the epochs end is closed by projection. prune_lr .16 takes part
-    of the budget from filters, .032 almost nothing: then 2-bit activations pay, and cost more. `gain` 0 is the paper's
-    constant lambda, `importance` magnitude its ranking of filters.
+    trial. It needs some hundred steps; what is left when the epochs end is closed by projection. prune_lr .16 takes
+    part of a budget from filters; .032 took almost all of it from 2-bit activations, which cost more. `gain` 0 is the
+    paper's constant lambda, `importance` magnitude its ranking of filters.
     """
 
     command: ClassVar[str] = "search"
