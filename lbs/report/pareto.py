@@ -9,11 +9,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from lbs.report.plots import INK, QUIET
 from lbs.report.published import Mark
-from lbs.report.units import bops
 
 # Points closer than this factor to the runs' mean cost are drawn again, enlarged.
 _CLOSE = 1.35
@@ -49,7 +48,7 @@ def accuracy_over_cost(points: list[Point], marks: list[Mark]) -> Figure:
         panels[1].set_title("Near these runs")
         panels[1].xaxis.set_major_locator(MaxNLocator(5))
     for panel in panels:
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bops(value)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_xlabel("bit operations per image")
         panel.margins(x=0.08, y=0.12)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
