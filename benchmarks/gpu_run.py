@@ -197,15 +197,13 @@ def environment(run: Run) -> dict[str, str]:
     """Of a child."""
     import triton
 
-    return {
-        **os.environ,
-        "LBS_TUNING_DIR": str(run.out),
-        # Named, for torch.compile gives its process a cache and an assembler of its own where nobody did: what was
-        # compiled ahead would not be found from then on.
-        "TRITON_CACHE_DIR": str(triton.knobs.cache.dir),
-        "TRITON_PTXAS_PATH": triton.knobs.nvidia.ptxas.path,
-        "PYTHONUNBUFFERED": "1",
-    }
+    found = {**os.environ, "LBS_TUNING_DIR": str(run.out), "PYTHONUNBUFFERED": "1"}
+    # Named, for torch.compile gives its process a cache and an assembler of its own where nobody did: what was compiled
+    # ahead would not be found from then on. A Triton that keeps them elsewhere costs time, no part.
+    with contextlib.suppress(Exception):
+        found["TRITON_CACHE_DIR"] = str(triton.knobs.cache.dir)
+        found["TRITON_PTXAS_PATH"] = triton.knobs.nvidia.ptxas.path
+    return found
 
 
 @contextlib.contextmanager

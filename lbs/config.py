@@ -19,7 +19,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs_kernels.errors import TrainingError
 
 CONFIG_VERSION = 2
-_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "max_unreadable", "row")
+_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "max_unreadable", "row", "exclude")
 C = TypeVar("C", bound="RunConfig")
 
 
@@ -116,6 +116,11 @@ class SearchRun(RunConfig):
     float_epochs: int = 0  # train the float network first, where there are no weights
     float_lr: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema:
+            raise TrainingError(f"ema={self.ema}: a search goes by the weights as they are; average in fine-tuning")
+
     def float_run(self) -> FloatRun:
         """How the float network comes to be: the weights that were named, or float_epochs of training."""
         shared = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
@@ -140,6 +145,7 @@ class FinetuneRun(RunConfig):
     teacher: str = ""  # network that `distill` follows, by name; "": the float network itself
     teacher_weights: str = ""
     teacher_weights_digest: str = ""
+    exclude: tuple[str, ...] = ()  # name patterns of layers that stay in float, with plan or uniform
     uniform: tuple[int, ...] = ()  # (weight bits, activation bits) of a uniform baseline instead of a plan
 
     def __post_init__(self) -> None:

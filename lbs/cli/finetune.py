@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lbs.cli.console import console
-from lbs.cli.options import add_training, asked, numbers, session
+from lbs.cli.options import add_exclude, add_training, asked, decimal, numbers, session
 from lbs.config import FinetuneRun, open_run
 from lbs.report.units import bops
 from lbs.search import distributed
@@ -19,6 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of fine-tuning."""
     add_training(parser, FinetuneRun)
     parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
+    add_exclude(parser)
+    parser.add_argument(
+        "--ema",
+        type=decimal,
+        default=_UNSET,
+        metavar="D",
+        help="keep the running average of the weights, of this decay (default 0: none)",
+    )
     parser.add_argument("--teacher", default=_UNSET, metavar="NAME", help="another network for --distill to follow")
     parser.add_argument("--teacher-weights", default=_UNSET, metavar="FILE", help="its float weights")
     parser.add_argument(

@@ -60,6 +60,17 @@ def bit_operations(text: str) -> float:
     return value
 
 
+def add_exclude(parser: argparse.ArgumentParser) -> None:
+    """--exclude, of commands that choose which layers have bits."""
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=_UNSET,
+        metavar="PATTERN",
+        help="leave layers in float whose name matches, such as 'layer1.*'; may be given several times",
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """--threads and --device: may differ when a run goes on."""
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
@@ -91,7 +102,6 @@ def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None
         ("label-smoothing", decimal, "label smoothing"),
         ("distill", decimal, "share of the loss against the float network's outputs, 0..1"),
         ("temperature", decimal, "what those outputs are divided by"),
-        ("ema", decimal, "decay of the running average of the weights that is kept; 0: none"),
         ("minutes", decimal, "end the phase, and its learning-rate curve, after these minutes; 0: no limit"),
         ("max-unreadable", decimal, "share of an image folder's files that may be left out, unreadable"),
         ("train-images", int, "train on that many images, drawn by the seed; 0: on all"),

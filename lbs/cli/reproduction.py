@@ -14,7 +14,7 @@ from lbs.run_folder import RunFolder, environment, read_json, write_json, writes
 from lbs.search import distributed
 from lbs.search.limits import targets_met
 from lbs.search.modes import mode_settings
-from lbs.search.phases import Session, check_search, run_finetune, run_float, run_search
+from lbs.search.phases import Session, check_search, check_teacher, run_finetune, run_float, run_search
 from lbs_kernels.errors import LbsError
 
 RECORD = "record.json"
@@ -67,12 +67,14 @@ def reproduce(row: Row, configs: dict[str, RunConfig], session: Session) -> dict
     folder, start = session.folder, _config(configs, FloatRun)
     if row.search is not None and not _done(session, start):
         check_search(_config(configs, SearchRun), session)
+    finetune = _config(configs, FinetuneRun)
+    if not _done(session, finetune):
+        check_teacher(finetune, session)
     run_float(start, session)
     if row.search is not None:
         search = _config(configs, SearchRun)
         if not _done(session, search):
             run_search(search, session)
-    finetune = _config(configs, FinetuneRun)
     if not _done(session, finetune):
         run_finetune(finetune, session)
     if writes():

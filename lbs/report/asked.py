@@ -12,8 +12,8 @@ from lbs.config import FinetuneRun, RunConfig, SearchRun
 from lbs.report.records import Record
 
 # Names, files and logging: they do not change what a run does, or are looked at below.
-_APART = {"hash", "seed", "row", "data", "weights", "weights_digest", "plan", "mean", "std", "max_unreadable"}
-_APART |= {"log_every", "eval_every", "checkpoint_seconds", "full_epochs", "float_epochs", "float_lr"}
+_APART = {"hash", "seed", "row", "data", "weights", "weights_digest", "teacher_weights", "plan", "mean", "std"}
+_APART |= {"max_unreadable", "log_every", "eval_every", "checkpoint_seconds", "full_epochs", "float_epochs", "float_lr"}
 
 
 def variant(record: Record) -> str:

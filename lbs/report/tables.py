@@ -205,6 +205,6 @@ def environment_table(record: Record) -> Table:
     """Versions and machine."""
     rows = [(key, str(value)) for key, value in record.environment.items() if value is not None]
     for command, section in record.config.items():
-        if isinstance(section, dict):
+        if isinstance(section, dict) and "hash" in section:
             rows.append((f"{command}, configuration", str(section.get("hash", ""))))
     return Table("Environment", ("What", "Value"), tuple(rows))

@@ -101,10 +101,12 @@ class SearchLayer(QuantLayer):
     def forward(self, x: Tensor) -> Tensor:
         learning = self.training and torch.is_grad_enabled()
         if self.prune is not None:
-            # In this iteration's graph, so that the task's gradient reaches what ranks the filters.
-            self.observe_filters()
-            if learning:
+            if learning:  # ranked in this iteration's graph, so that the task's gradient reaches what ranks the filters
+                self.observe_filters()
                 self.prune.share(IMPORTANCE[self.importance].watches == "gradient")
+            else:
+                with torch.inference_mode(False), torch.no_grad():  # what stays behind serves the next training step
+                    self.observe_filters()
         if learning and self.watches_input:
             features = x.detach().flatten(2).mean((0, 2)) if x.dim() > 2 else x.detach().mean(0)
             self.input_gate[0].note(features)

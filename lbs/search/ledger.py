@@ -63,6 +63,9 @@ class Ledger:
         for entry in self.plan.layers:
             self._add_choices(entry)
         self._prices: dict[tuple[object, ...], float] = {}
+        with torch.no_grad():
+            for layer in self.layers.values():
+                layer.observe_filters()  # on the device the model is on now
         self.read()
 
     def _add_choices(self, entry: LayerPlan) -> None:
@@ -141,27 +144,30 @@ class Ledger:
         return after - before
 
     def floor(self, quantity: Quantity) -> float:
-        """The least the network can cost: fewest filters, and in each layer the cheapest of its widths.
-
-        The narrowest widths need not be the fastest ones.
-        """
+        """The least the network can cost."""
         present = [choice.level for choice in self.choices]
-        for choice in self.choices:
-            choice.level = 0
-        total = sum(self._cheapest(quantity, entry) for entry in self.plan.layers)
+        self.make_cheapest(quantity)
+        total = self.total(quantity)
         for choice, level in zip(self.choices, present, strict=True):
             choice.level = level
         return total
 
-    def _cheapest(self, quantity: Quantity, entry: LayerPlan) -> float:
-        """The least price of a layer over its widths, whose levels it leaves anywhere."""
-        own = [found[entry.name] for found in (self._weights, self._activations) if entry.name in found]
-        prices = []
-        for levels in product(*(range(len(choice.amounts)) for choice in own)):
-            for choice, level in zip(own, levels, strict=True):
-                choice.level = level
-            prices.append(self.price(quantity, entry))
-        return min(prices)
+    def make_cheapest(self, quantity: Quantity) -> None:
+        """Fewest filters, and in each layer the cheapest pair of widths: the narrowest need not be the fastest."""
+        for choice in self.choices:
+            choice.level = 0
+        for entry in self.plan.layers:
+            own = [found[entry.name] for found in (self._weights, self._activations) if entry.name in found]
+            _, best = min(
+                (self._price_at(quantity, entry, own, levels), levels)
+                for levels in product(*(range(len(choice.amounts)) for choice in own))
+            )
+            self._price_at(quantity, entry, own, best)
+
+    def _price_at(self, quantity: Quantity, entry: LayerPlan, own: list[Choice], levels: tuple[int, ...]) -> float:
+        for choice, level in zip(own, levels, strict=True):
+            choice.level = level
+        return self.price(quantity, entry)
 
 
 def _level(gate: BitGate | PruneGate) -> Tensor:

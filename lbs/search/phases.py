@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,12 @@ def check_search(config: SearchRun, session: Session) -> tuple[lbs.data.ImageSet
     return data, card
 
 
+def check_teacher(config: FinetuneRun, session: Session) -> None:
+    """Build the teacher that was named, if any, before anything is trained. Raises LbsError where it does not fit."""
+    if config.teacher:
+        _other_teacher(config, _data_and_card(config, session)[1])
+
+
 def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     """Searched (or hand-planned, or uniform) network -> model.safetensors. Returns the section `finetune`."""
     folder = session.folder
@@ -198,7 +205,8 @@ def _start_of_finetuning(
         network.check_images(model, card, torch.device("cpu"))
         network.load_float(model, path, card)
         if config.uniform:
-            quantized = uniform(model, card.example(), *config.uniform)
+            w_bits, a_bits = config.uniform
+            quantized = uniform(model, card.example(), w_bits, a_bits, config.exclude)
         else:
             quantized = network.apply_plan(model, card, Plan.load(config.plan))
         quantized = quantized.to(session.device)
@@ -220,15 +228,19 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     if not config.distill:
         return None
     if config.teacher:
-        teacher = network.build(config.teacher, card.num_classes)
-        network.load_float(teacher, Path(config.teacher_weights), card)
-        network.check_images(teacher, card, torch.device("cpu"))
-        return teacher
+        return _other_teacher(config, card)
     path = network.weights_path(config.weights, folder)
     if path is None:
         raise TrainingError(f"--distill {config.distill} needs the float network; give --weights FILE")
     teacher = network.build(card.model, card.num_classes)
     network.load_float(teacher, path, card)
+    return teacher
+
+
+def _other_teacher(config: FinetuneRun, card: NetworkCard) -> nn.Module:
+    teacher = network.build(config.teacher, card.num_classes)
+    network.check_images(teacher, replace(card, model=config.teacher), torch.device("cpu"))
+    network.load_float(teacher, Path(config.teacher_weights), card)
     return teacher
 
 

@@ -107,11 +107,20 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     return model
 
 
-def uniform(model: nn.Module, example: Tensor, weight_bits: int = 8, activation_bits: int = 8) -> nn.Module:
-    """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate."""
+def uniform(
+    model: nn.Module,
+    example: Tensor,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    exclude: tuple[str, ...] = (),
+) -> nn.Module:
+    """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate.
+
+    exclude: name patterns left in float, as in `SearchConfig`.
+    """
     for width in (weight_bits, activation_bits):
         check_chain((width,))
-    model, record = _copy_and_trace(model, example, SearchConfig())
+    model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
     first, last = _edges(record.plan)
     layers = []
     for layer in record.plan.layers:

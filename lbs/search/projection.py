@@ -35,7 +35,8 @@ def close_cheapest(ledger: Ledger, targets: Sequence[Target], filters_last: bool
     """Close the choice with the smallest error added per share of the limits it saves, until every target holds.
 
     By several levels where one alone saves nothing: four bits may be slower than eight and two faster, and time may
-    fall by tiles of filters.
+    fall by tiles of filters. Where no closing saves anything any more, only other pairs of widths do: then the layers
+    take their cheapest, and `spend_rest` opens what fits.
     """
     while True:
         over = [t for t in targets if ledger.total(t.quantity) > t.limit]
@@ -48,6 +49,8 @@ def close_cheapest(ledger: Ledger, targets: Sequence[Target], filters_last: bool
             if rated:
                 break
         else:
+            worst = max(over, key=lambda target: ledger.total(target.quantity) / target.limit)
+            ledger.make_cheapest(worst.quantity)
             return
         _, level, index = min(rated)
         ledger.choices[index].level = level

@@ -7,6 +7,7 @@ part of every batch; they are compared at the end of each epoch.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lbs.data import Loader
 from lbs.recipe import Recipe
@@ -99,7 +100,7 @@ class Trainer:
         self.budget, self.folder, self.progress = budget, folder, progress
         self.observe, self.stop = observe, stop
         self.teacher = teacher.to(self.device).eval() if recipe.distill and teacher is not None else None
-        self.average = running_average(self.model, recipe.ema) if recipe.ema else None
+        self.average = Average(self.model, recipe.ema) if recipe.ema else None
         self.optimizer = torch.optim.SGD(
             groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
         )
@@ -166,7 +167,7 @@ class Trainer:
     @property
     def kept(self) -> nn.Module:
         """The network that is measured, and that `model` holds in the end."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average.model
 
     def _over(self) -> bool:
         """Whether the minutes are used up; all processes go by the clock of rank 0."""
@@ -190,7 +191,7 @@ class Trainer:
         if self.budget is not None:
             self.budget.step()
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.follow(self.step)
         self.step += 1
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
@@ -236,13 +237,12 @@ class Trainer:
         raise self._not_finite(where)
 
     def _not_finite(self, where: str) -> TrainingError:
-        kept, again = "", "start the phase again"
+        kept = ""
         if self.folder and self.folder.checkpoint(self.phase).exists():
             kept = f"; the last good checkpoint is {self.folder.checkpoint(self.phase)}"
-            again = "start in a new run folder: this one goes on as it began"
         return TrainingError(
             f"{self.phase}: the loss of step {self.step} (epoch {self.epoch}) is not finite; {where}{kept}. "
-            f"Lower --lr (now {self.recipe.lr:g}) and {again}"
+            f"Lower --lr (now {self.recipe.lr:g}) and start in a new run folder: this one goes on as it began"
         )
 
     def _write_step(self) -> None:
@@ -271,7 +271,7 @@ class Trainer:
             self._stop()
         distributed.share_norms(self.model)
         if self.average is not None:
-            distributed.share_norms(self.average)
+            distributed.share_norms(self.average.model)
         if distributed.active():
             distributed.check_agreement(self._digests())
         self.epoch += 1
@@ -314,7 +314,7 @@ class Trainer:
         return found
 
     def _average(self) -> dict[str, Tensor]:
-        return {} if self.average is None else self.average.state_dict()
+        return {} if self.average is None else self.average.model.state_dict()
 
     def _record(self, row: dict[str, Any]) -> None:
         if self.observe is not None:
@@ -367,7 +367,7 @@ class Trainer:
             raise CheckpointError(f"{path} is of the phase {state.get('phase')!r}, not {self.phase!r}")
         checkpoint.apply_weights(self.model, _below("model", tensors), path)
         if self.average is not None:
-            checkpoint.apply_weights(self.average, _below("average", tensors), path)
+            checkpoint.apply_weights(self.average.model, _below("average", tensors), path)
         checkpoint.restore_optimizer(self.optimizer, self.model, _below("momentum", tensors))
         self.train.load_state_dict(state["loader"])
         if self.budget is not None:
@@ -383,18 +383,30 @@ class Trainer:
         checkpoint.restore_random(_below("random", tensors))
 
 
-def running_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The average of a model's weights and norm statistics; call `update_parameters` after every step.
+class Average:
+    """The running average of a model's weights and norm statistics; integers are copied.
 
-    The decay rises to `decay` as (1 + n) / (10 + n) over the updates n, so that the weights training began with are
-    soon forgotten. Nothing is read back from the device.
+    The decay rises to `decay` as (1 + n) / (10 + n) over the steps n, so that the weights training began with are soon
+    forgotten. As torch's AveragedModel, without reading the number of steps back from a GPU.
     """
 
-    def update(averaged: Any, present: Any, updates: Tensor | int) -> None:
-        count = int(updates)  # on the host
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, present, updates)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = copy.deepcopy(model), decay
+        pairs = [
+            (mine.detach(), theirs.detach())
+            for ours, others in ((self.model.parameters(), model.parameters()), (self.model.buffers(), model.buffers()))
+            for mine, theirs in zip(ours, others, strict=True)
+        ]
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """After 0-based step `step`: move towards the model's present weights."""
+        update = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        update([mine for mine, _ in self._floats], [theirs for _, theirs in self._floats], step)
+        for mine, theirs in self._others:
+            mine.copy_(theirs)
 
 
 def default_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -365,7 +365,7 @@ def test_many_test_processes_take_one_processor_each(
     monkeypatch.setattr(
         gpu_checks.importlib.util, "find_spec", lambda name: name if installed or name != "xdist" else None
     )
-    assert gpu_checks.tests(tmp_path, 60)["passed"]
+    assert gpu_checks.tests(tmp_path, 300)["passed"]
 
 
 def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +373,7 @@ def test_a_file_that_cannot_be_imported_costs_itself_alone(tmp_path: Path, monke
     broken.write_text("import a_package_that_is_not_there\n")
     good.write_text("import pytest\n\n\n@pytest.mark.gpu\ndef test_one() -> None:\n    pass\n")
     monkeypatch.setattr(gpu_checks, "gpu_files", lambda: [str(broken), str(good)])
-    body = gpu_checks.tests(tmp_path, 60)
+    body = gpu_checks.tests(tmp_path, 300)
     assert (body["passed"], body["tests"], body["errors"], body["failures"]) == (False, 2, 1, 0)
 
 

@@ -205,6 +205,24 @@ def test_exponential_moving_averages(stage: str) -> None:
     assert lbs.verify(average.module, lbs.pack(average.module), images(4, 1)).ok
 
 
+def test_a_budget_is_made_after_the_model_moved() -> None:
+    model = digits().double()  # stands for another device: what is no buffer stays behind
+    budget = Budget(model, bops=0.02)
+    assert {gate.statistic.dtype for gate in budget.prune_gates()} == {torch.float64}
+
+
+def test_evaluating_leaves_a_budget_that_can_be_differentiated() -> None:
+    model = digits()
+    budget = Budget(model, bops=0.02)
+    train(model, budget, 1, images(4, 1))
+    with torch.inference_mode():
+        model.eval()(images(4, 1))
+    gate = budget.prune_gates()[0]
+    assert len(gate.kept()) == gate.filters
+    budget.cost().backward()
+    assert gate.alpha.grad is not None
+
+
 def test_a_searched_model_is_restored_by_its_state_dict() -> None:
     model = digits()
     budget = Budget(model, bops=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,6 +109,30 @@ def test_a_width_that_is_slower_than_the_one_above_is_stepped_over() -> None:
     assert {bits for entry in searched for bits in (entry.w_bits, entry.a_bits)} <= {2, 8}
     with pytest.raises(PlanError, match="out of reach"):
         Budget(model, latency_ms=0.999 * floor / 1e-3, table=slow_in_the_middle)
+
+
+def together(problem: Problem) -> float:
+    """Seconds that fall only where weights and activations have two bits both, as on one-bit tensor cores."""
+    return 1e-6 + problem.macs * (0.2 if (problem.w_bits, problem.a_bits) == (2, 2) else 1.0) * 1e-11
+
+
+def four_is_fastest(problem: Problem) -> float:
+    rate = {2: 1.5, 4: 0.6, 8: 1.0}
+    return 1e-6 + problem.macs * rate[problem.w_bits] * rate[problem.a_bits] * 1e-11
+
+
+@pytest.mark.parametrize("table", [together, four_is_fastest])
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_no_single_closing_saves_is_reached_by_pairs(table: Callable[[Problem], float], closed: bool) -> None:
+    model = searchable()
+    budget = Budget(model, latency_ms=1000.0, table=table)
+    floor = budget.ledger.floor(budget.targets[0].quantity)
+    look(model, budget)
+    if closed:
+        for _, gate, _ in budget.bit_gates():
+            gate.close_to(0)
+    outcome = Budget(model, latency_ms=1.05 * floor / 1e-3, table=table).finish()
+    assert outcome.met, outcome
 
 
 def test_tables_are_functions_or_have_estimates() -> None:

@@ -119,16 +119,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, kind: str, kill: int) 
 
 
 def test_the_running_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
-    """Against the recurrence e <- k e + (1 - k) w, k = min(decay, (1 + n) / (10 + n)), e the weights at n = 0."""
+    """Against the recurrence e <- k e + (1 - k) w, k = min(decay, (1 + n) / (10 + n)), from those at the start."""
     folder = RunFolder(tmp_path)
     trainer = make(folder, "averaged")
-    name, expected, seen = "conv1.weight", torch.zeros(()), 0
+    name, seen = "conv1.weight", 0
+    expected = trainer.model.get_parameter(name).detach().double().clone()
 
     class Follow(KillAt):
         def advance(self, steps: int) -> None:
             nonlocal expected, seen
             now = trainer.model.get_parameter(name).detach().double()
-            keep = min(0.9, (1 + seen) / (10 + seen)) if seen else 0.0
+            keep = min(0.9, (1 + seen) / (10 + seen))
             expected, seen = keep * expected + (1 - keep) * now, seen + 1
 
     trainer.progress = Follow(0)
