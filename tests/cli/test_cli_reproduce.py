@@ -312,6 +312,16 @@ def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
         ("reproduce tiny-uniform-4 --bops 0.5", "has no search"),
         ("reproduce tiny --bops 0.00001", "out of reach"),
         ("reproduce tiny --weights other.safetensors", "is for 7 classes (fc.weight is (7, 16)), the data set digits"),
+        ("reproduce tiny --search ema=0.9", "ema=0.9: a search goes by the weights as they are"),
+        (
+            "reproduce tiny --distill 0.5 --finetune teacher=cifar_resnet20 --finetune teacher_weights=ok.safetensors",
+            "cifar_resnet20 fails on an image (1, 8, 8)",
+        ),
+        (
+            "reproduce tiny --distill 0.5 --finetune teacher=tiny_reproduced:Net "
+            "--finetune teacher_weights=other.safetensors",
+            "is for 7 classes",
+        ),
         ("reproduce tiny --search mode=backwards --weights ok.safetensors", "--mode backwards is not known; use joint"),
     ],
 )

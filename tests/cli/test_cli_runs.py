@@ -296,6 +296,12 @@ def test_layers_stay_in_float_by_name(home: Path, lbs_command: Command) -> None:
     assert code == 0, errors
     assert [name for name, _ in packed["kept_float"]] == ["conv1"]
     assert lbs_command("verify --run partly --images 8")[0] == 0
+    # The same plan in a folder of its own, and uniform bits: both need the patterns again.
+    own = f"finetune --data digits --model tiny_cli_net:Net --weights whole/float.safetensors {FINETUNE} --epochs 1"
+    for run, options in (("planned", "--plan partly/plan.json"), ("even", "--uniform 4,4")):
+        code, _, errors = lbs_command(f"{own} --run {run} {options} --exclude con?1*")
+        assert code == 0, errors
+        assert [layer.name for layer in Plan.load(home / run / "plan.json").layers] == ["stem", "conv2", "fc"]
 
 
 def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_command: Command) -> None:
