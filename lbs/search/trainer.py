@@ -7,7 +7,6 @@ part of every batch; they are compared at the end of each epoch.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lbs.data import Loader
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
 from lbs.search import checkpoint, distributed
+from lbs.search.average import Average
 from lbs.search.evaluation import evaluate
 from lbs.search.nonfinite import finite_weights, first_nonfinite
 from lbs.search.protocols import BudgetTerm, Progress
@@ -381,32 +380,6 @@ class Trainer:
         self._sums.copy_(tensors["sums"])
         self.folder.keep_metrics(self.phase, self.step)
         checkpoint.restore_random(_below("random", tensors))
-
-
-class Average:
-    """The running average of a model's weights and norm statistics; integers are copied.
-
-    The decay rises to `decay` as (1 + n) / (10 + n) over the steps n, so that the weights training began with are soon
-    forgotten. As torch's AveragedModel, without reading the number of steps back from a GPU.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = copy.deepcopy(model), decay
-        pairs = [
-            (mine.detach(), theirs.detach())
-            for ours, others in ((self.model.parameters(), model.parameters()), (self.model.buffers(), model.buffers()))
-            for mine, theirs in zip(ours, others, strict=True)
-        ]
-        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """After 0-based step `step`: move towards the model's present weights."""
-        update = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
-        update([mine for mine, _ in self._floats], [theirs for _, theirs in self._floats], step)
-        for mine, theirs in self._others:
-            mine.copy_(theirs)
 
 
 def default_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
