@@ -62,9 +62,12 @@ class RecordedSteps:
         if key[0] == "frozen":  # no gate moves any more
             self._found.clear()
         inputs = images.clone(), labels.clone()
+        generator = torch.cuda.default_generators[images.device.index]
+        before = generator.clone_state()
         try:
             found = record(lambda: self.work(*inputs), self.device, warm_ups=0, stream=self._stream, pool=self._pool)
         except RuntimeError as error:
+            generator.graphsafe_set_state(before)  # torch leaves it in a recording that goes on, of no use to others
             self._possible = False
             self._found.clear()
             self.launches = f"single: a step could not be recorded ({str(error).strip().splitlines()[0]})"

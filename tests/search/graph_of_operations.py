@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lbs.search import recorded
 from lbs_kernels.cuda_graph import Recorded
 
+FROM_THE_HOST = (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default)
+
 
 class _Operations(TorchDispatchMode):
     """Keeps all operations but views, whose results go on showing the memory they show."""
@@ -29,6 +31,8 @@ class _Operations(TorchDispatchMode):
         self.kept: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FROM_THE_HOST:
+            raise RuntimeError(f"{func} takes a number from Python's memory, which a GPU cannot while it records")
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.kept.append((func, args, kwargs or {}, result))
@@ -80,6 +84,8 @@ class _Undone(TorchDispatchMode):
 def pretend(patch: pytest.MonkeyPatch) -> None:
     """Recorded steps are those of this file, on a CPU that has streams."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    generator = SimpleNamespace(clone_state=lambda: "before", graphsafe_set_state=lambda state: None)
+    patch.setattr(torch.cuda, "default_generators", {None: generator})
     patch.setattr(recorded, "record", record)
     patch.setattr(torch.cuda, "Stream", lambda device: stream)
     patch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -197,3 +197,4 @@ def test_a_step_that_waits_cannot_be_recorded_on_a_gpu() -> None:
         assert float(steps(torch.ones(4, device="cuda"), torch.ones(4, device="cuda"))) == 4
         assert float(weight[0]) == 2 + number
     assert steps.launches.startswith("single: a step could not be recorded")
+    assert 0 <= float(torch.rand((), device="cuda")) < 1  # random numbers are still to be had
