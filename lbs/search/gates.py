@@ -190,7 +190,7 @@ class PruneGate(nn.Module):
 
     def mask(self) -> Tensor:
         """Per-filter mask [filters] of 0 and 1, differentiable."""
-        return self.gates().repeat_interleave(self.size)[: self.filters]
+        return self.gates().unsqueeze(1).expand(-1, self.size).reshape(-1)[: self.filters]
 
     def shared_mask(self) -> Tensor:
         """`mask`, computed once an iteration: all consumers multiply by one tensor, and its gradient is their sum."""
