@@ -15,7 +15,7 @@ from lbs.config import SearchRun
 from lbs.graph import record_of
 from lbs.search import projection
 from lbs.search.controller import Controller
-from lbs.search.gates import BitGate, PruneGate
+from lbs.search.gates import BitGate, PruneGate, shares_of
 from lbs.search.ledger import Ledger
 from lbs.search.outcome import BudgetResult, Reached
 from lbs.search.prices import Prices, renewed, sent
@@ -120,7 +120,7 @@ class Budget:
         prices = self._prices_of(quantity)
         total = prices.total
         if prices.widths:
-            shares = torch.cat([choice.gate.shares() for choice in prices.widths]).double()
+            shares = shares_of([choice.gate for choice in prices.widths]).double()
             total = total + ((shares - prices.open) * prices.steps).sum()
         for choice, slope in zip(prices.filters, prices.slopes, strict=True):
             count = choice.gate.mask().double().sum()

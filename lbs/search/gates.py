@@ -7,6 +7,7 @@ buffers are right, which would truncate integers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ class _Step(torch.autograd.Function):
 def step(statistic: Tensor, alpha: Tensor) -> Tensor:
     """Hard gates 0/1 in alpha's dtype, shape of `statistic` broadcast with alpha, differentiable in both."""
     return _Step.apply(statistic, alpha)
+
+
+def running_product(gates: Tensor) -> Tensor:
+    """Products of the first 1, 2, ... along the last dimension. The gradient of torch.cumprod waits for a GPU."""
+    parts = list(gates.unbind(-1))
+    for place in range(1, len(parts)):
+        parts[place] = parts[place - 1] * parts[place]
+    return torch.stack(parts, -1)
 
 
 class BitGate(nn.Module):
@@ -107,7 +116,7 @@ class BitGate(nn.Module):
 
     def shares(self) -> Tensor:
         """g_2 ... g_j for every gate [J]: what the increment from width j - 1 to j counts, differentiable in alpha."""
-        return step(self.statistic.clone(), self.alpha).cumprod(0)
+        return running_product(step(self.statistic.clone(), self.alpha))
 
     def soft_bits(self) -> Tensor:
         """b_1 + sum_j (b_j - b_(j-1)) g_2 ... g_j, differentiable in alpha; equals `bits`."""
@@ -131,6 +140,14 @@ class BitGate(nn.Module):
 
     def settle(self) -> None:
         """Nothing more to do when the search is over: the open width is the only one computed."""
+
+
+def shares_of(gates: Sequence[BitGate]) -> Tensor:
+    """`shares` of one gate after the other, [sum of J]; those of equal chains at once, in as many operations as one."""
+    if {type(gate) for gate in gates} == {BitGate} and len({gate.chain for gate in gates}) == 1:
+        statistics, alphas = (torch.stack([getattr(gate, name) for gate in gates]) for name in ("statistic", "alpha"))
+        return running_product(step(statistics, alphas)).flatten()
+    return torch.cat([gate.shares() for gate in gates])
 
 
 class PruneGate(nn.Module):

@@ -88,6 +88,35 @@ def test_the_host_waits_only_when_it_looks(importance: str, monkeypatch: pytest.
     assert waits == [0, 0, 0, 1] * 2
 
 
+WAITING_BACK = ("CumprodBackward", "ProdBackward")
+
+
+@pytest.mark.parametrize("importance", ["gamma", "magnitude", "taylor", "activation"])
+@pytest.mark.parametrize("multi_path", [False, True])
+def test_the_gradient_waits_for_nothing(multi_path: bool, importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some operations of torch read a number in their gradient, where no dispatch mode sees it; none of them is there.
+
+    As a GPU would go: what the device has decided is not known in Python.
+    """
+    monkeypatch.setattr(fused, "serves", lambda *_: False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    torch.manual_seed(0)
+    options = lbs.SearchConfig(importance=importance, multi_path=multi_path)
+    model = lbs.prepare(lbs.models.create("digits_resnet8"), images(0), options)
+    budget = Budget(lbs.calibrate(model, [images(0)]).train(), bops=0.012, strength=1.0, read_every=4)
+    for _ in range(2):  # both sides
+        left, names = [(F.cross_entropy(model(images(0)), torch.arange(4)) + budget()).grad_fn], set()
+        while left:
+            node = left.pop()
+            if node is not None and node not in names:
+                names.add(node)
+                left += [parent for parent, _ in node.next_functions]
+        found = {name for node in names for name in WAITING_BACK if node.name().startswith(name)}
+        assert len(names) > 200
+        assert not found
+        budget.step()
+
+
 def test_decisions_left_on_the_device_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read back every step, or decided there: the same losses, thresholds and bits as on the CPU, bit for bit."""
     monkeypatch.setattr(fused, "serves", lambda *_: False)
