@@ -5,7 +5,7 @@
 Steps are the trainer's own (batch in memory, forward, backward, SGD, budget), contenders interleaved in one process.
 The search keeps every gate open, its dearest state; `multi-path` computes a branch of its own for every width. Both
 are a weight and an activation step, halved. Peak memory is that of four steps in a process of its own, over what torch
-takes there.
+takes there; on a GPU, where steps are recorded (`--single`: not), that of the recordings.
 
     {"version": 1, "level": "training", "header": {...},
      "rows": [{"contender", "median", "p20", "p80", "epoch"  (seconds of a step, of an epoch), "slower_than_float",
@@ -34,6 +34,7 @@ import lbs.data
 import lbs.models
 from lbs.recipe import Recipe
 from lbs.search import Budget, parameter_groups
+from lbs.search.recorded import SINGLE_STEPS
 from lbs.search.trainer import Trainer
 from lbs_kernels.timing import SelfTimed, Times, interleave
 from lbs_kernels.tuning_table import device_slug
@@ -42,6 +43,7 @@ CONTENDERS = ("float", "fine-tuning 4/4", "search", "multi-path")
 SEARCHES = CONTENDERS[2:]  # two kinds of step in turn
 HALVES = ("search, weight step", "search, activation step")  # parts of `search`, timed on the CPU only
 STEPS_FOR_PEAK = 4
+STEPS_TO_RECORD = 2 * (SINGLE_STEPS + 2)  # both kinds
 
 
 def trainer_of(contender: str, args: argparse.Namespace) -> Trainer:
@@ -62,7 +64,7 @@ def trainer_of(contender: str, args: argparse.Namespace) -> Trainer:
         groups = parameter_groups(model, 1e-3, gate_lr=0.0, prune_lr=0.0)
         # 8/8 bits are .0625, and rates of 0 hold them: the budget presses to the end.
         budget = Budget(model, bops=0.06) if contender in SEARCHES else None
-    recipe = Recipe(epochs=1_000_000, lr=1e-3, amp=args.amp, log_every=1_000_000_000)
+    recipe = Recipe(epochs=1_000_000, lr=1e-3, amp=args.amp, log_every=1_000_000_000, cuda_graphs=not args.single)
     trainer = Trainer(model.to(args.device), loader, recipe, phase=contender, groups=groups, budget=budget)
     trainer.model.train()
     return trainer
@@ -74,8 +76,11 @@ def batch_of(trainer: Trainer) -> tuple[Tensor, Tensor]:
 
 
 def stepper(trainer: Trainer, steps: int = 1) -> Callable[[], None]:
-    """One call: that many training steps on one batch."""
+    """One call: that many training steps on one batch. On a GPU they have been recorded before."""
     images, labels = batch_of(trainer)
+    if trainer.device.type == "cuda":
+        for _ in range(STEPS_TO_RECORD):
+            trainer._train_step(images, labels)
 
     def call() -> None:
         for _ in range(steps):
@@ -118,6 +123,7 @@ def peak_of(contender: str, args: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--peak-of", contender]
     for name in ("model", "batch", "amp", "threads", "device"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--single"] if args.single else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the same lbs, wherever it comes from
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.split()[-1])
@@ -129,12 +135,9 @@ def peak_here(contender: str, args: argparse.Namespace) -> int:
     stepper(trainer_of("float", small))()
     if torch.device(args.device).type == "cuda":
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        step = stepper(trainer_of(contender, args))
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(STEPS_FOR_PEAK):
-            step()
-        return torch.cuda.max_memory_allocated() - before
+        before = torch.cuda.memory_reserved()  # what recorded steps use stays reserved for them
+        stepper(trainer_of(contender, args))()
+        return torch.cuda.max_memory_reserved() - before
     before = _resident("VmRSS")
     step = stepper(trainer_of(contender, args))
     ctypes.CDLL(None).malloc_trim(0)  # what building and calibrating freed is none of the steps'
@@ -175,7 +178,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything and print the table."""
     times = measure(args)
     peaks = {name: peak_of(name, args) for name in CONTENDERS}
-    head = {**header(args), "model": args.model, "amp": args.amp, "epoch_images": args.epoch_images}
+    head = {
+        **header(args),
+        "model": args.model,
+        "amp": args.amp,
+        "single": args.single,
+        "epoch_images": args.epoch_images,
+    }
     body = {
         "version": 1,
         "level": "training",
@@ -202,6 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--single", action="store_true", help="steps on a GPU as single launches, no CUDA graphs")
     parser.add_argument("--epoch-images", type=int, default=50_000, help="images of the epoch that is told")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/<device>/search_<model>.json")
     parser.add_argument("--output", type=Path, help="write the JSON here instead")

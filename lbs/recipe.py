@@ -21,6 +21,7 @@ class Recipe:
     no limit). A run with a limit depends on the clock, so it is not repeated bit for bit.
     warmup: epochs of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32.
     distill: weight 0..1 of the loss against a teacher's logits softened by `temperature`; the rest is the labels'.
+    cuda_graphs: on a GPU, steps are recorded and replayed as a whole (lbs/search/recorded.py), where that is possible.
     ema: what is measured and kept is the running average of the weights, of this decay (0: the weights themselves).
     """
 
@@ -38,6 +39,7 @@ class Recipe:
     temperature: float = 4.0
     ema: float = 0.0
     amp: str = "off"
+    cuda_graphs: bool = True
     log_every: int = 50
     eval_every: int = 1
     checkpoint_seconds: float = 60.0

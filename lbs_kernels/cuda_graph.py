@@ -29,24 +29,33 @@ class Recorded:
     result: Any
 
 
-def record(call: Callable[[], Any], device: torch.device | str | None = None) -> Recorded:
+def record(
+    call: Callable[[], Any],
+    device: torch.device | str | None = None,
+    *,
+    warm_ups: int = WARM_UPS,
+    stream: torch.cuda.Stream | None = None,
+    pool: Any = None,
+) -> Recorded:
     """Record `call`, which must read its inputs from where they will stay.
 
-    It runs a few times on a side stream first. Memory it allocates while it is recorded belongs to the graph. The graph
-    keeps `call`, and with it whatever else it reads and writes.
+    It runs `warm_ups` times before, on `stream` (by default one of its own). Memory it allocates while it is recorded
+    belongs to the graph, or to `pool`, for graphs that never run at the same time. The graph keeps `call`, and with it
+    whatever else it reads and writes.
     """
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
+        stream = stream or torch.cuda.Stream()
+        if warm_ups:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(warm_ups):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         kept: list[Any] = [call]
         _kept.append(kept)
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 result = call()
         finally:
             _kept.pop()

@@ -24,7 +24,7 @@ class _Fake(torch.autograd.Function):
         if ctx.fused:
             ctx.save_for_backward(x, v)
             return fused.forward(x, v, (), bits, kind)[0]
-        y = codec.round_trip(x if kind == "weight" else codec.wide(x), v, bits, kind).to(x.dtype)
+        y = codec.round_trip(x if kind == "weight" else codec.wide(x), v.abs(), bits, kind).to(x.dtype)
         ctx.save_for_backward(x, v, y)
         return y
 
@@ -35,8 +35,25 @@ class _Fake(torch.autograd.Function):
             grad_x, grad_v, _ = fused.backward(grads[0], x, v, (), ctx.bits, ctx.kind)
         else:
             x, v, y = ctx.saved_tensors
-            grad_x, grad_v = ste_gradients(grads[0], x, v, y, ctx.kind != "unsigned")
+            grad_x, grad_v = ste_gradients(grads[0], x, v.abs(), y, ctx.kind != "unsigned")
+            grad_v = grad_v * v.sign()
         return grad_x, grad_v, None, None
+
+
+class _Standardized(torch.autograd.Function):
+    """Weights over their deviation, quantized and scaled, in as few passes as there can be (on a GPU)."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, bits: int) -> Tensor:
+        y, std = fused.weight_forward(w, v, scale, bits)
+        ctx.bits = bits
+        ctx.save_for_backward(w, v, scale, std)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w, v, scale, std = ctx.saved_tensors
+        return *fused.weight_backward(grads[0], w, v, scale, std, ctx.bits), None, None
 
 
 def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
@@ -58,7 +75,7 @@ def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, signed: bool) -
 
 
 def fake_activation(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
-    """Quantized activations in x's dtype and shape, differentiable in x and v.
+    """Quantized activations in x's dtype and shape, differentiable in x and v; the range is |v|, not 0.
 
     >>> fake_activation(torch.tensor([-1.0, 0.3, 2.0]), torch.tensor(1.0), 2).tolist()[1:]
     [0.3333333432674408, 1.0]
@@ -67,5 +84,12 @@ def fake_activation(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Te
 
 
 def fake_weight(w: Tensor, v: Tensor, bits: int) -> Tensor:
-    """Quantized weights v * (2 q - n) / n of standardised weights w, differentiable in w and v."""
+    """Quantized weights |v| * (2 q - n) / n of standardised weights w, differentiable in w and v."""
     return _Fake.apply(w, v, bits, "weight")
+
+
+def standardized_weight(w: Tensor, v: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`fake_weight(w / std(w), v, bits) * scale`, differentiable in w and v; the deviation is a constant."""
+    if fused.serves(w, v, "weight") and w.numel():
+        return _Standardized.apply(w, v, scale, bits)
+    return fake_weight(codec.standardize(w, "scale"), v, bits) * scale

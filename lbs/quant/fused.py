@@ -1,6 +1,6 @@
 """Quantizers of training in one pass each way: native on the CPU, Triton on a GPU; the codec's codes, bit for bit.
 
-Nothing on a GPU is read back: v, and widths the device has decided, stay there.
+The range is |v|, not 0. Nothing on a GPU is read back: v, and widths the device has decided, stay there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
         from lbs_kernels.fakequant import triton_impl
 
         return triton_impl.forward(x, v, coarse, bits, kind)
-    y = torch.empty_like(x)
+    y, v = torch.empty_like(x), v.abs()
     sums = _native_forward(x, v, (*coarse, int(bits)), kind, y)
     scale = float(v) * (2 if kind == "signed" else 1) * max(x.numel(), 1)
     return y, torch.tensor([total / scale for total in sums], dtype=v.dtype)
@@ -63,25 +63,45 @@ def correct(y: Tensor, x: Tensor, v: Tensor, bits: int | Tensor, guess: int | Te
 
         triton_impl.correct(y, x, v, bits, guess, kind)
     elif bits != guess:
-        _native_forward(x, v, (int(bits),), kind, y)
+        _native_forward(x, v.abs(), (int(bits),), kind, y)
 
 
 def backward(
     grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Straight-through gradients of y at the width `bits` to x and v, and sum dL/dy * (y - y_b) [J] for `coarse`."""
-    if grad.stride() != x.stride() or grad.dtype != x.dtype:
-        grad = torch.empty_like(x).copy_(grad)
+    grad = _like(grad, x)
     if x.is_cuda:
         from lbs_kernels.fakequant import triton_impl
 
         return triton_impl.backward(grad, x, v, coarse, bits, kind)
     signed, grad_x = kind == "signed", torch.empty_like(x)
     total, products = extension.require_cpu().fake_quant_backward(
-        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(), *_widths(v, (*coarse, int(bits)), signed), signed,
-        torch.get_num_threads(), _NATIVE_DTYPES[x.dtype],
+        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(), *_widths(v.abs(), (*coarse, int(bits)), signed),
+        signed, torch.get_num_threads(), _NATIVE_DTYPES[x.dtype],
     )  # fmt: skip
-    return grad_x, torch.full_like(v, total), torch.tensor(products, dtype=v.dtype)
+    return grad_x, torch.full_like(v, total) * v.sign(), torch.tensor(products, dtype=v.dtype)
+
+
+def weight_forward(w: Tensor, v: Tensor, scale: Tensor, bits: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(scale * decode(encode(w / std)), std) on a GPU; see `fake.standardized_weight`."""
+    from lbs_kernels.fakequant import triton_weights
+
+    return triton_weights.forward(w, v, scale, bits)
+
+
+def weight_backward(
+    grad: Tensor, w: Tensor, v: Tensor, scale: Tensor, std: Tensor, bits: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients to w and v."""
+    from lbs_kernels.fakequant import triton_weights
+
+    return triton_weights.backward(_like(grad, w), w, v, scale, std, bits)
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """grad in the dtype and the order of memory of x."""
+    return grad if grad.stride() == x.stride() and grad.dtype == x.dtype else torch.empty_like(x).copy_(grad)
 
 
 def _widths(v: Tensor, widths: tuple[int, ...], signed: bool) -> tuple[float, list[float], list[float], list[float]]:

@@ -63,7 +63,9 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Weights used by `forward`, differentiable."""
-        return fake.fake_weight(self.float_weight(), self.w_range.abs(), self.w_bits) * self.output_scale
+        if self.standardize == "scale":
+            return fake.standardized_weight(self.weight, self.w_range, self.output_scale, self.w_bits)
+        return fake.fake_weight(self.float_weight(), self.w_range, self.w_bits) * self.output_scale
 
     def adopt_scale(self) -> None:
         """Set `output_scale` to the present standard deviation, so that values keep their size."""

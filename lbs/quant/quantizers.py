@@ -51,7 +51,7 @@ class ActivationQuantizer(nn.Module):
         return float(codec.activation_scale(v, self.bits, self.signed))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake.fake_activation(x, self.range.abs(), self.bits, self.signed)
+        return fake.fake_activation(x, self.range, self.bits, self.signed)
 
     def set_range(self, low: float, high: float) -> None:
         """Clip at `high`, or at the larger of |low|, |high| if signed."""

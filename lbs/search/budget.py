@@ -7,7 +7,6 @@ loss.backward(); optimizer.step(); budget.step()
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from lbs.search.controller import Controller
 from lbs.search.gates import BitGate, PruneGate
 from lbs.search.ledger import Ledger
 from lbs.search.outcome import BudgetResult, Reached
+from lbs.search.prices import Prices, renewed, sent
 from lbs.search.quantities import Quantity, Table, Target, targets_of
 from lbs_kernels.errors import PlanError
 
@@ -63,10 +63,11 @@ class Budget:
         for target in self.targets:
             _check_reachable(self.ledger, target)
         self.controllers = [Controller(strength, gain) for _ in self.targets]
-        on_gpu = next(model.parameters()).is_cuda
-        self.read_every = read_every or (8 if on_gpu else 1)
+        self.read_every = read_every or (8 if next(model.parameters()).is_cuda else 1)
         self.steps, self.frozen = 0, False
-        self._held: dict[nn.Parameter, Tensor] = {}
+        self._held: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._prices: dict[tuple[str, str], Prices] = {}  # of a quantity, while one side learns
+        self._strengths: Tensor | None = None  # as float64 [targets] beside the gates
         self._assign_sides()
 
     @property
@@ -87,13 +88,22 @@ class Budget:
         """The prune gate of every layer that has one."""
         return [choice.gate for choice in self.ledger.choices if choice.kind == "filters"]
 
+    @property
+    def side(self) -> str:
+        """Whose bit gates learn in this step: `weights`, `activations`, or nobody's once `frozen`."""
+        return "frozen" if self.frozen else ("weights", "activations")[self.steps % 2]
+
     def _assign_sides(self) -> None:
-        """Weight gates on even steps, activation gates on odd ones; remember the thresholds that must not move."""
         for _, gate, weights in self.bit_gates():
-            gate.active = not self.frozen and weights == (self.steps % 2 == 0)
-        idle = [gate.alpha for _, gate, _ in self.bit_gates() if not gate.active]
-        idle += [gate.alpha for gate in self.prune_gates() if self.frozen]
-        self._held = {alpha: alpha.detach().clone() for alpha in idle}
+            gate.active = self.side == ("weights" if weights else "activations")
+        self._hold()
+
+    def _hold(self) -> None:
+        """Remember the thresholds that must not move."""
+        gates = [gate for _, gate, _ in self.bit_gates() if not gate.active]
+        idle = [gate.alpha.detach().view(-1) for gate in (*gates, *(self.prune_gates() if self.frozen else ()))]
+        values = torch.cat(idle).split([len(alpha) for alpha in idle]) if idle else ()
+        self._held = idle, list(values)
 
     def cost(self, quantity: Quantity | None = None) -> Tensor:
         """R, differentiable in the active side's and the prune thresholds (LBS section 3.3).
@@ -107,48 +117,35 @@ class Budget:
         quantity = quantity or self.targets[0].quantity
         if self.read_every == 1:
             self.ledger.read()
-        parts = [self._widths_term(quantity), *self._filter_terms(quantity)]
-        device = next(self.model.parameters()).device
-        total = torch.full((), float(self.ledger.total(quantity)), dtype=torch.float64, device=device)
-        for part in parts:
-            total = total + part if part is not None else total
+        prices = self._prices_of(quantity)
+        total = prices.total
+        if prices.widths:
+            shares = torch.cat([choice.gate.shares() for choice in prices.widths]).double()
+            total = total + ((shares - prices.open) * prices.steps).sum()
+        for choice, slope in zip(prices.filters, prices.slopes, strict=True):
+            count = choice.gate.mask().double().sum()
+            total = total + (count - count.detach()) * slope
         return total
 
-    def _widths_term(self, quantity: Quantity) -> Tensor | None:
-        """Increments between neighbouring widths, weighted by the open gates: one stack of all active gates."""
-        active = [c for c in self.ledger.choices if c.kind != "filters" and c.gate.active]
-        if not active:
-            return None
-        change = self.ledger.change
-        prices = [[change(quantity, c, level) for level in range(len(c.amounts))] for c in active]
-        steps = [after - before for row in prices for before, after in pairwise(row)]
-        shares = torch.cat([c.gate.shares() for c in active]).double()
-        hard = [float(level < c.level) for c in active for level in range(c.top)]
-        numbers = _sent([hard, steps], shares.device)
-        return ((shares - numbers[0]) * numbers[1]).sum()
-
-    def _filter_terms(self, quantity: Quantity) -> list[Tensor]:
-        terms = []
-        for choice in self.ledger.choices:
-            if choice.kind != "filters" or choice.top == 0:
-                continue
-            level = choice.level - 1 if choice.level else 1
-            step = choice.amounts[level] - choice.amount
-            count = choice.gate.mask().double().sum()
-            terms.append((count - count.detach()) * (self.ledger.change(quantity, choice, level) / step))
-        return terms
+    def _prices_of(self, quantity: Quantity) -> Prices:
+        """Those of the side that learns; of the latest look, unless every step is one."""
+        key = quantity.name, self.side
+        if key not in self._prices:
+            self._prices[key] = Prices(self.ledger, quantity, self.side, next(self.model.parameters()).device)
+        elif self.read_every == 1:
+            self._prices[key].read()
+        return self._prices[key]
 
     def __call__(self) -> Tensor:
         """Sum of lambda * log R over the targets that are not met; zero once frozen."""
+        self._hold()
         if self.frozen or not self.strength:
             return torch.zeros((), device=next(self.model.parameters()).device)
         self._observe_filters()
-        terms = [
-            controller.strength * self.cost(target.quantity).log().float()
-            for target, controller in zip(self.targets, self.controllers, strict=True)
-            if controller.strength
-        ]
-        return torch.stack(terms).sum()
+        if self._strengths is None or self.read_every == 1:
+            self._strengths = self._renewed_strengths()
+        logs = torch.stack([self.cost(target.quantity).log() for target in self.targets])
+        return (self._strengths * logs).sum().float()
 
     def _observe_filters(self) -> None:
         for layer in self.layers.values():
@@ -157,8 +154,14 @@ class Budget:
     @torch.no_grad()
     def step(self) -> None:
         """After each optimizer step: clamp thresholds, swap sides, adjust lambda, freeze at the target."""
-        for alpha, value in self._held.items():
-            alpha.copy_(value)
+        self.clamp()
+        self.advance()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """The first part of `step`: work on the device, the same in every step of a `side`."""
+        if self._held[0]:
+            torch._foreach_copy_(*self._held)
         if self.frozen:
             return
         self._observe_filters()
@@ -167,6 +170,12 @@ class Budget:
                 gate.clamp()
         for prune in self.prune_gates():
             prune.clamp()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The second part: to the next side, with a look at what the gates cost where it is due."""
+        if self.frozen:
+            return
         self.steps += 1
         if self.steps % self.read_every == 0:
             self._look()
@@ -175,11 +184,29 @@ class Budget:
 
     def _look(self) -> None:
         """Read back what the gates cost, once for all; freeze or press harder."""
-        self.ledger.read()
+        self._read()
         for target, controller in zip(self.targets, self.controllers, strict=True):
             controller.update(self.ledger.total(target.quantity), target.limit, self.read_every)
         if projection.fits(self.ledger, self.targets):
             self.freeze()
+        else:
+            self._renew()
+
+    def _read(self, errors: bool = False) -> None:
+        """The ledger of the filters as they rank now: a recorded step has told the gates without telling Python."""
+        with torch.no_grad():
+            self._observe_filters()
+        self.ledger.read(errors)
+
+    def _renew(self) -> None:
+        """What steps read on the device until the next look."""
+        self._strengths = self._renewed_strengths()
+        for prices in self._prices.values():
+            prices.read()
+
+    def _renewed_strengths(self) -> Tensor:
+        values, old = [controller.strength for controller in self.controllers], self._strengths
+        return sent(values, next(self.model.parameters()).device) if old is None else renewed(old, values)
 
     def freeze(self) -> None:
         """Hold every gate as it is; only weights, norms and ranges go on training."""
@@ -192,7 +219,7 @@ class Budget:
 
     def value(self, quantity: Quantity | None = None) -> float:
         """What the present hard gates cost; bit operations and bytes are whole numbers."""
-        self.ledger.read()
+        self._read()
         return self.ledger.total(quantity or self.targets[0].quantity)
 
     @torch.no_grad()
@@ -201,7 +228,7 @@ class Budget:
 
         The result also tells what the thresholds had reached before: how much was left to the projection.
         """
-        self.ledger.read(errors=True)
+        self._read(errors=True)
         before = [self.ledger.total(target.quantity) for target in self.targets]
         projection.project(self.ledger, self.targets)
         self.ledger.apply()
@@ -212,7 +239,7 @@ class Budget:
 
     def result(self) -> BudgetResult:
         """Targets and what the present gates cost."""
-        self.ledger.read()
+        self._read()
         rows = []
         for target in self.targets:
             step = projection.smallest_step(self.ledger, target.quantity)
@@ -233,15 +260,9 @@ class Budget:
         for target, controller in zip(self.targets, self.controllers, strict=True):
             controller.integral = state[f"strength.{target.quantity.name}"]
             controller.excess = state[f"excess.{target.quantity.name}"]
-        self._observe_filters()
-        self.ledger.read()
+        self._read()
+        self._renew()
         self._assign_sides()
-
-
-def _sent(values: list[list[float]], device: torch.device) -> Tensor:
-    """float64 tensor on `device`; from pinned memory to a GPU, which it need not wait for."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _check_reachable(ledger: Ledger, target: Target) -> None:

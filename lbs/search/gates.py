@@ -144,6 +144,7 @@ class PruneGate(nn.Module):
 
     held: Tensor
     score: Tensor
+    sizes: Tensor  # filters of each group, beside alpha, as floats
 
     def __init__(self, filters: int, size: int, max_ratio: float, tile: int = 1, scored: bool = False) -> None:
         super().__init__()
@@ -152,6 +153,8 @@ class PruneGate(nn.Module):
         self.unit = math.lcm(size, tile) // size  # groups that come and go together
         self.alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("held", torch.zeros(self.groups))  # -1 closed, 0 free, 1 open
+        sizes = torch.tensor([float(self.group_size(group)) for group in range(self.groups)])
+        self.register_buffer("sizes", sizes, persistent=False)
         if scored:
             self.register_buffer("score", torch.zeros(filters))
         self.statistic = torch.full((self.groups,), torch.inf)
@@ -164,13 +167,8 @@ class PruneGate(nn.Module):
     def observe(self, importance: Tensor) -> None:
         """Set this iteration's statistic from per-filter importance [filters] in 0..1, differentiable."""
         padded = nn.functional.pad(importance, (0, self.groups * self.size - self.filters))
-        self.statistic = padded.view(self.groups, self.size).sum(1) / self._sizes(importance)
+        self.statistic = padded.view(self.groups, self.size).sum(1) / self.sizes.to(importance.dtype)
         self.shared = None
-
-    def _sizes(self, like: Tensor) -> Tensor:
-        sizes = torch.full((self.groups,), float(self.size), device=like.device, dtype=like.dtype)
-        sizes[-1] = self.group_size(self.groups - 1)
-        return sizes
 
     def gates(self) -> Tensor:
         """Hard gates [G], differentiable in alpha and the statistic."""
@@ -192,7 +190,7 @@ class PruneGate(nn.Module):
 
     def mask(self) -> Tensor:
         """Per-filter mask [filters] of 0 and 1, differentiable."""
-        return self.gates().repeat_interleave(self.size)[: self.filters]
+        return self.gates().unsqueeze(1).expand(-1, self.size).reshape(-1)[: self.filters]
 
     def shared_mask(self) -> Tensor:
         """`mask`, computed once an iteration: all consumers multiply by one tensor, and its gradient is their sum."""

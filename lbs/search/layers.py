@@ -46,7 +46,7 @@ class SearchQuantizer(ActivationQuantizer):
         if self.training and gate.active:
             return gated(x, v, gate, kind)
         if self.training and x.is_cuda:  # decided on the device, and not read back yet
-            return fake.fake_activation(x, v, gate.open_width(), self.signed)  # type: ignore[arg-type]
+            return fake.fake_activation(x, self.range, gate.open_width(), self.signed)  # type: ignore[arg-type]
         return super().forward(x)
 
 

@@ -24,6 +24,7 @@ from lbs.search.average import Average
 from lbs.search.evaluation import evaluate
 from lbs.search.nonfinite import finite_weights, first_nonfinite
 from lbs.search.protocols import BudgetTerm, Progress
+from lbs.search.recorded import RecordedSteps
 from lbs_kernels.errors import CheckpointError, DataError, TrainingError
 
 
@@ -39,6 +40,7 @@ class TrainResult:
     best_accuracy: float | None
     best_epoch: int | None
     seconds: float  # of this and the resumed sessions
+    launches: str = "single"  # or `CUDA graphs`, or why those were not to be had
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -100,20 +102,28 @@ class Trainer:
         self.observe, self.stop = observe, stop
         self.teacher = teacher.to(self.device).eval() if recipe.distill and teacher is not None else None
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
+        on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.SGD(
-            groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
+            groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=on_gpu
         )
-        self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._step_module: nn.Module = _Step(self)
         if distributed.active():
             # Idle gates get no gradient, hence find_unused.
             self._step_module = distributed.wrap(self._step_module, find_unused=budget is not None)
+        self._recorded: RecordedSteps | None = None
+        if on_gpu and recipe.cuda_graphs and not distributed.active():
+            self._recorded = RecordedSteps(self._work, self.device)
+        if on_gpu:  # rates that recorded steps read where they are
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=self.device)
         self.epoch = self.step = 0
         self.finished = False
         self.best: tuple[float, int] | None = None
         self.accuracy: float | None = None
         self.loss = float("nan")
         self._seconds = 0.0
+        self._lr_factor = 1.0
         self._images = torch.zeros(())  # the latest batch, to look for the layer that broke
         # Sums on the device since the last row (row 0) and since the epoch began (row 1): loss, task loss, correct.
         self._sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
@@ -159,8 +169,17 @@ class Trainer:
         if self.progress:
             self.progress.end()
         best_accuracy, best_epoch = self.best or (None, None)
+        launches = "single" if self._recorded is None else self._recorded.launches
         return TrainResult(
-            self.phase, self.epoch, self.step, self.loss, self.accuracy, best_accuracy, best_epoch, self._seconds
+            self.phase,
+            self.epoch,
+            self.step,
+            self.loss,
+            self.accuracy,
+            best_accuracy,
+            best_epoch,
+            self._seconds,
+            launches,
         )
 
     @property
@@ -175,30 +194,56 @@ class Trainer:
         return self.recipe.minutes > 0 and self.recipe.share(self.step, len(self.train), self._seconds) >= 1
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        factor = self.recipe.lr_factor(self.step, len(self.train), self._seconds)
-        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = lr * factor
+        self._set_rates()
         images = self._images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        loss, task, logits = self._step_module(images, labels)
         log = (self.step + 1) % self.recipe.log_every == 0
-        if (self.device.type == "cpu" or log) and self._somewhere_nonfinite(loss):
-            self._stop()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        if self._recorded is None:
+            self._work(images, labels, check=self.device.type == "cpu" or log)
+        else:
+            loss = self._recorded(images, labels, self.budget.side if self.budget is not None else "")
+            if log and self._somewhere_nonfinite(loss):
+                self._stop()
         if self.budget is not None:
-            self.budget.step()
+            self.budget.advance()
         if self.average is not None:
             self.average.follow(self.step)
         self.step += 1
+        self._seen = [old + new for old, new in zip(self._seen, (1, len(labels), 1, len(labels)), strict=True)]
+        if log:
+            self._write_step()
+
+    def _set_rates(self) -> None:
+        self._lr_factor = self.recipe.lr_factor(self.step, len(self.train), self._seconds)
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * self._lr_factor)
+            else:
+                group["lr"] = lr * self._lr_factor
+
+    def _work(self, images: Tensor, labels: Tensor, check: bool = False) -> Tensor:
+        """All of a step that happens on the device; returns the loss. check: stop at one that is not finite."""
+        loss, task, logits = self._step_module(images, labels)
+        if check and self._somewhere_nonfinite(loss):
+            self._stop()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.device.type == "cuda":
+            self._align_gradients()
+        self.optimizer.step()
+        if self.budget is not None:
+            self.budget.clamp()
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             # Of all processes in every step: a checkpoint, which rank 0 writes alone, must hold what belongs to all.
             self._sums += distributed.reduce_mean(torch.stack([loss.double(), task.double(), correct.double()]))
-        self._seen = [old + new for old, new in zip(self._seen, (1, len(labels), 1, len(labels)), strict=True)]
-        if log:
-            self._write_step()
+        return loss.detach()
+
+    def _align_gradients(self) -> None:
+        """The fused optimizer asks for the parameters' strides; autograd is free in dimensions of size one."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss with the budget term, task loss, logits) of a batch."""
@@ -255,7 +300,7 @@ class Trainer:
             "loss": sums[0] / steps,
             "task_loss": sums[1] / steps,
             "train_accuracy": sums[2] / images,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._base_lr[0] * self._lr_factor,
             "seconds": round(self._seconds, 3),
         }
         self._record(row)
@@ -291,7 +336,7 @@ class Trainer:
             "task_loss": sums[1] / steps,
             "train_accuracy": sums[2] / images,
             "test_accuracy": self.accuracy if measured else None,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._base_lr[0] * self._lr_factor,
             "seconds": round(self._seconds, 3),
         }
         self._record(row)

@@ -8,6 +8,8 @@
     backward   gx = gy inside the range, else 0;  products[j] = sum gy * (y - y_j)
                grad v = sum gy * ((y - x) / v inside,   1 above,   0 (signed, weight: -1) below)
 
+The range is |v|: a v below 0 means -v, and gets the gradient's other sign.
+
 Arithmetic is float32, whatever x is, and rounds where torch rounds on a CPU: y and gx have the same bits. v, and the
 open width where it was decided on the device, are read by the kernels. Every program sums its block in float32 and
 leaves the sum in a place of its own; `total_kernel` adds those in float64, always in the same order.
@@ -80,7 +82,7 @@ def forward_kernel(
     """y [count] and, at each width of COARSE, this program's sum |clip(x) - y_b|: parts [len(COARSE), programs]."""
     place, mask = own_block(count, BLOCK)
     x = load_stream(x_ptr + place, mask, DTYPE)
-    v = tl.load(v_ptr)
+    v = tl.abs(tl.load(v_ptr))
     u = unit(x, v, KIND)
     store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, OPEN), KIND), mask, DTYPE)
     low = 0.0 if KIND == "unsigned" else -v
@@ -98,7 +100,7 @@ def correct_kernel(
     """y again where it was computed at another width than the one that is open."""
     if tl.load(bits_ptr) != tl.load(guess_ptr):
         place, mask = own_block(count, BLOCK)
-        v = tl.load(v_ptr)
+        v = tl.abs(tl.load(v_ptr))
         u = unit(load_stream(x_ptr + place, mask, DTYPE), v, KIND)
         store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, None), KIND), mask, DTYPE)
 
@@ -112,7 +114,8 @@ def backward_kernel(
     place, mask = own_block(count, BLOCK)
     x = load_stream(x_ptr + place, mask, DTYPE)
     gy = load_stream(gy_ptr + place, mask, DTYPE)  # 0 where nothing exists
-    v = tl.load(v_ptr)
+    edge = tl.load(v_ptr)
+    v = tl.abs(edge)
     u = unit(x, v, KIND)
     y = decoded(u, v, load_levels(bits_ptr, OPEN), KIND)
     low = 0.0 if KIND == "unsigned" else -v
@@ -125,7 +128,8 @@ def backward_kernel(
     for j in tl.static_range(len(COARSE)):
         product = gy * (y - decoded(u, v, load_levels(None, COARSE[j]), KIND))
         tl.store(part + j * tl.num_programs(0), tl.sum(product))
-    tl.store(part + len(COARSE) * tl.num_programs(0), tl.sum(gy * slope))
+    sign = tl.where(edge < 0.0, -1.0, 1.0)
+    tl.store(part + len(COARSE) * tl.num_programs(0), tl.sum(gy * slope) * sign)
 
 
 @triton.jit
@@ -143,12 +147,12 @@ def total_kernel(
         first += CHUNK
     total = tl.sum(sums)
     if MEAN:
-        v = tl.load(v_ptr).to(tl.float64)
+        v = tl.abs(tl.load(v_ptr)).to(tl.float64)
         total = total / ((v if KIND == "unsigned" else 2.0 * v) * count)
     tl.store(totals_ptr + row, total.to(tl.float32))
 
 
-def _told(bits: int | Tensor) -> tuple[Tensor | None, int | None]:
+def told(bits: int | Tensor) -> tuple[Tensor | None, int | None]:
     """The open width as a pointer or as a constant of the kernel; the other is None."""
     return (bits, None) if isinstance(bits, Tensor) else (None, bits)
 
@@ -162,7 +166,7 @@ def _raw(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
 
 
-def _totals(parts: Tensor, v: Tensor, count: int, mean: bool, kind: str) -> Tensor:
+def totals_of(parts: Tensor, v: Tensor, count: int, mean: bool, kind: str) -> Tensor:
     """float32 [rows] of parts float32 [rows, programs]."""
     rows, programs = parts.shape
     totals = parts.new_empty(rows)
@@ -177,10 +181,10 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
     """(y like x, mean |z - z_b| float32 [J] at the widths of `coarse`), z in 0..1 over the range.
 
     Arguments:
-        x: float32, bfloat16 or float16, dense in memory in any order. v: float32 scalar on x's device. bits: the open
-            width, 1 to 8, an int64 scalar there if the device has decided it. kind: unsigned, signed or weight.
+        x: float32, bfloat16 or float16, dense in memory in any order. v: float32 scalar on x's device, not 0. bits: the
+            open width, 1 to 8, an int64 scalar there if the device has decided it. kind: unsigned, signed or weight.
     """
-    y, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), _told(bits)
+    y, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), told(bits)
     programs = triton.cdiv(count, BLOCK)
     parts = torch.empty(len(coarse), programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
@@ -188,7 +192,7 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
             forward_kernel[(programs,)](
                 _raw(x), v, bits_ptr, _raw(y), parts, count, OPEN=opened, COARSE=coarse, **_meta(x, kind)
             )
-        return y, _totals(parts, v, count, True, kind)
+        return y, totals_of(parts, v, count, True, kind)
 
 
 def correct(y: Tensor, x: Tensor, v: Tensor, bits: Tensor, guess: Tensor, kind: str) -> None:
@@ -203,7 +207,7 @@ def backward(
     grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gx like x, grad v float32 scalar, products float32 [J]); grad has x's dtype and strides, the rest as above."""
-    grad_x, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), _told(bits)
+    grad_x, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), told(bits)
     programs = triton.cdiv(count, BLOCK)
     parts = torch.empty(len(coarse) + 1, programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
@@ -212,5 +216,5 @@ def backward(
                 _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, count,
                 OPEN=opened, COARSE=coarse, **_meta(x, kind),
             )  # fmt: skip
-        totals = _totals(parts, v, count, False, kind)
+        totals = totals_of(parts, v, count, False, kind)
     return grad_x, totals[-1], totals[:-1]

@@ -122,11 +122,14 @@ def max_bytes_kernel(x_ptr, out_ptr, shape, KERNEL_H: tl.constexpr, KERNEL_W: tl
     pitch = tl.multiple_of(shape.pitch, 16)
     channel = first + tl.arange(0, BLOCK_C)
     there = (channel < pitch)[None, :]
-    best = tl.full([BLOCK_M, BLOCK_C], -128, dtype=tl.int8)
+    least = tl.full([BLOCK_M, BLOCK_C], -128, dtype=tl.int8)
+    best = least
     for tap in range(KERNEL_H * KERNEL_W):
         pixel, inside = window_pixel(row, row < shape.rows, tap // KERNEL_W, tap % KERNEL_W, shape)
         start = x_ptr + pixel[:, None] * pitch + channel[None, :]
-        best = tl.maximum(best, tl.load(start, mask=inside[:, None] & there, other=-128))
+        inside = inside[:, None] & there
+        # Not `other=-128`: of the 4 bytes of a register Triton 3.6 sets the lowest to -128 and the rest to -1.
+        best = tl.maximum(best, tl.where(inside, tl.load(start, mask=inside, other=0), least))
     mask = (row < shape.rows)[:, None] & there
     tl.store(out_ptr + row[:, None] * pitch + channel[None, :], best, mask=mask)
 

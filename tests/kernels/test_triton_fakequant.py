@@ -15,10 +15,10 @@ from ahead_of_time import TARGETS, Compiled, compiling
 from test_triton_interpreted import HERE, run_interpreted
 
 from lbs.quant import fused
-from lbs.quant.fake import fake_activation, fake_weight
+from lbs.quant.fake import fake_activation, fake_weight, standardized_weight
 from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.gates import BitGate
-from lbs_kernels.fakequant import triton_impl
+from lbs_kernels.fakequant import triton_impl, triton_weights
 
 KINDS = ["unsigned", "signed", "weight"]
 CHAIN = (1, 2, 4, 8)  # the longest: the most sums at once
@@ -75,6 +75,29 @@ def test_passes_compile(kind: str, dtype: torch.dtype, target: str, tmp_path: Pa
         assert "st.global.v4.b32" in kernel.ptx
 
 
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [4, pytest.param(torch.tensor(4), marks=pytest.mark.slow)], ids=str)
+def test_weight_passes_compile(bits: int | Tensor, target: str, tmp_path: Path) -> None:
+    w, one = torch.empty(1 << 16), torch.ones(())
+    with compiling(target, tmp_path) as kernels:
+        triton_weights.forward(w, one, one, bits)
+        triton_weights.backward(w, w, one, one, one, bits)
+    assert [kernel.name for kernel in kernels] == [
+        "moments_kernel",
+        "forward_kernel",
+        "backward_kernel",
+        "total_kernel",
+    ]
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0, kernel.log
+        assert kernel.registers <= 80
+        # The 64-bit sums may contract: the deviation is said to differ there.
+        assert not re.search(r"\bfma\.rn\.(ftz\.)?f32|div\.full|div\.approx|sqrt\.approx|\batom\.", kernel.ptx)
+        if kernel.name != "total_kernel":
+            assert "ld.global.v4.b32" in kernel.ptx
+    assert "sqrt.rn.f64" in kernels[1].ptx
+
+
 def sample(seed: int, dtype: torch.dtype) -> Tensor:
     x = torch.randn(4, 33, 29, 31, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return x.contiguous(memory_format=torch.channels_last)
@@ -104,6 +127,23 @@ def test_a_gpu_takes_the_kernels_and_equals_the_cpu(kind: str, dtype: torch.dtyp
     assert ours[0].stride() == theirs[0].stride()
     assert torch.equal(ours[1], theirs[1])
     torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=unit(dtype, sample(2, dtype)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (16, 3, 3, 3), (100, 64), (1, 1, 1, 1)], ids=str)
+def test_a_gpu_standardises_as_the_cpu(shape: tuple[int, ...]) -> None:
+    results = []
+    generator = torch.Generator().manual_seed(len(shape))
+    weight, gradient = (torch.randn(shape, generator=generator) * 0.05 + 0.02 for _ in range(2))
+    for device in ("cuda", "cpu"):
+        w, grad = weight.to(device).requires_grad_(), gradient.to(device)
+        v, scale = torch.tensor(-2.1, device=device, requires_grad=True), torch.tensor(0.05, device=device)
+        y = standardized_weight(w, v, scale, 4)
+        results.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, (w, v), grad))])
+    ours, theirs = results
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=2**-20 * float(gradient.abs().sum()) + 1e-12)
 
 
 @pytest.mark.gpu

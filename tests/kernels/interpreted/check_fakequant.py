@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lbs.quant import codec
-from lbs_kernels.fakequant import triton_impl
+from lbs.quant.fake import fake_weight
+from lbs_kernels.fakequant import triton_impl, triton_weights
 from lbs_kernels.fakequant.triton_impl import BLOCK, CHUNK, DTYPES
 from lbs_kernels.triton_common import INTERPRETED
 
@@ -172,10 +173,10 @@ def test_a_width_that_the_device_knows_is_the_same(bits: int, kind: str) -> None
 def test_many_partial_sums_are_added_in_order() -> None:
     """More of them than are added at a time, of very different sizes; twice the same bits."""
     parts = torch.randn(3, 2 * CHUNK + 5, generator=torch.Generator().manual_seed(1)).exp2() * 1e3
-    totals = triton_impl._totals(parts, V, 10, False, "signed")
+    totals = triton_impl.totals_of(parts, V, 10, False, "signed")
     assert totals.tolist() == parts.double().sum(1).float().tolist()
-    assert torch.equal(totals, triton_impl._totals(parts, V, 10, False, "signed"))
-    means = triton_impl._totals(parts, V, 10, True, "signed")
+    assert torch.equal(totals, triton_impl.totals_of(parts, V, 10, False, "signed"))
+    means = triton_impl.totals_of(parts, V, 10, True, "signed")
     assert means.tolist() == (parts.double().sum(1) / (20 * V.double())).float().tolist()
 
 
@@ -184,3 +185,52 @@ def test_channels_last_is_kept() -> None:
     grad = sample(2 * 3 * 5 * 7, torch.bfloat16, 2).view(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
     check_forward(x, (2, 4, 8), "unsigned")
     check_backward(grad, x, (2, 4, 8), "unsigned")
+
+
+def weights(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights whose mean is far from 0, a scale, and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(count, generator=generator) * 0.05 + 0.3
+    return w, torch.tensor(0.0517), torch.randn(count, generator=generator)
+
+
+@pytest.mark.parametrize("edge", [7.3, -6.1, 0.7])
+@pytest.mark.parametrize("count", [1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 77])
+def test_standardised_weights(count: int, edge: float) -> None:
+    """Values and gw as torch makes them, one operation at a time, every element; 0.7 clips about all."""
+    (w, scale, grad), v = weights(count, count), torch.tensor(edge)
+    source, size = w.clone().requires_grad_(), v.clone().requires_grad_()
+    for bits in (2, 4, torch.tensor(8)):
+        x = codec.standardize(w, "scale")
+        y, std = triton_weights.forward(w, v, scale, bits)
+        assert float(std) == float(codec.weight_statistics(w)[1])
+        assert torch.equal(y, codec.round_trip(x, v.abs(), int(bits), "weight") * scale)
+        gw, edge_grad = triton_weights.backward(grad, w, v, scale, std, bits)
+        with torch.enable_grad():
+            expected = fake_weight(codec.standardize(source, "scale"), size, int(bits)) * scale
+        theirs, total = torch.autograd.grad(expected, (source, size), grad)
+        assert torch.equal(gw, theirs)
+        terms = float((grad * scale).abs().sum())
+        assert abs(float(edge_grad) - float(total)) <= 2**-20 * terms * (1 + 2 / abs(edge))
+
+
+def test_many_programs_share_one_deviation() -> None:
+    """More partial sums than are added at a time."""
+    w, scale, _ = weights(BLOCK * (CHUNK + 3) + 5, 1)
+    y, std = triton_weights.forward(w, V, scale, 4)
+    assert float(std) == float(codec.weight_statistics(w)[1])
+    assert torch.equal(y, codec.round_trip(codec.standardize(w, "scale"), V, 4, "weight") * scale)
+
+
+def test_equal_weights_have_deviation_one() -> None:
+    w = torch.full((2 * BLOCK + 3,), 0.3)
+    assert float(triton_weights.forward(w, V, torch.tensor(1.0), 4)[1]) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_range_means_its_size(kind: str) -> None:
+    x, grad = sample(300, torch.float32, 5), sample(300, torch.float32, 6)
+    ours, theirs = (triton_impl.forward(x, v, (2, 4), 8, kind) for v in (-V, V))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = (triton_impl.backward(grad, x, v, (2,), 8, kind) for v in (-V, V))
+    assert all(torch.equal(a, b) for a, b in zip(ours, (theirs[0], -theirs[1], theirs[2]), strict=True))
