@@ -27,7 +27,7 @@ PYTEST = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
 GPU_TEST = r"mark\.gpu|CONTENDERS"
 # Kernels in CUDA, which are there, those of training, and what torch compiles, which takes one process half a minute;
 # at the end the hundreds of tiles that compilers are busy with for minutes.
-FIRST, LAST = "cuda|onebit|fakequant|device|half|pack_gpu", "triton_gpu"
+FIRST, LAST = "cuda|onebit|fakequant|search|half|pack_gpu", "triton_gpu"
 # Kernels in CUDA; those in Triton are not ours to sanitize. A few cases of each, as everything runs 10 to 100 times
 # slower, the most telling first: every tile with windows that leave the image, both epilogues, then the small kernels.
 SANITIZED = ("test_onebit_gpu.py", "test_native_cuda.py")
