@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,12 +24,17 @@ TEST_PROCESSES = 12  # compiling their kernels is what takes the time; each hold
 NO_PYTEST = "pytest is not installed, and with it the tests run: pip install pytest hypothesis"
 # A file that cannot be imported, for want of hypothesis say, is an error of its own and must not stop the others.
 PYTEST = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
+GPU_TEST = r"mark\.gpu|CONTENDERS"
+# Kernels in CUDA, which are there, those of training, and what torch compiles, which takes one process half a minute;
+# at the end the hundreds of tiles that compilers are busy with for minutes.
+FIRST, LAST = "cuda|onebit|fakequant|search|half|pack_gpu", "triton_gpu"
 # Kernels in CUDA; those in Triton are not ours to sanitize. A few cases of each, as everything runs 10 to 100 times
 # slower, the most telling first: every tile with windows that leave the image, both epilogues, then the small kernels.
 SANITIZED = ("test_onebit_gpu.py", "test_native_cuda.py")
 # Each tensor an allocation of its own, so that an access behind its end is one outside every allocation.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 CASES = "2-4-odd or 4-4-outside or codes_alone or images_equal or (planes_equal and 33)"
+INTERRUPTED = 8.0  # seconds kept for pytest's words about the failures when its time is up
 SUMMARY = 5.0  # seconds kept for the end of a test and the sanitizer's summary
 
 
@@ -39,16 +46,23 @@ def output(*command: str) -> str:
         return f"unknown ({type(error).__name__})"
 
 
-def call(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
-    """Exit code and output of a command; the code is None where it was ended because the time was up."""
+def call(command: list[str], seconds: float, grace: float = 0.0, **environment: str) -> tuple[int | None, str]:
+    """Exit code and output of a command; the code is None where it was ended because the time was up.
+
+    grace: seconds before the end at which it is interrupted, to say what it has found so far.
+    """
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            text, _ = process.communicate(timeout=max(1.0, seconds))
+            text, _ = process.communicate(timeout=max(1.0, seconds - grace))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            process.send_signal(signal.SIGINT if grace else signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=grace)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             text, _ = process.communicate()
             return None, text
     return process.returncode, text
@@ -95,18 +109,19 @@ def tests(scratch: Path, seconds: float) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", f"--junitxml={report}"]
     command += [*PYTEST, *gpu_files()]
-    environment = {}
+    environment = {"COLUMNS": "300"}  # else pytest cuts the reasons of its summary off
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(TEST_PROCESSES)]
+        command += ["-n", str(TEST_PROCESSES), "--maxschedchunk", "1"]  # else one process compiles what takes longest
         environment["OMP_NUM_THREADS"] = "1"  # else the references of all processes fight for the processors
     begin = time.monotonic()
-    code, text = call(command, seconds, **environment)
+    code, text = call(command, seconds, grace=INTERRUPTED, **environment)
     passed = code == 0 and not no_module(report)  # skipped for want of the module is not green
     body = {"passed": passed, **count(report), "left_out": "slow", "pytest_seconds": round(time.monotonic() - begin, 1)}
     if code is None:
-        body.update(so_far(text), reason="the time was up before the tests ended")
+        body = {**so_far(text), **body, "reason": "the time was up before the tests ended"}
     failed = [line.strip() for line in text.splitlines() if re.search(r"\b(FAILED|ERROR)\b", line)]
-    return {**body, "failed": failed[:100], "tail": text[-6000:]}
+    failed.sort(key=lambda line: not line.startswith(("FAILED", "ERROR")))  # the summary first, which tells reasons
+    return {**body, "failed": failed[:100], "tail": text[-30_000:]}
 
 
 def so_far(text: str) -> dict[str, int]:
@@ -117,13 +132,13 @@ def so_far(text: str) -> dict[str, int]:
 
 
 def gpu_files() -> list[str]:
-    """Test files that may hold a test marked `gpu`; those of the GPU alone come first.
+    """Test files that hold a test marked `gpu`, in the order to run them: the time may end the tests anywhere.
 
     Importing the others would take longer than running these.
     """
-    found = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search("gpu|CONTENDERS", path.read_text())]
+    found = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(GPU_TEST, path.read_text())]
     names = sorted(str(path.relative_to(ROOT)) for path in found)
-    return sorted(names, key=lambda name: not re.search("gpu|cuda|half", name))
+    return sorted(names, key=lambda name: (bool(re.search(LAST, name)), not re.search(FIRST, name)))
 
 
 def count(report: Path) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_nets, gpu_roofs
-from benchmarks.gpu_run import Attempts, Run, header
+from benchmarks.gpu_run import Attempts, Run
 from lbs_kernels import tuner
 from lbs_kernels.problem import Problem
 from lbs_kernels.run import clear_runners
@@ -23,11 +23,10 @@ BUILDERS = 6  # processes that pack and compile networks while tests run
 FIRST, SHARES = 2, 3
 
 
-def run(part: str, out: Path, scratch: Path, until: float) -> None:
+def run(part: str, found: Run) -> None:
     """Run one part and save its results."""
-    found = Run(out, until, header(), scratch)
     with torch.no_grad():
-        PARTS[part](found, Attempts(scratch, part))
+        PARTS[part](found, Attempts(found.scratch, part))
 
 
 def roofs(run: Run, attempt: Attempts) -> None:
@@ -74,8 +73,9 @@ def models(run: Run, attempt: Attempts) -> None:
     torch.backends.cudnn.benchmark = True
     folder = run.scratch / NETS
     compiler = gpu_compile.Compiler(gpu_compile.workers())
-    shares = {place: SHARES if index < FIRST else 1 for index, place in enumerate(gpu_models.ORDER)}
-    jobs: dict[tuple[str, int], list[Any]] = {place: [] for place in gpu_models.ORDER}
+    order = gpu_models.ORDER[: run.networks]
+    shares = {place: SHARES if index < FIRST else 1 for index, place in enumerate(order)}
+    jobs: dict[tuple[str, int], list[Any]] = {place: [] for place in order}
     for (network, batch), count in shares.items():
         for variant in gpu_models.variants(network):
             for share in range(count):
@@ -89,9 +89,9 @@ def models(run: Run, attempt: Attempts) -> None:
     kept = {key: earlier[key] for key in ("rows", "missing", "compiled") if key in earlier}
     body: dict[str, Any] = {"rows": [], "missing": {}, "compiled": {}, **kept}
     done = {(row["network"], row["batch"]) for row in body["rows"]}
-    left = [f"{network} {batch}" for network, batch in gpu_models.ORDER if (network, batch) not in done]
+    left = [f"{network} {batch}" for network, batch in order if (network, batch) not in done]
     body.update(complete=False, left=left, timed=gpu_models.TIMED, l2="warm")
-    for network, batch in gpu_models.ORDER:
+    for network, batch in order:
         if (network, batch) in done:
             continue
         if time.time() >= run.end:
@@ -138,13 +138,16 @@ def warm(run: Run, attempt: Attempts) -> None:
     """While nothing is timed: pack every network, and let torch.compile choose its kernels."""
     folder = str(run.scratch / NETS)
     compiler = gpu_compile.Compiler(BUILDERS)
-    nets = dict.fromkeys(network for network, _ in gpu_models.ORDER)
-    for network, batch in gpu_models.COMPILED_AT:
+    nets = dict.fromkeys(network for network, _ in gpu_models.ORDER[: run.networks])
+    places = gpu_models.compiled_at(run.networks)
+    for network, batch in places:
         compiler.submit((network, batch), warm_plain, run.scratch, network, batch, torch.get_num_threads())
     for network in nets:
         for variant in gpu_models.variants(network):
             compiler.submit((network, variant), gpu_nets.build, folder, network, variant)
-    for network, batch in gpu_models.COMPILED_AT:
+    for place in places:  # first, for in a short run there is time for the default way alone
+        compiler.wait(place, run.end)
+    for network, batch in places:
         try:
             gpu_models.warm(network, batch, gpu_models.AUTOTUNED)
         except Exception:  # noqa: BLE001  the default way goes on beside it

@@ -39,6 +39,7 @@ class Run:
     header: dict[str, Any]
     scratch: Path  # packed networks, logs, reports of single tools: nothing to keep
     clock: Callable[[], float] = time.time
+    networks: int | None = None  # how many of gpu_models.ORDER are timed; None: as many as the time allows
 
     def save(self, part: str, body: dict[str, Any]) -> Path:
         """Write DIR/<part>.json whole or not at all."""
@@ -186,6 +187,7 @@ def start_child(run: Run, part: str, until: float) -> subprocess.Popen[bytes]:
     """This suite again, for one part; what it prints goes to its log."""
     command = [sys.executable, str(SCRIPT), "--out", str(run.out), "--child", part, "--until", str(until)]
     command += ["--scratch", str(run.scratch)]
+    command += [] if run.networks is None else ["--networks", str(run.networks)]
     with (run.scratch / f"{part}.log").open("ab") as log:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(run), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -217,7 +219,7 @@ def warm(run: Run, until: float) -> Iterator[None]:
     process = start_child(run, "warm", until)
     try:
         yield
-        while run.clock() < until and process.poll() is None and not gpu_models.plain_done(run.scratch):
+        while run.clock() < until and process.poll() is None and not gpu_models.plain_done(run.scratch, run.networks):
             time.sleep(0.2)
     finally:
         kill(process)

@@ -1,6 +1,6 @@
 """Everything this project wants to know from a GPU, in one command that may be the only one a machine ever runs.
 
-    python benchmarks/gpu_suite.py [--out DIR] [--only PART ...] [--minutes M]
+    python benchmarks/gpu_suite.py [--out DIR] [--only PART ...] [--minutes M] [--networks N]
 
 It builds the native modules, measures the roofs, runs the GPU tests, tunes and times layers, times whole networks, runs
 compute-sanitizer, and compares the results with the targets. Needed are torch, triton, numpy, safetensors and pytest;
@@ -46,6 +46,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the result files; made if missing (default: $OUT)")
     parser.add_argument("--only", action="append", choices=list(BOXES), help="run this part; may be repeated")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stop after this long (default: %(default)s)")
+    parser.add_argument("--networks", type=int, help="time the first so many (network, batch) alone: for a short run")
     parser.add_argument("--child", choices=["roofs", "layers", "models", "warm"], help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # time.time()
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -55,6 +56,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.out = args.out or Path(os.environ["OUT"])
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes}: the run needs some time, give a positive number")
+    if args.networks is not None and args.networks < 1:
+        parser.error(f"--networks {args.networks}: give a positive number, or leave models out by --only")
     return args
 
 
@@ -63,13 +66,13 @@ def selected(only: list[str] | None) -> list[str]:
     return [name for name in BOXES if only is None or name in only]
 
 
-def child(part: str, out: Path, scratch: Path, until: float) -> NoReturn:
+def child(part: str, run: Run) -> NoReturn:
     """Run one part and leave at once: compiling processes are not waited for, the parent ends them."""
     from benchmarks import gpu_children
 
     code = 1
     try:
-        gpu_children.run(part, out, scratch, until)
+        gpu_children.run(part, run)
         code = 0
     except BaseException:  # noqa: BLE001  told in the log, and by the exit code
         traceback.print_exc()
@@ -87,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out = args.out.resolve()
     if args.child:
-        child(args.child, out, args.scratch, args.until)
+        child(args.child, Run(out, args.until, header(), args.scratch, networks=args.networks))
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="lbs-gpu-suite-"))
-    run = Run(out, time.time() + 60 * args.minutes, header(), scratch)
+    run = Run(out, time.time() + 60 * args.minutes, header(), scratch, networks=args.networks)
     good = run_parts(run, {name: BOXES[name] for name in selected(args.only)}, beside=warm)
     return 0 if good else 1
 

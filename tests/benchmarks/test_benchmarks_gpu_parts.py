@@ -330,6 +330,10 @@ def test_the_best_way_of_compiling_that_was_made_is_taken(tmp_path: Path) -> Non
     assert gpu_models.warmed(tmp_path, "resnet50", 256) == gpu_models.AUTOTUNED
     assert gpu_models.warmed(tmp_path, "resnet50", 128) == ""
     assert not gpu_models.plain_done(tmp_path)
+    for place in gpu_models.compiled_at(2):
+        gpu_models.mark_of(tmp_path, *place, gpu_models.PLAIN).touch()
+    assert gpu_models.plain_done(tmp_path, 2)
+    assert not gpu_models.plain_done(tmp_path)
     for network, batch in gpu_models.COMPILED_AT:
         gpu_models.mark_of(tmp_path, network, batch, gpu_models.PLAIN).touch()
     assert gpu_models.plain_done(tmp_path)
@@ -352,12 +356,11 @@ lbs.models.REGISTRY["tiny"] = lbs.models.ModelEntry(tiny, 3, (1, 4, 4), 1)
 out = Path(sys.argv[1])
 (out / "scratch").mkdir()
 gpu_device.DEVICE = "cpu"
-gpu_run.header = gpu_children.header = lambda: {"device": "interpreter"}
 gpu_roofs.COPY_BYTES, gpu_roofs.SIZE = 1 << 16, 64
 gpu_layers.ORDER = ((("tiny",), (1,), ((2, 2), gpu_layers.PRUNED)),)
 gpu_layers.problems.__defaults__ = (gpu_layers.ORDER,)
 gpu_layers.NEAR, gpu_layers.FAR = 0, 1
-gpu_models.ORDER = (("tiny", 2),)
+gpu_models.ORDER = (("tiny", 2), ("tiny", 3))
 gpu_models.variants = lambda network: ["w4a4", "w4a4 pruned"]
 quick = timing.interleave
 timing.interleave = lambda calls, **options: quick(calls, **{**options, "rounds": 2, "warmup": 1e-4, "cold_l2": False})
@@ -373,7 +376,8 @@ class Compiler:
 
 gpu_compile.Compiler = Compiler
 for part in ("roofs", "layers", "models"):
-    gpu_children.run(part, out, out / "scratch", time.time() + 300)
+    header = {"device": "interpreter"}
+    gpu_children.run(part, gpu_run.Run(out, time.time() + 300, header, out / "scratch", networks=1))
 """
 
 

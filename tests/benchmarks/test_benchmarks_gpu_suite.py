@@ -63,6 +63,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
         (["--out", "x", "--only", "everything"], "invalid choice"),
         (["--out", "x", "--minutes", "0"], "positive number"),
         (["--out", "x", "--minutes", "nan"], "positive number"),
+        (["--out", "x", "--networks", "0"], "positive number"),
     ],
 )
 def test_arguments_that_make_no_sense(
@@ -215,7 +216,7 @@ def test_what_torch_compiles_is_waited_for(
     monkeypatch.setattr(gpu_run, "start_child", lambda run, part, until: process)
     monkeypatch.setattr(gpu_run, "kill", ended.append)
     monkeypatch.setattr(gpu_run.time, "sleep", lambda seconds: clock.spend(seconds)(run, begin + 1e9))
-    monkeypatch.setattr(gpu_models, "plain_done", lambda folder: clock.now - begin >= compiled_at)
+    monkeypatch.setattr(gpu_models, "plain_done", lambda folder, count: clock.now - begin >= compiled_at)
     run = make_run(tmp_path, clock)
     with gpu_run.warm(run, begin + box):
         pass
@@ -292,7 +293,10 @@ def test_the_files_with_gpu_tests_are_found() -> None:
     assert {"tests/kernels/test_triton_gpu.py", "tests/pack/test_pack_gpu.py"} <= set(found)
     assert "tests/kernels/test_bitconv2d.py" in found  # through CONTENDERS
     assert "tests/test_plan_json.py" not in found
-    assert found.index("tests/pack/test_pack_gpu.py") < found.index("tests/kernels/test_bitconv2d.py")
+    assert "tests/cli/test_cli_tune.py" not in found  # it speaks of GPUs and needs none
+    order = ("kernels/test_native_cuda", "kernels/test_bitconv2d", "kernels/test_triton_gpu")
+    places = [found.index(f"tests/{name}.py") for name in order]
+    assert places == sorted(places)
 
 
 def test_counts_of_tests_that_were_cut_off() -> None:
@@ -357,8 +361,8 @@ def test_without_pytest_both_parts_that_need_it_say_so(tmp_path: Path, monkeypat
 def test_many_test_processes_take_one_processor_each(
     installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def call(command: list[str], seconds: float, **environment: str) -> tuple[int, str]:
-        assert ("-n" in command) == (environment == {"OMP_NUM_THREADS": "1"}) == installed
+    def call(command: list[str], seconds: float, grace: float, **environment: str) -> tuple[int, str]:
+        assert ("-n" in command) == (environment.get("OMP_NUM_THREADS") == "1") == installed
         return 0, ""
 
     monkeypatch.setattr(gpu_checks, "call", call)
@@ -405,6 +409,26 @@ def test_a_command_that_takes_too_long_keeps_its_words() -> None:
     program = "import time; print('so far', flush=True); time.sleep(60)"
     code, text = gpu_checks.call([sys.executable, "-c", program], 1.5)
     assert (code, text) == (None, "so far\n")
+    code, text = gpu_checks.call([sys.executable, "-c", program], 30, grace=28)
+    assert code is None
+    assert "so far" in text
+    assert "KeyboardInterrupt" in text  # asked first, it tells what it knows
+
+
+def test_tests_whose_time_is_up_tell_of_the_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = tmp_path / "test_gpu.py"
+    tests.write_text(
+        "import time\nimport pytest\n\n\n@pytest.mark.gpu\n@pytest.mark.parametrize('seconds', [0, 0, 60])\n"
+        "def test_one(seconds):\n    time.sleep(seconds)\n    assert seconds, 'it is nothing'\n"
+    )
+    monkeypatch.setattr(gpu_checks, "gpu_files", lambda: [str(tests)])
+    monkeypatch.setattr(gpu_checks, "INTERRUPTED", 15.0)
+    found = gpu_checks.importlib.util.find_spec
+    monkeypatch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: None if name == "xdist" else found(name))
+    body = gpu_checks.tests(tmp_path, 40)
+    assert (body["passed"], body["tests"], body["failures"]) == (False, 2, 2)
+    assert "time was up" in body["reason"]
+    assert "it is nothing" in body["failed"][0]
 
 
 def test_saving_replaces_the_file_whole(tmp_path: Path) -> None:

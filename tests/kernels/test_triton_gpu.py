@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.gpu
 BITS = (2, 4, 8)
+# Of a hundred configurations: they take a compiler minutes, and all of a test are compiled by one process.
+PARTS = 10
 
 
 def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[GpuRunner, list[Tensor]]:
@@ -67,11 +69,12 @@ def test_every_pair_of_bits_at_network_size(w_bits: int, a_bits: int) -> None:
     check(program, blob, batch=4, seed=w_bits)
 
 
-# One configuration of every tile, so that each layout conversion the compiler picks is compared once. Of 96 channels a
-# step takes one tap, of 40 and 20 several.
+# Every third of the configurations that differ in their tile, so that the layout conversions the compiler picks are
+# compared. Of 96 channels a step takes one tap, of 40 and 20 several.
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("channels", [96, 40, 20])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (8, 8)])
-def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int) -> None:
+def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int, part: int) -> None:
     from lbs_kernels.bitconv2d import triton_impl
 
     generator = torch.Generator().manual_seed(w_bits)
@@ -85,14 +88,16 @@ def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int) -> N
         (c.block_m, c.block_o, c.block_words, c.block_taps, c.warps, c.weights_first, c.weights, c.split_k > 1): c
         for c in gemm_candidates(problem)
     }
-    for config in list(chosen.values())[::3]:
+    for config in list(chosen.values())[3 * part :: 3 * PARTS]:
         actual = triton_impl.accumulate(x.cuda(), planes.cuda(), **window, config=config)
         assert_same(actual, expected, f"accumulator of {config}")
 
 
+# A window of 5 x 5 takes the compiler seconds; three parts are a spread of all.
+@pytest.mark.parametrize("part", [*range(3), *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, PARTS))])
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4), (8, 8), (8, 2)])
-def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int) -> None:
+def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int, part: int) -> None:
     from lbs_kernels.gpu_runner import GpuRunner
 
     program, blob = programs.one_conv(
@@ -102,7 +107,7 @@ def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int) -
     images = programs.random_inputs(program, 3, 0)
     expected = ReferenceRunner(program, blob).run(images)[0]
     runner = GpuRunner(program, blob, "cuda")
-    for config in conv_tuning.candidates(runner.problems(3)["step1"]):
+    for config in conv_tuning.candidates(runner.problems(3)["step1"])[part::PARTS]:
         other = GpuRunner(program, blob, "cuda", {"step1": config})
         assert_same(other.run([images[0].cuda()])[0], expected, str(config))
 
