@@ -162,9 +162,7 @@ def schedule_text(configs: dict[str, RunConfig], results: dict[str, Any]) -> str
     What a limit in minutes cut off is not counted. A search that met its budget early was not shortened by that.
     """
     searched = [name for name in ("search", "finetune") if name in configs]
-    planned = [configs[name].epochs for name in searched]
-    if configs["finetune"].minutes:
-        planned[-1] = min(planned[-1], results["finetune"]["epochs"])
+    planned = [_epochs(configs[name], results.get(name, {})) for name in searched]
     full = [configs[name].full_epochs or configs[name].epochs for name in searched]
     text = "+".join(map(str, planned))
     text = f"{text} epochs" if planned == full else f"{text} of {'+'.join(map(str, full))} epochs"
@@ -174,6 +172,12 @@ def schedule_text(configs: dict[str, RunConfig], results: dict[str, Any]) -> str
     teacher = getattr(configs["finetune"], "teacher", "")
     notes += [f"distilled from {teacher}"] if teacher else []
     return ", ".join([text, *notes])
+
+
+def _epochs(config: RunConfig, result: dict[str, Any]) -> int:
+    """Those that were asked for, or those begun where the minutes ended them."""
+    cut = config.minutes and result["seconds"] >= 60 * config.minutes
+    return min(config.epochs, result["epochs"]) if cut else config.epochs
 
 
 def _percent(accuracy: float | None) -> float | None:

@@ -365,12 +365,16 @@ def test_unreadable_images_of_a_folder_in_memory_are_counted(home: Path, lbs_com
 
 def test_schedules_are_named_by_what_was_run() -> None:
     search, full = SearchRun(epochs=30, full_epochs=30), FinetuneRun()
-    results = {"finetune": {"epochs": 16}}
+    results = {"search": {"epochs": 2, "seconds": 61.0}, "finetune": {"epochs": 16, "seconds": 35 * 60.1}}
     assert schedule_text({"search": search, "finetune": full}, results) == "30+200 epochs"
     short = {"search": SearchRun(epochs=8, full_epochs=30), "finetune": FinetuneRun(epochs=30, amp="bf16")}
     assert schedule_text(short, results) == "8+30 of 30+200 epochs, bfloat16 autocast"
     limited = {"search": search, "finetune": FinetuneRun(epochs=30, minutes=35.0)}
     assert schedule_text(limited, results) == "30+16 of 30+200 epochs"
+    in_time = {"search": search, "finetune": FinetuneRun(epochs=30, minutes=36.0)}
+    assert schedule_text(in_time, results) == "30+30 of 30+200 epochs"
+    hurried = {"search": SearchRun(epochs=30, full_epochs=30, minutes=1.0), "finetune": full}
+    assert schedule_text(hurried, results) == "2+200 of 30+200 epochs"
     assert schedule_text({"finetune": FinetuneRun(epochs=5)}, results) == "5 of 200 epochs"
 
 
