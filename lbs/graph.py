@@ -43,6 +43,7 @@ class ModelRecord:
     plan: Plan
     groups: tuple[ChannelGroup, ...]
     unconverted: tuple[tuple[str, str], ...] = ()  # (layer, reason)
+    folding: frozenset[str] = frozenset()  # as in ModelGraph
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ModelGraph:
     groups: dict[str, ChannelGroup]
     repeated: frozenset[str] = frozenset()  # layers that are called more than once
     uneven: frozenset[str] = frozenset()  # of those, layers whose calls cost differently
+    folding: frozenset[str] = frozenset()  # norms that become part of the convolution they follow
 
 
 class _Tracer(fx.Tracer):
@@ -104,7 +106,24 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
         calls.append(geometry(str(node.target), module.get_submodule(str(node.target)), shape))
     groups = {str(n.target): _group(module, n) for n in layer_nodes(module) if _is_conv(module, n)}
     layers, uneven = _summed(calls)
-    return ModelGraph(module, layers, groups, _repeated(entry.name for entry in calls), uneven)
+    return ModelGraph(module, layers, groups, _repeated(entry.name for entry in calls), uneven, _folding(module))
+
+
+def _folding(module: fx.GraphModule) -> frozenset[str]:
+    """Norms that are the only reader of a convolution, or of another such norm, in every call."""
+    calls = [node for node in module.graph.nodes if isinstance(called_module(module, node), NORMS)]
+    others = {str(node.target) for node in calls if not _reads_alone(module, node)}
+    return frozenset(str(node.target) for node in calls) - others
+
+
+def _reads_alone(module: fx.GraphModule, node: fx.Node) -> bool:
+    source, target = node, called_module(module, node)
+    while isinstance(target, nn.Identity | nn.Dropout) or source is node:
+        before = source.args[0] if source.args else None
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            return False
+        source, target = before, called_module(module, before)
+    return isinstance(target, (nn.Conv2d, *NORMS))
 
 
 def _summed(calls: Iterable[LayerPlan]) -> tuple[dict[str, LayerPlan], frozenset[str]]:

@@ -22,20 +22,68 @@ from lbs_kernels.program import STREAM_DTYPES, Consumer, Emit, Program
 THRESHOLD_BITS = 4
 # Accumulators lie in [-ACC_LIMIT, ACC_LIMIT] (the guard K * n_w * n_x < 2^31); one beyond stands for "never".
 ACC_LIMIT = 2**31 - 2
+_CACHED = 1 << 16  # elements worked on at once: 512 KB of float64
 
 
 def fma32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Fused multiply-add of float32 tensors, rounded once: float32(a * b + c).
 
-    The product of two float32 numbers is exact in float64. The sum is rounded to odd there (nearest result of the sum,
-    moved one step toward the exact value where its last bit is even), which makes the second rounding to float32
-    equal to a single one: float64 has more than two bits to spare.
+    The product of two float32 numbers is exact in float64; the sum is rounded there, and again to float32. That spoils
+    the result only where the first rounding made a tie of the second one: then the last 28 bits of the float64 are 0.
+    Sums that end so are rounded to odd instead.
 
     Args:
         a, b, c: float32, broadcastable against each other.
 
     Returns:
         float32 of the broadcast shape.
+    """
+    a, b, c = torch.broadcast_tensors(a, b, c)
+    if a.device.type != "cpu":  # looking for ties would wait for the device
+        return _odd_fma(a, b, c)
+    total = torch.addcmul(c.double(), a.double(), b.double())
+    result = total.float()
+    perhaps = total.view(torch.int64) << 36 == 0
+    if bool(perhaps.any()):
+        result[perhaps] = _odd_fma(a[perhaps], b[perhaps], c[perhaps])
+    return result
+
+
+def fma_channels(x: Tensor, multiplier: Tensor, bias: Tensor, bound: int | None = None) -> Tensor:
+    """y = fma(float32(x), M[c], B[c]) of a large batch, in the memory format of x: `fma32` on parts that stay in cache.
+
+    Of integers the sums are exact in float64 unless M and B lie far apart; then one conversion rounds once, and three
+    passes do instead of eight.
+
+    Args:
+        x: [N, ...] float32 or float64. multiplier, bias: float32, broadcastable against x.
+        bound: x holds integers of at most this magnitude; None: any float32 numbers.
+    """
+    if x.device.type != "cpu" or x.dim() <= multiplier.dim():  # the latter: no batch to split
+        return fma32(x.float(), multiplier, bias)
+    exact = bound is not None and _sums_are_exact(bound, multiplier, bias)
+    gain, shift = multiplier.double(), bias.double()
+    result = torch.empty_like(x, dtype=torch.float32)
+    rows = max(1, _CACHED * len(x) // max(x.numel(), 1))
+    for source, target in zip(x.split(rows), result.split(rows), strict=True):
+        part = source.float()
+        target.copy_(part.double().mul_(gain).add_(shift) if exact else fma32(part, multiplier, bias))
+    return result
+
+
+def _sums_are_exact(bound: int, multiplier: Tensor, bias: Tensor) -> bool:
+    """Whether every acc * M + B, |acc| <= bound, is a float64: a multiple of the last bit of M and of B, below 2^53
+    of it.
+    """
+    m, b = (torch.frexp(part)[1].double() for part in (multiplier, bias))  # |M| < 2^m, a multiple of 2^(m - 24)
+    last = torch.minimum(m, b) - 24
+    fits = 2.0 * bound * torch.exp2(m) + torch.exp2(b) <= torch.exp2(last + 53)  # 2: float32(acc) may be above bound
+    return bool((fits | (multiplier == 0) | (bias == 0)).all())
+
+
+def _odd_fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`fma32`, every sum rounded to odd in float64: the nearest one, moved one step toward the exact value where its
+    last bit is even. That makes the second rounding equal to a single one: float64 has more than two bits to spare.
     """
     product = a.double() * b.double()
     addend = c.double()

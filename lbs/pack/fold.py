@@ -1,7 +1,7 @@
 """Scales, bias and norms become one multiplier and one bias per channel, rounded to float32 once.
 
     layer   y = conv(x, w) + b,   conv(x, w) = s_w * s_x * acc          s_w, s_x: real value of one unit of the sums
-    norm    z = g * y + h,        g = gamma / sqrt(var + eps),  h = beta - mean * g
+    norm    z = g * y + h         (lbs/quant/fold.py)
     so      z = M * acc + B,      M = g * s_w * s_x,            B = g * b + h
 
     bytes   x = byte / (255 std) - mean / std, which norms may follow in the same way
@@ -13,28 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from lbs.quant import fold
 from lbs.quant.layers import QuantLayer
 from lbs_kernels.errors import GraphError
 
 
 def affine(norm: nn.BatchNorm2d, name: str) -> tuple[Tensor, Tensor]:
-    """(g, h) float64 [C] of a norm in evaluation mode: z = g * y + h.
+    """(g, h) float64 [C] of a norm in evaluation mode, on the CPU: z = g * y + h.
 
     Raises:
         GraphError: statistics or parameters that are not finite, or a variance below -eps.
     """
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
+    if norm.running_mean is None or norm.running_var is None:
         raise GraphError(f"{name} keeps no running statistics; make it with track_running_stats=True and train it")
-    gain = (variance.detach().double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().double()
-    shift = -mean.detach().double() * gain
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
+    gain, shift = fold.affine(norm)
     _finite(gain, f"the scale of {name}", "its weight or running_var holds NaN, infinity or a negative variance")
     _finite(shift, f"the shift of {name}", "its bias or running_mean holds NaN or infinity")
     return gain.cpu(), shift.cpu()
@@ -51,12 +45,8 @@ def multiplier_and_bias(
     Raises:
         GraphError: something is not finite, also after rounding to float32; layer or norm is named.
     """
-    filters = layer.weight.shape[0]
-    scale = torch.full((filters,), layer.weight_step() * layer.quantizer.step(), dtype=torch.float64)
-    shift = torch.zeros(filters, dtype=torch.float64)
-    if isinstance(layer.bias, Tensor):
-        shift = layer.bias.detach().double().cpu()
-    return through_norms(scale, shift, name, norms)
+    scale, shift = layer.affine()
+    return through_norms(scale.cpu(), shift.cpu(), name, norms)
 
 
 def through_norms(
@@ -64,8 +54,7 @@ def through_norms(
 ) -> tuple[Tensor, Tensor]:
     """(M, B) float32 [C] of scale * x + shift (float64 [C]) followed by norms. Raises as `multiplier_and_bias`."""
     for norm_name, norm in norms:
-        gain, offset = affine(norm, norm_name)
-        scale, shift = scale * gain, shift * gain + offset
+        scale, shift = fold.behind(scale, shift, *affine(norm, norm_name))
     return rounded(scale, f"the multiplier of {name}"), rounded(shift, f"the bias of {name}")
 
 

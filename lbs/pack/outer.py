@@ -12,6 +12,7 @@ from torch import fx
 from lbs.graph import ModelGraph
 from lbs.pack.lower import Lowered
 from lbs.pack.region import PackedRegion
+from lbs.quant.deployed import undeploy
 from lbs_kernels.errors import GraphError
 
 
@@ -36,7 +37,9 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
             continue
         made[unit] = result.node_copy(unit, lambda node: made[node])
         if unit.op in ("call_module", "get_attr"):
-            modules[str(unit.target)] = copy.deepcopy(_attribute(graph.module, str(unit.target)))
+            kept = copy.deepcopy(_attribute(graph.module, str(unit.target)))
+            undeploy(kept)
+            modules[str(unit.target)] = kept
     result.lint()
     return fx.GraphModule(modules, result, class_name="PackedGraph")
 

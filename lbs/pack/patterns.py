@@ -106,7 +106,7 @@ def _mean_pool(module: nn.AdaptiveAvgPool2d, node: fx.Node) -> Op | None:
 
 
 def _avg_pool(module: nn.AvgPool2d, node: fx.Node) -> Op | None:
-    return _windowed_mean(node, module.padding, module.divisor_override)
+    return _windowed_mean(node, module.kernel_size, module.padding, module.divisor_override)
 
 
 def _flatten(module: nn.Flatten, node: fx.Node) -> Op | None:
@@ -164,12 +164,14 @@ def _global_mean(node: fx.Node) -> Op | None:
     return Op("mean_pool")
 
 
-def _windowed_mean(node: fx.Node, padding: Any, divisor: Any) -> Op | None:
-    return _global_mean(node) if _pair(padding) == (0, 0) and divisor is None else None
+def _windowed_mean(node: fx.Node, kernel: Any, padding: Any, divisor: Any) -> Op | None:
+    whole = _pair(kernel) == shape_of(node.args[0])[2:] and _pair(padding) == (0, 0)
+    return _global_mean(node) if whole and divisor is None else None
 
 
 def _avg_pool_call(node: fx.Node) -> Op | None:
-    return _windowed_mean(node, argument(node, 3, "padding", 0), argument(node, 6, "divisor_override"))
+    kernel, padding = argument(node, 1, "kernel_size"), argument(node, 3, "padding", 0)
+    return _windowed_mean(node, kernel, padding, argument(node, 6, "divisor_override"))
 
 
 def _mean_call(node: fx.Node) -> Op | None:

@@ -10,6 +10,10 @@ boundary changes nothing behind it, and what differs first is what is wrong.
   store of the epilogue adds its own rounding (u = 2^-24), and every stream that is taken over starts from 0 again.
 - A layer that ran in half precision (fallback="fp16") is allowed the rounding of its sum to float16 besides.
 - Weight codes are compared with the stored planes, all of them.
+
+This judges the packed model independently of the model's own evaluation, which shares arithmetic with packing. That one
+is compared besides: without rules about boundaries, its outputs in float32 are those of the packed model bit for bit
+(not of bytes, of streams in half precision, or behind parts that stay in float), and the report counts the images.
 """
 
 from __future__ import annotations
@@ -64,7 +68,7 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
     need_packed(packed, "verify")
     packed.check_input(x)
     graph, _ = trace_model(model, packed.float_images(x[:2]).float() if len(x) else None)
-    checks, agreeing = [], []
+    checks, agreeing, identical = [], [], []
     with torch.no_grad(), evaluating(model):
         for part in x.split(BATCH) if len(x) else [x]:
             output, traces = packed.run_traced(part, backend)
@@ -74,9 +78,12 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
             judge = _Judge(graph.module, tensors, _image_bound(packed.normalize, part, floats))
             judge.compare_outputs(judge.run(floats), output)
             checks.append(tuple(judge.checks))
-            agreeing.append(_agreeing(model(floats.float()), output))
-    same = None if None in agreeing else sum(count for count in agreeing if count is not None)
-    return VerifyReport(merged(checks), len(x), same)
+            reference = model(floats.float())
+            if _are_logits(reference) and _are_logits(output):
+                agreeing.append(int((reference.argmax(1) == output.argmax(1)).sum()))
+                identical.append(int((reference == output).all(1).sum()))
+    counts = (sum(agreeing), sum(identical)) if agreeing else (None, None)
+    return VerifyReport(merged(checks), len(x), *counts)
 
 
 def _image_bound(pixels: Normalization | None, x: Tensor, values: Tensor) -> Tensor:
@@ -89,11 +96,8 @@ def _image_bound(pixels: Normalization | None, x: Tensor, values: Tensor) -> Ten
     return UNIT * (x.double() * scale + shift + values.abs())
 
 
-def _agreeing(reference: Any, output: Any) -> int | None:
-    """Images on which the model in float32 and the packed model have the same largest logit; None without logits."""
-    if not isinstance(reference, Tensor) or not isinstance(output, Tensor) or output.dim() != 2:
-        return None
-    return int((reference.argmax(1) == output.argmax(1)).sum())
+def _are_logits(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.dim() == 2
 
 
 class _Judge(fx.Interpreter):

@@ -33,11 +33,14 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Checks in execution order; `agreeing` counts images on which packed and float32 evaluation choose one class."""
+    """Checks in execution order, and how the packed model compares with the model evaluated in float32, as deployed:
+    `agreeing` counts images of the same class, `identical` those whose outputs are equal bit for bit. None: no logits.
+    """
 
     checks: tuple[Check, ...]
     images: int
     agreeing: int | None
+    identical: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -71,6 +74,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         top = "" if self.agreeing is None else f"; same class on {self.agreeing} of {self.images} images"
+        top += "" if self.identical is None else f", outputs bit for bit on {self.identical}"
         counts = f"{self.codes} codes, {self.near_boundary} on a rounding boundary"
         if self.ok:
             return f"packed equals model in {len(self.checks)} comparisons ({counts}{top})"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lbs.quant import codec, fake
+from lbs.quant.deployed import Affine
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs_kernels.errors import GraphError
 
@@ -91,11 +92,10 @@ class QuantLayer(nn.Module):
         return self.quantize and not self.training and not torch.is_grad_enabled()
 
     def integer_forward(self, x: Tensor) -> Tensor:
-        """The layer with an exact accumulator, as every packed back end computes it; in x's dtype.
+        """The layer as packed back ends compute it: an exact accumulator and one rounding; of float64, in float64.
 
         Integers below 2^24 (2^53) are exact in float32 (float64) whatever the order of the sums, so threads and
-        instruction sets change nothing, and the packed network differs only by the roundings of its epilogue.
-        Devices whose convolutions may transform their operands get float64.
+        instruction sets change nothing. Devices whose convolutions may transform their operands get float64.
         """
         x = codec.wide(x)
         units = self.quantizer.units(self.quantizer.codes(x))
@@ -105,11 +105,17 @@ class QuantLayer(nn.Module):
         dtype = torch.float32 if narrow else torch.float64
         with torch.autocast(x.device.type, enabled=False):
             acc = self.product(units.to(dtype), weights.to(dtype), None)
-        y = acc.to(x.dtype) * (self.weight_step() * self.quantizer.step())
+        scale, shift = (part.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else part for part in self.affine())
+        if x.dtype == torch.float64:
+            return acc * scale + shift
+        return Affine(acc, bound, scale, shift).value()
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) float64 [O]: the layer's output is scale * acc + shift."""
+        step = self.weight_step() * self.quantizer.step()
+        scale = torch.full(self.weight.shape[:1], step, dtype=torch.float64, device=self.weight.device)
         bias = self.bias
-        if not isinstance(bias, Tensor):
-            return y
-        return y + (bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else bias)
+        return scale, bias.detach().double() if isinstance(bias, Tensor) else torch.zeros_like(scale)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The operation on these operands, whatever they stand for."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lbs.graph import ModelRecord, record_of
 from lbs.plan import LayerPlan, Plan, check_layer
+from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.layers import FULL_BITS, SearchLayer
@@ -71,6 +72,8 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
             for norm in group.norms:
                 _cut_norm(model.get_submodule(norm), rows)  # type: ignore[arg-type]
     model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
+    if not plan.in_float:
+        deploy(model, record.folding)
     return model
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lbs.graph import ChannelGroup, ModelRecord, observe_layers, record_of, template_plan, trace
 from lbs.plan import LayerPlan, Plan
 from lbs.quant.codec import check_chain
+from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
@@ -130,6 +131,7 @@ def uniform(
         replace_layer(model, layer.name, fixed_layer(model.get_submodule(layer.name), w_bits, quantizer, "scale"))
         layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits))
     model.lbs_record = replace(record, plan=Plan(tuple(layers), record.plan.model))  # type: ignore[assignment]
+    deploy(model, record.folding)
     return model
 
 
@@ -162,7 +164,7 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
-    layers, found, uneven = _layers_and_groups(model, example, config)
+    layers, found, uneven, folding = _layers_and_groups(model, example, config)
     unconverted = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -180,17 +182,18 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     if not plan.layers:
         listed = "; ".join(f"{n}: {r}" for n, r in unconverted) or "it has no Conv2d and no Linear"
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
-    return model, ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted))
+    record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding)
+    return model, record
 
 
 def _layers_and_groups(
     model: nn.Module, example: Tensor, config: SearchConfig
-) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup], frozenset[str]]:
+) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup], frozenset[str], frozenset[str]]:
     if not config.trace:
         layers, uneven = observe_layers(model, example)
-        return layers, {}, uneven
+        return layers, {}, uneven, frozenset()
     graph = trace(model, example)
-    return graph.layers, graph.groups, graph.uneven
+    return graph.layers, graph.groups, graph.uneven, graph.folding
 
 
 def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:

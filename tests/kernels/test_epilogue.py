@@ -18,6 +18,7 @@ from lbs_kernels.epilogue import (
     emit_reference,
     encode_reference,
     fma32,
+    fma_channels,
     thresholds,
 )
 from lbs_kernels.errors import FormatError
@@ -50,6 +51,54 @@ def scalar_fma(a: float, b: float, c: float) -> float:
 @given(FINITE, FINITE, FINITE)
 def test_fma_of_any_floats_is_exact(a: float, b: float, c: float) -> None:
     assert scalar_fma(a, b, c) == exact_fma(a, b, c)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(-(2**31), 2**31), FINITE, FINITE, st.integers(0, 40))
+def test_fma_of_sums_is_exact(acc: int, m: float, b: float, above: int) -> None:
+    """Also where M and B lie so far apart that float64 does not hold the sum; and as floats of no bound."""
+    sums = torch.tensor([[float(acc)]], dtype=torch.float64)
+    multiplier, bias = torch.tensor([m]), torch.tensor([b])
+    expected = exact_fma(float(sums.float()), m, b)
+    assert fma_channels(sums, multiplier, bias, abs(acc) + above).item() == expected
+    assert fma_channels(sums, multiplier, bias).item() == expected
+
+
+# acc * M is a tie and a little more, or B is what is beside the tie; float64 loses the little.
+LOST_IN_FLOAT64 = [
+    (939185.0, 4682833.0, 2.0**66),  # 2^42 + 1, where the last bit is 2^43
+    (-939185.0, 4682833.0, -(2.0**66)),
+    (3.0, 2.0**23 + 1, 2.0**-29),
+    (3.0, 2.0**23 + 1, -(2.0**-29)),
+]
+
+
+def test_rounding_twice_would_be_seen() -> None:
+    wrong = [
+        float(torch.tensor(a * b + c, dtype=torch.float64).float()) != exact_fma(a, b, c) for a, b, c in LOST_IN_FLOAT64
+    ]
+    assert sum(wrong) == 3
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fma_of_a_batch_in_parts(dtype: torch.dtype, channels_last: bool) -> None:
+    """Many parts; channels that float64 holds, and channels that it does not."""
+    generator = torch.Generator().manual_seed(0)
+    acc = torch.randint(-(2**20), 2**20, (40, 4, 30, 30), generator=generator).to(dtype)
+    acc = acc.contiguous(memory_format=torch.channels_last) if channels_last else acc
+    hard = torch.tensor(LOST_IN_FLOAT64)
+    acc[::3, :, 7, 5] = hard[:, 0].to(dtype)
+    near = torch.randn(2, 4, 1, 1, generator=generator)
+    for multiplier, bias in (near, hard[:, 1:].T.reshape(2, 4, 1, 1)):
+        expected = fma32(acc.float(), multiplier, bias)
+        for bound in (2**20, None):
+            y = fma_channels(acc, multiplier, bias, bound)
+            assert torch.equal(y, expected)
+            assert y.stride() == acc.stride()
+    exact = torch.tensor([exact_fma(*row) for row in LOST_IN_FLOAT64])
+    assert torch.equal(y[::3, :, 7, 5], exact.expand(14, 4))
+    assert fma_channels(acc[:0], multiplier, bias, 2**20).shape == (0, 4, 30, 30)
 
 
 @settings(max_examples=300, deadline=None)

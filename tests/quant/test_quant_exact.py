@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from lbs.quant import ActivationQuantizer, InputQuantizer, QuantConv2d, QuantLinear
+from lbs.quant import ActivationQuantizer, InputQuantizer, QuantConv2d, QuantLayer, QuantLinear
+from lbs_kernels.epilogue import fma32
 
 
 def make_conv(w_bits: int, a_bits: int, channels: int, seed: int = 0) -> QuantConv2d:
@@ -19,6 +21,13 @@ def make_conv(w_bits: int, a_bits: int, channels: int, seed: int = 0) -> QuantCo
     return layer
 
 
+def epilogue(layer: QuantLayer, acc: Tensor) -> Tensor:
+    """fma(float32(acc), M, B) of the packed format, with M and B rounded once."""
+    step = torch.tensor(layer.weight_step() * layer.quantizer.step(), dtype=torch.float32)
+    bias = layer.bias.detach()
+    return fma32(acc.float(), step, bias.view(-1, 1, 1) if acc.dim() == 4 else bias)
+
+
 # 8/8 bits over 64 channels pass 2^24 and need float64; the others stay below it.
 @pytest.mark.parametrize(("w_bits", "a_bits", "channels"), [(2, 2, 7), (4, 4, 64), (8, 2, 32), (8, 8, 64)])
 def test_convolution_equals_integer_arithmetic(w_bits: int, a_bits: int, channels: int) -> None:
@@ -27,10 +36,8 @@ def test_convolution_equals_integer_arithmetic(w_bits: int, a_bits: int, channel
     codes = layer.quantizer.codes(x).long()
     signs = 2 * layer.weight_codes().long() - (2**w_bits - 1)
     acc = F.conv2d(codes.double(), signs.double(), padding=1)  # below 2^53: exact
-    scale = layer.weight_step() * layer.quantizer.step()
-    expected = acc.float() * scale + layer.bias.view(-1, 1, 1)
     with torch.no_grad():
-        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x), epilogue(layer, acc))
 
 
 def test_linear_reads_affine_inputs() -> None:
@@ -40,9 +47,9 @@ def test_linear_reads_affine_inputs() -> None:
     layer.quantizer.set_range(-2.0, 2.5)
     x = torch.randn(4, 33)
     units = layer.quantizer.codes(x).double() - layer.quantizer.zero
-    acc = units @ (2 * layer.weight_codes().double() - 255).T
     with torch.no_grad():
-        assert torch.equal(layer(x), acc.float() * (layer.weight_step() * layer.quantizer.step()) + layer.bias)
+        acc = units @ (2 * layer.weight_codes().double() - 255).T
+        assert torch.equal(layer(x), epilogue(layer, acc))
 
 
 def test_gradients_take_the_differentiable_path() -> None:
@@ -67,3 +74,10 @@ def test_autocast_does_not_touch_the_sums() -> None:
         plain = layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(x), plain)
+
+
+def test_one_image_without_a_batch_computes_the_same() -> None:
+    layer = make_conv(4, 4, 16)
+    x = torch.rand(1, 16, 90, 90)  # more numbers than are worked on at once
+    with torch.no_grad():
+        assert torch.equal(layer(x[0]), layer(x)[0])

@@ -1,0 +1,117 @@
+"""Evaluation in the arithmetic of the packed network: norms and means that round where the packed epilogue rounds.
+
+    layer, norms behind it   y = fma(float32(acc), M[c], B[c])      M, B float32, rounded once from float64
+    norm of floats           u = fma(x, G[c], H[c])
+    global mean              float32 sums over pixels in row-major order
+
+A module that stands alone cannot do that for a norm behind a layer: the layer's output is rounded before the norm sees
+it. So the output of a layer carries what it was computed from (`Affine`), and a norm that nothing but follows goes back
+to it. Training, float64, and networks that are still searched compute as torch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lbs.quant import fold
+from lbs_kernels.epilogue import fma_channels
+from lbs_kernels.pool.reference import mean_pool
+
+
+@dataclass(frozen=True)
+class Affine:
+    """scale * source + shift, not rounded yet.
+
+    source: [N, C, H, W] or [..., C], integers of at most the magnitude `bound`, or float32 numbers (None). scale,
+    shift: float64, one number per channel, broadcastable.
+    """
+
+    source: Tensor
+    bound: int | None
+    scale: Tensor
+    shift: Tensor
+
+    def behind(self, gain: Tensor, offset: Tensor) -> Affine:
+        """The same followed by a norm."""
+        scale, shift = fold.behind(self.scale, self.shift, gain, offset)
+        return replace(self, scale=scale, shift=shift)
+
+    def value(self) -> Tensor:
+        """Its float32 values, as the packed epilogue rounds them; norms find their way back through them."""
+        y = fma_channels(self.source, self.scale.float(), self.shift.float(), self.bound)
+        y.lbs_affine = self  # type: ignore[attr-defined]
+        return y
+
+
+class DeployedNorm(nn.BatchNorm2d):
+    """A norm of a frozen network. `folds`: it follows a layer (or such a norm) directly, and alone."""
+
+    folds: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _deployed(self, input) or self.running_mean is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        gain, offset = (part.view(-1, 1, 1) for part in fold.affine(self))
+        before = getattr(input, "lbs_affine", None) if self.folds else None
+        found = before.behind(gain, offset) if before is not None else Affine(input, None, gain, offset)
+        return found.value()
+
+
+class DeployedMean(nn.AdaptiveAvgPool2d):
+    """A mean of a frozen network; over all pixels it adds them in the order of the format."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _deployed(self, input) or input.dim() != 4 or self.output_size not in (1, (1, 1)):
+            return super().forward(input)
+        return _global_mean(input)
+
+
+class DeployedWindow(nn.AvgPool2d):
+    """The same of a mean over windows, where one window is the whole image."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        size = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size,) * 2
+        whole = input.dim() == 4 and tuple(input.shape[2:]) == size and self.padding in (0, (0, 0))
+        if not _deployed(self, input) or not whole or self.divisor_override is not None:
+            return super().forward(input)
+        return _global_mean(input)
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: DeployedNorm,
+    nn.AdaptiveAvgPool2d: DeployedMean,
+    nn.AvgPool2d: DeployedWindow,
+}
+
+
+def deploy(model: nn.Module, folding: Collection[str]) -> None:
+    """Make norms and means of a quantized model, in place, compute as packed where they are evaluated.
+
+    State, hooks and whatever refers to the modules stay. Classes derived from torch's keep a forward of their own.
+
+    Arguments:
+        folding: norms that follow a layer directly and alone (`ModelGraph.folding`).
+    """
+    for name, module in model.named_modules():
+        if type(module) in _KINDS:
+            module.__class__ = _KINDS[type(module)]
+        if isinstance(module, DeployedNorm):
+            module.folds = name in folding
+
+
+def undeploy(module: nn.Module) -> None:
+    """Make one module, in place, torch's own again: what stays a float module beside packed ones."""
+    module.__class__ = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
+
+
+def _global_mean(x: Tensor) -> Tensor:
+    return mean_pool(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _deployed(module: nn.Module, x: Tensor) -> bool:
+    return not module.training and not torch.is_grad_enabled() and x.dtype == torch.float32
