@@ -197,7 +197,7 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
         ["getitem", "getitem_1", "cat"],
     ),
     "average_of_windows": (lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 2))), 2, ["avg_pool2d"]),
-    "average_of_a_corner": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), 5).flatten(1)), 2, ["avg_pool2d", "flatten"]),
+    "average_of_a_corner": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), 5).flatten(1)), 2, ["avg_pool2d"]),
     "flattened_for_a_float_operation": (
         lambda n, x: n.wide(torch.tanh(torch.flatten(n.pool(x), 1))),
         2,
