@@ -90,8 +90,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"amp": "bf16", "distill": 0.5, "label_smoothing": 0.1}], ids=["", "amp"])
-@pytest.mark.parametrize("kind", CASES)
+MANY = {"amp": "bf16", "distill": 0.5, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *[pytest.param(kind, {}, id=kind) for kind in CASES],
+        *[pytest.param(kind, MANY, id=f"{kind}-amp") for kind in ("fine-tuning", "search")],
+        *[pytest.param(kind, MANY, id=f"{kind}-amp", marks=pytest.mark.slow) for kind in ("float", "multi-path")],
+    ],
+)
 def test_replays_train_the_same(kind: str, changes: dict[str, Any], tmp_path: Path, gpu: None) -> None:
     folders = {replays: tmp_path / str(replays) for replays in (False, True)}
     made = [played(kind, replays, folder=folder, **CASES[kind], **changes) for replays, folder in folders.items()]
@@ -107,7 +116,7 @@ def test_replays_train_the_same(kind: str, changes: dict[str, Any], tmp_path: Pa
     assert len(rows[0]) > STEPS // 5
 
 
-@pytest.mark.parametrize("importance", ["taylor", "activation", "magnitude"])
+@pytest.mark.parametrize("importance", ["taylor", "activation", pytest.param("magnitude", marks=pytest.mark.slow)])
 def test_every_ranking_is_replayed(importance: str, gpu: None) -> None:
     made = [played("search", replays, importance=importance, schedule="constant") for replays in (False, True)]
     for one in made:
