@@ -1,6 +1,6 @@
 """Several processes, one training: what they share, and the proof that they agree.
 
-`torchrun --nproc-per-node N -m lbs search ...` starts N processes; `start` joins them. Everything here does nothing
+`torchrun --nproc-per-node N -m -- lbs search ...` starts N processes; `start` joins them. Everything here does nothing
 in a single process, so callers need no second path. Only rank 0 writes files (`lbs.run_folder.writes`); what depends
 on files is therefore decided by rank 0 alone and told to the others (`first`).
 """
