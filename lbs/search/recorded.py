@@ -70,7 +70,14 @@ class RecordedSteps:
             generator.graphsafe_set_state(before)  # torch leaves it in a recording that goes on, of no use to others
             self._possible = False
             self._found.clear()
-            self.launches = f"single: a step could not be recorded ({str(error).strip().splitlines()[0]})"
+            self.launches = f"single: a step could not be recorded ({_first_cause(error)})"
             return
         self._found[key] = (found, *inputs)
         self.launches = "CUDA graphs"
+
+
+def _first_cause(error: BaseException) -> str:
+    """One line of what went wrong first: the end of a recording that failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().splitlines()[0]

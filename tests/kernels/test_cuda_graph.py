@@ -18,6 +18,7 @@ class Driver:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capturing, self.replays = False, 0
+        self.used: list[tuple[Any, Any]] = []  # pool and stream of every recording
         for name in ("device", "stream"):
             monkeypatch.setattr(torch.cuda, name, lambda *arguments: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -26,8 +27,9 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "graph", self.recording)
 
     @contextlib.contextmanager
-    def recording(self, graph: Any, stream: Any) -> Any:
+    def recording(self, graph: Any, pool: Any, stream: Any) -> Any:
         self.capturing = True
+        self.used.append((pool, stream))
         yield
         self.capturing = False
 
@@ -55,6 +57,19 @@ def test_calls_warm_up_and_are_recorded_once(driver: Driver) -> None:
     assert seen == [False] * cuda_graph.WARM_UPS + [True]
     assert recorded.result == len(seen)
     recorded.replay()
+    assert driver.replays == 1
+
+
+def test_a_caller_may_warm_up_itself_on_a_stream_of_its_own(driver: Driver) -> None:
+    calls: list[bool] = []
+    stream = Stream()
+    recorded = cuda_graph.record(
+        lambda: calls.append(driver.capturing), "cuda", warm_ups=0, stream=stream, pool="shared"
+    )  # type: ignore[arg-type]
+    assert calls == [True]
+    assert driver.used == [("shared", stream)]
+    recorded.replay()
+    assert calls == [True]
     assert driver.replays == 1
 
 

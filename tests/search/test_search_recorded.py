@@ -163,7 +163,10 @@ def test_every_kind_of_step_is_recorded_once(gpu: None) -> None:
 
 def test_what_cannot_be_recorded_goes_on_step_by_step(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     monkeypatch.setattr(recorded, "record", refused)
     work = Work()
