@@ -98,14 +98,17 @@ def models(run: Run, attempt: Attempts) -> None:
             break
         mode = gpu_models.warmed(run.scratch, network, batch)
         # torch.compile takes seconds even for what is in its cache; meanwhile other processes compile ours.
+        place, began = f"{network} {batch}", time.time()
         others, absent = gpu_models.baselines(network, batch, mode, attempt)
+        print(f"{place}: {len(others)} baselines after {time.time() - began:.1f} s", flush=True)
         for name in jobs[network, batch]:
             compiler.wait(name, run.end)
+        print(f"{place}: compiled after {time.time() - began:.1f} s", flush=True)
         if time.time() >= run.end:
             break
         ours, missing = gpu_models.packed_calls(folder, network, batch, attempt)
+        print(f"{place}: {len(ours)} packed networks checked after {time.time() - began:.1f} s", flush=True)
         body["rows"] += gpu_models.measure(network, batch, {**others, **ours}, attempt)
-        place = f"{network} {batch}"
         body["missing"][place] = {**missing, **absent}
         body["compiled"].update({place: mode} if mode else {})
         left.remove(place)
