@@ -40,11 +40,12 @@ class SearchQuantizer(ActivationQuantizer):
         return self.gate.bits
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, v, kind = self.gate, self.range.abs(), "signed" if self.signed else "unsigned"
+        gate, kind = self.gate, "signed" if self.signed else "unsigned"
         if isinstance(gate, BranchGate):
+            v = self.range.abs()
             return gate.mix(x, v, kind) if self.training else gate.branch(x, v, kind, gate.level)
         if self.training and gate.active:
-            return gated(x, v, gate, kind)
+            return gated(x, self.range.abs(), gate, kind)
         if self.training and x.is_cuda:  # decided on the device, and not read back yet
             return fake.fake_activation(x, self.range, gate.open_width(), self.signed)  # type: ignore[arg-type]
         return super().forward(x)
