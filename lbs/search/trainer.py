@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lbs.data import Loader
 from lbs.recipe import Recipe
@@ -24,8 +23,8 @@ from lbs.search.average import Average
 from lbs.search.evaluation import evaluate
 from lbs.search.nonfinite import finite_weights, first_nonfinite
 from lbs.search.protocols import BudgetTerm, Progress
-from lbs.search.recorded import RecordedSteps
-from lbs_kernels.errors import CheckpointError, DataError, TrainingError
+from lbs.search.step import TrainingStep
+from lbs_kernels.errors import CheckpointError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,6 @@ class TrainResult:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-class _Step(nn.Module):
-    """Images and labels to losses in one forward pass, so that DistributedDataParallel sees all that gets a gradient.
-
-    The budget term reaches thresholds that the logits do not.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
-        self.model = trainer.model
-        self._losses = trainer.losses
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._losses(images, labels)
 
 
 class Trainer:
@@ -91,8 +75,6 @@ class Trainer:
         observe: Callable[[], dict[str, Any]] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> None:
-        if recipe.distill and teacher is None:
-            raise TrainingError(f"distill={recipe.distill} needs a teacher; give the float model, or distill=0")
         if recipe.ema and budget is not None:
             raise TrainingError(f"ema={recipe.ema}: a search goes by the weights as they are; average in fine-tuning")
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,23 +82,9 @@ class Trainer:
         self.train, self.test, self.recipe, self.phase = train, test, recipe, phase
         self.budget, self.folder, self.progress = budget, folder, progress
         self.observe, self.stop = observe, stop
-        self.teacher = teacher.to(self.device).eval() if recipe.distill and teacher is not None else None
         self.average = Average(self.model, recipe.ema) if recipe.ema else None
-        on_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.SGD(
-            groups or default_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=on_gpu
-        )
-        self._base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._step_module: nn.Module = _Step(self)
-        if distributed.active():
-            # Idle gates get no gradient, hence find_unused.
-            self._step_module = distributed.wrap(self._step_module, find_unused=budget is not None)
-        self._recorded: RecordedSteps | None = None
-        if on_gpu and recipe.cuda_graphs and not distributed.active():
-            self._recorded = RecordedSteps(self._work, self.device)
-        if on_gpu:  # rates that recorded steps read where they are
-            for group in self.optimizer.param_groups:
-                group["lr"] = torch.tensor(group["lr"], device=self.device)
+        self._work = TrainingStep(self.model, recipe, train.classes, groups, teacher, budget)
+        self.optimizer = self._work.optimizer
         self.epoch = self.step = 0
         self.finished = False
         self.best: tuple[float, int] | None = None
@@ -125,8 +93,6 @@ class Trainer:
         self._seconds = 0.0
         self._lr_factor = 1.0
         self._images = torch.zeros(())  # the latest batch, to look for the layer that broke
-        # Sums on the device since the last row (row 0) and since the epoch began (row 1): loss, task loss, correct.
-        self._sums = torch.zeros(2, 3, dtype=torch.float64, device=self.device)
         self._seen = [0, 0, 0, 0]  # window steps, window images, epoch steps, epoch images
 
     def fit(self, resume: bool = False) -> TrainResult:
@@ -169,7 +135,6 @@ class Trainer:
         if self.progress:
             self.progress.end()
         best_accuracy, best_epoch = self.best or (None, None)
-        launches = "single" if self._recorded is None else self._recorded.launches
         return TrainResult(
             self.phase,
             self.epoch,
@@ -179,7 +144,7 @@ class Trainer:
             best_accuracy,
             best_epoch,
             self._seconds,
-            launches,
+            self._work.launches,
         )
 
     @property
@@ -194,16 +159,12 @@ class Trainer:
         return self.recipe.minutes > 0 and self.recipe.share(self.step, len(self.train), self._seconds) >= 1
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        self._set_rates()
+        self._lr_factor = self.recipe.lr_factor(self.step, len(self.train), self._seconds)
+        self._work.set_rates(self._lr_factor)
         images = self._images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         log = (self.step + 1) % self.recipe.log_every == 0
-        if self._recorded is None:
-            self._work(images, labels, check=self.device.type == "cpu" or log)
-        else:
-            loss = self._recorded(images, labels, self.budget.side if self.budget is not None else "")
-            if log and self._somewhere_nonfinite(loss):
-                self._stop()
+        self._work(images, labels, self._require_finite if log or self._work.loss_is_at_hand else None)
         if self.budget is not None:
             self.budget.advance()
         if self.average is not None:
@@ -213,63 +174,9 @@ class Trainer:
         if log:
             self._write_step()
 
-    def _set_rates(self) -> None:
-        self._lr_factor = self.recipe.lr_factor(self.step, len(self.train), self._seconds)
-        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr * self._lr_factor)
-            else:
-                group["lr"] = lr * self._lr_factor
-
-    def _work(self, images: Tensor, labels: Tensor, check: bool = False) -> Tensor:
-        """All of a step that happens on the device; returns the loss. check: stop at one that is not finite."""
-        loss, task, logits = self._step_module(images, labels)
-        if check and self._somewhere_nonfinite(loss):
+    def _require_finite(self, loss: Tensor) -> None:
+        if distributed.anywhere(not bool(loss.isfinite()), self.device):
             self._stop()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.device.type == "cuda":
-            self._align_gradients()
-        self.optimizer.step()
-        if self.budget is not None:
-            self.budget.clamp()
-        with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
-            # Of all processes in every step: a checkpoint, which rank 0 writes alone, must hold what belongs to all.
-            self._sums += distributed.reduce_mean(torch.stack([loss.double(), task.double(), correct.double()]))
-        return loss.detach()
-
-    def _align_gradients(self) -> None:
-        """The fused optimizer asks for the parameters' strides; autograd is free in dimensions of size one."""
-        for parameter in self.model.parameters():
-            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-
-    def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss with the budget term, task loss, logits) of a batch."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp == "bf16"):
-            logits = self.model(images)
-            if logits.shape[-1] < self.train.classes:
-                raise DataError(
-                    f"the model gives {logits.shape[-1]} classes, the training labels go up to "
-                    f"{self.train.classes - 1}; give a model of {self.train.classes} classes"
-                )
-            task = self._task_loss(logits, labels, images)
-        return task if self.budget is None else task + self.budget(), task, logits
-
-    def _somewhere_nonfinite(self, loss: Tensor) -> bool:
-        return distributed.anywhere(not bool(loss.detach().isfinite()), self.device)
-
-    def _task_loss(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        recipe = self.recipe
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if self.teacher is None:
-            return loss
-        with torch.no_grad():
-            target = F.log_softmax(self.teacher(images).float() / recipe.temperature, 1)
-        soft = F.kl_div(F.log_softmax(logits / recipe.temperature, 1), target, reduction="batchmean", log_target=True)
-        return (1 - recipe.distill) * loss + recipe.distill * recipe.temperature**2 * soft
 
     def _stop(self) -> None:
         """Raise, on every process, with the place that one of them found."""
@@ -290,7 +197,7 @@ class Trainer:
         )
 
     def _write_step(self) -> None:
-        sums = self._sums[0].tolist()
+        sums = self._work.sums[0].tolist()
         steps, images = self._seen[:2]
         row: dict[str, Any] = {
             "phase": self.phase,
@@ -300,15 +207,15 @@ class Trainer:
             "loss": sums[0] / steps,
             "task_loss": sums[1] / steps,
             "train_accuracy": sums[2] / images,
-            "lr": self._base_lr[0] * self._lr_factor,
+            "lr": self._work.rate * self._lr_factor,
             "seconds": round(self._seconds, 3),
         }
         self._record(row)
-        self._sums[0] = 0
+        self._work.sums[0] = 0
         self._seen[:2] = [0, 0]
 
     def _end_epoch(self) -> None:
-        sums = self._sums[1].tolist()
+        sums = self._work.sums[1].tolist()
         steps, images = self._seen[2:]
         self.loss = sums[0] / steps
         if distributed.anywhere(not self.loss < float("inf") or not finite_weights(self.model), self.device):
@@ -336,11 +243,11 @@ class Trainer:
             "task_loss": sums[1] / steps,
             "train_accuracy": sums[2] / images,
             "test_accuracy": self.accuracy if measured else None,
-            "lr": self._base_lr[0] * self._lr_factor,
+            "lr": self._work.rate * self._lr_factor,
             "seconds": round(self._seconds, 3),
         }
         self._record(row)
-        self._sums[1] = 0
+        self._work.sums[1] = 0
         self._seen[2:] = [0, 0]
 
     def _digests(self) -> dict[str, str]:
@@ -384,7 +291,7 @@ class Trainer:
             **_prefixed("average", self._average()),
             **_prefixed("momentum", checkpoint.optimizer_tensors(self.optimizer, self.model)),
             **_prefixed("random", checkpoint.random_tensors()),
-            "sums": self._sums,
+            "sums": self._work.sums,
         }
         state = {
             "phase": self.phase,
@@ -422,18 +329,9 @@ class Trainer:
         self.best = (state["best"][0], state["best"][1]) if state["best"] else None
         self.accuracy, self._seconds = state["accuracy"], state["seconds"]
         self.loss = float("nan") if state["loss"] is None else state["loss"]
-        self._sums.copy_(tensors["sums"])
+        self._work.sums.copy_(tensors["sums"])
         self.folder.keep_metrics(self.phase, self.step)
         checkpoint.restore_random(_below("random", tensors))
-
-
-def default_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Weights decay; norms, biases and ranges do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "lr": recipe.lr, "weight_decay": 0.0},
-    ]
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

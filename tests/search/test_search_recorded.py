@@ -65,7 +65,7 @@ def played(kind: str, replays: bool, **changes: Any) -> Trainer:
     for group in made.optimizer.param_groups:
         group |= {"fused": True, "lr": torch.tensor(group["lr"])}
     if replays:
-        made._recorded = RecordedSteps(made._work, made.device)
+        made._work._recorded = RecordedSteps(made._work._work, made.device)
     return made
 
 
@@ -79,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def state(made: Trainer) -> dict[str, Tensor]:
     momenta = [made.optimizer.state[p].get("momentum_buffer") for p in made.model.parameters()]
     found = {f"momentum {place}": value for place, value in enumerate(momenta) if value is not None}
-    return {**made.model.state_dict(), **found, "sums": made._sums}
+    return {**made.model.state_dict(), **found, "sums": made._work.sums}
 
 
 CASES: dict[str, dict[str, Any]] = {
