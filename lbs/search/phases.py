@@ -171,7 +171,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
 
 def _data_and_card(config: RunConfig, session: Session) -> tuple[lbs.data.ImageSet, NetworkCard]:
     """The data of a run, which must be what it began with, and the card of its network."""
-    data = network.load_data(config.data, config.mean, config.std, config.max_unreadable)
+    data = session.data(config)
     card = network.card_of(config, data)
     if session.resume:
         distributed.first(lambda: network.check_same_data(card, session.folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 import lbs.data
 from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
-from lbs.search import distributed
+from lbs.search import distributed, network
 from lbs.search.protocols import Progress
 
 
@@ -26,6 +26,14 @@ class Session:
     resume: bool = False
     progress: Progress | None = None
     say: Callable[[str], None] = lambda line: None
+    _images: dict[Any, lbs.data.ImageSet] = field(default_factory=dict, init=False, repr=False)
+
+    def data(self, config: RunConfig) -> lbs.data.ImageSet:
+        """The images that a configuration names; read once for all phases that name the same."""
+        source = config.data, config.mean, config.std, config.max_unreadable
+        if source not in self._images:
+            self._images = {source: network.load_data(*source)}
+        return self._images[source]
 
 
 def goes_on(session: Session, phase: str) -> bool:

@@ -363,6 +363,16 @@ def test_unreadable_images_of_a_folder_in_memory_are_counted(home: Path, lbs_com
         assert file.endswith("broken.png")
 
 
+def test_all_phases_share_one_reading_of_the_data(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = [], lbs.data.load
+    monkeypatch.setattr("lbs.data.load", lambda *source: read.append(source) or load(*source))
+    code, _, errors = lbs_command("reproduce tiny --out once --schedule 1+1 --threads 1")
+    assert code == 0, errors
+    assert [share for _, share in read] == [0.0, 1.0, 1.0]  # the phases; packing and verifying, of what is left
+
+
 def test_schedules_are_named_by_what_was_run() -> None:
     search, full = SearchRun(epochs=30, full_epochs=30), FinetuneRun()
     results = {"search": {"epochs": 2, "seconds": 61.0}, "finetune": {"epochs": 16, "seconds": 35 * 60.1}}
