@@ -22,6 +22,11 @@ from torch import Tensor, nn
 from lbs_kernels.errors import BackendError, LbsError, TrainingError
 
 T = TypeVar("T")
+_WAY_ON = (
+    "The last checkpoint is from before; go on with --resume, and if it happens again look for what is not drawn from "
+    "the run's seed"
+)
+_WAY_TO_START = "Give all the same weights, and draw new ones from torch's random state, which the run's seed sets"
 _alone = False
 
 
@@ -153,8 +158,8 @@ def share_norms(model: nn.Module) -> None:
                 dist.broadcast(buffer, src=0)
 
 
-def check_agreement(parts: dict[str, str]) -> None:
-    """Compare digests by name over all processes.
+def check_agreement(parts: dict[str, str], trained: bool = True) -> None:
+    """Compare digests by name over all processes; `trained`: after steps of training, not before the first.
 
     Raises:
         TrainingError: on every rank; names the ranks that are not like most others, and in what they differ.
@@ -169,8 +174,7 @@ def check_agreement(parts: dict[str, str]) -> None:
             more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
             complaints.append(f"rank {number} in {', '.join(odd[:4])}{more}")
     if complaints:
+        happened, way_out = ("trained apart", _WAY_ON) if trained else ("do not start alike", _WAY_TO_START)
         raise TrainingError(
-            f"{len(everybody)} processes trained apart: {'; '.join(complaints)} differ from the rest. The last "
-            "checkpoint is from before; go on with --resume, and if it happens again look for what is not drawn from "
-            "the run's seed"
+            f"{len(everybody)} processes {happened}: {'; '.join(complaints)} differ from the rest. {way_out}"
         )

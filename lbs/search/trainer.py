@@ -111,7 +111,7 @@ class Trainer:
         if self.progress:
             self.progress.begin(self.phase, self.recipe.epochs * len(self.train), self.step)
         if distributed.active():
-            distributed.check_agreement(self._digests())
+            distributed.check_agreement(self._digests(), trained=self.step > 0)
         while self.epoch < self.recipe.epochs and not self.finished:
             self.model.train()
             for images, labels in self.train:

@@ -92,6 +92,7 @@ def test_ranks_that_disagree_are_named(answers: tuple[Path, list[dict[str, Any]]
     folder, both = answers
     for own in both:
         assert "2 processes trained apart: rank 1 in conv1.weight differ" in own["disagreement"]
+        assert "2 processes do not start alike: rank 1 in conv1.weight differ" in own["start"]
     # What was saved before stays: steps 1..5 of the first epoch.
     assert json.loads((folder / "apart/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
 

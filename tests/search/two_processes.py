@@ -122,16 +122,20 @@ def statistics_of_halves() -> list[list[float]]:
 
 
 def poisoned(folder: Path, at: int, value: float) -> Trainer:
-    """Rank 1 adds `value` to one weight behind step `at`."""
+    """Rank 1 adds `value` to one weight behind step `at`, 0: before the first."""
     trainer = make(folder)
     step = trainer._train_step
 
-    def altered(images: torch.Tensor, labels: torch.Tensor) -> None:
-        step(images, labels)
+    def alter() -> None:
         if trainer.step == at and distributed.rank() == 1:
             with torch.no_grad():
                 trainer.model.conv1.weight[0, 0, 0, 0] += value  # type: ignore[union-attr,index,operator]
 
+    def altered(images: torch.Tensor, labels: torch.Tensor) -> None:
+        step(images, labels)
+        alter()
+
+    alter()
     trainer._train_step = altered  # type: ignore[method-assign]
     return trainer
 
@@ -158,6 +162,7 @@ def main(folder: Path) -> None:
     }
     answers["statistics"] = statistics_of_halves()
     answers["disagreement"] = complaint(poisoned(folder / "apart", 6, 1e-6).fit)
+    answers["start"] = complaint(poisoned(folder / "unlike", 0, 1e-6).fit)
     answers["not finite"] = complaint(poisoned(folder / "nan", 2, float("nan")).fit)
     answers["first"] = complaint(lambda: distributed.first(fail))
     answers["uneven"] = complaint(lambda: lbs.data.train_loader(DATA, 9, rank=rank, world_size=2))
