@@ -5,7 +5,8 @@
 Steps are the trainer's own (batch in memory, forward, backward, SGD, budget), contenders interleaved in one process.
 The search keeps every gate open, its dearest state; `multi-path` computes a branch of its own for every width. Both
 are a weight and an activation step, halved. Peak memory is that of four steps in a process of its own, over what torch
-takes there; on a GPU, where steps are recorded (`--single`: not), that of the recordings.
+takes there; on a GPU, where steps are recorded (`--single`: not), what torch reserves for a contender more than before.
+The file is written as soon as there are times, and again with every peak.
 
     {"version": 1, "level": "training", "header": {...},
      "rows": [{"contender", "median", "p20", "p80", "epoch"  (seconds of a step, of an epoch), "slower_than_float",
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import subprocess
 import sys
@@ -33,6 +33,7 @@ import lbs
 import lbs.data
 import lbs.models
 from lbs.recipe import Recipe
+from lbs.run_folder import write_json
 from lbs.search import Budget, parameter_groups
 from lbs.search.recorded import SINGLE_STEPS
 from lbs.search.trainer import Trainer
@@ -76,11 +77,8 @@ def batch_of(trainer: Trainer) -> tuple[Tensor, Tensor]:
 
 
 def stepper(trainer: Trainer, steps: int = 1) -> Callable[[], None]:
-    """One call: that many training steps on one batch. On a GPU they have been recorded before."""
+    """One call: that many training steps on one batch."""
     images, labels = batch_of(trainer)
-    if trainer.device.type == "cuda":
-        for _ in range(STEPS_TO_RECORD):
-            trainer._train_step(images, labels)
 
     def call() -> None:
         for _ in range(steps):
@@ -109,13 +107,36 @@ def steps_of(contender: str) -> int:
     return 2 if contender in SEARCHES else 1
 
 
-def measure(args: argparse.Namespace) -> dict[str, Times]:
-    """Seconds of a step by contender; of searches, of two."""
-    calls: dict[str, Any] = {name: stepper(trainer_of(name, args), steps_of(name)) for name in CONTENDERS}
-    if torch.device(args.device).type == "cpu":
+def measure(args: argparse.Namespace) -> tuple[dict[str, Times], dict[str, int]]:
+    """Seconds of a step by contender, of searches of two; and on a GPU, bytes at the peak."""
+    calls: dict[str, Any] = {}
+    peaks: dict[str, int] = {}
+    on_gpu = torch.device(args.device).type == "cuda"
+    for name in CONTENDERS:
+        begin = time.perf_counter()
+        if on_gpu:
+            trainer, peaks[name] = recorded(name, args)
+            print(f"{name}: {trainer._work.launches}, after {time.perf_counter() - begin:.1f} s", flush=True)
+        else:
+            trainer = trainer_of(name, args)
+        calls[name] = stepper(trainer, steps_of(name))
+    if not on_gpu:
         searching = trainer_of("search", args)
         calls |= {name: half(searching, bool(index)) for index, name in enumerate(HALVES)}
-    return interleave(calls, device=args.device, rounds=args.rounds, warmup=0.0)
+    return interleave(calls, device=args.device, rounds=args.rounds, warmup=0.0), peaks
+
+
+def recorded(contender: str, args: argparse.Namespace) -> tuple[Trainer, int]:
+    """A trainer on a GPU that has recorded its steps, and what they made torch reserve."""
+    if contender == CONTENDERS[0]:  # libraries and their workspaces are nobody's
+        stepper(trainer_of("float", argparse.Namespace(**{**vars(args), "batch": 2})))()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    trainer = trainer_of(contender, args)
+    torch.cuda.empty_cache()  # what building and calibrating freed is none of the steps'
+    torch.cuda.reset_peak_memory_stats()
+    stepper(trainer, STEPS_TO_RECORD)()
+    return trainer, torch.cuda.max_memory_reserved() - before
 
 
 def peak_of(contender: str, args: argparse.Namespace) -> int:
@@ -123,7 +144,6 @@ def peak_of(contender: str, args: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--peak-of", contender]
     for name in ("model", "batch", "amp", "threads", "device"):
         command += [f"--{name}", str(getattr(args, name))]
-    command += ["--single"] if args.single else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the same lbs, wherever it comes from
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout.split()[-1])
@@ -133,17 +153,11 @@ def peak_here(contender: str, args: argparse.Namespace) -> int:
     """Growth of the peak over `STEPS_FOR_PEAK` steps, libraries already loaded."""
     small = argparse.Namespace(**{**vars(args), "batch": 2})
     stepper(trainer_of("float", small))()
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()  # what recorded steps use stays reserved for them
-        stepper(trainer_of(contender, args))()
-        return torch.cuda.max_memory_reserved() - before
     before = _resident("VmRSS")
-    step = stepper(trainer_of(contender, args))
+    step = stepper(trainer_of(contender, args), STEPS_FOR_PEAK)
     ctypes.CDLL(None).malloc_trim(0)  # what building and calibrating freed is none of the steps'
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building and calibrating
-    for _ in range(STEPS_FOR_PEAK):
-        step()
+    step()
     return _resident("VmHWM") - before
 
 
@@ -174,10 +188,8 @@ def rows_of(times: dict[str, Times], peaks: dict[str, int], args: argparse.Names
     return rows
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything and print the table."""
-    times = measure(args)
-    peaks = {name: peak_of(name, args) for name in CONTENDERS}
+def run(args: argparse.Namespace, path: Path | None) -> None:
+    """Measure everything, keep it at `path`, and print the table."""
     head = {
         **header(args),
         "model": args.model,
@@ -185,13 +197,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "single": args.single,
         "epoch_images": args.epoch_images,
     }
-    body = {
-        "version": 1,
-        "level": "training",
-        "header": head,
-        "rows": rows_of(times, peaks, args),
-    }
-    for row in body["rows"]:
+    times, peaks = measure(args)
+    write(path, head, rows_of(times, peaks, args))
+    for name in () if peaks else CONTENDERS:
+        peaks[name] = peak_of(name, args)
+        write(path, head, rows_of(times, peaks, args))
+    for row in rows_of(times, peaks, args):
         memory = (
             "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 1e6:7.1f} MB x{row['memory_over_float']:.2f}"
         )
@@ -199,7 +210,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{row['contender']:26s} {row['median'] * 1e3:8.1f} ms [{row['p20'] * 1e3:.1f} {row['p80'] * 1e3:.1f}] "
             f"x{row['slower_than_float']:.2f} float  {row['epoch']:7.1f} s an epoch{memory}"
         )
-    return body
+
+
+def write(path: Path | None, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The file, whole or not at all."""
+    if path is not None:
+        write_json(path, {"version": 1, "level": "training", "header": head, "rows": rows})
 
 
 def parse() -> argparse.Namespace:
@@ -225,12 +241,10 @@ def main() -> None:
     if args.peak_of:
         print(peak_here(args.peak_of, args))
         return
-    body = run(args)
     default = RESULTS / device_slug(args.device) / f"search_{args.model}.json" if args.save else None
     path = args.output or default
+    run(args, path)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(body, indent=1) + "\n")
         print(f"wrote {path}")
 
 

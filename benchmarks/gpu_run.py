@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks, gpu_targets
+from benchmarks import gpu_checks, gpu_search, gpu_targets
 from lbs_kernels.blame import Blame
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,6 +247,7 @@ PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
     "build": lambda run, until: gpu_checks.build(until - run.clock()),
     "roofs": lambda run, until: child(run, "roofs", until),
     "tests": lambda run, until: gpu_checks.tests(run.scratch, until - run.clock()),
+    "search": lambda run, until: gpu_search.measure(run.out, until - run.clock()),
     "layers": lambda run, until: child(run, "layers", until),
     "models": lambda run, until: child(run, "models", until),
     "sanitizer": lambda run, until: gpu_checks.sanitizer(until - run.clock()),

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_suite.py [--out DIR] [--only PART ...] [--minutes M] [--networks N]
 
-It builds the native modules, measures the roofs, runs the GPU tests, tunes and times layers, times whole networks, runs
-compute-sanitizer, and compares the results with the targets. Needed are torch, triton, numpy, safetensors and pytest;
-nothing is fetched. What is missing beside them (nvcc, pytest-xdist, compute-sanitizer) costs its part, which says so.
+It builds the native modules, measures the roofs, runs the GPU tests, times training steps, tunes and times layers,
+times whole networks, runs compute-sanitizer, and compares the results with the targets. Needed are torch, triton,
+numpy, safetensors and pytest; nothing is fetched. What is missing beside them (nvcc, pytest-xdist, compute-sanitizer)
+costs its part, which says so.
 
 Parts have boxes of time that add up to nine minutes; what one leaves goes to the next. Each writes DIR/<part>.json,
 after every problem where there are many, so that whatever ends the run leaves what was measured. Kernels run in
@@ -32,7 +33,15 @@ if str(ROOT) not in sys.path:  # run as a script from anywhere
 from benchmarks.gpu_run import Run, header, run_parts, warm  # noqa: E402  the path above comes first
 
 # Part -> seconds of its box. The first three judge and build, the others spend what is left.
-BOXES = {"build": 80.0, "roofs": 25.0, "tests": 130.0, "layers": 115.0, "models": 145.0, "sanitizer": 40.0}
+BOXES = {
+    "build": 80.0,
+    "roofs": 25.0,
+    "tests": 125.0,
+    "search": 50.0,
+    "layers": 95.0,
+    "models": 125.0,
+    "sanitizer": 35.0,
+}
 MINUTES = 9.0
 NO_GPU = (
     "gpu_suite: torch sees no CUDA device here; it measures GPU kernels and nothing else. Run it on a machine with an "

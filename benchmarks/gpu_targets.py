@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.gpu_search import NETWORKS
+
 Results = dict[str, dict[str, Any]]  # part -> its result file
 Row = dict[str, Any]
 HALF = "float16"
@@ -27,6 +29,7 @@ def rows(results: Results, resnet_layers: Iterable[str] = ()) -> list[Row]:
         _one_bit(layers),
         *[_layer_mean(layers, wanted, bits, needed) for bits, needed in (("w4a4", 2.0), ("w8a8", 1.4), ("w2a2", 3.0))],
         *_models(results.get("models", {})),
+        *_search(results.get("search", {}).get("networks", {})),
         _tests(results.get("tests", {})),
         *[_sanitizer(results.get("sanitizer", {}), tool) for tool in ("memcheck", "racecheck")],
     ]
@@ -129,6 +132,21 @@ def _models(body: Row) -> list[Row]:
         detail = best or why(network, 1, *missing.get(f"{network} 1", {}))
         label = f"{network} seconds, batch 1"
         result.append(_row(label, needed, packed[best] if best else None, detail, at_most=True))
+    return result
+
+
+def _search(networks: Row) -> list[Row]:
+    """A step of the search against float training, and separate branches against it."""
+    result = []
+    for network, batch in NETWORKS.items():
+        body = networks.get(network, {"rows": [], "ended": "not run"})
+        at = {row["contender"]: row for row in body["rows"]}
+        ours, branches = at.get("search", {}), at.get("multi-path", {})
+        step, detail = f"{network}, batch {batch}: a search step", "" if ours else body["ended"]
+        for label, key, most in (("time", "slower_than_float", 1.6), ("memory", "memory_over_float", 1.5)):
+            result.append(_row(f"{step} over float, {label}", most, ours.get(key), detail, at_most=True))
+        ratio = branches["median"] / ours["median"] if ours else None
+        result.append(_row(f"{network}, batch {batch}: separate branches over shared bits, time", 2.5, ratio, detail))
     return result
 
 

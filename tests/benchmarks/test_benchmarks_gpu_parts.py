@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_children, gpu_layers, gpu_models, gpu_nets, gpu_targets
+from benchmarks import gpu_children, gpu_layers, gpu_models, gpu_nets, gpu_search, gpu_targets
 from benchmarks.gpu_run import Attempts, Run
 from lbs_kernels import tuner
 from lbs_kernels.errors import LbsError
@@ -139,6 +139,43 @@ def test_models_tests_and_sanitizer() -> None:
     assert targets["resnet18 w8a8 over compiled float16, batch 128"]["detail"] == "w8a8: BackendError: x"
     left = targets["resnet50 w8a8 over compiled float16, batch 256"]
     assert (left["met"], left["detail"]) == (None, "resnet50 256 was not timed (the time was up)")
+
+
+def test_training_steps_are_measured_in_turn_and_each_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = []
+
+    def call(command: list[str], seconds: float) -> tuple[int | None, str]:
+        boxes.append(seconds)
+        options = dict(zip(command[2::2], command[3::2], strict=True))
+        if options["--model"] == "resnet18":
+            return None, "float: CUDA graphs"
+        rows = [
+            {"contender": "search", "median": 2.0, "slower_than_float": 1.5, "memory_over_float": 1.6},
+            {"contender": "multi-path", "median": 5.0, "slower_than_float": 3.75, "memory_over_float": 2.5},
+        ]
+        Path(options["--output"]).write_text(json.dumps({"rows": rows}))
+        return 0, "wrote it"
+
+    monkeypatch.setattr(gpu_search, "call", call)
+    (tmp_path / "search_resnet18.json").write_text("of another run")
+    body = gpu_search.measure(tmp_path, 60.0)
+    assert body["passed"]
+    assert boxes == [pytest.approx(30.0), pytest.approx(60.0, abs=1.0)]  # what one leaves goes to the next
+    targets = found({"search": body})
+    assert {name: row["met"] for name, row in targets.items() if "search" in name or "branches" in name} == {
+        "cifar_resnet20, batch 128: a search step over float, time": True,
+        "cifar_resnet20, batch 128: a search step over float, memory": False,
+        "cifar_resnet20, batch 128: separate branches over shared bits, time": True,
+        "resnet18, batch 128: a search step over float, time": None,
+        "resnet18, batch 128: a search step over float, memory": None,
+        "resnet18, batch 128: separate branches over shared bits, time": None,
+    }
+    assert targets["resnet18, batch 128: a search step over float, time"]["detail"] == "the time was up"
+    monkeypatch.setattr(gpu_search, "call", lambda *_: (1, "a mistake"))
+    failed = gpu_search.measure(tmp_path, 60.0)
+    assert (failed["passed"], failed["networks"]["cifar_resnet20"]["rows"]) == (False, [])
 
 
 def test_networks_that_targets_speak_of_come_first() -> None:
