@@ -9,7 +9,7 @@ Body = dict[str, Any]
 HEADS = [
     "row",
     "schedule (epochs of search + fine-tuning)",
-    "learning rate, distillation; filters",
+    "learning rate, distillation; filters pruned",
     "seeds",
     "top-1, last epoch",
     "best epoch",
@@ -67,7 +67,9 @@ def _recipe(body: Body) -> str:
     text += f", decay {tuned['weight_decay']:g}" if tuned["weight_decay"] != 1e-4 else ""
     text += f", average {tuned['ema']:g}" if tuned.get("ema") else ""
     searched = search and search["pruning"] and search["mode"] not in ("quantization-only", "greedy")
-    return f"{text}; {search['prune_lr']:g} by {search['importance']}" if searched else text
+    if not searched:
+        return text
+    return f"{text}; {search['prune_lr']:g} by {search['importance']}, up to {search['max_pruning_ratio']:.0%}"
 
 
 def _spread(values: list[float]) -> str:

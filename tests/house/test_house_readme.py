@@ -155,7 +155,7 @@ def test_reproduced_rows_share_a_table(tmp_path: Path) -> None:
     made = {**RECORD, "row": "net", "network": "net", "float_top1": 68.8, "target_bops": 65e7, "best_epoch_top1": 68.0}
     made |= {"published": {"top1": 68.1, "bops": 630.6e6}, "seeds": {"finetune": 0}}
     tuned = {"lr": 0.03, "distill": 0.7, "weight_decay": 1e-4}
-    search = {"mode": "joint", "pruning": True, "prune_lr": 0.16, "importance": "gamma"}
+    search = {"mode": "joint", "pruning": True, "prune_lr": 0.16, "importance": "gamma", "max_pruning_ratio": 0.5}
     made["config"] = {"finetune": tuned, "search": search}
     better = {**made, "packed_top1": 68.1, "equal_predictions": 9990, "bops": 640e6, "seeds": {"finetune": 1}}
     pruned = {**made, "row": "net-prune-only", "target_bops": None, "published": None, "packed_top1": None}
@@ -168,7 +168,7 @@ def test_reproduced_rows_share_a_table(tmp_path: Path) -> None:
     assert rows == [
         "| net-prune-only | 2 epochs | 0.03, 0.7, decay 0.0005, average 0.9 | 0 | 67.68 | 68.00 | in float |  | "
         "649.5M | 4/4, 8/2 | 1 |  |",
-        "| net | 2 epochs | 0.03, 0.7; 0.16 by gamma | 0, 1 | 67.68 [67.68 67.68] | 68.00 [68.00 68.00] | "
+        "| net | 2 epochs | 0.03, 0.7; 0.16 by gamma, up to 50% | 0, 1 | 67.68 [67.68 67.68] | 68.00 [68.00 68.00] | "
         "67.90 [67.70 68.10] | 9,990 of 10,000 | 640.0M to 649.5M of 650.0M | 4/4, 8/2 | 1 | 68.1 at 630.6M |",
     ]
 
