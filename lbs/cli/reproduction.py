@@ -131,6 +131,7 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
         "packed_top1": _percent(verified.get("packed_accuracy")),
         "images": verified.get("images"),
         "equal_predictions": verified.get("equal_predictions"),
+        "identical_outputs": verified.get("identical_outputs"),
         "verified": verified.get("passed"),
         "in_float": plan.in_float,
         "targets": results.get("search", {}).get("targets"),

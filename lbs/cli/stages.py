@@ -69,7 +69,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     spread = torch.linspace(0, data.test_count - 1, min(images, data.test_count)).long()  # over the whole set
     bytes_in = packed.normalize is not None
     report = lbs.verify(model, packed, _served(data, lbs.data.pixels_at(data, spread)[0], bytes_in))
-    trained, served, labels, differing = _predictions(model, packed, data)
+    trained, served, labels, differing, identical = _predictions(model, packed, data)
     places = (trained != served).nonzero().flatten()
     excused = True
     if len(places):
@@ -77,6 +77,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     section = {
         "images": len(labels),
         "equal_predictions": len(labels) - len(places),
+        "identical_outputs": identical,  # bit for bit
         "differing_images": places.tolist(),
         "packed_accuracy": float((served == labels).double().mean()),
         "trained_accuracy": float((trained == labels).double().mean()),
@@ -108,13 +109,18 @@ def _served(data: lbs.data.ImageSet, pixels: Tensor, uint8: bool) -> Tensor:
 @torch.inference_mode()
 def _predictions(
     model: nn.Module, packed: PackedModel, data: lbs.data.ImageSet
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of all test images: classes by the trained network, by the packed one, labels; pixels where the two differ."""
-    trained, served, labels, differing = [], [], [], []
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Of all test images: classes by the trained network, by the packed one, labels; pixels where the two differ; and
+    for how many images their outputs are equal bit for bit.
+    """
+    trained, served, labels, differing, identical = [], [], [], [], 0
     for places in torch.arange(data.test_count).split(_BATCH):
         pixels, of_batch = lbs.data.pixels_at(data, places)
-        trained.append(model(_served(data, pixels, uint8=False)).argmax(1))
-        served.append(packed(_served(data, pixels, packed.normalize is not None)).argmax(1))
+        logits = model(_served(data, pixels, uint8=False))
+        ours = packed(_served(data, pixels, packed.normalize is not None))
+        identical += int((logits == ours).all(1).sum())
+        trained.append(logits.argmax(1))
+        served.append(ours.argmax(1))
         labels.append(of_batch)
         differing.append(pixels[trained[-1] != served[-1]])
-    return torch.cat(trained), torch.cat(served), torch.cat(labels), torch.cat(differing)
+    return torch.cat(trained), torch.cat(served), torch.cat(labels), torch.cat(differing), identical

@@ -36,7 +36,8 @@ def show(out: Console, section: dict[str, object]) -> None:
         f"first difference: {section['first_difference'] or 'none'}"
     )
     out.say(
-        f"predictions: {section['equal_predictions']} of {section['images']} equal; top-1 packed "
+        f"predictions: {section['equal_predictions']} of {section['images']} equal, outputs bit for bit on "
+        f"{section['identical_outputs']}; top-1 packed "
         f"{percent(section['packed_accuracy'])}, trained {percent(section['trained_accuracy'])}: "  # type: ignore[arg-type]
         f"{'passed' if section['passed'] else 'FAILED'}"
     )

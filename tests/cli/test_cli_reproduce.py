@@ -102,7 +102,7 @@ def test_a_row_from_float_network_to_record(home: Path) -> None:
     plan = Plan.load(home / "whole/plan.json")
     assert record["bops"] == plan.bops() <= record["target_bops"] == 0.03 * plan.full_precision_bops()
     assert record["schedule"] == "2+2 of 30+200 epochs, 256 training images"
-    assert record["equal_predictions"] == record["images"] == 360
+    assert record["equal_predictions"] == record["identical_outputs"] == record["images"] == 360
     assert record["packed_top1"] == record["fine_tuned_top1"] <= record["best_epoch_top1"]
     assert record["seeds"] == {"float": 0, "search": 0, "finetune": 0}
     assert set(record["seconds"]) == {"float", "search", "finetune", "pack", "verify"}

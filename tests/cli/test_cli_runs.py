@@ -69,7 +69,7 @@ def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> Non
     assert packed["bytes"] == (run / packed["file"]).stat().st_size
     code, verified, _ = lbs_command("verify --run whole --images 40 --strict")
     assert code == 0
-    assert verified["equal_predictions"] == verified["images"] == 360
+    assert verified["equal_predictions"] == verified["identical_outputs"] == verified["images"] == 360
     assert verified["packed_accuracy"] == results["finetune"]["accuracy"] > 0.5
     code, explained, _ = lbs_command("explain --run whole --batch 2")
     assert code == 0
