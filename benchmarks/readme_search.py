@@ -5,6 +5,9 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from lbs.report.asked import asked_of
+from lbs.report.records import Record
+
 Body = dict[str, Any]
 HEADS = [
     "row",
@@ -28,15 +31,18 @@ LEGEND = (
 
 
 def search_tables(records: dict[str, Body]) -> list[tuple[str, list[list[str]]]]:
-    """Title and rows under `HEADS` for each network: one row for all seeds of a row, budget, schedule and recipe."""
+    """Title and rows under `HEADS` for each network: one row for all runs that differ in nothing but the seed."""
     groups: dict[tuple[Any, ...], list[Body]] = {}
     for _, body in sorted(records.items()):
         budget = body["target_bops"] or 0
-        key = (body["network"], body["float_top1"], budget, body["row"], body["schedule"], _recipe(body))
+        asked = asked_of(Record(body["row"], config=body["config"]))
+        key = (body["network"], body["float_top1"], budget, body["row"], asked)
         groups.setdefault(key, []).append(body)
     tables = []
     for network, float_top1 in sorted({key[:2] for key in groups}):
-        rows = [_row(groups[key]) for key in sorted(groups) if key[:2] == (network, float_top1)]
+        own = [(key, group) for key, group in groups.items() if key[:2] == (network, float_top1)]
+        own.sort(key=lambda found: (found[0][2:4], found[1][0]["schedule"], _recipe(found[1][0])))
+        rows = [_row(group) for _, group in own]
         tables.append((f"**{network}**, float {float_top1:.2f} % (`benchmarks/results/search/`)", rows))
     return tables
 
@@ -46,7 +52,7 @@ def _row(group: list[Body]) -> list[str]:
     published = first["published"]
     return [
         first["row"],
-        first["schedule"],
+        " or ".join(dict.fromkeys(body["schedule"] for body in group)),
         _recipe(first),
         ", ".join(str(seed) for seed in sorted(body["seeds"]["finetune"] for body in group)),
         _spread([body["fine_tuned_top1"] for body in group]),

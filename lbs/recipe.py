@@ -16,7 +16,7 @@ class Recipe:
     """SGD with Nesterov momentum, one learning-rate factor for all parameter groups.
 
     schedule: `cosine` to 0 over all steps, `step` divides by 10 at each epoch of `milestones`, `constant`.
-    full_epochs: the length `milestones` were written for (0: `epochs`); they move in proportion where `epochs` is less.
+    full_epochs: the length `milestones` were written for (0: `epochs`); they move in proportion with `epochs`.
     minutes: the curve, and the phase, end with the epochs or with these minutes of training, whichever comes first (0:
     no limit). A run with a limit depends on the clock, so it is not repeated bit for bit.
     warmup: epochs of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32.

@@ -137,10 +137,13 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
         found["full_epochs"] = 0
     if "exclude" in found:
         found["exclude"] = tuple(found["exclude"])
-    for key in ("weights", "plan", "teacher_weights"):
-        if found.get(key):
-            found[f"{key}_digest"] = file_digest(found[key])
-    return found
+    return found | digests(found)
+
+
+def digests(options: dict[str, Any]) -> dict[str, str]:
+    """The digest of every file among the options, by the field that keeps it. Raises CheckpointError."""
+    named = [key for key in ("weights", "plan", "teacher_weights") if options.get(key)]
+    return {f"{key}_digest": file_digest(options[key]) for key in named}
 
 
 def set_threads(threads: int | None) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 
 from lbs.cli import rows
 from lbs.cli.console import Console, console
-from lbs.cli.options import add_machine, bit_operations, decimal, session
+from lbs.cli.options import add_machine, bit_operations, decimal, digests, session
 from lbs.cli.reproduction import Options, open_row, reproduce, row_of
 from lbs.cli.rows import Row, row_named
 from lbs.config import FinetuneRun, RunConfig, SearchRun
 from lbs.report.units import bops, quantity, seconds
 from lbs.run_folder import write_json
 from lbs.search import distributed
-from lbs.search.phases import file_digest
 from lbs_kernels.errors import LbsError
 
 
@@ -90,15 +89,11 @@ def named_options(args: argparse.Namespace, row: Row) -> Options:
         raise LbsError(f"{row.name} has no search: its bits are given; leave out --bops and --search")
     search["epochs"], finetune["epochs"] = epochs_of(args.schedule, row)
     float_network = {"weights": args.weights, "epochs": args.float_epochs}
-    if args.weights:
-        float_network["weights_digest"] = file_digest(args.weights)
     named = {"common": common, "float": float_network, "search": search, "finetune": finetune}
     found = {phase: {k: v for k, v in options.items() if v is not None} for phase, options in named.items()}
     found["search"] |= dict(setting(SearchRun, text) for text in args.search)
     found["finetune"] |= dict(setting(FinetuneRun, text) for text in args.finetune)
-    if "teacher_weights" in found["finetune"]:
-        found["finetune"]["teacher_weights_digest"] = file_digest(found["finetune"]["teacher_weights"])
-    return found
+    return {phase: options | digests(options) for phase, options in found.items()}
 
 
 def epochs_of(text: str | None, row: Row) -> tuple[int | None, int | None]:
@@ -177,9 +172,10 @@ def list_rows(out: Console) -> None:
 
 def show(out: Console, record: dict[str, Any]) -> None:
     """The row in a few lines, the published one beside it."""
-    best = f"best {record['best_epoch_top1']:.2f} % in epoch {record['best_epoch']}"
+    tuned = f"fine-tuned {record['fine_tuned_top1']:.2f} % (last epoch)" if record["best_epoch"] else "not fine-tuned"
+    best = f", best {record['best_epoch_top1']:.2f} % in epoch {record['best_epoch']}" if record["best_epoch"] else ""
     out.say(f"{record['row']}, seed {record['seeds']['finetune']}, schedule: {record['schedule']}")
-    out.say(f"  float {record['float_top1']:.2f} %, fine-tuned {record['fine_tuned_top1']:.2f} % (last epoch), {best}")
+    out.say(f"  float {record['float_top1']:.2f} %, {tuned}{best}")
     if record["in_float"]:
         out.say("  a float network with fewer filters: there are no codes to pack")
     else:

@@ -177,7 +177,8 @@ def schedule_text(configs: dict[str, RunConfig], results: dict[str, Any]) -> str
 
 def _epochs(config: RunConfig, result: dict[str, Any]) -> int:
     """Those that were asked for, or those begun where the minutes ended them."""
-    cut = config.minutes and result["seconds"] >= 60 * config.minutes
+    seconds = result.get("phases", {}).get(config.command, result).get("seconds", 0.0)
+    cut = config.minutes and seconds >= 60 * config.minutes
     return min(config.epochs, result["epochs"]) if cut else config.epochs
 
 

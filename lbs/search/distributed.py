@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,9 @@ _WAY_ON = (
     "the run's seed"
 )
 _WAY_TO_START = "Give all the same weights, and draw new ones from torch's random state, which the run's seed sets"
+_PATIENCE = timedelta(days=2)  # what rank 0 does alone, such as verifying on all images of ImageNet, takes no longer
 _alone = False
+_waiting: dist.ProcessGroup | None = None  # of processes that wait for rank 0 longer than exchanges may take
 
 
 def active() -> bool:
@@ -70,14 +73,18 @@ def start(device: torch.device) -> torch.device:
             raise BackendError(f"process {local} of this machine has no GPU, there are {count}; start at most {count}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    global _waiting
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return device
 
 
 def stop() -> None:
     """Leave the group, if there is one."""
+    global _waiting
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _waiting = None
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
@@ -130,7 +137,7 @@ def first(call: Callable[[], T]) -> T:
 def wait() -> None:
     """Until every process is here, so that what rank 0 wrote can be read."""
     if active():
-        gather(None)
+        dist.barrier(group=_waiting)
 
 
 def wrap(module: nn.Module, find_unused: bool) -> nn.Module:

@@ -12,7 +12,7 @@ from lbs.search import distributed
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in 0..1, in float32, with the mode of `model` restored. One wait for the device, at the end.
+    """Top-1 accuracy in 0..1, in float32, with the mode of `model` restored. The count is read back once, at the end.
 
     Where the loader gives each process a part, the result is that of all of them.
     """

@@ -13,6 +13,7 @@ from lbs.plan import LayerPlan, Plan, check_layer
 from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
 from lbs.search.multi_path import settled_range
 from lbs.search.prepare import layer_arguments, layer_options, like, move_hooks, replace_layer
@@ -27,6 +28,7 @@ def plan_of(model: nn.Module) -> Plan:
         for module in model.modules():
             if isinstance(module, SearchLayer):
                 module.observe_filters()
+    refresh([module for module in model.modules() if isinstance(module, BitGate)])
     for layer in plan.layers:
         module = model.get_submodule(layer.name)
         kept = layer.kept

@@ -150,6 +150,13 @@ def shares_of(gates: Sequence[BitGate]) -> Tensor:
     return torch.cat([gate.shares() for gate in gates])
 
 
+def refresh(gates: Sequence[BitGate]) -> None:
+    """`level` of all gates, read back at once."""
+    levels = torch.stack([gate.open_level() for gate in gates]).tolist() if gates else []
+    for gate, level in zip(gates, levels, strict=True):
+        gate.level = level
+
+
 class PruneGate(nn.Module):
     """One threshold for the filter groups of a layer: g_c = 1(A_c > alpha), c = 0..G-1, groups of `size` filters.
 

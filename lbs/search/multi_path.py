@@ -65,7 +65,7 @@ class BranchGate(BitGate):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Logits are free; only `level` follows."""
+        """Logits are free."""
 
     @torch.no_grad()
     def close_to(self, level: int) -> None:

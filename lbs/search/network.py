@@ -15,13 +15,14 @@ from torch import Tensor, nn
 import lbs.data
 import lbs.models
 from lbs.config import RunConfig
+from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import QuantLayer
 from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search import checkpoint
 from lbs.search.freeze import freeze
 from lbs.search.layers import FULL_BITS
-from lbs.search.prepare import SearchConfig, prepare
+from lbs.search.prepare import SearchConfig, check_sum, prepare
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
@@ -149,6 +150,24 @@ def check_same_data(card: NetworkCard, folder: RunFolder) -> None:
         _check_fingerprint(NetworkCard.read(folder), card.fingerprint)
 
 
+def check_same_network(card: NetworkCard, folder: RunFolder) -> NetworkCard:
+    """The card of a run folder, where `card`, that of a configuration, names the same network and images.
+
+    Raises:
+        TrainingError: names what differs.
+    """
+    there = NetworkCard.read(folder)
+    _check_fingerprint(there, card.fingerprint)
+    for label in ("model", "num_classes", "input_shape", "mean", "std"):
+        old, new = getattr(there, label), getattr(card, label)
+        if old != new:
+            raise TrainingError(
+                f"{folder.path} holds a network of {label} {old}, asked is {new}; leave that option out to go on with "
+                "it, or name a new folder with --run"
+            )
+    return there
+
+
 def _check_fingerprint(card: NetworkCard, found: str) -> None:
     if card.fingerprint and card.fingerprint != found:
         raise TrainingError(
@@ -185,9 +204,12 @@ def with_signs(card: NetworkCard, network: nn.Module) -> NetworkCard:
 def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
     """Float network -> network of fixed bits, or pruned in float, by `plan`; ranges are those of no calibration."""
     prunes = any(layer.kept is not None for layer in plan.layers)
-    bits = (FULL_BITS,) if plan.in_float else SearchConfig.bits
-    settings = SearchConfig(bits=bits, pruning=prunes, exclude=card.exclude)
+    # Any width but 32 makes layers that take the bits of the plan; the least lets every sum pass that the plan allows.
+    bits = FULL_BITS if plan.in_float else min(min(layer.w_bits, layer.a_bits) for layer in plan.layers)
+    settings = SearchConfig(bits=(bits,), pruning=prunes, exclude=card.exclude)
     network = freeze(prepare(model, card.example(), settings), plan)
+    for layer in () if plan.in_float else record_of(network).plan.layers:
+        check_sum(layer, layer.w_bits, layer.a_bits)
     for name in card.signed:
         quantizer: Any = network.get_submodule(name).quantizer
         quantizer.signed = True

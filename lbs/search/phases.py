@@ -38,6 +38,16 @@ def file_digest(path: str) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}; give the path of a file") from error
 
 
+def _check_digest(path: str, digest: str) -> None:
+    """Refuse a file that is not the one a run was begun with."""
+    found = file_digest(path)
+    if digest and found != digest:
+        raise TrainingError(
+            f"{path} has changed since the run began (its digest is {found}, it was {digest}); restore it, or start in "
+            "a new run folder"
+        )
+
+
 def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
     """Weights from a file, or trained here -> float.safetensors. Returns the section `float`; at once where it is done.
 
@@ -54,9 +64,12 @@ def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
     model = network.build(config.model, card.num_classes).to(session.device)
     network.check_images(model, card, session.device)
     if config.weights:
+        _check_digest(config.weights, config.weights_digest)
         network.load_float(model, Path(config.weights), card)
         section: dict[str, Any] = {"origin": config.weights}
         section["accuracy"] = evaluate(model, test_loader(data, session.device))
+    elif not config.epochs:
+        raise TrainingError("a float network needs weights or training; give --weights FILE, or --float-epochs above 0")
     else:
         trainer = Trainer(
             model,
@@ -83,15 +96,19 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     Raises:
         LbsError: any of the family; nothing that was saved before is lost.
     """
+    folder = session.folder
+    tuned = folder.file(FINAL).exists() or folder.checkpoint("finetune").exists()
+    if tuned and not folder.checkpoint("search").exists():
+        raise TrainingError(f"{folder.path} holds a network of other bits; name a new folder with --run")
     data, card = check_search(config, session)
-    card.write(session.folder)
+    card.write(folder)
     model = _float_network(config, card, session)
     torch.manual_seed(config.seed)
     found = search_of(config.mode)(SearchJob(config, session, data, card.example()), model)
     accuracy = evaluate(found.network, test_loader(data, session.device))
-    network.with_signs(card, found.network).write(session.folder)
-    checkpoint.save_weights(session.folder.file(SEARCHED), found.network)
-    write_bytes(session.folder.file("plan.json"), found.plan.to_json().encode())
+    network.with_signs(card, found.network).write(folder)
+    checkpoint.save_weights(folder.file(SEARCHED), found.network)
+    write_bytes(folder.file("plan.json"), found.plan.to_json().encode())
     section = {
         **found.training,
         **targets_section(found.outcome),
@@ -102,7 +119,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         "conversion": [list(row) for row in found.report],
         "config_hash": config.digest(),
     }
-    session.folder.add_result("search", section)
+    folder.add_result("search", section)
     distributed.wait()
     if not found.outcome.met:
         raise PlanError(f"{found.outcome}; search longer (--epochs), or with a larger --strength")
@@ -135,6 +152,8 @@ def check_teacher(config: FinetuneRun, session: Session) -> None:
 def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     """Searched (or hand-planned, or uniform) network -> model.safetensors. Returns the section `finetune`."""
     folder = session.folder
+    if (config.plan or config.uniform) and folder.file(SEARCHED).exists():
+        raise TrainingError(f"{folder.path} holds a searched network; name a new folder with --run")
     data, card = _data_and_card(config, session)
     torch.manual_seed(config.seed)  # dropout, say, must not depend on which phases this process ran before
     quantized, card = _start_of_finetuning(config, data, card, session)
@@ -201,6 +220,7 @@ def _start_of_finetuning(
         path = network.weights_path(config.weights, folder)
         if path is None:
             raise TrainingError("a plan or uniform bits need float weights; give --weights FILE")
+        _check_digest(config.plan, config.plan_digest)
         model = network.build(config.model, card.num_classes)
         network.check_images(model, card, torch.device("cpu"))
         network.load_float(model, path, card)
@@ -217,7 +237,7 @@ def _start_of_finetuning(
         raise CheckpointError(
             f"{folder.path} holds no searched network; run lbs search there first, or give --plan or --uniform"
         )
-    card = NetworkCard.read(folder)
+    card = network.check_same_network(card, folder)
     quantized = network.build(card.model, card.num_classes)
     quantized = network.apply_plan(quantized, card, Plan.load(folder.file("plan.json")))
     checkpoint.apply_weights(quantized, checkpoint.load_weights(folder.file(SEARCHED)), folder.file(SEARCHED))
@@ -230,6 +250,7 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     if config.teacher:
         return _other_teacher(config, card)
     path = network.weights_path(config.weights, folder)
+    _check_digest(config.weights, config.weights_digest)
     if path is None:
         raise TrainingError(f"--distill {config.distill} needs the float network; give --weights FILE")
     teacher = network.build(card.model, card.num_classes)
@@ -238,6 +259,7 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
 
 
 def _other_teacher(config: FinetuneRun, card: NetworkCard) -> nn.Module:
+    _check_digest(config.teacher_weights, config.teacher_weights_digest)
     teacher = network.build(config.teacher, card.num_classes)
     network.check_images(teacher, replace(card, model=config.teacher), torch.device("cpu"))
     network.load_float(teacher, Path(config.teacher_weights), card)

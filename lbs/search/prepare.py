@@ -86,7 +86,8 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     first, last = _edges(record.plan)
     if config.trace and config.bits != (FULL_BITS,):  # others are never packed
         for layer in record.plan.layers:
-            _check_sum(layer, (EDGE_BITS,) if layer.name in (first, last) else config.bits)
+            chain = (EDGE_BITS,) if layer.name in (first, last) else config.bits
+            check_sum(layer, chain[-1], chain[-1], chain)
     for layer in record.plan.layers:
         edge = layer.name in (first, last)
         chain = (EDGE_BITS,) if edge and config.bits != (FULL_BITS,) else config.bits
@@ -117,7 +118,7 @@ def uniform(
 ) -> nn.Module:
     """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate.
 
-    exclude: name patterns left in float, as in `SearchConfig`.
+    exclude: name patterns left in float, as in `SearchConfig`. Raises GraphError as `prepare`.
     """
     for width in (weight_bits, activation_bits):
         check_chain((width,))
@@ -127,6 +128,7 @@ def uniform(
     for layer in record.plan.layers:
         edge = layer.name in (first, last)
         w_bits, a_bits = (EDGE_BITS, EDGE_BITS) if edge else (weight_bits, activation_bits)
+        check_sum(layer, w_bits, a_bits)
         quantizer = InputQuantizer() if layer.name == first else ActivationQuantizer(a_bits)
         replace_layer(model, layer.name, fixed_layer(model.get_submodule(layer.name), w_bits, quantizer, "scale"))
         layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits))
@@ -264,18 +266,21 @@ def _edges(plan: Plan) -> tuple[str, str]:
     return plan.layers[0].name, plan.layers[-1].name
 
 
-def _check_sum(layer: LayerPlan, chain: tuple[int, ...]) -> None:
-    """Refuse what `lbs.pack` would refuse after the search, were the widest bits of the chain chosen. Nothing is pruned
-    in this count: no search promises that it will be."""
+def check_sum(layer: LayerPlan, w_bits: int, a_bits: int, chain: tuple[int, ...] = ()) -> None:
+    """Refuse what `lbs.pack` would refuse after training, if these bits were chosen.
+
+    chain: widths to choose from. In a search nothing is pruned in this count: no search promises that it will be.
+    """
     reduction = layer.problem().reduction
     try:
-        check_accumulator(reduction, chain[-1], chain[-1], layer.name)
+        check_accumulator(reduction, w_bits, a_bits, layer.name)
     except FormatError as error:
         way = f"leave it in float, exclude=({layer.name!r},)"
         fitting = tuple(bits for bits in chain if accumulator_fits(reduction, bits, bits))
         if fitting:
             way = f"search bits={fitting}, which fit, or {way}"
-        raise GraphError(f"{error}. It could be searched but not packed at {chain[-1]} bits: {way}") from error
+        bits = f"{w_bits} bits" if w_bits == a_bits else f"{w_bits}/{a_bits} bits"
+        raise GraphError(f"{error}. It could be trained but not packed at {bits}: {way}") from error
 
 
 def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]) -> None:

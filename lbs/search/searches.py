@@ -30,16 +30,22 @@ from lbs.search.session import (
     train_loader,
 )
 from lbs.search.trainer import Trainer
+from lbs_kernels.errors import PlanError, TrainingError
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ends with. `plan` is that of the float network the search began with."""
+    """What a search ends with. `plan` is that of the float network the search began with.
+
+    training: of the last phase that was trained; `seconds` are those of all, told apart in `phases` where several were.
+    """
 
     network: nn.Module
     plan: Plan
     outcome: BudgetResult
-    training: dict[str, Any]  # of the last phase that was trained
+    training: dict[
+        str, Any
+    ]  # of the last phase that was trained; `seconds` of all, which are in `phases` where several
     report: list[tuple[str, str]]
 
 
@@ -132,21 +138,31 @@ def two_stage(job: SearchJob, model: nn.Module) -> Found:
     config, settings = job.config, search_settings(job.config)
     pruning = job.prepared(model, replace(settings, bits=(FULL_BITS,)))
     budget = job.budget(pruning, bops=config.prune_bops)
-    job.search(pruning, budget, "prune", teacher=model)
+    phases = {"prune": job.search(pruning, budget, "prune", teacher=model)}
     job.session.say(f"filters: {budget.finish()}")
     pruned = job.frozen(pruning)
-    rest = replace(
-        config, epochs=config.pruned_epochs or config.epochs, lr=config.pruned_lr, schedule="cosine", milestones=()
-    )
-    job.train(pruned, rest, "pruned", groups=parameter_groups(pruned, rest.lr, rest.weight_decay), teacher=model)
+    rest = between_stages(config)
+    groups = parameter_groups(pruned, rest.lr, rest.weight_decay)
+    phases["pruned"] = job.train(pruned, rest, "pruned", groups=groups, teacher=model)
     quantizing = job.prepared(pruned, replace(settings, pruning=False))
     targets = limits(config)
     if config.bops and config.bops <= 1:  # a share of the whole network, as in every other mode
         targets["bops"] = config.bops * budget.full_precision
     second = job.budget(quantizing, **targets)
-    training = job.search(quantizing, second, "search", teacher=model)
+    phases["search"] = job.search(quantizing, second, "search", teacher=model)
+    seconds = sum(phase["seconds"] for phase in phases.values())
+    training = {**phases["search"], "seconds": seconds, "phases": phases}
     found = job.found(quantizing, second.finish(), training)
     return replace(found, plan=with_bits(plan_of(pruned), found.plan))
+
+
+def between_stages(config: SearchRun) -> SearchRun:
+    """The recipe of fine-tuning in float between the two stages. Raises TrainingError for numbers that make none."""
+    epochs = config.pruned_epochs or config.epochs
+    try:
+        return replace(config, epochs=epochs, lr=config.pruned_lr, schedule="cosine", milestones=())
+    except TrainingError as error:
+        raise TrainingError(f"between the stages (pruned_epochs, pruned_lr): {error}") from error
 
 
 def with_bits(pruned: Plan, quantized: Plan) -> Plan:
@@ -165,10 +181,17 @@ def search_of(mode: str) -> Search:
 
 
 def search_settings(config: SearchRun) -> SearchConfig:
-    """What is searched: the options the two configurations share, changed by the mode."""
+    """What is searched: the options the two configurations share, changed by the mode.
+
+    Raises PlanError for an option that contradicts the mode.
+    """
     own = {field.name for field in fields(config)}
     options = {field.name: getattr(config, field.name) for field in fields(SearchConfig) if field.name in own}
     options["group_size"] = config.group_size or network.prune_group(config.model)
+    for name, value in mode_settings(config.mode).items():
+        asked = options.get(name, value)
+        if asked not in (value, getattr(SearchConfig, name)):
+            raise PlanError(f"--mode {config.mode} takes {name}={value!r}, asked is {asked!r}; leave one of them out")
     return SearchConfig(**{**options, **mode_settings(config.mode)})
 
 
@@ -183,6 +206,7 @@ def check_reach(config: SearchRun, model: nn.Module, example: Tensor) -> None:
     """
     settings = search_settings(config)
     if config.mode == "two-stage":
+        between_stages(config)
         Budget(prepare(model, example, replace(settings, bits=(FULL_BITS,))), config.prune_bops)
     budget = Budget(prepare(model, example, settings), **limits(config))
     for quantity in (target.quantity for target in budget.targets):

@@ -98,6 +98,9 @@ def test_two_stages_prune_in_float_before_bits(home: Path) -> None:
     plan = Plan.load(home / "two-stage/plan.json")
     pruned = replace(plan, layers=tuple(replace(layer, w_bits=32, a_bits=32) for layer in plan.layers))
     assert pruned.bops() <= 0.7 * plan.full_precision_bops()
+    search = json.loads((home / "two-stage/results.json").read_text())["search"]
+    assert list(search["phases"]) == phases[1:4]
+    assert search["seconds"] == pytest.approx(sum(phase["seconds"] for phase in search["phases"].values()))
 
 
 def kill_at(patch: pytest.MonkeyPatch, step: int) -> None:

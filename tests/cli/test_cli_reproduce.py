@@ -373,6 +373,16 @@ def test_all_phases_share_one_reading_of_the_data(
     assert [share for _, share in read] == [0.0, 1.0, 1.0]  # the phases; packing and verifying, of what is left
 
 
+def test_a_network_that_is_not_fine_tuned_is_told_so(home: Path, lbs_command: Command, tmp_path: Path) -> None:
+    line = f"reproduce tiny --out {tmp_path}/untuned --schedule 1+0 --threads 1"
+    code, record, errors = lbs_command(line)
+    assert code == 0, errors
+    assert record["fine_tuned_top1"] is record["best_epoch"] is None
+    assert "not fine-tuned" in errors
+    code, body, _ = lbs_command(f"reproduce tiny --out {tmp_path}/nothing --float-epochs 0 --schedule 1+1 --threads 1")
+    assert (code, "a float network needs weights or training" in body["error"]) == (2, True)
+
+
 def test_schedules_are_named_by_what_was_run() -> None:
     search, full = SearchRun(epochs=30, full_epochs=30), FinetuneRun()
     results = {"search": {"epochs": 2, "seconds": 61.0}, "finetune": {"epochs": 16, "seconds": 35 * 60.1}}

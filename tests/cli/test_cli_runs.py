@@ -241,6 +241,21 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
             "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --gate-lr -1",
             "--gate-lr -1",
         ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --mode two-stage "
+            "--pruned-lr 0",
+            "between the stages (pruned_epochs, pruned_lr): lr=0.0; it must be above 0",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --mode two-stage "
+            "--no-pruning",
+            "--mode two-stage takes pruning=True, asked is False; leave one of them out",
+        ),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .9 --weights w.pth --mode pruning-only "
+            "--bits 2,4",
+            "--mode pruning-only takes bits=(32,), asked is (2, 4)",
+        ),
         ("quickstart --run bad --threads 0", "--threads 0"),
         ("pack --run bad", "network.json"),
         ("verify --run whole/checkpoints", "network.json"),
@@ -350,6 +365,58 @@ def test_uniform_and_hand_made_plans_are_fine_tuned(home: Path, lbs_command: Com
     assert section["bops"] == Plan.load(home / "hand.json").bops() < plan.bops()
     assert lbs_command("pack --run hand")[0] == 0
     assert lbs_command("verify --run hand --images 8")[0] == 0
+
+
+def test_no_command_replaces_the_network_of_another(home: Path, lbs_command: Command) -> None:
+    plan = (home / "whole/plan.json").read_bytes()
+    uniform = "--uniform 8,8 --epochs 1 --batch-size 128 --threads 1 --calibration 64"
+    shutil.copytree(home / "whole", home / "mixed")
+    shutil.rmtree(home / "mixed/checkpoints")
+    code, body, _ = lbs_command(f"finetune --run mixed {uniform}")
+    assert (code, body["error"]) == (2, "mixed holds a searched network; name a new folder with --run")
+    assert (home / "mixed/plan.json").read_bytes() == plan
+    shutil.copy(home / "whole/float.safetensors", home / "whole.safetensors")
+    named = "--data digits --model tiny_cli_net:Net --no-augment --weights whole.safetensors"
+    assert lbs_command(f"finetune --run alike {named} {uniform}")[0] == 0
+    plan = (home / "alike/plan.json").read_bytes()
+    for again in ("", "--resume"):  # the second goes on with what the first was asked
+        code, body, _ = lbs_command(f"search --run alike {named} --epochs 1 --bops 0.03 --threads 1 {again}")
+        assert (code, body["error"]) == (2, "alike holds a network of other bits; name a new folder with --run")
+    assert (home / "alike/plan.json").read_bytes() == plan
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model digits_resnet8", "tuned holds a network of model tiny_cli_net:Net, asked is digits_resnet8"),
+        ("--mean .5 --std .2", "tuned holds a network of mean (0.3"),
+        ("--data synthetic", "another data set: digits has the fingerprint"),
+    ],
+)
+def test_a_searched_network_is_fine_tuned_as_it_was_searched(
+    home: Path, lbs_command: Command, option: str, message: str
+) -> None:
+    shutil.rmtree(home / "tuned", ignore_errors=True)
+    shutil.copytree(home / "whole", home / "tuned")
+    shutil.rmtree(home / "tuned/checkpoints")
+    code, body, _ = lbs_command(f"finetune --run tuned {FINETUNE} {option}")
+    assert code == 2
+    assert message in body["error"]
+
+
+def test_a_plan_that_was_edited_is_not_gone_on_with(home: Path, lbs_command: Command) -> None:
+    shutil.copy(home / "whole/float.safetensors", home / "whole.safetensors")
+    shutil.copy(home / "whole/plan.json", home / "edited.json")
+    line = "--data digits --model tiny_cli_net:Net --no-augment --weights whole.safetensors --plan edited.json"
+    line += " --epochs 1 --batch-size 128 --threads 1 --calibration 64"
+    assert lbs_command(f"finetune --run edited {line}")[0] == 0
+    assert lbs_command("finetune --run edited --resume --threads 1")[0] == 0
+    body = json.loads((home / "edited.json").read_text())
+    body["layers"][1]["w_bits"] = 2 if body["layers"][1]["w_bits"] != 2 else 4
+    (home / "edited.json").write_text(json.dumps(body))
+    code, body, _ = lbs_command("finetune --run edited --resume --threads 1")
+    assert code == 2
+    assert "edited.json has changed since the run began" in body["error"]
 
 
 def test_quickstart(home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lbs
+import lbs.models
+from lbs.search.freeze import plan_of
 from lbs.search.gates import BitGate, PruneGate, step
 from lbs_kernels.errors import PlanError
 
@@ -165,3 +168,13 @@ def test_frozen_prune_gates_ignore_what_comes() -> None:
 def test_a_chain_that_does_not_nest_is_refused() -> None:
     with pytest.raises(PlanError, match="multiple"):
         BitGate((2, 3))
+
+
+def test_a_plan_shows_what_the_device_has_decided() -> None:
+    """On a GPU `is_open` moves in every step, and Python's `level` at a look."""
+    model = lbs.models.create("digits_resnet8")
+    model = lbs.prepare(model, lbs.models.example("digits_resnet8"))
+    for gate in (module for module in model.modules() if isinstance(module, BitGate)):
+        gate.is_open.zero_()
+    searched = [layer for layer in plan_of(model).layers if layer.name not in ("conv1", "fc")]
+    assert {(layer.w_bits, layer.a_bits) for layer in searched} == {(2, 2)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from lbs.quant.quantizers import InputQuantizer
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.layers import SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
+from lbs.search.network import NetworkCard, apply_plan
 from lbs.search.prepare import SearchConfig, conversion_report, prepare, uniform
 from lbs_kernels.errors import GraphError, PlanError
 
@@ -190,7 +191,7 @@ def test_a_sum_that_could_not_be_packed_is_refused_before_the_search() -> None:
         prepare(_Wide(33026), images())
     assert str(refusal.value) == (
         "wide: 33026 products of weights up to 255 and activations up to 255 sum to 2147515650, the 32-bit accumulator "
-        "ends below 2147483648; use fewer bits or split the layer. It could be searched but not packed at 8 bits: "
+        "ends below 2147483648; use fewer bits or split the layer. It could be trained but not packed at 8 bits: "
         "search bits=(2, 4), which fit, or leave it in float, exclude=('wide',)"
     )
     with pytest.raises(GraphError, match=r"not packed at 8 bits: leave it in float, exclude=\('wide',\)$"):
@@ -208,6 +209,22 @@ def test_a_sum_that_could_not_be_packed_is_refused_before_the_search() -> None:
 )
 def test_the_ways_out_of_a_sum_that_could_overflow(options: dict[str, Any]) -> None:
     prepare(_Wide(33026), images(), SearchConfig(**options))
+
+
+def test_a_plan_is_held_to_its_own_sums() -> None:
+    """A search of narrow bits is opened again at them, and wide ones are refused before anything is trained."""
+    card = NetworkCard("wide", "none", 2, (1, 8, 8), (0.5,), (0.2,))
+    model = _Wide(33026)
+    searched = prepare(model, images(), SearchConfig(bits=(2, 4), pruning=False))
+    plan = plan_of(searched)
+    assert plan.layer("wide").w_bits == 4
+    assert plan_of(apply_plan(model, card, plan)) == plan
+    wider = replace(plan, layers=tuple(replace(x, w_bits=8, a_bits=8) if x.name == "wide" else x for x in plan.layers))
+    with pytest.raises(GraphError, match=r"33026 products .* not packed at 8 bits: leave it in float"):
+        apply_plan(model, card, wider)
+    with pytest.raises(GraphError, match=r"33026 products .* not packed at 8 bits: leave it in float"):
+        uniform(model, images(), 8, 8)
+    uniform(model, images(), 8, 4)
 
 
 def test_the_edges_count_at_eight_bits() -> None:
@@ -272,7 +289,7 @@ def test_misspelt_names_and_modes() -> None:
     with pytest.raises(GraphError, match="standardize='mean' is unknown"):
         prepare(digits(), images(), SearchConfig(standardize="mean"))
     assert SearchConfig(bits=[2, 4]).bits == (2, 4)  # type: ignore[arg-type]
-    assert dataclasses.replace(SearchConfig(), pruning=False, trace=False).bits == (2, 4, 8)
+    assert replace(SearchConfig(), pruning=False, trace=False).bits == (2, 4, 8)
 
 
 class _Branching(nn.Module):
