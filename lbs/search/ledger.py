@@ -144,7 +144,7 @@ class Ledger:
         return after - before
 
     def floor(self, quantity: Quantity) -> float:
-        """The least the network can cost."""
+        """The least the network can cost, as far as fewer filters never cost more."""
         present = [choice.level for choice in self.choices]
         self.make_cheapest(quantity)
         total = self.total(quantity)

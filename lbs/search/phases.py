@@ -215,7 +215,7 @@ def _start_of_finetuning(
     config: FinetuneRun, data: lbs.data.ImageSet, card: NetworkCard, session: Session
 ) -> tuple[nn.Module, NetworkCard]:
     """The network fine-tuning starts from, quantized or pruned in float, and its card."""
-    folder, batches = session.folder, calibration_batches(config, data, session.device)
+    folder = session.folder
     if config.plan or config.uniform:
         path = network.weights_path(config.weights, folder)
         if path is None:
@@ -231,7 +231,7 @@ def _start_of_finetuning(
             quantized = network.apply_plan(model, card, Plan.load(config.plan))
         quantized = quantized.to(session.device)
         if not plan_of(quantized).in_float:
-            calibrate(quantized, batches, bits=None)
+            calibrate(quantized, calibration_batches(config, data, session.device), bits=None)
         return quantized, network.with_signs(card, quantized)
     if not folder.file(SEARCHED).exists():
         raise CheckpointError(
