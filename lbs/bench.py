@@ -21,10 +21,11 @@ from lbs.engines import ENGINES, EngineModels, engine_reason
 from lbs.pack.model import PackedModel, need_packed
 from lbs.pack.packing import pack
 from lbs.quant.calibrate import calibrate
+from lbs.quant.deployed import undeploy
 from lbs.quant.layers import QuantLayer
 from lbs.run_folder import environment
 from lbs.search.prepare import layer_arguments, layer_options, replace_layer, uniform
-from lbs_kernels.errors import BackendError, LbsError
+from lbs_kernels.errors import BackendError, LbsError, first_line
 from lbs_kernels.timing import SETTLE, Times, cuda_graph, interleave
 
 PACKED = "packed"
@@ -202,7 +203,7 @@ def _models(
 
 
 def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
-    """A copy in which quantized layers are torch's own again."""
+    """A copy in which quantized layers, and the norms and means around them, are torch's own again."""
     model = copy.deepcopy(model)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
     for name, layer in layers:
@@ -211,6 +212,8 @@ def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
         plain.weight = nn.Parameter(layer.quantized_weight().detach().clone())
         plain.bias = layer.bias  # type: ignore[assignment]
         replace_layer(model, name, plain)
+    for module in model.modules():
+        undeploy(module)
     if any(layer.kept is not None for _, layer in layers):
         notes.append("the float baselines have only the filters that were kept: the model given is already pruned")
     return model
@@ -259,7 +262,7 @@ def _engine_calls(
             with torch.inference_mode(False), torch.no_grad():
                 calls[ENGINES[name]] = engines.call(name, images.clone(), threads)
         except Exception as error:  # noqa: BLE001  whatever a foreign engine raises, the others are still timed
-            missing[ENGINES[name]] = f"batch {len(images)}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            missing[ENGINES[name]] = f"batch {len(images)}: {type(error).__name__}: {first_line(error)}"
     return calls
 
 

@@ -133,7 +133,7 @@ class Plan:
             layers = tuple(_read_layer(entry) for entry in body["layers"])
             _check_names(layers)
             return Plan(layers, str(body.get("model", "")))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"not a plan: {type(error).__name__}: {error}; write plans with Plan.to_json") from error

@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
         body = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; is this a run folder?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}; restore it, or start the run in a new folder") from error
     if not isinstance(body, dict):
         raise CheckpointError(
@@ -144,9 +145,13 @@ class RunFolder:
         path = self.file("results.json")
         return dict(read_json(path)) if path.exists() else {}
 
-    def add_result(self, section: str, body: dict[str, Any]) -> None:
-        """Replace one section of results.json. Values that are not finite become null."""
-        write_json(self.file("results.json"), {**self.results(), section: _finite(body)})
+    def add_result(self, section: str, body: dict[str, Any], stale: Collection[str] = ()) -> None:
+        """Replace one section of results.json and drop those that told of what this one replaces.
+
+        Values that are not finite become null.
+        """
+        kept = {name: found for name, found in self.results().items() if name not in stale}
+        write_json(self.file("results.json"), {**kept, section: _finite(body)})
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line to metrics.jsonl. Values that are not finite become null. Raises CheckpointError on a full disk."""
@@ -173,7 +178,10 @@ class RunFolder:
         rows: list[dict[str, Any]] = []
         if not path.exists():
             return rows
-        lines = path.read_text().splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is no text: {error}; restore it, or delete it to go without") from error
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

@@ -37,3 +37,12 @@ class BackendError(LbsError, RuntimeError):
 
 class DataError(LbsError, ValueError):
     """A data set that is missing, damaged, or of another shape than the format says."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing.
+
+    >>> first_line(ValueError("one\\ntwo")), first_line(AssertionError())
+    ('one', 'AssertionError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

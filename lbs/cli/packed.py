@@ -65,6 +65,8 @@ def of_run(folder: RunFolder, device: object = "cpu") -> Source:
     path = folder.file(PACKED)
     if not path.exists():
         raise CheckpointError(f"{folder.path} holds no packed network; run lbs pack --run {folder.path} first")
+    if "pack" not in folder.results():
+        raise CheckpointError(f"{path} is older than the network of the run; run lbs pack --run {folder.path} again")
     float_model = None
     if folder.file(network.FLOAT).exists():
         card = network.NetworkCard.read(folder)

@@ -9,6 +9,7 @@ from lbs.cli.console import console
 from lbs.report.comparison import compare, summary
 from lbs.report.page import report
 from lbs.report.units import bops, percent
+from lbs_kernels.errors import LbsError
 
 COMPARISON = "runs/comparison"
 
@@ -23,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and say where it is; of several runs print the table too."""
     out = console(args)
     several = len(args.run) > 1
+    if args.out and not several:
+        raise LbsError(f"--out {args.out} is for several runs; the page of one is written into its own folder")
     page = compare(args.run, args.out or COMPARISON) if several else report(args.run[0])
     pictures = sorted(path.name for path in page.parent.glob("*.png"))
     lines = summary(args.run) if several else []

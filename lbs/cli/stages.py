@@ -50,7 +50,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
         "kept_float": [list(row) for row in packed.kept_float],
         "seconds": time.monotonic() - started,
     }
-    folder.add_result("pack", section)
+    folder.add_result("pack", section, stale=("verify", "bench"))
     return section
 
 

@@ -19,7 +19,7 @@ from lbs.cost.latency import latency_grid
 from lbs_kernels import tuner, tuning_table
 from lbs_kernels.blame import Blame
 from lbs_kernels.device import default_threads
-from lbs_kernels.errors import BackendError, LbsError
+from lbs_kernels.errors import BackendError, LbsError, first_line
 from lbs_kernels.problem import Problem
 from lbs_kernels.step_problem import problem_of
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(error, LbsError) or device.type != "cuda":
             raise
         raise BackendError(
-            f"{blame.keep()} broke {device}: {str(error).strip().splitlines()[0]}. It is left out from now on "
+            f"{blame.keep()} broke {device}: {first_line(error)}. It is left out from now on "
             f"({blame.path}), and what was measured before is kept: call again to go on"
         ) from error
     finally:

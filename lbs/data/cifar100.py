@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,14 +53,14 @@ def read_python_layout(path: Path) -> tuple[dict[str, np.ndarray], tuple[str, ..
         if not isinstance(pixels, np.ndarray) or pixels.ndim != 2 or pixels.shape[1] != 3 * SIZE * SIZE:
             shape = getattr(pixels, "shape", type(pixels).__name__)
             raise DataError(f"{folder / part}: 'data' is {shape}; it must be uint8 [N, {3 * SIZE * SIZE}]")
-        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-            raise DataError(f"{folder / part}: 'fine_labels' must be a list of integers")
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < CLASSES for label in labels):
+            raise DataError(f"{folder / part}: 'fine_labels' must be a list of integers from 0 to {CLASSES - 1}")
         arrays[f"{part}_x"] = pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
         arrays[f"{part}_y"] = np.array(labels, dtype=np.int64)
     names = _field(folder / "meta", load_plain_pickle(folder / "meta"), "fine_label_names")
     if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
         raise DataError(f"{folder / 'meta'}: 'fine_label_names' must be a list of strings")
-    return arrays, tuple(name.decode() if isinstance(name, bytes) else name for name in names)
+    return arrays, tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in names)
 
 
 def _field(path: Path, content: Any, key: str) -> Any:
@@ -136,6 +138,13 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a reference to an object outside the file")
 
 
+def _check_memo(written: bytes) -> None:
+    """Refuse numbers of remembered objects that no pickle of this length needs: their table would fill the memory."""
+    for code, argument, _ in pickletools.genops(io.BytesIO(written)):
+        if code.name.endswith("PUT") and int(argument or 0) > len(written):
+            raise pickle.UnpicklingError(f"it remembers an object as number {argument}")
+
+
 def load_plain_pickle(path: Path) -> Any:
     """Read a pickle of plain values and uint8 arrays; no code of the file's choosing is imported or run.
 
@@ -144,8 +153,9 @@ def load_plain_pickle(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"no file {path}; a {FOLDER} folder holds train, test and meta")
     try:
-        with path.open("rb") as file:
-            content = _PlainUnpickler(file, encoding="bytes").load()
+        written = path.read_bytes()
+        _check_memo(written)
+        content = _PlainUnpickler(io.BytesIO(written), encoding="bytes").load()
     # A damaged pickle can fail in any of these ways; what it says of itself is in the message.
     except (
         pickle.UnpicklingError,

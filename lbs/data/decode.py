@@ -15,6 +15,7 @@ from lbs_kernels.errors import DataError
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 TEST_SCALE = 8 / 7
+NARROWEST = 64  # the long side over the short one
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,24 @@ class Draw:
 def read_rgb(file: Path, size: int) -> Image.Image:
     """The file as RGB; a JPEG may come at a fraction of its size, but not below `size` pixels on its short side.
 
-    Raises DataError where it cannot be read.
+    Raises DataError where it cannot be read, or is so narrow that scaling its short side would fill the memory.
     """
     try:
         with Image.open(file) as image:
+            check_bytes(image)
+            if max(image.size) > NARROWEST * min(image.size):
+                raise ValueError(f"{image.size[0]}x{image.size[1]}, one side is over {NARROWEST} times the other")
             image.draft("RGB", (size, size))
             return image.convert("RGB")
     # PIL reports damaged PNGs as SyntaxError and oversized ones as DecompressionBombError.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def check_bytes(image: Image.Image) -> None:
+    """Raise ValueError for pixels of more than 8 bits: converting them would cut them off at 255 and say nothing."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode}, which has more than 8 bits; scale them to bytes")
 
 
 def training_crop(image: Image.Image, size: int, draw: Draw) -> np.ndarray:

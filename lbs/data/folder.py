@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lbs.data.decode import check_bytes
 from lbs.data.image_data import ImageData, from_arrays
 from lbs_kernels.errors import DataError
 
@@ -112,6 +113,7 @@ def _read_part(
 def _read_image(file: Path, channels: int) -> np.ndarray:
     try:
         with Image.open(file) as image:
+            check_bytes(image)
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     # PIL reports damaged PNGs as SyntaxError and oversized ones as DecompressionBombError.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

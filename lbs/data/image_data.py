@@ -123,6 +123,9 @@ def from_arrays(
     for key, array in arrays.items():
         if array.dtype.kind not in "iu":
             raise DataError(f"{name}: {key} holds {array.dtype}; images and labels must be integers")
+    for key in ("train_x", "test_x"):
+        if arrays[key].dtype != np.uint8:
+            raise DataError(f"{name}: {key} holds {arrays[key].dtype}; images must be uint8 [N, H, W, C]")
     images = {key: torch.from_numpy(np.ascontiguousarray(arrays[key])) for key in ("train_x", "test_x")}
     labels = {key: arrays[key].astype(np.int64) for key in ("train_y", "test_y")}
     _check_images(f"{name}: train", images["train_x"])

@@ -58,6 +58,10 @@ def _check_claims(path: Path) -> None:
     size = path.stat().st_size
     expanded = packed = 0
     with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        twins = [key for key in KEYS if {key, f"{key}.npy"} <= names]
+        if twins:  # numpy would read these, whatever NAME.npy holds
+            raise DataError(f"{path} holds an entry {twins[0]} beside {twins[0]}.npy; write it with numpy.savez")
         for entry in (archive.getinfo(f"{key}.npy") for key in KEYS):
             with archive.open(entry) as file:
                 old = np.lib.format.read_magic(file) == (1, 0)

@@ -6,6 +6,7 @@ PIL decodes outside Python's global lock, so threads are enough, and nothing has
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections import deque
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lbs.data.decode import Draw, central_crop, read_rgb, training_crop
+from lbs.data.decode import TEST_SCALE, Draw, central_crop, read_rgb, training_crop
 from lbs.data.folder import class_folders, image_files, too_many_unreadable
 from lbs.data.loader import normalize
 from lbs.data.position import Position, check_parts
@@ -93,7 +94,7 @@ class FolderData:
         """The middle of some test images, uint8 [n, H, W, C], and their labels; unreadable ones are left out."""
         rows = places.tolist()
         listing = Listing(tuple(self.test.files[i] for i in rows), tuple(self.test.labels[i] for i in rows))
-        loader = FolderLoader(self, listing, len(rows), augment=False)
+        loader = FolderLoader(self, listing, len(rows), augment=False, of=self.test_count)
         return loader.pixels()
 
 
@@ -128,6 +129,7 @@ class FolderLoader(Position):
 
     Args:
         rank, world_size: as in TensorLoader. workers: threads that decode; by default one per processor.
+            of: files that `max_unreadable` is a share of, where the listing is a part of them.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class FolderLoader(Position):
         rank: int = 0,
         world_size: int = 1,
         workers: int | None = None,
+        of: int | None = None,
     ) -> None:
         check_parts(len(listing.files), batch_size, drop_last, shuffle, rank, world_size)
         self.data, self.listing = data, listing
@@ -154,6 +157,7 @@ class FolderLoader(Position):
         self.workers = workers or max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.classes = max(listing.labels) + 1
         self.unreadable: dict[str, str] = {}
+        self.of = of or self.count()
         self._fingerprint = ""
 
     def count(self) -> int:
@@ -206,7 +210,7 @@ class FolderLoader(Position):
         """Pixels uint8 [size, size, 3], or why there are none."""
         size = self.data.size
         try:
-            image = read_rgb(self.listing.files[row], size)
+            image = read_rgb(self.listing.files[row], size if self.augment else math.ceil(size * TEST_SCALE))
         except DataError as error:
             return str(error)
         return training_crop(image, size, Draw(*draw.tolist())) if self.augment else central_crop(image, size)
@@ -218,13 +222,17 @@ class FolderLoader(Position):
             if isinstance(pixels, str):
                 self._note(self.listing.files[row], pixels)
         good = [place for place, pixels in enumerate(found) if not isinstance(pixels, str)]
-        if rows and not good:
+        if rows and not good and self.shuffle:  # there is nothing to replace them by
             raise DataError(f"none of the {len(rows)} images of a batch can be read, the first is {found[0]}")
         if self.shuffle:
             good = [
                 next(p for p in (*good, good[0] + len(rows)) if p >= place) % len(rows) for place in range(len(rows))
             ]
-        pixels = np.stack([found[place] for place in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
+        pixels = (
+            np.stack([found[place] for place in good])
+            if good
+            else np.zeros((0, self.data.size, self.data.size, 3), np.uint8)
+        )
         labels = torch.tensor([self.listing.labels[rows[place]] for place in good], dtype=torch.int64)
         return torch.from_numpy(pixels), labels.to(self.device)
 
@@ -232,4 +240,4 @@ class FolderLoader(Position):
         if str(file) not in self.unreadable:
             self.unreadable[str(file)] = reason
             warnings.warn(f"left out: {reason}", stacklevel=2)
-            too_many_unreadable(self.unreadable, self.count(), self.data.max_unreadable)
+            too_many_unreadable(self.unreadable, self.of, self.data.max_unreadable)

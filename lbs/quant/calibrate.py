@@ -150,9 +150,14 @@ def _best_range(values: Tensor, bits: int, kind: str) -> float:
 
 
 def estimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace every norm's running statistics by their mean over the batches, quantization as it is."""
+    """Replace every norm's running statistics by their mean over the batches, quantization as it is.
+
+    Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
+    then what they were.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     was_training = model.training
     model.eval()
     for norm in norms:
@@ -163,6 +168,11 @@ def estimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         with torch.no_grad():
             for batch in batches:
                 model(batch)
+    except Exception as error:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, value in buffers.items():
+                norm.get_buffer(name).copy_(value)
+        raise GraphError(_batch_message(model, batch, error)) from error
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -79,13 +79,21 @@ def _schedule(record: Record) -> str:
     return "+".join(str(x) for x in epochs if x is not None) + " epochs" if any(epochs) else "-"
 
 
+def _records(run_dirs: Sequence[str | Path]) -> list[Record]:
+    """Named by their folders, with as many of the folders above as tell them apart."""
+    found = [records.read(folder) for folder in run_dirs]
+    parts = [Path(folder).resolve().parts for folder in run_dirs]
+    depth = next((n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(set(parts))), 1)
+    return [replace(record, name="/".join(own[-depth:])) for record, own in zip(found, parts, strict=True)]
+
+
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Write report.html and the PNG files of a comparison into `out`; returns the path of the page.
 
     Raises:
         CheckpointError: a folder that holds no run, a damaged file, or a full disk.
     """
-    found = [records.read(folder) for folder in run_dirs]
+    found = _records(run_dirs)
     lines = [line_of(record) for record in found]
     with matplotlib.rc_context(STYLE):
         pictures = draw(lines, found)
@@ -207,4 +215,4 @@ def _published(lines: list[Line]) -> Table:
 
 def summary(run_dirs: Sequence[str | Path]) -> list[Line]:
     """The lines of the first table."""
-    return [line_of(records.read(folder)) for folder in run_dirs]
+    return [line_of(record) for record in _records(run_dirs)]

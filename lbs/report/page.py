@@ -63,7 +63,7 @@ def template(name: str) -> jinja2.Template:
 
 def missing_parts(record: Record) -> list[tuple[str, str]]:
     """(what is missing, the command that makes it)."""
-    run = record.name
+    run = record.path or record.name
     wanted = (
         ("search", not record.metrics.get("search") and "search" not in record.results, f"lbs search --run {run} ..."),
         ("fine-tuning", "finetune" not in record.results, f"lbs finetune --run {run}"),

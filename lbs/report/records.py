@@ -38,6 +38,7 @@ class Record:
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     layers: tuple[LayerRow, ...] = ()
     made: dict[str, Any] = field(default_factory=dict)  # record.json of a row that was reproduced
+    path: str = ""  # the folder, as it was named
 
     def epochs(self, phase: str) -> list[dict[str, Any]]:
         """Rows written at the end of each epoch."""
@@ -91,7 +92,8 @@ def read(path: str | Path) -> Record:
     for row in rows:
         metrics.setdefault(str(row.get("phase")), []).append(row)
     made = _optional(folder.file("record.json"))
-    return Record(folder.path.resolve().name, metrics=metrics, layers=layer_rows(plan), made=made, **parts)
+    name = folder.path.resolve().name
+    return Record(name, metrics=metrics, layers=layer_rows(plan), made=made, path=str(path), **parts)
 
 
 def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:

@@ -38,6 +38,10 @@ def file_digest(path: str) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}; give the path of a file") from error
 
 
+def _digest_there(path: Path) -> str:
+    return file_digest(str(path)) if path.exists() else ""
+
+
 def _check_digest(path: str, digest: str) -> None:
     """Refuse a file that is not the one a run was begun with."""
     found = file_digest(path)
@@ -174,7 +178,9 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     plan = plan_of(quantized)
     card.write(folder)
     write_bytes(folder.file("plan.json"), plan.to_json().encode())
-    checkpoint.save_weights(folder.file(FINAL), quantized)
+    final = folder.file(FINAL)
+    earlier = _digest_there(final)
+    checkpoint.save_weights(final, quantized)
     section = {
         **result.as_dict(),
         "accuracy_before": before,
@@ -183,7 +189,8 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
         **left_out(trainer.train, data),
         "config_hash": config.digest(),
     }
-    folder.add_result("finetune", section)
+    stale = ("pack", "verify", "bench") if _digest_there(final) != earlier else ()  # a finished one may go on too
+    folder.add_result("finetune", section, stale)
     distributed.wait()
     return section
 

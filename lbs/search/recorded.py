@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.cuda_graph import Recorded, record
+from lbs_kernels.errors import first_line
 
 SINGLE_STEPS = 3  # of every kind before it is recorded: compilation, cuDNN's choice of kernels, the optimizer's state
 
@@ -80,4 +81,4 @@ def _first_cause(error: BaseException) -> str:
     """One line of what went wrong first: the end of a recording that failed raises an error of its own."""
     while error.__context__ is not None:
         error = error.__context__
-    return str(error).strip().splitlines()[0]
+    return first_line(error)

@@ -404,6 +404,26 @@ def test_a_searched_network_is_fine_tuned_as_it_was_searched(
     assert message in body["error"]
 
 
+def test_what_told_of_another_network_is_dropped(home: Path, lbs_command: Command) -> None:
+    shutil.copytree(home / "whole", home / "later")
+    for name in ("checkpoints", "model.safetensors"):
+        path = home / "later" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert lbs_command("pack --run later")[0] == lbs_command("verify --run later --images 4")[0] == 0
+    assert lbs_command(f"finetune --run later {FINETUNE}")[0] == 0
+    results = json.loads((home / "later/results.json").read_text())
+    assert not {"pack", "verify", "bench"} & results.keys()
+    code, body, _ = lbs_command("verify --run later --images 4")
+    assert (code, "is older than the network of the run; run lbs pack --run later again" in body["error"]) == (2, True)
+    assert lbs_command("pack --run later")[0] == lbs_command("verify --run later --images 4")[0] == 0
+    assert lbs_command("finetune --run later --resume --threads 1")[0] == 0  # it was finished: nothing has changed
+    assert "verify" in json.loads((home / "later/results.json").read_text())
+    assert lbs_command("pack --run later")[0] == 0
+    assert "verify" not in json.loads((home / "later/results.json").read_text())
+    code, body, _ = lbs_command("report later --out elsewhere")
+    assert (code, body["error"].startswith("--out elsewhere is for several runs")) == (2, True)
+
+
 def test_a_plan_that_was_edited_is_not_gone_on_with(home: Path, lbs_command: Command) -> None:
     shutil.copy(home / "whole/float.safetensors", home / "whole.safetensors")
     shutil.copy(home / "whole/plan.json", home / "edited.json")

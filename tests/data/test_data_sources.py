@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 import lbs.data
+from lbs.data import folder as folder_module
 from lbs.data import npz
 from lbs.data.cifar100 import load_plain_pickle
+from lbs.data.decode import read_rgb
 from lbs_kernels.errors import DataError
 
 RNG = np.random.default_rng(3)
@@ -139,6 +141,13 @@ def test_every_truncation_of_a_pickle_is_a_data_error(tmp_path: Path) -> None:
             load_plain_pickle(path)
 
 
+def test_a_short_pickle_cannot_ask_for_a_large_table(tmp_path: Path) -> None:
+    path = tmp_path / "train"
+    path.write_bytes(b"\x80\x02Nr" + (1 << 27).to_bytes(4, "little") + b".")
+    with pytest.raises(DataError, match="is not a CIFAR-100 pickle: it remembers an object as number 134217728"):
+        load_plain_pickle(path)
+
+
 def test_damaged_pickles_never_escape_as_another_error(tmp_path: Path) -> None:
     whole = bytearray(pickle.dumps({b"data": np.arange(12, dtype=np.uint8).reshape(2, 6), b"fine_labels": [1, 2]}, 4))
     path = tmp_path / "train"
@@ -208,6 +217,26 @@ def test_missing_and_damaged_npz(tmp_path: Path) -> None:
     path.write_bytes(middle)
     with pytest.raises(DataError, match=r"not a readable \.npz"):
         lbs.data.load(path)
+
+
+def test_npz_with_two_entries_of_a_name_is_refused(tmp_path: Path) -> None:
+    """numpy would read the entry without .npy, whose claims nobody has looked at."""
+    path = _save_npz(tmp_path / "images.npz", _arrays())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train_x", archive.read("test_x.npy"))
+    with pytest.raises(DataError, match=r"holds an entry train_x beside train_x\.npy"):
+        lbs.data.load(path)
+
+
+def test_images_of_more_than_bytes_are_refused(tmp_path: Path) -> None:
+    for dtype in (">u2", "<u2", np.int64):
+        with pytest.raises(DataError, match=r"train_x holds .*; images must be uint8"):
+            lbs.data.load(_save_npz(tmp_path / "wide.npz", {**_arrays(), "train_x": np.zeros((12, 32, 32, 3), dtype)}))
+    file = tmp_path / "grey16.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(file)
+    for call in (lambda: read_rgb(file, 8), lambda: folder_module._read_image(file, 1)):
+        with pytest.raises(DataError, match="pixels of mode I;16, which has more than 8 bits; scale them to bytes"):
+            call()
 
 
 def test_npz_with_objects_or_a_missing_array_is_refused(tmp_path: Path) -> None:
@@ -308,7 +337,7 @@ def test_labels_too_high_to_be_classes_are_refused(label: int) -> None:
         ("train_x", np.zeros((12, 3, 32, 32), np.uint8), "channels, must be 1 or 3"),
         ("train_x", np.zeros((12, 32, 32), np.uint8), r"must be uint8 \[N, H, W, C\]"),
         ("train_x", np.zeros((12, 32, 32, 3), np.float32), "train_x holds float32"),
-        ("train_x", np.zeros((12, 32, 32, 3), np.int64), "torch.int64"),
+        ("train_x", np.zeros((12, 32, 32, 3), np.int64), "holds int64"),
         ("train_y", np.zeros(11, np.uint8), "for 12 images"),
         ("train_y", np.full(12, -1, np.int8), "labels go from -1 to -1"),
         ("test_x", np.zeros((6, 32, 31, 3), np.uint8), "both must have one size"),

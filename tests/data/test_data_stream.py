@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,38 @@ def test_unreadable_test_images_are_not_replaced(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:left out")
+def test_a_last_batch_of_unreadable_test_images_is_left_out(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    listing = stream_folder(root, SIZE).test.files
+    listing[-1].write_bytes(b"no image")
+    data = stream_folder(root, SIZE, max_unreadable=0.2)
+    with pytest.warns(UserWarning, match="left out"):
+        found = list(data.test_loader(TEST - 1))
+    assert [len(y) for _, y in found] == [TEST - 1]
+    with pytest.warns(UserWarning, match="left out"):  # one of nine, though all that was asked for
+        pixels, labels = data.pixels_at(torch.tensor([TEST - 1]))
+    assert pixels.shape == (0, SIZE, SIZE, 3)
+    assert len(labels) == 0
+
+
+def test_an_image_narrow_enough_to_fill_the_memory_is_unreadable(tmp_path: Path) -> None:
+    Image.new("RGB", (60_000, 1)).save(tmp_path / "line.png")
+    with pytest.raises(DataError, match="60000x1, one side is over 64 times the other"):
+        read_rgb(tmp_path / "line.png", SIZE)
+
+
+def test_test_images_are_never_decoded_smaller_than_they_are_scaled_to(tmp_path: Path) -> None:
+    """480 pixels may come as 240, which is enough for a crop of 224 and too few for its surroundings of 256."""
+    for part in ("train", "val"):
+        (tmp_path / part / "c").mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (480, 480, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / part / "c/0.jpg", quality=95)
+    whole = Image.open(tmp_path / "val/c/0.jpg").convert("RGB")
+    pixels, _ = stream_folder(tmp_path).pixels_at(torch.tensor([0]))
+    assert np.array_equal(pixels[0].numpy(), central_crop(whole, 224))
+
+
 def test_folders_in_memory_leave_out_no_more_than_they_may(tmp_path: Path) -> None:
     for part, label, index in itertools.product(("train", "test"), range(2), range(5)):
         place = tmp_path / part / f"c{label}"

@@ -61,6 +61,8 @@ def test_quantized_model_becomes_float_again_and_pruning_is_noted() -> None:
         one, other = plain(x), model(x)
     assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.99
     assert pack_nets.layers_of(model)  # the model given stays quantized
+    assert {type(m) for m in plain.modules()} == {type(m) for m in lbs.models.create("cifar_resnet20").modules()}
+    bench_module._baseline("float32_folded", plain)
 
 
 def test_baselines_compute_what_the_float_model_does() -> None:

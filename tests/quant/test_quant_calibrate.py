@@ -120,6 +120,15 @@ def test_norms_are_estimated_again() -> None:
     assert not model.training
 
 
+def test_norms_keep_their_statistics_where_the_model_fails() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 8), nn.BatchNorm2d(2))
+    model[1].running_mean.fill_(7.0)  # type: ignore[union-attr,operator]
+    with pytest.raises(GraphError, match=r"failed on a calibration batch of shape \(1, 1, 8, 8\)"):
+        estimate_norms(model, [torch.rand(2, 1, 8, 8), torch.rand(1, 1, 8, 8)])
+    assert model[1].running_mean.tolist() == [7.0, 7.0]  # type: ignore[union-attr,operator]
+    assert model[1].momentum == 0.1
+
+
 def test_modes_and_hooks_are_put_back() -> None:
     model = prepare(small_model().train(), images()[:1])
     calibrate(model, [images()])

@@ -45,6 +45,14 @@ def cells(text: str) -> list[str]:
     return [re.sub("<.*?>|\u200b", "", cell) for cell in re.findall(r"<td.*?</td>", text)]
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, sketches: None) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    runs = [make_run(tmp_path / name / "joint", 0, accuracy) for name, accuracy in (("one", 0.671), ("two", 0.682))]
+    assert [line.name for line in comparison.summary(runs)] == ["one/joint", "two/joint"]
+    assert {"one/joint", "two/joint"} <= set(cells(comparison.compare(runs, tmp_path / "both").read_text()))
+
+
 def test_two_runs_make_one_page_with_pictures(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, 0, accuracy) for name, accuracy in (("one", 0.671), ("two", 0.682))]
     path = comparison.compare(runs, tmp_path / "both")

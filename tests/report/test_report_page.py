@@ -139,7 +139,7 @@ def test_every_part_may_be_missing(tmp_path: Path, part: str) -> None:
         assert f'id="{stem}"' not in text
         assert not folder.file(f"{stem}.png").exists()
     if part == "bench":
-        assert "benchmark: <code>lbs bench --run run</code>" in text
+        assert f"benchmark: <code>lbs bench --run {folder.path}</code>" in text
 
 
 @pytest.mark.parametrize("part", ["plan", "metrics", "results"])
