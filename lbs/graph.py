@@ -66,7 +66,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Shapes(fx.Interpreter):
-    """Runs the graph once and notes every output shape."""
+    """Runs the graph once and notes every output shape, and the numbers made of shapes."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -76,6 +76,8 @@ class _Shapes(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
+        elif isinstance(result, int | torch.Size):
+            n.meta["number"] = result
         return result
 
 
@@ -95,6 +97,7 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
             module = fx.GraphModule(model, tracer.trace(model))
         except Exception as error:
             raise GraphError(_trace_message(model, error)) from error
+        _by_position(module)
         try:
             _Shapes(module).run(example)
         except Exception as error:
@@ -107,6 +110,14 @@ def trace(model: nn.Module, example: Tensor) -> ModelGraph:
     groups = {str(n.target): _group(module, n) for n in layer_nodes(module) if _is_conv(module, n)}
     layers, uneven = _summed(calls)
     return ModelGraph(module, layers, groups, _repeated(entry.name for entry in calls), uneven, _folding(module))
+
+
+def _by_position(module: fx.GraphModule) -> None:
+    """Modules called as layer(input=x) read what is called layer(x)."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and not node.args and list(node.kwargs) == ["input"]:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
+    module.recompile()
 
 
 def _folding(module: fx.GraphModule) -> frozenset[str]:
@@ -205,13 +216,15 @@ def observe_layers(model: nn.Module, example: Tensor) -> tuple[dict[str, LayerPl
     calls: list[LayerPlan] = []
 
     def note(name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            calls.append(geometry(name, layer, tuple(args[0].shape)))
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            calls.append(geometry(name, layer, tuple((args[0] if args else kwargs["input"]).shape)))
 
         return hook
 
     handles = [
-        m.register_forward_pre_hook(note(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+        m.register_forward_pre_hook(note(n), with_kwargs=True)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
     ]
     try:
         with _evaluating(model):

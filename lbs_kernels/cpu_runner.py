@@ -32,7 +32,7 @@ class CpuRunner:
     ) -> list[Tensor]:
         """Outputs of dense images, channels first or last; see `run_program`. `threads` defaults to torch's number."""
         batch = inputs[0].shape[0]
-        outputs = [torch.empty((batch, *shape)) for shape in self._output_shapes]
+        outputs = [torch.empty((batch, *shape), dtype=torch.float32, device="cpu") for shape in self._output_shapes]
         in_pointers = [x.data_ptr() for x in inputs]
         last = [not x.is_contiguous() for x in inputs]
         out_pointers = [y.data_ptr() for y in outputs]
@@ -43,7 +43,7 @@ class CpuRunner:
         for index, spec in enumerate(self.program.tensors):
             if spec.form != "image":
                 dtype = torch.uint8 if spec.form == "codes" else STREAM_DTYPES[self.program.stream_dtype]
-                trace[index] = torch.empty((batch, spec.height, spec.width, spec.channels), dtype=dtype)
+                trace[index] = torch.empty((batch, spec.height, spec.width, spec.channels), dtype=dtype, device="cpu")
         pointers = {index: value.data_ptr() for index, value in trace.items()}
         trace.update(zip(self.program.inputs, inputs, strict=True))
         self.native.run_traced(in_pointers, out_pointers, batch, count, pointers, last)

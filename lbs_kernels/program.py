@@ -212,7 +212,7 @@ def build_blob(arrays: dict[str, Tensor]) -> tuple[dict[str, ArraySpec], Tensor,
             raise FormatError(f"array {key} is {value.dtype}; a program holds float32 and int32 arrays only")
         specs[key] = ArraySpec(names[value.dtype], tuple(value.shape), offset)
         offset += -(-specs[key].nbytes // BLOB_ALIGNMENT) * BLOB_ALIGNMENT
-    blob = torch.zeros(offset, dtype=torch.uint8)
+    blob = torch.zeros(offset, dtype=torch.uint8, device="cpu")
     for key, value in arrays.items():
         spec = specs[key]
         blob[spec.offset : spec.offset + spec.nbytes] = value.contiguous().cpu().reshape(-1).view(torch.uint8)

@@ -173,6 +173,9 @@ def compiled(text: str, blob: Tensor, backend: str = "auto", allow: str = "") ->
     if found is not None and found.text == text and found.version == _version(blob):
         return found
     with _runners_lock:
+        found = _runners.get(key)  # another thread may have built it meanwhile
+        if found is not None and found.text == text and found.version == _version(blob):
+            return found
         made = CompiledProgram(text, blob, backend, allow)
         _runners.pop(key, None)
         while len(_runners) >= MAX_RUNNERS:

@@ -116,9 +116,9 @@ def read(path: Path) -> TuningTable:
         FormatError: not a table, another version, or times that are not positive numbers.
         FileNotFoundError: no such file.
     """
-    text = path.read_text()
+    content = path.read_bytes()
     try:
-        body = json.loads(text)
+        body = json.loads(content)
         version, device, rows = body["version"], body["device"], body["rows"]
         table = TuningTable(str(device), {str(k): {str(b): float(t) for b, t in v.items()} for k, v in rows.items()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:

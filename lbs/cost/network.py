@@ -116,7 +116,7 @@ def network_layers(model: nn.Module, example: Tensor) -> NetworkLayers:
     for name, module in shadow.named_modules():
         geometry = next((make for kind, make in GEOMETRY.items() if isinstance(module, kind)), None)
         if geometry is not None:
-            module.register_forward_hook(_recorder(name, geometry, found))
+            module.register_forward_hook(_recorder(name, geometry, found), with_kwargs=True)
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             uncounted.append(name)
     try:
@@ -138,9 +138,9 @@ def network_layers(model: nn.Module, example: Tensor) -> NetworkLayers:
 
 def _recorder(
     name: str, geometry: Callable[[Any, Tensor, Tensor], Problem], found: list[CountedLayer]
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        found.append(CountedLayer(name, geometry(module, inputs[0], output)))
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        found.append(CountedLayer(name, geometry(module, args[0] if args else kwargs["input"], output)))
 
     return record
 

@@ -110,7 +110,8 @@ def _parse(text: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(header, dict) or not isinstance(header.get(_META), dict):
         raise CheckpointError(f"{path} is no packed network, its header has no metadata; write one with save(path)")
     metadata = header.pop(_META)
-    if not all(isinstance(value, str) for value in metadata.values()) or not isinstance(metadata.get("digest"), str):
+    digest = metadata.get("digest")
+    if not all(isinstance(value, str) for value in metadata.values()) or not digest or not digest.isascii():
         raise CheckpointError(f"{path} is no packed network: its metadata are not texts with a digest")
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{path} claims {len(header)} tensors; at most {MAX_TENSORS} are read")
@@ -143,10 +144,15 @@ def _check_layout(entries: dict[str, Any], data_bytes: int, path: Path) -> None:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{path}: tensor {name!r} lacks dtype, shape or offsets; the file is damaged")
         shape, offsets = entry["shape"], entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
             known = ", ".join(_DTYPES)
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; known are {known}")
         if not isinstance(shape, list) or len(shape) > 8 or not all(type(s) is int and 0 <= s < 1 << 40 for s in shape):
+            raise CheckpointError(f"{path}: tensor {name!r} has no legal shape; the file is damaged")
+        if not isinstance(offsets, list) or not all(type(offset) is int for offset in offsets):
+            raise CheckpointError(f"{path}: tensor {name!r} has offsets that are no whole numbers; the file is damaged")
+        # A tensor without elements still has sizes, whose product torch takes.
+        if math.prod(size for size in shape if size) >= 1 << 63:
             raise CheckpointError(f"{path}: tensor {name!r} has no legal shape; the file is damaged")
         nbytes = math.prod(shape) * _DTYPES[entry["dtype"]].itemsize
         if offsets != [expected, expected + nbytes] or offsets[1] > data_bytes:
@@ -172,5 +178,5 @@ def _tensor(entry: dict[str, Any], data: bytearray) -> Tensor:
     begin, end = entry["data_offsets"]
     dtype = _DTYPES[entry["dtype"]]
     if begin == end:
-        return torch.empty(entry["shape"], dtype=dtype)
+        return torch.empty(entry["shape"], dtype=dtype, device="cpu")
     return torch.frombuffer(data[begin:end], dtype=torch.uint8).view(dtype).reshape(entry["shape"])

@@ -83,14 +83,16 @@ def graph_to_json(graph: fx.GraphModule) -> dict[str, Any]:
     """
     nodes, modules = [], {}
     for node in graph.graph.nodes:
-        target = str(node.target)
-        if node.op == "call_function":
+        op, args, target = node.op, node.args, str(node.target)
+        if node.target is getattr and node.args[1:] == ("shape",):
+            op, args, target = "call_method", node.args[:1], "size"
+        elif op == "call_function":
             target = _FUNCTION_NAMES.get(node.target, "")
-        if not target or (node.op == "call_method" and target not in _METHODS):
+        if not target or (op == "call_method" and target not in _METHODS):
             raise _unsaved(node.name, f"calls {getattr(node.target, '__name__', node.target)}")
         if node.op == "call_module" and not isinstance(graph.get_submodule(target), PackedRegion):
             modules[target] = _module_to_json(target, graph.get_submodule(target))
-        body = {"name": node.name, "op": node.op, "target": target, "args": _encode(node.args, node.name)}
+        body = {"name": node.name, "op": op, "target": target, "args": _encode(args, node.name)}
         if node.kwargs:
             body["kwargs"] = _encode(dict(node.kwargs), node.name)
         nodes.append(body)
@@ -148,10 +150,13 @@ def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str
         for entry in body["nodes"]:
             _add_node(graph, made, entry, root, tensors)
         graph.lint()
+        for op in ("placeholder", "output"):
+            if sum(node.op == op for node in graph.nodes) != 1:
+                raise CheckpointError(f"its graph has {op} nodes, of which there is one; it is damaged, write it again")
         return fx.GraphModule(root, graph, class_name="PackedGraph")
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError, RecursionError) as error:
+    except Exception as error:  # whatever torch.fx makes of a graph nobody has written
         raise CheckpointError(f"its graph is damaged ({type(error).__name__}: {error}); write it again") from error
 
 

@@ -239,7 +239,10 @@ class _Walk:
         else:
             other = second
             draft = self._copy(node, self._read(first))
-        draft.residual = self._floats(other, node)
+        residual = self._floats(other, node)
+        if residual.shape != draft.shape:
+            raise _NotPackable(node, f"it adds pixels of {draft.shape} and {residual.shape}, flattened")
+        draft.residual = residual
         draft.value = node
         self.values[node] = _Value(draft)
 

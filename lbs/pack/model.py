@@ -82,6 +82,10 @@ class PackedModel(nn.Module):
         for region in self.regions:
             region.allow = value or ""
 
+    def train(self, mode: bool = True) -> PackedModel:
+        """Nothing is trained any more: float parts stay in evaluation mode too."""
+        return super().train(False)
+
     @property
     def input_dtype(self) -> torch.dtype:
         """Of the images: torch.float32, or torch.uint8 where `normalize` is set."""
@@ -95,8 +99,8 @@ class PackedModel(nn.Module):
         """Images of the model's shape and dtype on its device: any bytes, or normal floats."""
         shape = (batch, *self.input_shape)
         if self.normalize is not None:
-            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(self.device)
-        return torch.randn(shape, generator=generator).to(self.device)
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu").to(self.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.device)
 
     @property
     def packed_bytes(self) -> int:

@@ -29,6 +29,7 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     if len(inputs) != 1:
         raise GraphError(f"the model has {len(inputs)} inputs; packing serves models of one image tensor")
     modules: dict[str, Any] = {f"region{i}": PackedRegion(r.program, r.blob) for i, r in enumerate(lowered.regions)}
+    regions = set(modules)
     result = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for unit in _order(source, lowered):
@@ -37,6 +38,8 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
             continue
         made[unit] = result.node_copy(unit, lambda node: made[node])
         if unit.op in ("call_module", "get_attr"):
+            if str(unit.target).partition(".")[0] in regions:
+                raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
             kept = copy.deepcopy(_attribute(graph.module, str(unit.target)))
             undeploy(kept)
             modules[str(unit.target)] = kept

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lbs.graph import called_module
+from lbs.quant.deployed import computes_as
 from lbs.quant.layers import QuantConv2d, QuantLinear
 
 Kind = Literal["layer", "norm", "clamp", "add", "max_pool", "mean_pool", "alias", "shape"]
@@ -39,8 +40,10 @@ def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
     """The Op of a node, or why it stays in float."""
     if node.op == "call_module":
         target = called_module(module, node)
-        module_rule = next((rule for kind, rule in _MODULES.items() if isinstance(target, kind)), None)
-        found = module_rule(target, node) if module_rule is not None else None
+        kind = next((kind for kind in _MODULES if isinstance(target, kind)), None)
+        if kind is not None and not computes_as(target, kind):
+            return f"{type(target).__name__} has a forward of its own"
+        found = _MODULES[kind](target, node) if kind is not None else None
         return found if found is not None else f"{type(target).__name__} has no packed form"
     if node.op in ("call_function", "call_method"):
         call_rule = _CALLS.get(node.target)
@@ -71,7 +74,13 @@ def _call_name(node: fx.Node) -> str:
 
 
 def _pair(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    """A size as it was called with, or as the sizes of the traced images made it."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("number", (0, 0))
+    if isinstance(value, int):
+        return value, value
+    first, second = (item.meta.get("number", 0) if isinstance(item, fx.Node) else item for item in value)
+    return int(first), int(second)
 
 
 # Modules: (module, node) -> Op, a reason, or None.

@@ -54,14 +54,14 @@ def partition(graph: fx.Graph, ops: dict[fx.Node, Op], reasons: dict[fx.Node, st
 
 
 def _needless(graph: fx.Graph, ops: Mapping[fx.Node, Op]) -> frozenset[fx.Node]:
-    """Packable nodes whose results nobody reads, and sizes that only packed reshapes read."""
+    """Packable nodes whose results nobody reads, and sizes that only packed reshapes and means read."""
     free: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node not in ops:
             continue
         readers = [user for user in node.users if user not in free]
         if ops[node].kind == "shape":
-            readers = [user for user in readers if not (user in ops and ops[user].kind == "alias")]
+            readers = [user for user in readers if not (user in ops and ops[user].kind in ("alias", "mean_pool"))]
         if not readers:
             free.add(node)
     return frozenset(free)

@@ -101,7 +101,7 @@ def _region(index: int, text: str, tensors: dict[str, Tensor]) -> PackedRegion:
     size = sum(-(-value.numel() * 4 // BLOB_ALIGNMENT) * BLOB_ALIGNMENT for value in arrays.values())
     program = read_program(text, size)
     _check_arrays(program, arrays, index)
-    blob = torch.zeros(size, dtype=torch.uint8)
+    blob = torch.zeros(size, dtype=torch.uint8, device="cpu")
     for key, spec in program.arrays.items():
         blob[spec.offset : spec.offset + spec.nbytes] = arrays[key].reshape(-1).view(torch.uint8)
     if program.digest != blob_digest(blob):

@@ -37,6 +37,8 @@ def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, t
     shape = tuple(record_of(model).input_shape) if example is None else tuple(example.shape[1:])
     device = next(iter(model.parameters())).device
     images = torch.zeros((2, *shape), device=device) if example is None else example[:2].to(device)
+    if len(images) == 1:  # of two, what is added to every image is told from what is added to one
+        images = torch.cat([images, images])
     if images.dtype != torch.float32 or images.dim() != 4 or images.shape[0] == 0:
         raise ShapeError(
             f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W]"

@@ -129,6 +129,8 @@ class _Judge(fx.Interpreter):
             value = super().run_node(n)
             if not isinstance(value, Tensor) or n.op == "output":
                 return value
+            if n.op == "get_attr" and value.is_floating_point():  # a weight that a function is called with
+                value = value.double()
             bound = self._bound(n, value)
         if n.name in self.tensors.images:
             value, bound = self._image(n, value)

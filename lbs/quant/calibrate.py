@@ -70,8 +70,8 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tens
     share = max(1, _SAMPLES // len(batches))
 
     def hook(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            flat = args[0].detach().float().flatten()
+        def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            flat = (args[0] if args else kwargs["input"]).detach().float().flatten()
             stride = _stride(flat.numel(), share)
             collected[name].append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
 
@@ -81,7 +81,7 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tens
     model.eval()
     for name, layer in layers.items():
         layer.quantize = False
-        handles.append(layer.register_forward_pre_hook(hook(name)))
+        handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
         with torch.no_grad():
             for batch in batches:

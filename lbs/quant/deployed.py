@@ -104,6 +104,11 @@ def deploy(model: nn.Module, folding: Collection[str]) -> None:
             module.folds = name in folding
 
 
+def computes_as(module: object, kind: type[nn.Module]) -> bool:
+    """Whether a module of a class derived from `kind` computes as that does, here or in torch."""
+    return getattr(type(module), "forward", None) in (kind.forward, _KINDS.get(kind, kind).forward)
+
+
 def undeploy(module: nn.Module) -> None:
     """Make one module, in place, torch's own again: what stays a float module beside packed ones."""
     module.__class__ = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))

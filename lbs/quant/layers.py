@@ -121,10 +121,10 @@ class QuantLayer(nn.Module):
         """The operation on these operands, whatever they stand for."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.computes_integers:
-            return self.integer_forward(x)
-        source, weight = self.operands(x)
+            return self.integer_forward(input)
+        source, weight = self.operands(input)
         return self.product(source, weight, self.bias)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

@@ -99,7 +99,7 @@ class SearchLayer(QuantLayer):
         """The gate that closes this layer's own filters."""
         return self.prune if self.prune is not None else next(iter(self.through_gate), None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         learning = self.training and torch.is_grad_enabled()
         if self.prune is not None:
             if learning:  # ranked in this iteration's graph, so that the task's gradient reaches what ranks the filters
@@ -109,9 +109,9 @@ class SearchLayer(QuantLayer):
                 with torch.inference_mode(False), torch.no_grad():  # what stays behind serves the next training step
                     self.observe_filters()
         if learning and self.watches_input:
-            features = x.detach().flatten(2).mean((0, 2)) if x.dim() > 2 else x.detach().mean(0)
-            self.input_gate[0].note(features)
-        return super().forward(x)
+            seen = input.detach()
+            self.input_gate[0].note(seen.flatten(2).mean((0, 2)) if seen.dim() > 2 else seen.mean(0))
+        return super().forward(input)
 
     def float_weight(self) -> Tensor:
         return codec.standardize(self.weight, self.standardize, self._alive())

@@ -102,6 +102,7 @@ def test_float_layers_of_many_kinds_come_back(tmp_path: Path) -> None:
             y = self.loose(self.stem(x))
             y = torch.cat([y[:, 4:], y[:, :4]], dim=1) + self.shift
             y = nn.functional.pad(self.conv(y).clamp(-1.0, 0.5), (1, 1), value=0.25)
+            y = y.sigmoid().view(y.shape[0], 8, -1).reshape(y.shape)
             return {"logits": self.fc(y.mean((2, 3))), "slope": nn.functional.softmax(y, dim=1)}
 
     torch.manual_seed(0)
@@ -222,7 +223,12 @@ LIES: dict[str, tuple[Callable[[Header], None], str]] = {
     "fractional_shape": (change_tensor(shape=[1.5]), "no legal shape"),
     "another_dtype": (change_tensor(dtype="F8_E4M3"), "has dtype 'F8_E4M3'"),
     "overlapping": (change_tensor(data_offsets=[0, 64]), "claims|lacks"),
-    "offset_text": (change_tensor(data_offsets=["0", "64"]), "claims"),
+    "offset_text": (change_tensor(data_offsets=["0", "64"]), "offsets that are no whole numbers"),
+    "offset_fractions": (change_tensor(data_offsets=[0.0, 64.0]), "offsets that are no whole numbers"),
+    "dtype_list": (change_tensor(dtype=["I32"]), "has dtype \\['I32'\\]"),
+    "empty_and_endless": (change_tensor(shape=[0, 1 << 39, 1 << 39]), "no legal shape"),
+    "graph_with_a_number_of_arguments": (change_json("graph", '"args": {"tuple": []}', '"args": 5'), "damaged"),
+    "graph_that_gives_nothing": (change_json("graph", '"op": "output"', '"op": "placeholder"'), "damaged"),
     "unknown_field": (change_tensor(extra=1), "lacks dtype, shape or offsets"),
     "float_planes": (change_tensor(dtype="F32"), "array conv1.planes is torch.float32"),
     "program_of_a_newer_version": (change_json("program0", '"version":2', '"version":7'), "program has version 7"),

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lbs.pack.model import PackedModel
 from lbs.pack.region import PackedRegion
+from lbs_kernels import run as run_module
+from lbs_kernels.run import clear_runners
 
 NETS = [pytest.param("digits", id="one_region"), pytest.param("gate", id="two_regions")]
 
@@ -55,6 +57,48 @@ def test_each_region_is_one_module_of_the_body(name: str) -> None:
     regions = [node for node in calls if isinstance(packed.body.get_submodule(str(node.target)), PackedRegion)]
     assert len(regions) == len(packed.programs)
     assert [region.program for region in packed.regions] == packed.programs
+
+
+def test_nothing_is_trained_any_more() -> None:
+    packed = pack_nets.packed_two_regions()
+    assert not packed.train().training
+    assert not any(module.training for module in packed.modules())
+
+
+def test_results_do_not_depend_on_the_default_dtype() -> None:
+    packed, x = net("digits")
+    expected = packed(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(packed(x), expected)
+        output, traces = packed.run_traced(x)
+        assert torch.equal(output, expected)
+        assert len(traces) == 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(packed(x), expected)
+
+
+def test_threads_that_come_first_together_build_one_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = net("digits")
+    expected, built = packed(x), []
+    clear_runners()
+    build = run_module.CompiledProgram
+    monkeypatch.setattr(run_module, "CompiledProgram", lambda *args: built.append(args) or build(*args))
+    start, found = threading.Barrier(4), []
+
+    def call() -> None:
+        start.wait()
+        found.append(packed(x))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert all(torch.equal(one, expected) for one in found)
 
 
 def test_copies_share_nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lbs
 from lbs.pack.model import PackedModel
 from lbs_kernels.errors import GraphError
 from lbs_kernels.program import ConvStep, LinearStep, PoolStep, QuantPackStep
@@ -71,6 +72,12 @@ ONE_REGION: dict[str, tuple[Callable[[Net, Tensor], object], list[str]]] = {
     "mean_call": (lambda n, x: n.fc(n.relu(n.inner(x)).mean((2, 3))), WHOLE),
     "mean_keepdim": (lambda n, x: n.fc(n.inner(x).mean([-2, -1], keepdim=True).flatten(1)), WHOLE),
     "average_of_all": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), (9, 7)).view(x.size(0), -1)), WHOLE),
+    "average_of_the_size": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), x.size()[2:]).flatten(1)), WHOLE),
+    "average_of_two_sizes": (
+        lambda n, x: n.fc(F.avg_pool2d(n.inner(x), (x.size(2), x.shape[3])).flatten(1)),
+        WHOLE,
+    ),
+    "layer_by_keyword": (lambda n, x: head(n, n.inner(input=x)), WHOLE),
     "view_by_shape": (lambda n, x: n.fc(n.mean(n.inner(x)).reshape(x.shape[0], -1)), WHOLE),
     "unused_branch": (lambda n, x: (n.other(x), head(n, n.inner(x)))[1], WHOLE),
     "relu_behind_a_stream": (
@@ -222,6 +229,71 @@ def test_float_parts_between_regions(name: str) -> None:
     assert len(packed.programs) == regions
     assert [label for label, _ in packed.kept_float] == floats
     assert all(reason for _, reason in packed.kept_float)
+
+
+class Squared(nn.ReLU):
+    """Derived from a module that has a packed form, and something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) ** 2
+
+
+class Blurred(nn.Module):
+    """Functions with a buffer and a parameter, a sum of flattened pixels, and a batch of one that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.squared = Squared()
+        self.register_buffer("kernel", torch.full((4, 1, 3, 3), 1 / 9))
+        self.place = nn.Parameter(torch.randn(1, 4, 5, 4) * 0.1)
+        self.first, self.second = nn.Linear(80, 80), nn.Linear(80, 80)
+        self.scale = nn.Parameter(torch.randn(80, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.squared(self.stem(x)) + self.place
+        y = F.conv2d(y, self.kernel, padding=1, groups=4).flatten(1)
+        y = y + self.second(torch.relu(self.first(torch.relu(y))))
+        return y @ self.scale
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_what_only_looks_like_a_packed_form_stays_in_float(images: int) -> None:
+    torch.manual_seed(5)
+    model = pack_nets.quantized(Blurred(), SHAPE)
+    packed = lbs.pack(model, example=pack_nets.images(images, SHAPE))
+    reasons = dict(packed.kept_float)
+    assert reasons["squared"] == "Squared has a forward of its own"
+    assert len(packed.programs) == 2
+    for batch in (1, 4):
+        x = pack_nets.images(batch, SHAPE, seed=9)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_of_flattened_pixels_stays_in_float() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1)
+            self.first, self.second = nn.Linear(80, 80), nn.Linear(80, 80)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(torch.relu(self.stem(x))).flatten(1)
+            return y + self.second(torch.relu(self.first(torch.relu(y))))
+
+    packed = pack_nets.check_equal(pack_nets.quantized(Flat(), SHAPE), SHAPE)
+    assert any("flattened" in reason for _, reason in packed.kept_float)
+
+
+def test_a_float_module_of_a_name_that_packing_needs_is_refused() -> None:
+    class Named(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda n, x: n.region0(head(n, n.inner(x))))
+            self.region0 = nn.Tanh()
+
+    with pytest.raises(GraphError, match="region0 stays in float and has a name that packed parts have; rename it"):
+        lbs.pack(pack_nets.quantized(Named(), SHAPE))
 
 
 def test_norm_folds_into_the_layer_and_pre_activation_into_its_readers() -> None:
