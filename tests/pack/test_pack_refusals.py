@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_signed_activations_into_zero_padding() -> None:
 
 def test_accumulator_overflow_is_refused_with_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """`uniform` and `prepare` refuse it before; packing looks for itself."""
-    monkeypatch.setattr("lbs.search.prepare.check_sum", lambda *_: None)
+    monkeypatch.setattr(sys.modules["lbs.search.prepare"], "check_sum", lambda *_: None)
 
     class Wide(nn.Module):
         def __init__(self) -> None:
