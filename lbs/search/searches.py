@@ -43,9 +43,7 @@ class Found:
     network: nn.Module
     plan: Plan
     outcome: BudgetResult
-    training: dict[
-        str, Any
-    ]  # of the last phase that was trained; `seconds` of all, which are in `phases` where several
+    training: dict[str, Any]
     report: list[tuple[str, str]]
 
 
