@@ -112,6 +112,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Times], dict[str, int]]
     calls: dict[str, Any] = {}
     peaks: dict[str, int] = {}
     on_gpu = torch.device(args.device).type == "cuda"
+    if on_gpu:
+        load_libraries(args)
     for name in CONTENDERS:
         begin = time.perf_counter()
         if on_gpu:
@@ -126,10 +128,13 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Times], dict[str, int]]
     return interleave(calls, device=args.device, rounds=args.rounds, warmup=0.0), peaks
 
 
+def load_libraries(args: argparse.Namespace) -> None:
+    """A small step of float training: what torch takes for itself is no contender's."""
+    stepper(trainer_of("float", argparse.Namespace(**{**vars(args), "batch": 2})))()
+
+
 def recorded(contender: str, args: argparse.Namespace) -> tuple[Trainer, int]:
     """A trainer on a GPU that has recorded its steps, and what they made torch reserve."""
-    if contender == CONTENDERS[0]:  # libraries and their workspaces are nobody's
-        stepper(trainer_of("float", argparse.Namespace(**{**vars(args), "batch": 2})))()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     trainer = trainer_of(contender, args)
@@ -151,8 +156,7 @@ def peak_of(contender: str, args: argparse.Namespace) -> int:
 
 def peak_here(contender: str, args: argparse.Namespace) -> int:
     """Growth of the peak over `STEPS_FOR_PEAK` steps, libraries already loaded."""
-    small = argparse.Namespace(**{**vars(args), "batch": 2})
-    stepper(trainer_of("float", small))()
+    load_libraries(args)
     before = _resident("VmRSS")
     step = stepper(trainer_of(contender, args), STEPS_FOR_PEAK)
     ctypes.CDLL(None).malloc_trim(0)  # what building and calibrating freed is none of the steps'

@@ -169,12 +169,12 @@ def compiled(text: str, blob: Tensor, backend: str = "auto", allow: str = "") ->
     """The cached `CompiledProgram`, built on first use."""
     # The cached runner keeps its blob alive, so an address cannot come to mean another blob while it is a key.
     key = (blob.data_ptr(), blob.device, f"{backend} {allow}", len(text))
-    found = _runners.get(key)
-    if found is not None and found.text == text and found.version == _version(blob):
+    found = _cached(key, text, blob)
+    if found is not None:
         return found
     with _runners_lock:
-        found = _runners.get(key)  # another thread may have built it meanwhile
-        if found is not None and found.text == text and found.version == _version(blob):
+        found = _cached(key, text, blob)  # another thread may have built it meanwhile
+        if found is not None:
             return found
         made = CompiledProgram(text, blob, backend, allow)
         _runners.pop(key, None)
@@ -182,6 +182,11 @@ def compiled(text: str, blob: Tensor, backend: str = "auto", allow: str = "") ->
             _runners.pop(next(iter(_runners)))
         _runners[key] = made
     return made
+
+
+def _cached(key: tuple[int, torch.device, str, int], text: str, blob: Tensor) -> CompiledProgram | None:
+    found = _runners.get(key)
+    return found if found is not None and found.text == text and found.version == _version(blob) else None
 
 
 def clear_runners() -> None:

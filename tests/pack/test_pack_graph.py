@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 
 import pack_nets
 import pytest
@@ -22,6 +23,14 @@ def net(name: str) -> tuple[PackedModel, Tensor]:
     if name == "digits":
         return pack_nets.packed_digits(), pack_nets.images(4, (1, 8, 8))
     return pack_nets.packed_two_regions(), pack_nets.images(4, (3, 10, 10))
+
+
+def in_threads(count: int, work: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -92,11 +101,7 @@ def test_threads_that_come_first_together_build_one_runner(monkeypatch: pytest.M
         start.wait()
         found.append(packed(x))
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, call)
     assert len(built) == 1
     assert all(torch.equal(one, expected) for one in found)
 
@@ -135,11 +140,7 @@ def test_threads_of_the_caller() -> None:
     packed, x = net("gate")
     expected = packed(x)
     results: list[Tensor] = []
-    workers = [threading.Thread(target=lambda: results.extend(packed(x) for _ in range(20))) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_threads(3, lambda: results.extend(packed(x) for _ in range(20)))
     assert len(results) == 60
     assert all(torch.equal(result, expected) for result in results)
 
