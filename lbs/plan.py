@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,17 @@ class Plan:
     def kept_inputs(self, layer: LayerPlan) -> int:
         """Input channels of `layer` that live."""
         return layer.in_channels if layer.source is None else self.layer(layer.source).kept_filters
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the first and the last layer, which stay at 8 / 8 bits and whole (`lbs.cost.edge_layers`)."""
+        return cost.edge_layers(layer.name for layer in self.layers)
+
+    def with_bits(self, w_bits: int, a_bits: int) -> Plan:
+        """The same layers and filters at uniform bits, the edges at 8 / 8."""
+        bits = cost.uniform_bits((layer.name for layer in self.layers), w_bits, a_bits)
+        pairs = ((layer, *bits[layer.name]) for layer in self.layers)
+        return replace(self, layers=tuple(replace(layer, w_bits=w, a_bits=a) for layer, w, a in pairs))
 
     def bops(self) -> int:
         """Bit operations of one image: sum of k_h k_w C_in C_out/groups H_out W_out b_w b_a over kept channels."""

@@ -35,8 +35,8 @@ def latency_grid(
 ) -> list[Problem]:
     """Every layer over a grid of kept input channels and filters and pairs of bits; whole layers come first.
 
-    The channels of the image and the outputs of the last linear layer stay; first and last layers stay at 8/8 bits. A
-    depthwise layer keeps as many filters as channels.
+    The channels of the image and the outputs of the last layer stay, and the edges are at 8/8 bits
+    (`lbs.cost.edge_layers`). A depthwise layer keeps as many filters as channels.
 
     Args:
         layers: of a float network (`lbs.cost.network_layers`). bits: (weight, activation) pairs.
@@ -47,16 +47,15 @@ def latency_grid(
     """
     if min(group, points, batch) < 1:
         raise PlanError(f"group {group}, points {points}, batch {batch}; each is at least 1")
+    first, last = layers.edges
     whole: dict[Problem, None] = {}
     cut: dict[Problem, None] = {}
     for w_bits, a_bits in bits:
-        found = [layer.problem for layer in layers.with_bits(w_bits, a_bits).layers]
-        last = max((place for place, one in enumerate(found) if one.op == "bitlinear"), default=-1)
-        for place, problem in enumerate(found):
-            problem = replace(problem, batch=problem.batch * batch, device=device)
+        for layer in layers.with_bits(w_bits, a_bits).layers:
+            problem = replace(layer.problem, batch=layer.problem.batch * batch, device=device)
             whole[problem] = None
-            inputs = [problem.in_channels] if place == 0 else kept_sizes(problem.in_channels, group, points)
-            outputs = [problem.out_channels] if place == last else kept_sizes(problem.out_channels, group, points)
+            inputs = [problem.in_channels] if layer.name == first else kept_sizes(problem.in_channels, group, points)
+            outputs = [problem.out_channels] if layer.name == last else kept_sizes(problem.out_channels, group, points)
             cut.update(dict.fromkeys(_cuts(problem, inputs, outputs)))
     return list({**whole, **cut})
 

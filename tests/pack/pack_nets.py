@@ -64,10 +64,9 @@ def mixed_network() -> nn.Module:
         "layer3.2.conv1": tuple(range(0, 64, 2)),
     }
     plan = model.lbs_record.plan
-    edges = (plan.layers[0].name, plan.layers[-1].name)
     layers = []
     for index, layer in enumerate(plan.layers):
-        w_bits, a_bits = (8, 8) if layer.name in edges else pairs[index % len(pairs)]
+        w_bits, a_bits = (8, 8) if layer.name in plan.edges else pairs[index % len(pairs)]
         layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits, kept=kept.get(layer.name)))
     frozen = lbs.freeze(model.eval(), replace(plan, layers=tuple(layers)))
     return lbs.calibrate(frozen, [calibration], bits=None).eval()

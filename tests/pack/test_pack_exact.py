@@ -38,8 +38,8 @@ def frozen(float_model: nn.Module, shape: tuple[int, ...], seed: int) -> nn.Modu
     model = lbs.prepare(pack_nets.unsettle(float_model.eval(), seed), calibration)
     record = model.lbs_record
     names = [layer.name for layer in record.plan.layers]
-    edges, fixed = (names[0], names[-1]), (names[0], *names[-2:])
-    prunable = {group.producer for group in record.groups if group.prunable and group.producer not in edges}
+    fixed = (names[0], *names[-2:])
+    prunable = {g.producer for g in record.groups if g.prunable and g.producer not in record.plan.edges}
     cut = {name for name in sorted(prunable) if chance.random() < 0.5}
     layers = []
     for layer in record.plan.layers:
