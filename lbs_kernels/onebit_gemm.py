@@ -4,7 +4,7 @@
     acc = 2 (the same) - n_x sum_k (2 qw - n_w)                                signed ones
 
 On CUDA tensors the kernels of `lbs_kernels._cuda` run; on CPU tensors the same source runs on a model of the GPU in
-`lbs_kernels._cpu`, for tests. None of it has run on a GPU.
+`lbs_kernels._cpu`, for tests. docs/gpu.md says what has run on a GPU.
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ def resolve(backend: str, device_type: str) -> str:
 def supports(backend: str, problem: Problem) -> str | None:
     """Why `backend` cannot serve `problem`, or None where it can.
 
-    Beyond the device, the answer is that of `supports(problem)` in lbs_kernels/<op>/<backend>_impl.py, if it has one.
+    Beyond the device, "gpu" serves what a kernel of its table serves, and "triton" what lbs_kernels/<op>/triton_impl.py
+    says that it does. The native and the reference back end run every operation.
     """
     if problem.op not in OPS:
         return f"{problem.op} is not an operation; there are {', '.join(OPS)}"
@@ -114,11 +115,10 @@ def supports(backend: str, problem: Problem) -> str | None:
         answers = {family: reason for family, reason in gpu_kernels.reasons(problem).items() if family in exact}
         able = any(answer is None for answer in answers.values())
         return None if able else "; ".join(f"{family}: {answer}" for family, answer in answers.items())
-    name = f"lbs_kernels.{problem.op}.{backend}_impl"
-    if importlib.util.find_spec(name) is None:
+    if backend != "triton":
         return None
-    answer = getattr(importlib.import_module(name), "supports", None)
-    return None if answer is None else answer(problem)
+    answer: str | None = importlib.import_module(f"lbs_kernels.{problem.op}.triton_impl").supports(problem)
+    return answer
 
 
 def choose(problem: Problem, backend: str = "auto") -> str:

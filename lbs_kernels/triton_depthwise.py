@@ -6,7 +6,7 @@ products, and `dp4a` multiplies four taps of one channel with their weights.
 
     acc[c] = DOT_SCALE * sum over taps of w x + SUM_SCALE * sum over taps of x + offset[c]
 
-with w, x and the offset of triton_gemm_kernel.py. Interpreter-tested and compiled ahead of time; not timed.
+with w, x and the offset of triton_gemm_kernel.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The implicit GEMM seen from Python: operands and workspace of one step, and its launch.
 
-The kernel is in triton_gemm_kernel.py. Interpreter-tested and compiled ahead of time; not timed.
+The kernel is in triton_gemm_kernel.py.
 """
 
 from __future__ import annotations

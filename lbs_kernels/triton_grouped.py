@@ -4,7 +4,7 @@ Groups leave the tensor core too little to multiply, so this is the plain sum of
 
     acc[o] = sum over taps and channels c of o's group of (2 qw - n) * x,     x = qx - zero, or 2 qx - n if signed
 
-with x = 0 outside the image. Interpreter-tested and compiled ahead of time; not timed.
+with x = 0 outside the image.
 """
 
 from __future__ import annotations
