@@ -186,7 +186,7 @@ def _kernel_rows(problem: Problem, chosen: bool) -> list[Candidate]:
         if found is not None and not found.kernel.exact:
             continue
         if found is None:
-            reason: str | None = "no kernel knows this configuration any more; measure again: lbs tune"
+            reason: str | None = "no kernel knows this configuration any more; measure again (lbs tune)"
         else:
             reason = gpu_kernels.refusal(found, problem)
         rows[name] = Candidate(name, reason, measured[name], name == best)

@@ -32,6 +32,7 @@ TABLE_VERSION = 2
 SHIPPED = Path(__file__).with_name("tuning")
 MAX_BUCKET = 20  # 2^20 images or rows
 NEIGHBOURS = 2  # a configuration is trusted up to a factor of 4 beside the batch it was measured at
+_AGAIN = "measure again: lbs_kernels.tuner.tune, in a shell lbs tune"
 
 
 @dataclass
@@ -122,17 +123,13 @@ def read(path: Path) -> TuningTable:
         version, device, rows = body["version"], body["device"], body["rows"]
         table = TuningTable(str(device), {str(k): {str(b): float(t) for b, t in v.items()} for k, v in rows.items()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is not a tuning table ({error!r}); delete it and measure again: lbs tune") from error
+        raise FormatError(f"{path} is not a tuning table ({error!r}); delete it and {_AGAIN}") from error
     if version != TABLE_VERSION:
-        raise FormatError(
-            f"{path} has version {version}; this library reads {TABLE_VERSION}, delete it and measure again: lbs tune"
-        )
+        raise FormatError(f"{path} has version {version}; this library reads {TABLE_VERSION}, delete it and {_AGAIN}")
     for row, times in table.rows.items():
         for implementation, seconds in times.items():
             if not (math.isfinite(seconds) and seconds > 0):
-                raise FormatError(
-                    f"{path}: {row} on {implementation} took {seconds} s; times are positive, measure again: lbs tune"
-                )
+                raise FormatError(f"{path}: {row} on {implementation} took {seconds} s; times are positive, {_AGAIN}")
     return table
 
 

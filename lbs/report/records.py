@@ -82,7 +82,10 @@ def read(path: str | Path) -> Record:
     """
     folder = RunFolder(path)
     if not folder.path.is_dir():
-        raise CheckpointError(f"no run folder {folder.path}; lbs search, finetune or quickstart make one")
+        raise CheckpointError(
+            f"no run folder {folder.path}; run_search and run_finetune make one, in a shell lbs search, finetune or "
+            "quickstart"
+        )
     parts = {name: _optional(folder.file(f"{name}.json")) for name in ("config", "environment", "results", "network")}
     rows = folder.metrics()
     plan = Plan.load(folder.file("plan.json")) if folder.file("plan.json").exists() else None

@@ -43,7 +43,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: missing, truncated, damaged, foreign, or written by a newer release.
     """
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}; start without --resume")
+        raise CheckpointError(f"no checkpoint {path}; start without resume=True")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}

@@ -24,8 +24,8 @@ from lbs_kernels.errors import BackendError, LbsError, TrainingError
 
 T = TypeVar("T")
 _WAY_ON = (
-    "The last checkpoint is from before; go on with --resume, and if it happens again look for what is not drawn from "
-    "the run's seed"
+    "The last checkpoint is from before; go on with resume=True, and if it happens again look for what is not drawn "
+    "from the run's seed"
 )
 _WAY_TO_START = "Give all the same weights, and draw new ones from torch's random state, which the run's seed sets"
 _PATIENCE = timedelta(days=2)  # what rank 0 does alone, such as verifying on all images of ImageNet, takes no longer

@@ -13,7 +13,7 @@ from lbs_kernels.problem import Problem
 from lbs_kernels.tuning_table import estimate
 
 TARGETS = ("bops", "size_mb", "latency_ms")
-NO_TARGET = "no budget; name one or several: --bops 0.03 (share), --bops 650M, --size-mb 0.2, --latency-ms 1.5"
+NO_TARGET = "no budget; name one or several: bops=0.03 (share), bops=650e6, size_mb=0.2, latency_ms=1.5"
 
 
 def limits(config: SearchRun) -> dict[str, Any]:
@@ -36,8 +36,9 @@ def tuned_seconds(model: str, device: str) -> Callable[[Problem], float]:
         known = estimate(problem)
         if known is None:
             raise PlanError(
-                f"--latency-ms: no time of {problem} is known on this machine; measure the layers first, with "
-                f"lbs tune --shapes {model} --device {device} (and --bits with the pairs that are searched)"
+                f"for latency_ms= no time of {problem} is known on this machine; measure the layers first, with "
+                f"lbs tune --shapes {model} --device {device} (and --bits with the pairs that are searched), or in "
+                "Python with lbs_kernels.tuner.tune"
             )
         return known
 

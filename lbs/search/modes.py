@@ -21,5 +21,5 @@ MODES: dict[str, dict[str, Any]] = {
 def mode_settings(name: str) -> dict[str, Any]:
     """What a mode sets in SearchConfig. Raises PlanError for an unknown name."""
     if name not in MODES:
-        raise PlanError(f"--mode {name} is not known; use {', '.join(MODES)}")
+        raise PlanError(f"mode={name} is not known; use {', '.join(MODES)}")
     return MODES[name]

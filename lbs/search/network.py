@@ -86,11 +86,11 @@ def _import(name: str, num_classes: int) -> nn.Module:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise LbsError(
-            f"--model {name}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); give "
+            f"model={name}: {type(error).__name__}: {error} ({last.filename}, line {last.lineno}); give "
             "module:function, called with the number of classes"
         ) from error
     if not isinstance(made, nn.Module):
-        raise LbsError(f"--model {name} made a {type(made).__name__}; it must return a torch.nn.Module")
+        raise LbsError(f"model={name} made a {type(made).__name__}; it must return a torch.nn.Module")
     return made
 
 
@@ -163,7 +163,7 @@ def check_same_network(card: NetworkCard, folder: RunFolder) -> NetworkCard:
         if old != new:
             raise TrainingError(
                 f"{folder.path} holds a network of {label} {old}, asked is {new}; leave that option out to go on with "
-                "it, or name a new folder with --run"
+                "it, or name a new folder"
             )
     return there
 
@@ -225,7 +225,10 @@ def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
     card = NetworkCard.read(folder)
     path = folder.file(FINAL) if folder.file(FINAL).exists() else folder.file(SEARCHED)
     if not path.exists() or not folder.file("plan.json").exists():
-        raise CheckpointError(f"{folder.path} holds no searched network yet; run lbs search --run {folder.path} first")
+        raise CheckpointError(
+            f"{folder.path} holds no searched network yet; search there first (run_search, in a shell lbs search --run "
+            f"{folder.path})"
+        )
     network = apply_plan(build(card.model, card.num_classes), card, Plan.load(folder.file("plan.json")))
     checkpoint.apply_weights(network, checkpoint.load_weights(path), path)
     return network.eval(), card

@@ -73,7 +73,9 @@ def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
         section: dict[str, Any] = {"origin": config.weights}
         section["accuracy"] = evaluate(model, test_loader(data, session.device))
     elif not config.epochs:
-        raise TrainingError("a float network needs weights or training; give --weights FILE, or --float-epochs above 0")
+        raise TrainingError(
+            "a float network needs weights or training; give weights=FILE, or epochs above 0 (a search: float_epochs)"
+        )
     else:
         trainer = Trainer(
             model,
@@ -103,7 +105,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     folder = session.folder
     tuned = folder.file(FINAL).exists() or folder.checkpoint("finetune").exists()
     if tuned and not folder.checkpoint("search").exists():
-        raise TrainingError(f"{folder.path} holds a network of other bits; name a new folder with --run")
+        raise TrainingError(f"{folder.path} holds a network of other bits; name a new folder")
     data, card = check_search(config, session)
     card.write(folder)
     model = _float_network(config, card, session)
@@ -126,7 +128,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     folder.add_result("search", section)
     distributed.wait()
     if not found.outcome.met:
-        raise PlanError(f"{found.outcome}; search longer (--epochs), or with a larger --strength")
+        raise PlanError(f"{found.outcome}; search for more epochs, or with a larger strength")
     return section
 
 
@@ -157,7 +159,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     """Searched (or hand-planned, or uniform) network -> model.safetensors. Returns the section `finetune`."""
     folder = session.folder
     if (config.plan or config.uniform) and folder.file(SEARCHED).exists():
-        raise TrainingError(f"{folder.path} holds a searched network; name a new folder with --run")
+        raise TrainingError(f"{folder.path} holds a searched network; name a new folder")
     data, card = _data_and_card(config, session)
     torch.manual_seed(config.seed)  # dropout, say, must not depend on which phases this process ran before
     quantized, card = _start_of_finetuning(config, data, card, session)
@@ -212,7 +214,7 @@ def _float_network(config: SearchRun, card: NetworkCard, session: Session) -> nn
     if config.weights or config.float_epochs:
         run_float(config.float_run(), session)
     elif not session.folder.file(FLOAT).exists():
-        raise TrainingError("no float weights to start from; give --weights FILE, or train them with --float-epochs N")
+        raise TrainingError("no float weights to start from; give weights=FILE, or train them with float_epochs=N")
     model = network.build(config.model, card.num_classes).to(session.device)
     network.load_float(model, session.folder.file(FLOAT), card)
     return model
@@ -226,7 +228,7 @@ def _start_of_finetuning(
     if config.plan or config.uniform:
         path = network.weights_path(config.weights, folder)
         if path is None:
-            raise TrainingError("a plan or uniform bits need float weights; give --weights FILE")
+            raise TrainingError("a plan or uniform bits need float weights; give weights=FILE")
         _check_digest(config.plan, config.plan_digest)
         model = network.build(config.model, card.num_classes)
         network.check_images(model, card, torch.device("cpu"))
@@ -242,7 +244,8 @@ def _start_of_finetuning(
         return quantized, network.with_signs(card, quantized)
     if not folder.file(SEARCHED).exists():
         raise CheckpointError(
-            f"{folder.path} holds no searched network; run lbs search there first, or give --plan or --uniform"
+            f"{folder.path} holds no searched network; search there first (run_search, in a shell lbs search), or give "
+            "plan=FILE or uniform=(W, A)"
         )
     card = network.check_same_network(card, folder)
     quantized = network.build(card.model, card.num_classes)
@@ -259,7 +262,7 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     path = network.weights_path(config.weights, folder)
     _check_digest(config.weights, config.weights_digest)
     if path is None:
-        raise TrainingError(f"--distill {config.distill} needs the float network; give --weights FILE")
+        raise TrainingError(f"distill={config.distill} needs the float network; give weights=FILE")
     teacher = network.build(card.model, card.num_classes)
     network.load_float(teacher, path, card)
     return teacher
@@ -275,12 +278,12 @@ def _other_teacher(config: FinetuneRun, card: NetworkCard) -> nn.Module:
 
 def _check_counts(config: RunConfig, data: lbs.data.ImageSet) -> None:
     if not 1 <= config.batch_size <= data.train_count:
-        raise TrainingError(f"--batch-size {config.batch_size}; it lies in 1..{data.train_count}, the training images")
+        raise TrainingError(f"batch_size={config.batch_size}; it lies in 1..{data.train_count}, the training images")
     if config.calibration < 1:
-        raise TrainingError(f"--calibration {config.calibration}; the ranges need at least one training image")
+        raise TrainingError(f"calibration={config.calibration}; the ranges need at least one training image")
 
 
 def _check_rates(config: SearchRun) -> None:
     for name in ("gate_lr", "prune_lr", "float_lr", "strength", "gain"):
         if getattr(config, name) < 0:
-            raise TrainingError(f"--{name.replace('_', '-')} {getattr(config, name):g}; it must be 0 or more")
+            raise TrainingError(f"{name}={getattr(config, name):g}; it must be 0 or more")

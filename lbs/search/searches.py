@@ -160,7 +160,7 @@ def between_stages(config: SearchRun) -> SearchRun:
     try:
         return replace(config, epochs=epochs, lr=config.pruned_lr, schedule="cosine", milestones=())
     except TrainingError as error:
-        raise TrainingError(f"between the stages (pruned_epochs, pruned_lr): {error}") from error
+        raise TrainingError(f"between the stages: pruned_{error}") from error  # of epochs or lr: the rest is as it was
 
 
 def with_bits(pruned: Plan, quantized: Plan) -> Plan:
@@ -189,7 +189,7 @@ def search_settings(config: SearchRun) -> SearchConfig:
     for name, value in mode_settings(config.mode).items():
         asked = options.get(name, value)
         if asked not in (value, getattr(SearchConfig, name)):
-            raise PlanError(f"--mode {config.mode} takes {name}={value!r}, asked is {asked!r}; leave one of them out")
+            raise PlanError(f"mode={config.mode} takes {name}={value!r}, asked is {asked!r}; leave one of them out")
     return SearchConfig(**{**options, **mode_settings(config.mode)})
 
 

@@ -193,7 +193,7 @@ class Trainer:
             kept = f"; the last good checkpoint is {self.folder.checkpoint(self.phase)}"
         return TrainingError(
             f"{self.phase}: the loss of step {self.step} (epoch {self.epoch}) is not finite; {where}{kept}. "
-            f"Lower --lr (now {self.recipe.lr:g}) and start in a new run folder: this one goes on as it began"
+            f"Lower lr={self.recipe.lr:g} and start in a new run folder: this one goes on as it began"
         )
 
     def _write_step(self) -> None:

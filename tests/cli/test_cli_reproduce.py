@@ -323,7 +323,7 @@ def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
             "--finetune teacher_weights=other.safetensors",
             "is for 7 classes",
         ),
-        ("reproduce tiny --search mode=backwards --weights ok.safetensors", "--mode backwards is not known; use joint"),
+        ("reproduce tiny --search mode=backwards --weights ok.safetensors", "mode=backwards is not known; use joint"),
     ],
 )
 def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str, message: str) -> None:

@@ -197,7 +197,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*--resume"):
+    with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*resume=True"):
         make(folder, "float", epochs=1).fit()
     assert folder.checkpoint("float").read_bytes() == before
     assert not list(tmp_path.rglob("*.part"))
