@@ -32,11 +32,11 @@ from torch import Tensor, nn
 import lbs.models
 from lbs_kernels import device as machine
 from lbs_kernels.errors import BackendError
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program
-from lbs_kernels.run import CompiledProgram
-from lbs_kernels.timing import SelfTimed, Times, cuda_graph, interleave
-from lbs_kernels.tuning_table import device_slug
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.compiled import CompiledProgram
+from lbs_kernels.times.stopwatch import SelfTimed, Times, cuda_graph, interleave
+from lbs_kernels.times.table import device_slug
 
 RESULTS = Path(__file__).with_name("results")
 Contender = Callable[[], object]

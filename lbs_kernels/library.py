@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError, ShapeError
-from lbs_kernels.format import MAX_BITS, words
+from lbs_kernels.program.planes import MAX_BITS, words
 
 # cudagraph_unsafe: back ends keep buffers between calls, which graphs that torch.compile records by itself would count
 # as leaks. Who wants a graph records one (PackedModel.capture, torch.cuda.graph).

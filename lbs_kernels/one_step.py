@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lbs_kernels.program import Consumer, Emit, Program, QuantPackStep, Step, TensorSpec, build_blob
-from lbs_kernels.run import CompiledProgram
+from lbs_kernels.program.steps import Consumer, Emit, Program, QuantPackStep, Step, TensorSpec, build_blob
+from lbs_kernels.run.compiled import CompiledProgram
 
 Size = tuple[int, int, int]  # height, width, channels
 

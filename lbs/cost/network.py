@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lbs.cost.bops import bops, full_precision, physical_bops
 from lbs_kernels.errors import GraphError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 EDGE_BITS = 8
 

@@ -16,8 +16,8 @@ import torch
 from lbs.cli import main
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
-from lbs.search import checkpoint
-from lbs.search.trainer import Trainer
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 22  # in an epoch: 1437 digits in batches of 64
@@ -29,7 +29,7 @@ CHILD = """
 import dataclasses, os, signal, sys
 from lbs.cli.main import main
 from lbs.search import phases
-from lbs.search.trainer import Trainer
+from lbs.train.trainer import Trainer
 
 made, step, left = phases.recipe_of, Trainer._train_step, int(sys.argv[1])
 phases.recipe_of = lambda *args: dataclasses.replace(made(*args), checkpoint_seconds=0.0)

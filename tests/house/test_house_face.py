@@ -47,11 +47,11 @@ def test_modules_that_are_functions(name: str) -> None:
         module()
 
 
-@pytest.mark.parametrize("first", ["import lbs.pack.model", "from lbs.pack import model", "import lbs; lbs.pack"])
+@pytest.mark.parametrize("first", ["import lbs.packing.model", "from lbs.packing import model", "import lbs; lbs.pack"])
 def test_pack_stays_callable_however_it_is_imported_first(first: str) -> None:
     assert (
-        _run(f"{first}\nimport lbs\nimport lbs.pack.model as m\nprint(callable(lbs.pack), m.__name__)")
-        == "True lbs.pack.model"
+        _run(f"{first}\nimport lbs\nimport lbs.packing.model as m\nprint(callable(lbs.pack), m.__name__)")
+        == "True lbs.packing.model"
     )
 
 

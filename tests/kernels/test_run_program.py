@@ -9,10 +9,10 @@ from contenders import CONTENDERS, assert_same, filled_memory
 from programs import CASES, one_conv, preact_residual, random_inputs, random_program, share_unsaturated
 from torch import Tensor
 
-from lbs_kernels import run
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.program import Program, blob_digest
-from lbs_kernels.run import clear_runners, program_text, run_program
+from lbs_kernels.program.steps import Program, blob_digest
+from lbs_kernels.run import compiled as run
+from lbs_kernels.run.compiled import clear_runners, program_text, run_program
 
 
 def compare(program: Program, blob: Tensor, batch: int, backend: str, device: str, seed: int = 5) -> None:
