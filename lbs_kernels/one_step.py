@@ -63,7 +63,7 @@ class OneStep:
     ) -> list[Tensor]:
         """Run on an image [N, C, H, W] of the device that the back end shall use."""
         program, blob = self.build(arrays)
-        return CompiledProgram(program.to_json(), blob.to(image.device), backend).run([image], trace=trace)
+        return CompiledProgram(program, blob.to(image.device), backend).run([image], trace=trace)
 
 
 def code_image(x_codes: Tensor, bits: int, zero: int, signed: bool) -> Tensor:
