@@ -13,10 +13,10 @@ from common import Case, Contender, arguments, bit_pairs, layers, packed, record
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbs_kernels.format import pack_weights
 from lbs_kernels.one_step import OneStep, code_image
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Emit, LinearStep
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Emit, LinearStep
 
 
 def packed_contenders(problem: Problem, threads: int) -> dict[str, Contender]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lbs_kernels.one_step import OneStep, code_image
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Consumer, Emit, PoolStep, QuantPackStep
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Consumer, Emit, PoolStep, QuantPackStep
 
 STEM = (64, 112)  # channels, pixels a side: the maximum after the first convolution of ResNet-18 and -50
 MEANS = ((64, 8), (512, 7), (1280, 7), (2048, 7))  # CIFAR ResNets, ResNet-18, MobileNetV2, ResNet-50

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lbs.models
 from lbs_kernels.one_step import OneStep
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Consumer, Emit, PoolStep, QuantPackStep
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Consumer, Emit, PoolStep, QuantPackStep
 
 SCALE, ZERO = 48.0, 117
 

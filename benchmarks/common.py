@@ -32,11 +32,11 @@ from torch import Tensor, nn
 import lbs.models
 from lbs_kernels import device as machine
 from lbs_kernels.errors import BackendError
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program
-from lbs_kernels.run import CompiledProgram
-from lbs_kernels.timing import SelfTimed, Times, cuda_graph, interleave
-from lbs_kernels.tuning_table import device_slug
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.compiled import CompiledProgram
+from lbs_kernels.times.stopwatch import SelfTimed, Times, cuda_graph, interleave
+from lbs_kernels.times.table import device_slug
 
 RESULTS = Path(__file__).with_name("results")
 Contender = Callable[[], object]
@@ -109,13 +109,12 @@ def packed(program: Program, blob: Tensor, image: Tensor, step: int, threads: in
     Raises:
         BackendError: no native back end here. AssertionError: a result is wrong, so no time is told.
     """
-    text = program.to_json()
     backend = "cpu" if image.device.type == "cpu" else "gpu"
-    ours = CompiledProgram(text, blob.to(image.device), backend)
+    ours = CompiledProgram(program, blob.to(image.device), backend)
     actual: dict[int, Tensor] = {}
     expected: dict[int, Tensor] = {}
-    outputs = ours.run([image], trace=actual)
-    CompiledProgram(text, blob, "reference").run([image.cpu()], trace=expected)
+    ours.run([image], trace=actual)
+    CompiledProgram(program, blob, "reference").run([image.cpu()], trace=expected)
     for index, value in expected.items():
         if not torch.equal(actual[index].cpu(), value):
             raise AssertionError(
@@ -124,11 +123,8 @@ def packed(program: Program, blob: Tensor, image: Tensor, step: int, threads: in
     if backend == "gpu":
         launch = ours.runner.plan(image.shape[0]).launches[step]  # type: ignore[attr-defined]
         return {"packed": cuda_graph(lambda: launch([image])), "packed call": cuda_graph(lambda: ours.run([image]))}
-    native = ours.runner.native  # type: ignore[attr-defined]
-    pointers = ([image.data_ptr()], [y.data_ptr() for y in outputs], image.shape[0], threads)
-    # `outputs` rides along: its memory must live as long as the pointers.
-    inside = SelfTimed(lambda keep=outputs: native.step_times(*pointers)[step])  # type: ignore[misc]
-    return {"packed": inside, "packed call": lambda: ours.run([image], threads)}
+    inside = SelfTimed(lambda: ours.runner.step_seconds([image], threads=threads, rounds=1)[step])  # type: ignore[index]
+    return {"packed": inside, "packed call": lambda: ours.run([image], threads=threads)}
 
 
 def torch_dtypes(device: str) -> dict[str, torch.dtype]:

@@ -16,7 +16,7 @@ import lbs.models
 from lbs.cost import EDGE_BITS
 from lbs.plan import LayerPlan, Plan
 from lbs_kernels.errors import LbsError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 CALIBRATION = 4  # images
 PRUNED = 0.3  # of the filters that can go

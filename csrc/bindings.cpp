@@ -6,8 +6,8 @@
 
 #include "common/cpu_features.h"
 #include "common/format.h"
-#include "common/onebit/model.h"
-#include "common/onebit/task_python.h"
+#include "onebit/model.h"
+#include "onebit/task_python.h"
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
@@ -181,7 +181,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("onebit_model", &onebit_model, py::arg("task"), py::arg("machine"), py::arg("groups"),
                py::arg("filters"), py::arg("stages"), py::arg("blocks") = 1, py::arg("late") = true,
                py::arg("seed") = 0,
-               "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/common/onebit/task_python.h. late: "
+               "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/onebit/task_python.h. late: "
                "asynchronous operations happen where they are waited for, else where they are issued; seed: of the "
                "order of the threads, 0 for that of their numbers.");
     module.def(

@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "common/cuda_check.cuh"
-#include "common/onebit/onebit_cuda.cuh"
-#include "common/onebit/task_python.h"
+#include "onebit/onebit_cuda.cuh"
+#include "onebit/task_python.h"
 #include "common/python_errors.h"
 #include "quantpack/quantpack_cuda.cuh"
 
@@ -80,7 +80,7 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<lbs::onebit::Launch>(module, "OneBitLaunch", "A convolution on the one-bit tensor cores, bound once.")
         .def(py::init(&onebit_launch), py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"),
              py::arg("stages"), py::arg("device"),
-             "task: see csrc/common/onebit/task_python.h; the rest names a row of onebit_tiles(). Raises FormatError, "
+             "task: see csrc/onebit/task_python.h; the rest names a row of onebit_tiles(). Raises FormatError, "
              "BackendError.")
         .def(
             "enqueue",

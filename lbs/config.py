@@ -93,7 +93,7 @@ class SearchRun(RunConfig):
 
     schedule: str = "constant"
     full_epochs: int = 30
-    mode: str = "joint"  # what is searched, and how: see lbs.search.modes
+    mode: str = "joint"  # what is searched, and how: see lbs.runs.modes
     bops: float = 0.0  # at most 1: a share of full precision; above: bit operations of one image; 0: no target
     size_mb: float = 0.0  # of packed weights, in 10^6 bytes; 0: no target
     latency_ms: float = 0.0  # of one image, by the times `lbs tune` measured; 0: no target

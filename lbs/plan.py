@@ -10,7 +10,7 @@ from typing import Any
 
 from lbs import cost
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 PLAN_VERSION = 1
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lbs_kernels.program import Consumer, Emit, Program, QuantPackStep, Step, TensorSpec, build_blob
-from lbs_kernels.run import CompiledProgram
+from lbs_kernels.program.steps import Consumer, Emit, Program, QuantPackStep, Step, TensorSpec, build_blob
+from lbs_kernels.run.compiled import CompiledProgram
 
 Size = tuple[int, int, int]  # height, width, channels
 
@@ -63,7 +63,7 @@ class OneStep:
     ) -> list[Tensor]:
         """Run on an image [N, C, H, W] of the device that the back end shall use."""
         program, blob = self.build(arrays)
-        return CompiledProgram(program.to_json(), blob.to(image.device), backend).run([image], trace=trace)
+        return CompiledProgram(program, blob.to(image.device), backend).run([image], trace=trace)
 
 
 def code_image(x_codes: Tensor, bits: int, zero: int, signed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-// Constants of the plane and program format; lbs_kernels/format.py and program.py state the same ones and a test
+// Constants of the plane and program format; lbs_kernels/program/planes.py and steps.py state the same ones and a test
 // compares them.
 #pragma once
 

@@ -9,7 +9,7 @@
 namespace lbs {
 namespace {
 
-constexpr int64_t kMaxElements = int64_t{1} << 28;  // of one tensor, as in program_checks.py
+constexpr int64_t kMaxElements = int64_t{1} << 28;  // of one tensor, as in program/checks.py
 
 Pair read_pair(const Json& value) {
     const auto& items = value.array();

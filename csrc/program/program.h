@@ -1,4 +1,4 @@
-// A program as read from its text: mirrors lbs_kernels/program.py.
+// A program as read from its text: mirrors lbs_kernels/program/steps.py.
 #pragma once
 
 #include <cstdint>

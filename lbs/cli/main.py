@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
-    from lbs.search import distributed
+    from lbs.train import distributed
     from lbs_kernels.errors import LbsError
 
     try:

@@ -1,6 +1,6 @@
 """Which problems to measure so that the latency of a network can be told for any kept filters and bits.
 
-Times are measured by `lbs tune`, kept in tuning tables, and read with `lbs_kernels.tuning_table.estimate`.
+Times are measured by `lbs tune`, kept in tuning tables, and read with `lbs_kernels.times.table.estimate`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from lbs.cost.network import NetworkLayers
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
-from lbs_kernels.tuning_table import estimate
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.times.table import estimate
 
 
 def kept_sizes(channels: int, group: int, points: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lbs.cost.bops import bops, full_precision, physical_bops
 from lbs.cost.edges import edge_layers, uniform_bits
 from lbs_kernels.errors import GraphError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant.codec import check_chain
-from lbs.search.distributed import reduce_mean
+from lbs.train.distributed import reduce_mean
 
 
 class _Step(torch.autograd.Function):

@@ -22,7 +22,7 @@ from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
 from lbs_kernels.errors import FormatError, GraphError, PlanError
-from lbs_kernels.format import accumulator_fits, check_accumulator
+from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
 
 @dataclass(frozen=True)

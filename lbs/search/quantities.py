@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from lbs import cost
 from lbs.plan import LayerPlan, Plan
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 
 @runtime_checkable

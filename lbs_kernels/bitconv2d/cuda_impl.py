@@ -1,12 +1,12 @@
-"""bitconv2d in CUDA C++: the implicit GEMM on one-bit tensor cores of onebit_gemm.py, for 2- and 4-bit codes."""
+"""bitconv2d in CUDA C++: the implicit GEMM on one-bit tensor cores of gpu/onebit/gemm.py, for 2- and 4-bit codes."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lbs_kernels.bitconv2d.posed import posed
-from lbs_kernels.onebit_config import OneBitConfig, unsupported_reason
-from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, unsupported_reason
+from lbs_kernels.gpu.onebit.gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 
 __all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
 

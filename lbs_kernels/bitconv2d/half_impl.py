@@ -1,4 +1,4 @@
-"""bitconv2d in half precision, for layers that are faster so and users who allow it; see triton_half.py."""
+"""bitconv2d in half precision, for layers that are faster so and users who allow it; see gpu/half.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lbs_kernels.gpu_kernels import Launch
-from lbs_kernels.half_config import HalfConfig
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, Program
-from lbs_kernels.triton_half import HalfWeights, bind_half, prepare_weights
+from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.half import HalfWeights, bind_half, prepare_weights
+from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import ConvStep, Program
 
 __all__ = ["bind", "prepare_weights", "supports"]
 

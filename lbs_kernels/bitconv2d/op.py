@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
+from lbs_kernels import library
 from lbs_kernels.bitconv2d import reference
-from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.format import check_accumulator
 from lbs_kernels.one_step import OneStep, code_image
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, Emit
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import check_accumulator
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import ConvStep, Emit
+from lbs_kernels.run import backends
 
 # Defaults live in the Python function alone: the dispatcher drops arguments that equal a default of the schema.
 SCHEMA = (
@@ -55,7 +56,7 @@ def bitconv2d(
         ShapeError: tensors that do not fit each other. FormatError: codes or bits beyond the format, or an
             accumulator that could overflow. BackendError: the back end named cannot serve.
 
-    >>> from lbs_kernels.format import pack_weights
+    >>> from lbs_kernels.program.planes import pack_weights
     >>> planes = pack_weights(torch.ones(1, 1, 1, 2, dtype=torch.uint8), bits=1)  # both weights are 2 * 1 - 1 = 1
     >>> x = torch.tensor([3, 4], dtype=torch.uint8).reshape(1, 1, 1, 2)
     >>> bitconv2d(x, planes, torch.ones(1), torch.zeros(1), a_bits=4, kernel=(1, 1)).item()
@@ -141,7 +142,7 @@ def _implementation(
         x_codes, w_planes, multiplier, bias, a_bits, kernel, stride, padding, dilation, groups, zero, signed
     )
     library.check_code_range("bitconv2d", x_codes, a_bits)
-    chosen = registry.choose(problem, backend)
+    chosen = backends.choose(problem, backend)
     if problem.batch == 0:
         return _empty(x_codes, problem)
     if chosen != "reference":

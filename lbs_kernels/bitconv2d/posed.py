@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import TensorSpec
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import TensorSpec
 
 
 def posed(

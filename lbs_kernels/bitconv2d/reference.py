@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.bitconv2d.posed import check_padding
-from lbs_kernels.format import check_accumulator, unpack_weights
+from lbs_kernels.program.planes import check_accumulator, unpack_weights
 
 
 def centred_weights(w_planes: Tensor, channels: int) -> Tensor:

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.bitconv2d.posed import posed
-from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gemm_config import GemmConfig, gemm_default
-from lbs_kernels.gpu_kernels import Launch
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, Program
-from lbs_kernels.triton_depthwise import bind_depthwise
-from lbs_kernels.triton_emit import bind_emit
-from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
-from lbs_kernels.triton_grouped import bind_grouped
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_default
+from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.triton.depthwise import bind_depthwise
+from lbs_kernels.gpu.triton.emit import bind_emit
+from lbs_kernels.gpu.triton.gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
+from lbs_kernels.gpu.triton.grouped import bind_grouped
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import ConvStep, Program
 
 
 def supports(problem: Problem) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lbs_kernels.direct_config import (
+from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
     depthwise_candidates,
@@ -12,8 +12,8 @@ from lbs_kernels.direct_config import (
     grouped_reason,
     is_depthwise,
 )
-from lbs_kernels.gemm_config import GemmConfig, gemm_candidates, gemm_default, gemm_reason
-from lbs_kernels.problem import Problem
+from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, gemm_default, gemm_reason
+from lbs_kernels.program.problem import Problem
 
 Config = GemmConfig | DepthwiseConfig | GroupedConfig
 

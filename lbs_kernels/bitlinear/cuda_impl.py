@@ -1,12 +1,12 @@
-"""bitlinear in CUDA C++: the one-bit GEMM of onebit_gemm.py on one pixel per row."""
+"""bitlinear in CUDA C++: the one-bit GEMM of gpu/onebit/gemm.py on one pixel per row."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lbs_kernels.bitlinear.posed import posed
-from lbs_kernels.onebit_config import OneBitConfig, unsupported_reason
-from lbs_kernels.onebit_gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, unsupported_reason
+from lbs_kernels.gpu.onebit.gemm import bind_onebit, onebit_accumulate, prepare_weights, step_reason
 
 __all__ = ["accumulate", "bind", "prepare_weights", "step_reason", "supports"]
 

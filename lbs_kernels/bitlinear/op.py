@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
+from lbs_kernels import library
 from lbs_kernels.bitlinear import reference
-from lbs_kernels.epilogue import fma32
-from lbs_kernels.format import check_accumulator
 from lbs_kernels.one_step import OneStep, code_image
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Emit, LinearStep
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import check_accumulator
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Emit, LinearStep
+from lbs_kernels.run import backends
 
 SCHEMA = (
     "bitlinear(Tensor x_codes, Tensor w_planes, Tensor multiplier, Tensor bias, int a_bits, int zero, bool signed, "
@@ -45,7 +46,7 @@ def bitlinear(
     Raises:
         ShapeError, FormatError, BackendError: as `bitconv2d`.
 
-    >>> from lbs_kernels.format import pack_weights
+    >>> from lbs_kernels.program.planes import pack_weights
     >>> planes = pack_weights(torch.tensor([[3, 0]], dtype=torch.uint8).reshape(1, 1, 1, 2), bits=2)  # 3 and -3
     >>> x = torch.tensor([[5, 1]], dtype=torch.uint8)
     >>> bitlinear(x, planes, torch.ones(1), torch.zeros(1), a_bits=4)
@@ -80,7 +81,7 @@ def _implementation(
 ) -> Tensor:
     problem = _problem(x_codes, w_planes, multiplier, bias, a_bits, zero, signed)
     library.check_code_range("bitlinear", x_codes, a_bits)
-    chosen = registry.choose(problem, backend)
+    chosen = backends.choose(problem, backend)
     if problem.batch == 0:
         return x_codes.new_empty((0, problem.out_channels), dtype=torch.float32)
     if chosen == "reference":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import TensorSpec
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import TensorSpec
 
 
 def posed(x_codes: Tensor, w_planes: Tensor, a_bits: int, zero: int, signed: bool) -> tuple[Problem, TensorSpec]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbs_kernels.format import check_accumulator, unpack_weights
+from lbs_kernels.program.planes import check_accumulator, unpack_weights
 
 
 def accumulate(x_codes: Tensor, w_planes: Tensor, *, a_bits: int, zero: int = 0, signed: bool = False) -> Tensor:

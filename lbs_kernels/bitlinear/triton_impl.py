@@ -1,4 +1,4 @@
-"""bitlinear in Triton: the implicit GEMM of triton_gemm.py on one pixel per row."""
+"""bitlinear in Triton: the implicit GEMM of gpu/triton/gemm.py on one pixel per row."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from lbs_kernels.bitlinear import tuning
 from lbs_kernels.bitlinear.posed import posed
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gpu_kernels import Launch
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import LinearStep, Program
-from lbs_kernels.triton_emit import bind_emit
-from lbs_kernels.triton_gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
+from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.triton.emit import bind_emit
+from lbs_kernels.gpu.triton.gemm import GemmWeights, bind_gemm, bits_reason, gemm_accumulate, gemm_shape
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import LinearStep, Program
 
 
 def supports(problem: Problem) -> str | None:

@@ -1,11 +1,11 @@
-"""Launch configurations of bitlinear on a GPU: those of the shared implicit GEMM (gemm_config.py)."""
+"""Launch configurations of bitlinear on a GPU: those of the shared implicit GEMM (gpu/configs/gemm.py)."""
 
 from __future__ import annotations
 
-from lbs_kernels.gemm_config import GemmConfig as Config
-from lbs_kernels.gemm_config import gemm_candidates, gemm_default
-from lbs_kernels.gemm_config import gemm_reason as invalid_reason
-from lbs_kernels.problem import Problem
+from lbs_kernels.gpu.configs.gemm import GemmConfig as Config
+from lbs_kernels.gpu.configs.gemm import gemm_candidates, gemm_default
+from lbs_kernels.gpu.configs.gemm import gemm_reason as invalid_reason
+from lbs_kernels.program.problem import Problem
 
 __all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid"]
 

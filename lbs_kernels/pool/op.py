@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
+from lbs_kernels import library
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.format import MAX_BITS
 from lbs_kernels.one_step import OneStep, code_image
 from lbs_kernels.pool import reference
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Consumer, Emit, PoolStep, QuantPackStep
+from lbs_kernels.program.planes import MAX_BITS
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Consumer, Emit, PoolStep, QuantPackStep
+from lbs_kernels.run import backends
 
 SCHEMA = "pool(Tensor x, str kind, int[2] kernel, int[2] stride, int[2] padding, str backend) -> Tensor"
 
@@ -87,7 +88,7 @@ def _implementation(
     x: Tensor, kind: str, kernel: list[int], stride: list[int], padding: list[int], backend: str
 ) -> Tensor:
     problem = _problem(x, kind, kernel, stride, padding)
-    chosen = registry.choose(problem, backend)
+    chosen = backends.choose(problem, backend)
     if x.numel() == 0:
         return _fake(x, kind, kernel, stride, padding, backend)
     if chosen != "reference":

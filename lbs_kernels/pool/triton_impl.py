@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu_kernels import Launch
-from lbs_kernels.gpu_layout import BYTE_BITS, pixel_elements
+from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, load_stream
+from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.pool import tuning
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import PoolStep, Program, TensorSpec
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, load_stream
-from lbs_kernels.triton_emit import bind_emit, emit, kernel_view
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import PoolStep, Program, TensorSpec
 
 
 class PoolShape(NamedTuple):

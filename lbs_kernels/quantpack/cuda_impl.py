@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.extension import require_cuda
-from lbs_kernels.format import words
-from lbs_kernels.program import Consumer
+from lbs_kernels.program.planes import words
+from lbs_kernels.program.steps import Consumer
 
 
 def pack_planes(codes: Tensor, bits: int) -> Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbs_kernels import library, registry
-from lbs_kernels.epilogue import encode_reference
+from lbs_kernels import library
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.one_step import OneStep
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import IMAGE_DTYPES, Consumer, Emit, QuantPackStep
-from lbs_kernels.program_checks import is_float32
+from lbs_kernels.program.checks import is_float32
+from lbs_kernels.program.epilogue import encode_reference
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import IMAGE_DTYPES, Consumer, Emit, QuantPackStep
 from lbs_kernels.quantpack import reference
+from lbs_kernels.run import backends
 
 SCHEMA = (
     "quantpack(Tensor x, float scale, int bits, int zero, bool signed, Tensor? multiplier, Tensor? bias, "
@@ -89,7 +90,7 @@ def _implementation(
     backend: str,
 ) -> Tensor:
     problem = _problem(x, scale, bits, zero, signed, multiplier, bias)
-    chosen = registry.choose(problem, backend)
+    chosen = backends.choose(problem, backend)
     if x.numel() == 0:
         return _fake(x, scale, bits, zero, signed, multiplier, bias, backend)
     if chosen == "reference":

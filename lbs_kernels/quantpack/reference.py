@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lbs_kernels.epilogue import fma32
+from lbs_kernels.program.epilogue import fma32
 
 
 def read_values(x: Tensor, form: str, multiplier: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu_kernels import Launch
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program, QuantPackStep
+from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, fma, load_stream
+from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program, QuantPackStep
 from lbs_kernels.quantpack import tuning
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, fma, load_stream
-from lbs_kernels.triton_emit import bind_emit, emit, kernel_view
 
 
 class SourceShape(NamedTuple):

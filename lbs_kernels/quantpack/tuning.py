@@ -1,10 +1,10 @@
-"""Launch configurations of quantpack on a GPU; the rules are stated in elementwise_config.py."""
+"""Launch configurations of quantpack on a GPU; the rules are stated in gpu/configs/elementwise.py."""
 
 from __future__ import annotations
 
-from lbs_kernels.elementwise_config import ElementwiseConfig as Config
-from lbs_kernels.elementwise_config import elementwise_candidates, elementwise_default, invalid_reason, is_valid
-from lbs_kernels.problem import Problem
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig as Config
+from lbs_kernels.gpu.configs.elementwise import elementwise_candidates, elementwise_default, invalid_reason, is_valid
+from lbs_kernels.program.problem import Problem
 
 __all__ = ["Config", "candidates", "default", "invalid_reason", "is_valid"]
 

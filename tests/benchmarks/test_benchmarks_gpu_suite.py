@@ -290,7 +290,7 @@ def test_tests_skipped_for_want_of_the_module_are_counted(tmp_path: Path) -> Non
 
 def test_the_files_with_gpu_tests_are_found() -> None:
     found = gpu_checks.gpu_files()
-    assert {"tests/kernels/test_triton_gpu.py", "tests/pack/test_pack_gpu.py"} <= set(found)
+    assert {"tests/kernels/test_triton_gpu.py", "tests/packing/test_pack_gpu.py"} <= set(found)
     assert "tests/kernels/test_bitconv2d.py" in found  # through CONTENDERS
     assert "tests/test_plan_json.py" not in found
     assert "tests/cli/test_cli_tune.py" not in found  # it speaks of GPUs and needs none

@@ -16,13 +16,14 @@ from PIL import Image
 
 import lbs.data
 from lbs import run_folder
-from lbs.cli import main, rows
+from lbs.cli import main
 from lbs.cli.reproduce import epochs_of, setting
-from lbs.cli.reproduction import schedule_text
 from lbs.config import FinetuneRun, SearchRun
 from lbs.plan import Plan
-from lbs.search import checkpoint
-from lbs.search.trainer import Trainer
+from lbs.runs import rows
+from lbs.runs.reproduction import schedule_text
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 from lbs_kernels.errors import LbsError
 
 NETWORK = """

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import lbs
-from lbs.cli import main, quickstart, stages
+from lbs.cli import main, quickstart
 from lbs.plan import Plan
-from lbs.report.page import report
-from lbs.search import checkpoint
-from lbs.search.trainer import Trainer
+from lbs.reporting.page import report
+from lbs.runs import stages
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 
 NETWORK = (
     cli_nets.SOURCE

@@ -22,12 +22,12 @@ from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_la
 
 import lbs.cost
 import lbs.models
-from lbs_kernels import gpu_runner
 from lbs_kernels.bitconv2d import tuning
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import IMAGE_DTYPES, Program
+from lbs_kernels.gpu import runner
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import IMAGE_DTYPES, Program
 
 INT8 = {
     "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
@@ -40,7 +40,7 @@ def launches(
     program: Program, blob: torch.Tensor, batch: int, configs: dict[str, Any] | None = None
 ) -> list[Callable[[list[torch.Tensor]], object]]:
     """The launches of a program on CPU tensors although nothing is interpreted: they can be compiled, not run."""
-    with mock.patch.object(gpu_runner, "INTERPRETED", mock.Mock(value=True)):
+    with mock.patch.object(runner, "INTERPRETED", mock.Mock(value=True)):
         return list(GpuRunner(program, blob, "cpu", configs).plan(batch).launches)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lbs_kernels.registry import backend_reason
+from lbs_kernels.run.backends import backend_reason
 
 
 def _contender(backend: str, device: str) -> object:

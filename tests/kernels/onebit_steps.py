@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lbs_kernels.bitconv2d import cuda_impl as bitconv2d
 from lbs_kernels.bitlinear import cuda_impl as bitlinear
-from lbs_kernels.gpu_layout import from_logical, storage, to_logical
-from lbs_kernels.onebit_config import OneBitConfig, onebit_default
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, LinearStep, Program
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.step_problem import problem_of
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_default
+from lbs_kernels.gpu.layout import from_logical, storage, to_logical
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 GUARD = 256  # bytes on either side, so that the buffer keeps its alignment
 IMPLEMENTATIONS = {"bitconv2d": bitconv2d, "bitlinear": bitlinear}

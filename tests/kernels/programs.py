@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lbs_kernels.format import pack_weights
-from lbs_kernels.problem import output_size
-from lbs_kernels.program import (
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import output_size
+from lbs_kernels.program.steps import (
     Consumer,
     ConvStep,
     Emit,

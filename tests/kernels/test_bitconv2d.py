@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lbs_kernels.bitconv2d import reference
 from lbs_kernels.bitconv2d.op import bitconv2d
-from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.format import pack_weights
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import pack_weights
 
 
 @dataclass(frozen=True)

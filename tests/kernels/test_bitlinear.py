@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lbs_kernels.bitlinear import reference
 from lbs_kernels.bitlinear.op import bitlinear
-from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import FormatError, ShapeError
-from lbs_kernels.format import pack_weights
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import pack_weights
 
 # batch, channels, filters, w_bits, a_bits, zero, signed
 CASES = {

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lbs_kernels.epilogue import (
+from lbs_kernels.errors import FormatError
+from lbs_kernels.program.epilogue import (
     ACC_LIMIT,
     apply_thresholds,
     consume_reference,
@@ -21,8 +22,7 @@ from lbs_kernels.epilogue import (
     fma_channels,
     thresholds,
 )
-from lbs_kernels.errors import FormatError
-from lbs_kernels.program import Consumer, Emit, Program, build_blob
+from lbs_kernels.program.steps import Consumer, Emit, Program, build_blob
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 LARGEST = Fraction(2**24 - 1) * Fraction(2) ** 104

@@ -13,9 +13,11 @@ import pytest
 import lbs
 import lbs_kernels
 from lbs.cli import main
-from lbs_kernels import extension, gpu_kernels, registry
+from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
-from lbs_kernels.problem import Problem
+from lbs_kernels.gpu import kernels
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.run import backends
 
 LAYER = Problem("bitconv2d", (3, 4, 4), 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1, 1, "cuda")
 
@@ -53,9 +55,9 @@ def test_an_older_module_is_missing_and_says_why(
     with pytest.raises(BackendError, match=re.escape(reason)):
         getattr(extension, f"require_{name}")()
     if name == "cpu":
-        assert registry.BACKENDS["cpu"]("cpu") == reason
+        assert backends.BACKENDS["cpu"]("cpu") == reason
     else:
-        row = next(kernel for kernel in gpu_kernels.KERNELS if kernel.family == "cuda")
+        row = next(kernel for kernel in kernels.KERNELS if kernel.family == "cuda")
         assert row.reason(LAYER) == reason
     monkeypatch.setattr(extension, "build_report", lambda: {name: {"built": False, "reason": "no", "fix": "other"}})
     main.main(["doctor"])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lbs_kernels import extension
-from lbs_kernels.epilogue import encode_reference
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.format import pack_planes, unpack_planes
-from lbs_kernels.program import Consumer
+from lbs_kernels.program.epilogue import encode_reference
+from lbs_kernels.program.planes import pack_planes, unpack_planes
+from lbs_kernels.program.steps import Consumer
 from lbs_kernels.quantpack import cuda_impl
 
 needs_module = pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}")

@@ -20,11 +20,12 @@ import torch
 from programs import CASES, one_conv, random_inputs, random_program
 from torch import Tensor
 
-import lbs_kernels.program
-from lbs_kernels import device, extension, format
+import lbs_kernels.program.steps
+from lbs_kernels import device, extension
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.program import planes
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 if extension.cpu is None:
     pytest.skip(f"native module missing: {extension.cpu_reason}", allow_module_level=True)
@@ -47,11 +48,11 @@ def equal(outputs: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def test_constants_are_those_of_the_python_side() -> None:
-    assert extension.cpu.WORD == format.WORD
-    assert extension.cpu.FORMAT_VERSION == format.FORMAT_VERSION
-    assert extension.cpu.PROGRAM_VERSION == lbs_kernels.program.PROGRAM_VERSION
-    assert extension.cpu.BLOB_ALIGNMENT == lbs_kernels.program.BLOB_ALIGNMENT
-    assert extension.cpu.MAX_BITS == format.MAX_BITS
+    assert extension.cpu.WORD == planes.WORD
+    assert extension.cpu.FORMAT_VERSION == planes.FORMAT_VERSION
+    assert extension.cpu.PROGRAM_VERSION == lbs_kernels.program.steps.PROGRAM_VERSION
+    assert extension.cpu.BLOB_ALIGNMENT == lbs_kernels.program.steps.BLOB_ALIGNMENT
+    assert extension.cpu.MAX_BITS == planes.MAX_BITS
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])

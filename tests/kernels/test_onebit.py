@@ -19,22 +19,22 @@ from lbs_kernels.bitconv2d import cuda_impl as conv_cuda
 from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitlinear import cuda_impl as linear_cuda
 from lbs_kernels.bitlinear import reference as linear_reference
-from lbs_kernels.epilogue import emit_reference, fma32
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gpu_layout import storage
-from lbs_kernels.onebit_config import (
+from lbs_kernels.gpu.configs.onebit import (
     TILES,
     OneBitConfig,
     candidates,
     invalid_reason,
     onebit_default,
 )
-from lbs_kernels.onebit_gemm import MODEL_BLOCKS, threshold_tables
-from lbs_kernels.onebit_layout import OneBitLayout, channel_order
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, Emit
-from lbs_kernels.step_problem import problem_of
+from lbs_kernels.gpu.layout import storage
+from lbs_kernels.gpu.onebit.gemm import MODEL_BLOCKS, threshold_tables
+from lbs_kernels.gpu.onebit.layout import OneBitLayout, channel_order
+from lbs_kernels.program.epilogue import emit_reference, fma32
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.steps import ConvStep, Emit
 
 needs_module = pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
 pytestmark = needs_module
@@ -136,7 +136,7 @@ def test_nothing_depends_on_moments_and_orders(
             native.onebit_model(task, *row, blocks=chosen[0], late=chosen[1], seed=chosen[2])
 
     chosen = (blocks, late, seed)
-    monkeypatch.setattr("lbs_kernels.onebit_gemm.require_cpu", lambda: Native)
+    monkeypatch.setattr("lbs_kernels.gpu.onebit.gemm.require_cpu", lambda: Native)
     x, planes = random_case(blocks, (1, 12, 12, channels), 70, (kernel, kernel), 2, 2)
     check_accumulator(x, planes, config, 2, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2))
     assert calls == [MODEL_BLOCKS]
@@ -408,7 +408,7 @@ def recorded_task() -> dict[str, object]:
             tasks.append(task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lbs_kernels.onebit_gemm.require_cpu", lambda: Native)
+        patch.setattr("lbs_kernels.gpu.onebit.gemm.require_cpu", lambda: Native)
         conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
     return tasks[0]
 

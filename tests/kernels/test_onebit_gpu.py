@@ -14,12 +14,12 @@ from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitlinear import cuda_impl as linear_cuda
 from lbs_kernels.bitlinear import reference as linear_reference
 from lbs_kernels.errors import BackendError
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gpu_layout import from_logical, storage, to_logical
-from lbs_kernels.onebit_config import TILES, OneBitConfig, machines, onebit_default
-from lbs_kernels.program import Emit
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.step_problem import problem_of
+from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, machines, onebit_default
+from lbs_kernels.gpu.layout import from_logical, storage, to_logical
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.steps import Emit
+from lbs_kernels.run.reference import ReferenceRunner
 
 pytestmark = [
     pytest.mark.gpu,

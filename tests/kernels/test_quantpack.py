@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError, ShapeError
-from lbs_kernels.format import pack_planes, unpack_planes
+from lbs_kernels.program.planes import pack_planes, unpack_planes
 from lbs_kernels.quantpack.op import quantpack
-from lbs_kernels.registry import backend_reason
+from lbs_kernels.run.backends import backend_reason
 
 # bits, zero, signed
 READINGS = [(1, 0, False), (2, 0, False), (4, 0, False), (8, 0, False), (8, 117, False), (2, 0, True), (8, 0, True)]

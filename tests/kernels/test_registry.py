@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lbs_kernels import extension, registry, tuning_table
+from lbs_kernels import extension
 from lbs_kernels.device import cpu_name
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.problem import Problem
-from lbs_kernels.tuning_table import TuningTable, device_slug
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.run import backends
+from lbs_kernels.times import table as tuning_table
+from lbs_kernels.times.table import TuningTable, device_slug
 
 PROBLEM = Problem("bitconv2d", 1, 8, 8, 16, 32, (3, 3), padding=(1, 1), w_bits=4, a_bits=2)
 
@@ -29,43 +31,43 @@ def empty_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def both_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: None)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: None)
 
 
 def test_the_default_is_native_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: None)
-    assert registry.choose(PROBLEM) == "cpu"
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
-    assert registry.choose(PROBLEM) == "reference"
-    assert registry.resolve("auto", "cpu") == "reference"
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: None)
+    assert backends.choose(PROBLEM) == "cpu"
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: "no compiler")
+    assert backends.choose(PROBLEM) == "reference"
+    assert backends.resolve("auto", "cpu") == "reference"
 
 
 def test_a_named_backend_that_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: "no compiler")
     with pytest.raises(
         BackendError, match="'cpu' cannot serve bitconv2d_n1_16x8x8_to32_k3x3_s1_p1_w4a2_cpu: no compiler"
     ):
-        registry.choose(PROBLEM, "cpu")
+        backends.choose(PROBLEM, "cpu")
     with pytest.raises(BackendError, match="cannot run here: no compiler"):
-        registry.resolve("cpu", "cpu")
+        backends.resolve("cpu", "cpu")
     with pytest.raises(BackendError, match="'fpga' does not exist"):
-        registry.resolve("fpga", "cpu")
+        backends.resolve("fpga", "cpu")
 
 
 def test_reasons() -> None:
-    assert "runs on the processor" in str(registry.backend_reason("cpu", "cuda"))
-    assert registry.backend_reason("reference", "cuda") is None
-    assert "not an operation" in str(registry.supports("reference", replace(PROBLEM, op="fft")))
+    assert "runs on the processor" in str(backends.backend_reason("cpu", "cuda"))
+    assert backends.backend_reason("reference", "cuda") is None
+    assert "not an operation" in str(backends.supports("reference", replace(PROBLEM, op="fft")))
     if os.environ.get("TRITON_INTERPRET") != "1":
-        assert registry.supports("triton", PROBLEM) is not None
-        assert "triton" not in registry.available_backends("cpu")
+        assert backends.supports("triton", PROBLEM) is not None
+        assert "triton" not in backends.available_backends("cpu")
 
 
 def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "cpu", None)
     monkeypatch.setattr(extension, "cpu_reason", "no C++17 compiler was found; to mend it: apt-get install g++")
-    assert registry.choose(PROBLEM) == "reference"
-    rows = {row.name: row for row in registry.explain(PROBLEM)}
+    assert backends.choose(PROBLEM) == "reference"
+    rows = {row.name: row for row in backends.explain(PROBLEM)}
     assert "apt-get install g++" in str(rows["cpu"])
     assert rows["reference"].chosen
     assert str(rows["reference"]) == "-> reference: not measured"
@@ -75,21 +77,21 @@ def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -
 def test_measured_times_decide(empty_tables: Path) -> None:
     table = TuningTable("cpu", {str(PROBLEM): {"cpu": 3e-5, "reference": 2e-5}})
     tuning_table.write(empty_tables / "shipped" / "cpu.json", table)
-    assert registry.choose(PROBLEM) == "reference"
-    assert registry.choose(replace(PROBLEM, batch=8)) == "cpu"  # three buckets away, not measured: the default order
+    assert backends.choose(PROBLEM) == "reference"
+    assert backends.choose(replace(PROBLEM, batch=8)) == "cpu"  # three buckets away, not measured: the default order
     # What was measured here wins over what was shipped.
     tuning_table.write(empty_tables / "mine" / "cpu.json", TuningTable("cpu", {str(PROBLEM): {"cpu": 1e-5}}))
-    assert registry.choose(PROBLEM) == "cpu"
-    rows = {row.name: row for row in registry.explain(PROBLEM)}
+    assert backends.choose(PROBLEM) == "cpu"
+    rows = {row.name: row for row in backends.explain(PROBLEM)}
     assert str(rows["cpu"]) == "-> cpu: 10.0 us"
     assert str(rows["reference"]) == "   reference: 20.0 us"
     assert [row.chosen for row in rows.values()].count(True) == 1
 
 
 def test_a_fast_backend_that_cannot_serve_is_not_chosen(empty_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: "no compiler")
     tuning_table.write(empty_tables / "mine" / "cpu.json", TuningTable("cpu", {str(PROBLEM): {"cpu": 1e-9}}))
-    assert registry.choose(PROBLEM) == "reference"
+    assert backends.choose(PROBLEM) == "reference"
 
 
 def test_tables_survive_writing(empty_tables: Path) -> None:
@@ -143,7 +145,7 @@ def test_damaged_tables_are_refused(text: str, message: str, tmp_path: Path) -> 
 
 
 def test_shipped_tables_are_readable() -> None:
-    for path in (Path(tuning_table.__file__).with_name("tuning")).glob("*.json"):
+    for path in tuning_table.SHIPPED.glob("*.json"):
         assert tuning_table.read(path).device == path.stem
         json.loads(path.read_text())
 

@@ -33,9 +33,9 @@ from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
 
 from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.program import Emit, QuantPackStep
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.steps import Emit, QuantPackStep
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 HOPPER_FIRST = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitconv2d import tuning as conv_tuning
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gemm_config import gemm_candidates
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.gpu.configs.gemm import gemm_candidates
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 if TYPE_CHECKING:
-    from lbs_kernels.gpu_runner import GpuRunner
+    from lbs_kernels.gpu.runner import GpuRunner
 
 pytestmark = pytest.mark.gpu
 BITS = (2, 4, 8)
@@ -29,7 +29,7 @@ PARTS = 10
 
 
 def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[GpuRunner, list[Tensor]]:
-    from lbs_kernels.gpu_runner import GpuRunner  # here, so that collecting needs no Triton
+    from lbs_kernels.gpu.runner import GpuRunner  # here, so that collecting needs no Triton
 
     images = [image.cuda() for image in programs.random_inputs(program, batch, seed)]
     return GpuRunner(program, blob, "cuda"), images
@@ -98,7 +98,7 @@ def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int, part
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4), (8, 8), (8, 2)])
 def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int, part: int) -> None:
-    from lbs_kernels.gpu_runner import GpuRunner
+    from lbs_kernels.gpu.runner import GpuRunner
 
     program, blob = programs.one_conv(
         0, channels=100, filters=100, groups=100, size=(15, 14), w_bits=w_bits, a_bits=a_bits, out_bits=4,

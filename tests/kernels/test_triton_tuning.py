@@ -10,15 +10,15 @@ import pytest
 
 import lbs.cost
 import lbs.models
-from lbs_kernels import gpu_kernels
 from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.bitlinear import tuning as linear_tuning
-from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
-from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.pool import tuning as pool_tuning
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 from lbs_kernels.quantpack import tuning as quantpack_tuning
 
 LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4)
@@ -121,7 +121,7 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
             assert printed.setdefault(str(config), config) == config  # unique
     assert {type(config) for config in printed.values()} >= {GemmConfig, ElementwiseConfig}
     for text, config in printed.items():
-        choice = gpu_kernels.parse(f"triton:{text}")
+        choice = kernels.parse(f"triton:{text}")
         assert choice is not None
         assert choice.config == config
 
@@ -130,7 +130,7 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
     "text", ["", "gemm", "m128_o64", "gemm_m128_o64_k33_w4_s3_wx_bytes_p1", "depthwise_m64_c32_w2 ", "grouped_m1_o2"]
 )
 def test_other_texts_are_refused(text: str) -> None:
-    assert gpu_kernels.parse(f"triton:{text}") is None
+    assert kernels.parse(f"triton:{text}") is None
     for kind in (GemmConfig, ElementwiseConfig, DepthwiseConfig, GroupedConfig):
         with pytest.raises(FormatError, match=r"is no configuration of the|multiples of 32"):
             kind.parse(text)

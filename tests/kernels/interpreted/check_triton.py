@@ -22,15 +22,15 @@ from lbs_kernels.bitconv2d import reference as conv_reference
 from lbs_kernels.bitconv2d import triton_impl as conv_triton
 from lbs_kernels.bitlinear import reference as linear_reference
 from lbs_kernels.bitlinear import triton_impl as linear_triton
-from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
-from lbs_kernels.epilogue import fma32
 from lbs_kernels.errors import BackendError, ShapeError
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.triton_common import INTERPRETED, fma
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 BITS = (2, 4, 8)
 SMALL = GemmConfig(block_m=16, block_o=32, block_words=1, warps=4, stages=2, weights_first=False)
