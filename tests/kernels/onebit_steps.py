@@ -1,7 +1,7 @@
 """Runs single steps of a program through the one-bit kernels, each on the reference's own inputs.
 
-On "cuda" the kernels run, on "cpu" their source on the model of the GPU. What a step writes lies between guards of
-garbage that must stay as they were.
+On "cuda" the kernels run; on "cpu" their source, where `gpu_model.launches_on_the_model` was called. What a step writes
+lies between guards of garbage that must stay as they were.
 """
 
 from __future__ import annotations

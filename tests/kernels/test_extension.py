@@ -37,9 +37,8 @@ def older(name: str, lacks: str) -> ModuleType:
     ("name", "lacks", "told"),
     [
         ("cuda", "OneBitLaunch", "OneBitLaunch.enqueue"),
-        ("cuda", "encode_image", "encode_image"),
         ("cpu", "Program.step_times", "Program.step_times"),
-        ("cpu", "onebit_model", "onebit_model"),
+        ("cpu", "resolve_isa", "resolve_isa"),
     ],
 )
 def test_an_older_module_is_missing_and_says_why(
@@ -70,6 +69,11 @@ def test_this_release_has_what_is_needed(name: str, monkeypatch: pytest.MonkeyPa
     whole = older(name, "")
     monkeypatch.setitem(sys.modules, f"lbs_kernels._{name}", whole)
     assert extension._load(name) == (whole, "")
+
+
+@pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
+def test_what_serves_tests_alone_is_not_shipped() -> None:
+    assert [name for name in vars(extension.cpu) if name.startswith("onebit")] == []
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

@@ -11,6 +11,7 @@ import programs
 import pytest
 import torch
 from contenders import assert_same
+from gpu_model import launches_on_the_model, native
 from onebit_steps import check_steps
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from lbs_kernels.gpu.configs.onebit import (
     onebit_default,
 )
 from lbs_kernels.gpu.layout import storage
-from lbs_kernels.gpu.onebit.gemm import MODEL_BLOCKS, threshold_tables
+from lbs_kernels.gpu.onebit.gemm import threshold_tables
 from lbs_kernels.gpu.onebit.layout import OneBitLayout, channel_order
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.planes import pack_weights
@@ -36,11 +37,13 @@ from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.step_problem import problem_of
 from lbs_kernels.program.steps import ConvStep, Emit
 
-needs_module = pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
-pytestmark = needs_module
-
 CONFIGS = [OneBitConfig(*tile) for tile in TILES]
 HOPPER, AMPERE = OneBitConfig("wgmma", 64, 128, 4), OneBitConfig("mma", 64, 64, 3)
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches_on_the_model(monkeypatch)
 
 
 def random_case(
@@ -126,20 +129,10 @@ def test_nothing_depends_on_moments_and_orders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Copies and products happen where they are issued, or where they are waited for; threads run in another order."""
-    native = extension.require_cpu()
-    calls = []
-
-    class Native:
-        @staticmethod
-        def onebit_model(task: dict[str, object], *row: object, blocks: int) -> None:
-            calls.append(blocks)
-            native.onebit_model(task, *row, blocks=chosen[0], late=chosen[1], seed=chosen[2])
-
-    chosen = (blocks, late, seed)
-    monkeypatch.setattr("lbs_kernels.gpu.onebit.gemm.require_cpu", lambda: Native)
+    launched = launches_on_the_model(monkeypatch, blocks, late, seed)
     x, planes = random_case(blocks, (1, 12, 12, channels), 70, (kernel, kernel), 2, 2)
     check_accumulator(x, planes, config, 2, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2))
-    assert calls == [MODEL_BLOCKS]
+    assert len(launched) == 1
 
 
 def emit_case(
@@ -294,7 +287,7 @@ def test_thresholds_equal_the_floats_at_every_accumulator() -> None:
 
 
 def test_the_kernel_divides_exactly() -> None:
-    divide = extension.require_cpu().onebit_quotient
+    divide = native().quotient
     generator = torch.Generator().manual_seed(0)
     divisors = [1, 2, 3, 5, 7, 9, 49, 64, 196, 784, 3136, 2**16 - 1, 2**16 + 1, 2**30, 2**31 - 1]
     for d in divisors + torch.randint(1, 2**31, (200,), generator=generator).tolist():
@@ -305,7 +298,7 @@ def test_the_kernel_divides_exactly() -> None:
 
 
 def test_floats_become_halves_as_torch_rounds_them() -> None:
-    native = extension.require_cpu()
+    model = native()
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (20000,), generator=generator).to(torch.int32)
     # Near the ends of float16: subnormal numbers, their ties, the largest ones, infinity.
@@ -313,32 +306,28 @@ def test_floats_become_halves_as_torch_rounds_them() -> None:
     scales = 2.0 ** torch.randint(-30, 18, (5000,), generator=generator)
     values = torch.cat([bits.view(torch.float32), near, -near, torch.randn(5000, generator=generator) * scales])
     values = values[~values.isnan()]
-    halves = torch.tensor([native.onebit_half(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
-    brains = torch.tensor([native.onebit_brain(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
+    halves = torch.tensor([model.half(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
+    brains = torch.tensor([model.brain(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
     assert_same(halves, values.half().view(torch.int16), "float16")
     assert_same(brains, values.bfloat16().view(torch.int16), "bfloat16")
     every = torch.arange(65536, dtype=torch.int32)
-    back = torch.tensor([native.onebit_from_half(v) for v in every.tolist()])
+    back = torch.tensor([model.from_half(v) for v in every.tolist()])
     expected = every.to(torch.int16).view(torch.float16).float()
     assert torch.equal(back[~expected.isnan()], expected[~expected.isnan()])
     assert bool(back[expected.isnan()].isnan().all())
 
 
 def test_both_sides_state_the_same_tiles() -> None:
-    rows = [(machine, groups, filters, stages) for machine, groups, filters, stages, _ in native_rows()]
+    rows = [(machine, groups, filters, stages) for machine, groups, filters, stages, _ in native().tiles()]
     assert rows == [config.row for config in CONFIGS]
     if extension.cuda is not None:
-        assert extension.cuda.onebit_tiles() == native_rows()
+        assert extension.cuda.onebit_tiles() == native().tiles()
 
 
 def test_tiles_fit_shared_memory() -> None:
     """227 KB per block on sm_90, 99 KB on sm_86 and sm_89; 1 KB more is asked for the alignment."""
-    for machine, _, _, _, shared in native_rows():
+    for machine, _, _, _, shared in native().tiles():
         assert shared + 1024 <= (227 if machine == "wgmma" else 99) * 1024
-
-
-def native_rows() -> list[tuple[str, int, int, int, int]]:
-    return extension.require_cpu().onebit_tiles()  # type: ignore[no-any-return]
 
 
 def problem(**changes: object) -> Problem:
@@ -372,6 +361,14 @@ def test_what_is_refused() -> None:
         linear_cuda.accumulate(x[0, 0], planes[:1, :, :1], a_bits=2)
 
 
+def test_tensors_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the model there is nothing that a processor could run."""
+    monkeypatch.undo()
+    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
+    with pytest.raises(BackendError, match=r"run on a GPU, the tensors are on cpu; move them: \.to\('cuda'\)"):
+        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
+
+
 def test_steps_that_are_refused() -> None:
     b, source, shape = emit_case(0, "float32", 8)
     consumers = tuple(b.consumer(shape, 2) for _ in range(9))
@@ -389,37 +386,29 @@ def test_steps_that_are_refused() -> None:
 
 @pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_told_in_words() -> None:
-    task = recorded_task()
+def test_no_gpu_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = recorded_task(monkeypatch)
     with pytest.raises(BackendError, match=r"asking for the current GPU failed: cuda\w+, "):
         extension.require_cuda().OneBitLaunch(task, "wgmma", 2, 128, 6, 0)
     with pytest.raises(FormatError, match="codes of 3 bits"):
         extension.require_cuda().OneBitLaunch({**task, "w_bits": 3}, "wgmma", 2, 128, 6, 0)
 
 
-def recorded_task() -> dict[str, object]:
+def recorded_task(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What Python hands to the native side for a small convolution; its addresses are of tensors that are gone."""
     x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
-    tasks: list[dict[str, object]] = []
-
-    class Native:
-        @staticmethod
-        def onebit_model(task: dict[str, object], *row: object, blocks: int) -> None:
-            tasks.append(task)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lbs_kernels.gpu.onebit.gemm.require_cpu", lambda: Native)
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
+    tasks = launches_on_the_model(monkeypatch)
+    conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
     return tasks[0]
 
 
-def test_the_native_side_checks_its_task() -> None:
-    native = extension.require_cpu()
+def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = native()
     with pytest.raises(FormatError, match="field 'x' is missing"):
-        native.onebit_model({}, "wgmma", 2, 128, 6)
-    task = recorded_task()
+        model.run({}, "wgmma", 2, 128, 6)
+    task = recorded_task(monkeypatch)
     with pytest.raises(FormatError, match=r"no one-bit kernel wgmma of 128 x 128 tiles with 7 stages is built"):
-        native.onebit_model(task, "wgmma", 2, 128, 7)
+        model.run(task, "wgmma", 2, 128, 7)
     for change, words in (
         ({"w_bits": 3}, "codes of 3 bits; it takes 2 or 4"),
         ({"kernel": (5, 5)}, "the output's height is 0; it takes 1 to"),
@@ -430,4 +419,4 @@ def test_the_native_side_checks_its_task() -> None:
         ({"thresholds": 64}, "thresholds serve one consumer"),
     ):
         with pytest.raises(FormatError, match=words):
-            native.onebit_model({**task, **change}, "wgmma", 2, 128, 6)
+            model.run({**task, **change}, "wgmma", 2, 128, 6)

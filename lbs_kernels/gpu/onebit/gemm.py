@@ -3,8 +3,8 @@
     acc = 2 sum_{p,r} 2^(p+r) popc(W_p & X_r) - n_w sum_k qx                   unsigned activations
     acc = 2 (the same) - n_x sum_k (2 qw - n_w)                                signed ones
 
-On CUDA tensors the kernels of `lbs_kernels._cuda` run; on CPU tensors the same source runs on a model of the GPU in
-`lbs_kernels._cpu`, for tests. docs/gpu.md says what has run on a GPU.
+The kernels are those of `lbs_kernels._cuda`. Tests run the same source on a model of the GPU (tests/native/onebit). docs/gpu.md says
+what has run on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.extension import require_cpu, require_cuda
+from lbs_kernels.extension import require_cuda
 from lbs_kernels.gpu.configs.onebit import OneBitConfig, invalid_reason, onebit_default, unsupported_reason
 from lbs_kernels.gpu.kernels import Launch
 from lbs_kernels.gpu.layout import from_logical, pixel_elements
@@ -27,7 +27,6 @@ from lbs_kernels.program.planes import check_accumulator, unpack_weights
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Consumer, ConvStep, Emit, LinearStep, Program, TensorSpec, build_blob
 
-MODEL_BLOCKS = 3  # thread blocks of the model: several, so that each works off more than one tile
 MAX_CONSUMERS = 8
 
 
@@ -139,7 +138,7 @@ def bind_onebit(
     if compares(emit, config):
         tables = threshold_tables(layout, arrays[step.multiplier], arrays[step.bias], emit, program, arrays)
         task.update(thresholds=_kept(tables[0], kept), flips=_kept(tables[1], kept))
-    return _launch(task, config, weights.device, kept)
+    return launch_of(task, config, weights.device, kept)
 
 
 def compares(emit: Emit, config: OneBitConfig) -> bool:
@@ -183,7 +182,7 @@ def onebit_accumulate(
     acc = torch.empty(size, dtype=torch.int32, device=x.device)
     task = _operands(problem, source, x, w, offset)
     task.update(accumulators=acc.data_ptr())
-    _launch(task, config, x.device, [x, w, offset])([])
+    launch_of(task, config, x.device, [x, w, offset])([])
     return acc
 
 
@@ -229,14 +228,14 @@ def _operands(problem: Problem, source: TensorSpec, x: Tensor, w: Tensor, offset
     }
 
 
-def _launch(task: dict[str, Any], config: OneBitConfig, device: torch.device, kept: list[Tensor]) -> Launch:
+def launch_of(task: dict[str, Any], config: OneBitConfig, device: torch.device, kept: list[Tensor]) -> Launch:
+    """The launch of a task on `device`; it holds `kept`, the memory behind the addresses of the task.
+
+    Raises:
+        BackendError: a device that is no GPU or cannot run the kernel, or a native module that is missing.
+    """
     if device.type != "cuda":
-        model = require_cpu().onebit_model
-
-        def simulate(inputs: list[Tensor], kept: list[Tensor] = kept) -> None:
-            model(task, *config.row, blocks=MODEL_BLOCKS)
-
-        return simulate
+        raise BackendError(f"one-bit kernels run on a GPU, the tensors are on {device}; move them: .to('cuda')")
     index = torch.cuda.current_device() if device.index is None else device.index
     bound = require_cuda().OneBitLaunch(task, *config.row, index)
 

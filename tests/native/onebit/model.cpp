@@ -1,9 +1,9 @@
-#include "onebit/model.h"
+#include "model.h"
 
 #include <algorithm>
 #include <deque>
 
-#include "onebit/fibers.h"
+#include "fibers.h"
 #include "onebit/products.h"
 
 namespace lbs::onebit {

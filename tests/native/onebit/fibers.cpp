@@ -1,4 +1,4 @@
-#include "onebit/fibers.h"
+#include "fibers.h"
 
 #include <algorithm>
 #include <numeric>
