@@ -3,8 +3,8 @@
     acc = 2 sum_{p,r} 2^(p+r) popc(W_p & X_r) - n_w sum_k qx                   unsigned activations
     acc = 2 (the same) - n_x sum_k (2 qw - n_w)                                signed ones
 
-The kernels are those of `lbs_kernels._cuda`. Tests run the same source on a model of the GPU (tests/native/onebit). docs/gpu.md says
-what has run on a GPU.
+The kernels are those of `lbs_kernels._cuda`. Tests run the same source on a model of the GPU (tests/native/onebit);
+docs/gpu.md says what has run on a GPU.
 """
 
 from __future__ import annotations
