@@ -63,7 +63,6 @@ class BuildFailure(Exception):
 class Part:
     """What became of one module, as the report says it."""
 
-
     built: bool = False
     reason: str = ""
     fix: str = ""
