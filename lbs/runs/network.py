@@ -19,10 +19,10 @@ from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import QuantLayer
 from lbs.run_folder import RunFolder, read_json, write_json
-from lbs.train import checkpoint
 from lbs.search.freeze import freeze
 from lbs.search.layers import FULL_BITS
 from lbs.search.prepare import SearchConfig, check_sum, prepare
+from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"

@@ -15,17 +15,16 @@ from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun
 from lbs.plan import Plan
 from lbs.quant import calibrate
 from lbs.run_folder import RunFolder, write_bytes
-from lbs.train import checkpoint
-from lbs.train import distributed
 from lbs.runs import network
-from lbs.search.budget import parameter_groups
-from lbs.train.evaluation import evaluate
-from lbs.search.freeze import plan_of
 from lbs.runs.limits import limits, targets_section
 from lbs.runs.network import FINAL, FLOAT, SEARCHED, NetworkCard
-from lbs.search.prepare import uniform
 from lbs.runs.searches import SearchJob, check_reach, left_out, search_of, search_settings
 from lbs.runs.session import Session, calibration_batches, goes_on, test_loader, train_loader
+from lbs.search.budget import parameter_groups
+from lbs.search.freeze import plan_of
+from lbs.search.prepare import uniform
+from lbs.train import checkpoint, distributed
+from lbs.train.evaluation import evaluate
 from lbs.train.trainer import Trainer
 from lbs_kernels.errors import CheckpointError, PlanError, TrainingError
 

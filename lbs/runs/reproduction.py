@@ -6,15 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lbs.runs.rows import Row, row_named
-from lbs.runs.stages import pack_run, verify_run
 from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun, open_runs
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder, environment, read_json, write_json, writes
-from lbs.train import distributed
 from lbs.runs.limits import targets_met
 from lbs.runs.modes import mode_settings
 from lbs.runs.phases import Session, check_search, check_teacher, run_finetune, run_float, run_search
+from lbs.runs.rows import Row, row_named
+from lbs.runs.stages import pack_run, verify_run
+from lbs.train import distributed
 from lbs_kernels.errors import LbsError
 
 RECORD = "record.json"

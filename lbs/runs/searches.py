@@ -13,14 +13,8 @@ from lbs.config import SearchRun
 from lbs.plan import Plan
 from lbs.quant import calibrate, estimate_norms
 from lbs.runs import network
-from lbs.search.baselines import project_budget
-from lbs.search.budget import Budget, parameter_groups
-from lbs.search.freeze import freeze, plan_of
-from lbs.search.layers import FULL_BITS
 from lbs.runs.limits import limits
 from lbs.runs.modes import mode_settings
-from lbs.search.outcome import BudgetResult
-from lbs.search.prepare import SearchConfig, conversion_report, prepare
 from lbs.runs.session import (
     Session,
     calibration_batches,
@@ -29,6 +23,12 @@ from lbs.runs.session import (
     test_loader,
     train_loader,
 )
+from lbs.search.baselines import project_budget
+from lbs.search.budget import Budget, parameter_groups
+from lbs.search.freeze import freeze, plan_of
+from lbs.search.layers import FULL_BITS
+from lbs.search.outcome import BudgetResult
+from lbs.search.prepare import SearchConfig, conversion_report, prepare
 from lbs.train.trainer import Trainer
 from lbs_kernels.errors import PlanError, TrainingError
 

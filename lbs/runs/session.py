@@ -13,8 +13,8 @@ from torch import Tensor
 import lbs.data
 from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
-from lbs.train import distributed
 from lbs.runs import network
+from lbs.train import distributed
 from lbs.train.protocols import Progress
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import lbs
 import lbs.data
-from lbs.runs.packed import PACKED, of_run
 from lbs.packing.model import PackedModel
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
 from lbs.runs import network
+from lbs.runs.packed import PACKED, of_run
 from lbs_kernels.errors import GraphError, LbsError
 
 _EXAMPLES = 4
