@@ -13,7 +13,7 @@ import torch
 from benchmarks import gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_nets, gpu_roofs
 from benchmarks.gpu_run import Attempts, Run
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.run.compiled import clear_runners
+from lbs_kernels.run.loaded import clear_runners
 from lbs_kernels.tune import tuner
 
 NETS = "nets"  # folder of packed networks

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.region import PackedRegion
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Step, TensorSpec
-from lbs_kernels.run.cpu import CpuRunner
-from lbs_kernels.times.stopwatch import cuda_graph, interleave
 
 _HEADER = ("layer", "operation", "input", "output", "bits w/a", "filters", "kernel", "time us", "share")
 
@@ -103,49 +98,16 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         inexact = sorted(packed.inexact_layers(batch) & {step.name for step in region.program.steps})
         if inexact:
             notes.append(f"region {index}: in half precision, not exact: {', '.join(inexact)}")
-        seconds = _step_seconds(region, trace, count, rounds)
+        inputs = [trace[place].contiguous() for place in region.program.inputs]
+        seconds = compiled.runner.step_seconds(inputs, threads=count, rounds=rounds)
         if seconds is None:
             notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")
         rows.extend(_rows(index, region, batch, seconds))
     return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes)
 
 
-@runtime_checkable
-class _Launching(Protocol):
-    """A runner that enqueues one launch per step (GpuRunner, whose import takes Triton)."""
-
-    def plan(self, batch: int) -> Any: ...
-
-    def choices(self, batch: int) -> list[Any]: ...
-
-
-def _step_seconds(region: PackedRegion, trace: dict[int, Tensor], threads: int, rounds: int) -> list[float] | None:
-    """Median seconds of every step on the native back end and on a GPU; None on others."""
-    runner = region.compiled().runner
-    inputs = [trace[index].contiguous() for index in region.program.inputs]
-    if isinstance(runner, _Launching) and region.blob.is_cuda:
-        launches = runner.plan(inputs[0].shape[0]).launches
-        calls = {str(place): cuda_graph(partial(launch, inputs)) for place, launch in enumerate(launches)}
-        return [times.median for times in interleave(calls, device=region.blob.device, rounds=rounds).values()]
-    if not isinstance(runner, CpuRunner):
-        return None
-    outputs = runner.run(inputs, threads=threads)
-    pointers = ([x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs], inputs[0].shape[0], threads)
-    measured = [runner.native.step_times(*pointers) for _ in range(rounds)]
-    return [statistics.median(times) for times in zip(*measured, strict=True)]
-
-
-def _kernels(region: PackedRegion, batch: int) -> list[str]:
-    """What runs each step: the back end, and on a GPU the kernel with its configuration."""
-    compiled = region.compiled()
-    if isinstance(compiled.runner, _Launching):
-        return [choice.name for choice in compiled.runner.choices(batch)]
-    isa = getattr(getattr(compiled.runner, "native", None), "isa", "")
-    return [f"{compiled.backend}/{isa}" if isa else compiled.backend] * len(region.program.steps)
-
-
 def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | None) -> list[StepRow]:
-    program, kernels = region.program, _kernels(region, batch)
+    program, kernels = region.program, region.compiled().runner.kernels(batch)
     rows = []
     for place, step in enumerate(program.steps):
         source, result = program.tensors[step.input], program.tensors[_written(step)]
@@ -161,7 +123,7 @@ def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | N
                 source.bits,
                 result.channels if weights else 0,
                 step.total_filters if isinstance(step, ConvStep | LinearStep) else 0,
-                kernels[place],
+                kernels[place].name,
                 seconds[place] if seconds is not None else None,
                 None,
             )

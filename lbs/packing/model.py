@@ -15,6 +15,7 @@ from lbs.packing.serial import PackedParts, write
 from lbs.plan import Plan
 from lbs_kernels.errors import GraphError, ShapeError
 from lbs_kernels.gpu.kernels import check_fallback
+from lbs_kernels.library import unwatched
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run.compiled import dtype_rule
 
@@ -52,6 +53,8 @@ class PackedModel(nn.Module):
         self.plan = plan
         self.name = name
         self.normalize = normalize
+        self._dtype = torch.float32 if normalize is None else torch.uint8
+        self._whole = whole_region(graph)
         self.requires_grad_(False).eval()
 
     @property
@@ -74,13 +77,13 @@ class PackedModel(nn.Module):
     @property
     def fallback(self) -> str | None:
         """Inexact kernels the model may use on a GPU: None, or "fp16"; see `lbs.load`."""
-        return self.regions[0].allow or None
+        return self.regions[0].loaded.allow or None
 
     @fallback.setter
     def fallback(self, value: str | None) -> None:
         check_fallback(value)
         for region in self.regions:
-            region.allow = value or ""
+            region.loaded.allow = value or ""
 
     def train(self, mode: bool = True) -> PackedModel:
         """Nothing is trained any more: float parts stay in evaluation mode too."""
@@ -89,7 +92,7 @@ class PackedModel(nn.Module):
     @property
     def input_dtype(self) -> torch.dtype:
         """Of the images: torch.float32, or torch.uint8 where `normalize` is set."""
-        return torch.float32 if self.normalize is None else torch.uint8
+        return self._dtype
 
     def float_images(self, x: Tensor) -> Tensor:
         """What the network was trained on, for images `x` of this model: float32 as given, or float64 of bytes."""
@@ -113,6 +116,13 @@ class PackedModel(nn.Module):
         Raises:
             ShapeError: another rank, channel count, size, dtype or device than the model was packed for.
         """
+        if self._whole is not None and unwatched(x):
+            region, place = self._whole
+            try:
+                return region.run([x])[place]
+            except ShapeError:
+                self.check_input(x)  # in words of the model
+                raise
         self.check_input(x)
         return self.body(x)
 
@@ -147,10 +157,8 @@ class PackedModel(nn.Module):
             return frozenset()
         found: set[str] = set()
         for region in self.regions:
-            choices = getattr(region.compiled(backend).runner, "choices", None)
-            if choices is not None:
-                pairs = zip(region.program.steps, choices(batch), strict=True)
-                found.update(step.name for step, choice in pairs if not choice.kernel.exact)
+            pairs = zip(region.program.steps, region.compiled(backend).runner.kernels(batch), strict=True)
+            found.update(step.name for step, kernel in pairs if not kernel.exact)
         return frozenset(found)
 
     def capture(self, *examples: Tensor, clone: bool = False) -> CapturedModel:
@@ -191,6 +199,17 @@ def need_packed(value: object, caller: str) -> None:
             f"{caller} got a {type(value).__name__}; it looks at a packed network: lbs.pack(model) makes one, "
             "lbs.load(path) reads one"
         )
+
+
+def whole_region(graph: fx.GraphModule) -> tuple[PackedRegion, int] | None:
+    """The one region that the network consists of, and which of its outputs the network returns; None for others."""
+    match list(graph.graph.nodes):
+        case [image, call, item, output] if (
+            call.op == "call_module" and call.args == (image,) and item.args[:1] == (call,) and output.args == (item,)
+        ):
+            region = graph.get_submodule(call.target)
+            return (region, item.args[1]) if isinstance(region, PackedRegion) else None
+    return None
 
 
 class _Tracing(fx.Interpreter):

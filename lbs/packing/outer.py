@@ -37,6 +37,7 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
             _call_region(result, lowered, unit, made)
             continue
         made[unit] = result.node_copy(unit, lambda node: made[node])
+        made[unit].type = None  # an annotation of the model, perhaps a string, which torch.fx cannot pickle
         if unit.op in ("call_module", "get_attr"):
             if str(unit.target).partition(".")[0] in regions:
                 raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")

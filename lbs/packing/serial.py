@@ -51,7 +51,7 @@ def write(path: Path, parts: PackedParts) -> None:
     tensors: dict[str, Tensor] = {}
     regions = [(name, module) for name, module in parts.graph.named_children() if isinstance(module, PackedRegion)]
     for name, region in regions:
-        metadata[name.replace("region", "program")] = region.text
+        metadata[name.replace("region", "program")] = region.loaded.text
         for key in sorted(region.program.arrays):
             tensors[f"{name}.{key}"] = region.program.array(region.blob, key)
     blobs = {f"{name}.blob" for name, _ in regions}

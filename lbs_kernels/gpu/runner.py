@@ -19,8 +19,10 @@ from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
 from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.runner import StepKernel, empty_outputs
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step
 from lbs_kernels.times import graph
+from lbs_kernels.times.stopwatch import cuda_graph, interleave
 
 MAX_PLANS = 16  # batch sizes times streams whose buffers are kept
 
@@ -87,13 +89,19 @@ class GpuRunner:
         self._finish()
 
     def run(
-        self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None, out: list[Tensor] | None = None
+        self,
+        inputs: list[Tensor],
+        trace: dict[int, Tensor] | None = None,
+        *,
+        threads: int | None = None,
+        out: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Outputs float32 [N, C, H, W] (or [N, C] where flat) of dense images [N, C, H, W], N >= 1, channels first or
         last in memory.
 
         Args:
             inputs: on this runner's device, in the order of program.inputs.
+            threads: of the processor; none are used.
             trace: receives every tensor by index in its logical form: images as given, codes uint8 [N, H, W, C],
                 streams in the stream dtype. Copies, and so not for timing.
             out: tensors to write the outputs to, of their shape; made new if left out.
@@ -110,7 +118,7 @@ class GpuRunner:
                 launch(inputs)
                 if trace is not None:
                     self._record(step, plan, trace)
-            results = self._empty_outputs(batch) if out is None else out
+            results = empty_outputs(self.program, batch, self.device) if out is None else out
             for index, result in zip(self.program.outputs, results, strict=True):
                 values = plan.buffers[index].permute(0, 3, 1, 2)
                 result.copy_(values.flatten(1) if self.program.tensors[index].flat else values)
@@ -146,6 +154,18 @@ class GpuRunner:
     def choices(self, batch: int) -> list[Choice]:
         """The kernel and configuration of every step at one batch size, in the order of the program."""
         return [self._choice(step, self._problem(step, batch)) for step in self.program.steps]
+
+    def kernels(self, batch: int) -> list[StepKernel]:
+        """The kernel of each step with its configuration, as tuning tables name it."""
+        return [StepKernel(choice.name, choice.kernel.exact) for choice in self.choices(batch)]
+
+    def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> list[float] | None:
+        """Median of a CUDA graph of each launch, the steps interleaved; None in the interpreter."""
+        if self.device.type != "cuda":
+            return None
+        launches = self.plan(inputs[0].shape[0]).launches
+        calls = {str(place): cuda_graph(functools.partial(launch, inputs)) for place, launch in enumerate(launches)}
+        return [times.median for times in interleave(calls, device=self.device, rounds=rounds).values()]
 
     def _recorded_plan(self, batch: int) -> BatchPlan:
         """The plan of an earlier call, given to the graph that is being recorded: binding and compiling would wait.
@@ -237,14 +257,6 @@ class GpuRunner:
         written = [consumer.tensor for consumer in step.emit.consumers]
         for index in written if step.emit.stream is None else [step.emit.stream, *written]:
             trace[index] = to_logical(plan.buffers[index], self.program.tensors[index])
-
-    def _empty_outputs(self, batch: int) -> list[Tensor]:
-        outputs = []
-        for index in self.program.outputs:
-            spec = self.program.tensors[index]
-            shape = (batch, spec.channels) if spec.flat else (batch, spec.channels, spec.height, spec.width)
-            outputs.append(torch.empty(shape, dtype=torch.float32, device=self.device))
-        return outputs
 
 
 def stream_handle(device: torch.device) -> int:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 from torch import Tensor
 
 from lbs_kernels.device import default_threads
 from lbs_kernels.extension import require_cpu
-from lbs_kernels.program.steps import STREAM_DTYPES, Program
+from lbs_kernels.program.runner import StepKernel, empty_outputs, empty_tensors, output_shape
+from lbs_kernels.program.steps import Program
 
 
 class CpuRunner:
     """Runs a program in one native call. The weights are laid out for the processor once, here."""
 
-    def __init__(self, program: Program, blob: Tensor, text: str, isa: str = "auto") -> None:
+    def __init__(self, program: Program, blob: Tensor, isa: str = "auto") -> None:
         """
         Args:
-            program, text: the program and its JSON text.
             blob: uint8, contiguous, on the CPU; copied.
             isa: instruction set ("portable", "avx2", "avx512vnni", "amx"), or "auto" for the best one present.
 
@@ -24,32 +26,53 @@ class CpuRunner:
             BackendError: no native module, or it cannot run `isa` here.
         """
         self.program = program
-        self.native = require_cpu().Program(text, blob.data_ptr(), blob.numel(), isa)
-        self._output_shapes = [_output_shape(program, index) for index in program.outputs]
+        self.native = require_cpu().Program(program.to_json(), blob.data_ptr(), blob.numel(), isa)
+        self._run = self.native.run
+        self._shapes = [output_shape(program.tensors[index]) for index in program.outputs]
+        self._float = torch.empty(0, dtype=torch.float32, device="cpu")  # new_empty asks for no default
 
     def run(
-        self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None, threads: int | None = None
+        self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None, *, threads: int | None = None
     ) -> list[Tensor]:
-        """Outputs of dense images, channels first or last; see `run_program`. `threads` defaults to torch's number."""
+        """See `Runner.run`; images channels first or last."""
         batch = inputs[0].shape[0]
-        outputs = [torch.empty((batch, *shape), dtype=torch.float32, device="cpu") for shape in self._output_shapes]
-        in_pointers = [x.data_ptr() for x in inputs]
-        last = [not x.is_contiguous() for x in inputs]
-        out_pointers = [y.data_ptr() for y in outputs]
         count = default_threads() if threads is None else threads
-        if trace is None:
-            self.native.run(in_pointers, out_pointers, batch, count, last)
-            return outputs
-        for index, spec in enumerate(self.program.tensors):
-            if spec.form != "image":
-                dtype = torch.uint8 if spec.form == "codes" else STREAM_DTYPES[self.program.stream_dtype]
-                trace[index] = torch.empty((batch, spec.height, spec.width, spec.channels), dtype=dtype, device="cpu")
-        pointers = {index: value.data_ptr() for index, value in trace.items()}
-        trace.update(zip(self.program.inputs, inputs, strict=True))
-        self.native.run_traced(in_pointers, out_pointers, batch, count, pointers, last)
+        if trace is not None:
+            return self._run_traced(inputs, batch, count, trace)
+        images, last, outputs, results = [], [], [], []  # loops: a comprehension is a call
+        for x in inputs:
+            images.append(x.data_ptr())
+            last.append(not x.is_contiguous())
+        for shape in self._shapes:
+            y = self._float.new_empty(batch, *shape)
+            outputs.append(y)
+            results.append(y.data_ptr())
+        self._run(images, results, batch, count, last)
         return outputs
 
+    def _run_traced(self, inputs: list[Tensor], batch: int, count: int, trace: dict[int, Tensor]) -> list[Tensor]:
+        outputs = empty_outputs(self.program, batch, "cpu")
+        trace.update(empty_tensors(self.program, batch, "cpu"))
+        pointers = {index: value.data_ptr() for index, value in trace.items()}
+        trace.update(zip(self.program.inputs, inputs, strict=True))
+        last = [not x.is_contiguous() for x in inputs]
+        self.native.run_traced(*_pointers(inputs, outputs), batch, count, pointers, last)
+        return outputs
 
-def _output_shape(program: Program, index: int) -> tuple[int, ...]:
-    spec = program.tensors[index]
-    return (spec.channels,) if spec.flat else (spec.channels, spec.height, spec.width)
+    def kernels(self, batch: int) -> list[StepKernel]:
+        """The instruction set, for every step."""
+        return [StepKernel(f"cpu/{self.native.isa}")] * len(self.program.steps)
+
+    def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> list[float]:
+        """Median over the calls of what each step took inside one, the threads' time scaled to add up to the call's."""
+        batch = inputs[0].shape[0]
+        count = default_threads() if threads is None else threads
+        outputs = empty_outputs(self.program, batch, "cpu")
+        last = [not x.is_contiguous() for x in inputs]
+        pointers = _pointers(inputs, outputs)
+        measured = [self.native.step_times(*pointers, batch, count, last) for _ in range(rounds)]
+        return [statistics.median(times) for times in zip(*measured, strict=True)]
+
+
+def _pointers(inputs: list[Tensor], outputs: list[Tensor]) -> tuple[list[int], list[int]]:
+    return [x.data_ptr() for x in inputs], [y.data_ptr() for y in outputs]

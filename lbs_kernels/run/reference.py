@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lbs_kernels.program import operations
 from lbs_kernels.program.epilogue import emit_reference, fma32
+from lbs_kernels.program.runner import StepKernel
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, QuantPackStep, Step
 
 
@@ -19,11 +20,10 @@ class ReferenceRunner:
         self.program = program
         self.blob = blob
 
-    def run(self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None) -> list[Tensor]:
-        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of images [N, C, H, W] of the inputs' dtypes.
-
-        `trace` receives every tensor by index: images as given, codes uint8 [N, H, W, C], streams in the stream dtype.
-        """
+    def run(
+        self, inputs: list[Tensor], trace: dict[int, Tensor] | None = None, *, threads: int | None = None
+    ) -> list[Tensor]:
+        """See `Runner.run`; torch decides about threads."""
         program = self.program
         tensors: dict[int, Tensor] = dict(zip(program.inputs, inputs, strict=True))
         for step in program.steps:
@@ -31,6 +31,14 @@ class ReferenceRunner:
         if trace is not None:
             trace.update(tensors)
         return [self._output(index, tensors[index]) for index in program.outputs]
+
+    def kernels(self, batch: int) -> list[StepKernel]:
+        """The definition itself, for every step."""
+        return [StepKernel("reference")] * len(self.program.steps)
+
+    def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> None:
+        """It is no implementation to be timed."""
+        return
 
     def _step(self, step: Step, tensors: dict[int, Tensor]) -> None:
         program, blob, x = self.program, self.blob, tensors[step.input]

@@ -83,13 +83,11 @@ class Layer:
 
     def native(self, threads: int) -> Call:
         """The step inside one native call, which times itself. Raises WrongResultError, BackendError."""
-        runner = CpuRunner(self.program, self.blob, self.program.to_json())
+        runner = CpuRunner(self.program, self.blob)
         trace: dict[int, Tensor] = {}
-        outputs = runner.run([self.image], trace, threads)
+        runner.run([self.image], trace, threads=threads)
         self._compare(trace[self.result][self.checked], "cpu")
-        pointers = ([self.image.data_ptr()], [y.data_ptr() for y in outputs], self.problem.batch, threads)
-        # `outputs` rides along: its memory must live as long as the pointers.
-        return SelfTimed(lambda keep=outputs: runner.native.step_times(*pointers)[self.step])  # type: ignore[misc]
+        return SelfTimed(lambda: runner.step_seconds([self.image], threads=threads, rounds=1)[self.step])
 
     def _compare(self, actual: Tensor, name: str, exact: bool = True) -> None:
         """Equal; of a fallback codes by one, and floats by the rounding of a float16 accumulator (twice, for K's)."""

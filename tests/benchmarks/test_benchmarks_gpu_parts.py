@@ -400,8 +400,8 @@ gpu_models.ORDER = (("tiny", 2), ("tiny", 3))
 gpu_models.variants = lambda network: ["w4a4", "w4a4 pruned"]
 quick = timing.interleave
 timing.interleave = lambda calls, **options: quick(calls, **{**options, "rounds": 2, "warmup": 1e-4, "cold_l2": False})
-from lbs_kernels import registry
-registry.AUTOMATIC["cpu"] = ("gpu", "reference")
+from lbs_kernels.run import backends
+backends.AUTOMATIC["cpu"] = ("gpu", "reference")
 
 class Compiler:
     jobs = {}

@@ -28,7 +28,7 @@ from lbs_kernels.program.steps import (
     TensorSpec,
     build_blob,
 )
-from lbs_kernels.run.compiled import run_program
+from lbs_kernels.run.loaded import run_program
 
 STEP = "step"  # the name of the operation
 Size = tuple[int, int, int]  # height, width, channels

@@ -13,7 +13,7 @@ from programs import CASES, chain, preact_residual, random_inputs, random_progra
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.steps import Program
 from lbs_kernels.program.text import read_program, validate
-from lbs_kernels.run.compiled import run_program
+from lbs_kernels.run.loaded import run_program
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

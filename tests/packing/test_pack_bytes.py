@@ -118,7 +118,9 @@ def test_channels_last_is_read_without_a_copy(
     given: list[int] = []
     runner = type(served.regions[0].compiled().runner)
     original = runner.run
-    monkeypatch.setattr(runner, "run", lambda s, xs, *rest: given.append(xs[0].data_ptr()) or original(s, xs, *rest))
+    monkeypatch.setattr(
+        runner, "run", lambda s, xs, *rest, **kw: given.append(xs[0].data_ptr()) or original(s, xs, *rest, **kw)
+    )
     last = x.contiguous(memory_format=torch.channels_last)
     assert last.data_ptr() != x.data_ptr()
     expected = served(x)

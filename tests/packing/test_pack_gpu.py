@@ -95,7 +95,7 @@ def test_weights_freed_early_stay_until_the_work_is_done(tmp_path: Path) -> None
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         result = gpu(x_gpu)
-    from lbs_kernels.run.compiled import clear_runners
+    from lbs_kernels.run.loaded import clear_runners
 
     clear_runners()
     del gpu

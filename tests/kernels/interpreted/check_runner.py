@@ -27,7 +27,7 @@ from lbs_kernels.gpu.configs.half import HalfConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run import backends
-from lbs_kernels.run.compiled import clear_runners
+from lbs_kernels.run.loaded import clear_runners
 from lbs_kernels.run.reference import ReferenceRunner
 from lbs_kernels.times import table
 from lbs_kernels.times.table import TuningTable
