@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -53,6 +55,26 @@ def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
 
 def test_every_operation_has_a_default_and_a_kernel() -> None:
     assert set(DEFAULTS) == set(STEP_TYPES) == {op for kernel in kernels.KERNELS for op in kernel.ops}
+
+
+def test_the_table_needs_no_triton() -> None:
+    code = f"""
+import sys
+sys.modules["triton"] = None
+from dataclasses import replace
+from lbs_kernels.gpu import kernels
+from lbs_kernels.program.problem import Problem
+layer = {LAYER!r}
+for op in {sorted(DEFAULTS)}:
+    problem = replace(layer, op=op)
+    kernels.choose(problem), kernels.candidates(problem), kernels.reasons(problem)
+try:
+    kernels.choose(layer).kernel.implementation("bitconv2d")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "import of triton halted" in done.stdout, done.stderr
 
 
 def test_text_that_no_kernel_knows() -> None:
