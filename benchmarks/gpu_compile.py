@@ -110,7 +110,7 @@ def compile_network(path: str, batch: int, share: tuple[int, int] = (0, 1)) -> i
     """
     import lbs
     from lbs_kernels.gpu.runner import GpuRunner
-    from lbs_kernels.program.step_problem import problem_of
+    from lbs_kernels.program.problem import problem_of
     from lbs_kernels.program.steps import IMAGE_DTYPES
 
     done = 0

@@ -18,8 +18,7 @@ from lbs.cli.packed import add_source, source_of
 from lbs.cost.latency import latency_grid
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import BackendError, LbsError, first_line
-from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
 from lbs_kernels.tune.blame import Blame

@@ -11,7 +11,6 @@ from dataclasses import replace
 from lbs.cost.network import NetworkLayers
 from lbs_kernels.errors import PlanError
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.times.table import estimate
 
 
 def kept_sizes(channels: int, group: int, points: int) -> list[int]:
@@ -68,17 +67,3 @@ def _cuts(problem: Problem, inputs: Sequence[int], outputs: Sequence[int]) -> It
     elif problem.groups == problem.in_channels == problem.out_channels:
         for c in inputs:
             yield replace(problem, in_channels=c, out_channels=c, groups=c)
-
-
-def network_seconds(problems: Iterable[Problem], threads: int | None = None) -> float | None:
-    """Seconds of all layers together by measured times (`estimate`); None where one of them is not known.
-
-    Additions, pooling and the quantization of the input are not in it: small beside the layers, see `lbs explain`.
-    """
-    total = 0.0
-    for problem in problems:
-        seconds = estimate(problem, threads)
-        if seconds is None:
-            return None
-        total += seconds
-    return total

@@ -118,12 +118,6 @@ class BitGate(nn.Module):
         """g_2 ... g_j for every gate [J]: what the increment from width j - 1 to j counts, differentiable in alpha."""
         return running_product(step(self.statistic.clone(), self.alpha))
 
-    def soft_bits(self) -> Tensor:
-        """b_1 + sum_j (b_j - b_(j-1)) g_2 ... g_j, differentiable in alpha; equals `bits`."""
-        gates = self.shares()
-        widths = self.widths.to(gates.dtype)
-        return widths[0] + ((widths[1:] - widths[:-1]) * gates).sum()
-
     @torch.no_grad()
     def clamp(self) -> None:
         """alpha in [0, 1.05 A]: a gate far beyond its statistic could never open again."""

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.elementwise import elementwise_default
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import pixel_elements
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, fma
 from lbs_kernels.gpu.triton.emit import bind_emit, emit
@@ -97,16 +98,25 @@ def prepare_weights(
     return HalfWeights(weight.contiguous(memory_format=torch.channels_last).to(device), shift)
 
 
-def bind_half(
+def product(step: ConvStep | LinearStep, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The sums of one step in torch, from x float16 [N, C, H, W] channels last."""
+    if isinstance(step, LinearStep):
+        matrix = weight.flatten(1)
+        return lambda image: torch.nn.functional.linear(image.flatten(1), matrix)[:, :, None, None]
+    window = (step.stride, step.padding, step.dilation, step.groups)
+    return lambda image: torch.nn.functional.conv2d(image, weight, None, *window)
+
+
+def bind(
     step: ConvStep | LinearStep,
     problem: Problem,
+    config: HalfConfig,
     program: Program,
     arrays: Mapping[str, Tensor],
     weights: HalfWeights,
     buffers: Mapping[int, Tensor],
-    product: Callable[[Tensor], Tensor],
 ) -> Launch:
-    """Three launches of one step: decode, `product` of x float16 [N, C, H, W] channels last, finish."""
+    """Three launches of one step, its buffers fixed: decode, multiply in torch, finish."""
     source = program.tensors[step.input]
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     size = (problem.batch, problem.height, problem.width, problem.in_channels)
@@ -115,18 +125,19 @@ def bind_half(
     codes = buffers[step.input]
     values = torch.empty(size, dtype=torch.float16, device=codes.device)
     image = values.permute(0, 3, 1, 2)
-    config = elementwise_default(replace(problem, in_channels=problem.out_channels))
+    tile = elementwise_default(replace(problem, in_channels=problem.out_channels))
+    multiply = product(step, weights.weight)
     filters = problem.out_channels
-    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(filters, config.block_c),)
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(filters, tile.block_c),)
     decode_grid = (triton.cdiv(pixels, 32) * triton.cdiv(problem.in_channels, 32),)
     facts = {"BITS": source.bits, "ZERO": source.zero, "SIGNED": source.signed, "BLOCK_M": 32}
 
     def launch(inputs: list[Tensor]) -> None:
         decode_kernel[decode_grid](codes, values, pixels, problem.in_channels, pixel_elements(source), **facts)
-        acc = product(image).contiguous(memory_format=torch.channels_last)
+        acc = multiply(image).contiguous(memory_format=torch.channels_last)
         finish_kernel[grid](
             acc, arrays[step.multiplier], arrays[step.bias], target, rows, filters, 2.0**weights.shift,
-            EMIT=meta, CONFIG=config, num_warps=config.warps, **LAUNCH_OPTIONS,
+            EMIT=meta, CONFIG=tile, num_warps=tile.warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
     return launch

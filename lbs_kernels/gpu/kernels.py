@@ -6,52 +6,59 @@ one row. What a row promises is in docs/gpu.md.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, LbsError
-from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
-from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
-from lbs_kernels.gpu.configs.gemm import GemmConfig
-from lbs_kernels.gpu.configs.half import HalfConfig
-from lbs_kernels.gpu.configs.onebit import OneBitConfig
+from lbs_kernels.gpu.configs.defaults import DEFAULTS
+from lbs_kernels.gpu.configs.direct import (
+    DepthwiseConfig,
+    GroupedConfig,
+    depthwise_candidates,
+    depthwise_reason,
+    grouped_candidates,
+    grouped_reason,
+)
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates, elementwise_reason
+from lbs_kernels.gpu.configs.gemm import GemmConfig, bits_reason, gemm_candidates, gemm_reason
+from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_reason, unsupported_reason
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
 
-Launch = Callable[[list[Tensor]], None]  # what `bind` returns: takes the region's inputs and enqueues one step
+
+def _nothing(*asked: object) -> str | None:
+    """For rows that refuse nothing."""
+    return None
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One kind of kernel.
 
-    family: the prefix of its rows in tuning tables. ops: the operations it serves. config: type of its configurations;
-    `str(config)` and `config.parse(text)` are inverse. implementation: lbs_kernels.<op>.<implementation> has
-    `supports(problem)`, `bind(...)` and perhaps `step_reason(...)` and `prepare_weights(...)`. tuning: module with
-    `candidates(problem)` and `invalid_reason(config, problem)`; `{op}` stands for the operation. exact: equal to the
-    reference in every bit.
+    Attributes:
+        family: the prefix of its rows in tuning tables.
+        ops: the operations it serves.
+        config: type of its configurations; `str(config)` and `config.parse(text)` are inverse.
+        candidates: configurations worth timing for a problem.
+        implementation: operation -> module with `bind(...)`, and perhaps `prepare_weights(...)` and `step_reason(...)`.
+            Called where something is bound, so that the table needs no Triton.
+        unsupported: why no configuration serves a problem, or None.
+        invalid: why one configuration cannot run a problem, or None.
+        exact: equal to the reference in every bit.
     """
 
     family: str
     ops: tuple[str, ...]
     config: Any
-    implementation: str
-    tuning: str
+    candidates: Callable[[Problem], Iterable[Any]]
+    implementation: Callable[[str], ModuleType]
+    unsupported: Callable[[Problem], str | None] = _nothing
+    invalid: Callable[[Any, Problem], str | None] = _nothing
     exact: bool = True
-
-    def module(self, op: str) -> ModuleType:
-        """The implementation for an operation."""
-        return importlib.import_module(f"lbs_kernels.{op}.{self.implementation}")
-
-    def tuner(self, op: str) -> ModuleType:
-        """The module that knows the configurations."""
-        return importlib.import_module(self.tuning.format(op=op))
 
     def reason(self, problem: Problem) -> str | None:
         """Why this kernel cannot serve `problem` here, or None."""
@@ -59,23 +66,41 @@ class Kernel:
             return f"there is no such kernel for {problem.op}"
         if self.family == "cuda" and extension.cuda is None:
             return extension.cuda_reason
-        reason: str | None = self.module(problem.op).supports(problem)
-        return reason
-
-    def invalid_reason(self, config: Any, problem: Problem) -> str | None:
-        """Why `config` cannot run `problem`, or None."""
-        reason: str | None = self.tuner(problem.op).invalid_reason(config, problem)
-        return reason
+        return self.unsupported(problem)
 
 
-GEMMS, ELEMENTWISE = ("bitconv2d", "bitlinear"), ("quantpack", "pool")
+def _weighted(op: str) -> ModuleType:
+    from lbs_kernels.gpu.triton import weighted
+
+    return weighted
+
+
+def _elementwise(op: str) -> ModuleType:
+    from lbs_kernels.gpu.triton import pool, quantpack
+
+    return {"pool": pool, "quantpack": quantpack}[op]
+
+
+def _onebit(op: str) -> ModuleType:
+    from lbs_kernels.gpu.onebit import gemm
+
+    return gemm
+
+
+def _half(op: str) -> ModuleType:
+    from lbs_kernels.gpu import half
+
+    return half
+
+
+CONV, WEIGHTED, ELEMENTWISE = ("bitconv2d",), ("bitconv2d", "bitlinear"), ("quantpack", "pool")
 KERNELS: list[Kernel] = [
-    Kernel("triton", GEMMS, GemmConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
-    Kernel("triton", ("bitconv2d",), DepthwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
-    Kernel("triton", ("bitconv2d",), GroupedConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
-    Kernel("cuda", GEMMS, OneBitConfig, "cuda_impl", "lbs_kernels.gpu.configs.onebit"),
-    Kernel("triton", ELEMENTWISE, ElementwiseConfig, "triton_impl", "lbs_kernels.{op}.tuning"),
-    Kernel("fp16", GEMMS, HalfConfig, "half_impl", "lbs_kernels.gpu.configs.half", exact=False),
+    Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, bits_reason, gemm_reason),
+    Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, bits_reason, depthwise_reason),
+    Kernel("triton", CONV, GroupedConfig, grouped_candidates, _weighted, bits_reason, grouped_reason),
+    Kernel("cuda", WEIGHTED, OneBitConfig, onebit_candidates, _onebit, unsupported_reason, onebit_reason),
+    Kernel("triton", ELEMENTWISE, ElementwiseConfig, elementwise_candidates, _elementwise, invalid=elementwise_reason),
+    Kernel("fp16", WEIGHTED, HalfConfig, half_candidates, _half, exact=False),
 ]
 FALLBACKS = ("fp16",)  # families that are taken only where the user allows them
 
@@ -129,28 +154,22 @@ def parse(name: str) -> Choice | None:
 
 def refusal(choice: Choice, problem: Problem) -> str | None:
     """Why a choice cannot run `problem`, or None."""
-    return choice.kernel.reason(problem) or choice.kernel.invalid_reason(choice.config, problem)
+    return choice.kernel.reason(problem) or choice.kernel.invalid(choice.config, problem)
 
 
-def candidates(problem: Problem, allowed: tuple[str, ...] | None = None) -> list[Choice]:
-    """Every valid configuration of every kernel that can serve `problem`, the default first; of all families unless
-    `allowed` names some.
-    """
-    found = [default(problem)] if allowed is None or "triton" in allowed else []
-    modules = dict.fromkeys((kernel.family, kernel.tuning) for kernel in KERNELS if problem.op in kernel.ops)
-    for family, tuning in modules:
-        if allowed is not None and family not in allowed:
-            continue
-        for config in importlib.import_module(tuning.format(op=problem.op)).candidates(problem):
-            choice = Choice(kernel_of(config), config)
-            if choice not in found and refusal(choice, problem) is None:
-                found.append(choice)
+def candidates(problem: Problem) -> list[Choice]:
+    """Every valid configuration of every kernel that can serve `problem`, the default first."""
+    found = [default(problem)]
+    for kernel in KERNELS:
+        if kernel.reason(problem) is None:
+            choices = (Choice(kernel, config) for config in kernel.candidates(problem))
+            found += [choice for choice in choices if choice != found[0] and refusal(choice, problem) is None]
     return found
 
 
 def default(problem: Problem) -> Choice:
-    """The choice where nothing was measured: the rule of thumb of the operation's tuning.py."""
-    config = importlib.import_module(f"lbs_kernels.{problem.op}.tuning").default(problem)
+    """The choice where nothing was measured: the operation's rule of thumb."""
+    config = DEFAULTS[problem.op](problem)
     return Choice(kernel_of(config), config)
 
 

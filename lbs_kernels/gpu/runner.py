@@ -14,13 +14,12 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
-from lbs_kernels.gpu.kernels import Choice, Launch
+from lbs_kernels.gpu.kernels import Choice
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
-from lbs_kernels.gpu.triton.gemm import prepare_weights
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.runner import StepKernel, empty_outputs
-from lbs_kernels.program.step_problem import problem_of
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step
 from lbs_kernels.times import graph
 from lbs_kernels.times.stopwatch import cuda_graph, interleave
@@ -63,10 +62,10 @@ class GpuRunner:
     ) -> None:
         """
         Args:
-            program: a valid program (`lbs_kernels.program.text.validate`).
+            program: a valid program (`check_program`).
             blob: uint8, its arrays, on any device; copied to `device`.
             device: where to run.
-            configs: configurations by step name, of any type in `gpu.kernels.KERNELS`; the others are chosen.
+            configs: configurations by step name, of any type in `kernels.KERNELS`; the others are chosen.
             families: kernels to choose from ("triton", ...); all exact ones unless given.
 
         Raises:
@@ -232,23 +231,23 @@ class GpuRunner:
 
     def _step_reason(self, step: Step, choice: Choice) -> str | None:
         """Why a kernel cannot run a step, beyond what its problem says, or None."""
-        asked = getattr(choice.kernel.module(step.op), "step_reason", None)
+        asked = getattr(choice.kernel.implementation(step.op), "step_reason", None)
         return None if asked is None else asked(step, self.program.tensors[step.input])
 
     def _weights_for(self, step: Step, choice: Choice) -> Any:
         """The weights of a step as its kernel wants them, made once; None for a step that has none."""
         if not isinstance(step, ConvStep | LinearStep):
             return None
-        key = (step.name, choice.kernel.implementation)
+        module: Any = choice.kernel.implementation(step.op)
+        key = (step.name, module.__name__)
         if key not in self._weights:
             kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
-            prepare = getattr(choice.kernel.module(step.op), "prepare_weights", prepare_weights)
             source = self.program.tensors[step.input]
-            self._weights[key] = prepare(self.arrays[step.planes], kernel, groups, source, self.device)
+            self._weights[key] = module.prepare_weights(self.arrays[step.planes], kernel, groups, source, self.device)
         return self._weights[key]
 
     def _bind(self, step: Step, problem: Problem, choice: Choice, buffers: dict[int, Tensor]) -> Launch:
-        module: Any = choice.kernel.module(step.op)
+        module: Any = choice.kernel.implementation(step.op)
         weights = () if (found := self._weights_for(step, choice)) is None else (found,)
         launch: Launch = module.bind(step, problem, choice.config, self.program, self.arrays, *weights, buffers)
         return launch

@@ -115,12 +115,6 @@ def encode_reference(u: Tensor, consumer: Consumer) -> Tensor:
     return _at_most(_at_least(t.round() + consumer.zero, 0.0), float(levels)).to(torch.uint8)
 
 
-def decode_reference(codes: Tensor, consumer: Consumer) -> Tensor:
-    """float64 values at the centre of each code: (q - zero) / scale, or (q - n / 2) / scale if signed."""
-    centre = ((1 << consumer.bits) - 1) / 2 if consumer.signed else float(consumer.zero)
-    return (codes.double() - centre) / consumer.scale
-
-
 def consume_reference(y: Tensor, consumer: Consumer, program: Program, blob: Tensor) -> Tensor:
     """Step 6 for one consumer: codes uint8 [..., C] of stored values y [..., C] (any float dtype)."""
     u = y.float()
@@ -201,13 +195,6 @@ def thresholds(
         high = torch.where(reached & (high - low > 1), middle, high)
         low = torch.where(~reached & (high - low > 1), middle, low)
     return (sign * high).to(torch.int32), flip
-
-
-def apply_thresholds(acc: Tensor, levels: Tensor, flip: Tensor) -> Tensor:
-    """Codes uint8 [..., O] of accumulators int32 [..., O] by the thresholds of `thresholds`."""
-    acc = acc.unsqueeze(-1)
-    reached = torch.where(flip.unsqueeze(-1), acc <= levels, acc >= levels)
-    return reached.sum(dim=-1).to(torch.uint8)
 
 
 def _clamp(y: Tensor, emit: Emit) -> Tensor:

@@ -1,6 +1,6 @@
 """One operation as it stands in a network: codes (or a stream) in, codes (or what it ends in) out, on random data.
 
-What tuning and benchmarks time. Unlike in one_step.py, which returns floats, the operation writes what the next reads.
+What tuning and benchmarks time.
 """
 
 from __future__ import annotations

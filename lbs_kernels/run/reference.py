@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lbs_kernels.bitconv2d import reference as bitconv2d
-from lbs_kernels.bitlinear import reference as bitlinear
-from lbs_kernels.pool import reference as pool
+from lbs_kernels.program import operations
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.runner import StepKernel
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, QuantPackStep, Step
-from lbs_kernels.quantpack import reference as quantpack
 
 
 class ReferenceRunner:
@@ -46,39 +45,29 @@ class ReferenceRunner:
         source = program.tensors[step.input]
         if isinstance(step, QuantPackStep):
             affine = [None if key is None else program.array(blob, key) for key in (step.multiplier, step.bias)]
-            y = quantpack.read_values(x, source.form, *affine)
-        elif isinstance(step, ConvStep):
-            acc = bitconv2d.accumulate(
-                x,
-                program.array(blob, step.planes),
-                a_bits=source.bits,
-                kernel=step.kernel,
-                stride=step.stride,
-                padding=step.padding,
-                dilation=step.dilation,
-                groups=step.groups,
-                zero=source.zero,
-                signed=source.signed,
-            )
-            y = fma32(acc.float(), program.array(blob, step.multiplier), program.array(blob, step.bias))
-        elif isinstance(step, LinearStep):
-            acc = bitlinear.accumulate(
-                x.flatten(1),
-                program.array(blob, step.planes),
-                a_bits=source.bits,
-                zero=source.zero,
-                signed=source.signed,
-            )
-            acc = acc[:, None, None]
-            y = fma32(acc.float(), program.array(blob, step.multiplier), program.array(blob, step.bias))
+            y = operations.read_values(x, source.form, *affine)
+        elif isinstance(step, ConvStep | LinearStep):
+            acc = self._accumulator(step, x).float()
+            y = fma32(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif step.kind == "max":
-            y = pool.max_pool(x, step.kernel, step.stride, step.padding)
+            y = operations.max_pool(x, step.kernel, step.stride, step.padding)
             if source.form == "codes":  # the codes pass unchanged, there is nothing to emit
                 tensors[step.emit.consumers[0].tensor] = y
                 return
         else:
-            y = pool.mean_pool(x)
+            y = operations.mean_pool(x)
         emit_reference(y, step.emit, program, blob, tensors)
+
+    def _accumulator(self, step: ConvStep | LinearStep, x: Tensor) -> Tensor:
+        source, planes = self.program.tensors[step.input], self.program.array(self.blob, step.planes)
+        accumulate = functools.partial(
+            operations.accumulate, x, planes, a_bits=source.bits, zero=source.zero, signed=source.signed
+        )
+        if isinstance(step, LinearStep):
+            return accumulate()
+        return accumulate(
+            kernel=step.kernel, stride=step.stride, padding=step.padding, dilation=step.dilation, groups=step.groups
+        )
 
     def _output(self, index: int, stream: Tensor) -> Tensor:
         spec = self.program.tensors[index]

@@ -18,8 +18,7 @@ import torch
 from benchmarks import gpu_children, gpu_layers, gpu_models, gpu_nets, gpu_search, gpu_targets
 from benchmarks.gpu_run import Attempts, Run
 from lbs_kernels.errors import LbsError
-from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.times.stopwatch import Times
 from lbs_kernels.tune import tuner
 

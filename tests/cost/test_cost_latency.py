@@ -9,7 +9,7 @@ import pytest
 
 import lbs.cost
 import lbs.models
-from lbs.cost.latency import latency_grid, network_seconds
+from lbs.cost.latency import latency_grid
 from lbs_kernels.errors import PlanError
 from lbs_kernels.times import table
 from lbs_kernels.times.table import TuningTable
@@ -63,6 +63,7 @@ def test_the_grid_makes_every_kept_size_of_the_network_known() -> None:
     rows = {table.key(problem): {"cpu:t1": problem.macs * 1e-12} for problem in grid}
     table.write(table.user_path("cpu"), TuningTable("cpu", rows))
     whole = [layer.problem for layer in net.with_bits(4, 4).layers]
-    assert network_seconds(whole, threads=1) == pytest.approx(sum(problem.macs for problem in whole) * 1e-12)
-    assert network_seconds(whole, threads=2) is None
-    assert network_seconds([layer.problem for layer in net.with_bits(2, 2).layers]) is None
+    found = [table.estimate(problem, threads=1) for problem in whole]
+    assert found == pytest.approx([problem.macs * 1e-12 for problem in whole])
+    assert table.estimate(whole[1], threads=2) is None
+    assert None in [table.estimate(layer.problem) for layer in net.with_bits(2, 2).layers]

@@ -64,7 +64,8 @@ def test_packed_network_runs_without_triton_and_native_module() -> None:
         images = torch.rand(4, 1, 8, 8)
         lbs.calibrate(model, [images])
         packed = lbs.pack(model.eval())
-        print(tuple(packed(images).shape), backends.available_backends("cpu"))
+        able = [name for name in backends.BACKENDS if backends.backend_reason(name, "cpu") is None]
+        print(tuple(packed(images).shape), able)
         """
     )
     assert output.splitlines()[-1] == "(4, 10) ['reference']"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
@@ -10,26 +11,20 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
-
 from lbs_kernels import extension
-from lbs_kernels.bitconv2d import tuning as conv_tuning
-from lbs_kernels.bitlinear import tuning as linear_tuning
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.kernels import Kernel
-from lbs_kernels.pool import tuning as pool_tuning
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.quantpack import tuning as quantpack_tuning
-from lbs_kernels.run import backends
+from lbs_kernels.program.steps import STEP_TYPES
 from lbs_kernels.times import table
 from lbs_kernels.times.table import TuningTable
 from lbs_kernels.tune import tuner
 
 LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4, device="cuda:0")
 FAST = GemmConfig(64, 64, 2, 4, 2, weights_first=False)
-TUNING = {"bitconv2d": conv_tuning, "bitlinear": linear_tuning, "pool": pool_tuning, "quantpack": quantpack_tuning}
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +43,38 @@ def measured(problem: Problem, **seconds: float) -> None:
     table.write(table.user_path("cuda"), TuningTable("cuda", rows))
 
 
-@pytest.mark.parametrize("op", sorted(TUNING))
+@pytest.mark.parametrize("op", sorted(DEFAULTS))
 def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
-    problem = replace(LAYER, op=op)
-    found = TUNING[op].candidates(problem)
+    found = kernels.candidates(replace(LAYER, op=op))
     assert len(found) > 5
-    for config in found:
-        kernel = kernels.kernel_of(config)
-        assert kernel.config.parse(str(config)) == config
-        assert kernels.parse(f"{kernel.family}:{config}") == kernels.Choice(kernel, config)
+    for choice in found:
+        assert choice.kernel.config.parse(str(choice.config)) == choice.config
+        assert kernels.kernel_of(choice.config) is choice.kernel
+        assert kernels.parse(choice.name) == choice
+
+
+def test_every_operation_has_a_default_and_a_kernel() -> None:
+    assert set(DEFAULTS) == set(STEP_TYPES) == {op for kernel in kernels.KERNELS for op in kernel.ops}
+
+
+def test_the_table_needs_no_triton() -> None:
+    code = f"""
+import sys
+sys.modules["triton"] = None
+from dataclasses import replace
+from lbs_kernels.gpu import kernels
+from lbs_kernels.program.problem import Problem
+layer = {LAYER!r}
+for op in {sorted(DEFAULTS)}:
+    problem = replace(layer, op=op)
+    kernels.choose(problem), kernels.candidates(problem), kernels.reasons(problem)
+try:
+    kernels.choose(layer).kernel.implementation("bitconv2d")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "import of triton halted" in done.stdout, done.stderr
 
 
 def test_text_that_no_kernel_knows() -> None:
@@ -70,11 +88,11 @@ def test_text_that_no_kernel_knows() -> None:
 
 def test_the_default_where_nothing_was_measured() -> None:
     found = kernels.choose(LAYER)
-    assert (found.config, found.seconds) == (conv_tuning.default(LAYER), None)
+    assert (found.config, found.seconds) == (conv_default(LAYER), None)
 
 
 def test_the_fastest_measured_configuration_is_chosen() -> None:
-    measured(LAYER, **{f"triton__{FAST}": 2e-5, f"triton__{conv_tuning.default(LAYER)}": 3e-5})
+    measured(LAYER, **{f"triton__{FAST}": 2e-5, f"triton__{conv_default(LAYER)}": 3e-5})
     found = kernels.choose(LAYER)
     assert (found.config, found.seconds, found.name) == (FAST, 2e-5, f"triton:{FAST}")
     assert kernels.choose(replace(LAYER, device="cuda:1")) == found
@@ -98,28 +116,7 @@ def test_a_fast_configuration_that_does_not_fit_the_exact_problem_is_passed_over
 
 def test_a_configuration_of_another_operation_is_passed_over() -> None:
     measured(LAYER, triton__elementwise_m32_c32_w4=1e-9)
-    assert kernels.choose(LAYER).config == conv_tuning.default(LAYER)
-
-
-def test_the_explanation_lists_every_kernel_with_time_or_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = GemmConfig(64, 16, 1, 4, 2, weights_first=False)
-    measured(LAYER, **{f"triton__{narrow}": 1e-6, "triton__gone": 1e-6, f"triton__{FAST}": 2e-5})
-    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: "no compiler")
-    rows = {row.name: row for row in backends.explain(LAYER)}
-    assert "no kernel knows this configuration" in str(rows["triton:gone"])
-    assert "would share words" in str(rows[f"triton:{narrow}"])
-    assert str(rows[f"triton:{FAST}"]) == f"-> triton:{FAST}: 20.0 us"
-    assert "not measured" in str(rows[f"triton:{conv_tuning.default(LAYER)}"])
-    assert "no compiler" in str(rows["cpu"])
-    assert [row.chosen for row in rows.values()].count(True) == 1
-
-
-def test_without_triton_the_explanation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "gpu", lambda device_type: "Triton is not installed")
-    monkeypatch.setattr(kernels, "default", lambda problem: pytest.fail("a kernel was asked for"))
-    rows = {row.name: str(row) for row in backends.explain(LAYER)}
-    assert rows["gpu"] == "   gpu: cannot serve: Triton is not installed"
-    assert rows["reference"].startswith("->")
+    assert kernels.choose(LAYER).config == conv_default(LAYER)
 
 
 @dataclass(frozen=True)
@@ -136,30 +133,34 @@ class OtherConfig:
         return cls(int(text.removeprefix("size")))
 
 
-@pytest.fixture
-def other(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """One more row of the table, its implementation and its configurations; none in CUDA: not everybody builds it."""
-    module = ModuleType("lbs_kernels.bitconv2d.other_impl")
-    module.supports = lambda problem: None if problem.w_bits == 4 else "it takes 4 bits"  # type: ignore[attr-defined]
-    module.bind = lambda *arguments: None  # type: ignore[attr-defined]
-    module.candidates = lambda problem: [OtherConfig(1), OtherConfig(2)]  # type: ignore[attr-defined]
-    module.invalid_reason = lambda config, problem: None if config.size == 1 else "too large"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    row = Kernel("other", ("bitconv2d",), OtherConfig, "other_impl", module.__name__)
+def with_other(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (1, 2), valid: tuple[int, ...] = (1,)) -> None:
+    """One more row of the table, with configurations of these sizes; none in CUDA: not everybody builds it."""
+    row = Kernel(
+        "other",
+        ("bitconv2d",),
+        OtherConfig,
+        lambda problem: [OtherConfig(size) for size in sizes],
+        lambda op: ModuleType("other"),
+        unsupported=lambda problem: None if problem.w_bits == 4 else "it takes 4 bits",
+        invalid=lambda config, problem: None if config.size in valid else "too large",
+    )
     portable = [kernel for kernel in kernels.KERNELS if kernel.family != "cuda"]
     monkeypatch.setattr(kernels, "KERNELS", [*portable, row])
-    return module
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_other(monkeypatch)
 
 
 @pytest.mark.usefixtures("other")
 def test_one_row_adds_a_kernel() -> None:
     assert kernels.exact_families() == ("triton", "other")
     names = [choice.name for choice in kernels.candidates(LAYER)]
-    assert names[0] == f"triton:{conv_tuning.default(LAYER)}"
+    assert names[0] == f"triton:{conv_default(LAYER)}"
     assert "other:size1" in names
     assert "other:size2" not in names
     assert len(names) == len(set(names))
-    assert [choice.name for choice in kernels.candidates(LAYER, ("other",))] == ["other:size1"]
     measured(LAYER, other__size2=1e-6, other__size1=2e-6, **{f"triton__{FAST}": 3e-6})
     assert kernels.choose(LAYER).config == OtherConfig(1)
     assert kernels.choose(LAYER, ("triton",)).config == FAST
@@ -171,11 +172,10 @@ def test_one_row_adds_a_kernel() -> None:
 
 
 def test_the_shortlist_looks_in_every_direction_and_at_other_kernels(
-    other: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(other, "candidates", lambda problem: [OtherConfig(size) for size in range(10)])
-    monkeypatch.setattr(other, "invalid_reason", lambda config, problem: None)
-    default = conv_tuning.default(LAYER)
+    with_other(monkeypatch, tuple(range(10)), tuple(range(10)))
+    default = conv_default(LAYER)
     names = [choice.name for choice in tuner.shortlist(LAYER, 4)]
     assert names[0] == f"triton:{default}"
     assert sum(name.startswith("triton:") for name in names) == 5

@@ -7,34 +7,24 @@ import math
 import weakref
 from dataclasses import replace
 
+import one_step
 import programs
 import pytest
 import torch
 from contenders import assert_same
 from gpu_model import launches_on_the_model, native
-from onebit_steps import check_steps
+from onebit_steps import bound, check_steps
 from torch import Tensor
 
 from lbs_kernels import extension
-from lbs_kernels.bitconv2d import cuda_impl as conv_cuda
-from lbs_kernels.bitconv2d import reference as conv_reference
-from lbs_kernels.bitlinear import cuda_impl as linear_cuda
-from lbs_kernels.bitlinear import reference as linear_reference
-from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.gpu.configs.onebit import (
-    TILES,
-    OneBitConfig,
-    candidates,
-    invalid_reason,
-    onebit_default,
-)
+from lbs_kernels.errors import BackendError, FormatError
+from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, onebit_candidates, onebit_reason, unsupported_reason
 from lbs_kernels.gpu.layout import storage
-from lbs_kernels.gpu.onebit.gemm import threshold_tables
+from lbs_kernels.gpu.onebit.gemm import prepare_weights, step_reason, threshold_tables
 from lbs_kernels.gpu.onebit.layout import OneBitLayout, channel_order
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, Emit
 
 CONFIGS = [OneBitConfig(*tile) for tile in TILES]
@@ -57,9 +47,9 @@ def random_case(
 
 
 def check_accumulator(x: Tensor, planes: Tensor, config: OneBitConfig, a_bits: int, **window: object) -> None:
-    expected = conv_reference.accumulate(x, planes, a_bits=a_bits, **window)  # type: ignore[arg-type]
-    actual = conv_cuda.accumulate(x, planes, a_bits=a_bits, config=config, **window)  # type: ignore[arg-type]
-    assert_same(actual, expected, f"accumulator of {config}")
+    """The sums alone: a stream of float32(acc)."""
+    step = one_step.conv(x, planes, a_bits=a_bits, **window)  # type: ignore[arg-type]
+    assert check_steps(step.program, step.blob, [step.image], config=config) == [one_step.STEP]
 
 
 # Words of a pixel: 5 (single copies), 2 (pairs), 4 (whole units). K: 45, 18 and 36 words, none of them whole chunks.
@@ -111,8 +101,8 @@ def test_signed_codes_and_zero_points_are_an_offset() -> None:
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4)])
 def test_linear(rows: int, channels: int, filters: int, w_bits: int, a_bits: int) -> None:
     x, planes = random_case(rows, (1, rows, 1, channels), filters, (1, 1), w_bits, a_bits)
-    expected = linear_reference.accumulate(x[0, :, 0], planes, a_bits=a_bits)
-    assert_same(linear_cuda.accumulate(x[0, :, 0], planes, a_bits=a_bits), expected, "accumulator")
+    step = one_step.linear(x[0, :, 0], planes, a_bits=a_bits)
+    assert check_steps(step.program, step.blob, [step.image]) == [one_step.STEP]
 
 
 # Two and a bit tiles of pixels; K of four chunks, and of one, so that copies run several tiles ahead.
@@ -201,8 +191,7 @@ def test_a_launch_holds_what_it_reads_and_writes() -> None:
         buffers[index] = torch.zeros(size, dtype=dtype)
     held = {index: weakref.ref(buffer) for index, buffer in buffers.items()}
     problem = problem_of(step, program, 2, "cpu")
-    weights = conv_cuda.prepare_weights(arrays[step.planes], (3, 3), 1, program.tensors[source], "cpu")
-    launch = conv_cuda.bind(step, problem, HOPPER, program, arrays, weights, buffers)
+    launch = bound(program, arrays, step, problem, HOPPER, buffers)
     del buffers
     gc.collect()
     assert [index for index, buffer in held.items() if buffer() is None] == []
@@ -336,37 +325,49 @@ def problem(**changes: object) -> Problem:
 
 
 def test_configurations() -> None:
-    assert str(onebit_default(problem())) == "onebit_wgmma_m128_o128_s6_t2"
-    assert str(onebit_default(problem(batch=1))) == "onebit_wgmma_m64_o128_s4_t2"
-    assert onebit_default(problem(out_channels=40)).block_o == 64
     for one in (problem(), problem(batch=1, height=1, width=1, kernel=(1, 1), padding=(0, 0)), problem(w_bits=4)):
-        found = list(candidates(one))
+        found = list(onebit_candidates(one))
         assert len(set(map(str, found))) == len(found) >= 6
         assert all(OneBitConfig.parse(str(config)) == config for config in found)
-        assert all(invalid_reason(config, one) is None for config in [*found, onebit_default(one)])
+        assert all(onebit_reason(config, one) is None for config in found)
+
+
+def small_step(
+    padding: tuple[int, int] = (0, 0), zero: int = 0
+) -> tuple[one_step.OneStep, dict[str, Tensor], ConvStep, Problem, dict[int, Tensor]]:
+    """A small convolution, ready to be bound: what `bound` takes, but for the configuration."""
+    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
+    made = one_step.conv(x, planes, a_bits=2, kernel=(3, 3), padding=padding, zero=zero)
+    program, step = made.program, made.program.steps[1]
+    assert isinstance(step, ConvStep)
+    buffers = {}
+    for index in (step.input, made.result):
+        dtype, size = storage(program.tensors[index], program.stream_dtype, 1)
+        buffers[index] = torch.zeros(size, dtype=dtype)
+    arrays = {key: program.array(made.blob, key) for key in program.arrays}
+    return made, arrays, step, problem_of(step, program, 1, "cpu"), buffers
 
 
 def test_what_is_refused() -> None:
-    assert conv_cuda.supports(problem(w_bits=8)) == "w8a2; the one-bit kernels take codes of 2 or 4 bits"
-    assert "2 groups" in str(conv_cuda.supports(problem(groups=2)))
-    assert conv_cuda.supports(problem()) is None
-    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
-    with pytest.raises(ShapeError, match=r"padding \(1, 1\) of signed codes"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3), padding=(1, 1), signed=True)
-    with pytest.raises(BackendError, match="x pads with code 2; the one-bit kernels pad with 0"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3), padding=(1, 1), zero=2)
+    assert unsupported_reason(problem(w_bits=8)) == "w8a2; the one-bit kernels take codes of 2 or 4 bits"
+    assert "2 groups" in str(unsupported_reason(problem(groups=2)))
+    assert unsupported_reason(problem()) is None
+    made, arrays, step, posed, buffers = small_step((1, 1), zero=2)
+    with pytest.raises(BackendError, match="codes pads with code 2; the one-bit kernels pad with 0"):
+        bound(made.program, arrays, step, posed, HOPPER, buffers)
+    made, arrays, step, posed, buffers = small_step()
     with pytest.raises(BackendError, match="no such kernel is built; there are wgmma 128 x 128, 6 stages"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3), config=OneBitConfig("wgmma", 256, 128, 6))
+        bound(made.program, arrays, step, posed, OneBitConfig("wgmma", 256, 128, 6), buffers)
     with pytest.raises(BackendError, match="codes of 2 or 4 bits"):
-        linear_cuda.accumulate(x[0, 0], planes[:1, :, :1], a_bits=2)
+        prepare_weights(arrays["planes"][:1, :, :1], (1, 1), 1, made.program.tensors[step.input], "cpu")
 
 
 def test_tensors_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the model there is nothing that a processor could run."""
     monkeypatch.undo()
-    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
+    made, arrays, step, posed, buffers = small_step()
     with pytest.raises(BackendError, match=r"run on a GPU, the tensors are on cpu; move them: \.to\('cuda'\)"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
+        bound(made.program, arrays, step, posed, HOPPER, buffers)
 
 
 def test_steps_that_are_refused() -> None:
@@ -375,13 +376,13 @@ def test_steps_that_are_refused() -> None:
     b.conv(source, Emit(stream=b.stream(shape, output=True), consumers=consumers), 8, w_bits=2)
     program, _ = b.build()
     step, spec = program.steps[1], program.tensors[source]
-    assert conv_cuda.step_reason(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
+    assert step_reason(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
     few = replace(step, emit=Emit(consumers=consumers[:8]))
-    assert conv_cuda.step_reason(few, spec) is None  # type: ignore[arg-type]
-    assert "pads with code 3" in str(conv_cuda.step_reason(few, replace(spec, zero=3)))  # type: ignore[arg-type]
+    assert step_reason(few, spec) is None  # type: ignore[arg-type]
+    assert "pads with code 3" in str(step_reason(few, replace(spec, zero=3)))  # type: ignore[arg-type]
     planes = torch.zeros(2, 8, 9, 2, dtype=torch.int32)
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
-        conv_cuda.prepare_weights(planes, (1, 3), 1, spec, "cpu")
+        prepare_weights(planes, (1, 3), 1, spec, "cpu")
 
 
 @pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}")
@@ -396,9 +397,9 @@ def test_no_gpu_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recorded_task(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What Python hands to the native side for a small convolution; its addresses are of tensors that are gone."""
-    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
+    made, arrays, step, posed, buffers = small_step()
     tasks = launches_on_the_model(monkeypatch)
-    conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
+    bound(made.program, arrays, step, posed, HOPPER, buffers)([])
     return tasks[0]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import one_step
 import programs
 import pytest
 import torch
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.bitconv2d import reference as conv_reference
-from lbs_kernels.bitconv2d import tuning as conv_tuning
+from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.gemm import gemm_candidates
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.problem import Problem
@@ -75,21 +75,22 @@ def test_every_pair_of_bits_at_network_size(w_bits: int, a_bits: int) -> None:
 @pytest.mark.parametrize("channels", [96, 40, 20])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (8, 8)])
 def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int, part: int) -> None:
-    from lbs_kernels.bitconv2d import triton_impl
+    from lbs_kernels.gpu.runner import GpuRunner
 
     generator = torch.Generator().manual_seed(w_bits)
     x = torch.randint(0, 1 << a_bits, (2, 17, 15, channels), generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 1 << w_bits, (130, 3, 3, channels), generator=generator, dtype=torch.uint8)
     planes = pack_weights(codes, w_bits)
-    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1)}
-    expected = conv_reference.accumulate(x, planes, **window)
+    step = one_step.conv(x, planes, a_bits=a_bits, kernel=(3, 3), stride=(2, 1), padding=(1, 1))
+    (expected,) = ReferenceRunner(step.program, step.blob).run([step.image])
+    image = step.image.cuda()
     problem = Problem("bitconv2d", 2, 17, 15, channels, 130, (3, 3), (2, 1), (1, 1), w_bits=w_bits, a_bits=a_bits)
     chosen = {
         (c.block_m, c.block_o, c.block_words, c.block_taps, c.warps, c.weights_first, c.weights, c.split_k > 1): c
         for c in gemm_candidates(problem)
     }
     for config in list(chosen.values())[3 * part :: 3 * PARTS]:
-        actual = triton_impl.accumulate(x.cuda(), planes.cuda(), **window, config=config)
+        (actual,) = GpuRunner(step.program, step.blob, "cuda", {one_step.STEP: config}).run([image])
         assert_same(actual, expected, f"accumulator of {config}")
 
 
@@ -107,7 +108,9 @@ def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int, p
     images = programs.random_inputs(program, 3, 0)
     expected = ReferenceRunner(program, blob).run(images)[0]
     runner = GpuRunner(program, blob, "cuda")
-    for config in conv_tuning.candidates(runner.problems(3)["step1"])[part::PARTS]:
+    problem = runner.problems(3)["step1"]
+    direct = [choice.config for choice in kernels.candidates(problem) if choice.kernel.family == "triton"]
+    for config in direct[part::PARTS]:
         other = GpuRunner(program, blob, "cuda", {"step1": config})
         assert_same(other.run([images[0].cuda()])[0], expected, str(config))
 

@@ -12,8 +12,7 @@ import torch
 
 from lbs_kernels import extension
 from lbs_kernels.program.layer import layer_program, result_of
-from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.step_problem import problem_of
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.run.reference import ReferenceRunner
 from lbs_kernels.times import table as tuning_table
 from lbs_kernels.times.table import TuningTable, bucket, estimate, key

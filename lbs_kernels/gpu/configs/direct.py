@@ -116,3 +116,8 @@ def grouped_candidates(problem: Problem) -> Iterator[GroupedConfig]:
         config = GroupedConfig(block_m, power_at_least(problem.out_channels, 16, WORD), warps)
         if grouped_reason(config, problem) is None:
             yield config
+
+
+def grouped_default(problem: Problem) -> GroupedConfig:
+    """The configuration where nothing was measured."""
+    return next(grouped_candidates(problem))

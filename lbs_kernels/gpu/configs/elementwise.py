@@ -29,7 +29,7 @@ class ElementwiseConfig:
         return cls(*map(int, found.groups()))
 
 
-def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:
+def elementwise_reason(config: ElementwiseConfig, problem: Problem) -> str | None:
     """Why `config` cannot run `problem`, or None. The one place where the rule is stated.
 
     Blocks are powers of two; a tile holds whole words of 32 channels, or all channels there are, and at most 64
@@ -44,11 +44,6 @@ def invalid_reason(config: ElementwiseConfig, problem: Problem) -> str | None:
     return None
 
 
-def is_valid(config: ElementwiseConfig, problem: Problem) -> bool:
-    """Whether `config` can run `problem`; `invalid_reason` says why not."""
-    return invalid_reason(config, problem) is None
-
-
 def channel_block(channels: int) -> int:
     """The smallest power of two that holds the channels, up to one word."""
     return min(WORD, 1 << (channels - 1).bit_length())
@@ -59,7 +54,7 @@ def elementwise_candidates(problem: Problem) -> list[ElementwiseConfig]:
     small = channel_block(problem.in_channels)
     blocks = [small] if small < WORD else [WORD, 2 * WORD]
     found = [ElementwiseConfig(m, c, warps) for c in blocks for m in (16, 32, 64, 128, 256) for warps in (2, 4, 8)]
-    return [config for config in found if is_valid(config, problem)]
+    return [config for config in found if elementwise_reason(config, problem) is None]
 
 
 def elementwise_default(problem: Problem) -> ElementwiseConfig:

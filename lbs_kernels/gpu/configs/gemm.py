@@ -67,6 +67,13 @@ class GemmConfig:
         return cls(m, o, k // WORD, warps, stages, found[7] == "wx", found[8], int(found[9]), taps)
 
 
+def bits_reason(problem: Problem) -> str | None:
+    """Why no kernel in Triton that multiplies serves `problem`, or None."""
+    if not 1 <= problem.w_bits <= MAX_BITS or not 1 <= problem.a_bits <= MAX_BITS:
+        return f"w{problem.w_bits}a{problem.a_bits}; codes have 1 to {MAX_BITS} bits"
+    return None
+
+
 def gemm_reason(config: GemmConfig, problem: Problem) -> str | None:
     """Why `config` cannot run `problem`, or None. The one place where the rule is stated.
 
@@ -78,8 +85,6 @@ def gemm_reason(config: GemmConfig, problem: Problem) -> str | None:
     - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each;
     - fields: see `_fields_reason`; no more parts than the reduction has steps.
     """
-    if not isinstance(config, GemmConfig):
-        return f"{config}: it launches another kernel, not the matrix product"
     if problem.groups > 1:
         return f"{config}: {problem.groups} groups leave a tensor core too little; take the direct kernels"
     sizes = (config.block_m, config.block_o, config.block_words, config.block_taps, config.warps)
@@ -162,6 +167,8 @@ def slow_operand(config: GemmConfig, problem: Problem) -> bool:
 
 def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
     """Valid configurations worth timing: no tile twice as large as the problem, no word block beyond its channels."""
+    if problem.groups > 1:
+        return
     rows = problem.batch * problem.out_height * problem.out_width
     sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128), (1, 2, 4), (1, 2, 4))
     for block_m, block_o, block_words, block_taps in sizes:

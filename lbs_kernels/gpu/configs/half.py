@@ -25,11 +25,6 @@ class HalfConfig:
         return cls()
 
 
-def candidates(problem: Problem) -> list[HalfConfig]:
+def half_candidates(problem: Problem) -> list[HalfConfig]:
     """The fallback."""
     return [HalfConfig()]
-
-
-def invalid_reason(config: HalfConfig, problem: Problem) -> str | None:
-    """Nothing is invalid."""
-    return None

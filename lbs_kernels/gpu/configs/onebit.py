@@ -14,7 +14,6 @@ from lbs_kernels.program.problem import Problem
 
 GROUP_ROWS = 64  # pixels of one group of 128 threads
 BITS = (2, 4)  # codes are multiplied in pairs of planes
-FEW_TILES = 132  # below one tile per multiprocessor of an H100 or H200, smaller tiles occupy more of them
 
 # (machine, pixels, filters, stages): the rows of LBS_ONEBIT_TILES in csrc/onebit/tiles.h.
 TILES = (
@@ -80,7 +79,7 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def invalid_reason(config: OneBitConfig, problem: Problem) -> str | None:
+def onebit_reason(config: OneBitConfig, problem: Problem) -> str | None:
     """Why `config` cannot run `problem`, or None: the tile is built, and the device has its instruction."""
     if (config.machine, config.block_m, config.block_o, config.stages) not in TILES:
         tiles = ", ".join(f"{machine} {m} x {o}, {stages} stages" for machine, m, o, stages in TILES)
@@ -92,30 +91,11 @@ def invalid_reason(config: OneBitConfig, problem: Problem) -> str | None:
     return None
 
 
-def is_valid(config: OneBitConfig, problem: Problem) -> bool:
-    """Whether `config` can run `problem`; `invalid_reason` says why not."""
-    return invalid_reason(config, problem) is None
-
-
-def candidates(problem: Problem) -> Iterator[OneBitConfig]:
+def onebit_candidates(problem: Problem) -> Iterator[OneBitConfig]:
     """Valid configurations worth timing, every tile first: no tile twice as large as the problem."""
     rows = problem.batch * problem.out_height * problem.out_width
     for thresholds, (machine, block_m, block_o, stages) in product((2, 4, 0), TILES):
         wasteful = (block_m > 64 and block_m >= 2 * rows) or (block_o > 64 and block_o >= 2 * problem.out_channels)
         config = OneBitConfig(machine, block_m, block_o, stages, thresholds)
-        if not wasteful and is_valid(config, problem):
+        if not wasteful and onebit_reason(config, problem) is None:
             yield config
-
-
-def onebit_default(problem: Problem) -> OneBitConfig:
-    """The configuration where nothing was measured: a rule of thumb, not a result.
-
-    The largest tile that the problem fills, smaller in pixels where there would be few of them.
-    """
-    machine = machines(problem.device)[0]
-    rows = problem.batch * problem.out_height * problem.out_width
-    block_o = 128 if problem.out_channels > 64 and machine == "wgmma" else 64
-    tiles = -(-rows // 128) * -(-problem.out_channels // block_o)
-    block_m = 64 if tiles < FEW_TILES else 128
-    stages = next(s for name, m, o, s in TILES if (name, m, o) == (machine, block_m, block_o))
-    return OneBitConfig(machine, block_m, block_o, stages)

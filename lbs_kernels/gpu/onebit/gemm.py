@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cuda
-from lbs_kernels.gpu.configs.onebit import OneBitConfig, invalid_reason, onebit_default, unsupported_reason
-from lbs_kernels.gpu.kernels import Launch
-from lbs_kernels.gpu.layout import from_logical, pixel_elements
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_reason, unsupported_reason
+from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.layout import pixel_elements
 from lbs_kernels.gpu.onebit.layout import OneBitLayout
 from lbs_kernels.program.epilogue import thresholds
 from lbs_kernels.program.planes import check_accumulator, unpack_weights
@@ -51,10 +51,11 @@ class OneBitWeights:
 
 def step_reason(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
     """Why the kernels cannot serve a step that reads `source`, beyond what its Problem says, or None."""
-    padding = step.padding if isinstance(step, ConvStep) else (0, 0)
     if len(step.emit.consumers) > MAX_CONSUMERS:
         return f"{len(step.emit.consumers)} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
-    return _source_reason(source, padding)
+    if source.zero and isinstance(step, ConvStep) and step.padding != (0, 0):
+        return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
+    return None
 
 
 def prepare_weights(
@@ -86,7 +87,7 @@ def prepare_weights(
     return OneBitWeights(planes.cpu().contiguous(), (-centre * sums).to(torch.int32), torch.device(device))
 
 
-def bind_onebit(
+def bind(
     step: ConvStep | LinearStep,
     problem: Problem,
     config: OneBitConfig,
@@ -108,7 +109,7 @@ def bind_onebit(
         BackendError: a problem, configuration or epilogue that is not served, or a native module that is missing.
     """
     source, emit = program.tensors[step.input], step.emit
-    _refuse(problem, unsupported_reason(problem) or step_reason(step, source) or invalid_reason(config, problem))
+    _refuse(problem, unsupported_reason(problem) or step_reason(step, source) or onebit_reason(config, problem))
     layout, w, offset = weights.laid_out(config.block_o)
     kept: list[Tensor] = [w, offset, buffers[step.input]]  # the kernel has addresses only; the launch holds the memory
 
@@ -162,34 +163,6 @@ def threshold_tables(
     levels, flip = thresholds(multiplier.cpu(), bias.cpu(), emit, consumer, replace(program, arrays=specs), blob)
     table, flips = layout.threshold_tables(levels, flip)
     return table.to(multiplier.device), flips.to(multiplier.device)
-
-
-def onebit_accumulate(
-    x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: OneBitConfig | None
-) -> Tensor:
-    """Accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW].
-
-    Raises:
-        BackendError: a problem, zero point or configuration (None: the default) that is not served.
-    """
-    _refuse(problem, unsupported_reason(problem) or _source_reason(source, problem.padding))
-    config = onebit_default(problem) if config is None else config
-    _refuse(problem, invalid_reason(config, problem))
-    weights = prepare_weights(w_planes, problem.kernel, 1, source, x_codes.device)
-    _, w, offset = weights.laid_out(config.block_o)
-    x = from_logical(x_codes, source)
-    size = (problem.batch, problem.out_height, problem.out_width, problem.out_channels)
-    acc = torch.empty(size, dtype=torch.int32, device=x.device)
-    task = _operands(problem, source, x, w, offset)
-    task.update(accumulators=acc.data_ptr())
-    launch_of(task, config, x.device, [x, w, offset])([])
-    return acc
-
-
-def _source_reason(source: TensorSpec, padding: tuple[int, int]) -> str | None:
-    if source.zero and padding != (0, 0):
-        return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
-    return None
 
 
 def _refuse(problem: Problem, reason: str | None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import BYTE_BITS
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit

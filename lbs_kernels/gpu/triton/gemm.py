@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.gemm import GemmConfig
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, pixel_elements
-from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, device_guard
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget
 from lbs_kernels.gpu.triton.gemm_kernel import (
     GemmMeta,
     GemmOperands,
     GemmShape,
     SplitTarget,
-    accumulator_kernel,
     gemm_kernel,
 )
 from lbs_kernels.gpu.weights import WeightTiles, field_shift
@@ -124,13 +123,6 @@ def gemm_shape(problem: Problem, source: TensorSpec) -> GemmShape:
     )
 
 
-def bits_reason(problem: Problem) -> str | None:
-    """Why the kernels cannot serve `problem`, or None."""
-    if not 1 <= problem.w_bits <= 8 or not 1 <= problem.a_bits <= 8:
-        return f"w{problem.w_bits}a{problem.a_bits}; codes have 1 to 8 bits"
-    return None
-
-
 def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
     """Options of a launch, and of an ahead-of-time compilation of the same kernel."""
     return {**LAUNCH_OPTIONS, "num_warps": warps, "num_stages": stages}
@@ -190,22 +182,3 @@ def bind_gemm(
         **launch_options(config.warps, config.stages),
     )  # fmt: skip
     return lambda inputs: run()
-
-
-def gemm_accumulate(
-    x_codes: Tensor, w_planes: Tensor, source: TensorSpec, problem: Problem, config: GemmConfig
-) -> Tensor:
-    """Accumulator int32 [N, OH, OW, O] of codes uint8 [N, H, W, C] and planes int32 [w_bits, O, T, CW], one group."""
-    weights = prepare_weights(w_planes, problem.kernel, 1, source, x_codes.device)
-    x = from_logical(x_codes, source)
-    shape = gemm_shape(problem, source)
-    size = (problem.batch, problem.out_height, problem.out_width, problem.out_channels)
-    acc = torch.zeros(size, dtype=torch.int32, device=x.device)
-    operands = GemmOperands(x, weights.padding, weights.tiles(config), weights.offset, weights.offset, weights.offset)
-    if acc.numel():
-        with device_guard(x.device):
-            accumulator_kernel[gemm_grid(shape, config)](
-                operands, acc, shape, META=gemm_meta(weights, shape, config), CONFIG=config,
-                **launch_options(config.warps, config.stages),
-            )  # fmt: skip
-    return acc

@@ -301,20 +301,3 @@ def gemm_kernel(operands, split, target, shape, META: tl.constexpr, EMIT: tl.con
             tl.store(split.partial + place, tl.zeros_like(total))
             tl.store(split.arrived + tl.program_id(0), 0)
             finish(total, operands, row, first, target, shape, EMIT, CONFIG)
-
-
-@triton.jit
-def accumulator_kernel(operands, acc_ptr, shape, META: tl.constexpr, CONFIG: tl.constexpr):
-    """The accumulator alone, int32 [M, O] of zeros before: exact where float32 would round it, for tests."""
-    row, first = tile(shape, CONFIG)
-    rows = (shape.filters + CONFIG.block_o - 1) // CONFIG.block_o * CONFIG.block_o
-    acc = accumulate(operands, row, first, rows, tl.program_id(1), shape, META, CONFIG)
-    column = first + tl.arange(0, CONFIG.block_o)
-    if tl.program_id(1) == 0:
-        acc += tl.load(operands.offset + column, mask=column < shape.filters, other=0)[None, :]
-    mask = (row < shape.rows)[:, None] & (column < shape.filters)[None, :]
-    target = acc_ptr + row[:, None] * shape.filters + column[None, :]
-    if CONFIG.split_k == 1:
-        tl.store(target, acc, mask=mask)
-    else:
-        tl.atomic_add(target, acc, mask=mask, sem="relaxed")

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.direct import GroupedConfig
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.triton.common import fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options

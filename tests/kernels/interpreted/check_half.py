@@ -98,8 +98,6 @@ def test_it_is_never_chosen_unless_allowed() -> None:
     assert {choice.kernel.family for choice in runner.choices(2)} == {"triton"}
     allowed = GpuRunner(program, blob, "cpu", families=("triton", "fp16"))
     assert [choice.kernel.family for choice in allowed.choices(2)][1] == "fp16"
-    rows = [str(row) for row in backends.explain(problem)]
-    assert any(NAME in row and 'fallback="fp16"' in row for row in rows)
     measured([problem], {NAME: 3e-6, f"triton:{kernels.default(problem).config}": 2e-6})
     assert {choice.kernel.family for choice in allowed.choices(2)} == {"triton"}
     with pytest.raises(BackendError, match="fallback 'int4' does not exist"):

@@ -19,9 +19,9 @@ from contenders import assert_same
 from torch import Tensor
 
 import lbs
-from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import runner as gpu_runner
+from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.configs.half import HalfConfig
 from lbs_kernels.gpu.runner import GpuRunner
@@ -93,7 +93,7 @@ def test_a_recorded_call_is_given_the_buffers_of_an_earlier_one(
 ) -> None:
     runner = GpuRunner(*net, "cpu")
     kept: list[object] = []
-    monkeypatch.setattr(gpu_runner.cuda_graph, "keep", kept.append)
+    monkeypatch.setattr(gpu_runner.graph, "keep", kept.append)
 
     def record(seed: int) -> None:
         with monkeypatch.context() as patch:
@@ -118,10 +118,10 @@ def test_a_recorded_call_is_given_the_buffers_of_an_earlier_one(
 
 
 def test_a_step_may_be_refused_beyond_its_problem(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbs_kernels.bitconv2d import half_impl
+    from lbs_kernels.gpu import half
 
     refused = lambda step, source: f"{step.name} reads {source.name}"  # noqa: E731
-    monkeypatch.setattr(half_impl, "step_reason", refused, raising=False)
+    monkeypatch.setattr(half, "step_reason", refused, raising=False)
     runner = GpuRunner(*net, "cpu", families=("triton", "fp16"))
     device = table.device_slug("cpu")
     rows = {table.key(runner.problems(2)["step1"]): {"fp16:torch": 1e-9}}
@@ -153,10 +153,10 @@ def test_threads_share_a_runner(net: tuple[Program, Tensor]) -> None:
 def test_the_measured_configuration_runs(net: tuple[Program, Tensor]) -> None:
     runner = GpuRunner(*net, "cpu")
     problem = runner.problems(2)["step1"]
-    assert conv_tuning.default(problem) != OTHER
+    assert conv_default(problem) != OTHER
     key = table.key(problem)
     device = table.device_slug("cpu")
-    rows = {key: {f"triton:{OTHER}": 1e-5, f"triton:{conv_tuning.default(problem)}": 2e-5}}
+    rows = {key: {f"triton:{OTHER}": 1e-5, f"triton:{conv_default(problem)}": 2e-5}}
     table.write(table.user_path(device), TuningTable(device, rows))
     choices = {step.name: choice for step, choice in zip(net[0].steps, runner.choices(2), strict=True)}
     assert choices["step1"].config == OTHER

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, load_stream
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
-from lbs_kernels.pool import tuning
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import PoolStep, Program, TensorSpec
 
@@ -170,11 +170,6 @@ def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constex
     emit(total * inverse, row, row_mask, first, channels, target, EMIT)
 
 
-def supports(problem: Problem) -> str | None:
-    """Why this back end cannot serve `problem`, or None."""
-    return None
-
-
 def pool_shape(problem: Problem, source: TensorSpec) -> PoolShape:
     """The sizes the maximum reads."""
     return PoolShape(
@@ -193,7 +188,7 @@ def pool_shape(problem: Problem, source: TensorSpec) -> PoolShape:
 def bind(
     step: PoolStep,
     problem: Problem,
-    config: tuning.Config,
+    config: ElementwiseConfig,
     program: Program,
     arrays: Mapping[str, Tensor],
     buffers: Mapping[int, Tensor],

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, fma, load_stream
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program, QuantPackStep
-from lbs_kernels.quantpack import tuning
 
 
 class SourceShape(NamedTuple):
@@ -57,15 +57,10 @@ def quantpack_kernel(
     emit(y, row, row_mask, first, channels, target, EMIT)
 
 
-def supports(problem: Problem) -> str | None:
-    """Why this back end cannot serve `problem`, or None."""
-    return None
-
-
 def bind(
     step: QuantPackStep,
     problem: Problem,
-    config: tuning.Config,
+    config: ElementwiseConfig,
     program: Program,
     arrays: Mapping[str, Tensor],
     buffers: Mapping[int, Tensor],
