@@ -11,6 +11,7 @@
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
+#include "program/program.h"
 #include "program/runner.h"
 
 namespace py = pybind11;
@@ -105,6 +106,12 @@ std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob
     return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
 }
 
+void check_program(const std::string& text, uintptr_t blob, int64_t blob_bytes) {
+    lbs::require(blob_bytes >= 0, "blob_bytes is " + std::to_string(blob_bytes) + "; it cannot be negative");
+    py::gil_scoped_release release;
+    lbs::ProgramSpec(text, pointer<const unsigned char>(blob), blob_bytes);
+}
+
 void run(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads,
          const std::vector<bool>& channels_last) {
     const auto in = pointers<const void>(inputs);
@@ -191,6 +198,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("onebit_half", &lbs::onebit::to_float16, py::arg("value"), "Bits of the nearest float16.");
     module.def("onebit_from_half", &lbs::onebit::from_float16, py::arg("bits"), "float32 of the bits of a float16.");
     module.def("onebit_brain", &lbs::onebit::to_bfloat16, py::arg("value"), "Bits of the nearest bfloat16.");
+
+    module.def("check_program", &check_program, py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
+               "Reads a program as Program does and lays out nothing. Raises FormatError with the `rule` it breaks.");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),

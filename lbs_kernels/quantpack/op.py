@@ -8,10 +8,10 @@ from torch import Tensor
 from lbs_kernels import library
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.one_step import OneStep
-from lbs_kernels.program.checks import is_float32
 from lbs_kernels.program.epilogue import encode_reference
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import IMAGE_DTYPES, Consumer, Emit, QuantPackStep
+from lbs_kernels.program.walk import is_float32
 from lbs_kernels.quantpack import reference
 from lbs_kernels.run import backends
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lbs_kernels import library
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.gpu import kernels
+from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.steps import IMAGE_DTYPES, STREAM_DTYPES, Program, TensorSpec, blob_digest
 from lbs_kernels.program.text import read_program
 from lbs_kernels.run import backends
@@ -54,11 +55,11 @@ class CompiledProgram:
         self.version = _version(blob)
         _check_blob(blob)
         self.program = read_program(text, blob.numel())
-        _check_digest(self.program, blob)
+        _check_bytes(self.program, blob)
         self.fallback = ""
         self.backend = backends.resolve(backend, blob.device.type)
         try:
-            self.runner = _build(self.backend, self.program, blob, allow)
+            self.runner = _build(self.backend, self.program, text, blob, allow)
         except BackendError as error:
             if backend != "auto":
                 raise
@@ -216,10 +217,9 @@ def _version(blob: Tensor) -> int:
     return -1 if blob.is_inference() else blob._version
 
 
-def _build(backend: str, program: Program, blob: Tensor, allow: str) -> Runner:
+def _build(backend: str, program: Program, text: str, blob: Tensor, allow: str) -> Runner:
     if backend == "cpu":
-        # Written anew: a text from elsewhere may leave out what has a default, the native reader wants everything.
-        return CpuRunner(program, blob, program.to_json())
+        return CpuRunner(program, blob, text)
     if backend in ("gpu", "triton"):
         from lbs_kernels.gpu.runner import GpuRunner  # lazily: importing Triton takes a second
 
@@ -234,9 +234,11 @@ def _check_blob(blob: Tensor) -> None:
         raise FormatError(f"blob is {blob.dtype} of shape {list(blob.shape)}; expected contiguous uint8 [bytes]")
 
 
-def _check_digest(program: Program, blob: Tensor) -> None:
+def _check_bytes(program: Program, blob: Tensor) -> None:
+    host = blob.cpu()
+    check_planes(program, host)
     if program.digest:
-        actual = blob_digest(blob)
+        actual = blob_digest(host)
         if actual != program.digest:
             raise FormatError(
                 f"blob has sha256 {actual[:12]}..., the program was packed with {program.digest[:12]}...; "
