@@ -9,6 +9,7 @@
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
+#include "program/program.h"
 #include "program/runner.h"
 
 namespace py = pybind11;
@@ -103,6 +104,12 @@ std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob
     return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
 }
 
+void check_program(const std::string& text, uintptr_t blob, int64_t blob_bytes) {
+    lbs::require(blob_bytes >= 0, "blob_bytes is " + std::to_string(blob_bytes) + "; it cannot be negative");
+    py::gil_scoped_release release;
+    lbs::ProgramSpec(text, pointer<const unsigned char>(blob), blob_bytes);
+}
+
 void run(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads,
          const std::vector<bool>& channels_last) {
     const auto in = pointers<const void>(inputs);
@@ -166,6 +173,9 @@ PYBIND11_MODULE(_cpu, module) {
                py::arg("is_signed") = false, py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
                "gx = gy inside the range, else 0; returns the gradient of v, and sum gy * (y - y_j) for each width j "
                "before the last, which is y's.");
+
+    module.def("check_program", &check_program, py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
+               "Reads a program as Program does and lays out nothing. Raises FormatError with the `rule` it breaks.");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),

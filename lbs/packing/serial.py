@@ -21,6 +21,7 @@ from lbs.packing.pixels import Normalization
 from lbs.packing.region import PackedRegion
 from lbs.plan import Plan
 from lbs_kernels.errors import CheckpointError, FormatError, PlanError
+from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blob_digest
 from lbs_kernels.program.text import read_program
 
@@ -106,6 +107,7 @@ def _region(index: int, text: str, tensors: dict[str, Tensor]) -> PackedRegion:
         blob[spec.offset : spec.offset + spec.nbytes] = arrays[key].reshape(-1).view(torch.uint8)
     if program.digest != blob_digest(blob):
         raise CheckpointError(f"program {index} was packed with other arrays than the file holds; write the file again")
+    check_planes(program, blob)
     return PackedRegion(program, blob)
 
 

@@ -128,7 +128,8 @@ def check_accumulator(reduction: int, w_bits: int, a_bits: int, name: str) -> No
         n_w, n_x = (1 << w_bits) - 1, (1 << a_bits) - 1
         raise FormatError(
             f"{name}: {reduction} products of weights up to {n_w} and activations up to {n_x} sum to "
-            f"{reduction * n_w * n_x}, the 32-bit accumulator ends below {1 << 31}; use fewer bits or split the layer"
+            f"{reduction * n_w * n_x}, the 32-bit accumulator ends below {1 << 31}; use fewer bits or split the layer",
+            "accumulator",
         )
 
 

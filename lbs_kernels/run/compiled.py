@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.gpu import kernels
+from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.runner import Runner, empty_outputs, empty_tensors
 from lbs_kernels.program.steps import IMAGE_DTYPES, Program, TensorSpec, blob_digest
 from lbs_kernels.program.text import validate
@@ -31,7 +32,7 @@ class CompiledProgram:
         """
         _check_blob(blob)
         validate(program, blob.numel())
-        _check_digest(program, blob)
+        _check_bytes(program, blob)
         self.program = program
         self.blob = blob
         self.version = version_of(blob)
@@ -144,9 +145,11 @@ def _check_blob(blob: Tensor) -> None:
         raise FormatError(f"blob is {blob.dtype} of shape {list(blob.shape)}; expected contiguous uint8 [bytes]")
 
 
-def _check_digest(program: Program, blob: Tensor) -> None:
+def _check_bytes(program: Program, blob: Tensor) -> None:
+    host = blob.cpu()
+    check_planes(program, host)
     if program.digest:
-        actual = blob_digest(blob)
+        actual = blob_digest(host)
         if actual != program.digest:
             raise FormatError(
                 f"blob has sha256 {actual[:12]}..., the program was packed with {program.digest[:12]}...; "

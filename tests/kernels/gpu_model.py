@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lbs_kernels import extension
 from lbs_kernels.gpu.configs.onebit import OneBitConfig
-from lbs_kernels.gpu.kernels import Launch
+from lbs_kernels.gpu.launch import Launch
 
 BLOCKS = 3  # thread blocks of a launch: several, so that each works off more than one tile
 FOLDER = Path(__file__).resolve().parents[1] / "native"

@@ -240,28 +240,30 @@ def test_version_1_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "rule"),
     [
-        (lambda t: t["tensors"][1].update(dtype="uint8"), "has dtype 'uint8'; only images have one, float32 or uint8"),
-        (lambda t: t["tensors"][0].update(dtype="int8"), "has dtype 'int8'; only images have one, float32 or uint8"),
-        (lambda t: t["tensors"][0].update(dtype=None), "expected a string"),
-        (lambda t: t["steps"][0].update(bias=None), "only one of multiplier and bias"),
-        (lambda t: t["steps"][0].update(bias="nothing"), "no array 'nothing'"),
-        (lambda t: t["steps"][0].update(bias=t["steps"][2]["bias"]), "is not float32 of 3"),
-        (lambda t: t["steps"][0].update(bias=t["steps"][2]["planes"]), "is not float32 of 3"),
-        (lambda t: t.update(version=1), "is uint8 in a program of version 1"),
+        (lambda t: t["tensors"][1].update(dtype="uint8"), "tensor 1 is of uint8; only images have", "image-dtype"),
+        (lambda t: t["tensors"][0].update(dtype="int8"), r"tensors\[0\]\.dtype is none of float32, uint8", "choice"),
+        (lambda t: t["tensors"][0].update(dtype=None), r"tensors\[0\]\.dtype is none of float32, uint8", "choice"),
+        (lambda t: t["steps"][0].update(bias=None), "only one of multiplier and bias", "affine-pair"),
+        (lambda t: t["steps"][0].update(bias="nothing"), "no array 'nothing'", "array-missing"),
+        (lambda t: t["steps"][0].update(bias=t["steps"][2]["bias"]), "of another dtype or shape", "array-kind"),
+        (lambda t: t["steps"][0].update(bias=t["steps"][2]["planes"]), "of another dtype or shape", "array-kind"),
+        (lambda t: t.update(version=1), "is uint8 in a program of version 1", "version-1"),
         (
             lambda t: (t["tensors"][0].update(dtype="float32"), t.update(version=1)),
-            "has a multiplier in a program of version 1",
+            "has a multiplier or bias in a program of version 1",
+            "version-1",
         ),
     ],
 )
-def test_bad_bytes_and_multipliers_are_refused(change: Callable[[Any], Any], message: str) -> None:
+def test_bad_bytes_and_multipliers_are_refused(change: Callable[[Any], Any], message: str, rule: str) -> None:
     program, blob = CASES["byte_image"](0)
     body = json.loads(program.to_json())
     change(body)
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(FormatError, match=message) as caught:
         extension.cpu.Program(json.dumps(body), blob.data_ptr(), blob.numel(), "auto")
+    assert caught.value.rule == rule
 
 
 def test_an_accumulator_that_could_overflow_is_refused() -> None:
