@@ -113,7 +113,7 @@ def test_what_texts_name_is_there() -> None:
         ),
         ("See nowhere.py, and program/nowhere.h.", ["nowhere.py", "program/nowhere.h"]),
         ("lbs_kernels/{tuner, nowhere}.py", ["lbs_kernels/{tuner, nowhere}.py"]),
-        ("lbs_kernels/<op>/reference.py, <op>/tuning.py, lbs/cli/*.py, lbs_kernels.{op}.tuning", []),
+        ("lbs_kernels/<part>/reference.py, <part>/table.py, lbs/cli/*.py, lbs_kernels.{part}.table", []),
         ("lbs_kernels.*.nowhere_impl, <op>/nowhere_impl.py", ["<op>/nowhere_impl.py", "lbs_kernels.*.nowhere_impl"]),
         ("lbs.plan.Plan.bops, lbs.calibrate, x.lbs.safetensors, torch.ops.lbs_kernels.nowhere", []),
         ("lbs.plan.nowhere, lbs.nowhere.Plan, lbs.nowhere", ["lbs.nowhere", "lbs.nowhere.Plan", "lbs.plan.nowhere"]),

@@ -17,14 +17,15 @@ import pytest
 import torch
 from program_breaches import breaches
 from program_mutants import Mutant, dump, random_mutants, source
-from programs import random_inputs
+from programs import CASES, Builder, random_inputs
+from torch import Tensor
 
 from lbs_kernels import extension
-from lbs_kernels.errors import FormatError
+from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.program import schema
 from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.rules import MAX_DEPTH, NOT_PRINTABLE, RULES
-from lbs_kernels.program.steps import Program
+from lbs_kernels.program.steps import ConvStep, Emit, Program
 from lbs_kernels.program.text import read_program
 from lbs_kernels.run.compiled import CompiledProgram
 
@@ -143,6 +144,65 @@ def test_bytes_that_are_no_text() -> None:
     mutants = [Mutant(raw[:at] + bytes([byte]) + raw[at + 1 :], blob, str(at)) for at in places for byte in nasty]
     verdicts, _ = judge(mutants)
     assert verdicts["json"] > len(mutants) // 3
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_weights_beyond_the_last_channel_are_refused_by_every_back_end(backend: str) -> None:
+    program, blob = CASES["chain"](0)
+    step = next(step for step in program.steps if isinstance(step, ConvStep))
+    damaged = blob.clone()
+    program.array(damaged, step.planes)[-1, -1, -1, -1] |= 1 << program.tensors[step.input].channels
+    with pytest.raises(FormatError, match="bits beyond channel 2; unused bits are 0") as caught:
+        CompiledProgram(replace(program, digest="").to_json(), damaged, backend)
+    assert caught.value.rule == "unused-bits"
+
+
+def one_maximum(size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> tuple[str, Tensor]:
+    """image -> codes -> a maximum of codes -> a linear layer, padded by half of the kernel."""
+    b = Builder(0)
+    image = b.image(3, *size)
+    codes = b.consumer((*size, 3), 4)
+    b.quantize(image, Emit(consumers=(codes,)))
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    shape = b.conv_shape(codes.tensor, 3, kernel, stride, padding)
+    pooled = b.consumer(shape, 4)
+    b.pool(codes.tensor, Emit(consumers=(pooled,)), "max", kernel, stride, padding)
+    stream = b.stream((*shape[:2], 5), output=True)
+    b.conv(pooled.tensor, Emit(stream=stream), 5, w_bits=4, kernel=(1, 1), padding=(0, 0))
+    program, blob = b.build()
+    return program.to_json(), blob
+
+
+@native
+@pytest.mark.parametrize("kernel", [(255, 255), (257, 257), (8191, 3)])
+def test_windows_larger_than_the_image(kernel: tuple[int, int]) -> None:
+    """Tables of taps are made for windows up to 2^16 taps; larger ones are cut to the image."""
+    text, blob = one_maximum((5, 4), kernel, stride=(1 << 12, 1 << 12))
+    images = random_inputs(read_program(text), 2, 0)
+    expected = CompiledProgram(text, blob, "reference").run(images)
+    assert torch.equal(CompiledProgram(text, blob, "cpu").run(images)[0], expected[0])
+
+
+@native
+def test_a_program_that_native_kernels_cannot_address_falls_back() -> None:
+    """Two maxima that pad other directions: each within the limit of elements, a layout for both beyond 2 GiB."""
+    b = Builder(0)
+    image = b.image(1, 1, 1)
+    codes = b.consumer((1, 1, 1), 4)
+    b.quantize(image, Emit(consumers=(codes,)))
+    for kernel in ((1 << 16, 1), (1, 1 << 16)):
+        padding, stride = (kernel[0] // 2, kernel[1] // 2), (1 << 20, 1 << 20)
+        pooled = b.consumer((1, 1, 1), 4)
+        b.pool(codes.tensor, Emit(consumers=(pooled,)), "max", kernel, stride, padding)
+        b.conv(pooled.tensor, Emit(stream=b.stream((1, 1, 1), output=True)), 1, w_bits=1, kernel=(1, 1), padding=(0, 0))
+    program, blob = b.build()
+    images = random_inputs(program, 1, 0)
+    compiled = CompiledProgram(program.to_json(), blob)
+    assert compiled.backend == "reference"
+    assert "needs more than 2 GiB per image with its padding" in compiled.fallback
+    assert len(compiled.run(images)) == 2
+    with pytest.raises(BackendError, match="more than 2 GiB"):
+        CompiledProgram(program.to_json(), blob, "cpu")
 
 
 @pytest.mark.parametrize("path", schema.HEADERS)

@@ -397,3 +397,22 @@ def test_state_dict_of_another_network_is_noticed() -> None:
     packed.load_state_dict(state)
     with pytest.raises(FormatError, match="damaged or belong to another network"):
         packed(torch.zeros(1, 1, 8, 8))
+
+
+def test_weights_beyond_the_last_channel_are_refused(saved: Path) -> None:
+    """A file that is sealed and in order but for one bit of a channel that does not exist."""
+    header, data = header_of(saved)
+    program = json.loads(header["__metadata__"]["program0"])
+    step = next(s for s in program["steps"] if "planes" in s and program["tensors"][s["input"]]["channels"] % 32)
+    damaged = bytearray(data)
+    damaged[header[f"region0.{step['planes']}"]["data_offsets"][0] + 3] |= 0x80
+    lengths = {key: header[f"region0.{key}"]["data_offsets"] for key in program["arrays"]}
+    blob = bytearray(sum(-(-(end - begin) // 64) * 64 for begin, end in lengths.values()))
+    for key, (begin, end) in lengths.items():
+        at = program["arrays"][key]["offset"]
+        blob[at : at + end - begin] = damaged[begin:end]
+    program["digest"] = hashlib.sha256(blob).hexdigest()
+    header["__metadata__"]["program0"] = json.dumps(program)
+    rewrite(saved, header, bytes(damaged))
+    with pytest.raises(CheckpointError, match=r"bits beyond channel .*unused bits are 0"):
+        lbs.load(saved)
