@@ -43,7 +43,8 @@ def check_layer(name: str, layer: QuantLayer) -> None:
     if isinstance(layer.bias, Tensor):
         tensors["bias"] = layer.bias
     for key, value in (("w_range", layer.w_range), ("output_scale", layer.output_scale)):
-        _check_positive(name, key, float(value.detach().abs()))
+        for number in value.detach().abs().flatten().tolist():
+            _check_positive(name, key, number)
     _check_positive(name, "the step of its quantizer", quantizer.step())
     for key, value in tensors.items():
         if not bool(value.detach().isfinite().all()):

@@ -161,7 +161,8 @@ class _Judge(fx.Interpreter):
         weights = self._weights(name, layer)
         # In units of the two steps every sum is an exact integer, so that what is 0 stays 0.
         units = (layer.quantizer.values(codes) / layer.quantizer.step()).round()
-        product = layer.product(units, weights, None) * (layer.weight_step() * layer.quantizer.step())
+        sums = layer.product(units, weights, None)
+        product = sums * self._steps(layer, sums)
         y = product
         if isinstance(layer.bias, Tensor):
             y = product + layer.bias.double().reshape(-1, *([1] * (product.dim() - 2)))
@@ -171,9 +172,13 @@ class _Judge(fx.Interpreter):
 
     def _half_bound(self, layer: QuantLayer, units: Tensor, weights: Tensor, product: Tensor) -> Tensor:
         """Of a layer in half precision: the sum in float32, in any order, then rounded to float16."""
-        step = layer.weight_step() * layer.quantizer.step()
-        terms = weights[0].numel() * layer.product(units.abs(), weights.abs(), None) * step
+        terms = weights[0].numel() * layer.product(units.abs(), weights.abs(), None) * self._steps(layer, product)
         return HALF * product.abs() + UNIT * terms
+
+    @staticmethod
+    def _steps(layer: QuantLayer, like: Tensor) -> Tensor:
+        """Real value of one unit of the sums of each filter, broadcastable to them."""
+        return (layer.weight_step() * layer.quantizer.step()).view(-1, *[1] * (like.dim() - 2))
 
     def _compare_codes(self, name: str, layer: QuantLayer, value: Tensor, bound: Tensor, codes: Tensor) -> None:
         quantizer = layer.quantizer

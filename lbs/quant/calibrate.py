@@ -1,49 +1,64 @@
-"""Ranges from data: mean squared error at a stated width, then norm statistics estimated again."""
+"""Ranges from data: least squared error at each layer's width, then norms and biases corrected for the rounding."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lbs.cost import FULL_PRECISION_BITS
-from lbs.quant import codec
+from lbs.quant import codec, norms
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
 from lbs_kernels.errors import GraphError, PlanError
 
 _CANDIDATES = 80
 _SAMPLES = 65536
+_KEPT = 1024  # images of an iterator, which can be read once only
+_IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x", "img", "data")  # keys of a batch
+
+logger = logging.getLogger(__name__)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4, norms: bool = True) -> nn.Module:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    bits: int | None = None,
+    statistics: Literal["correct", "estimate", "keep"] = "correct",
+) -> nn.Module:
     """Set every range of a searchable, uniform or frozen model from data, in place, and return it.
 
-    A range minimises the mean squared error at `bits` bits (4 suits a search that starts at 8 and ends near 4), or at
-    each layer's own width if None. The network input covers its observed minimum and maximum. Then the norms'
-    running statistics are estimated again with quantization on.
+    A range minimises the mean squared error at the layer's own width, or at `bits`; a layer whose width is still
+    searched is set at the middle one. The network input covers its observed minimum and maximum. Then norms and biases
+    are corrected for what quantization does to their inputs (`lbs/quant/norms.py`): a network that nobody trains
+    afterwards is as good as its codes allow.
 
     Arguments:
-        batches: input batches [N, C, H, W], used twice; a few hundred images do.
+        batches: a loader or list of batches, read twice; a few hundred images do, and memory does not grow with more.
+            A batch is images [N, C, H, W], or a tuple, list or dictionary that holds them (labels are not looked at).
+            Of an iterator, which can be read once, the first 1,024 images are kept.
+        statistics: "correct" them, "estimate" them anew (they then are those of these images alone), or "keep" them.
+            Those that never saw a batch are estimated in float first.
 
     Raises:
         PlanError: no batch, one without images, or a width outside 1..8. GraphError: no quantized layer; a batch the
             model cannot take; values that are not finite, a layer that is never called, or a signed activation in
             front of zero padding: the layer is named.
+
+    Example:
+        lbs.calibrate(lbs.uniform(model, images[:1]), loader)
     """
     if isinstance(batches, Tensor):
         raise PlanError(f"calibrate got one tensor of shape {tuple(batches.shape)}; give a list of batches: [images]")
+    if statistics not in ("correct", "estimate", "keep"):
+        raise PlanError(f"statistics={statistics!r} is unknown; use correct, estimate or keep")
     if bits is not None:
         codec.check_chain((bits,))
-    stored = [b[0] if isinstance(b, list | tuple) else b for b in batches]
-    if not stored:
-        raise PlanError("calibrate got no batch; give at least one batch of real inputs")
-    empty = [index for index, batch in enumerate(stored) if not batch.numel()]
-    if empty:
-        raise PlanError(f"calibration batch {empty[0]} of shape {tuple(stored[empty[0]].shape)} is empty; leave it out")
+    stored = _Images(batches)
     found = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
     if not found:
         raise GraphError(
@@ -52,53 +67,140 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], bits: int | None = 4,
     layers = {name: m for name, m in found.items() if m.w_bits < FULL_PRECISION_BITS}
     if not layers:
         return model  # every layer computes in float: the norms are as training left them
-    samples = _observe(model, layers, stored)
-    for name, layer in layers.items():
-        values = samples[name]
+
+    def run(batch: Tensor) -> None:
+        try:
+            model(batch)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise GraphError(_batch_message(model, batch, error)) from error
+
+    if norms.fresh(model):
+        logger.info("norms that never saw a batch are estimated from the calibration images")
+        with norms.observing(layers.values()):
+            norms.estimate(model, stored, run)
+    for name, values in _observe(model, layers, stored, run).items():
         if not bool(values.isfinite().all()):
             raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
-        _set_ranges(name, layer, values, bits)
-    if norms:
-        estimate_norms(model, stored)
+        _set_ranges(name, layers[name], values, bits)
+    if statistics == "correct":
+        norms.correct(model, layers.values(), stored, run)
+    elif statistics == "estimate":
+        norms.estimate(model, stored, run)
     return model
 
 
-def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: list[Tensor]) -> dict[str, Tensor]:
+def estimate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Replace every norm's running statistics by their mean over the batches, quantization as it is.
+
+    Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
+    then what they were.
+    """
+
+    def run(batch: Tensor) -> None:
+        try:
+            model(batch)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise GraphError(_batch_message(model, batch, error)) from error
+
+    norms.estimate(model, _Images(batches), run)
+
+
+class _Images:
+    """The images of batches, as often as they are asked for."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        if isinstance(batches, Iterator):
+            batches = self._first(batches)
+        self.batches = batches
+        self.expected = len(batches) if isinstance(batches, Sized) else 64
+        if self.expected == 0:
+            raise PlanError("calibrate got no batch; give at least one batch of real inputs")
+
+    @staticmethod
+    def _first(batches: Iterator[Any]) -> list[Any]:
+        kept, count = [], 0
+        for index, batch in enumerate(batches):
+            if count >= _KEPT:
+                logger.warning(
+                    "calibrate got an iterator, which can be read once: its first %d images are used; give a list or "
+                    "a loader to use all",
+                    count,
+                )
+                break
+            kept.append(batch)
+            count += len(images_of(batch, index))
+        return kept
+
+    def __iter__(self) -> Iterator[Tensor]:
+        read = False
+        for index, batch in enumerate(self.batches):
+            images = images_of(batch, index)
+            if not images.numel():
+                raise PlanError(f"calibration batch {index} of shape {tuple(images.shape)} is empty; leave it out")
+            read = True
+            yield images
+        if not read:
+            raise PlanError("calibrate got no batch; give at least one batch of real inputs")
+
+
+def images_of(batch: Any, index: int) -> Tensor:
+    """The images of one batch: a tensor, the first of a tuple or list, or by its key in a dictionary.
+
+    Raises:
+        PlanError: there are none.
+    """
+    found = batch
+    while not isinstance(found, Tensor):
+        if isinstance(found, list | tuple) and found:
+            found = found[0]
+        elif isinstance(found, Mapping) and (keys := [key for key in _IMAGES if key in found]):
+            found = found[keys[0]]
+        else:
+            what = f"keys {', '.join(map(repr, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+            raise PlanError(
+                f"calibration batch {index} holds {what}; give images [N, C, H, W], a tuple or list that begins with "
+                f"them, or a dictionary with one of the keys {', '.join(_IMAGES)}"
+            )
+    return found
+
+
+def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: _Images, run: Any) -> dict[str, Tensor]:
     """Inputs of every layer while the model computes in float, thinned to a bounded sample with its extremes."""
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = []
-    share = max(1, _SAMPLES // len(batches))
+    share = max(64, _SAMPLES // batches.expected)
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             flat = (args[0] if args else kwargs["input"]).detach().float().flatten()
             stride = _stride(flat.numel(), share)
             collected[name].append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
+            if sum(map(len, collected[name])) > 4 * _SAMPLES:  # many batches: the sample stays bounded
+                collected[name] = [_thinned(torch.cat(collected[name]))]
 
         return record
 
     was_training = model.training
     model.eval()
     for name, layer in layers.items():
-        layer.quantize = False
         handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), norms.observing(layers.values()):
             for batch in batches:
-                try:
-                    model(batch)
-                except (RuntimeError, ValueError, TypeError) as error:
-                    raise GraphError(_batch_message(model, batch, error)) from error
+                run(batch)
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers.values():
-            layer.quantize = True
         model.train(was_training)
     unused = [name for name, values in collected.items() if not values]
     if unused:
         raise GraphError(f"layers {', '.join(unused)} were not called by the calibration batches; exclude them")
     return {name: torch.cat(values) for name, values in collected.items()}
+
+
+def _thinned(values: Tensor) -> Tensor:
+    """Every so many values, and the extremes."""
+    return torch.cat([values[:: _stride(len(values), _SAMPLES)], values.amin()[None], values.amax()[None]])
 
 
 def _batch_message(model: nn.Module, batch: Tensor, error: Exception) -> str:
@@ -119,7 +221,9 @@ def _stride(count: int, share: int) -> int:
 
 @torch.no_grad()
 def _set_ranges(name: str, layer: QuantLayer, values: Tensor, bits: int | None) -> None:
-    layer.w_range.fill_(_best_range(layer.float_weight().flatten(), bits or layer.w_bits, "weight"))
+    w_bits, a_bits = (bits, bits) if bits is not None else layer.range_widths
+    weights = layer.float_weight().flatten(1) if layer.w_range.dim() else layer.float_weight().reshape(1, -1)
+    layer.w_range.copy_(_best_ranges(weights, w_bits, "weight").reshape(layer.w_range.shape))
     quantizer = layer.quantizer
     if isinstance(quantizer, InputQuantizer):
         quantizer.set_range(float(values.min()), float(values.max()))
@@ -132,48 +236,14 @@ def _set_ranges(name: str, layer: QuantLayer, values: Tensor, bits: int | None) 
             )
         quantizer.signed = True
     kind = "signed" if quantizer.signed else "unsigned"
-    best = _best_range(values, bits or quantizer.bits, kind)
+    best = float(_best_ranges(values[None], a_bits, kind))
     quantizer.set_range(-best if quantizer.signed else 0.0, best)
 
 
-def _best_range(values: Tensor, bits: int, kind: str) -> float:
-    """The clipping range with the least mean squared error among even shares of the largest magnitude."""
-    top = values.abs().max()
-    if not float(top) > 0:
-        return 1.0
-    errors = []
+def _best_ranges(values: Tensor, bits: int, kind: str) -> Tensor:
+    """For every row the clipping range with the least mean squared error among even shares of its largest magnitude."""
+    top = values.abs().amax(1, keepdim=True)
+    top = torch.where(top > 0, top, torch.ones_like(top))
     shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)
-    for share in shares:
-        v = top * share
-        errors.append(((codec.round_trip(values, v, bits, kind) - values) ** 2).mean())
-    return float(top * shares[int(torch.stack(errors).argmin())])
-
-
-def estimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace every norm's running statistics by their mean over the batches, quantization as it is.
-
-    Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
-    then what they were.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    was_training = model.training
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
-    except Exception as error:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, value in buffers.items():
-                norm.get_buffer(name).copy_(value)
-        raise GraphError(_batch_message(model, batch, error)) from error
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.train(was_training)
+    errors = [((codec.round_trip(values, top * share, bits, kind) - values) ** 2).mean(1) for share in shares]
+    return top[:, 0] * shares.to(top.device)[torch.stack(errors).argmin(0)]

@@ -60,18 +60,25 @@ def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, signed: bool) -
     """Gradients of y = decode(encode(x)) to x and v, given dL/dy.
 
     Returns:
-        grad_x like x: grad where x lies in the range, else 0. grad_v: scalar, sum of grad * dy/dv.
+        grad_x like x: grad where x lies in the range, else 0. grad_v like v (a scalar, or one range for each filter):
+        sums of grad * dy/dv.
     """
     # One dimension keeps the comparison in float32: beside a scalar v, x in bfloat16 would round v.
-    edge_v = v.reshape(1) if x.dim() else v
+    edge_v = v.reshape(1) if x.dim() and not v.dim() else v
     below, above = x < (-edge_v if signed else 0), x > edge_v
     outside = below | above
     grad_x = grad.masked_fill(outside, 0)
-    inner = (grad_x * (y - x)).sum(dtype=torch.promote_types(v.dtype, torch.float32)) / v
-    edge = grad.masked_fill(~above, 0).sum(dtype=inner.dtype)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    inner = _summed(grad_x * (y - x), v, dtype) / v
+    edge = _summed(grad.masked_fill(~above, 0), v, dtype)
     if signed:
-        edge = edge - grad.masked_fill(~below, 0).sum(dtype=inner.dtype)
+        edge = edge - _summed(grad.masked_fill(~below, 0), v, dtype)
     return grad_x, (inner + edge).to(v.dtype).reshape(v.shape)
+
+
+def _summed(values: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over what one range serves, in v's shape."""
+    return values.to(dtype).sum_to_size(v.shape) if v.dim() else values.sum(dtype=dtype)
 
 
 def fake_activation(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ class QuantLayer(nn.Module):
     """What convolution and linear layers share: weight codes, ranges, the input quantizer."""
 
     weight: Tensor
-    w_range: nn.Parameter
+    w_range: nn.Parameter  # of the layer [], or of every filter [O]; used as |w_range|
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
 
@@ -49,24 +49,38 @@ class QuantLayer(nn.Module):
     def a_bits(self) -> int:
         return int(self.quantizer.bits)
 
+    @property
+    def range_widths(self) -> tuple[int, int]:
+        """The widths (weights, activations) that ranges are set at."""
+        return self.w_bits, self.a_bits
+
     def float_weight(self) -> Tensor:
         """Standardised weights, before quantization, without `output_scale`."""
         return codec.standardize(self.weight, self.standardize)
 
     def weight_codes(self) -> Tensor:
         """Integer codes like `weight`, in its dtype: exactly what is packed."""
-        return codec.weight_codes(self.float_weight(), self.w_range.abs(), self.w_bits)
+        return codec.weight_codes(self.float_weight(), self.weight_range().abs(), self.w_bits)
 
-    def weight_step(self) -> float:
-        """Real value of one unit of 2 q - n: output_scale * v_w / n."""
-        v = float(self.w_range.detach().double().abs())
-        return float(self.output_scale.double()) * v / codec.levels(self.w_bits)
+    def weight_range(self) -> Tensor:
+        """`w_range`, broadcastable to `weight`."""
+        return self.w_range.view(-1, *[1] * (self.weight.dim() - 1)) if self.w_range.dim() else self.w_range
+
+    def range_by_filter(self) -> None:
+        """Give every filter a range of its own, all as the layer's is now."""
+        spread = self.w_range.detach().expand(self.weight.shape[0]).clone()
+        self.w_range = nn.Parameter(spread, requires_grad=self.w_range.requires_grad)
+
+    def weight_step(self) -> Tensor:
+        """Real value of one unit of 2 q - n in each filter, float64 [O]: output_scale * v_w / n."""
+        step = self.output_scale.double() * self.w_range.detach().double().abs() / codec.levels(self.w_bits)
+        return step.expand(self.weight.shape[0])
 
     def quantized_weight(self) -> Tensor:
         """Weights used by `forward`, differentiable."""
         if self.standardize == "scale":
-            return fake.standardized_weight(self.weight, self.w_range, self.output_scale, self.w_bits)
-        return fake.fake_weight(self.float_weight(), self.w_range, self.w_bits) * self.output_scale
+            return fake.standardized_weight(self.weight, self.weight_range(), self.output_scale, self.w_bits)
+        return fake.fake_weight(self.float_weight(), self.weight_range(), self.w_bits) * self.output_scale
 
     def adopt_scale(self) -> None:
         """Set `output_scale` to the present standard deviation, so that values keep their size."""
@@ -112,8 +126,7 @@ class QuantLayer(nn.Module):
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) float64 [O]: the layer's output is scale * acc + shift."""
-        step = self.weight_step() * self.quantizer.step()
-        scale = torch.full(self.weight.shape[:1], step, dtype=torch.float64, device=self.weight.device)
+        scale = self.weight_step() * self.quantizer.step()
         bias = self.bias
         return scale, bias.detach().double() if isinstance(bias, Tensor) else torch.zeros_like(scale)
 

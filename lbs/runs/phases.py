@@ -241,7 +241,7 @@ def _start_of_finetuning(
             quantized = network.apply_plan(model, card, Plan.load(config.plan))
         quantized = quantized.to(session.device)
         if not plan_of(quantized).in_float:
-            calibrate(quantized, calibration_batches(config, data, session.device), bits=None)
+            calibrate(quantized, calibration_batches(config, data, session.device))
         return quantized, network.with_signs(card, quantized)
     if not folder.file(SEARCHED).exists():
         raise CheckpointError(

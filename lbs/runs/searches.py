@@ -61,7 +61,7 @@ class SearchJob:
         searched = prepare(model, self.example.to(self.session.device), settings)
         for name, fate in conversion_report(searched):
             self.session.say(f"{name}: {fate}")
-        return calibrate(searched, self.images())
+        return calibrate(searched, self.images(), bits=4, statistics="estimate")
 
     def images(self) -> list[Tensor]:
         """Images that set the ranges."""
@@ -101,7 +101,7 @@ class SearchJob:
         if plan_of(found).in_float:
             estimate_norms(found, self.images())
             return found
-        return calibrate(found, self.images(), bits=None)
+        return calibrate(found, self.images(), statistics="estimate")
 
     def found(self, searched: nn.Module, outcome: BudgetResult, training: dict[str, Any]) -> Found:
         """The end of a search."""

@@ -95,6 +95,13 @@ class SearchLayer(QuantLayer):
         """The width of the weights that is open now, or the fixed one."""
         return self._w_bits if self.w_gate is None else self.w_gate.bits
 
+    @property
+    def range_widths(self) -> tuple[int, int]:
+        """The middle of what is still searched: a search begins at the widest and mostly ends near there."""
+        open_gates = (self.w_gate, self.w_bits), (searched_gate(self.quantizer), self.a_bits)
+        w_bits, a_bits = (width if gate is None else gate.chain[len(gate.chain) // 2] for gate, width in open_gates)
+        return w_bits, a_bits
+
     def own_gate(self) -> PruneGate | None:
         """The gate that closes this layer's own filters."""
         return self.prune if self.prune is not None else next(iter(self.through_gate), None)

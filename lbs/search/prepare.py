@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +114,12 @@ def uniform(
     weight_bits: int = 8,
     activation_bits: int = 8,
     exclude: tuple[str, ...] = (),
+    ranges: Literal["filter", "layer"] = "filter",
 ) -> nn.Module:
     """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate.
 
-    exclude: name patterns left in float, as in `SearchConfig`. Raises GraphError as `prepare`.
+    ranges: of the weights, one for every filter, or one for the layer (as in LBS). exclude: name patterns left in
+    float, as in `SearchConfig`. Raises GraphError as `prepare`.
     """
     for width in (weight_bits, activation_bits):
         check_chain((width,))
@@ -127,7 +129,10 @@ def uniform(
         check_sum(layer, layer.w_bits, layer.a_bits)
         quantizer = InputQuantizer() if layer.name == plan.edges[0] else ActivationQuantizer(layer.a_bits)
         old = model.get_submodule(layer.name)
-        replace_layer(model, layer.name, fixed_layer(old, layer.w_bits, quantizer, "scale"))
+        fixed = fixed_layer(old, layer.w_bits, quantizer, "scale")
+        if ranges == "filter":
+            fixed.range_by_filter()
+        replace_layer(model, layer.name, fixed)
     model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
     deploy(model, record.folding)
     return model

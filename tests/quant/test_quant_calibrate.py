@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lbs.models
 from lbs.quant import codec
-from lbs.quant.calibrate import _stride, calibrate, estimate_norms
+from lbs.quant.calibrate import _Images, _observe, _stride, calibrate, estimate_norms
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.prepare import SearchConfig, prepare, uniform
@@ -57,7 +57,7 @@ def test_observed_weights_are_those_that_are_rounded() -> None:
     step = layer.weight_step()
     layer.quantize = False
     _, observed = layer.operands(x)
-    assert (observed - layer.quantized_weight()).abs().max() <= step * 1.001
+    assert (observed - layer.quantized_weight()).abs().max() <= float(step[0]) * 1.001
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -105,7 +105,7 @@ def test_network_input_covers_its_extremes() -> None:
 def test_norms_are_estimated_again() -> None:
     model = uniform(small_model(), images()[:1], 4, 4)
     batches = [images(1), images(2)]
-    calibrate(model, batches, norms=False)
+    calibrate(model, batches, statistics="keep")
     before = copy.deepcopy(model.state_dict())
     momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     estimate_norms(model, batches)
@@ -234,4 +234,107 @@ def test_a_dead_layer_keeps_a_legal_range() -> None:
         model.bn1.bias.fill_(-1)  # type: ignore[union-attr,operator]
     calibrated = calibrate(uniform(model, images()[:1]), [images()])
     assert torch.isfinite(calibrated(images())).all()
-    assert all(layer.w_range.item() > 0 for layer in quant_layers(calibrated))
+    assert all(bool((layer.w_range > 0).all()) for layer in quant_layers(calibrated))
+
+
+def test_the_statistics_are_corrected_by_the_difference_that_quantization_makes() -> None:
+    """With one batch, also behind norms that were corrected themselves."""
+    model, x = small_model(), images(3, 32)
+    before = copy.deepcopy(model.state_dict())
+    calibrated = calibrate(uniform(model, x[:1], 4, 4), [x]).eval()
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.setdefault(name, []).append(args[0].detach().double())
+
+    with torch.no_grad():
+        for net in (model, calibrated):
+            norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+            hooks = [m.register_forward_pre_hook(keep(name)) for name, m in norms]
+            net(x)
+            for hook in hooks:
+                hook.remove()
+    assert len(seen) > 3
+    after = calibrated.state_dict()
+    for name, (plain, coded) in seen.items():
+        mean, variance = before[f"{name}.running_mean"].double(), before[f"{name}.running_var"].double()
+        wanted = mean + coded.mean((0, 2, 3)) - plain.mean((0, 2, 3))
+        torch.testing.assert_close(after[f"{name}.running_mean"].double(), wanted, rtol=1e-5, atol=1e-5)
+        wanted = variance * coded.var((0, 2, 3)) / plain.var((0, 2, 3))
+        torch.testing.assert_close(after[f"{name}.running_var"].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_biases_of_layers_without_a_norm_are_corrected() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(16, 3, 12, 12)
+    kept, corrected = (
+        calibrate(uniform(model, x[:1], 2, 2), [x], statistics=how).eval() for how in ("keep", "correct")
+    )
+    with torch.no_grad():
+        plain, before, after = (net(x).mean((0, 2, 3)) for net in (model, kept, corrected))
+    assert (after - plain).abs().max() < 1e-4 < (before - plain).abs().max()
+
+
+def test_fresh_statistics_are_settled_before_ranges_are_set() -> None:
+    torch.manual_seed(0)
+    model = lbs.models.create("digits_resnet8").eval()
+    x = images(2, 32) * 7
+    calibrated = calibrate(uniform(model, x[:1], 8, 8), [x]).eval()
+    with torch.no_grad():
+        assert calibrated.bn1(calibrated.conv1(x)).std() == pytest.approx(1.0, abs=0.05)  # type: ignore[operator]
+    quantizer = quant_layers(calibrated)[1].quantizer
+    assert isinstance(quantizer, ActivationQuantizer)
+    assert 1 < float(quantizer.range) < 8  # of normalised values, not of seven times as large ones
+
+
+def test_batches_as_loaders_give_them() -> None:
+    model, x = small_model(), images(4)
+    expected = calibrate(uniform(model, x[:1]), [x]).state_dict()
+    labels = torch.zeros(len(x))
+    for batches in (
+        [(x, labels)],
+        [[x, {"label": labels}]],
+        [{"labels": labels, "pixel_values": x}],
+        [((x, x), labels)],
+        iter([x]),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), batch_size=len(x)),
+    ):
+        found = calibrate(uniform(model, x[:1]), batches).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.raises(PlanError, match="calibration batch 0 holds keys 'labels'; give images"):
+        calibrate(uniform(model, x[:1]), [{"labels": labels}])
+    with pytest.raises(PlanError, match="calibration batch 0 holds a str"):
+        calibrate(uniform(model, x[:1]), ["images"])
+
+
+def test_of_an_iterator_the_first_images_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    model, read = small_model(), []
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            read.append(1)
+            yield images(len(read), 256)
+
+    calibrate(uniform(model, images()[:1]), endless())
+    assert len(read) == 5  # the fifth is asked for before the first 1024 are known to be enough
+    assert "first 1024 images are used" in caplog.text
+
+
+def test_samples_of_many_batches_stay_bounded() -> None:
+    layer = QuantLinear(64, 8)
+    batches = [torch.randn(256, 64, generator=torch.Generator().manual_seed(i)).relu() for i in range(60)]
+    batches[17][3, 5] = 11.0
+    found = _observe(layer, {"": layer}, _Images(_Sizeless(batches)), layer)
+    assert len(found[""]) <= 5 * 65536
+    assert float(found[""].max()) == 11.0
+
+
+class _Sizeless:
+    """A loader that does not know how many batches it has."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)

@@ -11,27 +11,31 @@ from lbs.quant import ActivationQuantizer, InputQuantizer, QuantConv2d, QuantLay
 from lbs_kernels.program.epilogue import fma32
 
 
-def make_conv(w_bits: int, a_bits: int, channels: int, seed: int = 0) -> QuantConv2d:
+def make_conv(w_bits: int, a_bits: int, channels: int, seed: int = 0, by_filter: bool = False) -> QuantConv2d:
     torch.manual_seed(seed)
     layer = QuantConv2d(channels, 20, 3, padding=1, w_bits=w_bits, quantizer=ActivationQuantizer(a_bits)).eval()
     layer.adopt_scale()
     with torch.no_grad():
         layer.w_range.fill_(1.7)
         layer.quantizer.range.fill_(2.3)
+        if by_filter:
+            layer.range_by_filter()
+            layer.w_range.mul_(torch.linspace(0.5, 1.5, 20))
     return layer
 
 
 def epilogue(layer: QuantLayer, acc: Tensor) -> Tensor:
     """fma(float32(acc), M, B) of the packed format, with M and B rounded once."""
-    step = torch.tensor(layer.weight_step() * layer.quantizer.step(), dtype=torch.float32)
-    bias = layer.bias.detach()
-    return fma32(acc.float(), step, bias.view(-1, 1, 1) if acc.dim() == 4 else bias)
+    step, bias = (layer.weight_step() * layer.quantizer.step()).float(), layer.bias.detach()
+    window = (1, 1) if acc.dim() == 4 else ()
+    return fma32(acc.float(), step.view(-1, *window), bias.view(-1, *window))
 
 
 # 8/8 bits over 64 channels pass 2^24 and need float64; the others stay below it.
+@pytest.mark.parametrize("by_filter", [False, True])
 @pytest.mark.parametrize(("w_bits", "a_bits", "channels"), [(2, 2, 7), (4, 4, 64), (8, 2, 32), (8, 8, 64)])
-def test_convolution_equals_integer_arithmetic(w_bits: int, a_bits: int, channels: int) -> None:
-    layer = make_conv(w_bits, a_bits, channels)
+def test_convolution_equals_integer_arithmetic(w_bits: int, a_bits: int, channels: int, by_filter: bool) -> None:
+    layer = make_conv(w_bits, a_bits, channels, by_filter=by_filter)
     x = torch.rand(2, channels, 6, 5) * 3
     codes = layer.quantizer.codes(x).long()
     signs = 2 * layer.weight_codes().long() - (2**w_bits - 1)

@@ -164,3 +164,19 @@ def test_scalars_and_vectors_of_one() -> None:
         assert x.grad.shape == shape
         assert v.grad is not None
         assert v.grad.shape == ()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_range_for_every_filter_is_as_many_layers_of_one_filter(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    w, grad = (torch.randn(5, 3, 3, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    w, v = w.requires_grad_(), torch.linspace(0.3, 2.5, 5, dtype=torch.float64).view(-1, 1, 1, 1).requires_grad_()
+    y = fake_weight(w, v, bits)
+    y.backward(grad)
+    for o in range(5):
+        one, of_it = w.detach()[o : o + 1].requires_grad_(), v.detach()[o].reshape(()).requires_grad_()
+        alone = fake_weight(one, of_it, bits)
+        alone.backward(grad[o : o + 1])
+        assert torch.equal(alone, y[o : o + 1])
+        assert torch.equal(one.grad, w.grad[o : o + 1])  # type: ignore[arg-type,index]
+        torch.testing.assert_close(of_it.grad, v.grad[o].reshape(()))  # type: ignore[index]  # sums in another order

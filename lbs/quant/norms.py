@@ -1,0 +1,212 @@
+"""Statistics of norms, and biases, brought in line with what quantization does to a network's values.
+
+    correct     mean' = mean + (mean_q - mean_f),  var' = var * var_q / var_f,  bias' = bias - (mean_q - mean_f)
+    estimate    mean' = mean_q,  var' = var_q
+
+mean_f and mean_q are those of the same few images without and with quantization. A trained network has seen more, and
+other, images than that: correcting keeps what it knows. (CIFAR-100 ResNet-20 has 68.8 % in float; the statistics of 512
+images that are not augmented cost it 6 points before anything is quantized.) Estimating is for statistics that are not
+worth keeping: fresh ones, or those of a search whose widths are others now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbs.quant.layers import QuantLayer
+from lbs_kernels.errors import GraphError
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def tracked(model: nn.Module) -> list[nn.Module]:
+    """The norms of a model that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+
+
+def fresh(model: nn.Module) -> bool:
+    """Whether a norm has never seen a batch, so that its statistics say nothing: they are those it was made with."""
+    return any(
+        int(norm.get_buffer("num_batches_tracked")) == 0  # old files have real statistics and no count
+        and not bool(norm.get_buffer("running_mean").any())
+        and bool((norm.get_buffer("running_var") == 1).all())
+        for norm in tracked(model)
+    )
+
+
+@contextmanager
+def observing(layers: Iterable[QuantLayer]) -> Iterator[None]:
+    """Layers compute in float meanwhile."""
+    held = list(layers)
+    for layer in held:
+        layer.quantize = False
+    try:
+        yield
+    finally:
+        for layer in held:
+            layer.quantize = True
+
+
+class _Moments:
+    """Count, sum and sum of squares of each channel, float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: Tensor | None = None
+
+    def add(self, values: Tensor, channel: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of these values, which are counted."""
+        rows = values.detach().movedim(channel, 0).flatten(1).double()
+        sums = torch.stack([rows.sum(1), (rows * rows).sum(1)])
+        self.count += rows.shape[1]
+        self.sums = sums if self.sums is None else self.sums + sums
+        return _mean_and_variance(sums, rows.shape[1])
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of all values counted."""
+        assert self.sums is not None
+        return _mean_and_variance(self.sums, self.count)
+
+
+def _mean_and_variance(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean, square = sums / count
+    return mean, (square - mean * mean).clamp(min=0)
+
+
+class _Norm:
+    """One norm: its statistics in float and quantized, and how it is corrected for a batch and for good."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.mean, self.variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        self.before = self.mean.clone(), self.variance.clone()
+        self.floats, self.codes = _Moments(), _Moments()
+        self.calls: list[tuple[Tensor, Tensor]] = []  # of the present batch in float, in order
+
+    def watch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before the norm, in float."""
+        self.calls.append(self.floats.add(args[0], 1))
+
+    def follow(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Before the norm, quantized: what comes behind sees it corrected for this batch."""
+        self._set(self.calls.pop(0), self.codes.add(args[0], 1))
+
+    def settle(self) -> None:
+        """Corrected by all batches; a norm that none reached stays."""
+        if self.floats.count:
+            self._set(self.floats.all(), self.codes.all())
+
+    def restore(self) -> None:
+        self.mean.copy_(self.before[0])
+        self.variance.copy_(self.before[1])
+
+    def _set(self, plain: tuple[Tensor, Tensor], coded: tuple[Tensor, Tensor]) -> None:
+        mean, variance = self.before
+        # A channel that does not vary says nothing about its variance.
+        ratio = torch.where((plain[1] > 0) & (coded[1] > 0), coded[1] / plain[1], torch.ones_like(plain[1]))
+        self.mean.copy_(mean.double() + coded[0] - plain[0])
+        self.variance.copy_(variance.double() * ratio)
+
+
+class _Bias:
+    """One layer's bias, likewise; for layers that have one."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        self.bias: Tensor = layer.bias  # type: ignore[assignment]
+        self.channel = 1 if isinstance(layer, nn.Conv2d) else -1
+        self.floats, self.codes = _Moments(), _Moments()
+        self.calls: list[Tensor] = []
+
+    def watch(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Behind the layer, in float."""
+        self.calls.append(self.floats.add(output, self.channel)[0])
+
+    def follow(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Behind the layer, quantized: what comes behind sees it corrected for this batch."""
+        shift = self.calls.pop(0) - self.codes.add(output, self.channel)[0]
+        return output + (shift.view(-1, *[1] * (output.dim() - 2)) if self.channel == 1 else shift).to(output.dtype)
+
+    def settle(self) -> None:
+        """Corrected by all batches; of a layer that none reached it stays."""
+        if self.floats.count:
+            self.bias.add_((self.floats.all()[0] - self.codes.all()[0]).to(self.bias.dtype))
+
+
+@torch.no_grad()
+def correct(
+    model: nn.Module, layers: Iterable[QuantLayer], batches: Iterable[Tensor], run: Callable[[Tensor], Any]
+) -> None:
+    """Correct norms and biases by the difference that quantization makes on the batches; each runs twice.
+
+    Raises what `run(batch)` raises; statistics are then what they were.
+    """
+    held = list(layers)
+    norms = [(norm, _Norm(norm)) for norm in tracked(model)]
+    biases = [(layer, _Bias(layer)) for layer in held if isinstance(layer.bias, Tensor)]
+    was_training = model.training
+    model.eval()
+    try:
+        seen = False
+        for batch in batches:
+            with ExitStack() as stack:
+                stack.enter_context(observing(held))
+                _hook(stack, [(m, m.register_forward_pre_hook, one.watch) for m, one in norms])
+                _hook(stack, [(m, m.register_forward_hook, one.watch) for m, one in biases])
+                run(batch)
+            with ExitStack() as stack:
+                _hook(stack, [(m, m.register_forward_pre_hook, one.follow) for m, one in norms])
+                _hook(stack, [(m, m.register_forward_hook, one.follow) for m, one in biases])
+                run(batch)
+            for _, one in norms:
+                one.restore()
+            seen = True
+        if seen:
+            for _, norm in norms:
+                norm.settle()
+            for _, bias in biases:
+                bias.settle()
+    except BaseException:
+        for _, one in norms:
+            one.restore()
+        raise
+    finally:
+        model.train(was_training)
+
+
+def _hook(stack: ExitStack, hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]]) -> None:
+    for _, register, hook in hooks:
+        stack.callback(register(hook).remove)
+
+
+def estimate(model: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor], Any]) -> None:
+    """Replace every norm's running statistics by their mean over the batches, quantization as it is.
+
+    Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
+    then what they were.
+    """
+    norms: list[Any] = tracked(model)
+    momenta = [norm.momentum for norm in norms]
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    was_training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run(batch)
+    except GraphError:
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, value in buffers.items():
+                norm.get_buffer(name).copy_(value)
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)
