@@ -128,7 +128,7 @@ def test_hooks_and_modes_of_functions_see_every_region(name: str) -> None:
     assert functions.calls == ["lbs_kernels.run.default"] * len(packed.regions)
 
 
-@pytest.mark.filterwarnings("ignore:lbs_kernels::run. an autograd kernel was not registered")
+@pytest.mark.filterwarnings("ignore:lbs_kernels..run. an autograd kernel was not registered")
 @pytest.mark.parametrize("name", NETS)
 def test_tensors_without_plain_memory_go_through_the_dispatcher(name: str) -> None:
     """Negated lazily, wrapped by a transform, on the meta device: none has memory to read as it is."""
