@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _global_forward_hooks as _all_forward_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _all_forward_pre_hooks
 
 from lbs.packing.captured import CapturedModel
 from lbs.packing.pixels import Normalization
@@ -117,12 +119,16 @@ class PackedModel(nn.Module):
             ShapeError: another rank, channel count, size, dtype or device than the model was packed for.
         """
         if self._whole is not None and unwatched(x):
-            region, place = self._whole
-            try:
-                return region.run([x])[place]
-            except ShapeError:
-                self.check_input(x)  # in words of the model
-                raise
+            body, name, place = self._whole
+            region: Any = body._modules[name]
+            # Of a copy made by torch.nn.DataParallel it is still the body of the original; hooks are run by the body.
+            if body is self._modules["body"] and not (hooked(body) or hooked(region)):
+                try:
+                    outputs: list[Tensor] = region.run([x])
+                    return outputs[place]
+                except ShapeError:
+                    self.check_input(x)  # in words of the model
+                    raise
         self.check_input(x)
         return self.body(x)
 
@@ -201,14 +207,22 @@ def need_packed(value: object, caller: str) -> None:
         )
 
 
-def whole_region(graph: fx.GraphModule) -> tuple[PackedRegion, int] | None:
-    """The one region that the network consists of, and which of its outputs the network returns; None for others."""
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook wants to see the module called; those of all modules count too."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _all_forward_hooks or _all_forward_pre_hooks)
+
+
+def whole_region(graph: fx.GraphModule) -> tuple[fx.GraphModule, str, int] | None:
+    """The name of the one region that the network consists of, and which of its outputs the network returns.
+
+    The graph itself comes first; None for a network that consists of more.
+    """
     match list(graph.graph.nodes):
         case [image, call, item, output] if (
             call.op == "call_module" and call.args == (image,) and item.args[:1] == (call,) and output.args == (item,)
         ):
-            region = graph.get_submodule(call.target)
-            return (region, item.args[1]) if isinstance(region, PackedRegion) else None
+            whole = isinstance(graph.get_submodule(call.target), PackedRegion)
+            return (graph, call.target, item.args[1]) if whole else None
     return None
 
 

@@ -36,7 +36,7 @@ class PackedRegion(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The program's outputs, in its order."""
         images = [x if x.dim() == 4 else x[:, :, None, None] for x in inputs]
-        if unwatched(images[0]):
+        if all(map(unwatched, images)):
             return self.run(images)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return _run_text(images, self.blob, self.loaded.text, self.loaded.allow)

@@ -50,6 +50,15 @@ def why_not(backend: str, device_type: str) -> str | None:
     return BACKENDS[backend](device_type)
 
 
+def _order(device_type: str) -> tuple[str, ...]:
+    return AUTOMATIC.get(device_type, ("reference",))
+
+
+def first_choice(backend: str, device_type: str) -> str:
+    """The back end that is wanted, whether it can run or not: the one named, or the first of the default order."""
+    return _order(device_type)[0] if backend == "auto" else backend
+
+
 def resolve(backend: str, device_type: str) -> str:
     """The back end for a whole program: the one named, or the first of the default order that can run.
 
@@ -57,8 +66,7 @@ def resolve(backend: str, device_type: str) -> str:
         BackendError: the named back end cannot run here; the reason is told.
     """
     if backend == "auto":
-        order = AUTOMATIC.get(device_type, ("reference",))
-        return next(name for name in order if why_not(name, device_type) is None)
+        return next(name for name in _order(device_type) if why_not(name, device_type) is None)
     reason = why_not(backend, device_type)
     if reason is not None:
         raise BackendError(f"back end {backend!r} cannot run here: {reason}")

@@ -36,8 +36,9 @@ class CompiledProgram:
         self.program = program
         self.blob = blob
         self.version = version_of(blob)
-        self.fallback = ""
         self.backend = backends.resolve(backend, blob.device.type)
+        first = backends.first_choice(backend, blob.device.type)
+        self.fallback = "" if first == self.backend else f"{first}: {backends.why_not(first, blob.device.type)}"
         try:
             self.runner = _build(self.backend, program, blob, allow)
         except BackendError as error:

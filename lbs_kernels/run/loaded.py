@@ -143,6 +143,9 @@ def loaded_text(text: str, blob: Tensor, allow: str = "") -> LoadedProgram:
         return found
     program = read_program(text, blob.numel() if blob.dtype is torch.uint8 else None)
     with _building:
+        found = _texts.get(key)  # another thread may have read it meanwhile
+        if found is not None and found.text == text:
+            return found
         made = LoadedProgram(program, allow)
         made.__dict__["text"] = text  # as given: it may leave out what has a default
         _texts.pop(key, None)
@@ -154,8 +157,9 @@ def clear_runners() -> None:
     """Free what every program was built into; the next call chooses kernels anew."""
     with _building:
         _texts.clear()
-        for loaded in list(_loaded.values()):
-            loaded.forget()
+        for reference in _loaded.valuerefs():  # a list: other threads may load programs meanwhile
+            if (loaded := reference()) is not None:
+                loaded.forget()
 
 
 def _keep(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -237,6 +238,25 @@ def test_a_program_is_parsed_and_built_once(monkeypatch: pytest.MonkeyPatch) -> 
         run_program(text[:1] + text[1:], blob, images)
         torch.ops.lbs_kernels.run_program(images, blob, text)
     assert count == {"parsed": 1, "hashed": 1}
+
+
+def test_threads_that_bring_a_text_first_together_build_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, blob = preact_residual(2)
+    images, text = random_inputs(program, 1, 0), program.to_json()
+    clear_runners()
+    read, build, together, built = loaded.read_program, loaded.CompiledProgram, threading.Barrier(4), []
+
+    def read_together(*arguments: object) -> Program:
+        together.wait(timeout=60)  # all have found the cache empty
+        return read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loaded, "read_program", read_together)
+    monkeypatch.setattr(loaded, "CompiledProgram", lambda *given: built.append(given) or build(*given))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: run_program(text, blob, images), range(4)))
+    assert len(built) == 1
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 
 
 def test_the_cache_is_bounded() -> None:

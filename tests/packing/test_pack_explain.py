@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pack_nets
@@ -44,6 +45,15 @@ def test_other_back_ends_say_that_they_tell_no_times(monkeypatch: pytest.MonkeyP
     assert all(row.seconds is None and row.share is None and row.kernel == "reference" for row in found.rows)
     assert "reference back end does not tell times" in found.notes[0]
     assert found.seconds is None
+
+
+def test_a_back_end_that_is_missing_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = copy.deepcopy(pack_nets.packed_digits())
+    monkeypatch.setattr(extension, "cpu", None)
+    monkeypatch.setattr(extension, "cpu_reason", "no compiler was found")
+    found = lbs.explain(packed, rounds=1)
+    assert "region 0 fell back to reference: cpu: no compiler was found" in found.notes
+    assert {row.kernel for row in found.rows} == {"reference"}
 
 
 def test_text_and_json() -> None:

@@ -14,6 +14,7 @@ import pack_nets
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbs.packing.model import PackedModel
@@ -88,6 +89,72 @@ def test_who_watches_sees_one_operation_per_region_with_its_handle(name: str) ->
     with torch.profiler.profile() as profile:
         packed(x)
     assert sum(event.name == "lbs_kernels::run" for event in profile.events()) == len(packed.regions)
+
+
+class Functions(TorchFunctionMode):
+    """The operations of this project that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("lbs_kernels"):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_hooks_and_modes_of_functions_see_every_region(name: str) -> None:
+    packed, x = net(name)
+    packed = copy.deepcopy(packed)
+    expected, seen = packed(x), []
+    for region in packed.regions:
+        region.register_forward_hook(lambda module, images, outputs: seen.append(module))
+    assert torch.equal(packed(x), expected)
+    assert seen == packed.regions
+    again = copy.deepcopy(net(name)[0])
+    again.body.register_forward_pre_hook(lambda module, images: (images[0].clone().fill_(0),))
+    assert torch.equal(again(x), again.body(x))
+    assert not torch.equal(again(x), expected)
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        net(name)[0](x)
+    finally:
+        everywhere.remove()
+    assert sum(isinstance(module, PackedRegion) for module in seen) == 2 * len(packed.regions)
+    with Functions() as functions:
+        net(name)[0](x)
+    assert functions.calls == ["lbs_kernels.run.default"] * len(packed.regions)
+
+
+@pytest.mark.filterwarnings("ignore:lbs_kernels..run. an autograd kernel was not registered")
+@pytest.mark.parametrize("name", NETS)
+def test_tensors_without_plain_memory_go_through_the_dispatcher(name: str) -> None:
+    """Negated lazily, wrapped by a transform, on the meta device: none has memory to read as it is."""
+    packed, x = net(name)
+    expected = packed(x)
+    negated = torch._neg_view(-x)
+    assert negated.is_neg()
+    assert torch.equal(packed(negated), expected)
+    assert torch.equal(torch.func.functionalize(packed)(x), expected)
+    assert copy.deepcopy(packed).to("meta")(x.to("meta")).shape == expected.shape
+    if name == "digits":  # float parts have gradients of their own
+        gradient = torch.func.grad(lambda images: packed(images).sum())(x)
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_the_region_is_the_one_the_model_has_now() -> None:
+    """A copy made by torch.nn.DataParallel shares attributes with its original, and has modules of its own."""
+    shared, x = net("digits")
+    packed = copy.deepcopy(shared)
+    replica = packed._replicate_for_data_parallel()
+    replica.body = copy.deepcopy(packed.body).to("meta")
+    assert replica(x.to("meta")).is_meta
+    assert torch.equal(packed(x), shared(x))
+    packed.body.region0 = PackedRegion(packed.programs[0], torch.zeros_like(packed.regions[0].blob))
+    with pytest.raises(FormatError, match="the weights are damaged"):
+        packed(x)
 
 
 def test_a_graph_of_this_process_holds_handles_and_no_text() -> None:

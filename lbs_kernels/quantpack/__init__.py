@@ -1,1 +1,0 @@
-"""Floats to codes: the way into a packed region."""
