@@ -225,7 +225,7 @@ def test_evaluating_leaves_a_budget_that_can_be_differentiated() -> None:
 
 def test_a_searched_model_is_restored_by_its_state_dict() -> None:
     model = digits()
-    budget = Budget(model, bops=0.02)
+    budget = Budget(model, bops=0.016)
     train(model, budget, 2, images(4, 1))
     budget.prune_gates()[0].hold((0,), -1)
     budget.finish()
@@ -310,11 +310,14 @@ def test_patterns_exclude_layers_and_the_rest_is_searched() -> None:
 def test_one_width_is_the_uniform_baseline(bits: int, pruning: bool) -> None:
     torch.manual_seed(0)
     x, float_model = images(4, 1), lbs.models.create("digits_resnet8")
-    searched = lbs.calibrate(prepare(float_model, x, SearchConfig(bits=(bits,), pruning=pruning)), [x])
-    plain = lbs.calibrate(uniform(float_model, x, bits, bits), [x])
+    searched = lbs.calibrate(
+        prepare(float_model, x, SearchConfig(bits=(bits,), pruning=pruning)), [x], statistics="keep"
+    )
+    plain = lbs.calibrate(uniform(float_model, x, bits, bits, ranges="layer"), [x], statistics="keep")
     assert not any(layer.w_gate for layer in searched.modules() if isinstance(layer, SearchLayer))
     assert plan_of(searched).bops() == plan_of(plain).bops()
-    assert torch.equal(freeze(searched).eval()(x), plain.eval()(x))
+    # Norms of a network without gates round as deployed while ranges are looked for: those differ in their last bit.
+    torch.testing.assert_close(freeze(searched).eval()(x), plain.eval()(x), rtol=0, atol=1e-5)
     if pruning:
         result = Budget(searched, bops=0.75 * plan_of(searched).bops()).finish()
         assert result.met

@@ -37,7 +37,7 @@ def network(kind: str, importance: str = "gamma") -> nn.Module:
     if kind == "fine-tuning":
         return lbs.calibrate(lbs.uniform(model, images, 4, 2), [images])
     options = lbs.SearchConfig(importance=importance, multi_path=kind == "multi-path")
-    return lbs.calibrate(lbs.prepare(model, images, options), [images])
+    return lbs.calibrate(lbs.prepare(model, images, options), [images], bits=4, statistics="estimate")
 
 
 def trainer(kind: str, device: str = "cpu", folder: Path | None = None, bops: float = 0.045, **changes: Any) -> Trainer:
