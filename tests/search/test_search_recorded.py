@@ -40,7 +40,7 @@ def network(kind: str, importance: str = "gamma") -> nn.Module:
     return lbs.calibrate(lbs.prepare(model, images, options), [images], bits=4, statistics="estimate")
 
 
-def trainer(kind: str, device: str = "cpu", folder: Path | None = None, bops: float = 0.045, **changes: Any) -> Trainer:
+def trainer(kind: str, device: str = "cpu", folder: Path | None = None, bops: float = 0.05, **changes: Any) -> Trainer:
     """Over `STEPS` steps; a search comes to its budget on the way."""
     model, groups, budget = network(kind, changes.pop("importance", "gamma")).to(device), None, None
     if kind in ("search", "multi-path"):
