@@ -3,7 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+NATIVE_SOURCES := setup.py $(shell find csrc tests/native/onebit -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lint typecheck check-imports pytest setup clean
@@ -45,10 +45,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/make_venv.sh
 
 # In place and incremental: only what changed is compiled again. Where there was no compiler, the next make tries again.
 $(VENV)/.native: $(VENV)/.installed $(NATIVE_SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+	LBS_BUILD_TESTS=auto $(BIN)/python setup.py -q build_ext --inplace
 	if ls lbs_kernels/_cpu*.so >/dev/null 2>&1; then touch $@; fi
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	rm -f lbs_kernels/_cpu*.so lbs_kernels/_cuda*.so lbs_kernels/*.part lbs_kernels/_build_report.json $(VENV)/.native
+	rm -f tests/native/*.so tests/native/*.part
 	find lbs lbs_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,11 @@
 
 `lbs_kernels._cpu` is built wherever a C++17 compiler is found, `lbs_kernels._cuda` where nvcc is. Neither can break an
 installation: what failed, why, and the command that mends it go to lbs_kernels/_build_report.json (`lbs doctor`
-shows it). Environment:
+shows it). `onebit_model` (tests/native) serves tests: it is built in place only and part of no wheel. Environment:
 
     LBS_BUILD_CPU=0|1|auto       0 leaves the C++ module out, 1 makes its failure an error
     LBS_BUILD_CUDA=0|1|auto      the same for the CUDA module; auto (the default) records a failure and goes on
+    LBS_BUILD_TESTS=0|1|auto     the same for the module of the tests; 0 is its default
     LBS_CUDA_ARCHS="80;90a"      the GPU architectures compiled for
     LBS_CXXFLAGS                 more flags for the C++ compiler (a sanitizer, say)
     CXX, NVCC                    the compilers
@@ -30,18 +31,24 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
+TEST_SOURCES = ROOT / "tests" / "native"
 # -ffp-contract=off: a fused multiply-add happens only where the format says so.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-ISA_FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
-}
+ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"]}
+ISA_FLAGS["avx512vnni"] = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni")] + ISA_FLAGS["avx2"]
+# GCC 12's own AVX-512 headers read what they did not set: 62,000 lines of warnings for one file.
+ISA_FLAGS["avx512vnni"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"]
 ISA_FILES = {
     "avx2": ["isa/avx2.cpp"],
     "avx512vnni": ["isa/avx512vnni.cpp", "isa/amx_model.cpp"],
     "amx": ["isa/amx.cpp"],
 }
+# Begun first, 27 to 9 s of a Zen 4 core each: else one processor is left with the last of them.
+LONGEST = ("csrc.isa.portable.cpp.o", "csrc.onebit.onebit_cuda.cu.o", "csrc.bindings.cpp.o", "csrc.bindings_cuda.cpp.o")
+
+
+Runs = dict[Path, list["subprocess.CompletedProcess[str]"]]  # by library: the commands that were run for it
 
 
 class BuildFailure(Exception):
@@ -136,7 +143,7 @@ def escape(words: list[str]) -> str:
 
 
 class NinjaFile:
-    """Objects and one shared library, written as build.ninja and built in parallel.
+    """Objects and shared libraries, written as one build.ninja and built in parallel.
 
     Where there is no ninja the same commands run as they are, as many at once as there are processors, and those whose
     results are newer than all they were made from are left out, as ninja leaves them out.
@@ -146,52 +153,68 @@ class NinjaFile:
         self.folder = folder
         self.lines = ["ninja_required_version = 1.8"]
         self.rules: dict[str, list[str]] = {}
-        self.objects: list[str] = []
-        self.compilations: list[Command] = []
-        self.linking: list[Command] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        self.compilations: dict[str, tuple[list[str], Command]] = {}  # by object: its lines, and what compiles it
+        self.libraries: dict[Path, tuple[list[str], Command]] = {}  # objects, and what links them
 
     def rule(self, name: str, command: list[str]) -> None:
         """A rule whose command uses $in, $out and $flags, and writes what it read to $out.d."""
         self.rules[name] = command
-        self.lines += [
-            f"rule {name}",
-            f"  command = {escape(command).replace('$$', '$')}",
-            f"  description = {name} $in",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
+        text = escape(command).replace("$$", "$")
+        self.lines += [f"rule {name}", f"  command = {text}", f"  description = {name} $in"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
-    def compile(self, rule: str, source: Path, flags: list[str]) -> None:
-        """One object file."""
-        target = str(source.relative_to(SOURCES)).replace("/", ".") + ".o"
-        self.objects.append(target)
+    def compile(self, rule: str, source: Path, flags: list[str]) -> str:
+        """One object file, by its name."""
+        target = str(source.relative_to(ROOT)).replace("/", ".") + ".o"
         words = fill(self.rules[rule], [str(source)], target, flags)
-        self.compilations.append(Command(self.folder, words, self.folder / target, self.folder / target))
-        self.lines += [f"build {target}: {rule} {source}", f"  flags = {escape(flags)}"]
+        command = Command(self.folder, words, self.folder / target, self.folder / target)
+        self.compilations[target] = [f"build {target}: {rule} {source}", f"  flags = {escape(flags)}"], command
+        return target
 
-    def link(self, library: Path, command: list[str]) -> None:
-        """The library from all objects so far, by a command that uses $in and $out.
+    def link(self, library: Path, objects: list[str], command: list[str]) -> None:
+        """The library from the objects, by a command that uses $in and $out.
 
         It is linked beside its place and renamed: whoever stops the linker never leaves half a module to be imported.
         """
         part = partial(library)
-        words = fill(command, self.objects, str(part), [])
-        self.linking = [Command(self.folder, words, part, library, [self.folder / name for name in self.objects])]
+        words = fill(command, objects, str(part), [])
+        made = Command(self.folder, words, part, library, [self.folder / name for name in objects])
         text = escape(command).replace("$$", "$").replace("$out", "$out.part")
-        self.lines += ["rule link", f"  command = {text} && mv -f $out.part $out", "  description = link $out"]
-        self.lines += [f"build {library}: link {' '.join(self.objects)}"]
+        rule = f"link{len(self.libraries)}"
+        self.lines += [f"rule {rule}", f"  command = {text} && mv -f $out.part $out", "  description = link $out"]
+        self.lines.append(f"build {library}: {rule} {' '.join(objects)}")
+        self.libraries[library] = objects, made
 
-    def build(self) -> None:
-        """Compile and link. Raises BuildFailure with the compiler's last words."""
+    def build(self) -> dict[Path, BuildFailure]:
+        """Compile and link all libraries together; those that failed, each with its compiler's last words."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank = {name: place for place, name in enumerate(LONGEST)}
+        self.compilations = dict(sorted(self.compilations.items(), key=lambda one: rank.get(one[0], len(rank))))
         ninja = find_ninja()
-        if ninja is not None:
-            (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-            judge([subprocess.run([ninja], capture_output=True, text=True, cwd=self.folder)])
-            return
+        runs = self.run_commands() if ninja is None else self.run_ninja(ninja)
+        return {library: failure_of(done) for library, done in runs.items() if any(run.returncode for run in done)}
+
+    def run_ninja(self, ninja: str) -> Runs:
+        """One run of ninja for all; after a failure one for each library, which tells the words of its own alone."""
+        compilations = [line for lines, _ in self.compilations.values() for line in lines]
+        (self.folder / "build.ninja").write_text("\n".join([*self.lines, *compilations]) + "\n")
+
+        def run(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([ninja, *words], capture_output=True, text=True, cwd=self.folder)
+
+        failed = run("-k", "0").returncode
+        return {library: [run(str(library))] if failed else [] for library in self.libraries}
+
+    def run_commands(self) -> Runs:
+        """The same without ninja: all compilations, then the links of the libraries whose objects are there."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for commands in (self.compilations, self.linking):
-                judge(list(pool.map(Command.run, [command for command in commands if not command.done()])))
+            each = pool.map(Command.make, [command for _, command in self.compilations.values()])
+            made = dict(zip(self.compilations, each, strict=True))
+        runs = {path: [run for name in names for run in made[name]] for path, (names, _) in self.libraries.items()}
+        for path, (_, link) in self.libraries.items():
+            if not any(run.returncode for run in runs[path]):
+                runs[path] += link.make()
+        return runs
 
 
 @dataclass
@@ -218,8 +241,10 @@ class Command:
         except OSError:
             return False
 
-    def run(self) -> subprocess.CompletedProcess[str]:
-        """Runs it; only a success is kept."""
+    def make(self) -> list[subprocess.CompletedProcess[str]]:
+        """Runs it, unless it is done; only a success is kept."""
+        if self.done():
+            return []
         self.made.unlink(missing_ok=True)
         making = self.made.with_suffix(".making")
         making.write_text("\n".join(self.words))
@@ -227,7 +252,7 @@ class Command:
         if done.returncode == 0:
             self.output.replace(self.target)
             making.replace(self.made)
-        return done
+        return [done]
 
     @property
     def made(self) -> Path:
@@ -242,13 +267,8 @@ class Command:
 
 def fill(command: list[str], sources: list[str], target: str, flags: list[str]) -> list[str]:
     """The words of one command, $in, $out and $flags filled in."""
-    words: list[str] = []
-    for word in command:
-        if word in ("$in", "$flags"):
-            words += sources if word == "$in" else flags
-        else:
-            words.append(word.replace("$out", target))
-    return words
+    lists = {"$in": sources, "$flags": flags}
+    return [filled for word in command for filled in lists.get(word, [word.replace("$out", target)])]
 
 
 def partial(library: Path) -> Path:
@@ -256,43 +276,29 @@ def partial(library: Path) -> Path:
     return library.with_name(f"{library.name}.part")
 
 
-def judge(runs: list[subprocess.CompletedProcess[str]]) -> None:
-    """Raises BuildFailure with the errors of the runs that failed."""
+def failure_of(runs: list[subprocess.CompletedProcess[str]]) -> BuildFailure:
+    """The errors of the runs that failed."""
     lines = [line for run in runs if run.returncode for line in (run.stdout + run.stderr).splitlines()]
-    if any(run.returncode for run in runs):
-        told = [line for line in lines if "error" in line or "fatal" in line] or lines
-        words = "the compiler failed: " + "\n".join(told[:8])
-        raise BuildFailure(words, "mend what it names, then: pip install -e .")
+    told = [line for line in lines if "error" in line or "fatal" in line] or lines
+    return BuildFailure("the compiler failed: " + "\n".join(told[:8]), "mend what it names, then: pip install -e .")
 
 
-def build_cpu(library: Path, work: Path, part: Part) -> None:
+def plan_cpu(ninja: NinjaFile, library: Path, part: Part) -> None:
     """lbs_kernels._cpu: one object per instruction set, each with its own flags."""
-    compiler = find_compiler()
-    part.compiler = f"{compiler}: {version_line(compiler)}"
-    flags = [*CXX_FLAGS, *os.environ.get("LBS_CXXFLAGS", "").split()]
-    includes = include_flags()
+    compiler, link = find_compiler(), cxx_rule(ninja, "cpu", part)
     isas = {isa: takes_flags(compiler, isa_flags) for isa, isa_flags in ISA_FLAGS.items()}
     part.details = {isa: "built" if ok else "left out: the compiler refuses its flags" for isa, ok in isas.items()}
     defines = [f"-DLBS_BUILD_{isa.upper()}" for isa, ok in isas.items() if ok]
     special = {SOURCES / name: isa for isa, names in ISA_FILES.items() for name in names}
-
-    ninja = NinjaFile(work)
-    ninja.rule(
-        "cxx",
-        [*compiler.split(), "-MMD", "-MF", "$out.d", *flags, *includes, *defines, "$flags", "-c", "$in", "-o", "$out"],
-    )
+    objects = []
     for source in sorted(SOURCES.rglob("*.cpp")):
-        if source.name.endswith("_cuda.cpp"):
-            continue
         isa = special.get(source)
-        if isa is None or isas[isa]:
-            ninja.compile("cxx", source, ISA_FLAGS[isa] if isa else [])
-    last = ["-pthread", *os.environ.get("LBS_CXXFLAGS", "").split()]
-    ninja.link(library, [*compiler.split(), "-shared", "$in", "-o", "$out", *last])
-    ninja.build()
+        if not source.name.endswith("_cuda.cpp") and (isa is None or isas[isa]):
+            objects.append(ninja.compile("cpu", source, [*defines, *(ISA_FLAGS[isa] if isa else [])]))
+    ninja.link(library, objects, link)
 
 
-def build_cuda(library: Path, work: Path, part: Part) -> None:
+def plan_cuda(ninja: NinjaFile, library: Path, part: Part) -> None:
     """lbs_kernels._cuda: device code for the architectures of LBS_CUDA_ARCHS, the CUDA runtime linked in statically."""
     nvcc = find_nvcc()
     part.compiler = f"{nvcc}: {version_line(nvcc)}"
@@ -300,50 +306,81 @@ def build_cuda(library: Path, work: Path, part: Part) -> None:
     codes = [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     host = ["-ccbin", find_compiler().split()[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     host += ["-std=c++17", "-O3", "-fmad=false"]
-    ninja = NinjaFile(work)
-    includes = include_flags()
-    ninja.rule("nvcc", [nvcc, "-MMD", "-MF", "$out.d", *host, *includes, *codes, "$flags", "-c", "$in", "-o", "$out"])
-    for source in sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*_cuda.cpp")]):
-        ninja.compile("nvcc", source, [])
-    ninja.link(library, [nvcc, *host, "-shared", "-cudart", "static", "$in", "-o", "$out"])
-    ninja.build()
+    words = [nvcc, "-MMD", "-MF", "$out.d", *host, *include_flags(), *codes]
+    ninja.rule("cuda", [*words, "$flags", "-c", "$in", "-o", "$out"])
+    sources = sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*_cuda.cpp")])
+    objects = [ninja.compile("cuda", source, []) for source in sources]
+    ninja.link(library, objects, [nvcc, *host, "-shared", "-cudart", "static", "$in", "-o", "$out"])
     part.details = {f"sm_{arch}": "built" for arch in archs}
 
 
+def plan_tests(ninja: NinjaFile, library: Path, part: Part) -> None:
+    """onebit_model: the headers of the one-bit CUDA kernels on a model of the GPU (docs/cuda.md)."""
+    link = cxx_rule(ninja, "tests", part)
+    slow = {"bindings.cpp": ["-O0"]}  # nothing is computed there, and optimisation is a third of its compilation
+    sources = sorted((TEST_SOURCES / "onebit").glob("*.cpp"))
+    ninja.link(library, [ninja.compile("tests", source, slow.get(source.name, [])) for source in sources], link)
+
+
+def cxx_rule(ninja: NinjaFile, name: str, part: Part) -> list[str]:
+    """The rule `name`, which compiles C++; returns the command that links. Raises BuildFailure."""
+    compiler, extra = find_compiler(), os.environ.get("LBS_CXXFLAGS", "").split()
+    part.compiler = f"{compiler}: {version_line(compiler)}"
+    words = [*compiler.split(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *extra, *include_flags()]
+    ninja.rule(name, [*words, "$flags", "-c", "$in", "-o", "$out"])
+    return [*compiler.split(), "-shared", "$in", "-o", "$out", "-pthread", *extra]
+
+
+PLANS = {"cpu": plan_cpu, "cuda": plan_cuda, "tests": plan_tests}
+
+
 class BuildNative(build_ext):
-    """Builds both modules into the package folder of the target and writes the report beside them."""
+    """Builds the modules into the package folder of the target and writes the report beside them."""
 
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         target = (ROOT if in_place else Path(self.build_lib).resolve()) / "lbs_kernels"
         target.mkdir(parents=True, exist_ok=True)
-        report = {}
-        for name, build in (("cpu", build_cpu), ("cuda", build_cuda)):
-            library = target / f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-            report[name] = self.build_part(name, build, library)
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        libraries = {name: target / f"_{name}{suffix}" for name in ("cpu", "cuda")}
+        if in_place:
+            libraries["tests"] = TEST_SOURCES / f"onebit_model{suffix}"
+        ninja = NinjaFile(Path(self.build_temp).resolve())
+        parts = {name: self.plan(ninja, name, library) for name, library in libraries.items()}
+        failures = ninja.build()
+        for name, part in parts.items():
+            self.conclude(name, libraries[name], part, failures.get(libraries[name]))
+        report = {name: asdict(parts[name]) for name in ("cpu", "cuda")}
         written = partial(target / "_build_report.json")
         written.write_text(json.dumps(report, indent=2) + "\n")
         written.replace(target / "_build_report.json")
 
-    def build_part(self, name: str, build: object, library: Path) -> dict[str, object]:
-        """Builds one module; a failure becomes part of the report unless the user insisted."""
-        part = Part()
-        wish = os.environ.get(f"LBS_BUILD_{name.upper()}", "auto")
+    def plan(self, ninja: NinjaFile, name: str, library: Path) -> Part:
+        """Adds one module to what is built, if it is wanted and its compiler is there."""
+        part, asked = Part(), f"LBS_BUILD_{name.upper()}"
         try:
-            if wish == "0":
-                raise BuildFailure(
-                    f"LBS_BUILD_{name.upper()}=0 left it out", f"LBS_BUILD_{name.upper()}=1 pip install -e ."
-                )
-            build(library, Path(self.build_temp).resolve() / name, part)  # type: ignore[operator]
+            if wish(name) == "0":
+                raise BuildFailure(f"{asked}=0 left it out", f"{asked}=1 pip install -e .")
+            PLANS[name](ninja, library, part)
             part.built = True
         except BuildFailure as failure:
             part.reason, part.fix = str(failure), failure.fix
-            library.unlink(missing_ok=True)  # a stale module is worse than none
-            partial(library).unlink(missing_ok=True)
-            if wish == "1":
-                raise SystemExit(f"lbs_kernels._{name}: {failure}\nfix: {failure.fix}") from failure
-            print(f"lbs_kernels._{name} is left out: {failure}\nfix: {failure.fix}", file=sys.stderr)
-        return asdict(part)
+        return part
+
+    def conclude(self, name: str, library: Path, part: Part, failure: BuildFailure | None) -> None:
+        """Tells of a module that is not there; an end with an error where the user insisted on it."""
+        if failure is not None:
+            part.built, part.reason, part.fix = False, str(failure), failure.fix
+            part.details = {of: told for of, told in part.details.items() if told != "built"}
+        if part.built:
+            return
+        library.unlink(missing_ok=True)  # a stale module is worse than none
+        partial(library).unlink(missing_ok=True)
+        module = f"{library.parent.name}.{library.name.split('.')[0]}"
+        if wish(name) == "1":
+            raise SystemExit(f"{module}: {part.reason}\nfix: {part.fix}")
+        if name != "tests" or wish(name) != "0":
+            print(f"{module} is left out: {part.reason}\nfix: {part.fix}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "lbs_kernels"
@@ -351,6 +388,11 @@ class BuildNative(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def wish(name: str) -> str:
+    """What the environment says of a module: 0, 1 or auto."""
+    return os.environ.get(f"LBS_BUILD_{name.upper()}", "0" if name == "tests" else "auto")
 
 
 # Named so that setuptools runs build_ext and marks the wheel as native; the sources are found by BuildNative.

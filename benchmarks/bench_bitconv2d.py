@@ -1,5 +1,7 @@
 """bitconv2d on the convolutions of real networks, against torch float32, bfloat16 (float16 on a GPU) and oneDNN int8.
 
+Codes in, codes out: the lowest code is 0, so the quantizer is the ReLU that the others have as well.
+
 python benchmarks/bench_bitconv2d.py --networks resnet18 preresnet20 --batch 1 --threads 1 --save
 """
 
@@ -10,46 +12,19 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from common import Case, Contender, arguments, bit_pairs, layers, packed, recorded, require_backend, run, torch_dtypes
+from common import Case, Contender, arguments, bit_pairs, layer, layers, recorded, require_backend, run, torch_dtypes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbs_kernels.format import pack_weights
-from lbs_kernels.one_step import OneStep, code_image
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Consumer, ConvStep, Emit
+from lbs_kernels.program.problem import Problem
 
 
 def problems(networks: list[str], batch: int, w_bits: int, a_bits: int, device: str) -> Iterator[Problem]:
     """Distinct convolutions; the network's first one keeps 8 bits and stands for the stem."""
-    for layer, (_, channels, height, width) in layers(networks, nn.Conv2d):
+    for conv, (_, channels, height, width) in layers(networks, nn.Conv2d):
         bits = (8, 8) if channels <= 3 else (w_bits, a_bits)
-        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-        yield Problem("bitconv2d", batch, height, width, channels, layer.out_channels, *geometry, *bits, device=device)
-
-
-def packed_contenders(problem: Problem, threads: int) -> dict[str, Contender]:
-    """The layer with codes in and codes out, ReLU between, as it stands in a network."""
-    n_w, n_x = (1 << problem.w_bits) - 1, (1 << problem.a_bits) - 1
-    channels = problem.in_channels // problem.groups
-    w = torch.randint(0, n_w + 1, (problem.out_channels, *problem.kernel, channels), dtype=torch.uint8)
-    x = torch.randint(
-        0, n_x + 1, (problem.batch, problem.height, problem.width, problem.in_channels), dtype=torch.uint8
-    )
-    region = OneStep()
-    codes = region.code_input(
-        (problem.height, problem.width, problem.in_channels), problem.a_bits, 0, False, output=True
-    )
-    size = (problem.out_height, problem.out_width, problem.out_channels)
-    target = Consumer(region.codes("y", size, problem.a_bits, 0, False), problem.a_bits, float(torch.tensor(n_x / 2.5)))
-    geometry = (problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups)
-    emit = Emit(low=0.0, consumers=(target,))
-    region.steps.append(ConvStep("conv", codes, emit, problem.w_bits, *geometry, problem.out_channels, "w", "m", "b"))
-    spread = problem.reduction**0.5 * n_w * n_x * 0.35
-    bias = torch.rand(problem.out_channels)
-    arrays = {"w": pack_weights(w, problem.w_bits), "m": torch.randn(problem.out_channels) / spread, "b": bias}
-    image = code_image(x, problem.a_bits, 0, False).to(problem.device)
-    return packed(*region.build(arrays), image, 1, threads)
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        yield Problem("bitconv2d", batch, height, width, channels, conv.out_channels, *geometry, *bits, device=device)
 
 
 def torch_contenders(problem: Problem) -> dict[str, Contender]:
@@ -86,7 +61,7 @@ def onednn_contender(problem: Problem) -> dict[str, Contender]:
 def bytes_moved(problem: Problem, w_bits: int, a_bits: int) -> float:
     """Input, weights and output, read or written once."""
     pixels = problem.batch * problem.height * problem.width * problem.in_channels
-    outputs = problem.batch * problem.out_height * problem.out_width * problem.out_channels
+    outputs = problem.rows * problem.out_channels
     return ((pixels + outputs) * a_bits + problem.out_channels * problem.reduction * w_bits) / 8
 
 
@@ -94,7 +69,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     widths = {"torch float32": 32, "torch bfloat16": 16, "torch float16": 16, "oneDNN int8": 8}
     found = (problems(args.networks, args.batch, *bits, args.device) for bits in bit_pairs(args))
     for problem in dict.fromkeys(itertools.chain.from_iterable(found)):  # the 8-bit stem comes once
-        ours = packed_contenders(problem, args.threads)
+        ours = layer(problem, args.threads)
         theirs = torch_contenders(problem)
         if args.device == "cpu":
             theirs |= onednn_contender(problem)

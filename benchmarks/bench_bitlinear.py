@@ -9,28 +9,11 @@ import argparse
 from collections.abc import Iterator
 
 import torch
-from common import Case, Contender, arguments, bit_pairs, layers, packed, recorded, require_backend, run, torch_dtypes
+from common import Case, Contender, arguments, bit_pairs, layer, layers, recorded, require_backend, run, torch_dtypes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbs_kernels.format import pack_weights
-from lbs_kernels.one_step import OneStep, code_image
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Emit, LinearStep
-
-
-def packed_contenders(problem: Problem, threads: int) -> dict[str, Contender]:
-    """The layer as a classifier: codes in, floats out."""
-    channels, filters = problem.in_channels, problem.out_channels
-    w = torch.randint(0, 1 << problem.w_bits, (filters, 1, 1, channels), dtype=torch.uint8)
-    x = torch.randint(0, 1 << problem.a_bits, (problem.batch, 1, 1, channels), dtype=torch.uint8)
-    region = OneStep()
-    codes = region.code_input((1, 1, channels), problem.a_bits, 0, False)
-    emit = Emit(stream=region.stream("y", (1, 1, filters)))
-    region.steps.append(LinearStep("linear", codes, emit, problem.w_bits, filters, "w", "m", "b"))
-    arrays = {"w": pack_weights(w, problem.w_bits), "m": torch.randn(filters), "b": torch.randn(filters)}
-    image = code_image(x, problem.a_bits, 0, False).to(problem.device)
-    return packed(*region.build(arrays), image, 1, threads)
+from lbs_kernels.program.problem import Problem
 
 
 def torch_contenders(problem: Problem) -> dict[str, Contender]:
@@ -65,10 +48,10 @@ def bytes_moved(problem: Problem, w_bits: int, a_bits: int, out_bits: int) -> fl
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     widths = {"torch float32": 32, "torch bfloat16": 16, "torch float16": 16, "oneDNN int8": 8}
     for w_bits, a_bits in bit_pairs(args):
-        for layer, _ in layers(args.networks, nn.Linear):
-            size = (args.batch, 1, 1, layer.in_features, layer.out_features)
+        for linear, _ in layers(args.networks, nn.Linear):
+            size = (args.batch, 1, 1, linear.in_features, linear.out_features)
             problem = Problem("bitlinear", *size, w_bits=w_bits, a_bits=a_bits, device=args.device)
-            ours = packed_contenders(problem, args.threads)
+            ours = layer(problem, args.threads)
             theirs = torch_contenders(problem)
             if args.device == "cpu":
                 theirs |= onednn_contender(problem)

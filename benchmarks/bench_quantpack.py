@@ -13,9 +13,8 @@ from common import Case, Contender, arguments, bit_pairs, packed, recorded, requ
 from torch import Tensor
 
 import lbs.models
-from lbs_kernels.one_step import OneStep
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Consumer, Emit, PoolStep, QuantPackStep
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Consumer, Emit, Program, QuantPackStep, TensorSpec, build_blob
 
 SCALE, ZERO = 48.0, 117
 
@@ -36,17 +35,14 @@ def packed_contenders(problem: Problem, image: Tensor, zero: int, threads: int) 
 def _packed(
     problem: Problem, image: Tensor, zero: int, threads: int, dtype: str, affine: dict[str, Tensor]
 ) -> Contender:
-    """The step alone. A region must return something: the mean of a second look at the image."""
-    region = OneStep()
-    size = (problem.height, problem.width, problem.in_channels)
-    source = region.image(size, dtype)
-    codes = Consumer(region.codes("codes", size, problem.a_bits, zero, False), problem.a_bits, SCALE, zero)
-    region.steps.append(QuantPackStep("quantpack", source, Emit(consumers=(codes,)), *affine))
-    values = region.stream("values", size, output=False)
-    region.steps.append(QuantPackStep("values", source, Emit(stream=values)))
-    mean = region.stream("mean", (1, 1, problem.in_channels))
-    region.steps.append(PoolStep("mean", values, Emit(stream=mean), "mean"))
-    return packed(*region.build(affine), image, 0, threads)["packed"]  # the whole call holds two more steps
+    size = (problem.in_channels, problem.height, problem.width)
+    source = TensorSpec("image", "image", *size, dtype=dtype)  # type: ignore[arg-type]
+    codes = TensorSpec("codes", "codes", *size, problem.a_bits, zero)
+    emit = Emit(consumers=(Consumer(1, problem.a_bits, SCALE, zero),))
+    keys = {name: name for name in affine}
+    specs, blob, digest = build_blob(affine)
+    program = Program((source, codes), (QuantPackStep("quantpack", 0, emit, **keys),), (0,), (), specs, digest=digest)
+    return packed(program, blob, image, 0, threads)["packed"]
 
 
 def torch_contenders(image: Tensor, bits: int, zero: int) -> dict[str, Contender]:

@@ -35,10 +35,10 @@ import lbs.models
 from lbs.recipe import Recipe
 from lbs.run_folder import write_json
 from lbs.search import Budget, parameter_groups
-from lbs.search.recorded import SINGLE_STEPS
-from lbs.search.trainer import Trainer
-from lbs_kernels.timing import SelfTimed, Times, interleave
-from lbs_kernels.tuning_table import device_slug
+from lbs.train.recorded import SINGLE_STEPS
+from lbs.train.trainer import Trainer
+from lbs_kernels.times.stopwatch import SelfTimed, Times, interleave
+from lbs_kernels.times.table import device_slug
 
 CONTENDERS = ("float", "fine-tuning 4/4", "search", "multi-path")
 SEARCHES = CONTENDERS[2:]  # two kinds of step in turn

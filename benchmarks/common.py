@@ -25,6 +25,7 @@ import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,13 @@ from torch import Tensor, nn
 import lbs.models
 from lbs_kernels import device as machine
 from lbs_kernels.errors import BackendError
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program
-from lbs_kernels.run import CompiledProgram
-from lbs_kernels.timing import SelfTimed, Times, cuda_graph, interleave
-from lbs_kernels.tuning_table import device_slug
+from lbs_kernels.program.layer import LAYER, layer_program
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.cpu import CpuRunner
+from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times.stopwatch import SelfTimed, Times, cuda_graph, interleave
+from lbs_kernels.times.table import device_slug
 
 RESULTS = Path(__file__).with_name("results")
 Contender = Callable[[], object]
@@ -109,26 +112,36 @@ def packed(program: Program, blob: Tensor, image: Tensor, step: int, threads: in
     Raises:
         BackendError: no native back end here. AssertionError: a result is wrong, so no time is told.
     """
-    text = program.to_json()
-    backend = "cpu" if image.device.type == "cpu" else "gpu"
-    ours = CompiledProgram(text, blob.to(image.device), backend)
+    on_cpu = image.device.type == "cpu"
+    runner = CpuRunner(program, blob) if on_cpu else _gpu_runner(program, blob, image.device)
     actual: dict[int, Tensor] = {}
     expected: dict[int, Tensor] = {}
-    outputs = ours.run([image], trace=actual)
-    CompiledProgram(text, blob, "reference").run([image.cpu()], trace=expected)
+    runner.run([image], trace=actual)
+    ReferenceRunner(program, blob).run([image.cpu()], trace=expected)
     for index, value in expected.items():
         if not torch.equal(actual[index].cpu(), value):
             raise AssertionError(
                 f"{program.steps[step].name}: tensor {index} differs from the reference; nothing is timed"
             )
-    if backend == "gpu":
-        launch = ours.runner.plan(image.shape[0]).launches[step]  # type: ignore[attr-defined]
-        return {"packed": cuda_graph(lambda: launch([image])), "packed call": cuda_graph(lambda: ours.run([image]))}
-    native = ours.runner.native  # type: ignore[attr-defined]
-    pointers = ([image.data_ptr()], [y.data_ptr() for y in outputs], image.shape[0], threads)
-    # `outputs` rides along: its memory must live as long as the pointers.
-    inside = SelfTimed(lambda keep=outputs: native.step_times(*pointers)[step])  # type: ignore[misc]
-    return {"packed": inside, "packed call": lambda: ours.run([image], threads)}
+    if not on_cpu:
+        launch = runner.plan(image.shape[0]).launches[step]
+        return {"packed": cuda_graph(lambda: launch([image])), "packed call": cuda_graph(lambda: runner.run([image]))}
+    inside = SelfTimed(lambda: runner.step_seconds([image], threads=threads, rounds=1)[step])
+    return {"packed": inside, "packed call": lambda: runner.run([image], threads=threads)}
+
+
+def _gpu_runner(program: Program, blob: Tensor, device: torch.device) -> Any:
+    from lbs_kernels.gpu.runner import GpuRunner  # needs Triton; the processor's part does not
+
+    return GpuRunner(program, blob, device)
+
+
+def layer(problem: Problem, threads: int) -> dict[str, Contender]:
+    """Our own contenders for a layer as it stands in a network, on random data."""
+    program, blob = layer_program(problem)
+    shape = (problem.batch, problem.in_channels, problem.height, problem.width)
+    step = [step.name for step in program.steps].index(LAYER)
+    return packed(program, blob, torch.rand(shape, device=problem.device), step, threads)
 
 
 def torch_dtypes(device: str) -> dict[str, torch.dtype]:

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_nets, gpu_roofs
 from benchmarks.gpu_run import Attempts, Run
-from lbs_kernels import tuner
-from lbs_kernels.problem import Problem
-from lbs_kernels.run import clear_runners
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.run.loaded import clear_runners
+from lbs_kernels.tune import tuner
 
 NETS = "nets"  # folder of packed networks
 BUILDERS = 6  # processes that pack and compile networks while tests run

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from lbs_kernels import gpu_kernels, tuner
-from lbs_kernels.layer_program import LAYER, layer_program
-from lbs_kernels.problem import Problem
+from lbs_kernels.gpu import kernels
+from lbs_kernels.program.layer import LAYER, layer_program
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.tune import tuner
 
 
 class Compiler:
@@ -65,18 +66,18 @@ def compile_only() -> Iterator[None]:
     """Inside, runners may be built on CPU tensors, and launches of Triton kernels compile and do not run."""
     from triton.runtime.jit import JITFunction
 
-    from lbs_kernels import gpu_runner
+    from lbs_kernels.gpu import runner
 
     class Yes:
         value = True
 
-    run, interpreted = JITFunction.run, gpu_runner.INTERPRETED
+    run, interpreted = JITFunction.run, runner.INTERPRETED
     JITFunction.run = functools.partialmethod(_warm_up, run)
-    gpu_runner.INTERPRETED = Yes  # type: ignore[assignment]
+    runner.INTERPRETED = Yes  # type: ignore[assignment]
     try:
         yield
     finally:
-        JITFunction.run, gpu_runner.INTERPRETED = run, interpreted
+        JITFunction.run, runner.INTERPRETED = run, interpreted
 
 
 def _warm_up(self: Any, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -85,7 +86,7 @@ def _warm_up(self: Any, run: Callable[..., Any], *arguments: Any, **options: Any
 
 def compile_layer(problem: Problem, limit: int | None) -> int:
     """Compile what `tuner.measure_gpu` will run on one problem; returns how many configurations."""
-    from lbs_kernels.gpu_runner import GpuRunner
+    from lbs_kernels.gpu.runner import GpuRunner
 
     program, blob = layer_program(problem)
     image = torch.empty(16)
@@ -108,9 +109,9 @@ def compile_network(path: str, batch: int, share: tuple[int, int] = (0, 1)) -> i
         share: (i, n) takes the i-th of n equal parts of its distinct problems.
     """
     import lbs
-    from lbs_kernels.gpu_runner import GpuRunner
-    from lbs_kernels.program import IMAGE_DTYPES
-    from lbs_kernels.step_problem import problem_of
+    from lbs_kernels.gpu.runner import GpuRunner
+    from lbs_kernels.program.problem import problem_of
+    from lbs_kernels.program.steps import IMAGE_DTYPES
 
     done = 0
     with compile_only():
@@ -118,7 +119,7 @@ def compile_network(path: str, batch: int, share: tuple[int, int] = (0, 1)) -> i
             program = region.program
             # The choice is that of the device; the tensors lie on the processor.
             problems = {step.name: problem_of(step, program, batch, "cuda") for step in program.steps}
-            choices = {name: gpu_kernels.choose(problem) for name, problem in problems.items()}
+            choices = {name: kernels.choose(problem) for name, problem in problems.items()}
             configs = {name: choice.config for name, choice in choices.items() if choice.kernel.family == "triton"}
             mine = set(list(dict.fromkeys(problems.values()))[share[0] :: share[1]])
             plan = GpuRunner(program, region.blob, "cpu", configs, families=("triton",)).plan(batch)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lbs_kernels import timing
+from lbs_kernels.times import stopwatch
 
 DEVICE = "cuda"
 
@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 def recorded(call: Callable[[], object]) -> Callable[[], object]:
     """A CUDA graph of a call."""
-    return timing.cuda_graph(call) if device().type == "cuda" else call
+    return stopwatch.cuda_graph(call) if device().type == "cuda" else call
 
 
 def survive() -> None:

@@ -1,6 +1,6 @@
 """Tunes and times single packed layers on a GPU: layer shapes of the known networks, most valuable first.
 
-Each layer reads and writes codes (layer_program.py) and its launch alone is timed, against float16 channels_last
+Each layer reads and writes codes (program/layer.py) and its launch alone is timed, against float16 channels_last
 through torch on the same shape in the same run. Times go to the tuning table as they come.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 import lbs.cost
 import lbs.models
 from benchmarks import gpu_device, gpu_nets
-from lbs_kernels import tuner
-from lbs_kernels.problem import Problem
-from lbs_kernels.tuner import Layer, Measured
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.tune import tuner
+from lbs_kernels.tune.tuner import Layer, Measured
 
 HALF = "float16"
 # Said in the result. A table knows a layer by its problem, which says nothing of what its result goes through.
@@ -93,7 +93,7 @@ def half(layer: Layer) -> dict[str, Callable[[], object]]:
 
 def logical_bytes(problem: Problem) -> float:
     """Codes read, weights read and codes (or floats) written, each once, without padding."""
-    pixels = problem.batch * problem.out_height * problem.out_width
+    pixels = problem.rows
     out_bits = 32 if problem.op == "bitlinear" else problem.a_bits
     read = problem.batch * problem.height * problem.width * problem.in_channels * problem.a_bits
     weights = problem.reduction * problem.out_channels * problem.w_bits

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import lbs
 import lbs.models
 from benchmarks import gpu_device, gpu_nets
-from lbs.pack.model import PackedModel
-from lbs_kernels import timing, tuner
+from lbs.packing.model import PackedModel
 from lbs_kernels.errors import BackendError
-from lbs_kernels.timing import Times
+from lbs_kernels.times import stopwatch
+from lbs_kernels.times.stopwatch import Times
+from lbs_kernels.tune import tuner
 
 FP32, TF32, FP16, COMPILED = "torch float32", "torch TF32", "torch float16", "torch float16 compiled"
 # What the targets speak of, then the rest, most valuable first: the budget may end the list anywhere.
@@ -174,7 +175,7 @@ def measure(
     network: str, batch: int, calls: dict[str, Call], attempt: Callable[[str], bool], rounds: int = 15
 ) -> list[dict[str, Any]]:
     """One row per contender, all interleaved; ratios: how many times faster than each other contender."""
-    times: dict[str, Times] = timing.interleave(
+    times: dict[str, Times] = stopwatch.interleave(
         calls,
         device=gpu_device.DEVICE,
         rounds=rounds,

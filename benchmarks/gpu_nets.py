@@ -13,9 +13,10 @@ from torch import nn
 
 import lbs
 import lbs.models
+from lbs.cost import EDGE_BITS
 from lbs.plan import LayerPlan, Plan
 from lbs_kernels.errors import LbsError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 CALIBRATION = 4  # images
 PRUNED = 0.3  # of the filters that can go
@@ -70,15 +71,15 @@ def layers(network: str, variant: str) -> list[Problem]:
 
 
 def plan(model: nn.Module, network: str, variant: str) -> Plan:
-    """The plan of a variant: first and last layers at 8/8 bits; the first filters of each prunable layer are kept."""
+    """The plan of a variant: edges at 8/8 bits; the first filters of each prunable layer are kept."""
     record = model.lbs_record
     own: Plan = record.plan  # type: ignore[union-attr,assignment]
     prunable = {group.producer for group in record.groups if group.prunable}  # type: ignore[union-attr]
     step = lbs.models.entry(network).prune_group
     layers = []
-    for place, layer in enumerate(own.layers):
-        edge = place in (0, len(own.layers) - 1)
-        layer = replace(layer, w_bits=8, a_bits=8) if edge else RULES[variant](layer)
+    for layer in own.layers:
+        edge = layer.name in own.edges
+        layer = _uniform(EDGE_BITS, layer) if edge else RULES[variant](layer)
         if variant in PRUNING and layer.name in prunable and not edge:
             kept = max(step, round((1 - PRUNED) * layer.filters / step) * step)
             layer = replace(layer, kept=tuple(range(kept)) if kept < layer.filters else None)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_device
-from lbs_kernels import extension, timing
-from lbs_kernels.onebit_config import machines
-from lbs_kernels.timing import Times
+from lbs_kernels import extension
+from lbs_kernels.gpu.configs.onebit import machines
+from lbs_kernels.times import stopwatch
+from lbs_kernels.times.stopwatch import Times
 
 COPY_BYTES = 1 << 30  # far beyond any L2, so that the copy runs at the speed of the memory
 SIZE = 8192  # of a square matrix product that fills the chip
@@ -51,7 +52,7 @@ def row(times: Times, **work: float) -> dict[str, float]:
 def _copy() -> dict[str, float]:
     source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device=gpu_device.DEVICE)
     target = torch.empty_like(source)
-    times = timing.interleave({"copy": lambda: target.copy_(source)}, device=gpu_device.DEVICE, rounds=30)["copy"]
+    times = stopwatch.interleave({"copy": lambda: target.copy_(source)}, device=gpu_device.DEVICE, rounds=30)["copy"]
     return row(times, bytes=2 * COPY_BYTES)
 
 
@@ -62,7 +63,7 @@ def _product(dtype: torch.dtype) -> dict[str, float]:
     else:
         a, b = (torch.randn(SIZE, SIZE, device=gpu_device.DEVICE).to(dtype) for _ in range(2))
         call = lambda: a @ b.t()  # noqa: E731
-    return row(timing.interleave({"p": call}, device=gpu_device.DEVICE, rounds=20)["p"], operations=2 * SIZE**3)
+    return row(stopwatch.interleave({"p": call}, device=gpu_device.DEVICE, rounds=20)["p"], operations=2 * SIZE**3)
 
 
 def _one_bit() -> dict[str, float]:
@@ -79,7 +80,7 @@ def _one_bit() -> dict[str, float]:
         return int(native.onebit_peak(machine, REPEATS, out.data_ptr(), index, stream))
 
     calls = {machine: functools.partial(multiply, machine) for machine in found}
-    times = timing.interleave(calls, device=gpu_device.DEVICE, rounds=20, warmup=0.02)
+    times = stopwatch.interleave(calls, device=gpu_device.DEVICE, rounds=20, warmup=0.02)
     rows = {machine: row(times[machine], operations=2 * multiply(machine)) for machine in found}
     best = max(found, key=lambda machine: rows[machine]["operations_per_s"])
     return {**rows[best], "machine": best}  # type: ignore[dict-item]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_checks, gpu_search, gpu_targets
-from lbs_kernels.blame import Blame
+from lbs_kernels.tune.blame import Blame
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("gpu_suite.py")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from lbs.report.asked import asked_of
-from lbs.report.records import Record
+from lbs.reporting.asked import asked_of
+from lbs.reporting.records import Record
 
 Body = dict[str, Any]
 HEADS = [

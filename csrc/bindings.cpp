@@ -6,11 +6,10 @@
 
 #include "common/cpu_features.h"
 #include "common/format.h"
-#include "common/onebit/model.h"
-#include "common/onebit/task_python.h"
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
+#include "program/program.h"
 #include "program/runner.h"
 
 namespace py = pybind11;
@@ -105,6 +104,12 @@ std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob
     return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
 }
 
+void check_program(const std::string& text, uintptr_t blob, int64_t blob_bytes) {
+    lbs::require(blob_bytes >= 0, "blob_bytes is " + std::to_string(blob_bytes) + "; it cannot be negative");
+    py::gil_scoped_release release;
+    lbs::ProgramSpec(text, pointer<const unsigned char>(blob), blob_bytes);
+}
+
 void run(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch, int threads,
          const std::vector<bool>& channels_last) {
     const auto in = pointers<const void>(inputs);
@@ -131,14 +136,6 @@ std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, cons
     py::gil_scoped_release release;
     runner.run(in, channels_last, out, batch, threads, {}, &seconds);
     return seconds;
-}
-
-void onebit_model(const py::dict& task, const std::string& machine, int groups, int filters, int stages, int blocks,
-                  bool late, unsigned seed) {
-    const lbs::onebit::Task read = lbs::onebit::read_task(task);
-    const lbs::onebit::TileRow& row = lbs::onebit::find_row(machine, groups, filters, stages);
-    py::gil_scoped_release release;
-    lbs::onebit::run_model(read, row, blocks, late ? lbs::onebit::Timing::kLate : lbs::onebit::Timing::kEarly, seed);
 }
 
 }  // namespace
@@ -177,20 +174,8 @@ PYBIND11_MODULE(_cpu, module) {
                "gx = gy inside the range, else 0; returns the gradient of v, and sum gy * (y - y_j) for each width j "
                "before the last, which is y's.");
 
-    module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
-    module.def("onebit_model", &onebit_model, py::arg("task"), py::arg("machine"), py::arg("groups"),
-               py::arg("filters"), py::arg("stages"), py::arg("blocks") = 1, py::arg("late") = true,
-               py::arg("seed") = 0,
-               "Runs the CUDA kernel's source on a model of the GPU; task: see csrc/common/onebit/task_python.h. late: "
-               "asynchronous operations happen where they are waited for, else where they are issued; seed: of the "
-               "order of the threads, 0 for that of their numbers.");
-    module.def(
-        "onebit_quotient",
-        [](int n, int d) { return lbs::onebit::quotient(n, lbs::onebit::fast_divisor(d)); }, py::arg("n"),
-        py::arg("d"), "n / d as the kernel divides.");
-    module.def("onebit_half", &lbs::onebit::to_float16, py::arg("value"), "Bits of the nearest float16.");
-    module.def("onebit_from_half", &lbs::onebit::from_float16, py::arg("bits"), "float32 of the bits of a float16.");
-    module.def("onebit_brain", &lbs::onebit::to_bfloat16, py::arg("value"), "Bits of the nearest bfloat16.");
+    module.def("check_program", &check_program, py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
+               "Reads a program as Program does and lays out nothing. Raises FormatError with the `rule` it breaks.");
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),

@@ -93,7 +93,7 @@ class SearchRun(RunConfig):
 
     schedule: str = "constant"
     full_epochs: int = 30
-    mode: str = "joint"  # what is searched, and how: see lbs.search.modes
+    mode: str = "joint"  # what is searched, and how: see lbs.runs.modes
     bops: float = 0.0  # at most 1: a share of full precision; above: bit operations of one image; 0: no target
     size_mb: float = 0.0  # of packed weights, in 10^6 bytes; 0: no target
     latency_ms: float = 0.0  # of one image, by the times `lbs tune` measured; 0: no target
@@ -122,10 +122,16 @@ class SearchRun(RunConfig):
             raise TrainingError(f"ema={self.ema}: a search goes by the weights as they are; average in fine-tuning")
 
     def float_run(self) -> FloatRun:
-        """How the float network comes to be: the weights that were named, or float_epochs of training."""
+        """How the float network comes to be: the weights that were named, or float_epochs of training.
+
+        Raises TrainingError for numbers that make no recipe.
+        """
         shared = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
         own = {field.name: field.default for field in fields(FloatRun) if field.name in _OWN_CURVE}
-        return FloatRun(**{**shared, **own, "epochs": self.float_epochs, "lr": self.float_lr, "distill": 0.0})
+        try:
+            return FloatRun(**{**shared, **own, "epochs": self.float_epochs, "lr": self.float_lr, "distill": 0.0})
+        except TrainingError as error:
+            raise TrainingError(f"float_{error}") from error  # of epochs or lr: the rest is as it was
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class FinetuneRun(RunConfig):
                 "file of its weights, or neither"
             )
         if self.teacher and not self.distill:
-            raise TrainingError(f"teacher {self.teacher!r} is not used at distill=0; give --distill above 0")
+            raise TrainingError(f"teacher {self.teacher!r} is not used at distill=0; give a distill above 0")
 
 
 def from_dict(kind: type[C], body: dict[str, Any], origin: str) -> C:
@@ -191,14 +197,14 @@ def refuse_changes(saved: Sequence[tuple[RunConfig, dict[str, Any]]], origin: st
         known = asdict(config)
         unknown = sorted(asked.keys() - known.keys())
         if unknown:
-            raise TrainingError(f"--resume: unknown options {', '.join(unknown)}; leave them out")
+            raise TrainingError(f"resume=True: unknown options {', '.join(unknown)}; leave them out")
         differing = [key for key in sorted(asked) if known[key] != asked[key]]
         if differing:
             texts = (f"{key} {known[key]!r}, asked is {asked[key]!r}" for key in differing)
             changed.append(f"{config.command} has {'; '.join(texts)}")
     if changed:
         raise TrainingError(
-            f"--resume with another configuration; in {origin} {'; '.join(changed)}. "
+            f"resume=True with another configuration; in {origin} {'; '.join(changed)}. "
             "Leave these options out to go on, or start in a new run folder"
         )
 
@@ -242,7 +248,7 @@ def open_runs(
         for config in saved:
             if begun.get(config.command, processes) != processes:
                 raise TrainingError(
-                    f"--resume with {processes} processes; the {config.command} in {path} was begun with "
+                    f"resume=True with {processes} processes; the {config.command} in {path} was begun with "
                     f"{begun[config.command]}, and another number trains otherwise. Start as many to go on"
                 )
         return saved
@@ -250,13 +256,13 @@ def open_runs(
     for kind, asked in wanted:
         if any(folder.checkpoint(phase).exists() for phase in kind.phases):
             raise TrainingError(
-                f"{folder.path} already holds a {kind.command}; go on with --resume, or name a new folder with --run"
+                f"{folder.path} already holds a {kind.command}; go on with resume=True, or name a new folder"
             )
         inherited = {key: _tuples(value) for key, value in sections.get(inherit, {}).items() if key in _INHERITED}
         config = kind(**{**inherited, **asked})
         for name in ("data", "model"):
             if not getattr(config, name):
-                raise TrainingError(f"--{name} is missing and {folder.path} holds no run to take it from; name it")
+                raise TrainingError(f"no {name}= is given, and {folder.path} holds no run to take it from; name it")
         configs.append(config)
     new = {config.command: config.as_dict() for config in configs}
     begun |= dict.fromkeys(new, processes)
@@ -267,7 +273,7 @@ def open_runs(
 def _saved(kind: type[C], sections: dict[str, Any], folder: RunFolder) -> C:
     section, path = sections.get(kind.command), folder.file("config.json")
     if section is None:
-        raise TrainingError(f"{folder.path} holds no {kind.command} to resume; start it without --resume")
+        raise TrainingError(f"{folder.path} holds no {kind.command} to resume; start it without resume=True")
     return from_dict(kind, section, f"{path}, section {kind.command}")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lbs import cost
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.window import is_depthwise
 
 PLAN_VERSION = 1
 
@@ -43,7 +44,7 @@ class LayerPlan:
     @property
     def depthwise(self) -> bool:
         """Whether every input channel has one filter of its own, which lives and dies with it."""
-        return 1 < self.groups == self.in_channels == self.filters
+        return is_depthwise(self.groups, self.in_channels, self.filters)
 
     def problem(
         self,
@@ -98,6 +99,17 @@ class Plan:
     def kept_inputs(self, layer: LayerPlan) -> int:
         """Input channels of `layer` that live."""
         return layer.in_channels if layer.source is None else self.layer(layer.source).kept_filters
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the first and the last layer, which stay at 8 / 8 bits and whole (`lbs.cost.edge_layers`)."""
+        return cost.edge_layers(layer.name for layer in self.layers)
+
+    def with_bits(self, w_bits: int, a_bits: int) -> Plan:
+        """The same layers and filters at uniform bits, the edges at 8 / 8."""
+        bits = cost.uniform_bits((layer.name for layer in self.layers), w_bits, a_bits)
+        pairs = ((layer, *bits[layer.name]) for layer in self.layers)
+        return replace(self, layers=tuple(replace(layer, w_bits=w, a_bits=a) for layer, w, a in pairs))
 
     def bops(self) -> int:
         """Bit operations of one image: sum of k_h k_w C_in C_out/groups H_out W_out b_w b_a over kept channels."""

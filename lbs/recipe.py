@@ -21,7 +21,7 @@ class Recipe:
     no limit). A run with a limit depends on the clock, so it is not repeated bit for bit.
     warmup: epochs of linear rise. amp: `bf16` runs the network under autocast; evaluation is always in float32.
     distill: weight 0..1 of the loss against a teacher's logits softened by `temperature`; the rest is the labels'.
-    cuda_graphs: on a GPU, steps are recorded and replayed as a whole (lbs/search/recorded.py), where that is possible.
+    cuda_graphs: on a GPU, steps are recorded and replayed as a whole (lbs/train/recorded.py), where that is possible.
     ema: what is measured and kept is the running average of the weights, of this decay (0: the weights themselves).
     """
 

@@ -57,7 +57,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def _not_written(path: Path, what: str, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    way_out = "make room, then run the command again, a training command with --resume"
+    way_out = "make room, then do it again, training with resume=True"
     return CheckpointError(
         f"{path} could not be written {what}: {error}; what was saved before is untouched: "
         + (way_out if full else "give a path that can be written")

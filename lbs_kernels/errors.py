@@ -8,7 +8,14 @@ class LbsError(Exception):
 
 
 class FormatError(LbsError, ValueError):
-    """Codes, planes or a program break the rules of the format."""
+    """Codes, planes or a program break the rules of the format.
+
+    `rule`: of a program, the name of the rule in `program/rules.py`; else empty.
+    """
+
+    def __init__(self, message: str, rule: str = "") -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 class ShapeError(LbsError, ValueError):

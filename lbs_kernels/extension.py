@@ -26,10 +26,9 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "fake_quant_backward",
         "fake_quant_forward",
         "isa_reasons",
-        "onebit_model",
         "resolve_isa",
     ),
-    "cuda": ("OneBitLaunch.enqueue", "encode_image", "pack_planes", "unpack_planes"),
+    "cuda": ("OneBitLaunch.enqueue",),
 }
 
 

@@ -23,13 +23,6 @@ def template(name: str) -> Plan:
     return template_plan(graph.layers, graph.groups, name)
 
 
-def with_bits(plan: Plan, bits: int) -> Plan:
-    """`bits` throughout, first and last layer at 8 / 8."""
-    first, last = plan.layers[0].name, plan.layers[-1].name
-    layers = (e if e.name in (first, last) else replace(e, w_bits=bits, a_bits=bits) for e in plan.layers)
-    return replace(plan, layers=tuple(layers))
-
-
 # Printed totals of arXiv 2101.04935 in units of a million, at 32 / 8 / 4 / 2 bits.
 @pytest.mark.parametrize(
     ("name", "full", "printed"),
@@ -42,7 +35,7 @@ def test_templates_cost_what_the_paper_prints(name: str, full: str, printed: dic
     plan = template(name)
     assert f"{plan.full_precision_bops() / 1e6:.1f}" == full
     for bits, total in printed.items():
-        assert f"{with_bits(plan, bits).bops() / 1e6:.1f}" == total
+        assert f"{plan.with_bits(bits, bits).bops() / 1e6:.1f}" == total
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "cifar_resnet20", "digits_resnet8"])
@@ -50,7 +43,7 @@ def test_templates_agree_with_the_count_by_hooks(name: str) -> None:
     with torch.device("meta"):
         counted = network_layers(lbs.models.create(name), lbs.models.example(name))
     assert template(name).full_precision_bops() == counted.full_precision_bops()
-    assert with_bits(template(name), 4).bops() == counted.with_bits(4, 4).bops()
+    assert template(name).with_bits(4, 4).bops() == counted.with_bits(4, 4).bops()
 
 
 def test_pruned_filters_cost_nothing_in_their_layer_and_in_their_consumer() -> None:

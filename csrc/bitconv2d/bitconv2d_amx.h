@@ -2,7 +2,7 @@
 //
 // The layout of codes is already the one the multiply wants: sixteen 32-bit lanes per group of four channels. For two
 // vectors of pixels the rows of all K are gathered once into a pack that stays in the first-level cache, then two by
-// two tiles run over it. Written against tiles.h; on machines without AMX only the model of it has been run.
+// two tiles run over it. Written against tiles.h, so that machines without AMX can run it on a model.
 #pragma once
 
 #include "bitconv2d/bitconv2d_kernel.h"

@@ -172,8 +172,8 @@ AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& ste
             constant[o] = static_cast<int32_t>(offset * weight_sums[static_cast<size_t>(o)]);
         plan.constant = constant;
     }
-    plan.multiplier = store.padded(program.floats(step.multiplier, filters), filters);
-    plan.bias = store.padded(program.floats(step.bias, filters), filters);
+    plan.multiplier = store.padded(program.floats(*step.multiplier), filters);
+    plan.bias = store.padded(program.floats(*step.bias), filters);
     return plan;
 }
 
@@ -188,7 +188,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     const int filters = static_cast<int>(program.array(step.planes).shape[1]);
     const int channels = source.channels / step.groups, taps = step.kernel.y * step.kernel.x;
     const std::vector<uint8_t> codes = unpack_weight_codes(
-        program.integers(step.planes, program.array(step.planes).count), step.w_bits, filters, taps, channels);
+        program.integers(step.planes), step.w_bits, filters, taps, channels);
 
     const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
     const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);

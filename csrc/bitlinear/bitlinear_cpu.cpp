@@ -10,7 +10,7 @@ void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLay
     const ArraySpec& planes = program.array(step.planes);
     const int outputs = static_cast<int>(planes.shape[1]), channels = source.channels;
     const std::vector<uint8_t> codes =
-        unpack_weight_codes(program.integers(step.planes, planes.count), step.w_bits, outputs, 1, channels);
+        unpack_weight_codes(program.integers(step.planes), step.w_bits, outputs, 1, channels);
 
     plan.input = step.input;
     plan.outputs = outputs;

@@ -1,27 +1,48 @@
 #include "common/json.h"
 
-#include <cmath>
-#include <cstdlib>
+#include <algorithm>
+#include <charconv>
+#include <cstring>
 #include <limits>
 
 #include "common/check.h"
+#include "common/format.h"
+#include "common/rules.h"
+#include "common/utf8.h"
 
 namespace lbs {
 namespace {
 
-constexpr int kMaxDepth = 64;
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
-void append_utf8(std::string& out, uint32_t code) {
-    if (code < 0x80) {
-        out += static_cast<char>(code);
-    } else if (code < 0x800) {
-        out += static_cast<char>(0xc0 | code >> 6);
-        out += static_cast<char>(0x80 | (code & 63));
-    } else {
-        out += static_cast<char>(0xe0 | code >> 12);
-        out += static_cast<char>(0x80 | (code >> 6 & 63));
-        out += static_cast<char>(0x80 | (code & 63));
-    }
+// A float64 of a number that is too small or too large for one: 0 or infinity, with its sign.
+double beyond_range(const std::string& digits) {
+    // The place of the first digit that is not 0, as a power of ten; the exponent is cut where nothing else matters.
+    const size_t e = std::min(digits.find_first_of("eE"), digits.size());
+    const size_t first = digits.find_first_of("123456789"), point = std::min(digits.find('.'), e);
+    const double sign = digits[0] == '-' ? -1.0 : 1.0;
+    if (first >= e) return sign * 0.0;
+    int64_t exponent = 0;
+    for (size_t i = e; i < digits.size(); ++i)
+        if (is_digit(digits[i])) exponent = std::min<int64_t>(exponent * 10 + (digits[i] - '0'), int64_t{1} << 40);
+    if (e + 1 < digits.size() && digits[e + 1] == '-') exponent = -exponent;
+    const int64_t place = exponent + static_cast<int64_t>(point) - static_cast<int64_t>(first);
+    return sign * (place > 0 ? std::numeric_limits<double>::infinity() : 0.0);
+}
+
+// Not strtod, which reads a comma where the process has set such a locale.
+double to_double(const std::string& digits) {
+    double value = 0.0;
+    const auto end = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+    return end.ec == std::errc::result_out_of_range ? beyond_range(digits) : value;
+}
+
+Json::Number whole_number(const std::string& digits) {
+    int64_t integer = 0;
+    const auto end = std::from_chars(digits.data(), digits.data() + digits.size(), integer);
+    if (end.ec != std::errc::result_out_of_range) return {static_cast<double>(integer), integer, true};
+    using Limits = std::numeric_limits<int64_t>;
+    return {to_double(digits), digits[0] == '-' ? Limits::min() : Limits::max(), true};
 }
 
 }  // namespace
@@ -31,7 +52,13 @@ public:
     explicit JsonParser(const std::string& text) : text_(text) {}
 
     Json parse() {
-        Json value = read_value(0);
+        const int64_t characters = read_utf8(text_);
+        if (characters > kMaxText)
+            refuse(rule::kTextSize, "program text has " + std::to_string(characters) + " characters; at most " +
+                                        std::to_string(kMaxText) + " are read");
+        if (characters < 0) fail("the text is not UTF-8");
+        Json value;
+        read_value(value, 0);
         skip_space();
         if (at_ != text_.size()) fail("something follows the value");
         return value;
@@ -39,7 +66,7 @@ public:
 
 private:
     [[noreturn]] void fail(const std::string& what) const {
-        throw FormatError("program text is not JSON at byte " + std::to_string(at_) + ": " + what);
+        refuse(rule::kJson, "program text is not JSON at byte " + std::to_string(at_) + ": " + what);
     }
 
     void skip_space() {
@@ -47,6 +74,8 @@ private:
                (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r'))
             ++at_;
     }
+
+    char here() const { return at_ < text_.size() ? text_[at_] : '\0'; }
 
     char peek() {
         skip_space();
@@ -60,35 +89,29 @@ private:
     }
 
     bool take_word(const char* word) {
-        const std::string expected(word);
-        if (text_.compare(at_, expected.size(), expected) != 0) return false;
-        at_ += expected.size();
+        const size_t size = std::strlen(word);
+        if (text_.compare(at_, size, word) != 0) return false;
+        at_ += size;
         return true;
     }
 
-    Json read_value(int depth) {
-        if (depth > kMaxDepth) fail("nested too deeply");
-        Json value;
+    void read_value(Json& value, int depth) {
         const char c = peek();
+        if (depth >= kMaxDepth && (c == '{' || c == '[')) fail("nested too deeply");
         if (c == '{') {
-            read_object(value, depth);
+            read_object(value.value_.emplace<Json::Object>(), depth);
         } else if (c == '[') {
-            read_array(value, depth);
+            read_array(value.value_.emplace<Json::Array>(), depth);
         } else if (c == '"') {
-            value.kind_ = Json::Kind::kString;
-            value.string_ = read_string();
+            value.value_ = read_string();
         } else if (take_word("true") || take_word("false")) {
-            value.kind_ = Json::Kind::kBool;
-            value.boolean_ = c == 't';
+            value.value_ = c == 't';
         } else if (!take_word("null")) {
-            value.kind_ = Json::Kind::kNumber;
-            value.number_ = read_number();
+            value.value_ = read_number();
         }
-        return value;
     }
 
-    void read_object(Json& value, int depth) {
-        value.kind_ = Json::Kind::kObject;
+    void read_object(Json::Object& object, int depth) {
         expect('{');
         if (peek() == '}') {
             ++at_;
@@ -96,24 +119,37 @@ private:
         }
         while (true) {
             if (peek() != '"') fail("expected a key");
-            std::string key = read_string();
+            object.emplace_back();
+            object.back().key = read_string();
             expect(':');
-            if (!value.object_.emplace(std::move(key), read_value(depth + 1)).second) fail("a key is repeated");
+            read_value(object.back().value, depth + 1);
             if (peek() == '}') break;
             expect(',');
         }
         ++at_;
+        check_keys(object);
     }
 
-    void read_array(Json& value, int depth) {
-        value.kind_ = Json::Kind::kArray;
+    // At the end of the object, where Python looks too: what is wrong before it is told first.
+    void check_keys(const Json::Object& object) const {
+        std::vector<const std::string*> keys;
+        keys.reserve(object.size());
+        for (const Json::Member& member : object) keys.push_back(&member.key);
+        std::sort(keys.begin(), keys.end(), [](const auto* a, const auto* b) { return *a < *b; });
+        for (size_t i = 1; i < keys.size(); ++i)
+            if (*keys[i] == *keys[i - 1])
+                refuse(rule::kRepeatedKey, "program text repeats the key '" + *keys[i] + "' in one object");
+    }
+
+    void read_array(Json::Array& array, int depth) {
         expect('[');
         if (peek() == ']') {
             ++at_;
             return;
         }
         while (true) {
-            value.array_.push_back(read_value(depth + 1));
+            array.emplace_back();
+            read_value(array.back(), depth + 1);
             if (peek() == ']') break;
             expect(',');
         }
@@ -127,6 +163,7 @@ private:
             if (at_ >= text_.size()) fail("a string is not closed");
             const char c = text_[at_++];
             if (c == '"') return out;
+            if (static_cast<unsigned char>(c) < 0x20) fail("a control character in a string");
             if (c != '\\') {
                 out += c;
                 continue;
@@ -150,26 +187,57 @@ private:
             case 'u': break;
             default: fail("an unknown escape");
         }
-        if (at_ + 4 > text_.size()) fail("a string is not closed");
+        uint32_t code = read_hex();
+        // The two halves of a pair are one character; a half alone stays, and no name may hold it.
+        if (code >= 0xd800 && code < 0xdc00 && text_.compare(at_, 2, "\\u") == 0) {
+            const size_t second = at_;
+            at_ += 2;
+            const uint32_t low = read_hex();
+            if (low >= 0xdc00 && low < 0xe000) code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+            else at_ = second;
+        }
+        append_utf8(out, code);
+    }
+
+    uint32_t read_hex() {
         uint32_t code = 0;
-        for (int i = 0; i < 4; ++i) {
-            const char digit = text_[at_++];
-            if (digit >= '0' && digit <= '9') code = code * 16 + static_cast<uint32_t>(digit - '0');
+        for (int i = 0; i < 4; ++i, ++at_) {
+            const char digit = here();
+            if (is_digit(digit)) code = code * 16 + static_cast<uint32_t>(digit - '0');
             else if (digit >= 'a' && digit <= 'f') code = code * 16 + static_cast<uint32_t>(digit - 'a' + 10);
             else if (digit >= 'A' && digit <= 'F') code = code * 16 + static_cast<uint32_t>(digit - 'A' + 10);
             else fail("a bad \\u escape");
         }
-        append_utf8(out, code);  // surrogate halves stay apart: names are only compared and printed
+        return code;
     }
 
-    double read_number() {
-        const char* begin = text_.c_str() + at_;
-        if (*begin != '-' && (*begin < '0' || *begin > '9')) fail("expected a value");
-        char* end = nullptr;
-        const double number = std::strtod(begin, &end);
-        if (end == begin || !std::isfinite(number)) fail("expected a finite number");
-        at_ += static_cast<size_t>(end - begin);
-        return number;
+    size_t skip_digits() {
+        const size_t first = at_;
+        while (is_digit(here())) ++at_;
+        return at_ - first;
+    }
+
+    Json::Number read_number() {
+        const size_t first = at_;
+        if (here() == '-') ++at_;
+        if (!is_digit(here())) fail("expected a value");
+        size_t count = 1;
+        if (here() == '0') ++at_;
+        else count = skip_digits();
+        bool whole = true;
+        // As in Python, a point or an exponent without digits is not part of the number, and nothing may follow it.
+        for (const char* mark : {".", "eE"}) {
+            const size_t before = at_;
+            if (here() == '\0' || !std::strchr(mark, here())) continue;
+            ++at_;
+            if (*mark == 'e' && (here() == '+' || here() == '-')) ++at_;
+            if (skip_digits() == 0) at_ = before;
+            else whole = false;
+        }
+        const std::string digits = text_.substr(first, at_ - first);
+        if (!whole) return {to_double(digits), 0, false};
+        if (count > kMaxDigits) fail("a whole number of more than " + std::to_string(kMaxDigits) + " digits");
+        return whole_number(digits);
     }
 
     const std::string& text_;
@@ -178,54 +246,11 @@ private:
 
 Json Json::parse(const std::string& text) { return JsonParser(text).parse(); }
 
-bool Json::boolean() const {
-    require(kind_ == Kind::kBool, "program text: expected true or false");
-    return boolean_;
-}
-
-double Json::number() const {
-    require(kind_ == Kind::kNumber, "program text: expected a number");
-    return number_;
-}
-
-int64_t Json::integer() const {
-    const double value = number();
-    require(value == std::floor(value) && std::fabs(value) < 9007199254740992.0,
-            "program text: expected a whole number");
-    return static_cast<int64_t>(value);
-}
-
-int Json::small() const {
-    const int64_t value = integer();
-    require(std::llabs(value) <= std::numeric_limits<int>::max(), "program text: a number is out of range");
-    return static_cast<int>(value);
-}
-
-const std::string& Json::string() const {
-    require(kind_ == Kind::kString, "program text: expected a string");
-    return string_;
-}
-
-const std::vector<Json>& Json::array() const {
-    require(kind_ == Kind::kArray, "program text: expected a list");
-    return array_;
-}
-
-const std::map<std::string, Json>& Json::object() const {
-    require(kind_ == Kind::kObject, "program text: expected an object");
-    return object_;
-}
-
-const Json* Json::find(const std::string& key) const {
-    const auto& entries = object();
-    const auto found = entries.find(key);
-    return found == entries.end() ? nullptr : &found->second;
-}
-
-const Json& Json::at(const std::string& key) const {
-    const Json* found = find(key);
-    if (!found) throw FormatError("program text lacks the key '" + key + "'");
-    return *found;
+const Json* Json::find(const char* key) const {
+    if (const Object* members = object())
+        for (const Member& member : *members)
+            if (member.key == key) return &member.value;
+    return nullptr;
 }
 
 }  // namespace lbs

@@ -3,13 +3,22 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+
 #include "common/check.h"
 
 namespace lbs {
 
-inline void set_python_error(const char* name, const char* message) {
-    const pybind11::object type = pybind11::module_::import("lbs_kernels.errors").attr(name);
-    PyErr_SetString(type.ptr(), message);
+inline pybind11::object error_class(const char* name) {
+    return pybind11::module_::import("lbs_kernels.errors").attr(name);
+}
+
+inline void set_format_error(const FormatError& error) {
+    // A message may quote a name of the program, and a name may be half of a surrogate pair.
+    const auto message = pybind11::reinterpret_steal<pybind11::object>(
+        PyUnicode_DecodeUTF8(error.what(), static_cast<Py_ssize_t>(std::strlen(error.what())), "replace"));
+    const pybind11::object type = error_class("FormatError");
+    PyErr_SetObject(type.ptr(), type(message, error.rule).ptr());
 }
 
 inline void register_errors() {
@@ -17,9 +26,9 @@ inline void register_errors() {
         try {
             if (error) std::rethrow_exception(error);
         } catch (const FormatError& e) {
-            set_python_error("FormatError", e.what());
+            set_format_error(e);
         } catch (const BackendError& e) {
-            set_python_error("BackendError", e.what());
+            PyErr_SetString(error_class("BackendError").ptr(), e.what());
         }
     });
 }

@@ -124,8 +124,11 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
     for (size_t i = 0; i < layouts.size(); ++i) {
         if (strides[i] > 1 && strides[i] <= layouts[i].width) layouts[i].phases = strides[i];
         if (program.tensors[i].form != Form::kCodes) continue;
-        require(layouts[i].bytes() + kSlack < std::numeric_limits<int32_t>::max(),
-                "tensor '" + program.tensors[i].name + "' needs more than 2 GiB per image with its padding");
+        const int64_t rows = int64_t{layouts[i].top} + layouts[i].height + layouts[i].bottom;
+        if (rows > (std::numeric_limits<int32_t>::max() - kSlack) / layouts[i].row_pitch())
+            throw BackendError("tensor '" + program.tensors[i].name +
+                               "' needs more than 2 GiB per image with its padding, which the native kernels cannot "
+                               "address; use the reference");
     }
     return layouts;
 }

@@ -9,7 +9,8 @@
 namespace lbs {
 namespace {
 
-constexpr int64_t kLine = 64;  // slots start at cache lines
+constexpr int64_t kLine = 64;              // slots start at cache lines
+constexpr int64_t kMaxPoolTaps = 1 << 16;  // of a maximum of codes that reads its padding
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -47,7 +48,6 @@ void ProgramPlan::plan_steps() {
         const StepSpec& step = spec.steps[i];
         const TensorSpec& source = spec.tensors[static_cast<size_t>(step.input)];
         const CodeLayout& layout = layouts[static_cast<size_t>(step.input)];
-        require(step.emit.stream >= 0 || !step.emit.consumers.empty(), "step '" + step.name + "' writes nothing");
         StepPlan& plan = steps[i];
         if (step.emit.stream >= 0) plan.writes.push_back(step.emit.stream);
         for (const ConsumerSpec& consumer : step.emit.consumers) plan.writes.push_back(consumer.tensor);
@@ -79,10 +79,10 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     plan.residual = step.emit.residual;
     plan.stream = step.emit.stream;
     plan.stream_type = spec.stream_type;
-    plan.has_low = step.emit.has_low;
-    plan.has_high = step.emit.has_high;
-    plan.low = step.emit.low;
-    plan.high = step.emit.high;
+    plan.has_low = step.emit.low.has_value();
+    plan.has_high = step.emit.high.has_value();
+    plan.low = static_cast<float>(step.emit.low.value_or(0.0));
+    plan.high = static_cast<float>(step.emit.high.value_or(0.0));
     plan.consumer_count = static_cast<int>(step.emit.consumers.size());
     ConsumerPlan* consumers = store.make<ConsumerPlan>(step.emit.consumers.size());
     for (size_t i = 0; i < step.emit.consumers.size(); ++i) {
@@ -91,16 +91,16 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
         const float levels = static_cast<float>((1 << consumer.bits) - 1);
         ConsumerPlan c;
         c.tensor = consumer.tensor;
-        c.scale = consumer.scale;
+        c.scale = static_cast<float>(consumer.scale);
         c.zero = consumer.zero;
         c.low = -static_cast<float>(consumer.zero);
         c.high = levels - static_cast<float>(consumer.zero);
         c.half = levels / 2.0f;
         c.shifted = consumer.is_signed;
         c.relu = consumer.relu;
-        if (!consumer.pre_scale.empty()) {
-            c.gain = store.padded(spec.floats(consumer.pre_scale, target.channels), target.channels);
-            c.offset = store.padded(spec.floats(consumer.pre_bias, target.channels), target.channels);
+        if (consumer.pre_scale) {
+            c.gain = store.padded(spec.floats(*consumer.pre_scale), target.channels);
+            c.offset = store.padded(spec.floats(*consumer.pre_bias), target.channels);
         }
         c.map = store_map(store, layout, kernels.lanes);
         c.group_pitch = static_cast<int32_t>(layout.group_pitch());
@@ -116,9 +116,9 @@ void ProgramPlan::plan_quantpack(const StepSpec& step, StepPlan& plan) {
     plan.run = StepPlan::Run::kQuantPack;
     plan.place = place == spec.inputs.end() ? -1 : static_cast<int>(place - spec.inputs.begin());
     plan.read.bytes = source.is_bytes;
-    if (step.multiplier.empty()) return;
-    plan.read.gain = store.padded(spec.floats(step.multiplier, source.channels), source.channels);
-    plan.read.offset = store.padded(spec.floats(step.bias, source.channels), source.channels);
+    if (!step.multiplier) return;
+    plan.read.gain = store.padded(spec.floats(*step.multiplier), source.channels);
+    plan.read.offset = store.padded(spec.floats(*step.bias), source.channels);
 }
 
 void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
@@ -130,12 +130,15 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
         plan.run = StepPlan::Run::kMaxStream;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
     } else if (step.kind == StepKind::kMaxPool) {
-        // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it.
-        plan.run = source.zero == 0 && !source.is_signed ? StepPlan::Run::kMaxCodes : StepPlan::Run::kMaxCodesAnyZero;
+        // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
+        // window is cut to the image instead, and no table is made of its taps.
+        const bool over_padding = source.zero == 0 && !source.is_signed &&
+                                  int64_t{step.kernel.y} * step.kernel.x <= kMaxPoolTaps;
+        plan.run = over_padding ? StepPlan::Run::kMaxCodes : StepPlan::Run::kMaxCodesAnyZero;
         const CodeLayout& in = layouts[static_cast<size_t>(step.input)];
         const int output = step.emit.consumers[0].tensor;
         const CodeLayout& out = layouts[static_cast<size_t>(output)];
-        const std::vector<int32_t> offsets = window_offsets(in, step, 1);
+        const std::vector<int32_t> offsets = over_padding ? window_offsets(in, step, 1) : std::vector<int32_t>();
         plan.pool.input = step.input;
         plan.pool.output = output;
         plan.pool.window = static_cast<int>(offsets.size());

@@ -1,8 +1,9 @@
-// A program as read from its text: mirrors lbs_kernels/program.py.
+// A program as read from its text: mirrors lbs_kernels/program/steps.py.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ struct TensorSpec {
     int channels = 0, height = 0, width = 0;
     int bits = 0, zero = 0;
     bool is_signed = false;
+    bool is_flat = false;
     bool is_bytes = false;  // an image of uint8
     int64_t pixels() const { return static_cast<int64_t>(height) * width; }
 };
@@ -26,14 +28,15 @@ struct ConsumerSpec {
     int tensor = 0;
     int bits = 0, zero = 0;
     bool is_signed = false, relu = false;
-    float scale = 1.0f;
-    std::string pre_scale, pre_bias;  // empty: none
+    double scale = 1.0;  // exact in float32, as low and high are
+    std::optional<std::string> pre_scale, pre_bias;
 };
 
+constexpr int kNoTensor = -1;
+
 struct EmitSpec {
-    int residual = -1, stream = -1;
-    bool has_low = false, has_high = false;
-    float low = 0.0f, high = 0.0f;
+    int residual = kNoTensor, stream = kNoTensor;
+    std::optional<double> low, high;
     std::vector<ConsumerSpec> consumers;
 };
 
@@ -48,43 +51,46 @@ struct StepSpec {
     std::string name;
     int input = 0;
     EmitSpec emit;
-    int w_bits = 0, groups = 1;
+    int w_bits = 0, groups = 1, total_filters = 0;
     Pair kernel, stride, padding{0, 0}, dilation;
-    std::string planes, multiplier, bias;  // empty: none
+    std::string planes;
+    std::optional<std::string> multiplier, bias;
 };
 
 struct ArraySpec {
-    bool is_float = false;
+    std::string dtype;
     std::vector<int64_t> shape;
     int64_t offset = 0;
-    int64_t count = 0;
 };
 
 // The program and the arrays of its blob, which must outlive it.
 class ProgramSpec {
 public:
-    // Raises FormatError for a text or blob that would make a kernel leave its memory.
+    // Raises FormatError for a text or blob that breaks a rule of lbs_kernels/program/rules.py: a kernel that is given
+    // the others stays inside its memory.
     ProgramSpec(const std::string& text, const unsigned char* blob, int64_t blob_bytes);
 
     std::vector<TensorSpec> tensors;
     std::vector<StepSpec> steps;
     std::vector<int> inputs, outputs;
     StreamType stream_type = StreamType::kFloat32;
+    std::string stream_dtype, digest;
+    int version = 0;
 
-    // The array `key` of `count` elements; FormatError where it is missing or of another type or size.
-    const float* floats(const std::string& key, int64_t count) const;
-    const int32_t* integers(const std::string& key, int64_t count) const;
-    const ArraySpec& array(const std::string& key) const;
+    // The array `key`, which a step names and so exists with the dtype it needs.
+    const float* floats(const std::string& key) const;
+    const int32_t* integers(const std::string& key) const;
+    const ArraySpec& array(const std::string& key) const { return arrays_.at(key); }
+    const ArraySpec* find_array(const std::string& key) const;  // null where there is none
+    const std::vector<std::string>& array_keys() const { return keys_; }
 
 private:
-    void check_tensor(const TensorSpec& tensor) const;
-    void check_version(int version) const;
-
     std::map<std::string, ArraySpec> arrays_;
+    std::vector<std::string> keys_;  // of the arrays, in the order of the text
     const unsigned char* blob_;
 };
 
-// Pixels of an output dimension.
+// Pixels of an output dimension, 0 where the window does not fit.
 int output_size(int size, int kernel, int stride, int padding, int dilation);
 
 }  // namespace lbs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import lbs
-from lbs.bench import BASELINES, DEFAULT_BASELINES
+from lbs.benchmark import BASELINES, DEFAULT_BASELINES
 from lbs.cli.console import console
 from lbs.cli.options import numbers
 from lbs.cli.packed import add_source, source_of

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from lbs.report.units import bops
+from lbs.reporting.units import bops
 from lbs.run_folder import writes
 
 _PLAIN_SECONDS = 15.0

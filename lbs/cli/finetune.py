@@ -7,9 +7,9 @@ import argparse
 from lbs.cli.console import console
 from lbs.cli.options import add_exclude, add_training, asked, decimal, numbers, session
 from lbs.config import FinetuneRun, open_run
-from lbs.report.units import bops
-from lbs.search import distributed
-from lbs.search.phases import run_finetune
+from lbs.reporting.units import bops
+from lbs.runs.phases import run_finetune
+from lbs.train import distributed
 from lbs_kernels.errors import PlanError
 
 _UNSET = argparse.SUPPRESS

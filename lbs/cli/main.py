@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +44,33 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def as_options(message: str, command: str, typed: Sequence[str] = ()) -> str:
+    """An error as a shell says it: what is an argument in Python (`name=value`) is an option where the command has it.
+
+    typed: what the user wrote stays as it is, such as a folder called lr=0.1. A command that takes KEY=VALUE for
+    several phases speaks so: `lr=0` is then any of them.
+
+    >>> as_options("float_epochs=-1, bits=(2, 4), nothing=1; go on with resume=True", "search")
+    '--float-epochs -1, --bits 2,4, nothing=1; go on with --resume'
+    """
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"lbs.cli.{command}").add_arguments(parser)
+    options = set(re.findall(r"--[a-z][a-z-]*", parser.format_usage()))
+    by_key = "KEY=VALUE" in parser.format_usage()
+
+    def spelled(found: re.Match[str]) -> str:
+        option = "--" + found["name"].replace("_", "-")
+        value = found["value"] or ""
+        if option not in options or found[0] in typed or "/" in value or (by_key and value != "True"):
+            return found[0]
+        if found["items"] is not None:
+            value = ",".join(re.findall(r"[^, ]+", found["items"]))
+        return option if value in ("", "True") else f"{option} {value}"
+
+    named = r"(?<![\w/.-])(?P<name>[a-z]\w*)=(?:\((?P<items>[^()]*)\)|(?P<value>[^\s,;:()]+))?"
+    return re.sub(named, spelled, message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -51,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
-    from lbs.search import distributed
+    from lbs.train import distributed
     from lbs_kernels.errors import LbsError
 
     try:
@@ -63,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (LbsError, OSError) as error:
-        message = " ".join(str(error).split("\n"))
+        message = as_options(" ".join(str(error).split("\n")), args.command, arguments)
         print(f"lbs {args.command}: {message}", file=sys.stderr)
         if args.json:
             print(json.dumps({"error": message, "kind": type(error).__name__}))

@@ -11,8 +11,8 @@ import torch
 from lbs.cli.console import Console
 from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
-from lbs.search import distributed
-from lbs.search.phases import Session, file_digest
+from lbs.runs.phases import Session, file_digest
+from lbs.train import distributed
 from lbs_kernels.errors import BackendError, LbsError
 
 _UNSET = argparse.SUPPRESS  # an option that was not named is not in the namespace: config.py decides

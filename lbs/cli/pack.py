@@ -6,9 +6,9 @@ import argparse
 
 from lbs.cli.console import console
 from lbs.cli.options import set_threads
-from lbs.cli.stages import pack_run
-from lbs.report.units import size
+from lbs.reporting.units import size
 from lbs.run_folder import RunFolder
+from lbs.runs.stages import pack_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

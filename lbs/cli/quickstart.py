@@ -12,13 +12,13 @@ import torch
 
 from lbs.cli.console import Console, console
 from lbs.cli.options import set_threads
-from lbs.cli.stages import bench_run, pack_run, verify_run
 from lbs.cli.verify import show
 from lbs.config import FinetuneRun, SearchRun, open_run
-from lbs.report.page import report
-from lbs.report.units import bops, percent, size
+from lbs.reporting.page import report
+from lbs.reporting.units import bops, percent, size
 from lbs.run_folder import RunFolder
-from lbs.search.phases import Session, run_finetune, run_search
+from lbs.runs.phases import Session, run_finetune, run_search
+from lbs.runs.stages import bench_run, pack_run, verify_run
 from lbs_kernels.device import processors
 
 # 8x8 images: threads cost more than they bring (2 threads on 2 busy cores were 15 times slower than one).

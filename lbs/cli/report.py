@@ -6,9 +6,9 @@ import argparse
 from dataclasses import asdict
 
 from lbs.cli.console import console
-from lbs.report.comparison import compare, summary
-from lbs.report.page import report
-from lbs.report.units import bops, percent
+from lbs.reporting.comparison import compare, summary
+from lbs.reporting.page import report
+from lbs.reporting.units import bops, percent
 from lbs_kernels.errors import LbsError
 
 COMPARISON = "runs/comparison"

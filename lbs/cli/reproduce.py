@@ -9,15 +9,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lbs.cli import rows
 from lbs.cli.console import Console, console
 from lbs.cli.options import add_machine, bit_operations, decimal, digests, session
-from lbs.cli.reproduction import Options, open_row, reproduce, row_of
-from lbs.cli.rows import Row, row_named
 from lbs.config import FinetuneRun, RunConfig, SearchRun
-from lbs.report.units import bops, quantity, seconds
+from lbs.reporting.units import bops, quantity, seconds
 from lbs.run_folder import write_json
-from lbs.search import distributed
+from lbs.runs import rows
+from lbs.runs.reproduction import Options, open_row, reproduce, row_of
+from lbs.runs.rows import Row, row_named
+from lbs.train import distributed
 from lbs_kernels.errors import LbsError
 
 

@@ -7,12 +7,12 @@ import argparse
 from lbs.cli.console import console
 from lbs.cli.options import add_exclude, add_training, asked, bit_operations, decimal, numbers, session
 from lbs.config import SearchRun, open_run
-from lbs.report.units import bops
-from lbs.search import distributed
+from lbs.reporting.units import bops
+from lbs.runs.limits import NO_TARGET, TARGETS
+from lbs.runs.modes import MODES
+from lbs.runs.phases import run_search
 from lbs.search.importance import IMPORTANCE
-from lbs.search.limits import NO_TARGET, TARGETS
-from lbs.search.modes import MODES
-from lbs.search.phases import run_search
+from lbs.train import distributed
 from lbs_kernels.errors import PlanError
 
 _UNSET = argparse.SUPPRESS

@@ -16,12 +16,12 @@ from lbs.cli.console import BarProgress, Console, console
 from lbs.cli.options import device_of, numbers, set_threads
 from lbs.cli.packed import add_source, source_of
 from lbs.cost.latency import latency_grid
-from lbs_kernels import tuner, tuning_table
-from lbs_kernels.blame import Blame
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import BackendError, LbsError, first_line
-from lbs_kernels.problem import Problem
-from lbs_kernels.step_problem import problem_of
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.times import table
+from lbs_kernels.tune import tuner
+from lbs_kernels.tune.blame import Blame
 
 
 def pairs(text: str) -> tuple[tuple[int, int], ...]:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     todo = _problems(args, device)
     threads = default_threads()
-    blame = Blame(tuning_table.user_path(tuning_table.device_slug(str(device))).with_suffix(".broken"))
+    blame = Blame(table.user_path(table.device_slug(str(device))).with_suffix(".broken"))
     measure: Callable[[Problem], tuner.Measured]
     if device.type == "cuda":
         limit = None if args.every else tuner.NEIGHBOURS

@@ -6,9 +6,9 @@ import argparse
 
 from lbs.cli.console import Console, console
 from lbs.cli.options import set_threads
-from lbs.cli.stages import verify_run
-from lbs.report.units import percent
+from lbs.reporting.units import percent
 from lbs.run_folder import RunFolder
+from lbs.runs.stages import verify_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

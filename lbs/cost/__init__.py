@@ -18,15 +18,18 @@ from lbs.cost.bops import (
     physical_bops,
     total_bops,
 )
+from lbs.cost.edges import EDGE_BITS, edge_layers, uniform_bits
 from lbs.cost.network import CountedLayer, NetworkLayers, network_layers
 from lbs.cost.storage import activation_bytes, float_weight_bytes, weight_bytes
 
 __all__ = [
+    "EDGE_BITS",
     "FULL_PRECISION_BITS",
     "CountedLayer",
     "NetworkLayers",
     "activation_bytes",
     "bops",
+    "edge_layers",
     "float_weight_bytes",
     "full_precision",
     "macs",
@@ -35,5 +38,6 @@ __all__ = [
     "physical",
     "physical_bops",
     "total_bops",
+    "uniform_bits",
     "weight_bytes",
 ]

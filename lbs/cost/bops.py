@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from lbs_kernels.errors import LbsError
-from lbs_kernels.format import WORD, words
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.planes import WORD, words
+from lbs_kernels.program.problem import Problem
 
 FULL_PRECISION_BITS = 32
 
 
 def _window_positions(problem: Problem) -> int:
     """Taps times output pixels: what one pair of an input and an output channel costs in a convolution."""
-    return problem.batch * problem.kernel[0] * problem.kernel[1] * problem.out_height * problem.out_width
+    return problem.rows * problem.window.taps
 
 
 def _row_positions(problem: Problem) -> int:
@@ -50,7 +50,7 @@ def macs(problem: Problem) -> int:
 def bops(problem: Problem) -> int:
     """Bit operations of the layer as it stands (logical: kept channels, nothing padded).
 
-    >>> from lbs_kernels.problem import Problem
+    >>> from lbs_kernels.program.problem import Problem
     >>> bops(Problem("bitlinear", 1, 1, 1, in_channels=64, out_channels=100, w_bits=4, a_bits=2))
     51200
     """
@@ -62,7 +62,7 @@ def physical(problem: Problem) -> Problem:
 
     Filters are rows of their own and are not padded.
 
-    >>> from lbs_kernels.problem import Problem
+    >>> from lbs_kernels.program.problem import Problem
     >>> physical(Problem("bitconv2d", 1, 8, 8, in_channels=20, out_channels=12, kernel=(3, 3))).in_channels
     32
     """

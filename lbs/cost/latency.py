@@ -1,6 +1,6 @@
 """Which problems to measure so that the latency of a network can be told for any kept filters and bits.
 
-Times are measured by `lbs tune`, kept in tuning tables, and read with `lbs_kernels.tuning_table.estimate`.
+Times are measured by `lbs tune`, kept in tuning tables, and read with `lbs_kernels.times.table.estimate`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from lbs.cost.network import NetworkLayers
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
-from lbs_kernels.tuning_table import estimate
+from lbs_kernels.program.problem import Problem
 
 
 def kept_sizes(channels: int, group: int, points: int) -> list[int]:
@@ -35,8 +34,8 @@ def latency_grid(
 ) -> list[Problem]:
     """Every layer over a grid of kept input channels and filters and pairs of bits; whole layers come first.
 
-    The channels of the image and the outputs of the last linear layer stay; first and last layers stay at 8/8 bits. A
-    depthwise layer keeps as many filters as channels.
+    The channels of the image and the outputs of the last layer stay, and the edges are at 8/8 bits
+    (`lbs.cost.edge_layers`). A depthwise layer keeps as many filters as channels.
 
     Args:
         layers: of a float network (`lbs.cost.network_layers`). bits: (weight, activation) pairs.
@@ -47,16 +46,15 @@ def latency_grid(
     """
     if min(group, points, batch) < 1:
         raise PlanError(f"group {group}, points {points}, batch {batch}; each is at least 1")
+    first, last = layers.edges
     whole: dict[Problem, None] = {}
     cut: dict[Problem, None] = {}
     for w_bits, a_bits in bits:
-        found = [layer.problem for layer in layers.with_bits(w_bits, a_bits).layers]
-        last = max((place for place, one in enumerate(found) if one.op == "bitlinear"), default=-1)
-        for place, problem in enumerate(found):
-            problem = replace(problem, batch=problem.batch * batch, device=device)
+        for layer in layers.with_bits(w_bits, a_bits).layers:
+            problem = replace(layer.problem, batch=layer.problem.batch * batch, device=device)
             whole[problem] = None
-            inputs = [problem.in_channels] if place == 0 else kept_sizes(problem.in_channels, group, points)
-            outputs = [problem.out_channels] if place == last else kept_sizes(problem.out_channels, group, points)
+            inputs = [problem.in_channels] if layer.name == first else kept_sizes(problem.in_channels, group, points)
+            outputs = [problem.out_channels] if layer.name == last else kept_sizes(problem.out_channels, group, points)
             cut.update(dict.fromkeys(_cuts(problem, inputs, outputs)))
     return list({**whole, **cut})
 
@@ -66,20 +64,6 @@ def _cuts(problem: Problem, inputs: Sequence[int], outputs: Sequence[int]) -> It
         for c in inputs:
             for o in outputs:
                 yield replace(problem, in_channels=c, out_channels=o)
-    elif problem.groups == problem.in_channels == problem.out_channels:
+    elif problem.depthwise:
         for c in inputs:
             yield replace(problem, in_channels=c, out_channels=c, groups=c)
-
-
-def network_seconds(problems: Iterable[Problem], threads: int | None = None) -> float | None:
-    """Seconds of all layers together by measured times (`estimate`); None where one of them is not known.
-
-    Additions, pooling and the quantization of the input are not in it: small beside the layers, see `lbs explain`.
-    """
-    total = 0.0
-    for problem in problems:
-        seconds = estimate(problem, threads)
-        if seconds is None:
-            return None
-        total += seconds
-    return total

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lbs.cost.bops import bops, full_precision, physical_bops
+from lbs.cost.edges import edge_layers, uniform_bits
 from lbs_kernels.errors import GraphError
-from lbs_kernels.problem import Problem
-
-EDGE_BITS = 8
+from lbs_kernels.program.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,17 @@ class NetworkLayers:
     layers: tuple[CountedLayer, ...]
     uncounted: tuple[str, ...] = ()
 
-    def with_bits(self, w_bits: int, a_bits: int, edge_bits: int = EDGE_BITS) -> NetworkLayers:
-        """Uniform bits; the first convolution and the last linear layer get `edge_bits` for both."""
-        convs = [i for i, layer in enumerate(self.layers) if layer.problem.op == "bitconv2d"]
-        linears = [i for i, layer in enumerate(self.layers) if layer.problem.op == "bitlinear"]
-        edges = set(convs[:1] + linears[-1:])
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the first and the last layer, which stay at 8 / 8 bits (`lbs.cost.edge_layers`)."""
+        return edge_layers(layer.name for layer in self.layers)
+
+    def with_bits(self, w_bits: int, a_bits: int) -> NetworkLayers:
+        """Uniform bits, the edges at 8 / 8: what `lbs.uniform` makes of the network if it converts every layer."""
+        bits = uniform_bits((layer.name for layer in self.layers), w_bits, a_bits)
         changed = []
-        for index, layer in enumerate(self.layers):
-            w, a = (edge_bits, edge_bits) if index in edges else (w_bits, a_bits)
+        for layer in self.layers:
+            w, a = bits[layer.name]
             changed.append(replace(layer, problem=replace(layer.problem, w_bits=w, a_bits=a)))
         return replace(self, layers=tuple(changed))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lbs_kernels.format import WORD, words
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.planes import WORD, words
+from lbs_kernels.program.problem import Problem
 
 _WORD_BYTES = WORD // 8
 _FLOAT_BYTES = 4
@@ -12,7 +12,7 @@ _FLOAT_BYTES = 4
 def weight_bytes(problem: Problem) -> int:
     """Bytes of a packed layer: planes int32 [w_bits, O, T, CW] and two float32 [O], multiplier and bias.
 
-    >>> from lbs_kernels.problem import Problem
+    >>> from lbs_kernels.program.problem import Problem
     >>> weight_bytes(Problem("bitlinear", 1, 1, 1, in_channels=40, out_channels=10, w_bits=2))
     240
     """

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant import fold
-from lbs_kernels.epilogue import fma_channels
-from lbs_kernels.pool.reference import mean_pool
+from lbs_kernels.program.epilogue import fma_channels
+from lbs_kernels.program.operations import mean_pool
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lbs.quant import codec, fused
 from lbs.quant.fake import ste_gradients
-from lbs.search.distributed import reduce_mean
 from lbs.search.gates import BitGate
+from lbs.train.distributed import reduce_mean
 
 
 def width_errors(x: Tensor, v: Tensor, chain: tuple[int, ...], kind: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant.codec import check_chain
-from lbs.search.distributed import reduce_mean
+from lbs.train.distributed import reduce_mean
 
 
 class _Step(torch.autograd.Function):
@@ -160,12 +160,6 @@ class BitGate(nn.Module):
     def shares(self) -> Tensor:
         """g_2 ... g_j for every gate [J]: what the increment from width j - 1 to j counts, differentiable in alpha."""
         return running_product(step(self.statistic.clone(), self.alpha))
-
-    def soft_bits(self) -> Tensor:
-        """b_1 + sum_j (b_j - b_(j-1)) g_2 ... g_j, differentiable in alpha; equals `bits`."""
-        gates = self.shares()
-        widths = self.widths.to(gates.dtype)
-        return widths[0] + ((widths[1:] - widths[:-1]) * gates).sum()
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbs.cost import EDGE_BITS
 from lbs.graph import ChannelGroup, ModelRecord, observe_layers, record_of, template_plan, trace
-from lbs.plan import LayerPlan, Plan
+from lbs.plan import LayerPlan
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -21,9 +22,7 @@ from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
 from lbs_kernels.errors import FormatError, GraphError, PlanError
-from lbs_kernels.format import accumulator_fits, check_accumulator
-
-EDGE_BITS = 8
+from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class SearchConfig:
     multiple of it. multi_path: a branch of its own for every width instead of bit sharing, the baseline of
     lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with
     pruning=False) serves models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first
-    convolution and the last linear layer stay at 8 / 8 bits.
+    and the last layer stay at 8 / 8 bits and keep their filters (`lbs.cost.edge_layers`).
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
@@ -83,18 +82,18 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     """
     config = config or SearchConfig()
     model, record = _copy_and_trace(model, example, config)
-    first, last = _edges(record.plan)
+    edges = record.plan.edges
     if config.trace and config.bits != (FULL_BITS,):  # others are never packed
         for layer in record.plan.layers:
-            chain = (EDGE_BITS,) if layer.name in (first, last) else config.bits
+            chain = (EDGE_BITS,) if layer.name in edges else config.bits
             check_sum(layer, chain[-1], chain[-1], chain)
     for layer in record.plan.layers:
-        edge = layer.name in (first, last)
+        edge = layer.name in edges
         chain = (EDGE_BITS,) if edge and config.bits != (FULL_BITS,) else config.bits
         quantizer: ActivationQuantizer | InputQuantizer | FloatInput
         if chain == (FULL_BITS,):
             quantizer = FloatInput()
-        elif layer.name == first:
+        elif layer.name == edges[0]:
             quantizer = InputQuantizer()
         elif edge or len(chain) == 1:
             quantizer = ActivationQuantizer(chain[-1])
@@ -104,7 +103,7 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         new = _searchable(old, chain, quantizer, config)
         replace_layer(model, layer.name, new)
     if config.pruning:
-        _add_prune_gates(model, record, config, (first, last))
+        _add_prune_gates(model, record, config)
     model.lbs_record = record  # type: ignore[assignment]
     return model
 
@@ -123,16 +122,13 @@ def uniform(
     for width in (weight_bits, activation_bits):
         check_chain((width,))
     model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
-    first, last = _edges(record.plan)
-    layers = []
-    for layer in record.plan.layers:
-        edge = layer.name in (first, last)
-        w_bits, a_bits = (EDGE_BITS, EDGE_BITS) if edge else (weight_bits, activation_bits)
-        check_sum(layer, w_bits, a_bits)
-        quantizer = InputQuantizer() if layer.name == first else ActivationQuantizer(a_bits)
-        replace_layer(model, layer.name, fixed_layer(model.get_submodule(layer.name), w_bits, quantizer, "scale"))
-        layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits))
-    model.lbs_record = replace(record, plan=Plan(tuple(layers), record.plan.model))  # type: ignore[assignment]
+    plan = record.plan.with_bits(weight_bits, activation_bits)
+    for layer in plan.layers:
+        check_sum(layer, layer.w_bits, layer.a_bits)
+        quantizer = InputQuantizer() if layer.name == plan.edges[0] else ActivationQuantizer(layer.a_bits)
+        old = model.get_submodule(layer.name)
+        replace_layer(model, layer.name, fixed_layer(old, layer.w_bits, quantizer, "scale"))
+    model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
     deploy(model, record.folding)
     return model
 
@@ -262,10 +258,6 @@ def _unconvertible(
     return ""
 
 
-def _edges(plan: Plan) -> tuple[str, str]:
-    return plan.layers[0].name, plan.layers[-1].name
-
-
 def check_sum(layer: LayerPlan, w_bits: int, a_bits: int, chain: tuple[int, ...] = ()) -> None:
     """Refuse what `lbs.pack` would refuse after training, if these bits were chosen.
 
@@ -283,8 +275,8 @@ def check_sum(layer: LayerPlan, w_bits: int, a_bits: int, chain: tuple[int, ...]
         raise GraphError(f"{error}. It could be trained but not packed at {bits}: {way}") from error
 
 
-def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig, edges: tuple[str, str]) -> None:
-    rule = IMPORTANCE[config.importance]
+def _add_prune_gates(model: nn.Module, record: ModelRecord, config: SearchConfig) -> None:
+    rule, edges = IMPORTANCE[config.importance], record.plan.edges
     for group in record.groups:
         if not group.prunable or group.producer in edges:
             continue

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, device_guard, load_stream, store_stream
-from lbs_kernels.triton_emit import RINT_MAGIC
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, device_guard, load_stream, store_stream
+from lbs_kernels.gpu.triton.emit import RINT_MAGIC
 
 BLOCK = 2048  # elements of one program
 WARPS = 8  # 8 elements a thread: 16 bytes in half precision; with 16 the backward pass takes up to 128 registers

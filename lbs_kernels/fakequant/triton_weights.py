@@ -26,7 +26,7 @@ from lbs_kernels.fakequant.triton_impl import (
     totals_of,
     unit,
 )
-from lbs_kernels.triton_common import LAUNCH_OPTIONS, device_guard
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, device_guard
 
 _META = {"BLOCK": BLOCK, "num_warps": WARPS, **LAUNCH_OPTIONS}
 

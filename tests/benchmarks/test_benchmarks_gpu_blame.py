@@ -12,9 +12,10 @@ import torch
 
 from benchmarks import gpu_models
 from benchmarks.gpu_run import Attempts
-from lbs_kernels import timing, tuner
-from lbs_kernels.cuda_graph import Recorded
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.times import stopwatch
+from lbs_kernels.times.graph import Recorded
+from lbs_kernels.tune import tuner
 
 PROBLEM = Problem("bitconv2d", 1, 4, 4, 8, 8, w_bits=2, a_bits=2, device="cuda")
 OWN, KERNELS = "half", ("triton:a", "triton:b", "cuda:c")
@@ -28,8 +29,8 @@ class Device:
         self.bad, self.moment, self.count = bad, moment, 0
         self.broken = self.timed = False
         monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
-        monkeypatch.setattr(timing, "record", self.record)
-        monkeypatch.setattr(timing, "_cuda_clock", lambda device, cold_l2: self.measure)
+        monkeypatch.setattr(stopwatch, "record", self.record)
+        monkeypatch.setattr(stopwatch, "_cuda_clock", lambda device, cold_l2: self.measure)
         monkeypatch.setattr(tuner, "Layer", self.layer)
         monkeypatch.setattr(tuner, "shortlist", lambda problem, limit: [SimpleNamespace(name=name) for name in KERNELS])
 

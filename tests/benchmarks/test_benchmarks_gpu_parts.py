@@ -17,11 +17,10 @@ import torch
 
 from benchmarks import gpu_children, gpu_layers, gpu_models, gpu_nets, gpu_search, gpu_targets
 from benchmarks.gpu_run import Attempts, Run
-from lbs_kernels import tuner
 from lbs_kernels.errors import LbsError
-from lbs_kernels.problem import Problem
-from lbs_kernels.step_problem import problem_of
-from lbs_kernels.timing import Times
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.times.stopwatch import Times
+from lbs_kernels.tune import tuner
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER = "bitconv2d_n128_128x28x28_to128_k3x3_s1_p1_w{bits}_cuda"
@@ -279,14 +278,14 @@ def test_layers_and_networks_are_compiled_ahead(tmp_path: Path, monkeypatch: pyt
     from ahead_of_time import compiling
 
     from benchmarks import gpu_compile
-    from lbs_kernels import gpu_runner
+    from lbs_kernels.gpu import runner
 
-    before = gpu_runner.INTERPRETED
+    before = runner.INTERPRETED
     problem = Problem("bitconv2d", 1, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1), w_bits=2, a_bits=2, device="cuda")
     with compiling("sm_90", tmp_path / "cache") as kernels:
         assert gpu_compile.compile_layer(problem, 1) == 2
     assert [kernel.name for kernel in kernels] == ["quantpack_kernel", "gemm_kernel"] * 2
-    assert gpu_runner.INTERPRETED is before
+    assert runner.INTERPRETED is before
 
 
 def test_shares_of_a_network_are_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +379,8 @@ CHILDREN = """
 import sys, time, torch, lbs.models
 from pathlib import Path
 from benchmarks import gpu_children, gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_roofs, gpu_run
-from lbs_kernels import timing, tuner
+from lbs_kernels.run import backends
+from lbs_kernels.times import stopwatch
 
 def tiny(classes):
     nn = torch.nn
@@ -399,10 +399,9 @@ gpu_layers.problems.__defaults__ = (gpu_layers.ORDER,)
 gpu_layers.NEAR, gpu_layers.FAR = 0, 1
 gpu_models.ORDER = (("tiny", 2), ("tiny", 3))
 gpu_models.variants = lambda network: ["w4a4", "w4a4 pruned"]
-quick = timing.interleave
-timing.interleave = lambda calls, **options: quick(calls, **{**options, "rounds": 2, "warmup": 1e-4, "cold_l2": False})
-from lbs_kernels import registry
-registry.AUTOMATIC["cpu"] = ("gpu", "reference")
+quick, quicker = stopwatch.interleave, {"rounds": 2, "warmup": 1e-4, "cold_l2": False}
+stopwatch.interleave = lambda calls, **options: quick(calls, **{**options, **quicker})
+backends.AUTOMATIC["cpu"] = ("gpu", "reference")
 
 class Compiler:
     jobs = {}

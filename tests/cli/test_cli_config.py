@@ -54,14 +54,14 @@ def test_open_run_starts_resumes_and_protects(tmp_path: Path) -> None:
     asked = {"data": "digits", "model": "m", "bops": 0.03, "seed": 4}
     with pytest.raises(TrainingError, match="no search to resume"):
         open_run(SearchRun, folder, asked, resume=True)
-    with pytest.raises(TrainingError, match="--model is missing"):
+    with pytest.raises(TrainingError, match="no model= is given"):
         open_run(SearchRun, folder, {"data": "digits"}, resume=False)
     started = open_run(SearchRun, folder, asked, resume=False)
     assert open_run(SearchRun, folder, {}, resume=True) == started
     assert open_run(SearchRun, folder, {**asked, "seed": 5}, resume=False).seed == 5  # nothing was trained yet
     folder.checkpoint("search").parent.mkdir()
     folder.checkpoint("search").write_bytes(b"x")
-    with pytest.raises(TrainingError, match="already holds a search; go on with --resume"):
+    with pytest.raises(TrainingError, match="already holds a search; go on with resume=True"):
         open_run(SearchRun, folder, asked, resume=False)
     with pytest.raises(TrainingError, match="seed 5, asked is 4"):
         open_run(SearchRun, folder, asked, resume=True)
@@ -75,7 +75,7 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     asked = {"data": "digits", "model": "m", "bops": 0.03}
     started = open_run(SearchRun, folder, asked, resume=False, processes=2)
     assert open_run(SearchRun, folder, {}, resume=True, processes=2) == started
-    with pytest.raises(TrainingError, match=r"--resume with 1 processes; the search in .* was begun with 2"):
+    with pytest.raises(TrainingError, match=r"resume=True with 1 processes; the search in .* was begun with 2"):
         open_run(SearchRun, folder, {}, resume=True)
     open_run(FinetuneRun, folder, {}, resume=False, inherit="search")  # another command may go on with one
     assert read_json(folder.file("config.json"))["processes"] == {"search": 2, "finetune": 1}

@@ -60,6 +60,38 @@ def test_errors_are_one_line_and_a_code(
         assert "\n" not in body["error"]
 
 
+@pytest.mark.parametrize(
+    ("command", "message", "shown"),
+    [
+        ("search", "no model= is given, and run holds none", "no --model is given, and run holds none"),
+        (
+            "search",
+            "gate_lr=-1; search bits=(2, 4), or exclude=('fc',)",
+            "--gate-lr -1; search --bits 2,4, or --exclude 'fc'",
+        ),
+        ("search", "it holds a search; go on with resume=True", "it holds a search; go on with --resume"),
+        ("finetune", "gate_lr=-1 (batch_size=0)", "gate_lr=-1 (--batch-size 0)"),  # a search has the rate, not this
+        ("reproduce", "lr=0; go on with resume=True", "lr=0; go on with --resume"),  # --lr, or --search lr=0
+        # What only looks like an argument: a folder, a path, a longer name.
+        ("search", "lr=0.1 and runs/lr=0.1 and lr=0.1/config.json", "lr=0.1 and runs/lr=0.1 and lr=0.1/config.json"),
+        ("search", "own.lr=1, model=net/a.py:f", "own.lr=1, model=net/a.py:f"),
+    ],
+)
+def test_arguments_of_python_are_told_as_options(command: str, message: str, shown: str) -> None:
+    assert main.as_options(message, command, ["--run", "lr=0.1"]) == shown
+
+
+def test_errors_are_told_in_words_of_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "search --run lr=0.5 --data digits --model digits_resnet8 --bops 0.03 --threads 1"
+    assert main.main([*line.split(), "--lr", "0"]) == 2
+    assert capsys.readouterr().err == "lbs search: --lr 0.0; it must be above 0\n"
+    assert main.main([*line.split(), "--resume"]) == 2
+    assert "lr=0.5 holds no search to resume; start it without --resume" in capsys.readouterr().err
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     """As in `lbs doctor | head -1`."""
     code = "import sys; from lbs.cli.main import main; sys.exit(main(['doctor']))"

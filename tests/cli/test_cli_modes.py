@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from lbs import run_folder
-from lbs.cli import main, rows
-from lbs.cli.stages import pack_run
+from lbs.cli import main
 from lbs.config import SearchRun
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
-from lbs.search import checkpoint, limits, network
-from lbs.search.trainer import Trainer
-from lbs_kernels import tuning_table
+from lbs.runs import limits, network, rows
+from lbs.runs.stages import pack_run
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 from lbs_kernels.errors import GraphError, PlanError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.times import table
 
 SMALL = rows.Network(
     "small",
@@ -166,7 +167,7 @@ def test_bytes_and_milliseconds_are_targets_too(
 @pytest.fixture
 def no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing was measured."""
-    monkeypatch.setattr(tuning_table, "_grids", lambda device: {})
+    monkeypatch.setattr(table, "_grids", lambda device: {})
 
 
 def test_a_latency_nobody_measured_names_the_way_out(home: Path, lbs_command: Command, no_times: None) -> None:

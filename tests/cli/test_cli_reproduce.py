@@ -16,13 +16,14 @@ from PIL import Image
 
 import lbs.data
 from lbs import run_folder
-from lbs.cli import main, rows
+from lbs.cli import main
 from lbs.cli.reproduce import epochs_of, setting
-from lbs.cli.reproduction import schedule_text
 from lbs.config import FinetuneRun, SearchRun
 from lbs.plan import Plan
-from lbs.search import checkpoint
-from lbs.search.trainer import Trainer
+from lbs.runs import rows
+from lbs.runs.reproduction import schedule_text
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 from lbs_kernels.errors import LbsError
 
 NETWORK = """
@@ -323,7 +324,7 @@ def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
             "--finetune teacher_weights=other.safetensors",
             "is for 7 classes",
         ),
-        ("reproduce tiny --search mode=backwards --weights ok.safetensors", "--mode backwards is not known; use joint"),
+        ("reproduce tiny --search mode=backwards --weights ok.safetensors", "mode=backwards is not known; use joint"),
     ],
 )
 def test_bad_input_is_one_clear_line(home: Path, lbs_command: Command, line: str, message: str) -> None:

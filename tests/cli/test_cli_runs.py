@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import lbs
-from lbs.cli import main, quickstart, stages
+from lbs.cli import main, quickstart
 from lbs.plan import Plan
-from lbs.report.page import report
-from lbs.search import checkpoint
-from lbs.search.trainer import Trainer
+from lbs.reporting.page import report
+from lbs.runs import stages
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 
 NETWORK = (
     cli_nets.SOURCE
@@ -185,7 +186,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ),
         (
             "search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --exclude conv9*",
-            "exclude='conv9*' matches no layer",
+            "--exclude 'conv9*' matches no layer",
         ),
         (
             "search --run bad --data digits --model tiny_cli_net:Net --bops 0.03 --weights w.pth",
@@ -209,7 +210,11 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ),
         ("search --run bad --data digits --model : --bops 0.03 --float-epochs 9", "give module:function"),
         ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --bits 2,3", "bit chain"),
-        ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --lr 0", "lr=0.0"),
+        ("search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --lr 0", "--lr 0.0"),
+        (
+            "search --run bad --data digits --model digits_resnet8 --bops .03 --float-epochs 9 --float-lr 0",
+            "--float-lr 0",
+        ),
         ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --batch-size 0", "1..1437"),
         (
             "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --calibration 0",
@@ -232,7 +237,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("finetune --run bad --data digits --model digits_resnet8", "no searched network"),
         ("finetune --run bad --data digits --model digits_resnet8 --uniform 4", "give two widths"),
         ("finetune --run bad --data digits --model digits_resnet8 --weights w.pth --plan whole/plan.json", "plan"),
-        ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "lr=0.0"),
+        ("finetune --run bad --data digits --model digits_resnet8 --uniform 4,4 --weights w.pth --lr 0", "--lr 0.0"),
         (
             "finetune --run bad --data digits --model digits_resnet8 --weights w.pth --uniform 4,4 --plan w.pth",
             "both name the bits",
@@ -244,7 +249,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         (
             "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --mode two-stage "
             "--pruned-lr 0",
-            "between the stages (pruned_epochs, pruned_lr): lr=0.0; it must be above 0",
+            "between the stages: --pruned-lr 0.0; it must be above 0",
         ),
         (
             "search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --mode two-stage "
@@ -254,7 +259,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         (
             "search --run bad --data digits --model digits_resnet8 --bops .9 --weights w.pth --mode pruning-only "
             "--bits 2,4",
-            "--mode pruning-only takes bits=(32,), asked is (2, 4)",
+            "--mode pruning-only takes --bits 32, asked is (2, 4)",
         ),
         ("quickstart --run bad --threads 0", "--threads 0"),
         ("pack --run bad", "network.json"),
@@ -373,7 +378,7 @@ def test_no_command_replaces_the_network_of_another(home: Path, lbs_command: Com
     shutil.copytree(home / "whole", home / "mixed")
     shutil.rmtree(home / "mixed/checkpoints")
     code, body, _ = lbs_command(f"finetune --run mixed {uniform}")
-    assert (code, body["error"]) == (2, "mixed holds a searched network; name a new folder with --run")
+    assert (code, body["error"]) == (2, "mixed holds a searched network; name a new folder")
     assert (home / "mixed/plan.json").read_bytes() == plan
     shutil.copy(home / "whole/float.safetensors", home / "whole.safetensors")
     named = "--data digits --model tiny_cli_net:Net --no-augment --weights whole.safetensors"
@@ -381,7 +386,7 @@ def test_no_command_replaces_the_network_of_another(home: Path, lbs_command: Com
     plan = (home / "alike/plan.json").read_bytes()
     for again in ("", "--resume"):  # the second goes on with what the first was asked
         code, body, _ = lbs_command(f"search --run alike {named} --epochs 1 --bops 0.03 --threads 1 {again}")
-        assert (code, body["error"]) == (2, "alike holds a network of other bits; name a new folder with --run")
+        assert (code, body["error"]) == (2, "alike holds a network of other bits; name a new folder")
     assert (home / "alike/plan.json").read_bytes() == plan
 
 

@@ -16,8 +16,8 @@ import torch
 from lbs.cli import main
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
-from lbs.search import checkpoint
-from lbs.search.trainer import Trainer
+from lbs.train import checkpoint
+from lbs.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 22  # in an epoch: 1437 digits in batches of 64
@@ -28,14 +28,13 @@ FINETUNE = f"{COMMON} --distill 0.3"
 CHILD = """
 import dataclasses, os, signal, sys
 from lbs.cli.main import main
-from lbs.search import phases
-from lbs.search.trainer import Trainer
+from lbs.train.trainer import Trainer
 
-made, step, left = phases.recipe_of, Trainer._train_step, int(sys.argv[1])
-phases.recipe_of = lambda *args: dataclasses.replace(made(*args), checkpoint_seconds=0.0)
+step, left = Trainer._train_step, int(sys.argv[1])
 
 def counted(self, images, labels):
     global left
+    self.recipe = dataclasses.replace(self.recipe, checkpoint_seconds=0.0)
     if self.phase != "float":
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -94,7 +93,8 @@ def check_killed(whole: Path, search_step: int, finetune_step: int, monkeypatch:
     assert Plan.load(run / "plan.json") == Plan.load(whole / "plan.json")
     assert (run / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
     assert rows(run) == rows(whole)
-    assert sum(row["kind"] == "step" for row in rows(run)) == 2 * (2 * STEPS // 3)
+    # One epoch in float, two of search and two of fine-tuning.
+    assert sum(row["kind"] == "step" for row in rows(run)) == STEPS // 3 + 2 * (2 * STEPS // 3)
     assert not list(run.rglob("*.part"))
     for section in ("search", "finetune"):
         first, second = (json.loads((folder / "results.json").read_text())[section] for folder in (run, whole))

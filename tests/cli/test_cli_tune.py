@@ -11,10 +11,12 @@ import torch
 
 import lbs.zoo
 from lbs.cli import main, tune
-from lbs_kernels import extension, tuner, tuning_table
-from lbs_kernels.blame import Blame
+from lbs_kernels import extension
 from lbs_kernels.errors import FormatError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.times import table as tuning_table
+from lbs_kernels.tune import tuner
+from lbs_kernels.tune.blame import Blame
 
 native = pytest.mark.skipif(extension.cpu is None, reason=f"native module: {extension.cpu_reason}")
 SMALL = ["tune", "--shapes", "digits_resnet8", "--bits", "4/4", "--points", "1", "--threads", "1"]

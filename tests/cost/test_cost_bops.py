@@ -21,7 +21,7 @@ from lbs.cost import (
     weight_bytes,
 )
 from lbs_kernels.errors import GraphError, LbsError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 # (network, bits or None for full precision, printed total, divisor, digits): tables of arXiv 2101.04935.
 REFERENCE = [

@@ -9,19 +9,19 @@ import pytest
 
 import lbs.cost
 import lbs.models
-from lbs.cost.latency import latency_grid, network_seconds
-from lbs_kernels import tuning_table
+from lbs.cost.latency import latency_grid
 from lbs_kernels.errors import PlanError
-from lbs_kernels.tuning_table import TuningTable
+from lbs_kernels.times import table
+from lbs_kernels.times.table import TuningTable
 
 
 @pytest.fixture(autouse=True)
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning_table, "device_slug", tuning_table.kind)
-    tuning_table.forget()
+    monkeypatch.setattr(table, "device_slug", table.kind)
+    table.forget()
     yield
-    tuning_table.forget()
+    table.forget()
 
 
 def layers(name: str) -> lbs.cost.NetworkLayers:
@@ -60,9 +60,10 @@ def test_the_grid_makes_every_kept_size_of_the_network_known() -> None:
     net = layers("cifar_resnet20")
     grid = latency_grid(net, [(4, 4)], points=2, group=8)
     # Times proportional to the work are met exactly at the grid's points, and whole networks add up.
-    rows = {tuning_table.key(problem): {"cpu:t1": problem.macs * 1e-12} for problem in grid}
-    tuning_table.write(tuning_table.user_path("cpu"), TuningTable("cpu", rows))
+    rows = {table.key(problem): {"cpu:t1": problem.macs * 1e-12} for problem in grid}
+    table.write(table.user_path("cpu"), TuningTable("cpu", rows))
     whole = [layer.problem for layer in net.with_bits(4, 4).layers]
-    assert network_seconds(whole, threads=1) == pytest.approx(sum(problem.macs for problem in whole) * 1e-12)
-    assert network_seconds(whole, threads=2) is None
-    assert network_seconds([layer.problem for layer in net.with_bits(2, 2).layers]) is None
+    found = [table.estimate(problem, threads=1) for problem in whole]
+    assert found == pytest.approx([problem.macs * 1e-12 for problem in whole])
+    assert table.estimate(whole[1], threads=2) is None
+    assert None in [table.estimate(layer.problem) for layer in net.with_bits(2, 2).layers]

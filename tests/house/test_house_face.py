@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 import textwrap
-from types import ModuleType
 
 import pytest
 
@@ -37,22 +35,10 @@ def test_unknown_name_is_an_attribute_error_that_lists_the_others() -> None:
         _ = lbs.prune
 
 
-@pytest.mark.parametrize("name", ["bench", "pack", "report"])
-def test_modules_that_are_functions(name: str) -> None:
-    module = getattr(lbs, name)
-    assert isinstance(module, ModuleType)
-    assert sys.modules[f"lbs.{name}"] is module
-    assert module.__wrapped__ is getattr(importlib.import_module(lbs._CALLABLE[name]), name)
-    with pytest.raises(TypeError, match=f"{name}\\(\\)"):
-        module()
-
-
-@pytest.mark.parametrize("first", ["import lbs.pack.model", "from lbs.pack import model", "import lbs; lbs.pack"])
-def test_pack_stays_callable_however_it_is_imported_first(first: str) -> None:
-    assert (
-        _run(f"{first}\nimport lbs\nimport lbs.pack.model as m\nprint(callable(lbs.pack), m.__name__)")
-        == "True lbs.pack.model"
-    )
+@pytest.mark.parametrize("first", ["import lbs.packing.model", "import lbs.benchmark", "import lbs.reporting.page"])
+def test_functions_stay_functions_whatever_is_imported_first(first: str) -> None:
+    code = f"{first}\nimport lbs\nprint({{type(function).__name__ for function in (lbs.bench, lbs.pack, lbs.report)}})"
+    assert _run(code) == "{'function'}"
 
 
 def test_errors_are_one_family() -> None:
@@ -62,7 +48,7 @@ def test_errors_are_one_family() -> None:
 
 
 def test_packed_network_runs_without_triton_and_native_module() -> None:
-    """The reference serves where nothing else is there, and the registry says why."""
+    """The reference serves where nothing else is there, and `backends` says why."""
     output = _run(
         """
         import sys
@@ -71,14 +57,15 @@ def test_packed_network_runs_without_triton_and_native_module() -> None:
             sys.modules[name] = None  # importing it fails as if it were not installed
         import torch
         import lbs, lbs.models
-        from lbs_kernels import registry
+        from lbs_kernels.run import backends
 
         torch.manual_seed(0)
         model = lbs.uniform(lbs.models.create("digits_resnet8"), lbs.models.example("digits_resnet8"), 4, 4)
         images = torch.rand(4, 1, 8, 8)
         lbs.calibrate(model, [images])
         packed = lbs.pack(model.eval())
-        print(tuple(packed(images).shape), registry.available_backends("cpu"))
+        able = [name for name in backends.BACKENDS if backends.why_not(name, "cpu") is None]
+        print(tuple(packed(images).shape), able)
         """
     )
     assert output.splitlines()[-1] == "(4, 10) ['reference']"

@@ -13,8 +13,8 @@ import torch
 import lbs
 import lbs.models
 import lbs.zoo
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 
 def _agree(program: Program, blob: torch.Tensor, batch: int, seed: int) -> None:

@@ -22,12 +22,12 @@ from disassembly import SPLIT, SUM, main_loop, neighbours_in_a_thread, packed_la
 
 import lbs.cost
 import lbs.models
-from lbs_kernels import gpu_runner
-from lbs_kernels.bitconv2d import tuning
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import IMAGE_DTYPES, Program
+from lbs_kernels.gpu import runner
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import IMAGE_DTYPES, Program
 
 INT8 = {
     "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
@@ -40,7 +40,7 @@ def launches(
     program: Program, blob: torch.Tensor, batch: int, configs: dict[str, Any] | None = None
 ) -> list[Callable[[list[torch.Tensor]], object]]:
     """The launches of a program on CPU tensors although nothing is interpreted: they can be compiled, not run."""
-    with mock.patch.object(gpu_runner, "INTERPRETED", mock.Mock(value=True)):
+    with mock.patch.object(runner, "INTERPRETED", mock.Mock(value=True)):
         return list(GpuRunner(program, blob, "cpu", configs).plan(batch).launches)
 
 
@@ -73,7 +73,7 @@ def square(channels: int, filters: int, size: int, kernel: int, batch: int, w_bi
     )
 
 
-def compile_problem(problem: Problem, target: str, folder: Path, config: tuning.Config | None = None) -> Compiled:
+def compile_problem(problem: Problem, target: str, folder: Path, config: Any = None) -> Compiled:
     """The launch of one layer that writes a stream and codes of as many bits as it reads."""
     program, blob = programs.one_conv(
         0, channels=problem.in_channels, filters=problem.out_channels, size=(problem.height, problem.width),
@@ -124,13 +124,13 @@ def shipped(networks: Iterable[str], bits: Iterable[tuple[int, int]], windows: b
             problem = replace(layer.problem, op="bitconv2d", batch=batch, w_bits=w_bits, a_bits=a_bits)
             tail = "tail" if problem.in_channels % 32 else "whole"
             window = f"-k{problem.kernel[0]}-p{problem.padding[0]}-{tail}" if windows else ""
-            found.setdefault(f"{tuning.default(problem)}-w{w_bits}a{a_bits}{window}", problem)
+            found.setdefault(f"{conv_default(problem)}-w{w_bits}a{a_bits}{window}", problem)
     return found
 
 
 def check_shipped(layer: Problem, target: str, folder: Path) -> None:
     """The kernel that the defaults choose for a layer: the tensor-core instruction it must use, no spill, no detour."""
-    config = tuning.default(layer)
+    config = conv_default(layer)
     kernel = compile_problem(layer, target, folder)
     if not isinstance(config, GemmConfig):
         check_exact(kernel)

@@ -11,8 +11,8 @@ from pathlib import Path
 from compiled_layers import compile_problem, square
 from disassembly import instructions, main_loop
 
-from lbs_kernels.bitconv2d import tuning
-from lbs_kernels.gemm_config import GemmConfig
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.configs.gemm import GemmConfig
 
 LAYERS = {"64->64 3x3": (64, 64, 56, 3), "256->256 3x3": (256, 256, 14, 3), "256->64 1x1": (256, 64, 56, 1)}
 BITS = ((2, 2), (4, 4), (4, 8), (8, 8))
@@ -26,7 +26,7 @@ def main() -> None:
         for name, (channels, filters, size, kernel) in LAYERS.items():
             for w_bits, a_bits in BITS:
                 problem = square(channels, filters, size, kernel, BATCH, w_bits, a_bits)
-                config = tuning.default(problem)
+                config = conv_default(problem)
                 assert isinstance(config, GemmConfig)
                 with tempfile.TemporaryDirectory() as folder:
                     result = compile_problem(problem, target, Path(folder))

@@ -1,7 +1,7 @@
 """Runs single steps of a program through the one-bit kernels, each on the reference's own inputs.
 
-On "cuda" the kernels run, on "cpu" their source on the model of the GPU. What a step writes lies between guards of
-garbage that must stay as they were.
+On "cuda" the kernels run; on "cpu" their source, where `gpu_model.launches_on_the_model` was called. What a step writes
+lies between guards of garbage that must stay as they were.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import torch
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.bitconv2d import cuda_impl as bitconv2d
-from lbs_kernels.bitlinear import cuda_impl as bitlinear
-from lbs_kernels.gpu_layout import from_logical, storage, to_logical
-from lbs_kernels.onebit_config import OneBitConfig, onebit_default
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, LinearStep, Program
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.step_problem import problem_of
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_why_not
+from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.layout import from_logical, storage, to_logical
+from lbs_kernels.gpu.onebit import gemm
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 GUARD = 256  # bytes on either side, so that the buffer keeps its alignment
-IMPLEMENTATIONS = {"bitconv2d": bitconv2d, "bitlinear": bitlinear}
 
 
 class Guarded:
@@ -44,10 +42,24 @@ def served(program: Program, step: object, batch: int, device: str) -> Problem |
     """The step's problem, or None where the one-bit kernels leave it to others."""
     if not isinstance(step, ConvStep | LinearStep):
         return None
-    source, module = program.tensors[step.input], IMPLEMENTATIONS[step.op]
     problem = problem_of(step, program, batch, device)
-    refused = module.supports(problem) or module.step_reason(step, source)  # type: ignore[attr-defined]
+    refused = onebit_why_not(problem) or gemm.step_why_not(step, program.tensors[step.input])
     return None if refused else problem
+
+
+def bound(
+    program: Program,
+    arrays: dict[str, Tensor],
+    step: ConvStep | LinearStep,
+    problem: Problem,
+    config: OneBitConfig,
+    buffers: dict[int, Tensor],
+) -> Launch:
+    """The launch of one step on buffers in their GPU form, by tensor index."""
+    groups = step.groups if isinstance(step, ConvStep) else 1
+    source = program.tensors[step.input]
+    weights = gemm.prepare_weights(arrays[step.planes], problem.kernel, groups, source, problem.device)
+    return gemm.bind(step, problem, config, program, arrays, weights, buffers)
 
 
 def check_steps(
@@ -67,8 +79,7 @@ def check_steps(
         if problem is None or not isinstance(step, ConvStep | LinearStep):
             continue
         names.append(step.name)
-        source, module = program.tensors[step.input], IMPLEMENTATIONS[step.op]
-        buffers = {step.input: from_logical(expected[step.input], source).to(device)}
+        buffers = {step.input: from_logical(expected[step.input], program.tensors[step.input]).to(device)}
         if step.emit.residual is not None:
             buffers[step.emit.residual] = expected[step.emit.residual].to(device)
         written = [consumer.tensor for consumer in step.emit.consumers]
@@ -78,10 +89,8 @@ def check_steps(
             dtype, shape = storage(program.tensors[index], program.stream_dtype, images[0].shape[0])
             guarded[index] = Guarded(dtype, shape, device, index)
             buffers[index] = guarded[index].tensor
-        groups = step.groups if isinstance(step, ConvStep) else 1
-        weights = module.prepare_weights(arrays[step.planes], problem.kernel, groups, source, device)  # type: ignore[attr-defined]
-        used = onebit_default(problem) if config is None else config
-        module.bind(step, problem, used, program, arrays, weights, buffers)([])  # type: ignore[attr-defined]
+        used = next(onebit_candidates(problem)) if config is None else config
+        bound(program, arrays, step, problem, used, buffers)([])
         for index in written:
             actual = to_logical(buffers[index], program.tensors[index])
             assert_same(actual, expected[index], f"{used}: tensor {index} of {step.name}")

@@ -67,17 +67,17 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     common = importlib.import_module("common")
     programs = importlib.import_module("programs")
     program, blob = programs.one_conv(0, channels=3, filters=5, size=(4, 4), w_bits=4, a_bits=4)
-    honest = common.CompiledProgram
+    honest = common.CpuRunner
 
     class Wrong(honest):  # type: ignore[misc, valid-type]
-        def run(self, inputs: object, threads: object = None, trace: dict[int, torch.Tensor] | None = None) -> object:
-            outputs = super().run(inputs, threads, trace)
-            if self.backend != "reference" and trace is not None:
+        def run(self, *arguments: object, trace: dict[int, torch.Tensor] | None = None, **options: object) -> object:
+            outputs = super().run(*arguments, trace=trace, **options)
+            if trace is not None:
                 trace[1] = trace[1] ^ 1
             return outputs
 
     if extension.cpu is None:
         pytest.skip(f"native module: {extension.cpu_reason}")
-    monkeypatch.setattr(common, "CompiledProgram", Wrong)
+    monkeypatch.setattr(common, "CpuRunner", Wrong)
     with pytest.raises(AssertionError, match="differs from the reference; nothing is timed"):
         common.packed(program, blob, programs.random_inputs(program, 1, 0)[0], 1, 1)

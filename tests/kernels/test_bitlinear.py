@@ -1,15 +1,15 @@
 from __future__ import annotations
 
+import one_step
 import pytest
 import torch
 from contenders import CONTENDERS, assert_same, filled_memory
 from torch import Tensor
 
-from lbs_kernels.bitlinear import reference
-from lbs_kernels.bitlinear.op import bitlinear
-from lbs_kernels.epilogue import fma32
-from lbs_kernels.errors import FormatError, ShapeError
-from lbs_kernels.format import pack_weights
+from lbs_kernels.errors import FormatError
+from lbs_kernels.program import operations
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import pack_weights
 
 # batch, channels, filters, w_bits, a_bits, zero, signed
 CASES = {
@@ -46,12 +46,13 @@ def slow_accumulator(name: str, x: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_reference_equals_plain_integer_arithmetic(name: str) -> None:
     *_, a_bits, zero, signed = CASES[name]
+    reading = {"a_bits": a_bits, "zero": zero, "signed": signed}
     x, w, planes, multiplier, bias = operands(name)
-    acc = reference.accumulate(x, planes, a_bits=a_bits, zero=zero, signed=signed)
+    acc = operations.accumulate(x[:, None, None], planes, **reading)
     expected = slow_accumulator(name, x, w)
-    assert_same(acc, expected.to(torch.int32), "accumulator")
-    y = bitlinear(x, planes, multiplier, bias, a_bits=a_bits, zero=zero, signed=signed, backend="reference")
-    assert_same(y, fma32(expected.float(), multiplier, bias), "y")
+    assert_same(acc[:, 0, 0], expected.to(torch.int32), "accumulator")
+    y = one_step.linear(x, planes, multiplier, bias, **reading).run("reference")
+    assert_same(y[:, 0, 0], fma32(expected.float(), multiplier, bias), "y")
 
 
 @pytest.mark.parametrize(("backend", "device"), CONTENDERS)
@@ -59,10 +60,10 @@ def test_reference_equals_plain_integer_arithmetic(name: str) -> None:
 def test_back_ends_equal_the_reference(name: str, backend: str, device: str) -> None:
     *_, a_bits, zero, signed = CASES[name]
     x, _, *rest = operands(name, 1)
-    expected = bitlinear(x, *rest, a_bits=a_bits, zero=zero, signed=signed, backend="reference")
+    step = one_step.linear(x, *rest, a_bits=a_bits, zero=zero, signed=signed)
+    expected = step.run("reference")
     with filled_memory():
-        moved = [t.to(device) for t in (x, *rest)]
-        actual = bitlinear(*moved, a_bits=a_bits, zero=zero, signed=signed, backend=backend)
+        actual = step.run(backend, device)
     assert_same(actual, expected, "y")
 
 
@@ -73,43 +74,34 @@ def test_overflow_corner(backend: str, device: str) -> None:
     w[1], w[2, ..., 5] = 0, 254
     largest = 255 * 255 * 33025
     expected = torch.tensor([largest, -largest, largest - 2 * 255], dtype=torch.float64).float()
-    ones, zeros = torch.ones(3, device=device), torch.zeros(3, device=device)
-    y = bitlinear(x.to(device), pack_weights(w, 8).to(device), ones, zeros, a_bits=8, backend=backend)
-    assert_same(y, expected.expand(2, 3), "y")
+    y = one_step.linear(x, pack_weights(w, 8), a_bits=8).run(backend, device)
+    assert_same(y[:, 0, 0], expected.expand(2, 3), "y")
+    if backend == "reference":
+        acc = operations.accumulate(x[:, None, None], pack_weights(w, 8), a_bits=8)
+        assert acc[0].flatten().tolist() == [largest, -largest, largest - 2 * 255]
 
 
 def test_one_product_more_is_refused() -> None:
     planes = pack_weights(torch.zeros(1, 1, 1, 33026, dtype=torch.uint8), 8)
     with pytest.raises(FormatError, match="33026 products"):
-        bitlinear(torch.zeros(1, 33026, dtype=torch.uint8), planes, torch.ones(1), torch.zeros(1), a_bits=8)
+        one_step.linear(torch.zeros(1, 33026, dtype=torch.uint8), planes, a_bits=8).run("auto")
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_empty_batch(backend: str) -> None:
     _, _, *rest = operands("word")
-    y = bitlinear(torch.zeros(0, 32, dtype=torch.uint8), *rest, a_bits=4, backend=backend)
-    assert y.shape == (0, 16)
+    y = one_step.linear(torch.zeros(0, 32, dtype=torch.uint8), *rest, a_bits=4).run(backend)
+    assert y.shape == (0, 1, 1, 16)
 
 
-def test_operands_that_do_not_fit_are_refused() -> None:
-    x, _, *rest = operands("word")
-    with pytest.raises(ShapeError, match=r"expected \[N, C\]"):
-        bitlinear(x[:, None], *rest, a_bits=4)
-    with pytest.raises(ShapeError, match="33 channels per group"):
-        bitlinear(torch.zeros(1, 33, dtype=torch.uint8), *rest, a_bits=4)
-    with pytest.raises(FormatError, match="2 bits hold 0 to 3"):
-        bitlinear(x, *rest, a_bits=2)
-    with pytest.raises(ShapeError, match="codes are uint8"):
-        bitlinear(x.float(), *rest, a_bits=4)
+def test_planes_of_other_channels_are_refused() -> None:
+    _, _, *rest = operands("word")
+    with pytest.raises(FormatError, match=r"int32 \(4, 16, 1, 1\); the step needs int32 \(4, 16, 1, 2\)"):
+        one_step.linear(torch.zeros(1, 33, dtype=torch.uint8), *rest, a_bits=4).run("auto")
 
 
 def test_fewer_channels_in_the_same_word_are_noticed() -> None:
     """Planes of 32 channels also fit 31 in words; the set bits of channel 31 give them away."""
     x, _, *rest = operands("word")
     with pytest.raises(FormatError, match="beyond channel 30"):
-        bitlinear(x[:, :31], *rest, a_bits=4, backend="reference")
-
-
-def test_op_is_well_formed() -> None:
-    x, _, *rest = operands("word + 1")
-    torch.library.opcheck(torch.ops.lbs_kernels.bitlinear.default, (x, *rest, 8, 0, False, "auto"))
+        one_step.linear(x[:, :31], *rest, a_bits=4).run("reference")

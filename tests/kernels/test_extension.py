@@ -13,9 +13,11 @@ import pytest
 import lbs
 import lbs_kernels
 from lbs.cli import main
-from lbs_kernels import extension, gpu_kernels, registry
+from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
-from lbs_kernels.problem import Problem
+from lbs_kernels.gpu import kernels
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.run import backends
 
 LAYER = Problem("bitconv2d", (3, 4, 4), 1, 1, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, 1, 1, "cuda")
 
@@ -35,9 +37,8 @@ def older(name: str, lacks: str) -> ModuleType:
     ("name", "lacks", "told"),
     [
         ("cuda", "OneBitLaunch", "OneBitLaunch.enqueue"),
-        ("cuda", "encode_image", "encode_image"),
         ("cpu", "Program.step_times", "Program.step_times"),
-        ("cpu", "onebit_model", "onebit_model"),
+        ("cpu", "resolve_isa", "resolve_isa"),
     ],
 )
 def test_an_older_module_is_missing_and_says_why(
@@ -53,10 +54,10 @@ def test_an_older_module_is_missing_and_says_why(
     with pytest.raises(BackendError, match=re.escape(reason)):
         getattr(extension, f"require_{name}")()
     if name == "cpu":
-        assert registry.BACKENDS["cpu"]("cpu") == reason
+        assert backends.BACKENDS["cpu"]("cpu") == reason
     else:
-        row = next(kernel for kernel in gpu_kernels.KERNELS if kernel.family == "cuda")
-        assert row.reason(LAYER) == reason
+        row = next(kernel for kernel in kernels.KERNELS if kernel.family == "cuda")
+        assert row.why_not(LAYER) == reason
     monkeypatch.setattr(extension, "build_report", lambda: {name: {"built": False, "reason": "no", "fix": "other"}})
     main.main(["doctor"])
     doctor = capsys.readouterr().out
@@ -68,6 +69,11 @@ def test_this_release_has_what_is_needed(name: str, monkeypatch: pytest.MonkeyPa
     whole = older(name, "")
     monkeypatch.setitem(sys.modules, f"lbs_kernels._{name}", whole)
     assert extension._load(name) == (whole, "")
+
+
+@pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
+def test_what_serves_tests_alone_is_not_shipped() -> None:
+    assert [name for name in vars(extension.cpu) if name.startswith("onebit")] == []
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])

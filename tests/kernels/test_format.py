@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.format import check_accumulator, pack_planes, pack_weights, unpack_planes, unpack_weights, words
+from lbs_kernels.program.planes import (
+    check_accumulator,
+    pack_planes,
+    pack_weights,
+    unpack_planes,
+    unpack_weights,
+    words,
+)
 
 CHANNELS = [1, 13, 31, 32, 33, 63, 64, 65]  # one, odd, word -1, word, word +1, and the same around two words
 

@@ -2,120 +2,122 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
-
-from lbs_kernels import extension, gpu_kernels, registry, tuner, tuning_table
-from lbs_kernels.bitconv2d import tuning as conv_tuning
-from lbs_kernels.bitlinear import tuning as linear_tuning
+from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_kernels import Kernel
-from lbs_kernels.pool import tuning as pool_tuning
-from lbs_kernels.problem import Problem
-from lbs_kernels.quantpack import tuning as quantpack_tuning
-from lbs_kernels.tuning_table import TuningTable
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.kernels import Kernel
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import STEP_TYPES
+from lbs_kernels.times import table
+from lbs_kernels.times.table import TuningTable
+from lbs_kernels.tune import tuner
 
 LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4, device="cuda:0")
 FAST = GemmConfig(64, 64, 2, 4, 2, weights_first=False)
-TUNING = {"bitconv2d": conv_tuning, "bitlinear": linear_tuning, "pool": pool_tuning, "quantpack": quantpack_tuning}
 
 
 @pytest.fixture(autouse=True)
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No measured times but those a test writes."""
     monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning_table, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tuning_table, "device_slug", tuning_table.kind)
-    tuning_table.forget()
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(table, "device_slug", table.kind)
+    table.forget()
     yield
-    tuning_table.forget()
+    table.forget()
 
 
 def measured(problem: Problem, **seconds: float) -> None:
-    rows = {tuning_table.key(problem): {name.replace("__", ":"): value for name, value in seconds.items()}}
-    tuning_table.write(tuning_table.user_path("cuda"), TuningTable("cuda", rows))
+    rows = {table.key(problem): {name.replace("__", ":"): value for name, value in seconds.items()}}
+    table.write(table.user_path("cuda"), TuningTable("cuda", rows))
 
 
-@pytest.mark.parametrize("op", sorted(TUNING))
+@pytest.mark.parametrize("op", sorted(DEFAULTS))
 def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
-    problem = replace(LAYER, op=op)
-    found = TUNING[op].candidates(problem)
+    found = kernels.candidates(replace(LAYER, op=op))
     assert len(found) > 5
-    for config in found:
-        kernel = gpu_kernels.kernel_of(config)
-        assert kernel.config.parse(str(config)) == config
-        assert gpu_kernels.parse(f"{kernel.family}:{config}") == gpu_kernels.Choice(kernel, config)
+    for choice in found:
+        assert choice.kernel.config.parse(str(choice.config)) == choice.config
+        assert kernels.kernel_of(choice.config) is choice.kernel
+        assert kernels.parse(choice.name) == choice
+
+
+def test_every_operation_has_a_default_and_a_kernel() -> None:
+    assert set(DEFAULTS) == set(STEP_TYPES) == {op for kernel in kernels.KERNELS for op in kernel.ops}
+
+
+def test_the_table_needs_no_triton() -> None:
+    code = f"""
+import sys
+sys.modules["triton"] = None
+from dataclasses import replace
+from lbs_kernels.gpu import kernels
+from lbs_kernels.program.problem import Problem
+layer = {LAYER!r}
+for op in {sorted(DEFAULTS)}:
+    problem = replace(layer, op=op)
+    kernels.choose(problem), kernels.candidates(problem), kernels.why_not_by_family(problem)
+try:
+    kernels.choose(layer).kernel.implementation("bitconv2d")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "import of triton halted" in done.stdout, done.stderr
 
 
 def test_text_that_no_kernel_knows() -> None:
     with pytest.raises(FormatError, match="'m64' is no configuration of the GEMM"):
         GemmConfig.parse("m64")
-    assert gpu_kernels.parse("triton:m64") is None
-    assert gpu_kernels.parse("metal:elementwise_m32_c32_w4") is None
+    assert kernels.parse("triton:m64") is None
+    assert kernels.parse("metal:elementwise_m32_c32_w4") is None
     with pytest.raises(BackendError, match="3 is a int; GPU kernels take GemmConfig"):
-        gpu_kernels.kernel_of(3)
+        kernels.kernel_of(3)
 
 
 def test_the_default_where_nothing_was_measured() -> None:
-    found = gpu_kernels.choose(LAYER)
-    assert (found.config, found.seconds) == (conv_tuning.default(LAYER), None)
+    found = kernels.choose(LAYER)
+    assert (found.config, found.seconds) == (conv_default(LAYER), None)
 
 
 def test_the_fastest_measured_configuration_is_chosen() -> None:
-    measured(LAYER, **{f"triton__{FAST}": 2e-5, f"triton__{conv_tuning.default(LAYER)}": 3e-5})
-    found = gpu_kernels.choose(LAYER)
+    measured(LAYER, **{f"triton__{FAST}": 2e-5, f"triton__{conv_default(LAYER)}": 3e-5})
+    found = kernels.choose(LAYER)
     assert (found.config, found.seconds, found.name) == (FAST, 2e-5, f"triton:{FAST}")
-    assert gpu_kernels.choose(replace(LAYER, device="cuda:1")) == found
+    assert kernels.choose(replace(LAYER, device="cuda:1")) == found
 
 
 def test_batches_share_the_nearest_measured_bucket() -> None:
     measured(LAYER, **{f"triton__{FAST}": 2e-5})
-    assert gpu_kernels.choose(replace(LAYER, batch=27)).config == FAST
-    assert gpu_kernels.choose(replace(LAYER, batch=128)).config == FAST  # two buckets away
-    assert gpu_kernels.choose(replace(LAYER, batch=8)).config == FAST
-    assert gpu_kernels.choose(replace(LAYER, batch=256)).seconds is None
-    assert gpu_kernels.choose(replace(LAYER, batch=4)).seconds is None
+    assert kernels.choose(replace(LAYER, batch=27)).config == FAST
+    assert kernels.choose(replace(LAYER, batch=128)).config == FAST  # two buckets away
+    assert kernels.choose(replace(LAYER, batch=8)).config == FAST
+    assert kernels.choose(replace(LAYER, batch=256)).seconds is None
+    assert kernels.choose(replace(LAYER, batch=4)).seconds is None
 
 
 def test_a_fast_configuration_that_does_not_fit_the_exact_problem_is_passed_over() -> None:
     """100 filters may not be cut into tiles of 16, which would share words of 32; 16 filters may."""
     narrow = GemmConfig(64, 16, 1, 4, 2, weights_first=False)
     measured(LAYER, **{f"triton__{narrow}": 1e-9, "triton__gone": 1e-9, "other__x": 1e-9, f"triton__{FAST}": 2e-5})
-    assert gpu_kernels.choose(LAYER).config == FAST
+    assert kernels.choose(LAYER).config == FAST
 
 
 def test_a_configuration_of_another_operation_is_passed_over() -> None:
     measured(LAYER, triton__elementwise_m32_c32_w4=1e-9)
-    assert gpu_kernels.choose(LAYER).config == conv_tuning.default(LAYER)
-
-
-def test_the_explanation_lists_every_kernel_with_time_or_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = GemmConfig(64, 16, 1, 4, 2, weights_first=False)
-    measured(LAYER, **{f"triton__{narrow}": 1e-6, "triton__gone": 1e-6, f"triton__{FAST}": 2e-5})
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
-    rows = {row.name: row for row in registry.explain(LAYER)}
-    assert "no kernel knows this configuration" in str(rows["triton:gone"])
-    assert "would share words" in str(rows[f"triton:{narrow}"])
-    assert str(rows[f"triton:{FAST}"]) == f"-> triton:{FAST}: 20.0 us"
-    assert "not measured" in str(rows[f"triton:{conv_tuning.default(LAYER)}"])
-    assert "no compiler" in str(rows["cpu"])
-    assert [row.chosen for row in rows.values()].count(True) == 1
-
-
-def test_without_triton_the_explanation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "gpu", lambda device_type: "Triton is not installed")
-    monkeypatch.setattr(gpu_kernels, "default", lambda problem: pytest.fail("a kernel was asked for"))
-    rows = {row.name: str(row) for row in registry.explain(LAYER)}
-    assert rows["gpu"] == "   gpu: cannot serve: Triton is not installed"
-    assert rows["reference"].startswith("->")
+    assert kernels.choose(LAYER).config == conv_default(LAYER)
 
 
 @dataclass(frozen=True)
@@ -124,54 +126,62 @@ class OtherConfig:
 
     size: int
 
+    valid: ClassVar[tuple[int, ...]] = ()
+
     def __str__(self) -> str:
         return f"size{self.size}"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if self.size in self.valid else "too large"
 
     @classmethod
     def parse(cls, text: str) -> OtherConfig:
         return cls(int(text.removeprefix("size")))
 
 
+def with_other(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (1, 2), valid: tuple[int, ...] = (1,)) -> None:
+    """One more row of the table, with configurations of these sizes; none in CUDA: not everybody builds it."""
+    row = Kernel(
+        "other",
+        ("bitconv2d",),
+        OtherConfig,
+        lambda problem: [OtherConfig(size) for size in sizes],
+        lambda op: ModuleType("other"),
+        why_none=lambda problem: None if problem.w_bits == 4 else "it takes 4 bits",
+    )
+    monkeypatch.setattr(OtherConfig, "valid", valid)
+    portable = [kernel for kernel in kernels.KERNELS if kernel.family != "cuda"]
+    monkeypatch.setattr(kernels, "KERNELS", [*portable, row])
+
+
 @pytest.fixture
-def other(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """One more row of the table, its implementation and its configurations; none in CUDA: not everybody builds it."""
-    module = ModuleType("lbs_kernels.bitconv2d.other_impl")
-    module.supports = lambda problem: None if problem.w_bits == 4 else "it takes 4 bits"  # type: ignore[attr-defined]
-    module.bind = lambda *arguments: None  # type: ignore[attr-defined]
-    module.candidates = lambda problem: [OtherConfig(1), OtherConfig(2)]  # type: ignore[attr-defined]
-    module.invalid_reason = lambda config, problem: None if config.size == 1 else "too large"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    row = Kernel("other", ("bitconv2d",), OtherConfig, "other_impl", module.__name__)
-    portable = [kernel for kernel in gpu_kernels.KERNELS if kernel.family != "cuda"]
-    monkeypatch.setattr(gpu_kernels, "KERNELS", [*portable, row])
-    return module
+def other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_other(monkeypatch)
 
 
 @pytest.mark.usefixtures("other")
 def test_one_row_adds_a_kernel() -> None:
-    assert gpu_kernels.exact_families() == ("triton", "other")
-    names = [choice.name for choice in gpu_kernels.candidates(LAYER)]
-    assert names[0] == f"triton:{conv_tuning.default(LAYER)}"
+    assert kernels.exact_families() == ("triton", "other")
+    names = [choice.name for choice in kernels.candidates(LAYER)]
+    assert names[0] == f"triton:{conv_default(LAYER)}"
     assert "other:size1" in names
     assert "other:size2" not in names
     assert len(names) == len(set(names))
-    assert [choice.name for choice in gpu_kernels.candidates(LAYER, ("other",))] == ["other:size1"]
     measured(LAYER, other__size2=1e-6, other__size1=2e-6, **{f"triton__{FAST}": 3e-6})
-    assert gpu_kernels.choose(LAYER).config == OtherConfig(1)
-    assert gpu_kernels.choose(LAYER, ("triton",)).config == FAST
+    assert kernels.choose(LAYER).config == OtherConfig(1)
+    assert kernels.choose(LAYER, ("triton",)).config == FAST
     eight = replace(LAYER, w_bits=8)
     measured(eight, other__size1=2e-6)
-    assert gpu_kernels.choose(eight).kernel.family == "triton"
-    assert gpu_kernels.reasons(eight) == {"triton": None, "fp16": None, "other": "it takes 4 bits"}
-    assert gpu_kernels.reasons(replace(LAYER, op="pool"))["other"] == "there is no such kernel for pool"
+    assert kernels.choose(eight).kernel.family == "triton"
+    assert kernels.why_not_by_family(eight) == {"triton": None, "fp16": None, "other": "it takes 4 bits"}
+    assert kernels.why_not_by_family(replace(LAYER, op="pool"))["other"] == "there is no such kernel for pool"
 
 
 def test_the_shortlist_looks_in_every_direction_and_at_other_kernels(
-    other: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(other, "candidates", lambda problem: [OtherConfig(size) for size in range(10)])
-    monkeypatch.setattr(other, "invalid_reason", lambda config, problem: None)
-    default = conv_tuning.default(LAYER)
+    with_other(monkeypatch, tuple(range(10)), tuple(range(10)))
+    default = conv_default(LAYER)
     names = [choice.name for choice in tuner.shortlist(LAYER, 4)]
     assert names[0] == f"triton:{default}"
     assert sum(name.startswith("triton:") for name in names) == 5
@@ -183,18 +193,18 @@ def test_the_shortlist_looks_in_every_direction_and_at_other_kernels(
     ]
     assert len(set(changes)) == 13  # no direction twice while others are left
     assert [len(changed) for changed in changes] == sorted(len(changed) for changed in changes)
-    assert len(tuner.shortlist(LAYER, None)) == len(gpu_kernels.candidates(LAYER))
+    assert len(tuner.shortlist(LAYER, None)) == len(kernels.candidates(LAYER))
     assert len(tuner.shortlist(LAYER, 0)) == 3
 
 
 @pytest.mark.usefixtures("other")
 def test_a_kernel_in_cuda_needs_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = replace(gpu_kernels.KERNELS[-1], family="cuda")
-    monkeypatch.setattr(gpu_kernels, "KERNELS", [*gpu_kernels.KERNELS[:-1], row])
+    row = replace(kernels.KERNELS[-1], family="cuda")
+    monkeypatch.setattr(kernels, "KERNELS", [*kernels.KERNELS[:-1], row])
     monkeypatch.setattr(extension, "cuda", None)
     monkeypatch.setattr(extension, "cuda_reason", "nvcc was not found")
     measured(LAYER, cuda__size1=2e-6)
-    assert gpu_kernels.choose(LAYER).kernel.family == "triton"
-    assert gpu_kernels.reasons(LAYER)["cuda"] == "nvcc was not found"
+    assert kernels.choose(LAYER).kernel.family == "triton"
+    assert kernels.why_not_by_family(LAYER)["cuda"] == "nvcc was not found"
     monkeypatch.setattr(extension, "cuda", ModuleType("module"))
-    assert gpu_kernels.choose(LAYER).kernel.family == "cuda"
+    assert kernels.choose(LAYER).kernel.family == "cuda"

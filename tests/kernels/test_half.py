@@ -18,10 +18,10 @@ pytest.importorskip("triton", reason="Triton is not installed; install it: pip i
 from ahead_of_time import TARGETS, Compiled, compiling
 from compiled_layers import launches
 
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.half_config import HalfConfig
-from lbs_kernels.program import ConvStep, LinearStep, Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 TENSOR_CORE = r"mma\.sync|wgmma"

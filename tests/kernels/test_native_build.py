@@ -82,6 +82,15 @@ def test_a_stale_module_does_not_stay(tmp_path: Path) -> None:
     assert not module.exists()
 
 
+def test_the_module_of_the_tests_is_part_of_no_installation(tmp_path: Path) -> None:
+    done, report = build(tmp_path, PATH=os.environ["PATH"], LBS_BUILD_CPU="0", LBS_BUILD_CUDA="0", LBS_BUILD_TESTS="1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(report) == ["cpu", "cuda"]
+    assert [path.name for path in (tmp_path / "lbs_kernels").iterdir()] == ["_build_report.json"]
+    assert [path.name for path in (tmp_path / "temp").iterdir()] == ["build.ninja"]
+    assert "onebit" not in (tmp_path / "temp" / "build.ninja").read_text()
+
+
 def test_torch_stands_in_for_pybind11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = load_setup(monkeypatch)
     monkeypatch.setitem(sys.modules, "pybind11", None)
@@ -125,7 +134,7 @@ class Project:
         if not ninja:
             monkeypatch.setattr(self.setup, "find_ninja", lambda: None)
         self.sources, self.folder, self.log = folder / "src", folder / "work", folder / "log"
-        monkeypatch.setattr(self.setup, "SOURCES", self.sources)
+        monkeypatch.setattr(self.setup, "ROOT", self.sources)
         (self.sources / "a").mkdir(parents=True)
         (self.sources / "a" / "one.cpp").write_text("1")
         (self.sources / "a" / "one.h").write_text("")
@@ -137,13 +146,18 @@ class Project:
     def build(self, *flags: str) -> list[str]:
         """Builds; the names that were made, sorted."""
         self.log.write_text("")
+        for failure in self.build_libraries({self.library: ("a/one.cpp", "two.cpp")}, *flags).values():
+            raise failure
+        return sorted(self.log.read_text().split())
+
+    def build_libraries(self, libraries: dict[Path, tuple[str, ...]], *flags: str) -> dict[Path, Exception]:
+        """What failed of the libraries, each made of its sources."""
         file = self.setup.NinjaFile(self.folder)
         file.rule("cxx", [*self.copy, "compile", "$out", "$in", *flags])
-        for source in ("a/one.cpp", "two.cpp"):
-            file.compile("cxx", self.sources / source, [])
-        file.link(self.library, [*self.copy, "link", "$out", "$in"])
-        file.build()
-        return sorted(self.log.read_text().split())
+        for library, sources in libraries.items():
+            objects = [file.compile("cxx", self.sources / source, []) for source in sources]
+            file.link(library, objects, [*self.copy, "link", "$out", "$in"])
+        return dict(file.build())
 
 
 @pytest.fixture(params=[True, False], ids=["ninja", "no ninja"])
@@ -195,6 +209,31 @@ def test_the_compilers_words_are_told(project: Project) -> None:
     touch(project.sources / "two.cpp", "2")
     project.build()
     assert project.library.read_text() == "12"
+
+
+def test_one_library_that_fails_does_not_stop_the_others(project: Project) -> None:
+    touch(project.sources / "two.cpp", "wrong")
+    libraries = {project.folder / name: (f"{name}.cpp",) for name in ("two", "three")}
+    (project.sources / "three.cpp").write_text("3")
+    failures = project.build_libraries({project.library: ("a/one.cpp",), **libraries})
+    assert {path.name: str(failure) for path, failure in failures.items()} == {
+        "two": "the compiler failed: error: a wrong word"
+    }
+    assert project.library.read_text() == "1"
+    assert (project.folder / "three").read_text() == "3"
+
+
+def test_the_longest_compilations_begin_first(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(project.setup, "LONGEST", ("two.cpp.o",))
+    monkeypatch.setattr(project.setup.os, "cpu_count", lambda: 1)
+    if project.setup.find_ninja() is not None:
+        one = project.folder.parent / "one_at_once"
+        one.write_text(f'#!/bin/sh\nexec {project.setup.find_ninja()} -j1 "$@"\n')
+        one.chmod(0o755)
+        monkeypatch.setattr(project.setup, "find_ninja", lambda: str(one))
+    project.log.write_text("")
+    project.build_libraries({project.library: ("a/one.cpp", "two.cpp")})
+    assert project.log.read_text().split() == ["two.cpp.o", "a.one.cpp.o", "library.part"]
 
 
 def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -10,8 +10,8 @@ from programs import CASES, Builder, one_conv, random_inputs, random_program, sh
 from torch import Tensor
 
 from lbs_kernels import extension
-from lbs_kernels.program import STREAM_DTYPES, Emit, Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.program.steps import STREAM_DTYPES, Emit, Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 if extension.cpu is None:
     pytest.skip(f"native module missing: {extension.cpu_reason}", allow_module_level=True)

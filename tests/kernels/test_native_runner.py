@@ -20,11 +20,12 @@ import torch
 from programs import CASES, one_conv, random_inputs, random_program
 from torch import Tensor
 
-import lbs_kernels.program
-from lbs_kernels import device, extension, format
+import lbs_kernels.program.steps
+from lbs_kernels import device, extension
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.program import planes
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 if extension.cpu is None:
     pytest.skip(f"native module missing: {extension.cpu_reason}", allow_module_level=True)
@@ -47,11 +48,11 @@ def equal(outputs: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def test_constants_are_those_of_the_python_side() -> None:
-    assert extension.cpu.WORD == format.WORD
-    assert extension.cpu.FORMAT_VERSION == format.FORMAT_VERSION
-    assert extension.cpu.PROGRAM_VERSION == lbs_kernels.program.PROGRAM_VERSION
-    assert extension.cpu.BLOB_ALIGNMENT == lbs_kernels.program.BLOB_ALIGNMENT
-    assert extension.cpu.MAX_BITS == format.MAX_BITS
+    assert extension.cpu.WORD == planes.WORD
+    assert extension.cpu.FORMAT_VERSION == planes.FORMAT_VERSION
+    assert extension.cpu.PROGRAM_VERSION == lbs_kernels.program.steps.PROGRAM_VERSION
+    assert extension.cpu.BLOB_ALIGNMENT == lbs_kernels.program.steps.BLOB_ALIGNMENT
+    assert extension.cpu.MAX_BITS == planes.MAX_BITS
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -239,28 +240,30 @@ def test_version_1_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "rule"),
     [
-        (lambda t: t["tensors"][1].update(dtype="uint8"), "has dtype 'uint8'; only images have one, float32 or uint8"),
-        (lambda t: t["tensors"][0].update(dtype="int8"), "has dtype 'int8'; only images have one, float32 or uint8"),
-        (lambda t: t["tensors"][0].update(dtype=None), "expected a string"),
-        (lambda t: t["steps"][0].update(bias=None), "only one of multiplier and bias"),
-        (lambda t: t["steps"][0].update(bias="nothing"), "no array 'nothing'"),
-        (lambda t: t["steps"][0].update(bias=t["steps"][2]["bias"]), "is not float32 of 3"),
-        (lambda t: t["steps"][0].update(bias=t["steps"][2]["planes"]), "is not float32 of 3"),
-        (lambda t: t.update(version=1), "is uint8 in a program of version 1"),
+        (lambda t: t["tensors"][1].update(dtype="uint8"), "tensor 1 is of uint8; only images have", "image-dtype"),
+        (lambda t: t["tensors"][0].update(dtype="int8"), r"tensors\[0\]\.dtype is none of float32, uint8", "choice"),
+        (lambda t: t["tensors"][0].update(dtype=None), r"tensors\[0\]\.dtype is none of float32, uint8", "choice"),
+        (lambda t: t["steps"][0].update(bias=None), "only one of multiplier and bias", "affine-pair"),
+        (lambda t: t["steps"][0].update(bias="nothing"), "no array 'nothing'", "array-missing"),
+        (lambda t: t["steps"][0].update(bias=t["steps"][2]["bias"]), "of another dtype or shape", "array-kind"),
+        (lambda t: t["steps"][0].update(bias=t["steps"][2]["planes"]), "of another dtype or shape", "array-kind"),
+        (lambda t: t.update(version=1), "is uint8 in a program of version 1", "version-1"),
         (
             lambda t: (t["tensors"][0].update(dtype="float32"), t.update(version=1)),
-            "has a multiplier in a program of version 1",
+            "has a multiplier or bias in a program of version 1",
+            "version-1",
         ),
     ],
 )
-def test_bad_bytes_and_multipliers_are_refused(change: Callable[[Any], Any], message: str) -> None:
+def test_bad_bytes_and_multipliers_are_refused(change: Callable[[Any], Any], message: str, rule: str) -> None:
     program, blob = CASES["byte_image"](0)
     body = json.loads(program.to_json())
     change(body)
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(FormatError, match=message) as caught:
         extension.cpu.Program(json.dumps(body), blob.data_ptr(), blob.numel(), "auto")
+    assert caught.value.rule == rule
 
 
 def test_an_accumulator_that_could_overflow_is_refused() -> None:

@@ -7,40 +7,33 @@ import math
 import weakref
 from dataclasses import replace
 
+import one_step
 import programs
 import pytest
 import torch
 from contenders import assert_same
-from onebit_steps import check_steps
+from gpu_model import launches_on_the_model, native
+from onebit_steps import bound, check_steps
 from torch import Tensor
 
 from lbs_kernels import extension
-from lbs_kernels.bitconv2d import cuda_impl as conv_cuda
-from lbs_kernels.bitconv2d import reference as conv_reference
-from lbs_kernels.bitlinear import cuda_impl as linear_cuda
-from lbs_kernels.bitlinear import reference as linear_reference
-from lbs_kernels.epilogue import emit_reference, fma32
-from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gpu_layout import storage
-from lbs_kernels.onebit_config import (
-    TILES,
-    OneBitConfig,
-    candidates,
-    invalid_reason,
-    onebit_default,
-)
-from lbs_kernels.onebit_gemm import MODEL_BLOCKS, threshold_tables
-from lbs_kernels.onebit_layout import OneBitLayout, channel_order
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, Emit
-from lbs_kernels.step_problem import problem_of
-
-needs_module = pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
-pytestmark = needs_module
+from lbs_kernels.errors import BackendError, FormatError
+from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, onebit_candidates, onebit_why_not
+from lbs_kernels.gpu.layout import storage
+from lbs_kernels.gpu.onebit.gemm import prepare_weights, step_why_not, threshold_tables
+from lbs_kernels.gpu.onebit.layout import OneBitLayout, channel_order
+from lbs_kernels.program.epilogue import emit_reference, fma32
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.steps import ConvStep, Emit
 
 CONFIGS = [OneBitConfig(*tile) for tile in TILES]
 HOPPER, AMPERE = OneBitConfig("wgmma", 64, 128, 4), OneBitConfig("mma", 64, 64, 3)
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches_on_the_model(monkeypatch)
 
 
 def random_case(
@@ -54,9 +47,9 @@ def random_case(
 
 
 def check_accumulator(x: Tensor, planes: Tensor, config: OneBitConfig, a_bits: int, **window: object) -> None:
-    expected = conv_reference.accumulate(x, planes, a_bits=a_bits, **window)  # type: ignore[arg-type]
-    actual = conv_cuda.accumulate(x, planes, a_bits=a_bits, config=config, **window)  # type: ignore[arg-type]
-    assert_same(actual, expected, f"accumulator of {config}")
+    """The sums alone: a stream of float32(acc)."""
+    step = one_step.conv(x, planes, a_bits=a_bits, **window)  # type: ignore[arg-type]
+    assert check_steps(step.program, step.blob, [step.image], config=config) == [one_step.STEP]
 
 
 # Words of a pixel: 5 (single copies), 2 (pairs), 4 (whole units). K: 45, 18 and 36 words, none of them whole chunks.
@@ -108,8 +101,8 @@ def test_signed_codes_and_zero_points_are_an_offset() -> None:
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4)])
 def test_linear(rows: int, channels: int, filters: int, w_bits: int, a_bits: int) -> None:
     x, planes = random_case(rows, (1, rows, 1, channels), filters, (1, 1), w_bits, a_bits)
-    expected = linear_reference.accumulate(x[0, :, 0], planes, a_bits=a_bits)
-    assert_same(linear_cuda.accumulate(x[0, :, 0], planes, a_bits=a_bits), expected, "accumulator")
+    step = one_step.linear(x[0, :, 0], planes, a_bits=a_bits)
+    assert check_steps(step.program, step.blob, [step.image]) == [one_step.STEP]
 
 
 # Two and a bit tiles of pixels; K of four chunks, and of one, so that copies run several tiles ahead.
@@ -126,20 +119,10 @@ def test_nothing_depends_on_moments_and_orders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Copies and products happen where they are issued, or where they are waited for; threads run in another order."""
-    native = extension.require_cpu()
-    calls = []
-
-    class Native:
-        @staticmethod
-        def onebit_model(task: dict[str, object], *row: object, blocks: int) -> None:
-            calls.append(blocks)
-            native.onebit_model(task, *row, blocks=chosen[0], late=chosen[1], seed=chosen[2])
-
-    chosen = (blocks, late, seed)
-    monkeypatch.setattr("lbs_kernels.onebit_gemm.require_cpu", lambda: Native)
+    launched = launches_on_the_model(monkeypatch, blocks, late, seed)
     x, planes = random_case(blocks, (1, 12, 12, channels), 70, (kernel, kernel), 2, 2)
     check_accumulator(x, planes, config, 2, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2))
-    assert calls == [MODEL_BLOCKS]
+    assert len(launched) == 1
 
 
 def emit_case(
@@ -208,8 +191,7 @@ def test_a_launch_holds_what_it_reads_and_writes() -> None:
         buffers[index] = torch.zeros(size, dtype=dtype)
     held = {index: weakref.ref(buffer) for index, buffer in buffers.items()}
     problem = problem_of(step, program, 2, "cpu")
-    weights = conv_cuda.prepare_weights(arrays[step.planes], (3, 3), 1, program.tensors[source], "cpu")
-    launch = conv_cuda.bind(step, problem, HOPPER, program, arrays, weights, buffers)
+    launch = bound(program, arrays, step, problem, HOPPER, buffers)
     del buffers
     gc.collect()
     assert [index for index, buffer in held.items() if buffer() is None] == []
@@ -294,7 +276,7 @@ def test_thresholds_equal_the_floats_at_every_accumulator() -> None:
 
 
 def test_the_kernel_divides_exactly() -> None:
-    divide = extension.require_cpu().onebit_quotient
+    divide = native().quotient
     generator = torch.Generator().manual_seed(0)
     divisors = [1, 2, 3, 5, 7, 9, 49, 64, 196, 784, 3136, 2**16 - 1, 2**16 + 1, 2**30, 2**31 - 1]
     for d in divisors + torch.randint(1, 2**31, (200,), generator=generator).tolist():
@@ -305,7 +287,7 @@ def test_the_kernel_divides_exactly() -> None:
 
 
 def test_floats_become_halves_as_torch_rounds_them() -> None:
-    native = extension.require_cpu()
+    model = native()
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (20000,), generator=generator).to(torch.int32)
     # Near the ends of float16: subnormal numbers, their ties, the largest ones, infinity.
@@ -313,32 +295,28 @@ def test_floats_become_halves_as_torch_rounds_them() -> None:
     scales = 2.0 ** torch.randint(-30, 18, (5000,), generator=generator)
     values = torch.cat([bits.view(torch.float32), near, -near, torch.randn(5000, generator=generator) * scales])
     values = values[~values.isnan()]
-    halves = torch.tensor([native.onebit_half(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
-    brains = torch.tensor([native.onebit_brain(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
+    halves = torch.tensor([model.half(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
+    brains = torch.tensor([model.brain(v) for v in values.tolist()], dtype=torch.int32).to(torch.int16)
     assert_same(halves, values.half().view(torch.int16), "float16")
     assert_same(brains, values.bfloat16().view(torch.int16), "bfloat16")
     every = torch.arange(65536, dtype=torch.int32)
-    back = torch.tensor([native.onebit_from_half(v) for v in every.tolist()])
+    back = torch.tensor([model.from_half(v) for v in every.tolist()])
     expected = every.to(torch.int16).view(torch.float16).float()
     assert torch.equal(back[~expected.isnan()], expected[~expected.isnan()])
     assert bool(back[expected.isnan()].isnan().all())
 
 
 def test_both_sides_state_the_same_tiles() -> None:
-    rows = [(machine, groups, filters, stages) for machine, groups, filters, stages, _ in native_rows()]
+    rows = [(machine, groups, filters, stages) for machine, groups, filters, stages, _ in native().tiles()]
     assert rows == [config.row for config in CONFIGS]
     if extension.cuda is not None:
-        assert extension.cuda.onebit_tiles() == native_rows()
+        assert extension.cuda.onebit_tiles() == native().tiles()
 
 
 def test_tiles_fit_shared_memory() -> None:
     """227 KB per block on sm_90, 99 KB on sm_86 and sm_89; 1 KB more is asked for the alignment."""
-    for machine, _, _, _, shared in native_rows():
+    for machine, _, _, _, shared in native().tiles():
         assert shared + 1024 <= (227 if machine == "wgmma" else 99) * 1024
-
-
-def native_rows() -> list[tuple[str, int, int, int, int]]:
-    return extension.require_cpu().onebit_tiles()  # type: ignore[no-any-return]
 
 
 def problem(**changes: object) -> Problem:
@@ -347,29 +325,49 @@ def problem(**changes: object) -> Problem:
 
 
 def test_configurations() -> None:
-    assert str(onebit_default(problem())) == "onebit_wgmma_m128_o128_s6_t2"
-    assert str(onebit_default(problem(batch=1))) == "onebit_wgmma_m64_o128_s4_t2"
-    assert onebit_default(problem(out_channels=40)).block_o == 64
     for one in (problem(), problem(batch=1, height=1, width=1, kernel=(1, 1), padding=(0, 0)), problem(w_bits=4)):
-        found = list(candidates(one))
+        found = list(onebit_candidates(one))
         assert len(set(map(str, found))) == len(found) >= 6
         assert all(OneBitConfig.parse(str(config)) == config for config in found)
-        assert all(invalid_reason(config, one) is None for config in [*found, onebit_default(one)])
+        assert all(config.why_not(one) is None for config in found)
+
+
+def small_step(
+    padding: tuple[int, int] = (0, 0), zero: int = 0
+) -> tuple[one_step.OneStep, dict[str, Tensor], ConvStep, Problem, dict[int, Tensor]]:
+    """A small convolution, ready to be bound: what `bound` takes, but for the configuration."""
+    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
+    made = one_step.conv(x, planes, a_bits=2, kernel=(3, 3), padding=padding, zero=zero)
+    program, step = made.program, made.program.steps[1]
+    assert isinstance(step, ConvStep)
+    buffers = {}
+    for index in (step.input, made.result):
+        dtype, size = storage(program.tensors[index], program.stream_dtype, 1)
+        buffers[index] = torch.zeros(size, dtype=dtype)
+    arrays = {key: program.array(made.blob, key) for key in program.arrays}
+    return made, arrays, step, problem_of(step, program, 1, "cpu"), buffers
 
 
 def test_what_is_refused() -> None:
-    assert conv_cuda.supports(problem(w_bits=8)) == "w8a2; the one-bit kernels take codes of 2 or 4 bits"
-    assert "2 groups" in str(conv_cuda.supports(problem(groups=2)))
-    assert conv_cuda.supports(problem()) is None
-    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
-    with pytest.raises(ShapeError, match=r"padding \(1, 1\) of signed codes"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3), padding=(1, 1), signed=True)
-    with pytest.raises(BackendError, match="x pads with code 2; the one-bit kernels pad with 0"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3), padding=(1, 1), zero=2)
+    assert onebit_why_not(problem(w_bits=8)) == "w8a2; the one-bit kernels take codes of 2 or 4 bits"
+    assert "2 groups" in str(onebit_why_not(problem(groups=2)))
+    assert onebit_why_not(problem()) is None
+    made, arrays, step, posed, buffers = small_step((1, 1), zero=2)
+    with pytest.raises(BackendError, match="codes pads with code 2; the one-bit kernels pad with 0"):
+        bound(made.program, arrays, step, posed, HOPPER, buffers)
+    made, arrays, step, posed, buffers = small_step()
     with pytest.raises(BackendError, match="no such kernel is built; there are wgmma 128 x 128, 6 stages"):
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3), config=OneBitConfig("wgmma", 256, 128, 6))
+        bound(made.program, arrays, step, posed, OneBitConfig("wgmma", 256, 128, 6), buffers)
     with pytest.raises(BackendError, match="codes of 2 or 4 bits"):
-        linear_cuda.accumulate(x[0, 0], planes[:1, :, :1], a_bits=2)
+        prepare_weights(arrays["planes"][:1, :, :1], (1, 1), 1, made.program.tensors[step.input], "cpu")
+
+
+def test_tensors_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the model there is nothing that a processor could run."""
+    monkeypatch.undo()
+    made, arrays, step, posed, buffers = small_step()
+    with pytest.raises(BackendError, match=r"run on a GPU, the tensors are on cpu; move them: \.to\('cuda'\)"):
+        bound(made.program, arrays, step, posed, HOPPER, buffers)
 
 
 def test_steps_that_are_refused() -> None:
@@ -378,48 +376,40 @@ def test_steps_that_are_refused() -> None:
     b.conv(source, Emit(stream=b.stream(shape, output=True), consumers=consumers), 8, w_bits=2)
     program, _ = b.build()
     step, spec = program.steps[1], program.tensors[source]
-    assert conv_cuda.step_reason(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
+    assert step_why_not(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
     few = replace(step, emit=Emit(consumers=consumers[:8]))
-    assert conv_cuda.step_reason(few, spec) is None  # type: ignore[arg-type]
-    assert "pads with code 3" in str(conv_cuda.step_reason(few, replace(spec, zero=3)))  # type: ignore[arg-type]
+    assert step_why_not(few, spec) is None  # type: ignore[arg-type]
+    assert "pads with code 3" in str(step_why_not(few, replace(spec, zero=3)))  # type: ignore[arg-type]
     planes = torch.zeros(2, 8, 9, 2, dtype=torch.int32)
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
-        conv_cuda.prepare_weights(planes, (1, 3), 1, spec, "cpu")
+        prepare_weights(planes, (1, 3), 1, spec, "cpu")
 
 
 @pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_told_in_words() -> None:
-    task = recorded_task()
+def test_no_gpu_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = recorded_task(monkeypatch)
     with pytest.raises(BackendError, match=r"asking for the current GPU failed: cuda\w+, "):
         extension.require_cuda().OneBitLaunch(task, "wgmma", 2, 128, 6, 0)
     with pytest.raises(FormatError, match="codes of 3 bits"):
         extension.require_cuda().OneBitLaunch({**task, "w_bits": 3}, "wgmma", 2, 128, 6, 0)
 
 
-def recorded_task() -> dict[str, object]:
+def recorded_task(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What Python hands to the native side for a small convolution; its addresses are of tensors that are gone."""
-    x, planes = random_case(0, (1, 4, 4, 8), 3, (3, 3), 2, 2)
-    tasks: list[dict[str, object]] = []
-
-    class Native:
-        @staticmethod
-        def onebit_model(task: dict[str, object], *row: object, blocks: int) -> None:
-            tasks.append(task)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lbs_kernels.onebit_gemm.require_cpu", lambda: Native)
-        conv_cuda.accumulate(x, planes, a_bits=2, kernel=(3, 3))
+    made, arrays, step, posed, buffers = small_step()
+    tasks = launches_on_the_model(monkeypatch)
+    bound(made.program, arrays, step, posed, HOPPER, buffers)([])
     return tasks[0]
 
 
-def test_the_native_side_checks_its_task() -> None:
-    native = extension.require_cpu()
+def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = native()
     with pytest.raises(FormatError, match="field 'x' is missing"):
-        native.onebit_model({}, "wgmma", 2, 128, 6)
-    task = recorded_task()
+        model.run({}, "wgmma", 2, 128, 6)
+    task = recorded_task(monkeypatch)
     with pytest.raises(FormatError, match=r"no one-bit kernel wgmma of 128 x 128 tiles with 7 stages is built"):
-        native.onebit_model(task, "wgmma", 2, 128, 7)
+        model.run(task, "wgmma", 2, 128, 7)
     for change, words in (
         ({"w_bits": 3}, "codes of 3 bits; it takes 2 or 4"),
         ({"kernel": (5, 5)}, "the output's height is 0; it takes 1 to"),
@@ -430,4 +420,4 @@ def test_the_native_side_checks_its_task() -> None:
         ({"thresholds": 64}, "thresholds serve one consumer"),
     ):
         with pytest.raises(FormatError, match=words):
-            native.onebit_model({**task, **change}, "wgmma", 2, 128, 6)
+            model.run({**task, **change}, "wgmma", 2, 128, 6)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import one_step
 import programs
 import pytest
 import torch
 from contenders import assert_same
-from onebit_steps import check_steps
+from onebit_steps import bound, check_steps
 
 from lbs_kernels import extension
-from lbs_kernels.bitconv2d import cuda_impl as conv_cuda
-from lbs_kernels.bitconv2d import reference as conv_reference
-from lbs_kernels.bitlinear import cuda_impl as linear_cuda
-from lbs_kernels.bitlinear import reference as linear_reference
 from lbs_kernels.errors import BackendError
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gpu_layout import from_logical, storage, to_logical
-from lbs_kernels.onebit_config import TILES, OneBitConfig, machines, onebit_default
-from lbs_kernels.program import Emit
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.step_problem import problem_of
+from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, machines, onebit_candidates
+from lbs_kernels.gpu.layout import from_logical, storage, to_logical
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import problem_of
+from lbs_kernels.program.steps import Emit
+from lbs_kernels.run.reference import ReferenceRunner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,10 +57,9 @@ def test_accumulator(config: OneBitConfig, w_bits: int, a_bits: int, shape: str)
         0, 1 << w_bits, (filters, *window["kernel"], channels), generator=generator, dtype=torch.uint8
     )
     planes = pack_weights(codes, w_bits)
-    expected = conv_reference.accumulate(x, planes, a_bits=a_bits, **window)
+    step = one_step.conv(x, planes, a_bits=a_bits, **window)
     for _ in range(3):  # a race need not show at once
-        actual = conv_cuda.accumulate(x.cuda(), planes.cuda(), a_bits=a_bits, **window, config=config)
-        assert_same(actual, expected, f"accumulator of {config}")
+        assert check_steps(step.program, step.blob, [step.image], "cuda", config) == [one_step.STEP]
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 1000])
@@ -73,8 +69,8 @@ def test_linear(config: OneBitConfig, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randint(0, 4, (rows, 512), generator=generator, dtype=torch.uint8)
     planes = pack_weights(torch.randint(0, 4, (1000, 1, 1, 512), generator=generator, dtype=torch.uint8), 2)
-    expected = linear_reference.accumulate(x, planes, a_bits=2)
-    assert_same(linear_cuda.accumulate(x.cuda(), planes.cuda(), a_bits=2, config=config), expected, "accumulator")
+    step = one_step.linear(x, planes, a_bits=2)
+    assert check_steps(step.program, step.blob, [step.image], "cuda", config) == [one_step.STEP]
 
 
 @pytest.mark.parametrize("weight", [0, 15])
@@ -82,10 +78,11 @@ def test_linear(config: OneBitConfig, rows: int) -> None:
 def test_accumulator_near_the_overflow_corner(config: OneBitConfig, weight: int) -> None:
     require(config)
     channels = 5_000_000  # twice the sum of products passes 2^31 and wraps around
-    x = torch.full((1, channels), 15, dtype=torch.uint8, device="cuda")
+    x = torch.full((1, channels), 15, dtype=torch.uint8)
     planes = pack_weights(torch.full((1, 1, 1, channels), weight, dtype=torch.uint8), 4)
-    expected = torch.tensor([[channels * 15 * (2 * weight - 15)]], dtype=torch.int32)
-    assert_same(linear_cuda.accumulate(x, planes, a_bits=4, config=config), expected, "accumulator")
+    step = one_step.linear(x, planes, a_bits=4)
+    assert step.run("reference").item() == float(torch.tensor(channels * 15 * (2 * weight - 15)))
+    assert check_steps(step.program, step.blob, [step.image], "cuda", config) == [one_step.STEP]
 
 
 @pytest.mark.parametrize("name", sorted(programs.CASES))
@@ -136,8 +133,7 @@ def test_a_captured_launch_replays_and_follows_its_inputs() -> None:
         dtype, shape = storage(program.tensors[index], program.stream_dtype, 3)
         buffers[index] = torch.zeros(shape, dtype=dtype, device="cuda")
     problem = problem_of(step, program, 3, "cuda")
-    weights = conv_cuda.prepare_weights(arrays[step.planes], (3, 3), 1, source, "cuda")  # type: ignore[union-attr]
-    launch = conv_cuda.bind(step, problem, onebit_default(problem), program, arrays, weights, buffers)  # type: ignore[arg-type]
+    launch = bound(program, arrays, step, problem, next(onebit_candidates(problem)), buffers)  # type: ignore[arg-type]
     launch([])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -170,7 +166,9 @@ def test_the_roof_multiplies(machine: str) -> None:
 def test_another_gpu_is_refused_in_words() -> None:
     if "wgmma" in machines("cuda"):
         pytest.skip("this GPU runs every kernel")
-    x = torch.zeros(1, 4, 4, 32, dtype=torch.uint8, device="cuda")
     planes = pack_weights(torch.zeros(8, 3, 3, 32, dtype=torch.uint8), 2)
+    made = one_step.conv(torch.zeros(1, 4, 4, 32, dtype=torch.uint8), planes, a_bits=2, kernel=(3, 3))
+    program, step = made.program, made.program.steps[1]
+    arrays = {key: program.array(made.blob, key).cuda() for key in program.arrays}
     with pytest.raises(BackendError, match="has no wgmma"):
-        conv_cuda.accumulate(x, planes.cuda(), a_bits=2, kernel=(3, 3), config=OneBitConfig("wgmma", 64, 64, 4))
+        bound(program, arrays, step, problem_of(step, program, 1, "cuda"), OneBitConfig("wgmma", 64, 64, 4), {})  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ import torch
 from programs import CASES, chain, preact_residual, random_inputs, random_program
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.program import Program
-from lbs_kernels.program_json import read_program, validate
-from lbs_kernels.run import run_program
+from lbs_kernels.program.steps import Program
+from lbs_kernels.program.text import read_program, validate
+from lbs_kernels.run.loaded import run_program
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -198,6 +198,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "negative padding": (lambda t: conv(t).update(padding=[-1, 1]), r"padding \(-1, 1\); it is 0 to the extent"),
     "huge padding": (lambda t: conv(t).update(padding=[10**6, 1]), "it is 0 to the extent"),
     "huge dilation": (lambda t: conv(t).update(dilation=[10**9, 1]), "dilation .* sizes are 1 to"),
+    "window beyond the image": (lambda t: conv(t).update(dilation=[9, 9]), "turns 8 x 8 pixels into -8 x -8"),
     "another stride": (lambda t: conv(t).update(stride=[2, 2]), "the step computes"),
     "zero groups": (lambda t: conv(t).update(groups=0), "0 groups of 3 channels"),
     "groups do not divide the filters": (lambda t: conv(t).update(groups=3), "16 filters in 3 groups"),

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lbs_kernels import extension, registry, tuning_table
+from lbs_kernels import extension
 from lbs_kernels.device import cpu_name
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.problem import Problem
-from lbs_kernels.tuning_table import TuningTable, device_slug
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.run import backends
+from lbs_kernels.times import table as tuning_table
+from lbs_kernels.times.table import TuningTable, device_slug
 
 PROBLEM = Problem("bitconv2d", 1, 8, 8, 16, 32, (3, 3), padding=(1, 1), w_bits=4, a_bits=2)
+KEY = tuning_table.key(PROBLEM)
 
 
 @pytest.fixture(autouse=True)
@@ -27,69 +30,45 @@ def empty_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tuning_table.load.cache_clear()
 
 
-@pytest.fixture
-def both_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: None)
-
-
 def test_the_default_is_native_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: None)
-    assert registry.choose(PROBLEM) == "cpu"
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
-    assert registry.choose(PROBLEM) == "reference"
-    assert registry.resolve("auto", "cpu") == "reference"
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: None)
+    assert backends.resolve("auto", "cpu") == "cpu"
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: "no compiler")
+    assert backends.resolve("auto", "cpu") == "reference"
+    assert backends.resolve("auto", "meta") == "reference"
 
 
 def test_a_named_backend_that_cannot_serve_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
-    with pytest.raises(
-        BackendError, match="'cpu' cannot serve bitconv2d_n1_16x8x8_to32_k3x3_s1_p1_w4a2_cpu: no compiler"
-    ):
-        registry.choose(PROBLEM, "cpu")
-    with pytest.raises(BackendError, match="cannot run here: no compiler"):
-        registry.resolve("cpu", "cpu")
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda device_type: "no compiler")
+    with pytest.raises(BackendError, match="'cpu' cannot run here: no compiler"):
+        backends.resolve("cpu", "cpu")
     with pytest.raises(BackendError, match="'fpga' does not exist"):
-        registry.resolve("fpga", "cpu")
+        backends.resolve("fpga", "cpu")
 
 
 def test_reasons() -> None:
-    assert "runs on the processor" in str(registry.backend_reason("cpu", "cuda"))
-    assert registry.backend_reason("reference", "cuda") is None
-    assert "not an operation" in str(registry.supports("reference", replace(PROBLEM, op="fft")))
+    assert "runs on the processor" in str(backends.why_not("cpu", "cuda"))
+    assert backends.why_not("reference", "cuda") is None
     if os.environ.get("TRITON_INTERPRET") != "1":
-        assert registry.supports("triton", PROBLEM) is not None
-        assert "triton" not in registry.available_backends("cpu")
+        assert backends.why_not("triton", "cpu") is not None
 
 
 def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "cpu", None)
     monkeypatch.setattr(extension, "cpu_reason", "no C++17 compiler was found; to mend it: apt-get install g++")
-    assert registry.choose(PROBLEM) == "reference"
-    rows = {row.name: row for row in registry.explain(PROBLEM)}
-    assert "apt-get install g++" in str(rows["cpu"])
-    assert rows["reference"].chosen
-    assert str(rows["reference"]) == "-> reference: not measured"
+    assert backends.resolve("auto", "cpu") == "reference"
+    assert "apt-get install g++" in str(backends.why_not("cpu", "cpu"))
+    with pytest.raises(BackendError, match=r"cannot run here: no C\+\+17 compiler .* apt-get install g\+\+"):
+        backends.resolve("cpu", "cpu")
 
 
-@pytest.mark.usefixtures("both_serve")
-def test_measured_times_decide(empty_tables: Path) -> None:
-    table = TuningTable("cpu", {str(PROBLEM): {"cpu": 3e-5, "reference": 2e-5}})
-    tuning_table.write(empty_tables / "shipped" / "cpu.json", table)
-    assert registry.choose(PROBLEM) == "reference"
-    assert registry.choose(replace(PROBLEM, batch=8)) == "cpu"  # three buckets away, not measured: the default order
-    # What was measured here wins over what was shipped.
-    tuning_table.write(empty_tables / "mine" / "cpu.json", TuningTable("cpu", {str(PROBLEM): {"cpu": 1e-5}}))
-    assert registry.choose(PROBLEM) == "cpu"
-    rows = {row.name: row for row in registry.explain(PROBLEM)}
-    assert str(rows["cpu"]) == "-> cpu: 10.0 us"
-    assert str(rows["reference"]) == "   reference: 20.0 us"
-    assert [row.chosen for row in rows.values()].count(True) == 1
-
-
-def test_a_fast_backend_that_cannot_serve_is_not_chosen(empty_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "cpu", lambda device_type: "no compiler")
-    tuning_table.write(empty_tables / "mine" / "cpu.json", TuningTable("cpu", {str(PROBLEM): {"cpu": 1e-9}}))
-    assert registry.choose(PROBLEM) == "reference"
+def test_what_was_measured_here_wins_over_what_was_shipped(empty_tables: Path) -> None:
+    shipped, mine = TuningTable("cpu", {KEY: {"a": 3e-5, "b": 2e-5}}), TuningTable("cpu", {KEY: {"a": 1e-5}})
+    tuning_table.write(empty_tables / "shipped" / "cpu.json", shipped)
+    assert tuning_table.times(PROBLEM) == {"a": 3e-5, "b": 2e-5}
+    assert tuning_table.times(replace(PROBLEM, batch=8)) == {}  # three buckets away
+    tuning_table.write(empty_tables / "mine" / "cpu.json", mine)
+    assert tuning_table.times(PROBLEM) == {"a": 1e-5, "b": 2e-5}
 
 
 def test_tables_survive_writing(empty_tables: Path) -> None:
@@ -143,7 +122,7 @@ def test_damaged_tables_are_refused(text: str, message: str, tmp_path: Path) -> 
 
 
 def test_shipped_tables_are_readable() -> None:
-    for path in (Path(tuning_table.__file__).with_name("tuning")).glob("*.json"):
+    for path in tuning_table.SHIPPED.glob("*.json"):
         assert tuning_table.read(path).device == path.stem
         json.loads(path.read_text())
 

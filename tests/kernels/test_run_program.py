@@ -9,10 +9,10 @@ from contenders import CONTENDERS, assert_same, filled_memory
 from programs import CASES, one_conv, preact_residual, random_inputs, random_program, share_unsaturated
 from torch import Tensor
 
-from lbs_kernels import run
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
-from lbs_kernels.program import Program, blob_digest
-from lbs_kernels.run import clear_runners, program_text, run_program
+from lbs_kernels.program.steps import Program, blob_digest
+from lbs_kernels.run import compiled, loaded
+from lbs_kernels.run.loaded import clear_runners, program_text, run_program
 
 
 def compare(program: Program, blob: Tensor, batch: int, backend: str, device: str, seed: int = 5) -> None:
@@ -226,9 +226,9 @@ def test_two_programs_of_equal_length_are_told_apart() -> None:
 def test_a_program_is_parsed_and_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clear_runners()
     count = {"parsed": 0, "hashed": 0}
-    read, digest = run.read_program, run.blob_digest
-    monkeypatch.setattr(run, "read_program", lambda *a: count.update(parsed=count["parsed"] + 1) or read(*a))
-    monkeypatch.setattr(run, "blob_digest", lambda *a: count.update(hashed=count["hashed"] + 1) or digest(*a))
+    read, digest = loaded.read_program, compiled.blob_digest
+    monkeypatch.setattr(loaded, "read_program", lambda *a: count.update(parsed=count["parsed"] + 1) or read(*a))
+    monkeypatch.setattr(compiled, "blob_digest", lambda *a: count.update(hashed=count["hashed"] + 1) or digest(*a))
     program, blob = preact_residual(0)
     text = program_text(program)
     images = random_inputs(program, 1, 0)
@@ -241,10 +241,10 @@ def test_a_program_is_parsed_and_built_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_cache_is_bounded() -> None:
     clear_runners()
-    for seed in range(run.MAX_RUNNERS + 5):
+    for seed in range(loaded.MAX_TEXTS + 5):
         program, blob = CASES["one_pixel"](seed)
         run_program(program, blob, random_inputs(program, 1, 0), backend="reference")
-    assert len(run._runners) == run.MAX_RUNNERS
+    assert len(loaded._texts) == loaded.MAX_TEXTS
     clear_runners()
 
 
@@ -281,17 +281,17 @@ def test_op_is_well_formed(region: Region) -> None:
 
 
 def test_op_under_compile_with_any_batch(region: Region) -> None:
-    compiled = torch.compile(region, fullgraph=True, dynamic=True, backend="aot_eager")
+    graph = torch.compile(region, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 5, 3):
         x = torch.randn(batch, 3, 8, 8)
-        assert_same(compiled(x), region(x), "compiled output")
+        assert_same(graph(x), region(x), "compiled output")
 
 
 @pytest.mark.slow
 def test_op_under_inductor(region: Region) -> None:
-    compiled = torch.compile(region, fullgraph=True)
+    graph = torch.compile(region, fullgraph=True)
     x = torch.randn(2, 3, 8, 8)
-    assert torch.allclose(compiled(x), region(x), rtol=1e-6)
+    assert torch.allclose(graph(x), region(x), rtol=1e-6)
 
 
 def test_op_under_export_with_any_batch(region: Region) -> None:

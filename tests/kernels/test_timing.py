@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from lbs_kernels import timing
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.timing import SelfTimed, Times, interleave, quantile
+from lbs_kernels.times import stopwatch
+from lbs_kernels.times.stopwatch import SelfTimed, Times, interleave, quantile
 
 
 class Clock:
@@ -15,7 +15,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.order: list[str] = []
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: self.now)
 
     def contender(self, name: str, seconds: float) -> object:
         def call() -> None:
@@ -38,7 +38,7 @@ def test_medians_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_contenders_alternate_and_take_turns_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    contenders = {name: clock.contender(name, timing.AWAKE) for name in "abc"}
+    contenders = {name: clock.contender(name, stopwatch.AWAKE) for name in "abc"}
     told: list[str] = []
     interleave(contenders, rounds=4, warmup=0.0005, before=told.append)
     assert "".join(told) == "abc" + "abc" + "bca" + "cab" + "abc"  # before a contender's warm-up and every measurement
@@ -47,15 +47,15 @@ def test_contenders_alternate_and_take_turns_to_begin(monkeypatch: pytest.Monkey
 
 def test_a_contender_is_called_until_its_threads_are_awake(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    interleave({"a": clock.contender("a", timing.AWAKE / 8)}, rounds=1, warmup=0.0)
+    interleave({"a": clock.contender("a", stopwatch.AWAKE / 8)}, rounds=1, warmup=0.0)
     assert len(clock.order) == 1 + 8 + 1  # warm-up, untimed, timed
 
 
 def test_the_first_call_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(timing.time, "sleep", lambda seconds: clock.order.append(f"pause {seconds}"))
+    monkeypatch.setattr(stopwatch.time, "sleep", lambda seconds: clock.order.append(f"pause {seconds}"))
     times = interleave({"a": clock.contender("a", 2.0**-20)}, rounds=2, warmup=0.0, first_call=True)
-    assert clock.order == ["a", *[f"pause {timing.SETTLE}", "a"] * 2]
+    assert clock.order == ["a", *[f"pause {stopwatch.SETTLE}", "a"] * 2]
     assert times["a"].median == pytest.approx(2.0**-20)
 
 
@@ -68,8 +68,8 @@ def test_warm_up_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_calls_are_repeated_until_the_clock_can_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     times = interleave({"a": clock.contender("a", 2.0**-20)}, rounds=3, warmup=2.0**-20)
-    repeats = (len(clock.order) - 1) / 3 - timing.AWAKE * 2.0**20
-    assert repeats * 2.0**-20 >= timing.MIN_SPAN
+    repeats = (len(clock.order) - 1) / 3 - stopwatch.AWAKE * 2.0**20
+    assert repeats * 2.0**-20 >= stopwatch.MIN_SPAN
     assert times["a"].median == pytest.approx(2.0**-20)
 
 
@@ -78,8 +78,8 @@ def test_on_a_gpu_the_latency_of_the_first_call_is_shared_by_many(
     seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latency, clock, counts = 20e-6, Clock(monkeypatch), []
-    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(timing, "_cuda_clock", lambda device, cold: lambda call, calls: counts.append(calls) or 1.0)
+    monkeypatch.setattr(stopwatch.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(stopwatch, "_cuda_clock", lambda device, cold: lambda call, calls: counts.append(calls) or 1.0)
     interleave({"graph": clock.contender("graph", seconds + latency)}, device="cuda", rounds=1, warmup=1e-3)
     assert latency / (counts[0] * seconds) < 0.02
 
@@ -124,7 +124,7 @@ def test_events_and_graphs_on_a_gpu() -> None:
     import torch
 
     x = torch.randn(2048, 2048, device="cuda")
-    graph = timing.cuda_graph(lambda: x @ x)
+    graph = stopwatch.cuda_graph(lambda: x @ x)
     times = interleave({"eager": lambda: x @ x, "graph": graph}, device="cuda", rounds=5, warmup=0.05)
     cold = interleave({"graph": graph}, device="cuda", rounds=5, warmup=0.05, cold_l2=True)
     for measured in (*times.values(), *cold.values()):

@@ -31,11 +31,11 @@ from compiled_layers import (
 )
 from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
 
-from lbs_kernels.bitconv2d import tuning
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.program import Emit, QuantPackStep
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.steps import Emit, QuantPackStep
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 HOPPER_FIRST = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
@@ -123,9 +123,9 @@ def test_nothing_is_contracted_that_the_epilogue_rounds_twice(tmp_path: Path, mo
     assert "FADD" in kernel.sass
     assert "FFMA" not in kernel.sass
     # The same kernel without the option is contracted: the assertion above can fail.
-    from lbs_kernels.quantpack import triton_impl
+    from lbs_kernels.gpu.triton import quantpack
 
-    monkeypatch.setattr(triton_impl, "LAUNCH_OPTIONS", {"enable_fp_fusion": True})
+    monkeypatch.setattr(quantpack, "LAUNCH_OPTIONS", {"enable_fp_fusion": True})
     (fused,) = compile_steps(program, blob, 2, "sm_90", tmp_path / "fused")
     assert "FFMA" in fused.sass
 
@@ -148,7 +148,7 @@ def test_fused_multiply_add_is_one_instruction(tmp_path: Path) -> None:
 )
 def test_the_loop_is_short(bits: tuple[int, int], kernel: int, limit: int, tmp_path: Path) -> None:
     layer = square(256, 256, 28, kernel, 32, *bits)
-    assert str(tuning.default(layer)).startswith("gemm_m128_o128_k128_w8")
+    assert str(conv_default(layer)).startswith("gemm_m128_o128_k128_w8")
     compiled = compile_problem(layer, "sm_90", tmp_path)
     check_operands(compiled)
     loop = main_loop(compiled)
@@ -178,7 +178,7 @@ def test_bytes_of_another_thread_would_be_noticed(tmp_path: Path) -> None:
 @HOPPER_FIRST
 def test_parts_of_a_reduction_meet_by_atomics(target: str, tmp_path: Path) -> None:
     layer = square(512, 512, 7, 3, 1, 4, 4)
-    assert tuning.default(layer).split_k == 16
+    assert conv_default(layer).split_k == 16
     kernel = compile_problem(layer, target, tmp_path)
     check_gemm(kernel, "wgmma" if target == "sm_90" else "mma.sync")
     assert "atom.global.gpu.acq_rel.add" in kernel.ptx
@@ -205,7 +205,7 @@ def corner_cases() -> list[tuple[int, int, GemmConfig]]:
         layer = square(128, 128, 28, 3, 32, w_bits, a_bits)
         for corner, first, weights in itertools.product(CORNERS, (True, False), ("bytes", "fields")):
             config = GemmConfig(*corner, stages=3, weights_first=first, weights=weights)
-            if tuning.is_valid(config, layer):
+            if config.why_not(layer) is None:
                 cases.append((w_bits, a_bits, config))
     return cases
 

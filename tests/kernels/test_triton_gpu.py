@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import one_step
 import programs
 import pytest
 import torch
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.bitconv2d import reference as conv_reference
-from lbs_kernels.bitconv2d import tuning as conv_tuning
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gemm_config import gemm_candidates
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.gemm import gemm_candidates
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 if TYPE_CHECKING:
-    from lbs_kernels.gpu_runner import GpuRunner
+    from lbs_kernels.gpu.runner import GpuRunner
 
 pytestmark = pytest.mark.gpu
 BITS = (2, 4, 8)
@@ -29,7 +29,7 @@ PARTS = 10
 
 
 def runner_and_images(program: Program, blob: Tensor, batch: int, seed: int) -> tuple[GpuRunner, list[Tensor]]:
-    from lbs_kernels.gpu_runner import GpuRunner  # here, so that collecting needs no Triton
+    from lbs_kernels.gpu.runner import GpuRunner  # here, so that collecting needs no Triton
 
     images = [image.cuda() for image in programs.random_inputs(program, batch, seed)]
     return GpuRunner(program, blob, "cuda"), images
@@ -75,21 +75,22 @@ def test_every_pair_of_bits_at_network_size(w_bits: int, a_bits: int) -> None:
 @pytest.mark.parametrize("channels", [96, 40, 20])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (8, 8)])
 def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int, part: int) -> None:
-    from lbs_kernels.bitconv2d import triton_impl
+    from lbs_kernels.gpu.runner import GpuRunner
 
     generator = torch.Generator().manual_seed(w_bits)
     x = torch.randint(0, 1 << a_bits, (2, 17, 15, channels), generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 1 << w_bits, (130, 3, 3, channels), generator=generator, dtype=torch.uint8)
     planes = pack_weights(codes, w_bits)
-    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1)}
-    expected = conv_reference.accumulate(x, planes, **window)
+    step = one_step.conv(x, planes, a_bits=a_bits, kernel=(3, 3), stride=(2, 1), padding=(1, 1))
+    (expected,) = ReferenceRunner(step.program, step.blob).run([step.image])
+    image = step.image.cuda()
     problem = Problem("bitconv2d", 2, 17, 15, channels, 130, (3, 3), (2, 1), (1, 1), w_bits=w_bits, a_bits=a_bits)
     chosen = {
         (c.block_m, c.block_o, c.block_words, c.block_taps, c.warps, c.weights_first, c.weights, c.split_k > 1): c
         for c in gemm_candidates(problem)
     }
     for config in list(chosen.values())[3 * part :: 3 * PARTS]:
-        actual = triton_impl.accumulate(x.cuda(), planes.cuda(), **window, config=config)
+        (actual,) = GpuRunner(step.program, step.blob, "cuda", {one_step.STEP: config}).run([image])
         assert_same(actual, expected, f"accumulator of {config}")
 
 
@@ -98,7 +99,7 @@ def test_accumulator_of_every_tile(w_bits: int, a_bits: int, channels: int, part
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4), (8, 8), (8, 2)])
 def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int, part: int) -> None:
-    from lbs_kernels.gpu_runner import GpuRunner
+    from lbs_kernels.gpu.runner import GpuRunner
 
     program, blob = programs.one_conv(
         0, channels=100, filters=100, groups=100, size=(15, 14), w_bits=w_bits, a_bits=a_bits, out_bits=4,
@@ -107,7 +108,9 @@ def test_depthwise_of_every_configuration(w_bits: int, a_bits: int, size: int, p
     images = programs.random_inputs(program, 3, 0)
     expected = ReferenceRunner(program, blob).run(images)[0]
     runner = GpuRunner(program, blob, "cuda")
-    for config in conv_tuning.candidates(runner.problems(3)["step1"])[part::PARTS]:
+    problem = runner.problems(3)["step1"]
+    direct = [choice.config for choice in kernels.candidates(problem) if choice.kernel.family == "triton"]
+    for config in direct[part::PARTS]:
         other = GpuRunner(program, blob, "cuda", {"step1": config})
         assert_same(other.run([images[0].cuda()])[0], expected, str(config))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lbs_kernels.errors import FormatError, ShapeError
-from lbs_kernels.gpu_layout import arena_view, byte_pitch, from_logical, lifetimes, plan_arena, storage, to_logical
-from lbs_kernels.program import Program, TensorSpec
+from lbs_kernels.gpu.layout import arena_view, byte_pitch, from_logical, lifetimes, plan_arena, storage, to_logical
+from lbs_kernels.program.steps import Program, TensorSpec
 
 
 def codes_spec(channels: int, bits: int, height: int = 2, width: int = 3) -> TensorSpec:

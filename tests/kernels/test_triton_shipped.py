@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed; install it: pip i
 from ahead_of_time import TARGETS
 from compiled_layers import check_shipped, shipped
 
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "cifar_resnet20", "cifar_resnet56")
 BITS = (2, 4, 8)

@@ -10,19 +10,26 @@ import pytest
 
 import lbs.cost
 import lbs.models
-from lbs_kernels import gpu_kernels
-from lbs_kernels.bitconv2d import tuning as conv_tuning
-from lbs_kernels.bitlinear import tuning as linear_tuning
-from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
-from lbs_kernels.elementwise_config import ElementwiseConfig
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.pool import tuning as pool_tuning
-from lbs_kernels.problem import Problem
-from lbs_kernels.quantpack import tuning as quantpack_tuning
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.kernels import Choice
+from lbs_kernels.program.problem import Problem
 
 LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4)
 FINE = GemmConfig(128, 64, 2, 4, 3, weights_first=True)
+
+
+def why_not(config: Any, problem: Problem) -> str | None:
+    """Why the kernel of `config` cannot run `problem` with it, or None."""
+    return Choice(kernels.kernel_of(config), config).why_not(problem)
+
+
+def triton_candidates(problem: Problem) -> list[Any]:
+    return [choice.config for choice in kernels.candidates(problem) if choice.kernel.family == "triton"]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +54,8 @@ FINE = GemmConfig(128, 64, 2, 4, 3, weights_first=True)
     ],
 )
 def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
-    assert conv_tuning.is_valid(FINE, LAYER)
-    found = conv_tuning.invalid_reason(replace(FINE, **change), LAYER)
+    assert FINE.why_not(LAYER) is None
+    found = replace(FINE, **change).why_not(LAYER)
     assert found is not None
     assert reason in found
 
@@ -65,8 +72,8 @@ def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
 )
 def test_rules_of_fields_and_groups(change: dict[str, int], reason: str) -> None:
     fields = replace(FINE, weights="fields")
-    assert conv_tuning.is_valid(fields, LAYER)
-    found = conv_tuning.invalid_reason(fields, replace(LAYER, **change))
+    assert fields.why_not(LAYER) is None
+    found = fields.why_not(replace(LAYER, **change))
     assert found is not None
     assert reason in found
 
@@ -85,29 +92,30 @@ def test_rules_of_fields_and_groups(change: dict[str, int], reason: str) -> None
 )
 def test_rules_of_the_direct_kernels(config: DepthwiseConfig | GroupedConfig, reason: str) -> None:
     layer = replace(LAYER, in_channels=100, groups=100)
-    found = conv_tuning.invalid_reason(config, layer)
+    found = why_not(config, layer)
     assert found is not None
     assert reason in found
-    assert conv_tuning.invalid_reason(config, LAYER) is not None  # one group
+    assert why_not(config, LAYER) is not None  # one group
 
 
 def test_a_configuration_of_another_kernel_is_refused() -> None:
-    for tuning in (conv_tuning, linear_tuning):
-        found = tuning.invalid_reason(ElementwiseConfig(32, 32, 4), LAYER)  # type: ignore[arg-type]
-        assert found == "elementwise_m32_c32_w4: it launches another kernel, not the matrix product"
+    for op in ("bitconv2d", "bitlinear"):
+        found = why_not(ElementwiseConfig(32, 32, 4), replace(LAYER, op=op))
+        assert found == f"there is no such kernel for {op}"
+    assert why_not(DepthwiseConfig(32, 32, 1), replace(LAYER, op="bitlinear")) is not None
 
 
 def test_which_kernel_serves() -> None:
     """Groups equal to channels: depthwise; other groups: grouped; few tiles: parts of the reduction; else one GEMM."""
-    assert isinstance(conv_tuning.default(replace(LAYER, in_channels=100, groups=100)), DepthwiseConfig)
-    assert isinstance(conv_tuning.default(replace(LAYER, in_channels=200, groups=100)), GroupedConfig)
-    many, few = conv_tuning.default(LAYER), conv_tuning.default(replace(LAYER, batch=1, height=7, width=7))
+    assert isinstance(conv_default(replace(LAYER, in_channels=100, groups=100)), DepthwiseConfig)
+    assert isinstance(conv_default(replace(LAYER, in_channels=200, groups=100)), GroupedConfig)
+    many, few = conv_default(LAYER), conv_default(replace(LAYER, batch=1, height=7, width=7))
     assert isinstance(many, GemmConfig)
     assert isinstance(few, GemmConfig)
     assert (many.split_k, few.split_k) == (1, 4)
-    families = {type(config) for config in conv_tuning.candidates(replace(LAYER, in_channels=100, groups=100))}
+    families = {type(config) for config in triton_candidates(replace(LAYER, in_channels=100, groups=100))}
     assert families == {DepthwiseConfig, GroupedConfig}
-    few_candidates = conv_tuning.candidates(replace(LAYER, batch=1, height=7, width=7))
+    few_candidates = triton_candidates(replace(LAYER, batch=1, height=7, width=7))
     assert {config.split_k for config in few_candidates if isinstance(config, GemmConfig)} == {1, 2, 4, 8, 16}
 
 
@@ -115,13 +123,12 @@ def test_which_kernel_serves() -> None:
 def test_configurations_print_themselves_and_parse_back(network: str) -> None:
     printed: dict[str, Any] = {}
     for problem in {replace(problem, batch=batch) for problem in network_problems(network) for batch in (1, 32)}:
-        tuning = conv_tuning if problem.op == "bitconv2d" else linear_tuning
         pool = Problem("pool", problem.batch, 7, 7, problem.in_channels, problem.in_channels, (3, 3), w_bits=0)
-        for config in (tuning.default(problem), *tuning.candidates(problem), *pool_tuning.candidates(pool)):
+        for config in (*triton_candidates(problem), *triton_candidates(pool)):
             assert printed.setdefault(str(config), config) == config  # unique
     assert {type(config) for config in printed.values()} >= {GemmConfig, ElementwiseConfig}
     for text, config in printed.items():
-        choice = gpu_kernels.parse(f"triton:{text}")
+        choice = kernels.parse(f"triton:{text}")
         assert choice is not None
         assert choice.config == config
 
@@ -130,7 +137,7 @@ def test_configurations_print_themselves_and_parse_back(network: str) -> None:
     "text", ["", "gemm", "m128_o64", "gemm_m128_o64_k33_w4_s3_wx_bytes_p1", "depthwise_m64_c32_w2 ", "grouped_m1_o2"]
 )
 def test_other_texts_are_refused(text: str) -> None:
-    assert gpu_kernels.parse(f"triton:{text}") is None
+    assert kernels.parse(f"triton:{text}") is None
     for kind in (GemmConfig, ElementwiseConfig, DepthwiseConfig, GroupedConfig):
         with pytest.raises(FormatError, match=r"is no configuration of the|multiples of 32"):
             kind.parse(text)
@@ -138,8 +145,8 @@ def test_other_texts_are_refused(text: str) -> None:
 
 def test_a_small_tile_may_hold_all_filters() -> None:
     small = replace(LAYER, out_channels=16)
-    assert conv_tuning.is_valid(replace(FINE, block_o=16), small)
-    assert not conv_tuning.is_valid(replace(FINE, block_o=16), replace(LAYER, out_channels=17))
+    assert replace(FINE, block_o=16).why_not(small) is None
+    assert replace(FINE, block_o=16).why_not(replace(LAYER, out_channels=17)) is not None
 
 
 @functools.cache
@@ -152,21 +159,23 @@ def network_problems(network: str) -> frozenset[Problem]:
 @pytest.mark.parametrize("batch", [1, 32, 256])
 def test_defaults_and_candidates_serve_every_layer(network: str, batch: int) -> None:
     for problem in {replace(problem, batch=batch) for problem in network_problems(network)}:
-        tuning = conv_tuning if problem.op == "bitconv2d" else linear_tuning
-        assert tuning.invalid_reason(tuning.default(problem), problem) is None
-        found = tuning.candidates(problem)
+        default = kernels.default(problem)
+        assert default.kernel.family == "triton"
+        assert default.why_not(problem) is None
+        found = list(default.kernel.candidates(problem))
         assert found, str(problem)
         assert len(set(found)) == len(found)
-        assert all(tuning.is_valid(config, problem) for config in found)
+        assert all(why_not(config, problem) is None for config in found)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 31, 33, 2048])
 def test_elementwise_defaults_and_candidates(channels: int) -> None:
-    problem = Problem("pool", 4, 7, 7, channels, channels, (3, 3), w_bits=0, a_bits=4)
-    for tuning in (pool_tuning, quantpack_tuning):
-        assert tuning.invalid_reason(tuning.default(problem), problem) is None
-        assert tuning.default(problem).block_c >= min(channels, 32)
-        assert all(tuning.is_valid(config, problem) for config in tuning.candidates(problem))
+    for op in ("pool", "quantpack"):
+        problem = Problem(op, 4, 7, 7, channels, channels, (3, 3), w_bits=0, a_bits=4)
+        default = kernels.default(problem)
+        assert default.why_not(problem) is None
+        assert default.config.block_c >= min(channels, 32)
+        assert all(config.why_not(problem) is None for config in default.kernel.candidates(problem))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,6 @@ def test_elementwise_defaults_and_candidates(channels: int) -> None:
     ],
 )
 def test_rules_of_elementwise_kernels(config: ElementwiseConfig, reason: str) -> None:
-    found = pool_tuning.invalid_reason(config, Problem("pool", 1, 4, 4, 33, 33))
+    found = config.why_not(Problem("pool", 1, 4, 4, 33, 33))
     assert found is not None
     assert reason in found

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu_weights import WeightTiles, channel_order, field_shift
-from lbs_kernels.triton_depthwise import TapRegisters
+from lbs_kernels.gpu.triton.depthwise import TapRegisters
+from lbs_kernels.gpu.weights import WeightTiles, channel_order, field_shift
 
 
 def random_codes(*shape: int, bits: int) -> torch.Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lbs_kernels import extension, tuner, tuning_table
-from lbs_kernels.layer_program import layer_program, result_of
-from lbs_kernels.problem import Problem
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.step_problem import problem_of
-from lbs_kernels.tuner import Measured
-from lbs_kernels.tuning_table import TuningTable, bucket, estimate, key
+from lbs_kernels import extension
+from lbs_kernels.program.layer import layer_program, result_of
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times import table as tuning_table
+from lbs_kernels.times.table import TuningTable, bucket, estimate, key
+from lbs_kernels.tune import tuner
+from lbs_kernels.tune.tuner import Measured
 
 CONV = Problem("bitconv2d", 2, 8, 8, 16, 20, (3, 3), (2, 2), (1, 1), w_bits=4, a_bits=2)
 PROBLEMS = [replace(CONV, batch=batch) for batch in (1, 16, 128)]

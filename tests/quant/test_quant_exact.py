@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lbs.quant import ActivationQuantizer, InputQuantizer, QuantConv2d, QuantLayer, QuantLinear
-from lbs_kernels.epilogue import fma32
+from lbs_kernels.program.epilogue import fma32
 
 
 def make_conv(w_bits: int, a_bits: int, channels: int, seed: int = 0) -> QuantConv2d:

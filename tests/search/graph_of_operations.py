@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbs.search import recorded
-from lbs_kernels.cuda_graph import Recorded
+from lbs.train import recorded
+from lbs_kernels.times.graph import Recorded
 
 FROM_THE_HOST = (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default)
 
@@ -40,7 +40,7 @@ class _Operations(TorchDispatchMode):
 
 
 def record(call: Callable[[], Tensor], *_: Any, **__: Any) -> Recorded:
-    """In place of `lbs_kernels.cuda_graph.record`: nothing has happened when it returns, and `replay` does it."""
+    """In place of `lbs_kernels.times.graph.record`: nothing has happened when it returns, and `replay` does it."""
     with _Undone(), _Operations() as mode:
         result = call()
 

@@ -250,8 +250,8 @@ def test_idle_gates_do_not_drift() -> None:
         w_gate.active, a_gate.active = iteration % 2 == 0, iteration % 2 == 1
         before = w_gate.alpha.detach().clone(), a_gate.alpha.detach().clone()
         optimizer.zero_grad()
-        loss = net(torch.rand(2, 3, 6, 6)).square().mean() + w_gate.soft_bits() * w_gate.active
-        (loss + a_gate.soft_bits() * a_gate.active).backward()
+        loss = net(torch.rand(2, 3, 6, 6)).square().mean() + w_gate.shares().sum() * w_gate.active
+        (loss + a_gate.shares().sum() * a_gate.active).backward()
         optimizer.step()
         idle, active = (1, 0) if iteration % 2 == 0 else (0, 1)
         now = w_gate.alpha.detach(), a_gate.alpha.detach()

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import two_processes
 
 from lbs.run_folder import RunFolder
-from lbs.search import distributed
+from lbs.train import distributed
 from lbs_kernels.errors import TrainingError
 
 

@@ -16,10 +16,10 @@ from lbs.graph import record_of
 from lbs.quant.calibrate import calibrate
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
+from lbs.runs.network import NetworkCard, apply_plan
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.layers import SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
-from lbs.search.network import NetworkCard, apply_plan
 from lbs.search.prepare import SearchConfig, conversion_report, prepare, uniform
 from lbs_kernels.errors import GraphError, PlanError
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lbs.search.distributed import reduce_mean
+from lbs.train.distributed import reduce_mean
 
 _WORKER = """
 import sys, torch

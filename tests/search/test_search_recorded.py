@@ -19,10 +19,10 @@ import lbs.models
 from lbs.quant import fused
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
-from lbs.search import recorded
 from lbs.search.budget import Budget, parameter_groups
-from lbs.search.recorded import SINGLE_STEPS, RecordedSteps
-from lbs.search.trainer import Trainer
+from lbs.train import recorded
+from lbs.train.recorded import SINGLE_STEPS, RecordedSteps
+from lbs.train.trainer import Trainer
 from lbs_kernels.errors import TrainingError
 
 DATA = lbs.data.synthetic(10, 32, 16, 8, 1)

@@ -21,7 +21,7 @@ from lbs.search.freeze import plan_of
 from lbs.search.gates import BitGate, PruneGate, running_product, step
 from lbs.search.layers import SearchLayer, searched_gate
 from lbs.search.quantities import Quantity, Target
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 
 def table(problem: Problem) -> float:

@@ -24,7 +24,7 @@ from lbs.search.freeze import freeze, plan_of
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.quantities import kept_problem, packed_bytes, seconds
 from lbs_kernels.errors import PlanError
-from lbs_kernels.problem import Problem
+from lbs_kernels.program.problem import Problem
 
 
 def images(count: int = 4, seed: int = 0, name: str = "cifar_resnet20") -> Tensor:

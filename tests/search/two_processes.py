@@ -20,10 +20,11 @@ import lbs.data
 from lbs.quant import calibrate
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
-from lbs.search import Budget, SearchConfig, distributed, parameter_groups, prepare
+from lbs.search import Budget, SearchConfig, parameter_groups, prepare
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate
-from lbs.search.trainer import Trainer
+from lbs.train import distributed
+from lbs.train.trainer import Trainer
 from lbs_kernels.errors import LbsError
 
 DATA = lbs.data.synthetic(classes=4, train=48, test=21, size=8, channels=1, seed=3)

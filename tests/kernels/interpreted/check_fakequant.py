@@ -17,7 +17,7 @@ from lbs.quant import codec
 from lbs.quant.fake import fake_weight
 from lbs_kernels.fakequant import triton_impl, triton_weights
 from lbs_kernels.fakequant.triton_impl import BLOCK, CHUNK, DTYPES
-from lbs_kernels.triton_common import INTERPRETED
+from lbs_kernels.gpu.triton.common import INTERPRETED
 
 # Infinities and numbers beyond a dtype are tested: numpy warns where a GPU would not.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

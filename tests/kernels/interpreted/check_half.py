@@ -14,15 +14,18 @@ import pytest
 import torch
 
 import lbs
-from lbs_kernels import gpu_kernels, registry, tuner, tuning_table
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.half_config import HalfConfig
-from lbs_kernels.problem import Problem
-from lbs_kernels.program import ConvStep, LinearStep
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.run import clear_runners
-from lbs_kernels.tuning_table import TuningTable
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import ConvStep, LinearStep
+from lbs_kernels.run import backends
+from lbs_kernels.run.loaded import clear_runners
+from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times import table
+from lbs_kernels.times.table import TuningTable
+from lbs_kernels.tune import tuner
 
 HALF = HalfConfig()
 NAME = f"fp16:{HALF}"
@@ -32,18 +35,18 @@ NAME = f"fp16:{HALF}"
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No measured times but those a test writes; models on the processor use the GPU's kernels."""
     monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
-    monkeypatch.setitem(registry.AUTOMATIC, "cpu", ("gpu", "reference"))
-    tuning_table.forget()
+    monkeypatch.setitem(backends.AUTOMATIC, "cpu", ("gpu", "reference"))
+    table.forget()
     clear_runners()
     yield
-    tuning_table.forget()
+    table.forget()
     clear_runners()
 
 
 def measured(problems: list[Problem], seconds: dict[str, float]) -> None:
-    device = tuning_table.device_slug("cpu")
-    rows = {tuning_table.key(problem): seconds for problem in problems}
-    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+    device = table.device_slug("cpu")
+    rows = {table.key(problem): seconds for problem in problems}
+    table.write(table.user_path(device), TuningTable(device, rows))
 
 
 # 33 channels: a word and one bit. Zero, sign, groups: how codes are read. 8/8 bits over 9 * 33 overflow float16.
@@ -91,16 +94,14 @@ def test_it_is_never_chosen_unless_allowed() -> None:
     program, blob = programs.one_conv(0, channels=5, filters=6, size=(4, 4), w_bits=2, a_bits=2)
     runner = GpuRunner(program, blob, "cpu")
     problem = runner.problems(2)["step1"]
-    measured([problem], {NAME: 1e-6, f"triton:{gpu_kernels.default(problem).config}": 2e-6})
+    measured([problem], {NAME: 1e-6, f"triton:{kernels.default(problem).config}": 2e-6})
     assert {choice.kernel.family for choice in runner.choices(2)} == {"triton"}
     allowed = GpuRunner(program, blob, "cpu", families=("triton", "fp16"))
     assert [choice.kernel.family for choice in allowed.choices(2)][1] == "fp16"
-    rows = [str(row) for row in registry.explain(problem)]
-    assert any(NAME in row and 'fallback="fp16"' in row for row in rows)
-    measured([problem], {NAME: 3e-6, f"triton:{gpu_kernels.default(problem).config}": 2e-6})
+    measured([problem], {NAME: 3e-6, f"triton:{kernels.default(problem).config}": 2e-6})
     assert {choice.kernel.family for choice in allowed.choices(2)} == {"triton"}
     with pytest.raises(BackendError, match="fallback 'int4' does not exist"):
-        gpu_kernels.check_fallback("int4")
+        kernels.check_fallback("int4")
     with pytest.raises(FormatError, match="no configuration of the half-precision fallback"):
         HalfConfig.parse("cudnn")
 
@@ -108,7 +109,7 @@ def test_it_is_never_chosen_unless_allowed() -> None:
 def test_the_tuner_measures_it_within_its_tolerance() -> None:
     problem = Problem("bitconv2d", 1, 4, 4, 8, 8, (3, 3), (1, 1), (1, 1), w_bits=8, a_bits=8, device="cpu")
     found = tuner.measure_gpu(problem, torch.device("cpu"), limit=0, rounds=1)
-    assert set(found.seconds) == {NAME, f"triton:{gpu_kernels.default(problem).config}"}
+    assert set(found.seconds) == {NAME, f"triton:{kernels.default(problem).config}"}
     assert not found.refused
 
 

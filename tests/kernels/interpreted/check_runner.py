@@ -19,16 +19,18 @@ from contenders import assert_same
 from torch import Tensor
 
 import lbs
-from lbs_kernels import gpu_runner, registry, tuning_table
-from lbs_kernels.bitconv2d import tuning as conv_tuning
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.half_config import HalfConfig
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.run import clear_runners
-from lbs_kernels.tuning_table import TuningTable
+from lbs_kernels.gpu import runner as gpu_runner
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run import backends
+from lbs_kernels.run.loaded import clear_runners
+from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times import table
+from lbs_kernels.times.table import TuningTable
 
 OTHER = GemmConfig(16, 32, 1, 4, 2, weights_first=False)
 
@@ -37,7 +39,7 @@ OTHER = GemmConfig(16, 32, 1, 4, 2, weights_first=False)
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No measured times but those a test writes."""
     monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
-    tuning_table.forget()
+    table.forget()
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_a_recorded_call_is_given_the_buffers_of_an_earlier_one(
 ) -> None:
     runner = GpuRunner(*net, "cpu")
     kept: list[object] = []
-    monkeypatch.setattr(gpu_runner.cuda_graph, "keep", kept.append)
+    monkeypatch.setattr(gpu_runner.graph, "keep", kept.append)
 
     def record(seed: int) -> None:
         with monkeypatch.context() as patch:
@@ -116,14 +118,14 @@ def test_a_recorded_call_is_given_the_buffers_of_an_earlier_one(
 
 
 def test_a_step_may_be_refused_beyond_its_problem(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbs_kernels.bitconv2d import half_impl
+    from lbs_kernels.gpu import half
 
     refused = lambda step, source: f"{step.name} reads {source.name}"  # noqa: E731
-    monkeypatch.setattr(half_impl, "step_reason", refused, raising=False)
+    monkeypatch.setattr(half, "step_why_not", refused, raising=False)
     runner = GpuRunner(*net, "cpu", families=("triton", "fp16"))
-    device = tuning_table.device_slug("cpu")
-    rows = {tuning_table.key(runner.problems(2)["step1"]): {"fp16:torch": 1e-9}}
-    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+    device = table.device_slug("cpu")
+    rows = {table.key(runner.problems(2)["step1"]): {"fp16:torch": 1e-9}}
+    table.write(table.user_path(device), TuningTable(device, rows))
     assert {choice.kernel.family for choice in runner.choices(2)} == {"triton"}
     with pytest.raises(BackendError, match=r"step 'step1': fp16 cannot serve .*: step1 reads "):
         GpuRunner(*net, "cpu", {"step1": HalfConfig()})
@@ -151,11 +153,11 @@ def test_threads_share_a_runner(net: tuple[Program, Tensor]) -> None:
 def test_the_measured_configuration_runs(net: tuple[Program, Tensor]) -> None:
     runner = GpuRunner(*net, "cpu")
     problem = runner.problems(2)["step1"]
-    assert conv_tuning.default(problem) != OTHER
-    key = tuning_table.key(problem)
-    device = tuning_table.device_slug("cpu")
-    rows = {key: {f"triton:{OTHER}": 1e-5, f"triton:{conv_tuning.default(problem)}": 2e-5}}
-    tuning_table.write(tuning_table.user_path(device), TuningTable(device, rows))
+    assert conv_default(problem) != OTHER
+    key = table.key(problem)
+    device = table.device_slug("cpu")
+    rows = {key: {f"triton:{OTHER}": 1e-5, f"triton:{conv_default(problem)}": 2e-5}}
+    table.write(table.user_path(device), TuningTable(device, rows))
     choices = {step.name: choice for step, choice in zip(net[0].steps, runner.choices(2), strict=True)}
     assert choices["step1"].config == OTHER
     assert choices["step1"].seconds == 1e-5
@@ -172,7 +174,7 @@ def test_plans_free_what_they_hold(net: tuple[Program, Tensor]) -> None:
 
 
 def test_explain_names_the_kernel_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.AUTOMATIC, "cpu", ("gpu", "reference"))
+    monkeypatch.setitem(backends.AUTOMATIC, "cpu", ("gpu", "reference"))
     clear_runners()
     try:
         packed = pack_nets.packed_digits()

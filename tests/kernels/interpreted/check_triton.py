@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import one_step
 import programs
 import pytest
 import torch
@@ -18,19 +19,15 @@ import triton.language as tl
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.bitconv2d import reference as conv_reference
-from lbs_kernels.bitconv2d import triton_impl as conv_triton
-from lbs_kernels.bitlinear import reference as linear_reference
-from lbs_kernels.bitlinear import triton_impl as linear_triton
-from lbs_kernels.direct_config import DepthwiseConfig, GroupedConfig
-from lbs_kernels.epilogue import fma32
-from lbs_kernels.errors import BackendError, ShapeError
-from lbs_kernels.format import pack_weights
-from lbs_kernels.gemm_config import GemmConfig
-from lbs_kernels.gpu_runner import GpuRunner
-from lbs_kernels.program import Program
-from lbs_kernels.reference_runner import ReferenceRunner
-from lbs_kernels.triton_common import INTERPRETED, fma
+from lbs_kernels.errors import BackendError
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.steps import Program
+from lbs_kernels.run.reference import ReferenceRunner
 
 BITS = (2, 4, 8)
 SMALL = GemmConfig(block_m=16, block_o=32, block_words=1, warps=4, stages=2, weights_first=False)
@@ -147,9 +144,13 @@ def test_accumulator_around_tiles(channels: int, filters: int, rows: int, w_bits
     x = torch.randint(0, 1 << a_bits, (1, rows, 1, channels), generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 1 << w_bits, (filters, 1, 1, channels), generator=generator, dtype=torch.uint8)
     planes = pack_weights(codes, w_bits)
-    expected = conv_reference.accumulate(x, planes, a_bits=a_bits, kernel=(1, 1))
-    actual = conv_triton.accumulate(x, planes, a_bits=a_bits, kernel=(1, 1), config=SMALL)
-    assert_same(actual, expected, "accumulator")
+    check_sums(one_step.conv(x, planes, a_bits=a_bits, kernel=(1, 1)), SMALL)
+
+
+def check_sums(step: one_step.OneStep, config: GemmConfig) -> None:
+    """The accumulator by one configuration: a stream of float32(acc), which holds all of it below 2^24."""
+    runner = GpuRunner(step.program, step.blob, "cpu", {one_step.STEP: config})
+    check(step.program, step.blob, [step.image], runner)
 
 
 def check_accumulator(
@@ -161,8 +162,7 @@ def check_accumulator(
     codes = torch.randint(0, 1 << w_bits, (filters, 3, 3, channels), generator=generator, dtype=torch.uint8)
     planes = pack_weights(codes, w_bits)
     window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": zero}
-    expected = conv_reference.accumulate(x, planes, **window)
-    assert_same(conv_triton.accumulate(x, planes, **window, config=config), expected, f"accumulator of {config}")
+    check_sums(one_step.conv(x, planes, **window), config)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("words", [1, 2, 4])
@@ -259,16 +259,18 @@ def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedCo
     check(program, blob, programs.random_inputs(program, 2, 6), GpuRunner(program, blob, "cpu", {"step1": config}))
 
 
-# K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536) and cancel around 0.
-@pytest.mark.parametrize("weight", [0, 255])
-def test_accumulator_at_the_overflow_corner(weight: int) -> None:
+# K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536), of which float32 keeps 24
+# bits, and half of either cancel down to 255 * 255, of which it keeps all.
+@pytest.mark.parametrize("ones", [0, 16513, 33025])
+def test_accumulator_at_the_overflow_corner(ones: int) -> None:
     channels = (2**31 - 1) // (255 * 255)
     x = torch.full((1, channels), 255, dtype=torch.uint8)
-    planes = pack_weights(torch.full((1, 1, 1, channels), weight, dtype=torch.uint8), 8)
-    expected = linear_reference.accumulate(x, planes, a_bits=8)
-    assert abs(int(expected)) == channels * 255 * 255
-    config = GemmConfig(32, 16, block_words=4, warps=4, stages=2, weights_first=True)  # few steps: this is slow here
-    assert_same(linear_triton.accumulate(x, planes, a_bits=8, config=config), expected, "accumulator")
+    codes = torch.zeros(1, 1, 1, channels, dtype=torch.uint8)
+    codes[..., :ones] = 255
+    step = one_step.linear(x, pack_weights(codes, 8), a_bits=8)
+    assert step.run("reference").item() == float(torch.tensor((2 * ones - channels) * 255 * 255).float())
+    # Few steps: this is slow here.
+    check_sums(step, GemmConfig(32, 16, block_words=4, warps=4, stages=2, weights_first=True))
 
 
 def test_not_a_number_and_infinity_become_codes() -> None:
@@ -403,11 +405,7 @@ def test_configurations_by_step_name() -> None:
 
 
 def test_what_is_refused() -> None:
-    x = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
     planes = pack_weights(torch.zeros(2, 3, 3, 3, dtype=torch.uint8), 4)
-    with pytest.raises(ShapeError, match=r"padding \(1, 1\) of signed codes"):
-        conv_triton.accumulate(x, planes, a_bits=4, kernel=(3, 3), padding=(1, 1), signed=True)
+    step = one_step.conv(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), planes, a_bits=4, kernel=(3, 3))
     with pytest.raises(BackendError, match="powers of two"):
-        conv_triton.accumulate(x, planes, a_bits=4, kernel=(3, 3), config=GemmConfig(24, 16, 1, 4, 2, True))
-    empty = conv_triton.accumulate(x[:0], planes, a_bits=4, kernel=(3, 3))
-    assert tuple(empty.shape) == (0, 2, 2, 2)
+        check_sums(step, GemmConfig(24, 16, 1, 4, 2, True))

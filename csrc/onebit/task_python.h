@@ -1,0 +1,104 @@
+// A Task from a Python dict: the one argument of the native one-bit functions.
+//
+//     x, w, offset                     addresses: planes int32 [N, H, W, a_bits, CW], laid-out weights, int32 [slots]
+//     accumulators                     address of int32 [M, O], or 0; if not 0 nothing else is written
+//     multiplier, bias                 addresses of float32 [slots]
+//     thresholds, flips                addresses of int32 [blocks, levels, filters of a block] and bits, or 0
+//     residual, stream, stream_type    addresses of [M, O] or 0; "float32", "float16" or "bfloat16"
+//     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, a_bits, signed
+//     low, high                        floats or None
+//     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, pitch (words
+//                                      or bytes from pixel to pixel), zero, signed, relu
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <utility>
+
+#include "onebit/task.h"
+
+namespace lbs::onebit {
+
+template <class T>
+T field(const pybind11::dict& task, const char* name) {
+    require(task.contains(name), std::string("one-bit task: field '") + name + "' is missing");
+    return task[name].template cast<T>();
+}
+
+template <class T>
+T* address(const pybind11::dict& task, const char* name) {
+    return reinterpret_cast<T*>(field<uintptr_t>(task, name));
+}
+
+inline StreamType stream_type(const std::string& name) {
+    if (name == "float32") return StreamType::kFloat32;
+    if (name == "float16") return StreamType::kFloat16;
+    require(name == "bfloat16", "one-bit task: stream_type is '" + name + "'; float32, float16 and bfloat16 exist");
+    return StreamType::kBfloat16;
+}
+
+inline bool bound(const pybind11::dict& task, const char* name, float& value) {
+    const auto given = field<pybind11::object>(task, name);
+    if (given.is_none()) return false;
+    value = given.cast<float>();
+    return true;
+}
+
+inline ConsumerTarget consumer_target(const pybind11::dict& k) {
+    ConsumerTarget target{};
+    target.codes = address<void>(k, "codes");
+    target.pre_scale = address<const float>(k, "pre_scale");
+    target.pre_bias = address<const float>(k, "pre_bias");
+    target.scale = field<float>(k, "scale");
+    target.bits = field<int>(k, "bits");
+    target.pitch = field<int>(k, "pitch");
+    target.zero = field<int>(k, "zero");
+    target.is_signed = field<bool>(k, "signed");
+    target.relu = field<bool>(k, "relu");
+    return target;
+}
+
+inline Task read_task(const pybind11::dict& task) {
+    using Pair = std::pair<int, int>;
+    Task t;
+    t.x = address<const uint32_t>(task, "x");
+    t.w = address<const uint32_t>(task, "w");
+    t.offset = address<const int>(task, "offset");
+    t.accumulators = address<int>(task, "accumulators");
+    t.multiplier = address<const float>(task, "multiplier");
+    t.bias = address<const float>(task, "bias");
+    t.thresholds = address<const int>(task, "thresholds");
+    t.flips = address<const uint32_t>(task, "flips");
+    t.residual = address<const void>(task, "residual");
+    t.stream = address<void>(task, "stream");
+    t.stream_type = stream_type(field<std::string>(task, "stream_type"));
+    t.batch = field<int64_t>(task, "batch");
+    t.height = field<int64_t>(task, "height");
+    t.width = field<int64_t>(task, "width");
+    t.channels = field<int64_t>(task, "channels");
+    t.filters = field<int64_t>(task, "filters");
+    std::tie(t.kernel_h, t.kernel_w) = field<Pair>(task, "kernel");
+    std::tie(t.stride_h, t.stride_w) = field<Pair>(task, "stride");
+    std::tie(t.pad_h, t.pad_w) = field<Pair>(task, "padding");
+    std::tie(t.dilation_h, t.dilation_w) = field<Pair>(task, "dilation");
+    t.w_bits = field<int>(task, "w_bits");
+    t.a_bits = field<int>(task, "a_bits");
+    t.is_signed = field<bool>(task, "signed");
+    t.has_low = bound(task, "low", t.low);
+    t.has_high = bound(task, "high", t.high);
+    for (const auto& k : field<pybind11::list>(task, "consumers"))
+        t.consumers.push_back(consumer_target(k.cast<pybind11::dict>()));
+    return t;
+}
+
+// [(machine, groups, filters, stages, bytes of shared memory)] of all kernels.
+inline pybind11::list tile_rows() {
+    pybind11::list rows;
+    for (const TileRow& row : kTileRows)
+        rows.append(pybind11::make_tuple(row.machine, row.groups, row.filters, row.stages, row.shared_bytes));
+    return rows;
+}
+
+}  // namespace lbs::onebit

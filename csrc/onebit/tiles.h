@@ -1,0 +1,36 @@
+// The kernels that are built: one row each. lbs_kernels/gpu/configs/onebit.py states the same rows and a test compares them.
+#pragma once
+
+#include <string>
+
+#include "onebit/kernel.h"
+
+// row(machine, groups of 64 pixels, filters, stages). Stages fill the shared memory of as many blocks as the registers
+// allow on sm_90: one, two, one and three of the wgmma rows. The mma rows fit the 99 KB of sm_86 and sm_89; 128 filters
+// are not among them, because three accumulators and the operands of mma.sync spill.
+#define LBS_ONEBIT_TILES(row) \
+    row(wgmma, 2, 128, 6)     \
+    row(wgmma, 1, 128, 4)     \
+    row(wgmma, 2, 64, 8)      \
+    row(wgmma, 1, 64, 4)      \
+    row(mma, 2, 64, 3)        \
+    row(mma, 1, 64, 3)
+
+namespace lbs::onebit {
+
+struct TileRow {
+    const char* machine;
+    int groups, filters, stages, shared_bytes;
+};
+
+#define LBS_ROW(machine, groups, filters, stages) \
+    {#machine, groups, filters, stages, Tile<groups, filters, stages>::kSharedBytes},
+constexpr TileRow kTileRows[] = {LBS_ONEBIT_TILES(LBS_ROW)};
+#undef LBS_ROW
+
+inline bool same_row(const TileRow& a, const TileRow& b) {
+    return std::string(a.machine) == b.machine && a.groups == b.groups && a.filters == b.filters &&
+           a.stages == b.stages;
+}
+
+}  // namespace lbs::onebit

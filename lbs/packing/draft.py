@@ -1,0 +1,215 @@
+"""A program under construction: steps that can still absorb what follows them, and their assembly into a Program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from lbs.packing.fold import affine, multiplier_and_bias, rounded, through_norms
+from lbs.packing.patterns import Op
+from lbs.quant.layers import QuantLayer
+from lbs_kernels.program.planes import check_accumulator, pack_weights
+from lbs_kernels.program.steps import (
+    Consumer,
+    ConvStep,
+    Emit,
+    LinearStep,
+    PoolStep,
+    Program,
+    QuantPackStep,
+    Step,
+    TensorSpec,
+    build_blob,
+)
+from lbs_kernels.program.window import Window
+
+Shape = tuple[int, int, int]  # channels, height, width
+Norm = tuple[str, nn.BatchNorm2d]
+
+
+@dataclass(eq=False)
+class Slot:
+    """A tensor that has no number yet."""
+
+    name: str
+    form: Literal["image", "codes", "stream"]
+    shape: Shape
+    bits: int = 0
+    zero: int = 0
+    signed: bool = False
+    flat: bool = False
+    dtype: Literal["float32", "uint8"] = "float32"
+
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.form, *self.shape, self.bits, self.zero, self.signed, self.flat, self.dtype)
+
+
+@dataclass(eq=False)
+class Target:
+    """Codes written by a step: of the value itself, or of its norm and ReLU."""
+
+    slot: Slot
+    scale: float
+    norm: Norm | None = None
+    relu: bool = False
+
+
+@dataclass(eq=False)
+class Draft:
+    """One step. `value` is the node whose float value the step produces; it moves on while nodes are absorbed.
+
+    pixels: (scale, shift) float64 [C] that turn the bytes of an image into the values of its node.
+    """
+
+    name: str
+    value: fx.Node
+    source: Slot
+    shape: Shape
+    layer: QuantLayer | None = None
+    pool: Op | None = None
+    pixels: tuple[Tensor, Tensor] | None = None
+    norms: list[Norm] = field(default_factory=list)
+    residual: Slot | None = None
+    low: float | None = None
+    high: float | None = None
+    clamped: bool = False
+    stream: Slot | None = None
+    targets: list[Target] = field(default_factory=list)
+
+    def takes_norm(self) -> bool:
+        """Whether a norm of the value can become part of the step: nothing but norms is absorbed, and it is no pool."""
+        return self.pool is None and self.residual is None and not self.clamped
+
+    def stored(self) -> Slot:
+        """The stream of the value."""
+        if self.stream is None:
+            self.stream = Slot("", "stream", self.shape)
+        return self.stream
+
+    def clamp(self, low: float | None, high: float | None) -> None:
+        """Absorb max(y, low), then min(y, high)."""
+        if low is not None:
+            self.low = low if self.low is None else max(self.low, low)
+            self.high = None if self.high is None else max(self.high, low)
+        if high is not None:
+            self.low = None if self.low is None else min(self.low, high)
+            self.high = high if self.high is None else min(self.high, high)
+        self.clamped = True
+
+    def written(self) -> list[Slot]:
+        """Tensors the step writes."""
+        return [t.slot for t in self.targets] + ([self.stream] if self.stream is not None else [])
+
+
+def assemble(
+    drafts: Iterable[Draft], inputs: list[Slot], outputs: list[Slot], stream_dtype: str
+) -> tuple[Program, Tensor]:
+    """Number the tensors, order the steps, pack the weights: (Program, blob uint8 on the CPU)."""
+    ordered = _ordered([draft for draft in drafts if draft.written()])
+    slots = list(inputs)
+    for draft in ordered:
+        if draft.stream is not None:
+            draft.stream.name = draft.value.name
+        slots.extend(draft.written())
+    number = {slot: index for index, slot in enumerate(slots)}
+    arrays: dict[str, Tensor] = {}
+    steps = tuple(_step(draft, number, arrays) for draft in ordered)
+    specs, blob, digest = build_blob(arrays)
+    program = Program(
+        tuple(slot.spec() for slot in slots),
+        steps,
+        tuple(number[slot] for slot in inputs),
+        tuple(number[slot] for slot in outputs),
+        specs,
+        stream_dtype,
+        digest,
+    )
+    return program, blob
+
+
+def _ordered(drafts: list[Draft]) -> list[Draft]:
+    """Steps in the given order, but none before the step that writes its residual."""
+    writer = {slot: draft for draft in drafts for slot in draft.written()}
+    done: dict[Draft, None] = {}
+    stack = list(reversed(drafts))
+    while stack:
+        draft = stack[-1]
+        needed = [writer[s] for s in (draft.source, draft.residual) if s in writer and writer[s] not in done]
+        if needed:
+            stack.extend(needed)
+        else:
+            done.setdefault(stack.pop())
+    return list(done)
+
+
+def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> Step:
+    source = number[draft.source]
+    emit = Emit(
+        number[draft.residual] if draft.residual is not None else None,
+        draft.low,
+        draft.high,
+        number[draft.stream] if draft.stream is not None else None,
+        tuple(_consumer(target, number, arrays) for target in draft.targets),
+    )
+    if draft.pool is not None:
+        op = draft.pool
+        kind = "max" if op.kind == "max_pool" else "mean"
+        return PoolStep(draft.name, source, emit, kind, *op.window.fields()[:3])  # type: ignore[arg-type]
+    if draft.layer is None:
+        return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))
+    return _layer_step(draft, draft.layer, source, emit, arrays)
+
+
+def _affine_keys(draft: Draft, arrays: dict[str, Tensor]) -> tuple[str, ...]:
+    """Keys of the multiplier and bias of a step without a layer; none where it takes its input as it is."""
+    if draft.pixels is None and not draft.norms:
+        return ()
+    ones, zeros = (torch.full(draft.shape[:1], value, dtype=torch.float64) for value in (1.0, 0.0))
+    scale, shift = draft.pixels or (ones, zeros)
+    keys = (f"{draft.name}.gain", f"{draft.name}.offset")  # no layer's array ends like this
+    arrays.update(zip(keys, through_norms(scale, shift, draft.name, draft.norms), strict=True))
+    return keys
+
+
+def _consumer(target: Target, number: dict[Slot, int], arrays: dict[str, Tensor]) -> Consumer:
+    slot = target.slot
+    scale_key = shift_key = None
+    if target.norm is not None:
+        name, norm = target.norm
+        scale_key, shift_key = f"{name}.scale", f"{name}.shift"
+        if scale_key not in arrays:
+            gain, shift = affine(norm, name)
+            arrays[scale_key] = rounded(gain, f"the scale of {name}")
+            arrays[shift_key] = rounded(shift, f"the shift of {name}")
+    return Consumer(
+        number[slot], slot.bits, target.scale, slot.zero, slot.signed, scale_key, shift_key, relu=target.relu
+    )
+
+
+def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays: dict[str, Tensor]) -> Step:
+    keys = tuple(f"{draft.name}.{part}" for part in ("planes", "multiplier", "bias"))
+    arrays[keys[0]] = pack_weights(weight_codes(layer, draft.source.shape), layer.w_bits)
+    arrays[keys[1]], arrays[keys[2]] = multiplier_and_bias(layer, draft.name, draft.norms)
+    _, filters, taps, _ = arrays[keys[0]].shape
+    window = Window(draft.source.shape[1:])  # linear: the whole image at once
+    if isinstance(layer, nn.Conv2d):
+        geometry: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        window = Window(*geometry)
+    check_accumulator(taps * (draft.source.shape[0] // window.groups), layer.w_bits, layer.a_bits, draft.name)
+    total = max(layer.total_filters, filters)
+    if not isinstance(layer, nn.Conv2d) and taps == 1:
+        return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys)
+    return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys)
+
+
+def weight_codes(layer: QuantLayer, shape: Shape) -> Tensor:
+    """Codes uint8 [O, kh, kw, C] on the CPU; a linear layer reads an image of `shape` [C, H, W] as one window."""
+    with torch.no_grad():
+        codes = layer.weight_codes().to(torch.uint8).cpu()
+    if codes.dim() == 2:
+        codes = codes.reshape(codes.shape[0], *shape)
+    return codes.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,178 @@
+"""`explain`: what a packed model is made of, which kernel runs each step, and where the time goes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from lbs.packing.model import PackedModel, need_packed
+from lbs.packing.region import PackedRegion
+from lbs_kernels.device import default_threads
+from lbs_kernels.errors import ShapeError
+from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Step, TensorSpec
+
+_HEADER = ("layer", "operation", "input", "output", "bits w/a", "filters", "kernel", "time us", "share")
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One step. Shapes are height, width, channels; bits are 0 where there are none; seconds is None if unmeasured."""
+
+    region: int
+    name: str
+    operation: str
+    input: tuple[int, int, int]
+    output: tuple[int, int, int]
+    w_bits: int
+    a_bits: int
+    kept_filters: int
+    total_filters: int
+    kernel: str
+    seconds: float | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows in execution order, and what is not packed. Printing it gives a table."""
+
+    rows: tuple[StepRow, ...]
+    kept_float: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    batch: int
+    threads: int
+    packed_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return asdict(self)
+
+    @property
+    def seconds(self) -> float | None:
+        """Sum over the measured steps."""
+        known = [row.seconds for row in self.rows if row.seconds is not None]
+        return sum(known) if known else None
+
+    def __str__(self) -> str:
+        table = [_HEADER, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(_HEADER))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        lines += [f"in float: {name}: {reason}" for name, reason in self.kept_float]
+        lines += list(self.notes)
+        total = f", {self.seconds * 1e6:.1f} us in the steps" if self.seconds is not None else ""
+        lines.append(f"{self.packed_bytes} bytes packed, batch {self.batch}, {self.threads} threads{total}")
+        return "\n".join(lines)
+
+
+def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, rounds: int = 30) -> Explanation:
+    """Describe a packed model step by step, timed on random images.
+
+    Args:
+        batch: images per run. threads: of the native kernels, torch's number unless given. rounds: runs whose median
+            is the time of a step: what the first thread spent in it on the native back end, a CUDA graph of its launch
+            on a GPU. The reference does not tell it.
+
+    Raises:
+        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network.
+
+    Example:
+        print(lbs.explain(packed, batch=64))
+    """
+    need_packed(packed, "explain")
+    count = default_threads() if threads is None else threads
+    if min(batch, rounds, count) < 1:
+        raise ShapeError(f"batch = {batch}, rounds = {rounds}, threads = {count}; each is at least 1")
+    generator = torch.Generator().manual_seed(0)
+    images = packed.random_images(batch, generator)
+    _, traces = packed.run_traced(images)
+    rows: list[StepRow] = []
+    notes: list[str] = []
+    for index, (region, trace) in enumerate(zip(packed.regions, traces, strict=True)):
+        compiled = region.compiled()
+        if compiled.fallback:
+            notes.append(f"region {index} fell back to {compiled.backend}: {compiled.fallback}")
+        inexact = sorted(packed.inexact_layers(batch) & {step.name for step in region.program.steps})
+        if inexact:
+            notes.append(f"region {index}: in half precision, not exact: {', '.join(inexact)}")
+        inputs = [trace[place].contiguous() for place in region.program.inputs]
+        seconds = compiled.runner.step_seconds(inputs, threads=count, rounds=rounds)
+        if seconds is None:
+            notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")
+        rows.extend(_rows(index, region, batch, seconds))
+    return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes)
+
+
+def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | None) -> list[StepRow]:
+    program, kernels = region.program, region.compiled().runner.kernels(batch)
+    rows = []
+    for place, step in enumerate(program.steps):
+        source, result = program.tensors[step.input], program.tensors[_written(step)]
+        weights = isinstance(step, ConvStep | LinearStep)
+        rows.append(
+            StepRow(
+                index,
+                step.name,
+                _operation(step),
+                _size(source),
+                _size(result),
+                step.w_bits if isinstance(step, ConvStep | LinearStep) else 0,
+                source.bits,
+                result.channels if weights else 0,
+                step.total_filters if isinstance(step, ConvStep | LinearStep) else 0,
+                kernels[place].name,
+                seconds[place] if seconds is not None else None,
+                None,
+            )
+        )
+    return rows
+
+
+def _with_shares(rows: list[StepRow]) -> tuple[StepRow, ...]:
+    total = sum(row.seconds or 0.0 for row in rows)
+    if not total:
+        return tuple(rows)
+    return tuple(replace(row, share=row.seconds / total if row.seconds is not None else None) for row in rows)
+
+
+def _written(step: Step) -> int:
+    targets = [consumer.tensor for consumer in step.emit.consumers]
+    return targets[0] if step.emit.stream is None else step.emit.stream
+
+
+def _size(spec: TensorSpec) -> tuple[int, int, int]:
+    return spec.height, spec.width, spec.channels
+
+
+def _operation(step: Step) -> str:
+    if isinstance(step, ConvStep):
+        window = f"conv {step.kernel[0]}x{step.kernel[1]}"
+        stride = f" /{step.stride[0]}" if step.stride != (1, 1) else ""
+        return window + stride + (f" groups {step.groups}" if step.groups > 1 else "")
+    if isinstance(step, LinearStep):
+        return "linear"
+    if isinstance(step, PoolStep):
+        return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
+    if step.multiplier is not None:
+        return "normalize"
+    return "quantize" if step.emit.residual is None else "add"
+
+
+def _cells(row: StepRow) -> tuple[str, ...]:
+    def size(shape: tuple[int, int, int]) -> str:
+        return "x".join(str(value) for value in shape)
+
+    return (
+        row.name,
+        row.operation,
+        size(row.input),
+        size(row.output),
+        f"{row.w_bits}/{row.a_bits}" if row.w_bits else "",
+        f"{row.kept_filters}/{row.total_filters}" if row.total_filters else "",
+        row.kernel,
+        f"{row.seconds * 1e6:.1f}" if row.seconds is not None else "",
+        f"{row.share:.1%}" if row.share is not None else "",
+    )

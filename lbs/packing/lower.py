@@ -1,0 +1,385 @@
+"""A traced model of quantized layers becomes programs: who consumes whom, and which form each tensor takes.
+
+The walk follows the graph and keeps, for every node, where its float value lives: in the epilogue of a step that can
+still absorb what follows (norm, sum, clamp), behind a norm that only quantizers read (pre-activation), or behind a
+maximum that is taken on codes. A step stores its value as a stream only where somebody needs floats. What no step can
+absorb becomes a step of its own that reads a stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from lbs.graph import ModelGraph, called_module
+from lbs.packing.checks import check_layer
+from lbs.packing.draft import Draft, Norm, Slot, Target, assemble
+from lbs.packing.patterns import Op, classify, shape_of
+from lbs.packing.regions import Partition, operands, partition
+from lbs.quant.layers import QuantLayer
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs_kernels.errors import GraphError
+from lbs_kernels.program.steps import Program
+
+
+@dataclass(frozen=True)
+class LoweredRegion:
+    """One program, the nodes it reads and the nodes whose values it returns."""
+
+    program: Program
+    blob: Tensor
+    nodes: frozenset[fx.Node]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[tuple[fx.Node, int], ...]  # node -> place among the program's outputs
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """All regions in execution order, and what stays in float: (name, reason). `free` nodes have become needless."""
+
+    regions: tuple[LoweredRegion, ...]
+    kept_float: tuple[tuple[str, str], ...]
+    free: frozenset[fx.Node]
+
+
+class _NotPackable(Exception):
+    """A node that fits no program where it stands; it goes back to float."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A float value: that of a step, of a norm (and ReLU) on it, or of a maximum of either."""
+
+    draft: Draft
+    norm: Norm | None = None
+    relu: bool = False
+    pool: tuple[fx.Node, Op] | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.norm is None and self.pool is None
+
+
+def step_names(module: fx.GraphModule) -> dict[fx.Node, str]:
+    """Name of the step of every quantized layer call: the layer's, with `#2`, `#3` ... where it is called again."""
+    names: dict[fx.Node, str] = {}
+    calls: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if isinstance(called_module(module, node), QuantLayer):
+            target = str(node.target)
+            calls[target] = calls.get(target, 0) + 1
+            names[node] = target if calls[target] == 1 else f"{target}#{calls[target]}"
+    return names
+
+
+def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | None = None) -> Lowered:
+    """Programs of a traced model.
+
+    Args:
+        pixels: (scale, shift) float64 [C]; the model's input is given as bytes, which they normalise. None: as floats.
+
+    Raises:
+        GraphError: no layer can be packed, a layer breaks a rule of the format, or an in-place operation changes a
+            value that is read again. FormatError: an accumulator could overflow.
+    """
+    module = graph.module
+    ops: dict[fx.Node, Op] = {}
+    reasons: dict[fx.Node, str] = {}
+    for node in module.graph.nodes:
+        found = classify(module, node)
+        if isinstance(found, Op):
+            ops[node] = found
+        elif node.op in ("call_module", "call_function", "call_method"):
+            reasons[node] = found
+    _check_inplace(ops)
+    while True:
+        parts = partition(module.graph, ops, reasons)
+        if not any(op.kind == "layer" for op in ops.values()):
+            raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
+        try:
+            walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
+            break
+        except _NotPackable as refusal:
+            reasons[refusal.node] = refusal.reason
+            del ops[refusal.node]
+    if pixels is not None:
+        _check_bytes(module, ops, parts)
+    regions = tuple(walk.finish(stream_dtype) for walk in walks)
+    return Lowered(regions, _kept(module, ops, reasons, parts), parts.free)
+
+
+def _check_bytes(module: fx.GraphModule, ops: dict[fx.Node, Op], parts: Partition) -> None:
+    packed = {node for region in parts.regions for node in region} | parts.free
+    packed |= {node for node, op in ops.items() if op.kind == "shape"}
+    for image in (node for node in module.graph.nodes if node.op == "placeholder"):
+        floats = [user for user in image.users if user not in packed]
+        if floats:
+            raise GraphError(
+                f"{_label(floats[0])} stays in float and reads the images, which would be bytes; pack without "
+                "normalize= and give normalised float32 images"
+            )
+
+
+def _kept(
+    module: fx.GraphModule, ops: dict[fx.Node, Op], reasons: dict[fx.Node, str], parts: Partition
+) -> tuple[tuple[str, str], ...]:
+    left = {node: reason for node, reason in reasons.items() if node not in parts.free}
+    for node, op in ops.items():
+        if op.kind == "shape" and node not in parts.free:
+            left[node] = "its sizes are read by float operations"
+    ordered = [node for node in module.graph.nodes if node in left]
+    return tuple((_label(node), left[node]) for node in ordered)
+
+
+def _listed(module: fx.GraphModule, reasons: dict[fx.Node, str]) -> str:
+    layers = [n for n in reasons if isinstance(called_module(module, n), QuantLayer)]
+    return "; ".join(f"{_label(n)}: {reasons[n]}" for n in layers) or "the forward pass calls none"
+
+
+def _label(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _check_inplace(ops: dict[fx.Node, Op]) -> None:
+    order = {node: index for index, node in enumerate(next(iter(ops)).graph.nodes)} if ops else {}
+    for node, op in ops.items():
+        if not op.inplace:
+            continue
+        source = operands(node, op)[0]
+        later = [user for user in source.users if order[user] > order[node]]
+        if later:
+            raise GraphError(
+                f"{_label(node)} changes {_label(source)} in place, and {_label(later[0])} reads it afterwards; "
+                "use the form that is not in place"
+            )
+
+
+class _Walk:
+    """One region: drafts of its steps, built in graph order."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        ops: dict[fx.Node, Op],
+        region: tuple[fx.Node, ...],
+        parts: Partition,
+        pixels: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.module = module
+        self.ops = ops
+        self.region = set(region)
+        self.free = parts.free
+        self.pixels = pixels
+        self.names = step_names(module)
+        self.drafts: list[Draft] = []
+        self.images: dict[fx.Node, Slot] = {}
+        self.values: dict[fx.Node, _Value] = {}
+        self.codes: dict[tuple[object, ...], Slot] = {}
+        for node in region:
+            getattr(self, f"_{ops[node].kind}")(node, ops[node])
+        self.results = self._results(region)
+
+    def finish(self, stream_dtype: str) -> LoweredRegion:
+        """Assemble the program."""
+        outputs = list(dict.fromkeys(self.results.values()))
+        program, blob = assemble(self.drafts, list(self.images.values()), outputs, stream_dtype)
+        places = tuple((node, outputs.index(slot)) for node, slot in self.results.items())
+        return LoweredRegion(program, blob, frozenset(self.region), tuple(self.images), places)
+
+    # Nodes, one method per kind.
+
+    def _layer(self, node: fx.Node, op: Op) -> None:
+        layer, name = called_module(self.module, node), self.names[node]
+        if not isinstance(layer, QuantLayer):
+            raise GraphError(f"{name} is a {type(layer).__name__}, not a quantized layer")
+        check_layer(name, layer)
+        source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
+        shape = shape_of(node)
+        size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)
+        self._add_draft(node, Draft(name, node, source, size, layer=layer))
+
+    def _norm(self, node: fx.Node, op: Op) -> None:
+        norm, label = called_module(self.module, node), _label(node)
+        if not isinstance(norm, nn.BatchNorm2d):
+            raise GraphError(f"{label} is a {type(norm).__name__}, not a norm")
+        source, draft = self._operand(node), self._absorber(self._source(node), node)
+        readers = [user for reader in self._readers(node) for user in self._behind_relu(reader)]
+        if draft is None or not draft.takes_norm():
+            if source.plain and all(self._kind(reader) == "layer" for reader in readers):
+                self.values[node] = replace(source, norm=(label, norm))
+                return
+            draft = self._copy(node, source)
+        draft.norms.append((label, norm))
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _clamp(self, node: fx.Node, op: Op) -> None:
+        source = self._operand(node)
+        if source.norm is not None and source.pool is None:  # _norm has looked at its readers
+            self.values[node] = replace(source, relu=True)
+            return
+        draft = self._absorber(self._source(node), node) or self._copy(node, source)
+        draft.clamp(op.low, op.high)
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _add(self, node: fx.Node, op: Op) -> None:
+        first, second = operands(node, op)
+        # The later one absorbs the sum, so that the earlier is there in time.
+        for main, other in sorted(((first, second), (second, first)), key=lambda pair: -self._age(pair[0])):
+            draft = self._absorber(main, node) if main is not other else None
+            if draft is not None and draft.residual is None and not draft.clamped:
+                break
+        else:
+            other = second
+            draft = self._copy(node, self._read(first))
+        residual = self._floats(other, node)
+        if residual.shape != draft.shape:
+            raise _NotPackable(node, f"it adds pixels of {draft.shape} and {residual.shape}, flattened")
+        draft.residual = residual
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _max_pool(self, node: fx.Node, op: Op) -> None:
+        source = self._operand(node)
+        readers = self._readers(node)
+        if readers and all(self._kind(reader) == "layer" for reader in readers) and source.pool is None:
+            self.values[node] = replace(source, pool=(node, op))
+            return
+        self._pool(node, op)
+
+    def _mean_pool(self, node: fx.Node, op: Op) -> None:
+        self._pool(node, op)
+
+    def _pool(self, node: fx.Node, op: Op) -> None:
+        stream = self._floats(self._source(node), node)
+        shape = (*shape_of(node), 1, 1)
+        self._add_draft(node, Draft(node.name, node, stream, (shape[1], shape[2], shape[3]), pool=op))
+
+    def _alias(self, node: fx.Node, op: Op) -> None:
+        self.values[node] = self._operand(node)
+
+    # Helpers.
+
+    def _add_draft(self, node: fx.Node, draft: Draft) -> None:
+        self.drafts.append(draft)
+        self.values[node] = _Value(draft)
+
+    def _copy(self, node: fx.Node, source: _Value) -> Draft:
+        """A step that reads a stored value and emits it anew."""
+        draft = Draft(node.name, node, self._stored(source, node), source.draft.shape)
+        self.drafts.append(draft)
+        return draft
+
+    def _source(self, node: fx.Node) -> fx.Node:
+        return operands(node, self.ops[node])[0]
+
+    def _operand(self, node: fx.Node) -> _Value:
+        return self._read(self._source(node))
+
+    def _read(self, node: fx.Node) -> _Value:
+        """The value of a node; one outside the region becomes an image input."""
+        if node not in self.region and node not in self.values:
+            shape = shape_of(node)
+            if len(shape) not in (2, 4):
+                reader = next(user for user in node.users if user in self.region)
+                raise _NotPackable(reader, f"it reads {len(shape)} dimensions; regions take [N, C, H, W] or [N, C]")
+            size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1, 1)
+            pixels = self.pixels if node.op == "placeholder" else None
+            self.images[node] = Slot(node.name, "image", size, dtype="float32" if pixels is None else "uint8")
+            self._add_draft(node, Draft(f"{node.name}.quantize", node, self.images[node], size, pixels=pixels))
+        return self.values[node]
+
+    def _age(self, node: fx.Node) -> int:
+        return self.drafts.index(self._read(node).draft)
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """The node whose values an alias shows."""
+        while node in self.region and self._kind(node) == "alias":
+            node = self._source(node)
+        return node
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """What reads a node's values, aliases looked through; of a node outside, the region's readers only."""
+        found = []
+        for user in node.users:
+            if user in self.free or (node not in self.region and user not in self.region):
+                continue
+            found.extend(self._readers(user) if user in self.region and self._kind(user) == "alias" else [user])
+        return found
+
+    def _behind_relu(self, node: fx.Node) -> list[fx.Node]:
+        op = self.ops.get(node)
+        if node in self.region and op is not None and op.kind == "clamp" and (op.low, op.high) == (0.0, None):
+            return self._readers(node)
+        return [node]
+
+    def _kind(self, node: fx.Node) -> str:
+        return self.ops[node].kind if node in self.region else ""
+
+    def _only_reader(self, node: fx.Node, reader: fx.Node) -> bool:
+        return self._readers(self._origin(node)) == [reader]
+
+    def _absorber(self, node: fx.Node, reader: fx.Node) -> Draft | None:
+        """The step that computes `node`, if `reader` alone sees it and can therefore become part of that step."""
+        value = self._read(node)
+        return value.draft if value.plain and self._only_reader(node, reader) else None
+
+    def _floats(self, node: fx.Node, reader: fx.Node) -> Slot:
+        return self._stored(self._read(node), reader)
+
+    def _stored(self, value: _Value, reader: fx.Node) -> Slot:
+        if value.pool is not None:
+            raise _NotPackable(value.pool[0], f"{_label(reader)} reads its floats")
+        if value.norm is not None:
+            raise GraphError(f"{_label(reader)} reads the floats of {value.norm[0]}, which no step stores")
+        return value.draft.stored()
+
+    def _encode(self, value: _Value, quantizer: ActivationQuantizer | InputQuantizer, name: str) -> Slot:
+        """Codes of a value as `quantizer` wants them, shared between layers that want the same."""
+        norm = value.norm[0] if value.norm is not None else None
+        pool = value.pool[0] if value.pool is not None else None
+        coding = (quantizer.bits, quantizer.scale(), quantizer.zero, quantizer.signed)
+        key = (value.draft, norm, value.relu, pool, *coding)
+        if key in self.codes:
+            return self.codes[key]
+        draft, scale = value.draft, quantizer.scale()
+        bits, zero, signed = quantizer.bits, quantizer.zero, quantizer.signed
+        if value.pool is not None:
+            node, op = value.pool
+            before = self._encode(replace(value, pool=None), quantizer, f"{node.name}.input")
+            shape = (draft.shape[0], *shape_of(node)[2:])
+            draft = Draft(f"{node.name}@{name}", node, before, (shape[0], shape[1], shape[2]), pool=op)
+            self.drafts.append(draft)
+        slot = Slot(name, "codes", draft.shape, bits, zero, signed)
+        plain = value.pool is not None
+        draft.targets.append(Target(slot, scale, None if plain else value.norm, False if plain else value.relu))
+        self.codes[key] = slot
+        return slot
+
+    def _results(self, region: tuple[fx.Node, ...]) -> dict[fx.Node, Slot]:
+        """Streams of the nodes that are read outside."""
+        leaving = [n for n in region if any(user not in self.region and user not in self.free for user in n.users)]
+        results: dict[fx.Node, Slot] = {}
+        for node in sorted(leaving, key=lambda n: len(shape_of(n)) == 2):
+            value = self.values[node]
+            reader = next(user for user in node.users if user not in self.region and user not in self.free)
+            slot = self._stored(value, reader)
+            flat = len(shape_of(node)) == 2
+            if flat and (slot.shape[1:] != (1, 1) or (slot in results.values() and not slot.flat)):
+                raise _NotPackable(self._flattener(node), f"{_label(reader)} reads the flattened floats")
+            slot.flat = flat
+            results[node] = slot
+        return {node: results[node] for node in region if node in results}
+
+    def _flattener(self, node: fx.Node) -> fx.Node:
+        """The alias that made a value two-dimensional."""
+        while self._kind(self._source(node)) == "alias" and len(shape_of(self._source(node))) == 2:
+            node = self._source(node)
+        return node

@@ -1,0 +1,96 @@
+"""`pack`: from a quantized model to a PackedModel, verified."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lbs.packing.checks import quantized_layers
+from lbs.packing.lower import lower
+from lbs.packing.model import PackedModel
+from lbs.packing.outer import outer_graph
+from lbs.packing.pixels import Normalization
+from lbs.packing.tracing import trace_model
+from lbs.packing.verify import verify as compare
+from lbs_kernels.errors import FormatError, GraphError
+from lbs_kernels.program.steps import STREAM_DTYPES
+
+_log = logging.getLogger("lbs")
+
+
+def pack(
+    model: nn.Module,
+    *,
+    example: Tensor | None = None,
+    stream_dtype: str = "float32",
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    verify: bool = True,
+    fallback: str | None = None,
+) -> PackedModel:
+    """Pack a quantized model: weights into bit-planes, norms into the epilogue, layers into one program per region.
+
+    The model is read as it computes in evaluation mode, and stays as it is. Layers that cannot be packed remain float
+    modules; they are logged and listed in `kept_float`.
+
+    Args:
+        model: made by `lbs.freeze` or `lbs.uniform`.
+        example: images [N, C, H, W] such as the packed model is given, float32, or uint8 with `normalize`; needed where
+            the model carries no record of its input shape. Verification uses it.
+        stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16".
+        normalize: (mean, std) per channel of pixels scaled to 0..1, as torchvision's Normalize takes them. The packed
+            model is then given the bytes of images, uint8 [N, C, H, W], and no float image is stored.
+        fallback: see `lbs.load`.
+        verify: compare a few images (the example, or random ones) layer by layer with the float64 evaluation.
+
+    Returns:
+        PackedModel on the model's device.
+
+    Raises:
+        GraphError: still searchable, nothing to pack, untraceable, values that are not finite, signed activations that
+            are padded with zeros, bytes that a float part would read, or a verification that failed (the layer is
+            named). FormatError: an accumulator that could overflow, or means and deviations that are not finite and
+            positive. ShapeError: an example of another form, or another number of channels.
+
+    Example:
+        packed = lbs.pack(lbs.freeze(model))
+        packed.save("network.lbs.safetensors")
+        logits = packed(images)
+    """
+    if stream_dtype not in STREAM_DTYPES:
+        raise FormatError(f"stream_dtype is {stream_dtype!r}; choose one of {', '.join(STREAM_DTYPES)}")
+    quantized_layers(model)
+    pixels = None if normalize is None else Normalization.of(normalize)
+    floats = example if example is None or pixels is None else pixels.values(example[:2]).float()
+    graph, shape = trace_model(model, floats)
+    if pixels is not None:
+        pixels.check_channels(shape[0])
+    lowered = lower(graph, stream_dtype, None if pixels is None else pixels.affine)
+    record = getattr(model, "lbs_record", None)
+    left_out = dict(record.unconverted) if record is not None else {}  # layers that were never quantized, and why
+    name = type(model).__name__
+    device = next(iter(model.parameters())).device
+    packed = PackedModel(
+        outer_graph(graph, lowered),
+        input_shape=shape,
+        kept_float=tuple((label, left_out.get(label, reason)) for label, reason in lowered.kept_float),
+        plan=record.plan if record is not None else None,
+        name=name,
+        normalize=pixels,
+    ).to(device)
+    packed.fallback = fallback
+    for label, reason in packed.kept_float:
+        _log.warning("%s: %s stays in float: %s", name, label, reason)
+    if verify:
+        _verify(model, packed, example)
+    return packed
+
+
+def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:
+    if example is None:
+        example = packed.random_images(2, torch.Generator().manual_seed(0))
+    report = compare(model, packed, example[:4].to(packed.device))
+    if not report.ok:
+        raise GraphError(f"the packed model does not equal the model: {report.first_difference}\n{report}")

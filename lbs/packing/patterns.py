@@ -1,0 +1,267 @@
+"""What each node of a traced model means to a packed program: one small Op per node, or the reason why it has none."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from lbs.graph import called_module
+from lbs.quant.deployed import computes_as
+from lbs.quant.layers import QuantConv2d, QuantLinear
+from lbs_kernels.program.window import Window
+
+Kind = Literal["layer", "norm", "clamp", "add", "max_pool", "mean_pool", "alias", "shape"]
+Pair = tuple[int, int]
+POINT = Window()
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node a program can express.
+
+    alias: the same values, possibly flattened. shape: sizes only, no values (`x.size(0)`).
+    """
+
+    kind: Kind
+    low: float | None = None  # clamp
+    high: float | None = None
+    window: Window = POINT  # max_pool
+    inplace: bool = False
+
+
+def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
+    """The Op of a node, or why it stays in float."""
+    if node.op == "call_module":
+        target = called_module(module, node)
+        kind = next((kind for kind in _MODULES if isinstance(target, kind)), None)
+        if kind is not None and not computes_as(target, kind):
+            return f"{type(target).__name__} has a forward of its own"
+        found = _MODULES[kind](target, node) if kind is not None else None
+        return found if found is not None else f"{type(target).__name__} has no packed form"
+    if node.op in ("call_function", "call_method"):
+        call_rule = _CALLS.get(node.target)
+        found = call_rule(node) if call_rule is not None else None
+        return found if found is not None else f"{_call_name(node)} has no packed form"
+    return f"{node.op} is no computation"
+
+
+def float_bound(value: Any) -> float | None:
+    """A clamp bound as an exact float32 number; None where it bounds nothing."""
+    if value is None or math.isinf(value):
+        return None
+    return float(torch.tensor(float(value), dtype=torch.float32))
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Shape of a node's tensor with its batch, () if it is none."""
+    return tuple(node.meta.get("shape", ())) if isinstance(node, fx.Node) else ()
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Positional or keyword argument of a call."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _call_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _pair(value: Any) -> Pair:
+    """A size as it was called with, or as the sizes of the traced images made it."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("number", (0, 0))
+    if isinstance(value, int):
+        return value, value
+    first, second = (item.meta.get("number", 0) if isinstance(item, fx.Node) else item for item in value)
+    return int(first), int(second)
+
+
+# Modules: (module, node) -> Op, a reason, or None.
+
+
+def _conv(module: QuantConv2d, node: fx.Node) -> Op | str:
+    return Op("layer") if len(shape_of(node)) == 4 else "it is given images without a batch"
+
+
+def _linear(module: QuantLinear, node: fx.Node) -> Op | str:
+    rank = len(shape_of(node))
+    return Op("layer") if rank == 2 else f"it is applied at several positions of a tensor of {rank} dimensions"
+
+
+def _norm(module: nn.BatchNorm2d, node: fx.Node) -> Op | str:
+    if not module.track_running_stats or module.running_mean is None:
+        return "it keeps no running statistics"
+    return Op("norm")
+
+
+def _hardtanh(module: nn.Hardtanh, node: fx.Node) -> Op:  # also ReLU6
+    return Op("clamp", float_bound(module.min_val), float_bound(module.max_val), inplace=module.inplace)
+
+
+def _max_pool(module: nn.MaxPool2d, node: fx.Node) -> Op | None:
+    window = module.kernel_size, module.stride, module.padding, module.dilation
+    return _max_pool_op(window, module.ceil_mode, module.return_indices, node)
+
+
+def _mean_pool(module: nn.AdaptiveAvgPool2d, node: fx.Node) -> Op | None:
+    return _global_mean(node)
+
+
+def _avg_pool(module: nn.AvgPool2d, node: fx.Node) -> Op | None:
+    return _windowed_mean(node, module.kernel_size, module.padding, module.divisor_override)
+
+
+def _flatten(module: nn.Flatten, node: fx.Node) -> Op | None:
+    return _reshaped(node)
+
+
+def _identity(module: nn.Module, node: fx.Node) -> Op:
+    return Op("alias")
+
+
+_MODULES: dict[type[nn.Module], Callable[[Any, fx.Node], Op | str | None]] = {
+    QuantConv2d: _conv,
+    QuantLinear: _linear,
+    nn.BatchNorm2d: _norm,
+    nn.ReLU: lambda module, node: Op("clamp", 0.0, None, inplace=module.inplace),
+    nn.Hardtanh: _hardtanh,
+    nn.MaxPool2d: _max_pool,
+    nn.AdaptiveAvgPool2d: _mean_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.Flatten: _flatten,
+    nn.Identity: _identity,
+    nn.Dropout: _identity,
+    nn.Dropout2d: _identity,
+}
+
+
+# Functions and methods: node -> Op, or None.
+
+
+def _max_pool_op(window: tuple[Any, ...], ceil_mode: Any, indices: Any, node: fx.Node) -> Op | None:
+    """`window`: kernel, stride, padding, dilation."""
+    kernel, stride, padding, dilation = window
+    if _pair(dilation) != (1, 1) or indices or len(shape_of(node)) != 4:
+        return None
+    made = Window(_pair(kernel), _pair(stride or kernel), _pair(padding))
+    floor = made.output(*shape_of(node.args[0])[2:])
+    return Op("max_pool", window=made) if not ceil_mode or floor == shape_of(node)[2:] else None
+
+
+def _max_pool_call(node: fx.Node) -> Op | None:
+    names = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1}
+    window = tuple(argument(node, index + 1, name, default) for index, (name, default) in enumerate(names.items()))
+    return _max_pool_op(window, argument(node, 5, "ceil_mode"), argument(node, 6, "return_indices"), node)
+
+
+def _global_mean(node: fx.Node) -> Op | None:
+    """Pooling whose output is one pixel, or the mean over both image dimensions."""
+    source, result = shape_of(node.args[0]), shape_of(node)
+    if len(source) != 4 or result not in ((*source[:2], 1, 1), source[:2]):
+        return None
+    return Op("mean_pool")
+
+
+def _windowed_mean(node: fx.Node, kernel: Any, padding: Any, divisor: Any) -> Op | None:
+    whole = _pair(kernel) == shape_of(node.args[0])[2:] and _pair(padding) == (0, 0)
+    return _global_mean(node) if whole and divisor is None else None
+
+
+def _avg_pool_call(node: fx.Node) -> Op | None:
+    kernel, padding = argument(node, 1, "kernel_size"), argument(node, 3, "padding", 0)
+    return _windowed_mean(node, kernel, padding, argument(node, 6, "divisor_override"))
+
+
+def _mean_call(node: fx.Node) -> Op | None:
+    dims = argument(node, 1, "dim")
+    over_pixels = isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
+    return _global_mean(node) if over_pixels and node.kwargs.get("dtype") is None else None
+
+
+def _reshaped(node: fx.Node) -> Op | None:
+    """Flattening to [N, C * H * W], or a reshape that changes nothing."""
+    source, result = shape_of(node.args[0]), shape_of(node)
+    if source == result or (len(source) in (2, 4) and result == (source[0], math.prod(source[1:]))):
+        return Op("alias")
+    return None
+
+
+def _dropout_call(node: fx.Node) -> Op | None:
+    return Op("alias") if argument(node, 2, "training", True) is False else None
+
+
+def _relu_call(node: fx.Node) -> Op:
+    inplace = node.target == "relu_" or bool(argument(node, 1, "inplace", False))
+    return Op("clamp", 0.0, None, inplace=inplace)
+
+
+def _relu6_call(node: fx.Node) -> Op:
+    return Op("clamp", 0.0, 6.0, inplace=bool(argument(node, 1, "inplace", False)))
+
+
+def _clamp_call(node: fx.Node) -> Op | None:
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    if any(isinstance(bound, fx.Node) for bound in (low, high)):
+        return None
+    return Op("clamp", float_bound(low), float_bound(high), inplace=node.target == "clamp_")
+
+
+def _hardtanh_call(node: fx.Node) -> Op:
+    low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    return Op("clamp", float_bound(low), float_bound(high), inplace=bool(argument(node, 3, "inplace", False)))
+
+
+def _add_call(node: fx.Node) -> Op | None:
+    left, right = argument(node, 0, "input"), argument(node, 1, "other")
+    shapes = {shape_of(left), shape_of(right), shape_of(node)}
+    if len(shapes) != 1 or not shape_of(node) or node.kwargs.get("alpha", 1) != 1:
+        return None
+    return Op("add", inplace=node.target in (operator.iadd, "add_"))
+
+
+def _shape_call(node: fx.Node) -> Op | None:
+    """Sizes of a tensor, and items of such sizes."""
+    source = node.args[0]
+    if node.target is operator.getitem:
+        is_size = isinstance(source, fx.Node) and not shape_of(source) and source.target in ("size", getattr)
+        return Op("shape") if is_size else None
+    return None if node.target is getattr and node.args[1] != "shape" else Op("shape")
+
+
+_CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
+    torch.relu: _relu_call,
+    F.relu: _relu_call,
+    "relu": _relu_call,
+    "relu_": _relu_call,
+    F.relu6: _relu6_call,
+    F.hardtanh: _hardtanh_call,
+    torch.clamp: _clamp_call,
+    "clamp": _clamp_call,
+    "clamp_": _clamp_call,
+    operator.add: _add_call,
+    operator.iadd: _add_call,
+    torch.add: _add_call,
+    "add": _add_call,
+    "add_": _add_call,
+    F.max_pool2d: _max_pool_call,
+    F.adaptive_avg_pool2d: _global_mean,
+    F.avg_pool2d: _avg_pool_call,
+    torch.mean: _mean_call,
+    "mean": _mean_call,
+    torch.flatten: _reshaped,
+    "flatten": _reshaped,
+    "view": _reshaped,
+    "reshape": _reshaped,
+    "contiguous": _reshaped,
+    F.dropout: _dropout_call,
+    "size": _shape_call,
+    getattr: _shape_call,
+    operator.getitem: _shape_call,
+}

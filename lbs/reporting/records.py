@@ -1,0 +1,124 @@
+"""Record: everything a run folder holds, each part possibly missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbs.cost import FULL_PRECISION_BITS, bops, float_weight_bytes, full_precision, weight_bytes
+from lbs.plan import LayerPlan, Plan
+from lbs.run_folder import RunFolder, read_json
+from lbs_kernels.errors import CheckpointError
+
+PHASES = ("float", "search", "finetune")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of the plan, with what it cost before and costs now."""
+
+    layer: LayerPlan
+    inputs: int  # input channels that live
+    full_bops: int  # 32 x 32 bits, nothing pruned
+    bops: int
+    full_bytes: int  # float32 weights, nothing pruned
+    bytes: int  # planes, multiplier and bias; float32 weights where the layer computes in float
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a run. Sections of results.json, rows of metrics.jsonl by phase, layers of the plan."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    layers: tuple[LayerRow, ...] = ()
+    made: dict[str, Any] = field(default_factory=dict)  # record.json of a row that was reproduced
+    path: str = ""  # the folder, as it was named
+
+    def epochs(self, phase: str) -> list[dict[str, Any]]:
+        """Rows written at the end of each epoch."""
+        return [row for row in self.metrics.get(phase, []) if row.get("kind") == "epoch"]
+
+    def gates(self) -> list[dict[str, Any]]:
+        """Rows of the search that show gates, one per step, in step order."""
+        rows = {row["step"]: row for row in self.metrics.get("search", []) if row.get("gates")}
+        return [rows[step] for step in sorted(rows)]
+
+    def value(self, section: str, key: str) -> Any:
+        """A value of results.json, or None."""
+        return self.results.get(section, {}).get(key)
+
+    def targets(self) -> dict[str, dict[str, float | None]]:
+        """Targets of the search by name, in base units: `target`, `value`, and `thresholds`, what the trained
+        thresholds had reached before the projection. None where a run of an older release does not say."""
+        section = self.results.get("search", {})
+        rows = section.get("targets") or {}
+        if not rows and section.get("target_bops"):
+            now = sum(row.bops for row in self.layers) or section.get("bops")
+            rows = {"bops": {"target": section["target_bops"], "value": now}}
+        return {name: {key: row.get(key) for key in ("target", "value", "thresholds")} for name, row in rows.items()}
+
+    def seed(self, phase: str = "") -> int | None:
+        """The seed of a phase, or of the last one that was begun; a float network within a search has the search's."""
+        order = {"float": ("float", "search"), "": PHASES[::-1]}.get(phase, (phase,))
+        sections = (self.config.get(name) for name in order)
+        return next((section["seed"] for section in sections if section and "seed" in section), None)
+
+    def bench_rows(self) -> list[dict[str, Any]]:
+        """Rows of the benchmark."""
+        return list(self.results.get("bench", {}).get("rows", []))
+
+
+def read(path: str | Path) -> Record:
+    """Read a run folder.
+
+    Raises:
+        CheckpointError: there is no such folder, it holds nothing of a run, or a file is damaged.
+    """
+    folder = RunFolder(path)
+    if not folder.path.is_dir():
+        raise CheckpointError(
+            f"no run folder {folder.path}; run_search and run_finetune make one, in a shell lbs search, finetune or "
+            "quickstart"
+        )
+    parts = {name: _optional(folder.file(f"{name}.json")) for name in ("config", "environment", "results", "network")}
+    rows = folder.metrics()
+    plan = Plan.load(folder.file("plan.json")) if folder.file("plan.json").exists() else None
+    if not rows and plan is None and not parts["results"]:
+        raise CheckpointError(f"{folder.path} holds no metrics, no plan and no results; there is nothing to report")
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        metrics.setdefault(str(row.get("phase")), []).append(row)
+    made = _optional(folder.file("record.json"))
+    name = folder.path.resolve().name
+    return Record(name, metrics=metrics, layers=layer_rows(plan), made=made, path=str(path), **parts)
+
+
+def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
+    """Costs of every layer by the formulas of lbs.cost."""
+    if plan is None:
+        return ()
+    rows = []
+    for layer in plan.layers:
+        inputs = plan.kept_inputs(layer)
+        now, before = layer.problem(inputs, layer.kept_filters), layer.problem()
+        rows.append(
+            LayerRow(
+                layer,
+                inputs,
+                bops(full_precision(before)),
+                bops(now),
+                float_weight_bytes(before),
+                float_weight_bytes(now) if layer.w_bits == FULL_PRECISION_BITS else weight_bytes(now),
+            )
+        )
+    return tuple(rows)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.exists() else {}

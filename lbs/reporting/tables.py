@@ -1,0 +1,210 @@
+"""The tables of a report: a header, rows of text, and a line about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lbs.reporting.records import PHASES, Record
+from lbs.reporting.units import bops, percent, quantity, seconds, size, times
+
+TARGET_NAMES = {"bops": "bit operations", "size_mb": "packed weights", "latency_ms": "latency of one image"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns whose name begins with `#` hold numbers and are set to the right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the summary."""
+
+    label: str
+    value: str
+    detail: str = ""
+    state: str = ""  # good | bad | ""
+
+
+def tiles(record: Record) -> list[Tile]:
+    """The summary: what went in, what came out."""
+    found = [*_accuracy_tiles(record), *_cost_tiles(record), *_check_tiles(record)]
+    return [tile for tile in found if tile is not None]
+
+
+def _accuracy_tiles(record: Record) -> list[Tile | None]:
+    before, after = record.value("float", "accuracy"), record.value("finetune", "accuracy")
+    packed = record.value("verify", "packed_accuracy")
+    result = packed if packed is not None else after
+    if result is None:
+        return []
+    label = "Accuracy, packed" if packed is not None else "Accuracy, fine-tuned"
+    detail = ""
+    if before is not None:
+        detail = f"float {percent(before)}, {100 * (result - before):+.2f} points"
+    return [Tile(label, percent(result), detail)]
+
+
+def _cost_tiles(record: Record) -> list[Tile | None]:
+    if not record.layers:
+        return []
+    now, full = sum(row.bops for row in record.layers), sum(row.full_bops for row in record.layers)
+    detail = f"per image; float {bops(full)}, {times(full / now)} fewer"
+    found: list[Tile | None] = [Tile("Bit operations", bops(now), detail)]
+    packed, before = record.value("pack", "bytes"), record.value("float", "bytes")
+    if packed is not None:
+        found.append(Tile("Packed file", size(packed), f"float weights {size(before)}" if before else ""))
+    targets = record.targets()
+    if targets:
+        met = all((row["value"] or 0) <= (row["target"] or 0) for row in targets.values())
+        parts = (f"{quantity(name, row['value'])} of {quantity(name, row['target'])}" for name, row in targets.items())
+        found.append(Tile("Budget", "met" if met else "missed", f"{', '.join(parts)} allowed", _state(met)))
+    return found
+
+
+def _check_tiles(record: Record) -> list[Tile | None]:
+    found: list[Tile | None] = []
+    equal, images = record.value("verify", "equal_predictions"), record.value("verify", "images")
+    if equal is not None:
+        passed = bool(record.value("verify", "passed"))
+        rest = ", the rest on rounding boundaries" if passed and equal != images else ""
+        text = f"{equal} of {images} predictions equal{rest}"
+        found.append(Tile("Packed = trained", "yes" if passed else "no", text, _state(passed)))
+    speed = _speeds(record)
+    if speed:
+        text = ", ".join(f"{times(ratio)} at batch {batch}" for batch, ratio in speed)
+        found.append(Tile("Against torch float32", times(speed[0][1]), text, _state(speed[0][1] > 1)))
+    return found
+
+
+def _speeds(record: Record) -> list[tuple[int, float]]:
+    """(batch, ratio to torch float32) of the packed network."""
+    return [
+        (row["batch"], row["ratios"]["torch float32"])
+        for row in record.bench_rows()
+        if row["contender"] == "packed" and "torch float32" in row.get("ratios", {})
+    ]
+
+
+def _state(good: bool) -> str:
+    return "good" if good else "bad"
+
+
+def tables(record: Record) -> list[Table]:
+    """All tables for which the run holds something."""
+    made = (
+        budget_table(record),
+        layer_table(record),
+        latency_table(record),
+        phase_table(record),
+        environment_table(record),
+    )
+    return [table for table in made if table.rows]
+
+
+def budget_table(record: Record) -> Table:
+    """One row per target: what was allowed, what was reached, and by the thresholds alone."""
+    rows = []
+    for name, row in record.targets().items():
+        before, value = row["thresholds"], row["value"]
+        rest = "-"
+        if before is not None and value is not None:
+            rest = "closed by projection" if before > value else "opened by projection" if before < value else "nothing"
+        shown = [quantity(name, amount) for amount in (row["target"], before, value)]
+        rows.append((TARGET_NAMES[name], *shown, rest))
+    header = ("Target", "#Allowed", "#Reached by thresholds", "#Result", "The rest")
+    note = (
+        "By thresholds: what the trained thresholds had reached when the search ended; a projection then closed the "
+        "cheapest gates until the target held, or opened what still fitted. A dash: no thresholds were trained, or the "
+        "run is of an older release, which did not note it."
+    )
+    return Table("Budget", header, tuple(rows), note)
+
+
+def layer_table(record: Record) -> Table:
+    """One row per layer, and the totals."""
+    header = ("Layer", "Kind", "#Weight bits", "#Activation bits", "#Filters", "#BOPs", "#Full", "#Bytes", "#float32")
+    rows = []
+    for row in record.layers:
+        layer = row.layer
+        kernel = (
+            "linear" if layer.kind == "linear" else f"{layer.kernel[0]}x{layer.kernel[1]}, stride {layer.stride[0]}"
+        )
+        filters = f"{layer.kept_filters} / {layer.filters}"
+        costs = (bops(row.bops), bops(row.full_bops), size(row.bytes), size(row.full_bytes))
+        rows.append((layer.name, kernel, str(layer.w_bits), str(layer.a_bits), filters, *costs))
+    if rows:
+        sums = [sum(getattr(row, key) for row in record.layers) for key in ("bops", "full_bops", "bytes", "full_bytes")]
+        kept = sum(row.layer.kept_filters for row in record.layers)
+        filters = f"{kept} / {sum(row.layer.filters for row in record.layers)}"
+        rows.append(("total", "", "", "", filters, bops(sums[0]), bops(sums[1]), size(sums[2]), size(sums[3])))
+    note = (
+        "BOPs: bit operations of one image. Full: 32 x 32 bits, nothing pruned. Bytes: planes, multiplier and bias; "
+        "planes fill words of 32 channels, so a layer that reads few channels can be larger than its floats."
+    )
+    return Table("Layers", header, tuple(rows), note)
+
+
+def latency_table(record: Record) -> Table:
+    """Benchmark rows as they were measured."""
+    rows = []
+    for row in record.bench_rows():
+        ratio = row.get("ratios", {}).get("torch float32")
+        spread = f"{seconds(row['p20'])} - {seconds(row['p80'])}"
+        rate = f"{row['batch'] / row['median']:,.0f}"
+        ratio_text = times(ratio) if ratio else "-"
+        rows.append((row["contender"], str(row["batch"]), seconds(row["median"]), spread, rate, ratio_text))
+    header = ("Contender", "#Batch", "#Median", "#20 - 80 %", "#Images / s", "#x torch float32")
+    bench = record.results.get("bench", {})
+    about = f"{bench.get('device', 'cpu')}, {bench.get('threads', '?')} threads. " if rows else ""
+    missing = bench.get("missing", {})
+    left_out = " Not measured: " + "; ".join(f"{k}: {v}" for k, v in missing.items()) + "." if missing else ""
+    note = (
+        f"{about}All contenders in one process, interleaved, on the same images; ratios are medians of pairs.{left_out}"
+    )
+    return Table("Latency", header, tuple(rows), note)
+
+
+def phase_table(record: Record) -> Table:
+    """One row per training phase."""
+    rows = []
+    for phase in PHASES:
+        section: dict[str, Any] = record.results.get(phase, {})
+        if "epochs" not in section:
+            continue
+        best = (
+            f"{percent(section['best_accuracy'])} (epoch {section['best_epoch']})" if section["best_accuracy"] else "-"
+        )
+        last, seed = percent(section["accuracy"]), record.seed(phase)
+        rows.append(
+            (
+                phase,
+                "-" if seed is None else str(seed),
+                str(section["epochs"]),
+                f"{section['steps']:,}",
+                seconds(section["seconds"]),
+                last,
+                best,
+            )
+        )
+    header = ("Phase", "#Seed", "#Epochs", "#Steps", "#Time", "#Test, last epoch", "#Test, best")
+    return Table(
+        "Training",
+        header,
+        tuple(rows),
+        "The weights of the last epoch are kept. The best epoch was picked on the test images.",
+    )
+
+
+def environment_table(record: Record) -> Table:
+    """Versions and machine."""
+    rows = [(key, str(value)) for key, value in record.environment.items() if value is not None]
+    for command, section in record.config.items():
+        if isinstance(section, dict) and "hash" in section:
+            rows.append((f"{command}, configuration", str(section.get("hash", ""))))
+    return Table("Environment", ("What", "Value"), tuple(rows))

@@ -1,0 +1,43 @@
+"""A packed network with what it came from, and the one of a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import lbs
+from lbs.packing.model import PackedModel
+from lbs.run_folder import RunFolder
+from lbs.runs import network
+from lbs.train import checkpoint
+from lbs_kernels.errors import CheckpointError
+
+PACKED = "packed.lbs.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A packed network and, where it is known, the float network it came from and its run folder."""
+
+    packed: PackedModel
+    path: Path
+    float_model: nn.Module | None = None
+    folder: RunFolder | None = None
+
+
+def of_run(folder: RunFolder, device: object = "cpu") -> Source:
+    """The packed network of a run. Raises CheckpointError where it was not packed yet."""
+    path = folder.file(PACKED)
+    if not path.exists():
+        raise CheckpointError(f"{folder.path} holds no packed network; run lbs pack --run {folder.path} first")
+    if "pack" not in folder.results():
+        raise CheckpointError(f"{path} is older than the network of the run; run lbs pack --run {folder.path} again")
+    float_model = None
+    if folder.file(network.FLOAT).exists():
+        card = network.NetworkCard.read(folder)
+        float_model = network.build(card.model, card.num_classes)
+        checkpoint.apply_weights(float_model, checkpoint.load_weights(folder.file(network.FLOAT)), network.FLOAT)
+        float_model.eval()
+    return Source(lbs.load(path, str(device)), path, float_model, folder)

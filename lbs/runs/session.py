@@ -1,0 +1,65 @@
+"""What every phase of a run works with: where to write, what to train on, whom to tell."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lbs.data
+from lbs.config import RunConfig
+from lbs.run_folder import RunFolder
+from lbs.runs import network
+from lbs.train import distributed
+from lbs.train.protocols import Progress
+
+
+@dataclass
+class Session:
+    """What a phase needs besides its configuration: where to write, what to train on, whom to tell."""
+
+    folder: RunFolder
+    device: torch.device
+    resume: bool = False
+    progress: Progress | None = None
+    say: Callable[[str], None] = lambda line: None
+    _images: dict[Any, lbs.data.ImageSet] = field(default_factory=dict, init=False, repr=False)
+
+    def data(self, config: RunConfig) -> lbs.data.ImageSet:
+        """The images that a configuration names; read once for all phases that name the same."""
+        source = config.data, config.mean, config.std, config.max_unreadable
+        if source not in self._images:
+            self._images = {source: network.load_data(*source)}
+        return self._images[source]
+
+
+def goes_on(session: Session, phase: str) -> bool:
+    """Whether a phase has a checkpoint to go on from."""
+    return distributed.first(lambda: session.resume and session.folder.checkpoint(phase).exists())
+
+
+def train_loader(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> lbs.data.Loader:
+    """This process's part of the training images."""
+    options: dict[str, Any] = {"device": device, "rank": distributed.rank(), "world_size": distributed.world_size()}
+    return lbs.data.train_loader(data, config.batch_size, augment=config.augment, seed=config.seed, **options)
+
+
+def test_loader(data: lbs.data.ImageSet, device: torch.device) -> lbs.data.Loader:
+    """This process's part of the test images."""
+    return lbs.data.eval_loader(data, device=device, rank=distributed.rank(), world_size=distributed.world_size())
+
+
+def calibration_pairs(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Batches of training images that are not augmented, and their labels; the same on every process."""
+    size = min(128, data.train_count, config.calibration)
+    loader = lbs.data.train_loader(data, size, augment=False, seed=config.seed, device=device)
+    return list(itertools.islice(loader, -(-config.calibration // size)))
+
+
+def calibration_batches(config: RunConfig, data: lbs.data.ImageSet, device: torch.device) -> list[Tensor]:
+    """Images that set the ranges."""
+    return [images for images, _ in calibration_pairs(config, data, device)]

@@ -1,0 +1,126 @@
+"""What happens to a run after training: pack, verify, bench. Each stage writes its section of results.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lbs
+import lbs.data
+from lbs.packing.model import PackedModel
+from lbs.plan import Plan
+from lbs.run_folder import RunFolder
+from lbs.runs import network
+from lbs.runs.packed import PACKED, of_run
+from lbs_kernels.errors import GraphError, LbsError
+
+_EXAMPLES = 4
+_BATCH = 256
+
+
+def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = False) -> dict[str, Any]:
+    """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer.
+
+    `uint8`: it takes the bytes of images and normalises them as the data of the run was.
+    """
+    started = time.monotonic()
+    model, card = network.load_network(folder)
+    if Plan.load(folder.file("plan.json")).in_float:
+        raise GraphError(
+            f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
+            "search bits too, in a new run with --mode joint or two-stage"
+        )
+    data = network.images_of(card)
+    normalize = (data.mean, data.std) if uint8 else None
+    pixels, _ = lbs.data.pixels_at(data, torch.arange(min(_EXAMPLES, data.test_count)))
+    images = _served(data, pixels, uint8)
+    packed = lbs.pack(model, example=images, stream_dtype=stream_dtype, normalize=normalize)
+    path = folder.file(PACKED)
+    packed.save(path)
+    section = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "packed_bytes": packed.packed_bytes,
+        "stream_dtype": stream_dtype,
+        "input_dtype": str(packed.input_dtype).removeprefix("torch."),
+        "kept_float": [list(row) for row in packed.kept_float],
+        "seconds": time.monotonic() - started,
+    }
+    folder.add_result("pack", section, stale=("verify", "bench"))
+    return section
+
+
+def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dict[str, Any]:
+    """Compare the saved file with the trained network: every code on `images` test images, every prediction on all.
+
+    An image whose prediction differs is compared code by code too: it is excused only where all that differs lies on a
+    rounding boundary, and never if `strict`.
+    """
+    if images < 1:
+        raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
+    started = time.monotonic()
+    model, card = network.load_network(folder)
+    packed = of_run(folder).packed
+    data = network.images_of(card)
+    spread = torch.linspace(0, data.test_count - 1, min(images, data.test_count)).long()  # over the whole set
+    bytes_in = packed.normalize is not None
+    report = lbs.verify(model, packed, _served(data, lbs.data.pixels_at(data, spread)[0], bytes_in))
+    trained, served, labels, differing, identical = _predictions(model, packed, data)
+    places = (trained != served).nonzero().flatten()
+    excused = True
+    if len(places):
+        excused = not strict and lbs.verify(model, packed, _served(data, differing, bytes_in)).ok
+    section = {
+        "images": len(labels),
+        "equal_predictions": len(labels) - len(places),
+        "identical_outputs": identical,  # bit for bit
+        "differing_images": places.tolist(),
+        "packed_accuracy": float((served == labels).double().mean()),
+        "trained_accuracy": float((trained == labels).double().mean()),
+        "codes": report.codes,
+        "codes_on_boundary": report.near_boundary,
+        "first_difference": report.first_difference,
+        "passed": report.ok and excused,
+        "seconds": time.monotonic() - started,
+    }
+    folder.add_result("verify", section)
+    return section
+
+
+def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
+    """Time the packed network of a run against its float network and our uniform 8 bits. Options as `lbs.bench`."""
+    source = of_run(folder)
+    timed = lbs.bench(source.packed, model=source.float_model, **options)
+    say(str(timed))
+    section = timed.to_json()
+    folder.add_result("bench", section)
+    return section
+
+
+def _served(data: lbs.data.ImageSet, pixels: Tensor, uint8: bool) -> Tensor:
+    """uint8 [N, H, W, C] as a packed network is given them: [N, C, H, W], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2) if uint8 else lbs.data.normalize(pixels, data.mean, data.std)
+
+
+@torch.inference_mode()
+def _predictions(
+    model: nn.Module, packed: PackedModel, data: lbs.data.ImageSet
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Of all test images: classes by the trained network, by the packed one, labels; pixels where the two differ; and
+    for how many images their outputs are equal bit for bit.
+    """
+    trained, served, labels, differing, identical = [], [], [], [], 0
+    for places in torch.arange(data.test_count).split(_BATCH):
+        pixels, of_batch = lbs.data.pixels_at(data, places)
+        logits = model(_served(data, pixels, uint8=False))
+        ours = packed(_served(data, pixels, packed.normalize is not None))
+        identical += int((logits == ours).all(1).sum())
+        trained.append(logits.argmax(1))
+        served.append(ours.argmax(1))
+        labels.append(of_batch)
+        differing.append(pixels[trained[-1] != served[-1]])
+    return torch.cat(trained), torch.cat(served), torch.cat(labels), torch.cat(differing), identical

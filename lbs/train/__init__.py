@@ -1,0 +1,1 @@
+"""The training loop: any model, any loss, resumable."""

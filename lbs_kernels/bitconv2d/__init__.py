@@ -1,1 +1,0 @@
-"""Integer convolution of codes with bit-plane weights."""

@@ -1,1 +1,0 @@
-"""Integer matrix product of codes with bit-plane weights."""

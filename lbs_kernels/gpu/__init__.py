@@ -1,0 +1,1 @@
+"""The GPU back end: which kernel runs a step, and a program as a list of launches."""

@@ -1,0 +1,1 @@
+"""Launch configurations of GPU kernels: their texts, which are legal, which are the default."""

@@ -1,0 +1,133 @@
+"""How the GPU back end keeps tensors: packed codes, biased bytes, streams; and where they lie in one arena.
+
+    codes below 8 bits   planes int32 [N, H, W, bits, CW], the form of program/planes.py
+    codes of 8 bits      int8 [N, H, W, pitch], q - 128, pitch = C rounded up to 16: what the tensor core multiplies,
+                         and 16-byte loads for every pixel. Channels beyond C hold nothing in particular.
+    streams              [N, H, W, C] in the stream type
+
+Each form has an exact inverse, `to_logical(from_logical(x)) == x`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lbs_kernels.errors import ShapeError
+from lbs_kernels.program.planes import pack_planes, unpack_planes, words
+from lbs_kernels.program.steps import STREAM_DTYPES, Program, TensorSpec
+
+PITCH = 16  # bytes: one vector load
+ALIGNMENT = 256  # bytes: what cudaMalloc gives
+MAX_INDEX = 2**31 - 1  # kernels count elements of one tensor in int32
+BYTE_BITS = 8  # codes of this width are bytes, narrower ones planes
+
+
+def byte_pitch(channels: int) -> int:
+    """Elements between two pixels of biased bytes."""
+    return -(-channels // PITCH) * PITCH
+
+
+def pixel_elements(spec: TensorSpec) -> int:
+    """Elements between two pixels of a tensor in its GPU form."""
+    if spec.form != "codes":
+        return spec.channels
+    return byte_pitch(spec.channels) if spec.bits == BYTE_BITS else spec.bits * words(spec.channels)
+
+
+def storage(spec: TensorSpec, stream_dtype: str, batch: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    """dtype and shape of the buffer of one tensor.
+
+    Raises:
+        ShapeError: more elements than the kernels can count.
+    """
+    shape: tuple[int, ...] = (batch, spec.height, spec.width)
+    if batch * spec.height * spec.width * pixel_elements(spec) > MAX_INDEX:
+        raise ShapeError(
+            f"{spec.name} has {batch} x {spec.height} x {spec.width} pixels of {pixel_elements(spec)} elements; "
+            f"the GPU kernels count to {MAX_INDEX}, split the batch"
+        )
+    if spec.form != "codes":
+        return STREAM_DTYPES[stream_dtype], (*shape, spec.channels)
+    if spec.bits == BYTE_BITS:
+        return torch.int8, (*shape, byte_pitch(spec.channels))
+    return torch.int32, (*shape, spec.bits, words(spec.channels))
+
+
+def to_logical(buffer: Tensor, spec: TensorSpec) -> Tensor:
+    """A copy of the tensor in its logical form: codes uint8 [N, H, W, C], streams as they are.
+
+    Raises:
+        FormatError: planes with bits set beyond the last channel.
+    """
+    if spec.form != "codes":
+        return buffer.clone()
+    if spec.bits == BYTE_BITS:
+        return (buffer[..., : spec.channels].to(torch.int16) + 128).to(torch.uint8)
+    return unpack_planes(buffer, spec.bits, spec.channels)
+
+
+def from_logical(codes: Tensor, spec: TensorSpec) -> Tensor:
+    """The GPU form of codes uint8 [N, H, W, C], the inverse of `to_logical`; unused bytes are 0."""
+    if spec.bits < BYTE_BITS:
+        return pack_planes(codes, spec.bits)
+    padded = torch.nn.functional.pad(codes.to(torch.int16) - 128, (0, byte_pitch(spec.channels) - spec.channels))
+    return padded.to(torch.int8)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies in the arena, in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
+    """First and last step (inclusive) at which each tensor must keep its values; outputs stay to the end."""
+    spans: dict[int, tuple[int, int]] = {}
+    for at, step in enumerate(program.steps):
+        emit = step.emit
+        for index in (step.input, emit.residual):
+            if index is not None and index in spans:
+                spans[index] = (spans[index][0], at)
+        written = [consumer.tensor for consumer in emit.consumers]
+        for index in written if emit.stream is None else [emit.stream, *written]:
+            spans[index] = (at, at)
+    end = len(program.steps)
+    return {index: (first, end if index in program.outputs else last) for index, (first, last) in spans.items()}
+
+
+def plan_arena(program: Program, batch: int) -> tuple[dict[int, Slot], int]:
+    """Offsets for every tensor that steps write, and the arena's size. Tensors overlap only if never alive together.
+
+    First fit in order of writing: networks are chains, and the gap a dead tensor leaves suits a later one.
+    """
+    spans = lifetimes(program)
+    slots: dict[int, Slot] = {}
+    size = 0
+    for index, (first, last) in spans.items():
+        dtype, shape = storage(program.tensors[index], program.stream_dtype, batch)
+        nbytes = -(-dtype.itemsize * torch.Size(shape).numel() // ALIGNMENT) * ALIGNMENT
+        taken = sorted(
+            (slots[other].offset, slots[other].offset + slots[other].nbytes)
+            for other in slots
+            if spans[other][0] <= last and first <= spans[other][1]
+        )
+        offset = 0
+        for start, stop in taken:
+            if offset + nbytes <= start:
+                break
+            offset = max(offset, stop)
+        slots[index] = Slot(offset, nbytes)
+        size = max(size, offset + nbytes)
+    return slots, size
+
+
+def arena_view(arena: Tensor, slot: Slot, spec: TensorSpec, stream_dtype: str, batch: int) -> Tensor:
+    """The buffer of one tensor inside the arena (uint8 [bytes])."""
+    dtype, shape = storage(spec, stream_dtype, batch)
+    count = dtype.itemsize * torch.Size(shape).numel()
+    return arena[slot.offset : slot.offset + count].view(dtype).view(shape)

@@ -1,0 +1,1 @@
+"""GPU kernels in CUDA C++: the implicit GEMM on one-bit tensor cores."""

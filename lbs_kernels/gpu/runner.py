@@ -1,0 +1,286 @@
+"""The GPU back end: a program as a list of launches on buffers that are allocated once per batch size and stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbs_kernels.errors import BackendError
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.kernels import Choice
+from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
+from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.runner import StepKernel, empty_outputs
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step
+from lbs_kernels.times import graph
+from lbs_kernels.times.stopwatch import cuda_graph, interleave
+
+MAX_PLANS = 16  # batch sizes times streams whose buffers are kept
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Everything that one batch size needs on one stream, so that a call only enqueues launches."""
+
+    arena: Tensor  # uint8; the buffers are views of it
+    buffers: dict[int, Tensor]
+    choices: tuple[Choice, ...]  # one per step
+    launches: tuple[Launch, ...]  # one per step
+
+
+class GpuRunner:
+    """Runs a program on a CUDA device, or in Triton's interpreter on CPU tensors.
+
+    Each step runs on the kernel that was measured fastest for its problem and batch bucket (gpu/kernels.py). The first
+    call of a batch size on a stream allocates its buffers and compiles its kernels. Later calls allocate their results
+    only, or nothing where the caller passes `out`, and never wait for the device.
+
+    Streams: every stream has buffers of its own, so calls on different streams may overlap; calls on one stream follow
+    one another on it. Threads may share a runner. Inputs must stay unchanged until the work enqueued on them is done,
+    as for any torch operation.
+
+    CUDA graphs: a call that is being recorded gives the buffers of an earlier call to the graph, for good, so a replay
+    may overlap with calls and with other graphs. The batch size must have run before, outside the recording.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        blob: Tensor,
+        device: torch.device | str,
+        configs: dict[str, Any] | None = None,
+        families: tuple[str, ...] | None = None,
+    ) -> None:
+        """
+        Args:
+            program: a valid program (`check_program`).
+            blob: uint8, its arrays, on any device; copied to `device`.
+            device: where to run.
+            configs: configurations by step name, of any type in `kernels.KERNELS`; the others are chosen.
+            families: kernels to choose from ("triton", ...); all exact ones unless given.
+
+        Raises:
+            BackendError: a step or configuration no kernel serves, or a CPU device without the interpreter.
+        """
+        self.program = program
+        self.device = torch.device(device)
+        self.configs = dict(configs or {})
+        self.families = families
+        if self.device.type != "cuda" and not INTERPRETED.value:
+            raise BackendError(
+                f"GPU kernels cannot run on {self.device}: they need a CUDA device; move the tensors to one, take "
+                "another back end, or set TRITON_INTERPRET=1 before Triton is imported to test without a GPU"
+            )
+        self.arrays = {key: program.array(blob, key).to(self.device) for key in program.arrays}
+        self._weights: dict[tuple[str, str], Any] = {}
+        self._plans: dict[tuple[int, int], BatchPlan] = {}
+        self._lock = threading.RLock()
+        for step in program.steps:
+            self._weights_for(step, self._choice(step, self._problem(step, batch=1)))
+        self._finish()
+
+    def run(
+        self,
+        inputs: list[Tensor],
+        trace: dict[int, Tensor] | None = None,
+        *,
+        threads: int | None = None,
+        out: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Outputs float32 [N, C, H, W] (or [N, C] where flat) of dense images [N, C, H, W], N >= 1, channels first or
+        last in memory.
+
+        Args:
+            inputs: on this runner's device, in the order of program.inputs.
+            threads: of the processor; none are used.
+            trace: receives every tensor by index in its logical form: images as given, codes uint8 [N, H, W, C],
+                streams in the stream dtype. Copies, and so not for timing.
+            out: tensors to write the outputs to, of their shape; made new if left out.
+
+        Raises:
+            ShapeError: a tensor of this batch has more elements than the kernels can count.
+            BackendError: the call is being recorded into a CUDA graph and this batch size did not run since another
+                one was recorded.
+        """
+        batch = inputs[0].shape[0]
+        with self._lock, device_guard(self.device):
+            plan = self._recorded_plan(batch) if capturing(self.device) else self.plan(batch)
+            for step, launch in zip(self.program.steps, plan.launches, strict=True):
+                launch(inputs)
+                if trace is not None:
+                    self._record(step, plan, trace)
+            results = empty_outputs(self.program, batch, self.device) if out is None else out
+            for index, result in zip(self.program.outputs, results, strict=True):
+                values = plan.buffers[index].permute(0, 3, 1, 2)
+                result.copy_(values.flatten(1) if self.program.tensors[index].flat else values)
+        if trace is not None:
+            trace.update(zip(self.program.inputs, inputs, strict=True))
+        return results
+
+    def plan(self, batch: int) -> BatchPlan:
+        """Buffers and launches of one batch size on the current stream, made on first use.
+
+        The `MAX_PLANS` used last are kept, until `release`.
+        """
+        with self._lock:
+            key = (batch, stream_handle(self.device))
+            plan = self._plans.pop(key, None)
+            if plan is None:
+                while len(self._plans) >= MAX_PLANS:
+                    self._plans.pop(next(iter(self._plans)))
+                plan = self._make_plan(batch)
+                self._announce()
+            self._plans[key] = plan
+            return plan
+
+    def release(self) -> None:
+        """Free the buffers of every batch size and stream."""
+        with self._lock:
+            self._plans.clear()
+
+    def problems(self, batch: int) -> dict[str, Problem]:
+        """The key of every step at one batch size, by step name."""
+        return {step.name: self._problem(step, batch) for step in self.program.steps}
+
+    def choices(self, batch: int) -> list[Choice]:
+        """The kernel and configuration of every step at one batch size, in the order of the program."""
+        return [self._choice(step, self._problem(step, batch)) for step in self.program.steps]
+
+    def kernels(self, batch: int) -> list[StepKernel]:
+        """The kernel of each step with its configuration, as tuning tables name it."""
+        return [StepKernel(choice.name, choice.kernel.exact) for choice in self.choices(batch)]
+
+    def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> list[float] | None:
+        """Median of a CUDA graph of each launch, the steps interleaved; None in the interpreter."""
+        if self.device.type != "cuda":
+            return None
+        launches = self.plan(inputs[0].shape[0]).launches
+        calls = {str(place): cuda_graph(functools.partial(launch, inputs)) for place, launch in enumerate(launches)}
+        return [times.median for times in interleave(calls, device=self.device, rounds=rounds).values()]
+
+    def _recorded_plan(self, batch: int) -> BatchPlan:
+        """The plan of an earlier call, given to the graph that is being recorded: binding and compiling would wait.
+
+        Whatever stream it was made on: recording begins when all work is done.
+        """
+        own = (batch, stream_handle(self.device))
+        keys = sorted((key for key in self._plans if key[0] == batch), key=lambda key: key != own)
+        if not keys:
+            raise BackendError(
+                f"batch {batch} is being recorded into a CUDA graph but did not run: kernels are compiled by a call "
+                "that is not recorded; call the model once with this batch first, or use packed.capture"
+            )
+        plan = self._plans.pop(keys[0])
+        graph.keep((self, plan))
+        return plan
+
+    def _make_plan(self, batch: int) -> BatchPlan:
+        program = self.program
+        slots, size = plan_arena(program, batch)
+        arena = torch.empty(size, dtype=torch.uint8, device=self.device)
+        buffers = {
+            index: arena_view(arena, slot, program.tensors[index], program.stream_dtype, batch)
+            for index, slot in slots.items()
+        }
+        choices, launches = [], []
+        for step in program.steps:
+            problem = self._problem(step, batch)
+            choice = self._choice(step, problem)
+            choices.append(choice)
+            launches.append(self._bind(step, problem, choice, buffers))
+        self._finish()  # what was laid out for these configurations
+        return BatchPlan(arena, buffers, tuple(choices), tuple(launches))
+
+    def _finish(self) -> None:
+        """Wait until the weights lie ready, so that every stream may read them."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _announce(self) -> None:
+        """Tell the allocator that the current stream reads the weights: freed, they wait for its work."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in tensors_in([self.arrays, self._weights], self.device.type):
+                tensor.record_stream(stream)
+
+    def _problem(self, step: Step, batch: int) -> Problem:
+        return problem_of(step, self.program, batch, str(self.device))
+
+    def _choice(self, step: Step, problem: Problem) -> Choice:
+        """The kernel of a step. Raises BackendError where the one named, or every one, cannot serve it."""
+        try:
+            if step.name not in self.configs:
+                return kernels.choose(problem, self.families, functools.partial(self._step_why_not, step))
+            config = self.configs[step.name]
+            choice = Choice(kernels.kernel_of(config), config)
+            reason = choice.why_not(problem) or self._step_why_not(step, choice)
+            if reason is not None:
+                raise BackendError(f"{choice.kernel.family} cannot serve {problem}: {reason}")
+        except BackendError as error:
+            raise BackendError(f"step {step.name!r}: {error}") from error
+        return choice
+
+    def _step_why_not(self, step: Step, choice: Choice) -> str | None:
+        """Why a kernel cannot run a step, beyond what its problem says, or None."""
+        asked = getattr(choice.kernel.implementation(step.op), "step_why_not", None)
+        return None if asked is None else asked(step, self.program.tensors[step.input])
+
+    def _weights_for(self, step: Step, choice: Choice) -> Any:
+        """The weights of a step as its kernel wants them, made once; None for a step that has none."""
+        if not isinstance(step, ConvStep | LinearStep):
+            return None
+        module: Any = choice.kernel.implementation(step.op)
+        key = (step.name, module.__name__)
+        if key not in self._weights:
+            kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
+            source = self.program.tensors[step.input]
+            self._weights[key] = module.prepare_weights(self.arrays[step.planes], kernel, groups, source, self.device)
+        return self._weights[key]
+
+    def _bind(self, step: Step, problem: Problem, choice: Choice, buffers: dict[int, Tensor]) -> Launch:
+        module: Any = choice.kernel.implementation(step.op)
+        weights = () if (found := self._weights_for(step, choice)) is None else (found,)
+        launch: Launch = module.bind(step, problem, choice.config, self.program, self.arrays, *weights, buffers)
+        return launch
+
+    def _record(self, step: Step, plan: BatchPlan, trace: dict[int, Tensor]) -> None:
+        """Copy what the step wrote, before a later step reuses its memory."""
+        written = [consumer.tensor for consumer in step.emit.consumers]
+        for index in written if step.emit.stream is None else [step.emit.stream, *written]:
+            trace[index] = to_logical(plan.buffers[index], self.program.tensors[index])
+
+
+def stream_handle(device: torch.device) -> int:
+    """The stream that work is enqueued on now; 0 on the CPU (interpreter)."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def tensors_in(value: Any, device_type: str) -> Iterator[Tensor]:
+    """Every tensor of this kind of device inside lists, tuples, dictionaries and dataclasses.
+
+    Weights keep some on the processor, from which they lay out others; those know no streams.
+    """
+    if isinstance(value, Tensor):
+        if value.device.type == device_type:
+            yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()), device_type)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item, device_type)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)], device_type)

@@ -1,0 +1,154 @@
+"""Steps 3-6 of the epilogue, fused into every Triton kernel that produces floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lbs_kernels.gpu.layout import pixel_elements
+from lbs_kernels.gpu.triton.common import at_least, at_most, fma, load_stream, store_planes, store_stream
+from lbs_kernels.program.steps import Consumer, Emit, Program
+
+# 1.5 * 2^23: adding it to |t| < 2^22 leaves rint(t), half to even, in the low bits of the float.
+RINT_MAGIC = tl.constexpr(12582912.0)
+RINT_MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+class ConsumerMeta(NamedTuple):
+    """What the compiler knows of one code tensor that a kernel writes."""
+
+    bits: int
+    zero: int
+    signed: bool
+    relu: bool
+    pre_norm: bool
+
+
+class EmitMeta(NamedTuple):
+    """What the compiler knows of steps 3-6; everything here selects code, nothing is read at run time."""
+
+    residual: bool
+    low: float | None
+    high: float | None
+    stream: bool
+    stream_dtype: str
+    consumers: tuple[ConsumerMeta, ...]
+
+
+class ConsumerTarget(NamedTuple):
+    """Where one code tensor goes: planes int32 [M, bits, CW], or biased bytes int8 [M, pitch] for 8 bits."""
+
+    codes: Tensor
+    pitch: int
+    scale: float
+    pre_scale: Tensor | None
+    pre_bias: Tensor | None
+
+
+class EmitTarget(NamedTuple):
+    """Pointers of steps 3-6. Streams are [M, C]; bfloat16 is passed as int16, so that the rounding is ours."""
+
+    residual: Tensor | None
+    stream: Tensor | None
+    consumers: tuple[ConsumerTarget, ...]
+
+
+@triton.jit
+def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
+    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes."""
+    CONSUMER: tl.constexpr = META.consumers[INDEX]
+    BITS: tl.constexpr = CONSUMER.bits
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    target = targets[INDEX]
+    column = first + tl.arange(0, y.shape[1])
+    u = y
+    if CONSUMER.pre_norm:
+        column_mask = column < columns
+        pre_scale = tl.load(target.pre_scale + column, mask=column_mask, other=0.0)
+        pre_bias = tl.load(target.pre_bias + column, mask=column_mask, other=0.0)
+        u = fma(u, pre_scale[None, :], pre_bias[None, :])
+    if CONSUMER.relu:
+        u = at_least(u, 0.0)
+    t = u * target.scale
+    if CONSUMER.signed:
+        t = t + LEVELS / 2
+    # Both bounds are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
+    t = at_most(at_least(t, -1.0 * CONSUMER.zero), 1.0 * (LEVELS - CONSUMER.zero))
+    codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
+    if BITS == 8:
+        mask = row_mask[:, None] & (column < columns)[None, :]
+        tl.store(target.codes + row[:, None] * target.pitch + column[None, :], (codes - 128).to(tl.int8), mask=mask)
+    else:
+        store_planes(target.codes, codes, row, row_mask, first, columns, BITS)
+
+
+@triton.jit
+def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
+    """Steps 3-6 of the epilogue for a tile.
+
+    y: float32 [BLOCK_M, BLOCK_O] of pixels `row` [BLOCK_M] (masked) and channels first .. first + BLOCK_O - 1, of which
+    those below `columns` exist.
+    """
+    # Triton 3.5 takes constexpr arguments from named locals only, not from fields of one.
+    LOW: tl.constexpr = META.low
+    HIGH: tl.constexpr = META.high
+    DTYPE: tl.constexpr = META.stream_dtype
+    column = first + tl.arange(0, y.shape[1])
+    mask = row_mask[:, None] & (column < columns)[None, :]
+    index = row[:, None] * columns + column[None, :]
+    if META.residual:
+        y = y + load_stream(target.residual + index, mask, DTYPE)
+    if LOW is not None:
+        y = at_least(y, LOW)
+    if HIGH is not None:
+        y = at_most(y, HIGH)
+    if META.stream:
+        y = store_stream(target.stream + index, y, mask, DTYPE)
+    for i in tl.static_range(len(META.consumers)):
+        store_codes(y, row, row_mask, first, columns, target.consumers, META, i)
+
+
+def kernel_view(stream: Tensor) -> Tensor:
+    """A stream as kernels take it: bfloat16 as its int16 bit patterns."""
+    return stream.view(torch.int16) if stream.dtype is torch.bfloat16 else stream
+
+
+def bind_emit(
+    emit: Emit, program: Program, arrays: Mapping[str, Tensor], buffers: Mapping[int, Tensor]
+) -> tuple[EmitTarget, EmitMeta]:
+    """Pointers and compile-time facts of `emit`.
+
+    Args:
+        emit, program: what to write.
+        arrays: the program's arrays on the device, by key.
+        buffers: tensors on the device in their GPU form, by index.
+    """
+
+    def pointers(consumer: Consumer) -> ConsumerTarget:
+        pitch = pixel_elements(program.tensors[consumer.tensor])
+        scale, bias = (None if key is None else arrays[key] for key in (consumer.pre_scale, consumer.pre_bias))
+        return ConsumerTarget(buffers[consumer.tensor], pitch, consumer.scale, scale, bias)
+
+    def facts(consumer: Consumer) -> ConsumerMeta:
+        pre_norm = consumer.pre_scale is not None
+        return ConsumerMeta(consumer.bits, consumer.zero, consumer.signed, consumer.relu, pre_norm)
+
+    target = EmitTarget(
+        None if emit.residual is None else kernel_view(buffers[emit.residual]),
+        None if emit.stream is None else kernel_view(buffers[emit.stream]),
+        tuple(pointers(consumer) for consumer in emit.consumers),
+    )
+    meta = EmitMeta(
+        emit.residual is not None,
+        emit.low,
+        emit.high,
+        emit.stream is not None,
+        program.stream_dtype,
+        tuple(facts(consumer) for consumer in emit.consumers),
+    )
+    return target, meta

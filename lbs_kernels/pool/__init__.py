@@ -1,1 +1,0 @@
-"""Maximum of codes or of a stream, and the global mean of a stream."""

@@ -1,0 +1,1 @@
+"""The contract: tensors, steps and arithmetic of a packed region. Knows no device."""

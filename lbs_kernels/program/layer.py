@@ -1,0 +1,104 @@
+"""One operation as it stands in a network: codes (or a stream) in, codes (or what it ends in) out, on random data.
+
+What tuning and benchmarks time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import (
+    Consumer,
+    ConvStep,
+    Emit,
+    LinearStep,
+    PoolStep,
+    Program,
+    QuantPackStep,
+    Step,
+    TensorSpec,
+    build_blob,
+)
+
+LAYER = "layer"  # the name of the step in question
+RESULT = 2  # the tensor it writes; 1 is what it reads (quantpack: 1 is what it writes)
+
+
+def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
+    """A program whose step `layer` poses `problem`, behind a quantizer that makes its input; random weights.
+
+    Convolutions write codes of the bits they read, linear layers flat floats. `result_of` names the tensor written.
+    """
+    tensors, steps, arrays = _head(problem)
+    if problem.op in ("bitconv2d", "bitlinear"):
+        arrays = _weights(problem, seed)
+        steps.append(_weighted(problem, tensors))
+    elif problem.op == "pool":
+        steps.append(_pool(problem, tensors))
+    if not tensors[-1].flat:  # a program returns something: the image, by a step of its own behind the layer
+        tensors.append(replace(tensors[0], name="returned", form="stream"))
+        steps.append(QuantPackStep("returned", 0, Emit(stream=len(tensors) - 1)))
+    specs, blob, digest = build_blob(arrays)
+    return Program(tuple(tensors), tuple(steps), (0,), (len(tensors) - 1,), specs, digest=digest), blob
+
+
+def result_of(problem: Problem) -> int:
+    """The tensor the step in question writes."""
+    return 1 if problem.op == "quantpack" else RESULT
+
+
+def _head(problem: Problem) -> tuple[list[TensorSpec], list[Step], dict[str, Tensor]]:
+    """The image and the step that makes what the layer reads; for quantpack it is the layer."""
+    size = (problem.in_channels, problem.height, problem.width)
+    form, bits = ("codes", problem.a_bits) if problem.a_bits else ("stream", 0)
+    source = TensorSpec("x", form, *size, bits=bits)  # type: ignore[arg-type]
+    emit = Emit(consumers=(Consumer(1, bits, float(_top(bits))),)) if bits else Emit(stream=1)
+    name = LAYER if problem.op == "quantpack" else "input"
+    return [TensorSpec("image", "image", *size), source], [QuantPackStep(name, 0, emit)], {}
+
+
+def _weights(problem: Problem, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (problem.out_channels, *problem.kernel, problem.in_channels // problem.groups)
+    codes = torch.randint(0, _top(problem.w_bits) + 1, shape, generator=generator, dtype=torch.uint8)
+    # Products of uniform codes: this spread puts most outputs between the first and the last code.
+    multiplier = 1.0 / (0.33 * problem.reduction**0.5 * _top(problem.w_bits) * _top(problem.a_bits))
+    return {
+        "planes": pack_weights(codes, problem.w_bits),
+        "multiplier": torch.full((problem.out_channels,), multiplier),
+        "bias": torch.ones(problem.out_channels),
+    }
+
+
+def _weighted(problem: Problem, tensors: list[TensorSpec]) -> Step:
+    size = (problem.out_channels, problem.out_height, problem.out_width)
+    names = ("planes", "multiplier", "bias")
+    if problem.op == "bitlinear":
+        tensors.append(TensorSpec("y", "stream", *size, flat=True))
+        return LinearStep(LAYER, 1, Emit(stream=RESULT), problem.w_bits, problem.out_channels, *names)
+    tensors.append(TensorSpec("y", "codes", *size, bits=problem.a_bits))
+    emit = Emit(consumers=(Consumer(RESULT, problem.a_bits, _top(problem.a_bits) / 2),))
+    return ConvStep(LAYER, 1, emit, problem.w_bits, *problem.window.fields(), problem.out_channels, *names)
+
+
+def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
+    """The maximum of codes or of a stream; a window of the whole stream is the mean."""
+    window = problem.window.fields()[:3]
+    if problem.a_bits:
+        size = (problem.in_channels, problem.out_height, problem.out_width)
+        tensors.append(TensorSpec("y", "codes", *size, bits=problem.a_bits))
+        return PoolStep(LAYER, 1, Emit(consumers=(Consumer(RESULT, problem.a_bits, 1.0),)), "max", *window)
+    size = (problem.in_channels, problem.out_height, problem.out_width)
+    tensors.append(TensorSpec("y", "stream", *size, flat=size[1:] == (1, 1)))
+    if problem.kernel == (problem.height, problem.width):
+        return PoolStep(LAYER, 1, Emit(stream=RESULT), "mean")
+    return PoolStep(LAYER, 1, Emit(stream=RESULT), "max", *window)
+
+
+def _top(bits: int) -> int:
+    return (1 << bits) - 1

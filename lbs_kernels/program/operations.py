@@ -1,0 +1,107 @@
+"""The definition of the four operations in plain torch. Every back end is judged by it; the epilogue is epilogue.py.
+
+bitconv2d, an exact integer convolution, then one fused multiply-add per output:
+
+    unsigned:       acc = sum_k (2 qw - n_w) qx
+    signed:         acc = sum_k (2 qw - n_w) (2 qx - n_x)
+    network input:  acc = sum_k (2 qw - n_w) (qx - zero)          padding is the code `zero`, a real 0
+    y = fma(float32(acc), multiplier[o], bias[o])
+
+bitlinear is bitconv2d of one pixel by a window of one. quantpack makes the float32 values that the epilogue encodes.
+pool is the maximum over a window, or the global mean in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lbs_kernels.errors import ShapeError
+from lbs_kernels.program.epilogue import fma32
+from lbs_kernels.program.planes import check_accumulator, unpack_weights
+from lbs_kernels.program.window import Window
+
+LINEAR = Window()
+
+
+def accumulate(
+    x_codes: Tensor,
+    w_planes: Tensor,
+    window: Window = LINEAR,
+    *,
+    a_bits: int,
+    zero: int = 0,
+    signed: bool = False,
+) -> Tensor:
+    """The accumulator of bitconv2d, and of bitlinear with H = W = 1 and the window left out.
+
+    The sum runs in float64, where integers are exact below 2^53 and the order of additions does not matter; the guard
+    keeps |acc| below 2^31.
+
+    Args:
+        x_codes: uint8 [N, H, W, C], values below 2^a_bits.
+        w_planes: int32 [w_bits, O, kh * kw, CW], CW over the C / groups channels of one group.
+        a_bits, zero, signed: how codes are read; signed codes have no zero and cannot be padded.
+
+    Returns:
+        int32 [N, H', W', O].
+
+    Raises:
+        FormatError: the accumulator could overflow, or the planes do not fit C / groups.
+        ShapeError: signed codes with padding.
+    """
+    if signed and window.padding != (0, 0):
+        raise ShapeError(f"padding {window.padding} of signed codes: they have no code for 0; pad before encoding")
+    w_bits, filters, taps, _ = w_planes.shape
+    channels = x_codes.shape[3] // window.groups
+    check_accumulator(taps * channels, w_bits, a_bits, "the definition")
+    weight = unpack_weights(w_planes, channels).double() * 2 - ((1 << w_bits) - 1)
+    weight = weight.reshape(filters, *window.kernel, channels).permute(0, 3, 1, 2)
+    x = x_codes.double() * 2 - ((1 << a_bits) - 1) if signed else x_codes.double() - zero
+    # Plain im2col and matrix product: cuDNN might pick a transform (FFT, Winograd) that is not exact.
+    with torch.backends.cudnn.flags(enabled=False):
+        acc = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, None, *window.fields()[1:])
+    return acc.permute(0, 2, 3, 1).to(torch.int32)
+
+
+def read_values(x: Tensor, form: str, multiplier: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """quantpack: y = fma(float32(x), multiplier[c], bias[c]), or float32(x) without them.
+
+    Args:
+        x: an image float32 or uint8 [N, C, H, W] in any memory format, or a stream [N, H, W, C] in any stream type.
+        form: "image" or "stream".
+        multiplier, bias: float32 [C], both or none.
+
+    Returns:
+        float32 [N, H, W, C].
+    """
+    values = x.permute(0, 2, 3, 1).float() if form == "image" else x.float()
+    return values if multiplier is None or bias is None else fma32(values, multiplier, bias)
+
+
+def max_pool(x: Tensor, window: Window) -> Tensor:
+    """Maximum over each window; padding never wins.
+
+    Args:
+        x: uint8 codes or a stream, [N, H, W, C].
+
+    Returns:
+        The same dtype for codes, float32 for a stream; [N, H', W', C].
+    """
+    pooled = torch.nn.functional.max_pool2d(x.float().permute(0, 3, 1, 2), *window.fields()[:4])
+    pooled = pooled.permute(0, 2, 3, 1)
+    return pooled.to(torch.uint8) if x.dtype == torch.uint8 else pooled
+
+
+def mean_pool(x: Tensor) -> Tensor:
+    """Global mean float32 [N, 1, 1, C] of a stream [N, H, W, C].
+
+    y[c] = (((x[0, c] + x[1, c]) + x[2, c]) + ...) * float32(1 / (H W)): float32 sums over pixels in row-major order.
+    The order is part of the definition, so that every back end gives the same bits.
+    """
+    pixels = x.float().flatten(1, 2)
+    count = pixels.shape[1]
+    total = pixels[:, 0]
+    for index in range(1, count):
+        total = total + pixels[:, index]
+    return (total * torch.tensor(1.0 / count, dtype=torch.float32, device=x.device))[:, None, None]

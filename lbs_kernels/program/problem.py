@@ -1,0 +1,93 @@
+"""Problem: one frozen key for dispatch, tuning tables, test ids and benchmark rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, Step
+from lbs_kernels.program.window import Window, is_depthwise
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation at one size. `op` is the name of its steps; images are [N, height, width, channels]."""
+
+    op: str
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    w_bits: int = 8
+    a_bits: int = 8
+    device: str = "cpu"
+
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def out_height(self) -> int:
+        return self.window.output(self.height, self.width)[0]
+
+    @property
+    def out_width(self) -> int:
+        return self.window.output(self.height, self.width)[1]
+
+    @property
+    def rows(self) -> int:
+        """M: output pixels of the whole batch."""
+        height, width = self.window.output(self.height, self.width)
+        return self.batch * height * width
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter for each channel."""
+        return is_depthwise(self.groups, self.in_channels, self.out_channels)
+
+    @property
+    def reduction(self) -> int:
+        """K: products summed for one output."""
+        return self.kernel[0] * self.kernel[1] * (self.in_channels // self.groups)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the logical shapes, no padding counted."""
+        return self.rows * self.out_channels * self.reduction
+
+    def __str__(self) -> str:
+        size = f"n{self.batch}_{self.in_channels}x{self.height}x{self.width}_to{self.out_channels}"
+        window = f"k{self.kernel[0]}x{self.kernel[1]}_s{_pair(self.stride)}_p{_pair(self.padding)}"
+        extra = (f"_d{_pair(self.dilation)}" if self.dilation != (1, 1) else "") + (
+            f"_g{self.groups}" if self.groups > 1 else ""
+        )
+        return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}_{self.device}"
+
+
+def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem:
+    """The key of one step at one batch size.
+
+    A mean is a window of the whole image. The bits of a quantizing step are those of the first codes it writes.
+    """
+    source = program.tensors[step.input]
+    height, width, channels = source.height, source.width, source.channels
+    if isinstance(step, ConvStep | LinearStep):
+        filters = program.arrays[step.planes].shape[1]
+        window = step.window if isinstance(step, ConvStep) else Window()
+        sizes = (batch, height, width, channels, filters)
+        return Problem(step.op, *sizes, *window.fields(), step.w_bits, source.bits, device)
+    problem = Problem(step.op, batch, height, width, channels, channels, w_bits=0, a_bits=source.bits, device=device)
+    if not isinstance(step, PoolStep):
+        return replace(problem, a_bits=step.emit.consumers[0].bits if step.emit.consumers else 0)
+    if step.kind == "mean":
+        return replace(problem, kernel=(height, width), padding=step.padding)
+    return replace(problem, **vars(step.window))
+
+
+def _pair(sizes: tuple[int, int]) -> str:
+    return str(sizes[0]) if sizes[0] == sizes[1] else f"{sizes[0]}x{sizes[1]}"

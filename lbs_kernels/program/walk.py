@@ -1,0 +1,293 @@
+"""The rules of the steps, followed in order with knowledge of which tensors hold values.
+
+`csrc/program/walk.cpp` holds the same rules in the same order, function by function.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+from lbs_kernels.errors import FormatError
+from lbs_kernels.program.planes import MAX_BITS, check_accumulator, words
+from lbs_kernels.program.rules import MAX_ELEMENTS, MAX_SIZE
+from lbs_kernels.program.steps import (
+    Consumer,
+    ConvStep,
+    Emit,
+    LinearStep,
+    PoolStep,
+    Program,
+    QuantPackStep,
+    Step,
+    TensorSpec,
+)
+
+Shape = tuple[int, int, int]  # height, width, channels
+
+
+class Walk:
+    """Follows the steps in order, knowing which tensors hold values."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.written: set[int] = set()
+
+    def check(self) -> None:
+        program = self.program
+        for index in program.inputs:
+            if self._spec(index, "an input").form != "image":
+                raise FormatError(
+                    f"input {index} is a {program.tensors[index].form}; a program is given images", "input-form"
+                )
+            self._write(index, "the inputs")
+        for step in program.steps:
+            self._check_step(step)
+        for index in program.outputs:
+            if self._spec(index, "an output").form != "stream":
+                raise FormatError(
+                    f"output {index} is {program.tensors[index].form}; a program returns streams", "output-form"
+                )
+        if not program.outputs or len(set(program.outputs)) != len(program.outputs):
+            raise FormatError(
+                f"outputs are {program.outputs}; a program returns at least one tensor, each once", "outputs"
+            )
+        for index, spec in enumerate(program.tensors):
+            if index not in self.written:
+                raise FormatError(
+                    f"tensor {index} ({spec.name}) is never written; drop it or write it", "never-written"
+                )
+
+    def _spec(self, index: int, place: str) -> TensorSpec:
+        if not 0 <= index < len(self.program.tensors):
+            raise FormatError(
+                f"{place} is tensor {index}; the program has {len(self.program.tensors)}", "tensor-number"
+            )
+        return self.program.tensors[index]
+
+    def _read(self, index: int, place: str) -> TensorSpec:
+        spec = self._spec(index, place)
+        if index not in self.written:
+            raise FormatError(
+                f"{place} reads tensor {index} ({spec.name}) before it is written; order the steps", "read-unwritten"
+            )
+        return spec
+
+    def _write(self, index: int, place: str) -> TensorSpec:
+        spec = self._spec(index, place)
+        if index in self.written:
+            raise FormatError(
+                f"{place} writes tensor {index} ({spec.name}) a second time; each is written once", "written-twice"
+            )
+        self.written.add(index)
+        return spec
+
+    def _check_step(self, step: Step) -> None:
+        place = f"step {step.name!r}"
+        source = self._read(step.input, place)
+        if isinstance(step, QuantPackStep):
+            _expect_form(source, ("image", "stream"), place)
+            self._check_affine(step, source.channels, place)
+            shape = (source.height, source.width, source.channels)
+        elif isinstance(step, ConvStep):
+            shape = self._check_conv(step, source, place)
+        elif isinstance(step, LinearStep):
+            shape = self._check_linear(step, source, place)
+        else:
+            shape = _check_pool(step, source, place)
+            if source.form == "codes":
+                _check_code_pool(step.emit, source, place)
+        self._check_emit(step.emit, shape, place, scaled=not (isinstance(step, PoolStep) and source.form == "codes"))
+
+    def _check_affine(self, step: QuantPackStep, channels: int, place: str) -> None:
+        if (step.multiplier is None) != (step.bias is None):
+            raise FormatError(f"{place} has only one of multiplier and bias; give both or none", "affine-pair")
+        if step.multiplier is not None and step.bias is not None:
+            self._check_array(step.multiplier, "float32", (channels,), place)
+            self._check_array(step.bias, "float32", (channels,), place)
+
+    def _check_conv(self, step: ConvStep, source: TensorSpec, place: str) -> Shape:
+        _expect_form(source, ("codes",), place)
+        for name, pair in (("kernel", step.kernel), ("stride", step.stride), ("dilation", step.dilation)):
+            if not all(1 <= size <= MAX_SIZE for size in pair):
+                raise FormatError(f"{place} has {name} {pair}; sizes are 1 to {MAX_SIZE}", "window")
+        for size, kernel, dilation in zip(step.padding, step.kernel, step.dilation, strict=True):
+            if not 0 <= size <= dilation * (kernel - 1) + 1:
+                raise FormatError(f"{place} has padding {step.padding}; it is 0 to the extent of the kernel", "padding")
+        if source.signed and step.padding != (0, 0):
+            raise FormatError(
+                f"{place} pads signed codes, which have no code for 0; use unsigned codes or no padding",
+                "signed-padding",
+            )
+        _check_padded(source, step.padding, place)
+        filters = self._check_weights(step, source, step.window.taps, step.groups, place)
+        height, width = step.window.output(source.height, source.width)
+        if height < 1 or width < 1:
+            raise FormatError(
+                f"{place} turns {source.height} x {source.width} pixels into {height} x {width}", "output-pixels"
+            )
+        return height, width, filters
+
+    def _check_linear(self, step: LinearStep, source: TensorSpec, place: str) -> Shape:
+        _expect_form(source, ("codes",), place)
+        if source.height * source.width != 1:
+            raise FormatError(
+                f"{place} reads {source.height} x {source.width} pixels; it needs one, pool first", "one-pixel"
+            )
+        return 1, 1, self._check_weights(step, source, 1, 1, place)
+
+    def _check_weights(
+        self, step: ConvStep | LinearStep, source: TensorSpec, taps: int, groups: int, place: str
+    ) -> int:
+        """Bits, groups, planes, multiplier and bias of a step; returns the number of filters."""
+        channels = source.channels
+        if not 1 <= step.w_bits <= MAX_BITS:
+            raise FormatError(f"{place} has {step.w_bits} weight bits; they are 1 to {MAX_BITS}", "weight-bits")
+        if groups < 1 or channels % groups:
+            raise FormatError(
+                f"{place} has {groups} groups of {channels} channels; groups divide the channels", "groups"
+            )
+        planes = self.program.arrays.get(step.planes)
+        filters = planes.shape[1] if planes is not None and len(planes.shape) == 4 else 0
+        self._check_array(step.planes, "int32", (step.w_bits, filters, taps, words(channels // groups)), place)
+        if filters % groups:
+            raise FormatError(
+                f"{place} has {filters} filters in {groups} groups; groups divide the filters", "filter-groups"
+            )
+        if not filters <= step.total_filters <= MAX_SIZE:
+            raise FormatError(
+                f"{place} keeps {filters} of {step.total_filters} filters; it cannot keep more than all",
+                "total-filters",
+            )
+        self._check_array(step.multiplier, "float32", (filters,), place)
+        self._check_array(step.bias, "float32", (filters,), place)
+        check_accumulator(taps * (channels // groups), step.w_bits, source.bits, place)
+        return filters
+
+    def _check_array(self, key: str, dtype: str, shape: tuple[int, ...], place: str) -> None:
+        spec = self.program.arrays.get(key)
+        if spec is None:
+            raise FormatError(f"{place} needs array {key!r}, which the program does not have", "array-missing")
+        if spec.dtype != dtype or spec.shape != shape:
+            raise FormatError(
+                f"{place}: array {key!r} is {spec.dtype} {spec.shape}; the step needs {dtype} {shape}", "array-kind"
+            )
+
+    def _check_emit(self, emit: Emit, shape: Shape, place: str, scaled: bool) -> None:
+        if emit.residual is not None:
+            residual = self._read(emit.residual, f"{place} (residual)")
+            _expect_form(residual, ("stream",), f"{place} (residual)")
+            _expect_shape(residual, shape, f"{place} (residual)")
+        for name, bound in (("low", emit.low), ("high", emit.high)):
+            if bound is not None and not is_float32(bound):
+                raise FormatError(
+                    f"{place} has {name} = {bound!r}; bounds are exact float32 values, round it first", "bound"
+                )
+        if emit.low is not None and emit.high is not None and emit.low > emit.high:
+            raise FormatError(f"{place} clamps to {emit.low} .. {emit.high}; low is at most high", "clamp")
+        if emit.stream is None and not emit.consumers:
+            raise FormatError(f"{place} writes nothing; give it a stream or a consumer", "writes-nothing")
+        if emit.stream is not None:
+            target = self._write(emit.stream, place)
+            _expect_form(target, ("stream",), f"{place} (stream)")
+            _expect_shape(target, shape, place)
+        for consumer in emit.consumers:
+            self._check_consumer(consumer, shape, place, scaled)
+
+    def _check_consumer(self, consumer: Consumer, shape: Shape, place: str, scaled: bool) -> None:
+        target = self._write(consumer.tensor, place)
+        _expect_form(target, ("codes",), f"{place} (consumer)")
+        _expect_shape(target, shape, place)
+        written = (consumer.bits, consumer.zero, consumer.signed)
+        if written != (target.bits, target.zero, target.signed):
+            raise FormatError(
+                f"{place} writes codes with (bits, zero, signed) = {written} into tensor {consumer.tensor} "
+                f"({target.name}), which has {(target.bits, target.zero, target.signed)}",
+                "code-kind",
+            )
+        if scaled and not (is_float32(consumer.scale) and consumer.scale > 0):
+            raise FormatError(
+                f"{place} has scale {consumer.scale!r}; it is positive and exact in float32, round it first", "scale"
+            )
+        if (consumer.pre_scale is None) != (consumer.pre_bias is None):
+            raise FormatError(f"{place} has only one of pre_scale and pre_bias; give both or none", "norm-pair")
+        if consumer.pre_scale is not None and consumer.pre_bias is not None:
+            self._check_array(consumer.pre_scale, "float32", (shape[2],), place)
+            self._check_array(consumer.pre_bias, "float32", (shape[2],), place)
+
+
+def _check_pool(step: PoolStep, source: TensorSpec, place: str) -> Shape:
+    if step.kind == "mean":
+        _expect_form(source, ("stream",), place)
+        if step.kernel not in ((1, 1), (source.height, source.width)) or step.padding != (0, 0):
+            raise FormatError(
+                f"{place} has kernel {step.kernel}, padding {step.padding}; the mean is global, unpadded", "mean-window"
+            )
+        return 1, 1, source.channels
+    if step.kind != "max":
+        raise FormatError(f"{place} has kind {step.kind!r}; expected max or mean", "choice")
+    _expect_form(source, ("codes", "stream"), place)
+    for kernel, stride, padding in zip(step.kernel, step.stride, step.padding, strict=True):
+        sane = 1 <= kernel <= MAX_SIZE and 1 <= stride <= MAX_SIZE
+        if not sane or not 0 <= padding <= kernel // 2:
+            raise FormatError(
+                f"{place} has kernel {step.kernel}, stride {step.stride}, padding {step.padding}; "
+                "padding is at most half of the kernel",
+                "padding" if sane else "window",
+            )
+    _check_padded(source, step.padding, place)
+    height, width = step.window.output(source.height, source.width)
+    if height < 1 or width < 1:
+        raise FormatError(
+            f"{place} turns {source.height} x {source.width} pixels into {height} x {width}", "output-pixels"
+        )
+    return height, width, source.channels
+
+
+def _check_padded(source: TensorSpec, padding: tuple[int, int], place: str) -> None:
+    height, width = source.height + 2 * padding[0], source.width + 2 * padding[1]
+    if height * width * source.channels > MAX_ELEMENTS:
+        raise FormatError(
+            f"{place} reads {source.channels} x {height} x {width} elements, padding included; at most {MAX_ELEMENTS} "
+            "per image",
+            "padded-elements",
+        )
+
+
+def _check_code_pool(emit: Emit, source: TensorSpec, place: str) -> None:
+    """Codes pass a maximum unchanged: exactly one consumer of the same kind, and nothing else."""
+    plain = emit.residual is None and emit.low is None and emit.high is None and emit.stream is None
+    if not plain or len(emit.consumers) != 1 or emit.consumers[0].pre_scale is not None or emit.consumers[0].relu:
+        raise FormatError(
+            f"{place} is a maximum of codes; it has one plain consumer and nothing else to emit", "code-pool"
+        )
+    consumer = emit.consumers[0]
+    if (consumer.bits, consumer.zero, consumer.signed) != (source.bits, source.zero, source.signed):
+        raise FormatError(
+            f"{place} is a maximum of codes; its consumer has the bits, zero and sign of its input", "code-pool"
+        )
+
+
+def _expect_form(spec: TensorSpec, forms: tuple[str, ...], place: str) -> None:
+    if spec.form not in forms:
+        raise FormatError(
+            f"{place} uses {spec.name}, a tensor of form {spec.form}; expected {' or '.join(forms)}", "form"
+        )
+
+
+def _expect_shape(spec: TensorSpec, shape: Shape, place: str) -> None:
+    actual = (spec.height, spec.width, spec.channels)
+    if actual != shape:
+        raise FormatError(
+            f"{place}: {spec.name} has height, width, channels {actual}; the step computes {shape}", "shape"
+        )
+
+
+def is_float32(value: float) -> bool:
+    """Whether a finite Python float is exactly a float32 value (so that every parser reads the same number)."""
+    if not math.isfinite(value):
+        return False
+    try:
+        return bool(struct.unpack("<f", struct.pack("<f", value))[0] == value)
+    except OverflowError:
+        return False

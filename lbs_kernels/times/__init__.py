@@ -1,0 +1,1 @@
+"""Measured times: the tables that keep them, the stopwatch, and calls recorded as CUDA graphs."""

@@ -1,0 +1,267 @@
+"""Measured times per device, as JSON.
+
+    {"version": 2, "device": ..., "rows": {problem: {implementation: seconds}}}
+
+An implementation is a back end or a family of kernels, with its configuration where it has one: "reference",
+"cpu:t2" (two threads), "triton:elementwise_m32_c32_w4", "cuda:...", "fp16:torch". Problems are keyed by `key`: their
+batch is a bucket, their device without an index.
+
+Tables shipped with the package lie in lbs_kernels/tuning/; those measured here lie in the user's cache folder
+(`LBS_TUNING_DIR`, else `$XDG_CACHE_HOME/lbs/tuning`, else `~/.cache/lbs/tuning`) and win over the shipped ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbs_kernels.device import cpu_name
+from lbs_kernels.errors import FormatError
+from lbs_kernels.program.problem import Problem
+
+TABLE_VERSION = 2
+SHIPPED = Path(__file__).parents[1] / "tuning"
+MAX_BUCKET = 20  # 2^20 images or rows
+NEIGHBOURS = 2  # a configuration is trusted up to a factor of 4 beside the batch it was measured at
+_AGAIN = "measure again: lbs_kernels.tune.tuner.tune, in a shell lbs tune"
+
+
+@dataclass
+class TuningTable:
+    """Median seconds by problem (its `key`) and implementation, measured on one device."""
+
+    device: str
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def merged(self, newer: TuningTable) -> TuningTable:
+        """This table with the rows of `newer` on top; implementations of one problem are merged one by one.
+
+        Raises:
+            FormatError: tables of different devices.
+        """
+        if newer.device != self.device:
+            raise FormatError(f"tables of {self.device} and {newer.device} do not merge; times belong to one device")
+        rows = {key: dict(times) for key, times in self.rows.items()}
+        for key, times in newer.rows.items():
+            rows.setdefault(key, {}).update(times)
+        return TuningTable(self.device, rows)
+
+
+def bucket(batch: int) -> int:
+    """The power of two nearest to `batch` by ratio: what tables are measured at. The one place of the rule.
+
+    >>> [bucket(n) for n in (1, 2, 3, 5, 6, 100, 256)]
+    [1, 2, 4, 4, 8, 128, 256]
+    """
+    return 1 << max(0, round(math.log2(max(1, batch))))
+
+
+def key(problem: Problem, batch: int | None = None) -> str:
+    """The printed problem at a bucket (its own unless given), on a device without an index."""
+    return str(replace(problem, batch=bucket(problem.batch if batch is None else batch), device=kind(problem.device)))
+
+
+def kind(device: str) -> str:
+    """The type of a device string: "cuda" of "cuda:1"."""
+    return device.split(":")[0]
+
+
+def family(implementation: str) -> str:
+    """The back end or family of kernels of a row: "triton" of "triton:m64_o64"."""
+    return implementation.partition(":")[0]
+
+
+def slug(name: str) -> str:
+    """A device name as a file name: lower case, words joined by dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def device_slug(device: str) -> str:
+    """The machine behind a device string: the processor's or the GPU's name as a file name ("nvidia-h200").
+
+    Where the device is not there ("cuda" without a GPU), the string itself: it has no times.
+    """
+    if kind(device) == "cpu":
+        return slug(cpu_name())
+    if kind(device) == "cuda" and torch.cuda.is_available():
+        return slug(torch.cuda.get_device_name(device))
+    return slug(device)
+
+
+def user_folder() -> Path:
+    """Where tables measured on this machine are kept."""
+    if "LBS_TUNING_DIR" in os.environ:
+        return Path(os.environ["LBS_TUNING_DIR"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lbs" / "tuning"
+
+
+def user_path(device: str) -> Path:
+    """The file of this machine's own measurements of a device (its slug)."""
+    return user_folder() / f"{device}.json"
+
+
+def read(path: Path) -> TuningTable:
+    """The table in one file.
+
+    Raises:
+        FormatError: not a table, another version, or times that are not positive numbers.
+        FileNotFoundError: no such file.
+    """
+    content = path.read_bytes()
+    try:
+        body = json.loads(content)
+        version, device, rows = body["version"], body["device"], body["rows"]
+        table = TuningTable(str(device), {str(k): {str(b): float(t) for b, t in v.items()} for k, v in rows.items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is not a tuning table ({error!r}); delete it and {_AGAIN}") from error
+    if version != TABLE_VERSION:
+        raise FormatError(f"{path} has version {version}; this library reads {TABLE_VERSION}, delete it and {_AGAIN}")
+    for row, times in table.rows.items():
+        for implementation, seconds in times.items():
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise FormatError(f"{path}: {row} on {implementation} took {seconds} s; times are positive, {_AGAIN}")
+    return table
+
+
+def write(path: Path, table: TuningTable) -> None:
+    """Write the table whole or not at all."""
+    write_json(path, {"version": TABLE_VERSION, "device": table.device, "rows": table.rows})
+    forget()
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write a file whole or not at all: to a temporary name beside `path`, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(body, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def forget() -> None:
+    """Read the tables again when they are next asked for."""
+    load.cache_clear()
+    _grids.cache_clear()
+
+
+@functools.cache
+def load(device: str) -> TuningTable:
+    """The shipped table of a device (its slug) with this machine's own measurements on top; may be empty."""
+    table = TuningTable(device)
+    for path in (SHIPPED / f"{device}.json", user_path(device)):
+        if path.exists():
+            table = table.merged(read(path))
+    return table
+
+
+def times(problem: Problem) -> dict[str, float]:
+    """Median seconds of each measured implementation of `problem`, on the device it names.
+
+    Taken at the nearest measured bucket of its batch, at most a factor of 4 away; empty where there is none.
+    """
+    rows = load(device_slug(problem.device)).rows
+    if not rows:
+        return {}
+    own = bucket(problem.batch).bit_length() - 1
+    for exponent in sorted(range(MAX_BUCKET + 1), key=lambda e: (abs(e - own), e)):
+        if abs(exponent - own) > NEIGHBOURS:
+            break
+        found = rows.get(key(problem, 1 << exponent))
+        if found:
+            return found
+    return {}
+
+
+_KEY = re.compile(
+    r"(?P<op>[a-z0-9]+)_n(?P<batch>\d+)_(?P<inputs>\d+)x(?P<size>\d+x\d+)_to(?P<outputs>\d+)_(?P<rest>.*)"
+)
+_Grid = dict[tuple[int, int], dict[str, float]]  # (in_channels, out_channels) -> times
+
+
+def estimate(problem: Problem, threads: int | None = None) -> float | None:
+    """Seconds of a layer by linear interpolation in its channels between measured problems that differ in nothing else.
+
+    Between the four neighbours (in_channels, out_channels) of the grid `lbs tune` measured; at the nearest measured
+    bucket of the batch, in proportion to it. Below the grid its smallest size counts.
+
+    Args:
+        problem: a convolution or linear layer.
+        threads: of the native CPU kernels; None takes the fastest row.
+
+    Returns:
+        None where a neighbour was not measured: other bits, another geometry, or channels beyond the grid.
+    """
+    grids = _grids(device_slug(problem.device))
+    own = bucket(problem.batch)
+    factors = sorted(range(-NEIGHBOURS, NEIGHBOURS + 1), key=lambda e: (abs(e), e))
+    for batch in (int(own * 2.0**e) for e in factors if own * 2.0**e >= 1):
+        grid = grids.get(_place(key(problem, batch))[0])
+        seconds = None if grid is None else _interpolate(grid, problem, threads)
+        if seconds is not None:
+            return seconds * problem.batch / batch
+    return None
+
+
+@functools.cache
+def _grids(device: str) -> dict[str, _Grid]:
+    """The rows of a device's table by everything but their channels."""
+    found: dict[str, _Grid] = {}
+    for row, measured in load(device).rows.items():
+        place, channels = _place(row)
+        found.setdefault(place, {})[channels] = measured
+    return found
+
+
+def _place(row: str) -> tuple[str, tuple[int, int]]:
+    """A key without its channels, and those. A depthwise layer has as many groups as channels, which go along."""
+    match = _KEY.fullmatch(row)
+    if match is None:
+        return row, (0, 0)
+    inputs, outputs, rest = int(match["inputs"]), int(match["outputs"]), match["rest"]
+    if inputs == outputs:
+        rest = rest.replace(f"_g{inputs}_", "_depthwise_")
+    return f"{match['op']}_n{match['batch']}_{match['size']}_{rest}", (inputs, outputs)
+
+
+def _interpolate(grid: _Grid, problem: Problem, threads: int | None) -> float | None:
+    inputs = _neighbours({place[0] for place in grid}, problem.in_channels)
+    outputs = _neighbours({place[1] for place in grid}, problem.out_channels)
+    diagonal = "_depthwise_" in _place(key(problem))[0]
+    total = 0.0
+    for c, c_share in inputs:
+        for o, o_share in [(c, 1.0)] if diagonal else outputs:
+            measured = grid.get((c, o), {})
+            own = {i: t for i, t in measured.items() if threads is None or i == f"cpu:t{threads}"}
+            if not own:
+                return None
+            total += c_share * o_share * min(own.values())
+    return total if inputs and outputs else None
+
+
+def _neighbours(sizes: set[int], size: int) -> list[tuple[int, float]]:
+    """The measured sizes around `size` with their shares of it; none above the largest."""
+    above = [s for s in sizes if s >= size]
+    if not above:
+        return []
+    high, low = min(above), max((s for s in sizes if s <= size), default=min(above))
+    if low == high:
+        return [(high, 1.0)]
+    share = (size - low) / (high - low)
+    return [(low, 1 - share), (high, share)]

@@ -1,0 +1,173 @@
+"""verify finds what is wrong, names it, and excuses rounding boundaries only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pack_nets
+import pytest
+import torch
+from torch import Tensor
+
+from lbs.packing.model import PackedModel
+from lbs.packing.packing import pack
+from lbs.packing.region import PackedRegion
+from lbs.packing.verify import verify
+from lbs.packing.verify_report import Check, VerifyReport
+from lbs_kernels.errors import BackendError, GraphError, ShapeError
+from lbs_kernels.program.steps import Program, blob_digest
+
+DIGITS = (1, 8, 8)
+
+
+def damaged(packed: PackedModel, change: Callable[[Program, Tensor], Program | None], region: int = 0) -> PackedModel:
+    """A copy whose blob or program is changed and sealed again, so that only verification can notice."""
+    other = copy.deepcopy(packed)
+    old = other.regions[region]
+    blob = old.blob.clone()
+    program = change(old.program, blob) or old.program
+    setattr(other.body, f"region{region}", PackedRegion(replace(program, digest=blob_digest(blob)), blob))
+    return other
+
+
+def flip_weight(layer: str) -> Callable[[Program, Tensor], None]:
+    def change(program: Program, blob: Tensor) -> None:
+        program.array(blob, f"{layer}.planes")[0, 2, 0, 0] ^= 1  # lowest bit of one weight
+
+    return change
+
+
+@pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv2", "layer2.0.downsample.0", "layer3.0.conv1", "fc"])
+def test_one_flipped_weight_bit_is_found_in_its_layer(layer: str) -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    report = verify(model, damaged(pack_nets.packed_digits(), flip_weight(layer)), pack_nets.images(4, DIGITS))
+    assert not report.ok
+    assert report.first_layer == layer
+    assert str(report.first_difference).startswith(f"{layer}: weight codes: 1 of ")
+    assert "DIFFERS" in str(report)
+
+
+def test_damage_behind_the_first_one_is_not_confused_with_it() -> None:
+    """With teacher forcing a wrong layer does not make its successors look wrong."""
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+
+    def change(program: Program, blob: Tensor) -> None:
+        program.array(blob, "layer2.0.conv1.multiplier")[3] *= 1.5
+
+    report = verify(model, damaged(pack_nets.packed_digits(), change), pack_nets.images(4, DIGITS))
+    assert {check.layer for check in report.checks if check.wrong} == {"layer2.0.conv1"}
+    assert str(report.first_difference).startswith("layer2.0.conv1: codes read by layer2.0.conv2: ")
+
+
+def test_wrong_scale_of_a_consumer_is_found_in_the_step_that_writes() -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+
+    def change(program: Program, blob: Tensor) -> Program:
+        steps = list(program.steps)
+        place = next(i for i, step in enumerate(steps) if step.name == "layer3.0.conv1")
+        (consumer,) = steps[place].emit.consumers
+        wrong = replace(consumer, scale=float(torch.tensor(consumer.scale * 1.25)))
+        steps[place] = replace(steps[place], emit=replace(steps[place].emit, consumers=(wrong,)))
+        return replace(program, steps=tuple(steps))
+
+    report = verify(model, damaged(pack_nets.packed_digits(), change), pack_nets.images(4, DIGITS))
+    assert report.first_layer == "layer3.0.conv1"
+
+
+def test_wrong_stream_is_found_where_only_floats_are_read() -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+
+    def change(program: Program, blob: Tensor) -> None:
+        program.array(blob, "fc.bias")[0] += 1e-3
+
+    report = verify(model, damaged(pack_nets.packed_digits(), change), pack_nets.images(4, DIGITS))
+    assert [check.layer for check in report.checks if check.wrong] == ["fc"]
+    assert "stream fc" in str(report.first_difference)
+
+
+def test_second_region_and_float_modules_are_compared() -> None:
+    model, packed = pack_nets.two_regions(), pack_nets.packed_two_regions()
+    x = pack_nets.images(3, (3, 10, 10))
+    assert verify(model, packed, x).ok
+    report = verify(model, damaged(packed, flip_weight("last"), region=1), x)
+    assert report.first_layer == "last"
+    other = pack_nets.quantized(pack_nets.TwoRegions(), (3, 10, 10))
+    assert not verify(other, packed, x).ok
+
+
+def test_code_on_a_rounding_boundary_is_excused_and_others_are_not() -> None:
+    """Inputs of exactly k + 1/2 steps: float32 and float64 round some of them apart. Inputs of k + 0.4 steps: none."""
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    packed = pack_nets.packed_digits()
+    steps = torch.arange(-32, 32).reshape(1, 1, 8, 8)
+    ties = verify(model, packed, ((steps + 0.5).double() * model.conv1.quantizer.step()).float())
+    assert ties.ok
+    assert 0 < ties.near_boundary <= 64
+    clear = ((steps + 0.4).double() * model.conv1.quantizer.step()).float()
+    assert verify(model, packed, clear).near_boundary == 0
+    shifted = copy.deepcopy(model)
+    shifted.conv1.quantizer.zero_point += 1
+    wrong = verify(shifted, packed, clear)
+    assert (wrong.first_layer, wrong.checks[0].wrong) == ("x.quantize", 64)
+
+
+@pytest.mark.parametrize(("units", "passes"), [(5e-5, True), (0.05, False)])
+def test_values_are_excused_within_the_stated_distance_only(units: float, passes: bool) -> None:
+    model, packed = pack_nets.network("digits_resnet8", 4, 4, classes=10), pack_nets.packed_digits()
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.layer3[0].bn1.bias += units * moved.layer3[0].conv2.quantizer.step()
+    report = verify(moved, packed, pack_nets.images(32, DIGITS))
+    assert report.ok is passes
+    assert report.first_layer == (None if passes else "layer3.0.conv1")
+
+
+def test_an_unknown_back_end_is_named_without_words_of_torch() -> None:
+    with pytest.raises(BackendError) as seen:
+        verify(
+            pack_nets.network("digits_resnet8", 4, 4, classes=10),
+            pack_nets.packed_digits(),
+            pack_nets.images(2, (1, 8, 8)),
+            backend="fpga",
+        )
+    assert str(seen.value).endswith("choose one of auto, cpu, gpu, triton, reference")
+
+
+def test_model_of_another_shape_is_refused_by_name() -> None:
+    other = pack_nets.network("cifar_resnet20", 4, 4)
+    with pytest.raises(ShapeError, match=r"packed for \[N, 1, 8, 8\]"):
+        verify(other, pack_nets.packed_digits(), pack_nets.images(2, (3, 32, 32)))
+    with pytest.raises(GraphError, match="made from"):
+        verify(
+            pack_nets.two_regions(),
+            pack(pack_nets.network("cifar_resnet20", 4, 4), verify=False),
+            pack_nets.images(2, (3, 32, 32)),
+        )
+
+
+def test_empty_batch_verifies_the_weights() -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    report = verify(model, pack_nets.packed_digits(), pack_nets.images(0, DIGITS))
+    assert report.ok
+    assert sum(check.what == "weight codes" for check in report.checks) == 10
+    assert not verify(model, damaged(pack_nets.packed_digits(), flip_weight("fc")), pack_nets.images(0, DIGITS)).ok
+
+
+def test_pack_raises_where_verification_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = VerifyReport((Check("conv9", "weight codes", 4, 1, 0, 1.0, 0.0),), 1, 1)
+    monkeypatch.setattr("lbs.packing.packing.compare", lambda *_: bad)
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    with pytest.raises(GraphError, match="conv9: weight codes: 1 of 4 DIFFER"):
+        pack(model)
+    assert isinstance(pack(model, verify=False), PackedModel)
+
+
+def test_report_is_rows_and_text() -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    report = verify(model, pack_nets.packed_digits(), pack_nets.images(4, DIGITS))
+    rows = report.rows()
+    assert {row["layer"] for row in rows if row["what"] == "weight codes"} == set(pack_nets.layers_of(model))
+    assert "same class on 4 of 4 images" in str(report)
+    assert all(row["wrong"] == 0 for row in rows)

@@ -1,0 +1,193 @@
+"""The report: complete, partial and damaged run folders; one file that needs no other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbs.plan import LayerPlan, Plan
+from lbs.reporting import page, records, tables, units
+from lbs.run_folder import RunFolder, write_json
+from lbs_kernels.errors import CheckpointError, PlanError
+
+PLAN = Plan(
+    (
+        LayerPlan("conv1", "conv2d", 8, 8, 3, 16, (3, 3), (1, 1), (1, 1), height=8, width=8),
+        LayerPlan("a", "conv2d", 4, 2, 16, 16, (3, 3), (1, 1), (1, 1), height=8, width=8, kept=tuple(range(12))),
+        LayerPlan("b", "conv2d", 2, 4, 16, 16, (3, 3), (1, 1), (1, 1), height=8, width=8, source="a"),
+        LayerPlan("fc", "linear", 8, 8, 16, 10),
+    ),
+    "Small",
+)
+
+
+@pytest.fixture
+def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed but not rendered, which takes seconds."""
+    monkeypatch.setattr(page, "png", lambda figure: b"")
+    monkeypatch.setattr(page, "svg_data", lambda figure: "data:,")
+
+
+def bench_rows() -> list[dict[str, Any]]:
+    rows = []
+    for batch, base in ((1, 2e-3), (64, 4e-2)):
+        for name, share in (("packed", 0.1), ("torch float32", 1.0), ("torch bfloat16", 0.7)):
+            median = base * share
+            rows.append(
+                {
+                    "contender": name,
+                    "batch": batch,
+                    "median": median,
+                    "p20": 0.9 * median,
+                    "p80": 1.2 * median,
+                    "ratios": {"torch float32": base / median},
+                }
+            )
+    return rows
+
+
+def fill(folder: RunFolder, *parts: str) -> None:
+    """Write the named parts of a run."""
+    folder.path.mkdir()
+    if "plan" in parts:
+        PLAN.save(folder.file("plan.json"))
+    if "metrics" in parts:
+        for phase in ("float", "search", "finetune"):
+            for step in range(1, 5):
+                row: dict[str, Any] = {
+                    "phase": phase,
+                    "kind": "step" if step % 2 else "epoch",
+                    "step": step,
+                    "epoch": step,
+                }
+                row |= {"loss": 2.0 / step, "task_loss": 1.0 / step, "train_accuracy": 0.2 * step, "lr": 0.1}
+                row["test_accuracy"] = None if step % 2 else 0.19 * step
+                if phase == "search":
+                    row |= {"bops": PLAN.bops() * (6 - step), "lambda": 1.0}
+                    row["gates"] = {
+                        r.name: [8 if step < 3 else r.w_bits, r.a_bits, r.kept_filters] for r in PLAN.layers
+                    }
+                folder.append_metrics(row)
+    if "results" in parts:
+        phase = {"epochs": 4, "steps": 8, "seconds": 75.0, "accuracy": 0.7, "best_accuracy": 0.71, "best_epoch": 3}
+        folder.add_result("float", {**phase, "accuracy": 0.72, "bytes": 100_000})
+        allowed = {"target": 2 * PLAN.bops(), "value": PLAN.bops(), "thresholds": 3 * PLAN.bops()}
+        small = {"target": 5500, "value": 5400, "thresholds": 5300}
+        targets = {"bops": allowed, "size_mb": small}
+        folder.add_result(
+            "search", {**phase, "targets": targets, "target_bops": allowed["target"], "bops": PLAN.bops()}
+        )
+        folder.add_result("finetune", phase)
+        folder.add_result("pack", {"bytes": 20_000})
+        folder.add_result("verify", {"images": 50, "equal_predictions": 50, "packed_accuracy": 0.7, "passed": True})
+    if "bench" in parts:
+        folder.add_result(
+            "bench", {"device": "cpu", "threads": 2, "rows": bench_rows(), "missing": {"x": "not installed"}}
+        )
+    if "environment" in parts:
+        folder.note_environment()
+        write_json(folder.file("config.json"), {"version": 1, "search": {"hash": "abc123", "seed": 7}})
+
+
+EVERYTHING = ("plan", "metrics", "results", "bench", "environment")
+
+
+def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    fill(folder, *EVERYTHING)
+    path = page.report(folder.path)
+    text = path.read_text()
+    for stem in ("bits", "cost", "training", "gates", "latency"):
+        assert f'id="{stem}"' in text
+        assert folder.file(f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "Not in this run yet" not in text
+    for expected in ("70.00 %", "12 / 16", "abc123", "50 of 50", "10.0x at batch 1", "20.0 kB", ">met<"):
+        assert expected in text, expected
+    record = records.read(folder.path)
+    found = {table.title: table.rows for table in tables.tables(record)}
+    cost, full = (units.bops(n * PLAN.bops()) for n in (1, 3))
+    assert found["Budget"] == (
+        ("bit operations", units.bops(2 * PLAN.bops()), full, cost, "closed by projection"),
+        ("packed weights", "5.5 kB", "5.3 kB", "5.4 kB", "opened by projection"),
+    )
+    assert [row[:2] for row in found["Training"]] == [("float", "7"), ("search", "7"), ("finetune", "-")]
+    detail = next(tile.detail for tile in tables.tiles(record) if tile.label == "Budget")
+    assert detail == f"{cost} of {units.bops(2 * PLAN.bops())}, 5.4 kB of 5.5 kB allowed"
+
+
+@pytest.mark.parametrize("section", [{"target_bops": 3e6}, {"targets": {"bops": {"target": 3e6, "value": 2e6}}}])
+def test_a_search_of_an_older_release_did_not_note_its_thresholds(tmp_path: Path, section: dict[str, Any]) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.add_result("search", {"bops": 2e6, **section})
+    rows = tables.budget_table(records.read(folder.path)).rows
+    assert rows == (("bit operations", "3.0M", "-", "2.0M", "-"),)
+
+
+@pytest.mark.parametrize("part", EVERYTHING)
+@pytest.mark.usefixtures("sketches")
+def test_every_part_may_be_missing(tmp_path: Path, part: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    fill(folder, *(other for other in EVERYTHING if other != part))
+    text = page.report(folder.path).read_text()
+    pictures = {"plan": ("bits", "cost"), "metrics": ("training", "gates"), "bench": ("latency",)}
+    for stem in pictures.get(part, ()):
+        assert f'id="{stem}"' not in text
+        assert not folder.file(f"{stem}.png").exists()
+    if part == "bench":
+        assert f"benchmark: <code>lbs bench --run {folder.path}</code>" in text
+
+
+@pytest.mark.parametrize("part", ["plan", "metrics", "results"])
+def test_every_part_stands_alone(tmp_path: Path, part: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    fill(folder, part)
+    assert "Not in this run yet" in page.report(folder.path).read_text()
+
+
+def test_totals_are_those_of_the_plan() -> None:
+    rows = records.layer_rows(PLAN)
+    assert sum(row.bops for row in rows) == PLAN.bops()
+    assert sum(row.full_bops for row in rows) == PLAN.full_precision_bops()
+    assert rows[1].bops == 9 * 16 * 12 * 64 * 4 * 2
+    assert rows[2].inputs == 12
+    table = tables.layer_table(records.Record("x", layers=rows))
+    assert table.rows[-1][0] == "total"
+    assert all(len(row) == len(table.header) for row in table.rows)
+
+
+@pytest.mark.usefixtures("sketches")
+def test_names_are_escaped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    fill(folder, "results")
+    folder.add_result("bench", {"rows": [{**bench_rows()[0], "contender": "<script>alert(1)</script>"}]})
+    assert "<script>" not in page.report(folder.path).read_text()
+
+
+@pytest.mark.usefixtures("sketches")
+def test_a_missed_budget_and_a_failed_check_are_shown_as_such(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    fill(folder, *EVERYTHING)
+    folder.add_result("search", {"target_bops": PLAN.bops() / 2})
+    folder.add_result("verify", {"images": 50, "equal_predictions": 49, "packed_accuracy": 0.6, "passed": False})
+    found = {tile.label: tile for tile in tables.tiles(records.read(folder.path))}
+    assert (found["Budget"].value, found["Budget"].state) == ("missed", "bad")
+    assert (found["Packed = trained"].value, found["Packed = trained"].state) == ("no", "bad")
+
+
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run folder"):
+        page.report(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="nothing to report"):
+        page.report(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"results.json is not JSON"):
+        page.report(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "plan.json").write_text('{"layers": [{"name": 1}]}')
+    with pytest.raises(PlanError, match="not a plan"):
+        page.report(tmp_path)
