@@ -4,8 +4,9 @@
 
 Steps are the trainer's own (batch in memory, forward, backward, SGD, budget), contenders interleaved in one process.
 The search keeps every gate open, its dearest state; `multi-path` computes a branch of its own for every width. Both
-are a weight and an activation step, halved. Peak memory is that of four steps in a process of its own, over what torch
-takes there; on a GPU, where steps are recorded (`--single`: not), what torch reserves for a contender more than before.
+are a weight and an activation step, halved; `search, budget alone` is processor time, without the budget's gradient.
+Peak memory is that of four steps in a process of its own, over what torch takes there; on a GPU, where steps are
+recorded (`--single`: not), what torch reserves for a contender more than before.
 The file is written as soon as there are times, and again with every peak.
 
     {"version": 1, "level": "training", "header": {...},
@@ -43,6 +44,7 @@ from lbs_kernels.times.table import device_slug
 CONTENDERS = ("float", "fine-tuning 4/4", "search", "multi-path")
 SEARCHES = CONTENDERS[2:]  # two kinds of step in turn
 HALVES = ("search, weight step", "search, activation step")  # parts of `search`, timed on the CPU only
+PARTS = (*HALVES, "search, budget alone")
 STEPS_FOR_PEAK = 4
 STEPS_TO_RECORD = 2 * (SINGLE_STEPS + 2)  # both kinds
 
@@ -102,6 +104,30 @@ def half(trainer: Trainer, activations: bool) -> SelfTimed:
     return SelfTimed(seconds)
 
 
+def budget_alone(trainer: Trainer) -> SelfTimed:
+    """One call: a weight step and an activation step; the processor's seconds in calls of the budget, halved."""
+    step, budget, spent = stepper(trainer, 2), trainer.budget, [0.0]
+
+    def timed(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            start = time.process_time()
+            result = call()
+            spent[0] += time.process_time() - start
+            return result
+
+        return run
+
+    trainer._work._losses.budget = timed(budget)
+    budget.clamp, budget.advance = timed(budget.clamp), timed(budget.advance)
+
+    def seconds() -> float:
+        spent[0] = 0.0
+        step()
+        return spent[0] / 2
+
+    return SelfTimed(seconds)
+
+
 def steps_of(contender: str) -> int:
     """Training steps in one timed call."""
     return 2 if contender in SEARCHES else 1
@@ -125,6 +151,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Times], dict[str, int]]
     if not on_gpu:
         searching = trainer_of("search", args)
         calls |= {name: half(searching, bool(index)) for index, name in enumerate(HALVES)}
+        calls[PARTS[-1]] = budget_alone(trainer_of("search", args))
     return interleave(calls, device=args.device, rounds=args.rounds, warmup=0.0), peaks
 
 

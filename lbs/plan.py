@@ -46,8 +46,15 @@ class LayerPlan:
         """Whether every input channel has one filter of its own, which lives and dies with it."""
         return is_depthwise(self.groups, self.in_channels, self.filters)
 
-    def problem(self, in_channels: int | None = None, out_channels: int | None = None, batch: int = 1) -> Problem:
-        """The layer as a Problem, with other channel counts where they are given."""
+    def problem(
+        self,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        batch: int = 1,
+        w_bits: int | None = None,
+        a_bits: int | None = None,
+    ) -> Problem:
+        """The layer as a Problem, with other channel counts and bits where they are given."""
         return Problem(
             "bitlinear" if self.kind == "linear" else "bitconv2d",
             batch * self.positions,
@@ -60,8 +67,8 @@ class LayerPlan:
             self.padding,
             self.dilation,
             in_channels or self.groups if self.depthwise else self.groups,
-            self.w_bits,
-            self.a_bits,
+            w_bits or self.w_bits,
+            a_bits or self.a_bits,
         )
 
 

@@ -15,11 +15,12 @@ from lbs.config import SearchRun
 from lbs.graph import record_of
 from lbs.search import projection
 from lbs.search.controller import Controller
-from lbs.search.gates import BitGate, PruneGate, shares_of
+from lbs.search.gates import BitGate, PruneGate, set_plain
 from lbs.search.ledger import Ledger
 from lbs.search.outcome import BudgetResult, Reached
 from lbs.search.prices import Prices, renewed, sent
 from lbs.search.quantities import Quantity, Table, Target, targets_of
+from lbs.search.stacks import BitStack, PruneStack
 from lbs_kernels.errors import PlanError
 
 
@@ -65,9 +66,13 @@ class Budget:
         self.controllers = [Controller(strength, gain) for _ in self.targets]
         self.read_every = read_every or (8 if next(model.parameters()).is_cuda else 1)
         self.steps, self.frozen = 0, False
-        self._held: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._held: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []  # thresholds, and what they were
         self._prices: dict[tuple[str, str], Prices] = {}  # of a quantity, while one side learns
         self._strengths: Tensor | None = None  # as float64 [targets] beside the gates
+        self._sides = {
+            side: BitStack(choice.gate for choice in self.ledger.choices if choice.kind == side)
+            for side in ("weights", "activations")
+        }
         self._assign_sides()
 
     @property
@@ -94,16 +99,17 @@ class Budget:
         return "frozen" if self.frozen else ("weights", "activations")[self.steps % 2]
 
     def _assign_sides(self) -> None:
-        for _, gate, weights in self.bit_gates():
-            gate.active = self.side == ("weights" if weights else "activations")
+        for side, stack in self._sides.items():
+            for gate in stack.gates:
+                set_plain(gate, active=side == self.side)
         self._hold()
 
+    @torch.no_grad()
     def _hold(self) -> None:
         """Remember the thresholds that must not move."""
-        gates = [gate for _, gate, _ in self.bit_gates() if not gate.active]
-        idle = [gate.alpha.detach().view(-1) for gate in (*gates, *(self.prune_gates() if self.frozen else ()))]
-        values = torch.cat(idle).split([len(alpha) for alpha in idle]) if idle else ()
-        self._held = idle, list(values)
+        idle: list[BitStack | PruneStack] = [stack for side, stack in self._sides.items() if side != self.side]
+        idle += self.ledger.prune_stacks if self.frozen else []
+        self._held = [(stack.alphas, stack.thresholds()) for stack in idle if stack.gates]
 
     def cost(self, quantity: Quantity | None = None) -> Tensor:
         """R, differentiable in the active side's and the prune thresholds (LBS section 3.3).
@@ -114,17 +120,18 @@ class Budget:
         with the gates' values subtracted, so that a float64 scalar equal to `value` is left, as long as alphas have not
         moved since the last forward pass.
         """
-        quantity = quantity or self.targets[0].quantity
-        if self.read_every == 1:
-            self.ledger.read()
+        self._take_in()
+        return self._cost(quantity or self.targets[0].quantity)
+
+    def _cost(self, quantity: Quantity) -> Tensor:
+        """`cost`, by the ledger as it is."""
         prices = self._prices_of(quantity)
         total = prices.total
-        if prices.widths:
-            shares = shares_of([choice.gate for choice in prices.widths]).double()
-            total = total + ((shares - prices.open) * prices.steps).sum()
-        for choice, slope in zip(prices.filters, prices.slopes, strict=True):
-            count = choice.gate.mask().double().sum()
-            total = total + (count - count.detach()) * slope
+        if prices.widths.gates:
+            total = total + ((prices.widths.shares().double() - prices.open) * prices.steps).sum()
+        if prices.filters:
+            living = torch.cat([stack.living() for stack in prices.filters])
+            total = total + ((living - living.detach()) * prices.slopes).sum()
         return total
 
     def _prices_of(self, quantity: Quantity) -> Prices:
@@ -141,15 +148,24 @@ class Budget:
         self._hold()
         if self.frozen or not self.strength:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        self._observe_filters()
+        self._take_in()
         if self._strengths is None or self.read_every == 1:
             self._strengths = self._renewed_strengths()
-        logs = torch.stack([self.cost(target.quantity).log() for target in self.targets])
+        logs = torch.stack([self._cost(target.quantity).log() for target in self.targets])
         return (self._strengths * logs).sum().float()
 
+    def _take_in(self) -> None:
+        """Rank the filters in this iteration's graph and let the thresholds decide, with a look where all steps do."""
+        self._observe_filters()
+        if self.read_every == 1:
+            self.ledger.read()
+        else:
+            for stack in self.ledger.prune_stacks:
+                stack.decide()
+
     def _observe_filters(self) -> None:
-        for layer in self.layers.values():
-            layer.observe_filters()
+        for stack in self.ledger.prune_stacks:
+            stack.observe()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -160,16 +176,14 @@ class Budget:
     @torch.no_grad()
     def clamp(self) -> None:
         """The first part of `step`: work on the device, the same in every step of a `side`."""
-        if self._held[0]:
-            torch._foreach_copy_(*self._held)
+        for alphas, values in self._held:
+            torch._foreach_copy_(alphas, values)
         if self.frozen:
             return
         self._observe_filters()
-        for _, gate, _ in self.bit_gates():
-            if gate.active:
-                gate.clamp()
-        for prune in self.prune_gates():
-            prune.clamp()
+        self._sides[self.side].clamp()
+        for stack in self.ledger.prune_stacks:
+            stack.clamp()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -184,12 +198,16 @@ class Budget:
 
     def _look(self) -> None:
         """Read back what the gates cost, once for all; freeze or press harder."""
-        self._read()
-        for target, controller in zip(self.targets, self.controllers, strict=True):
-            controller.update(self.ledger.total(target.quantity), target.limit, self.read_every)
-        if projection.fits(self.ledger, self.targets):
-            self.freeze()
+        if self.read_every > 1:
+            self._read()
         else:
+            self.ledger.read()  # no step is recorded, and `clamp` has just told the gates
+        values = [self.ledger.total(target.quantity) for target in self.targets]
+        for value, target, controller in zip(values, self.targets, self.controllers, strict=True):
+            controller.update(value, target.limit, self.read_every)
+        if all(value <= target.limit for value, target in zip(values, self.targets, strict=True)):
+            self.freeze()
+        elif self.read_every > 1:
             self._renew()
 
     def _read(self, errors: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +19,56 @@ from lbs.train.distributed import reduce_mean
 
 
 class _Step(torch.autograd.Function):
-    """1(A > alpha); the gradient is that of sigmoid(A - alpha): -s(1 - s) to alpha, +s(1 - s) to A."""
+    """Gates as they were decided; those that are free have the gradient of s = sigmoid(A - alpha), +-s(1 - s).
+
+    lengths: how many places of a row [P, G] are its gate's own. These are computed row by row, so that no gradient
+    depends on the gates beside: torch's sigmoid has other last bits at the end of a tensor, where no vector is full,
+    and sums of another length are added in another order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, statistic: Tensor, alpha: Tensor) -> Tensor:
-        ctx.save_for_backward(statistic, alpha)
-        return (statistic > alpha).to(alpha.dtype)
+    def forward(
+        ctx: Any, statistic: Tensor, alpha: Tensor, gates: Tensor, free: Tensor | None, lengths: Sequence[int] | None
+    ) -> Tensor:
+        ctx.save_for_backward(statistic, alpha, free)
+        ctx.lengths = lengths
+        return gates
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        statistic, alpha = ctx.saved_tensors
-        s = torch.sigmoid(statistic - alpha)
-        slope = grads[0] * s * (1 - s)
-        return (slope if ctx.needs_input_grad[0] else None), (-slope).sum_to_size(alpha.shape)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        statistic, alpha, free = ctx.saved_tensors
+        s = statistic - alpha
+        for row in _rows(s, ctx.lengths):
+            row.sigmoid_()
+        slope = (grads[0] if free is None else torch.where(free, grads[0], 0)) * s * (1 - s)
+        of_alpha = -slope
+        if ctx.lengths is None:
+            of_alpha = of_alpha.sum_to_size(alpha.shape)
+        else:
+            of_alpha = torch.stack([row.sum() for row in _rows(of_alpha, ctx.lengths)]).view_as(alpha)
+        return (slope if ctx.needs_input_grad[0] else None), of_alpha, None, None, None
+
+
+def _rows(x: Tensor, lengths: Sequence[int] | None) -> list[Tensor]:
+    return [x] if lengths is None else [row.narrow(0, 0, n) for row, n in zip(x.unbind(), lengths, strict=True)]
 
 
 def step(statistic: Tensor, alpha: Tensor) -> Tensor:
-    """Hard gates 0/1 in alpha's dtype, shape of `statistic` broadcast with alpha, differentiable in both."""
-    return _Step.apply(statistic, alpha)
+    """Hard gates 0/1 in alpha's dtype, shape of `statistic` broadcast with alpha, differentiable in both.
+
+    The gradient is that of s = sigmoid(A - alpha): -s(1 - s) to alpha, +s(1 - s) to A.
+    """
+    return _Step.apply(statistic, alpha, (statistic > alpha).to(alpha.dtype), None, None)
+
+
+def decided(
+    statistic: Tensor, alpha: Tensor, is_open: Tensor, free: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor:
+    """Gates 0/1 that more than their threshold has decided about; those that are free have the gradient of `step`.
+
+    lengths: how many places of a row [P, G] are its gate's own, where several gates are given at once.
+    """
+    return _Step.apply(statistic, alpha, is_open.to(alpha.dtype), free, lengths)
 
 
 def running_product(gates: Tensor) -> Tensor:
@@ -44,6 +77,16 @@ def running_product(gates: Tensor) -> Tensor:
     for place in range(1, len(parts)):
         parts[place] = parts[place - 1] * parts[place]
     return torch.stack(parts, -1)
+
+
+def open_steps(is_open: Tensor) -> Tensor:
+    """How many gates [..., J] of 0 and 1 are open before the first closed one, int64."""
+    return (is_open > 0.5).cumprod(-1).sum(-1)
+
+
+def set_plain(module: nn.Module, **values: object) -> None:
+    """Set attributes that are no parameters, buffers or modules past torch, which looks through all those each time."""
+    vars(module).update(values)
 
 
 class BitGate(nn.Module):
@@ -104,7 +147,7 @@ class BitGate(nn.Module):
 
     def open_level(self) -> Tensor:
         """`level` as an int64 scalar beside `is_open`, which is up to date on a GPU too."""
-        return (self.is_open > 0.5).long().cumprod(0).sum()
+        return open_steps(self.is_open)
 
     def open_width(self) -> Tensor:
         """`bits` as an int64 scalar beside `is_open`."""
@@ -121,7 +164,12 @@ class BitGate(nn.Module):
     @torch.no_grad()
     def clamp(self) -> None:
         """alpha in [0, 1.05 A]: a gate far beyond its statistic could never open again."""
-        self.alpha.copy_(torch.minimum(self.alpha.clamp(min=0), 1.05 * self.statistic))
+        self.alpha.copy_(self.within_reach(self.alpha, self.statistic))
+
+    @staticmethod
+    def within_reach(alpha: Tensor, statistic: Tensor) -> Tensor:
+        """What `clamp` makes of thresholds."""
+        return torch.minimum(alpha.clamp(min=0), 1.05 * statistic)
 
     @torch.no_grad()
     def close_to(self, level: int) -> None:
@@ -136,19 +184,44 @@ class BitGate(nn.Module):
         """Nothing more to do when the search is over: the open width is the only one computed."""
 
 
-def shares_of(gates: Sequence[BitGate]) -> Tensor:
-    """`shares` of one gate after the other, [sum of J]; those of equal chains at once, in as many operations as one."""
-    if {type(gate) for gate in gates} == {BitGate} and len({gate.chain for gate in gates}) == 1:
-        statistics, alphas = (torch.stack([getattr(gate, name) for gate in gates]) for name in ("statistic", "alpha"))
-        return running_product(step(statistics, alphas)).flatten()
-    return torch.cat([gate.shares() for gate in gates])
-
-
 def refresh(gates: Sequence[BitGate]) -> None:
     """`level` of all gates, read back at once."""
     levels = torch.stack([gate.open_level() for gate in gates]).tolist() if gates else []
     for gate, level in zip(gates, levels, strict=True):
         gate.level = level
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """Which groups of filters are open: of one prune gate [G], or of several [P, G], whose counts are tensors [P, 1].
+
+    groups: how many a gate has. least: how many stay open whatever alpha says. unit: how many come and go together.
+    """
+
+    groups: Any
+    least: Any
+    unit: int
+
+    @torch.no_grad()
+    def decide(self, statistic: Tensor, alpha: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Which groups are open, and which are free: not held. bool like `statistic`; alpha is a scalar or [P, 1]."""
+        wanted = torch.where(alpha > 0, (statistic > alpha).sum(-1, keepdim=True), self.groups).clamp(min=self.least)
+        if self.unit > 1:
+            wanted = (-(-wanted // self.unit) * self.unit).clamp(max=self.groups)
+        rank = statistic.argsort(descending=True, stable=True).argsort()
+        free = held.abs() <= 0.5  # whole numbers, but in an average of models
+        return torch.where(free, rank < wanted, held > 0.5), free
+
+    @staticmethod
+    def within_reach(alpha: Tensor, last: Tensor) -> Tensor:
+        """alpha >= 0 and just below the statistic of the last group that must live, so that it can fall again."""
+        below = (last * 0.999999).nan_to_num(torch.inf, torch.inf, torch.inf)
+        return torch.minimum(alpha, below.to(alpha.dtype)).clamp(min=0)
+
+
+def group_means(importance: Tensor, sizes: Tensor) -> Tensor:
+    """Means over groups of `sizes` [..., G] filters; importance [..., G x filters], 0 behind the end of a short one."""
+    return importance.view(*sizes.shape, -1).sum(-1) / sizes.to(importance.dtype)
 
 
 class PruneGate(nn.Module):
@@ -169,6 +242,9 @@ class PruneGate(nn.Module):
         self.filters, self.size, self.max_ratio, self.tile = filters, size, max_ratio, tile
         self.groups = -(-filters // size)
         self.unit = math.lcm(size, tile) // size  # groups that come and go together
+        fewest = max(1, self.groups - int(max_ratio * self.groups))
+        self.least = min(self.groups, -(-fewest // self.unit) * self.unit)  # that stay open whatever alpha says
+        self.rule = GroupRule(self.groups, self.least, self.unit)
         self.alpha = nn.Parameter(torch.zeros(()))
         self.register_buffer("held", torch.zeros(self.groups))  # -1 closed, 0 free, 1 open
         sizes = torch.tensor([float(self.group_size(group)) for group in range(self.groups)])
@@ -185,26 +261,16 @@ class PruneGate(nn.Module):
     def observe(self, importance: Tensor) -> None:
         """Set this iteration's statistic from per-filter importance [filters] in 0..1, differentiable."""
         padded = nn.functional.pad(importance, (0, self.groups * self.size - self.filters))
-        self.statistic = padded.view(self.groups, self.size).sum(1) / self.sizes.to(importance.dtype)
-        self.shared = None
+        self.rank_by(group_means(padded, self.sizes))
+
+    def rank_by(self, statistic: Tensor) -> None:
+        """Set this iteration's statistic [G]."""
+        set_plain(self, statistic=statistic, shared=None)
 
     def gates(self) -> Tensor:
         """Hard gates [G], differentiable in alpha and the statistic."""
-        free = step(self.statistic, self.alpha)
-        with torch.no_grad():
-            wanted = torch.where(self.alpha > 0, (free > 0).sum(), self.groups).clamp(min=self.least)
-            count = -(-wanted // self.unit) * self.unit
-            order = self.statistic.argsort(descending=True, stable=True)
-            hard = (order.argsort() < count).to(free.dtype)
-        free = hard + (free - free.detach())
-        held = self.held.round()
-        return torch.where(held == 0, free, (held > 0).to(free.dtype))
-
-    @property
-    def least(self) -> int:
-        """Groups that stay open whatever alpha says."""
-        fewest = max(1, self.groups - int(self.max_ratio * self.groups))
-        return min(self.groups, -(-fewest // self.unit) * self.unit)
+        is_open, free = self.rule.decide(self.statistic, self.alpha, self.held)
+        return decided(self.statistic, self.alpha, is_open, free)
 
     def mask(self) -> Tensor:
         """Per-filter mask [filters] of 0 and 1, differentiable."""
@@ -225,13 +291,6 @@ class PruneGate(nn.Module):
         """Let the running `score` follow |value| [filters], averaged over ranks."""
         self.score.mul_(keep).add_(reduce_mean(value.detach().to(self.score.dtype).abs()), alpha=1 - keep)
 
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """alpha >= 0 and just below the statistic of the last group that must live, so that it can fall again."""
-        limit = self.statistic.detach().sort(descending=True).values[self.least - 1]
-        below = torch.where(limit.isfinite(), limit * 0.999999, torch.full_like(limit, torch.inf))
-        self.alpha.copy_(torch.minimum(self.alpha, below.to(self.alpha.dtype)).clamp(min=0))
-
     @property
     def levels(self) -> int:
         """How many numbers of open groups there are, from `least` to all."""
@@ -240,6 +299,10 @@ class PruneGate(nn.Module):
     def open_groups(self, level: int) -> int:
         """Open groups at a level, 0 the fewest."""
         return min(self.groups, self.least + level * self.unit)
+
+    def level_of(self, opened: int) -> int:
+        """The lowest level with at least so many open groups."""
+        return max(0, -(-(opened - self.least) // self.unit))
 
     def group_size(self, group: int) -> int:
         """Filters of one group; the last may be short."""

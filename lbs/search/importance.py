@@ -19,39 +19,40 @@ from torch import Tensor
 def magnitude(layer: Any) -> Tensor:
     """mean |w_i| / max |w|, the paper's rule (LBS eq. 14); differentiable in w."""
     size = layer.weight.abs()
-    return size.flatten(1).mean(1) / _largest(size)
+    return size.flatten(1).mean(1) / _positive(size.detach().max())
 
 
-def gamma(layer: Any) -> Tensor:
-    """|gamma_i| / max |gamma| of the norm behind the layer, differentiable; without one, `magnitude`."""
-    if not layer.norm_behind:
-        return magnitude(layer)
-    size = layer.norm_behind[0].weight.abs()
-    return size / _largest(size)
+def relative(scores: Tensor) -> Tensor:
+    """|x_i| / max |x| of numbers [..., filters]."""
+    size = scores.abs()
+    return size / _positive(size.detach().amax(-1, keepdim=True))
 
 
-def running(layer: Any) -> Tensor:
-    """The running mean that the rule watches, over its maximum; a constant."""
-    score = layer.prune.score
-    return score / _largest(score)
-
-
-def _largest(size: Tensor) -> Tensor:
-    """The maximum, detached, and never 0: where all are zero no group ranks higher."""
-    return size.detach().max().clamp(min=torch.finfo(size.dtype).tiny)
+def _positive(largest: Tensor) -> Tensor:
+    """Never 0: where all are zero no group ranks higher."""
+    return largest.clamp(min=torch.finfo(largest.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class Importance:
-    """score: layer -> importance [filters]. watches: "", `gradient` or `activation`."""
+    """look: layer -> what ranks its filters [filters]. score: importance by that, of a layer or several [P, filters].
 
-    score: Callable[[Any], Tensor]
+    watches: "", `gradient` or `activation`.
+    """
+
+    look: Callable[[Any], Tensor]
+    score: Callable[[Tensor], Tensor] = relative
     watches: str = ""
 
 
 IMPORTANCE: dict[str, Importance] = {
-    "magnitude": Importance(magnitude),
-    "gamma": Importance(gamma),
-    "taylor": Importance(running, "gradient"),
-    "activation": Importance(running, "activation"),
+    "magnitude": Importance(magnitude, lambda found: found),
+    "gamma": Importance(lambda layer: layer.norm_behind[0].weight),
+    "taylor": Importance(lambda layer: layer.prune.score, watches="gradient"),
+    "activation": Importance(lambda layer: layer.prune.score, watches="activation"),
 }
+
+
+def rule_of(layer: Any) -> Importance:
+    """The rule of a layer: without a norm behind it, `gamma` is `magnitude`."""
+    return IMPORTANCE["magnitude" if layer.importance == "gamma" and not layer.norm_behind else layer.importance]

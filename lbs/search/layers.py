@@ -12,7 +12,7 @@ from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate, PruneGate
-from lbs.search.importance import IMPORTANCE
+from lbs.search.importance import IMPORTANCE, rule_of
 from lbs.search.multi_path import BranchGate
 
 FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
@@ -145,7 +145,8 @@ class SearchLayer(QuantLayer):
     def observe_filters(self) -> None:
         """Give the prune gate this iteration's importance of each filter."""
         if self.prune is not None:
-            self.prune.observe(IMPORTANCE[self.importance].score(self))
+            rule = rule_of(self)
+            self.prune.observe(rule.score(rule.look(self)))
 
     def quantized_weight(self) -> Tensor:
         if self.w_bits == FULL_BITS:

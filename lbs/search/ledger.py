@@ -5,18 +5,19 @@ Plain numbers on the host. `read` takes them from the gates, `apply` writes them
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lbs.graph import record_of
 from lbs.plan import LayerPlan
 from lbs.search.gates import BitGate, PruneGate
 from lbs.search.layers import SearchLayer, searched_gate
 from lbs.search.quantities import Quantity
+from lbs.search.stacks import BitStack, prune_stacks
 from lbs_kernels.errors import PlanError
 
 
@@ -26,10 +27,10 @@ class Choice:
 
     layer: str
     kind: str  # weights | activations | filters
-    gate: Any
+    gate: Any  # None: there is nothing to choose, and one amount
     amounts: tuple[int, ...]
-    touched: tuple[LayerPlan, ...]  # layers whose cost it changes
     level: int = 0
+    touched: tuple[Row, ...] = ()  # layers whose cost it changes
     errors: tuple[float, ...] = ()  # errors[k]: what going down from level k + 1 to k adds
     order: tuple[int, ...] = ()  # filters: groups, strongest first
 
@@ -44,6 +45,31 @@ class Choice:
         return len(self.amounts) - 1
 
 
+@dataclass(eq=False)
+class Row:
+    """A layer of the books: the choices its price follows, and the prices that came up, by quantity and amounts."""
+
+    entry: LayerPlan
+    inputs: Choice
+    outputs: Choice
+    weights: Choice
+    activations: Choice
+    prices: dict[tuple[str, tuple[int, int, int, int]], float] = field(default_factory=dict)
+
+    def amounts(self) -> tuple[int, int, int, int]:
+        """Channels that live, filters that live, bits of weights and activations."""
+        i, o, w, a = self.inputs, self.outputs, self.weights, self.activations
+        return i.amounts[i.level], o.amounts[o.level], w.amounts[w.level], a.amounts[a.level]
+
+    def price(self, quantity: Quantity) -> float:
+        """What the layer costs under the present choices."""
+        key = quantity.name, self.amounts()
+        if key not in self.prices:
+            inputs, outputs, w_bits, a_bits = self.amounts()
+            self.prices[key] = quantity.price(self.entry.problem(inputs, outputs, w_bits=w_bits, a_bits=a_bits))
+        return self.prices[key]
+
+
 class Ledger:
     """Choices and prices of a searchable model.
 
@@ -56,54 +82,43 @@ class Ledger:
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, SearchLayer)}
         if not self.layers:
             raise PlanError(f"{type(model).__name__} has no gates; make it searchable with lbs.prepare first")
+        filters = {
+            layer.prune: Choice(name, "filters", layer.prune, _filter_counts(layer.prune))
+            for name, layer in self.layers.items()
+            if layer.prune is not None
+        }
+        self.rows = [_row(entry, self.layers[entry.name], filters) for entry in self.plan.layers]
         self.choices: list[Choice] = []
-        self._weights: dict[str, Choice] = {}
-        self._activations: dict[str, Choice] = {}
-        self._filters: dict[int, Choice] = {}  # by id of the gate
-        for entry in self.plan.layers:
-            self._add_choices(entry)
-        self._prices: dict[tuple[object, ...], float] = {}
+        for row in self.rows:
+            own = (row.weights, row.activations, row.outputs)
+            self.choices += [choice for choice in own if choice.gate is not None and choice.layer == row.entry.name]
+        for choice in self.choices:
+            choice.touched = tuple(row for row in self.rows if choice in _followed(row))
         with torch.no_grad():
-            for layer in self.layers.values():
-                layer.observe_filters()  # on the device the model is on now
+            self.prune_stacks = prune_stacks(self.layers.values())
+        self.filters = [filters[gate] for stack in self.prune_stacks for gate in stack.gates]  # in the stacks' order
+        self.widths = [choice for choice in self.choices if choice.kind != "filters"]
+        self._bit_gates = BitStack(choice.gate for choice in self.widths)
         self.read()
-
-    def _add_choices(self, entry: LayerPlan) -> None:
-        layer = self.layers[entry.name]
-        if layer.w_gate is not None:
-            self._weights[entry.name] = Choice(entry.name, "weights", layer.w_gate, layer.w_gate.chain, (entry,))
-        gate = searched_gate(layer.quantizer)
-        if gate is not None:
-            self._activations[entry.name] = Choice(entry.name, "activations", gate, gate.chain, (entry,))
-        if layer.prune is not None:
-            prune = layer.prune
-            touched = tuple(e for e in self.plan.layers if prune in (self._own(e), self._feeding(e)))
-            self._filters[id(prune)] = Choice(entry.name, "filters", prune, _filter_counts(prune), touched)
-        own = (self._weights.get(entry.name), self._activations.get(entry.name), self._filters.get(id(layer.prune)))
-        self.choices += [choice for choice in own if choice is not None]
-
-    def _own(self, entry: LayerPlan) -> PruneGate | None:
-        return self.layers[entry.name].own_gate()
-
-    def _feeding(self, entry: LayerPlan) -> PruneGate | None:
-        layer = self.layers[entry.name]
-        return next(iter(layer.through_gate or layer.input_gate), None)
 
     @torch.no_grad()
     def read(self, errors: bool = False) -> None:
         """Take the levels from the gates in one transfer; with `errors` also what projections rank by."""
         if not self.choices:
             return
-        device = self.choices[0].gate.alpha.device
-        levels = torch.stack([_level(choice.gate).to(device) for choice in self.choices]).tolist()
-        for choice, level in zip(self.choices, levels, strict=True):
-            choice.level = level
-            if choice.kind == "filters":
-                _read_filters(choice, errors)
-            else:
-                choice.gate.level = level
-                if errors:
-                    choice.errors = tuple(choice.gate.statistic.tolist())
+        unread = [] if self._bit_gates.mirrored else self._bit_gates.gates
+        parts = [self._bit_gates.opened()] if unread else []
+        parts += [stack.decide() for stack in self.prune_stacks]
+        opened = torch.cat(parts).tolist() if parts else []
+        for gate, level in zip(unread, opened, strict=False):
+            gate.level = level
+        for choice in self.widths:
+            choice.level = choice.gate.level
+            if errors:
+                choice.errors = tuple(choice.gate.statistic.tolist())
+        for choice, groups in zip(self.filters, opened[len(unread) :], strict=True):
+            choice.level = choice.gate.level_of(groups)
+            _read_filters(choice, errors)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -116,32 +131,25 @@ class Ledger:
             else:
                 choice.gate.close_to(choice.level)
 
-    def price(self, quantity: Quantity, entry: LayerPlan) -> float:
-        """What a layer costs under the present choices."""
-        layer, name = self.layers[entry.name], entry.name
-        inputs, outputs = self._living(self._feeding(entry)), self._living(self._own(entry))
-        w_bits = self._weights[name].amount if name in self._weights else layer.w_bits
-        a_bits = self._activations[name].amount if name in self._activations else layer.a_bits
-        key = (quantity.name, name, inputs, outputs, w_bits, a_bits)
-        if key not in self._prices:
-            problem = replace(entry.problem(inputs, outputs), w_bits=w_bits, a_bits=a_bits)
-            self._prices[key] = quantity.price(problem)
-        return self._prices[key]
-
-    def _living(self, gate: PruneGate | None) -> int | None:
-        return self._filters[id(gate)].amount if gate is not None else None
-
     def total(self, quantity: Quantity) -> float:
         """What the network costs under the present choices."""
-        return sum(self.price(quantity, entry) for entry in self.plan.layers)
+        return sum(row.price(quantity) for row in self.rows)
 
     def change(self, quantity: Quantity, choice: Choice, level: int) -> float:
         """What the network would cost more with `choice` at `level`."""
-        present, before = choice.level, sum(self.price(quantity, entry) for entry in choice.touched)
-        choice.level = level
-        after = sum(self.price(quantity, entry) for entry in choice.touched)
+        return self._touched(quantity, choice, level) - self._touched(quantity, choice, choice.level)
+
+    def changes(self, quantity: Quantity, choice: Choice) -> list[float]:
+        """`change` to every level."""
+        present = self._touched(quantity, choice, choice.level)
+        return [self._touched(quantity, choice, level) - present for level in range(len(choice.amounts))]
+
+    def _touched(self, quantity: Quantity, choice: Choice, level: int) -> float:
+        """What the layers that a choice touches would cost with it at `level`."""
+        present, choice.level = choice.level, level
+        cost = sum(row.price(quantity) for row in choice.touched)
         choice.level = present
-        return after - before
+        return cost
 
     def floor(self, quantity: Quantity) -> float:
         """The least the network can cost, as far as fewer filters never cost more."""
@@ -156,25 +164,40 @@ class Ledger:
         """Fewest filters, and in each layer the cheapest pair of widths: the narrowest need not be the fastest."""
         for choice in self.choices:
             choice.level = 0
-        for entry in self.plan.layers:
-            own = [found[entry.name] for found in (self._weights, self._activations) if entry.name in found]
+        for row in self.rows:
+            own = [choice for choice in (row.weights, row.activations) if choice.gate is not None]
             _, best = min(
-                (self._price_at(quantity, entry, own, levels), levels)
+                (self._price_at(quantity, row, own, levels), levels)
                 for levels in product(*(range(len(choice.amounts)) for choice in own))
             )
-            self._price_at(quantity, entry, own, best)
+            self._price_at(quantity, row, own, best)
 
-    def _price_at(self, quantity: Quantity, entry: LayerPlan, own: list[Choice], levels: tuple[int, ...]) -> float:
+    def _price_at(self, quantity: Quantity, row: Row, own: list[Choice], levels: tuple[int, ...]) -> float:
         for choice, level in zip(own, levels, strict=True):
             choice.level = level
-        return self.price(quantity, entry)
+        return row.price(quantity)
 
 
-def _level(gate: BitGate | PruneGate) -> Tensor:
-    if isinstance(gate, PruneGate):
-        steps = (gate.gates().sum().long() - gate.least + gate.unit - 1) // gate.unit
-        return steps.clamp(min=0)
-    return gate.open_level()
+def _row(entry: LayerPlan, layer: SearchLayer, filters: dict[PruneGate, Choice]) -> Row:
+    """A layer with the choices of its own, and those of the filters it computes and reads."""
+
+    def widths(kind: str, gate: BitGate | None, bits: int) -> Choice:
+        return Choice(entry.name, kind, gate, (bits,) if gate is None else gate.chain)
+
+    def channels(gate: PruneGate | None, count: int) -> Choice:
+        return Choice(entry.name, "filters", None, (count,)) if gate is None else filters[gate]
+
+    return Row(
+        entry,
+        channels(next(iter(layer.through_gate or layer.input_gate), None), entry.in_channels),
+        channels(layer.own_gate(), entry.filters),
+        widths("weights", layer.w_gate, layer.w_bits),
+        widths("activations", searched_gate(layer.quantizer), layer.a_bits),
+    )
+
+
+def _followed(row: Row) -> tuple[Choice, ...]:
+    return row.inputs, row.outputs, row.weights, row.activations
 
 
 def _filter_counts(gate: PruneGate, order: tuple[int, ...] = ()) -> tuple[int, ...]:

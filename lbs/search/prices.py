@@ -10,22 +10,25 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lbs.search.ledger import Ledger
+from lbs.search.ledger import Choice, Ledger
 from lbs.search.quantities import Quantity
+from lbs.search.stacks import BitStack
 
 
 class Prices:
     """Of one quantity, while the gates of one side learn; float64, of the ledger's present choices.
 
-    total: what the network costs, a scalar. widths: the choices that learn; open, steps: for every step between their
-    neighbouring widths, 1 where it is open, and its price [K]. filters: choices with filters to close; slopes: what one
-    filter costs, towards the neighbouring number of them [P].
+    total: what the network costs, a scalar. widths: the bit gates that learn; open, steps: for every step between their
+    neighbouring widths, 1 where it is open, and its price [K]. filters: the prune gates; slopes: what one filter costs,
+    towards the neighbouring number of them, 0 where there is none [P].
     """
 
     def __init__(self, ledger: Ledger, quantity: Quantity, side: str, device: torch.device) -> None:
         self.ledger, self.quantity = ledger, quantity
-        self.widths = [choice for choice in ledger.choices if choice.kind == side]
-        self.filters = [choice for choice in ledger.choices if choice.kind == "filters" and choice.top]
+        self._widths = [choice for choice in ledger.choices if choice.kind == side]
+        self.widths = BitStack(choice.gate for choice in self._widths)
+        self.filters = ledger.prune_stacks
+        self._steps: dict[tuple[Choice, tuple[int, int, int, int]], tuple[list[float], list[float]]] = {}
         self._numbers = sent(self._values(), device)
         self._cut()
 
@@ -35,22 +38,31 @@ class Prices:
         self._cut()
 
     def _cut(self) -> None:
-        count = sum(choice.top for choice in self.widths)
+        count = sum(choice.top for choice in self._widths)
         self.total, rest = self._numbers[0], self._numbers[1:]
-        self.open, self.steps, self.slopes = rest.split([count, count, len(self.filters)])
+        self.open, self.steps, self.slopes = rest.split([count, count, len(self.ledger.filters)])
 
     def _values(self) -> list[float]:
         total = float(self.ledger.total(self.quantity))
-        opened = [float(level < choice.level) for choice in self.widths for level in range(choice.top)]
-        steps, slopes = [], []
-        for choice in self.widths:
-            prices = [self.ledger.change(self.quantity, choice, level) for level in range(len(choice.amounts))]
-            steps += [after - before for before, after in pairwise(prices)]
-        for choice in self.filters:
-            level = choice.level - 1 if choice.level else 1
-            change = self.ledger.change(self.quantity, choice, level)
-            slopes.append(change / (choice.amounts[level] - choice.amount))
+        widths = [self._steps_of(choice) for choice in self._widths]
+        opened, steps = ([number for width in widths for number in width[part]] for part in (0, 1))
+        slopes = [self._slope(choice) if choice.top else 0.0 for choice in self.ledger.filters]
         return [total, *opened, *steps, *slopes]
+
+    def _steps_of(self, choice: Choice) -> tuple[list[float], list[float]]:
+        """Which steps of a width are open, and their prices; kept, for the same amounts come up again and again."""
+        (layer,) = choice.touched
+        key = choice, layer.amounts()
+        if key not in self._steps:
+            opened = [float(level < choice.level) for level in range(choice.top)]
+            changes = self.ledger.changes(self.quantity, choice)
+            self._steps[key] = opened, [wider - narrower for narrower, wider in pairwise(changes)]
+        return self._steps[key]
+
+    def _slope(self, choice: Choice) -> float:
+        level = choice.level - 1 if choice.level else 1
+        change = self.ledger.change(self.quantity, choice, level)
+        return change / (choice.amounts[level] - choice.amount)
 
 
 def sent(values: list[float], device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ def test_the_cost_of_searching_is_measured(tmp_path: Path, monkeypatch: pytest.M
     body = json.loads(path.read_text())
     assert (body["version"], body["level"], body["header"]["model"]) == (1, "training", "digits_resnet8")
     rows = {row["contender"]: row for row in body["rows"]}
-    assert set(rows) == {*module.CONTENDERS, *module.HALVES}
+    assert set(rows) == {*module.CONTENDERS, *module.PARTS}
     assert rows["float"]["slower_than_float"] == rows["float"]["memory_over_float"] == 1
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows.values())
     assert rows["float"]["epoch"] == pytest.approx(rows["float"]["median"] * (50_000 // 32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import lbs
 import lbs.models
 from lbs.search.freeze import plan_of
 from lbs.search.gates import BitGate, PruneGate, step
+from lbs.search.stacks import PruneStack
 from lbs_kernels.errors import PlanError
 
 INF = float("inf")
@@ -134,13 +136,16 @@ def test_groups_average_their_filters_and_the_last_may_be_short() -> None:
     st.floats(0, 2),
 )
 def test_the_cap_holds_for_any_threshold(statistic: list[float], ratio: float, alpha: float) -> None:
-    gate = prune_gate(statistic, ratio=ratio)
+    gate = PruneGate(2 * len(statistic), 2, ratio, scored=True)
+    gate.score.copy_(torch.tensor(statistic).repeat_interleave(2))
     with torch.no_grad():
         gate.alpha.fill_(alpha)
+        stack = PruneStack([SimpleNamespace(prune=gate, importance="taylor", norm_behind=[])])  # type: ignore[list-item]
     closed = len(statistic) - int(gate.gates().sum())
     assert closed <= int(ratio * len(statistic))
     assert closed < len(statistic)
-    gate.clamp()
+    with torch.no_grad():
+        stack.clamp()
     assert gate.alpha.item() >= 0
     assert len(statistic) - int(gate.gates().sum()) <= closed  # groups that tie at the cap may open again
 
