@@ -61,7 +61,7 @@ def onednn_contender(problem: Problem) -> dict[str, Contender]:
 def bytes_moved(problem: Problem, w_bits: int, a_bits: int) -> float:
     """Input, weights and output, read or written once."""
     pixels = problem.batch * problem.height * problem.width * problem.in_channels
-    outputs = problem.batch * problem.out_height * problem.out_width * problem.out_channels
+    outputs = problem.rows * problem.out_channels
     return ((pixels + outputs) * a_bits + problem.out_channels * problem.reduction * w_bits) / 8
 
 

@@ -93,7 +93,7 @@ def half(layer: Layer) -> dict[str, Callable[[], object]]:
 
 def logical_bytes(problem: Problem) -> float:
     """Codes read, weights read and codes (or floats) written, each once, without padding."""
-    pixels = problem.batch * problem.out_height * problem.out_width
+    pixels = problem.rows
     out_bits = 32 if problem.op == "bitlinear" else problem.a_bits
     read = problem.batch * problem.height * problem.width * problem.in_channels * problem.a_bits
     weights = problem.reduction * problem.out_channels * problem.w_bits

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from lbs.engines import ENGINES, EngineModels, engine_reason
+from lbs.engines import ENGINES, EngineModels, why_not
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.packing import pack
 from lbs.quant.calibrate import calibrate
@@ -240,7 +240,7 @@ def _engines(
     """The float network for the engines asked for; None where none of them can be timed."""
     asked = [name for name in baselines if name in ENGINES]
     for name in asked:
-        reason = "no float network was given (model=)" if model is None else engine_reason(name)
+        reason = "no float network was given (model=)" if model is None else why_not(name)
         if packed.device.type != "cpu":
             reason = "timed on the CPU only"
         if reason is not None:

@@ -36,7 +36,7 @@ _INPUT = "images"
 _TOLERANCE = {"onnxruntime": 1e-3, "openvino": 1e-3, "onnxruntime8": 0.5, "openvino8": 0.5}
 
 
-def engine_reason(name: str) -> str | None:
+def why_not(name: str) -> str | None:
     """Why this engine cannot be timed here, or None."""
     needed = set(_MODULES[name.removesuffix("8")]) | ({"onnxruntime"} if name.endswith("8") else set())
     missing = sorted(module for module in needed if importlib.util.find_spec(module) is None)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from lbs.plan import LayerPlan, Plan
 from lbs_kernels.errors import GraphError
+from lbs_kernels.program.window import is_depthwise
 
 NORMS = (nn.BatchNorm2d,)
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout)
@@ -288,7 +289,7 @@ def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
         target = called_module(module, node)
         if isinstance(target, NORMS):
             norms.append(str(node.target))
-        elif isinstance(target, nn.Conv2d) and 1 < target.groups == target.in_channels == target.out_channels:
+        elif isinstance(target, nn.Conv2d) and is_depthwise(target.groups, target.in_channels, target.out_channels):
             through.append(str(node.target))
         elif isinstance(target, nn.Conv2d):
             if target.groups != 1:

@@ -11,6 +11,7 @@ from typing import Any
 from lbs import cost
 from lbs_kernels.errors import PlanError
 from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.window import is_depthwise
 
 PLAN_VERSION = 1
 
@@ -43,7 +44,7 @@ class LayerPlan:
     @property
     def depthwise(self) -> bool:
         """Whether every input channel has one filter of its own, which lives and dies with it."""
-        return 1 < self.groups == self.in_channels == self.filters
+        return is_depthwise(self.groups, self.in_channels, self.filters)
 
     def problem(self, in_channels: int | None = None, out_channels: int | None = None, batch: int = 1) -> Problem:
         """The layer as a Problem, with other channel counts where they are given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,6 +61,22 @@ def processors() -> int:
 def default_threads() -> int:
     """Threads a native call uses unless told otherwise: torch's number, at most the processors there are."""
     return max(1, min(torch.get_num_threads(), processors()))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What kernels and measurements count on, of the largest GPU of a compute capability."""
+
+    multiprocessors: int
+    shared_bytes: int  # that one block may have
+    l2_bytes: int
+
+
+# Where nothing is asked of the device: defaults are chosen, and kernels compiled, on machines without one.
+GPUS = {
+    "sm_80": Gpu(108, 163 * 1024, 40 << 20),  # A100
+    "sm_90": Gpu(132, 227 * 1024, 60 << 20),  # H200; an H100 has 50 MB
+}
 
 
 def gpu_name() -> str | None:

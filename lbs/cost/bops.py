@@ -19,7 +19,7 @@ FULL_PRECISION_BITS = 32
 
 def _window_positions(problem: Problem) -> int:
     """Taps times output pixels: what one pair of an input and an output channel costs in a convolution."""
-    return problem.batch * problem.kernel[0] * problem.kernel[1] * problem.out_height * problem.out_width
+    return problem.rows * problem.window.taps
 
 
 def _row_positions(problem: Problem) -> int:

@@ -64,6 +64,6 @@ def _cuts(problem: Problem, inputs: Sequence[int], outputs: Sequence[int]) -> It
         for c in inputs:
             for o in outputs:
                 yield replace(problem, in_channels=c, out_channels=o)
-    elif problem.groups == problem.in_channels == problem.out_channels:
+    elif problem.depthwise:
         for c in inputs:
             yield replace(problem, in_channels=c, out_channels=c, groups=c)

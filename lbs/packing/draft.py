@@ -25,6 +25,7 @@ from lbs_kernels.program.steps import (
     TensorSpec,
     build_blob,
 )
+from lbs_kernels.program.window import Window
 
 Shape = tuple[int, int, int]  # channels, height, width
 Norm = tuple[str, nn.BatchNorm2d]
@@ -157,7 +158,7 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
     if draft.pool is not None:
         op = draft.pool
         kind = "max" if op.kind == "max_pool" else "mean"
-        return PoolStep(draft.name, source, emit, kind, op.kernel, op.stride, op.padding)  # type: ignore[arg-type]
+        return PoolStep(draft.name, source, emit, kind, *op.window.fields()[:3])  # type: ignore[arg-type]
     if draft.layer is None:
         return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))
     return _layer_step(draft, draft.layer, source, emit, arrays)
@@ -194,15 +195,15 @@ def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays
     arrays[keys[0]] = pack_weights(weight_codes(layer, draft.source.shape), layer.w_bits)
     arrays[keys[1]], arrays[keys[2]] = multiplier_and_bias(layer, draft.name, draft.norms)
     _, filters, taps, _ = arrays[keys[0]].shape
-    window: tuple[Any, ...] = (draft.source.shape[1:], (1, 1), (0, 0), (1, 1), 1)  # linear: the whole image at once
+    window = Window(draft.source.shape[1:])  # linear: the whole image at once
     if isinstance(layer, nn.Conv2d):
-        window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-    kernel, stride, padding, dilation, groups = window
-    check_accumulator(taps * (draft.source.shape[0] // groups), layer.w_bits, layer.a_bits, draft.name)
+        geometry: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        window = Window(*geometry)
+    check_accumulator(taps * (draft.source.shape[0] // window.groups), layer.w_bits, layer.a_bits, draft.name)
     total = max(layer.total_filters, filters)
     if not isinstance(layer, nn.Conv2d) and taps == 1:
         return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys)
-    return ConvStep(draft.name, source, emit, layer.w_bits, kernel, stride, padding, dilation, groups, total, *keys)
+    return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys)
 
 
 def weight_codes(layer: QuantLayer, shape: Shape) -> Tensor:

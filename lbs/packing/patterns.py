@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from lbs.graph import called_module
 from lbs.quant.deployed import computes_as
 from lbs.quant.layers import QuantConv2d, QuantLinear
+from lbs_kernels.program.window import Window
 
 Kind = Literal["layer", "norm", "clamp", "add", "max_pool", "mean_pool", "alias", "shape"]
 Pair = tuple[int, int]
+POINT = Window()
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,7 @@ class Op:
     kind: Kind
     low: float | None = None  # clamp
     high: float | None = None
-    kernel: Pair = (1, 1)  # max_pool
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
+    window: Window = POINT  # max_pool
     inplace: bool = False
 
 
@@ -150,13 +150,9 @@ def _max_pool_op(window: tuple[Any, ...], ceil_mode: Any, indices: Any, node: fx
     kernel, stride, padding, dilation = window
     if _pair(dilation) != (1, 1) or indices or len(shape_of(node)) != 4:
         return None
-    op = Op("max_pool", kernel=_pair(kernel), stride=_pair(stride or kernel), padding=_pair(padding))
-    return op if not ceil_mode or _floor_shape(op, node) == shape_of(node)[2:] else None
-
-
-def _floor_shape(op: Op, node: fx.Node) -> tuple[int, ...]:
-    sizes = zip(shape_of(node.args[0])[2:], op.kernel, op.stride, op.padding, strict=True)
-    return tuple((size + 2 * padding - kernel) // stride + 1 for size, kernel, stride, padding in sizes)
+    made = Window(_pair(kernel), _pair(stride or kernel), _pair(padding))
+    floor = made.output(*shape_of(node.args[0])[2:])
+    return Op("max_pool", window=made) if not ceil_mode or floor == shape_of(node)[2:] else None
 
 
 def _max_pool_call(node: fx.Node) -> Op | None:

@@ -251,7 +251,7 @@ class _Judge(fx.Interpreter):
         if op.kind == "add":
             return bound + self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "max_pool":
-            return F.max_pool2d(bound, op.kernel, op.stride, op.padding)
+            return F.max_pool2d(bound, *op.window.fields()[:4])
         if op.kind == "mean_pool":
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]

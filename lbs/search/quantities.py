@@ -118,10 +118,9 @@ def _between(table: LookUp, problem: Problem) -> float:
 
 def _nearest(table: LookUp, problem: Problem, counts: range) -> tuple[int, float] | None:
     """The first number of filters with a known time, and that time."""
-    depthwise = 1 < problem.groups == problem.in_channels == problem.out_channels
     for count in counts:
         other = replace(problem, out_channels=count)
-        known = table(replace(other, in_channels=count, groups=count) if depthwise else other)
+        known = table(replace(other, in_channels=count, groups=count) if problem.depthwise else other)
         if known is not None:
             return count, float(known)
     return None

@@ -121,7 +121,7 @@ def bind(
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     size = (problem.batch, problem.height, problem.width, problem.in_channels)
     pixels = problem.batch * problem.height * problem.width
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     codes = buffers[step.input]
     values = torch.empty(size, dtype=torch.float16, device=codes.device)
     image = values.permute(0, 3, 1, 2)

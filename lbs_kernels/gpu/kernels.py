@@ -18,21 +18,14 @@ from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
     depthwise_candidates,
-    depthwise_reason,
     grouped_candidates,
-    grouped_reason,
 )
-from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates, elementwise_reason
-from lbs_kernels.gpu.configs.gemm import GemmConfig, bits_reason, gemm_candidates, gemm_reason
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates
+from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, triton_why_not
 from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
-from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_reason, unsupported_reason
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_why_not
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
-
-
-def _nothing(*asked: object) -> str | None:
-    """For rows that refuse nothing."""
-    return None
 
 
 @dataclass(frozen=True)
@@ -44,10 +37,9 @@ class Kernel:
         ops: the operations it serves.
         config: type of its configurations; `str(config)` and `config.parse(text)` are inverse.
         candidates: configurations worth timing for a problem.
-        implementation: operation -> module with `bind(...)`, and perhaps `prepare_weights(...)` and `step_reason(...)`.
+        implementation: operation -> module with `bind(...)`, perhaps `prepare_weights(...)` and `step_why_not(...)`.
             Called where something is bound, so that the table needs no Triton.
-        unsupported: why no configuration serves a problem, or None.
-        invalid: why one configuration cannot run a problem, or None.
+        why_none: why no configuration serves a problem, or None; of one, `config.why_not(problem)` says it.
         exact: equal to the reference in every bit.
     """
 
@@ -56,17 +48,16 @@ class Kernel:
     config: Any
     candidates: Callable[[Problem], Iterable[Any]]
     implementation: Callable[[str], ModuleType]
-    unsupported: Callable[[Problem], str | None] = _nothing
-    invalid: Callable[[Any, Problem], str | None] = _nothing
+    why_none: Callable[[Problem], str | None] = lambda problem: None
     exact: bool = True
 
-    def reason(self, problem: Problem) -> str | None:
+    def why_not(self, problem: Problem) -> str | None:
         """Why this kernel cannot serve `problem` here, or None."""
         if problem.op not in self.ops:
             return f"there is no such kernel for {problem.op}"
         if self.family == "cuda" and extension.cuda is None:
             return extension.cuda_reason
-        return self.unsupported(problem)
+        return self.why_none(problem)
 
 
 def _weighted(op: str) -> ModuleType:
@@ -95,11 +86,11 @@ def _half(op: str) -> ModuleType:
 
 CONV, WEIGHTED, ELEMENTWISE = ("bitconv2d",), ("bitconv2d", "bitlinear"), ("quantpack", "pool")
 KERNELS: list[Kernel] = [
-    Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, bits_reason, gemm_reason),
-    Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, bits_reason, depthwise_reason),
-    Kernel("triton", CONV, GroupedConfig, grouped_candidates, _weighted, bits_reason, grouped_reason),
-    Kernel("cuda", WEIGHTED, OneBitConfig, onebit_candidates, _onebit, unsupported_reason, onebit_reason),
-    Kernel("triton", ELEMENTWISE, ElementwiseConfig, elementwise_candidates, _elementwise, invalid=elementwise_reason),
+    Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, triton_why_not),
+    Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, triton_why_not),
+    Kernel("triton", CONV, GroupedConfig, grouped_candidates, _weighted, triton_why_not),
+    Kernel("cuda", WEIGHTED, OneBitConfig, onebit_candidates, _onebit, onebit_why_not),
+    Kernel("triton", ELEMENTWISE, ElementwiseConfig, elementwise_candidates, _elementwise),
     Kernel("fp16", WEIGHTED, HalfConfig, half_candidates, _half, exact=False),
 ]
 FALLBACKS = ("fp16",)  # families that are taken only where the user allows them
@@ -117,6 +108,11 @@ class Choice:
     def name(self) -> str:
         """As in tuning tables: "triton:elementwise_m32_c32_w4"."""
         return f"{self.kernel.family}:{self.config}"
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None."""
+        reason: str | None = self.kernel.why_not(problem) or self.config.why_not(problem)
+        return reason
 
 
 def check_fallback(fallback: str | None) -> None:
@@ -152,18 +148,13 @@ def parse(name: str) -> Choice | None:
     return None
 
 
-def refusal(choice: Choice, problem: Problem) -> str | None:
-    """Why a choice cannot run `problem`, or None."""
-    return choice.kernel.reason(problem) or choice.kernel.invalid(choice.config, problem)
-
-
 def candidates(problem: Problem) -> list[Choice]:
     """Every valid configuration of every kernel that can serve `problem`, the default first."""
     found = [default(problem)]
     for kernel in KERNELS:
-        if kernel.reason(problem) is None:
+        if kernel.why_not(problem) is None:
             choices = (Choice(kernel, config) for config in kernel.candidates(problem))
-            found += [choice for choice in choices if choice != found[0] and refusal(choice, problem) is None]
+            found += [choice for choice in choices if choice != found[0] and choice.why_not(problem) is None]
     return found
 
 
@@ -176,13 +167,13 @@ def default(problem: Problem) -> Choice:
 def choose(
     problem: Problem,
     allowed: tuple[str, ...] | None = None,
-    reason: Callable[[Choice], str | None] = lambda choice: None,
+    why_not: Callable[[Choice], str | None] = lambda choice: None,
 ) -> Choice:
     """The fastest measured kernel that can run `problem`, else the default.
 
     Args:
         allowed: families to choose from; all exact ones unless given.
-        reason: why the caller cannot take a choice, or None.
+        why_not: why the caller cannot take a choice, or None.
 
     Raises:
         BackendError: not even the default can serve.
@@ -193,20 +184,20 @@ def choose(
         found = parse(name)
         if found is None or found.kernel.family not in allowed:
             continue
-        if refusal(found, problem) is None and reason(found) is None:
+        if found.why_not(problem) is None and why_not(found) is None:
             return Choice(found.kernel, found.config, measured[name])
     found = default(problem)
-    refused = refusal(found, problem) or reason(found)
+    refused = found.why_not(problem) or why_not(found)
     if refused is not None:
         raise BackendError(f"{found.kernel.family} cannot serve {problem}: {refused}")
     return found
 
 
-def reasons(problem: Problem) -> dict[str, str | None]:
+def why_not_by_family(problem: Problem) -> dict[str, str | None]:
     """For each family why none of its kernels serves `problem`, or None where one does."""
     found: dict[str, str | None] = {}
     for kernel in KERNELS:
-        reason = kernel.reason(problem)
+        reason = kernel.why_not(problem)
         if found.get(kernel.family, "") is not None:
             found[kernel.family] = reason
     return found

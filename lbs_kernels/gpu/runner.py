@@ -219,19 +219,19 @@ class GpuRunner:
         """The kernel of a step. Raises BackendError where the one named, or every one, cannot serve it."""
         try:
             if step.name not in self.configs:
-                return kernels.choose(problem, self.families, functools.partial(self._step_reason, step))
+                return kernels.choose(problem, self.families, functools.partial(self._step_why_not, step))
             config = self.configs[step.name]
             choice = Choice(kernels.kernel_of(config), config)
-            reason = kernels.refusal(choice, problem) or self._step_reason(step, choice)
+            reason = choice.why_not(problem) or self._step_why_not(step, choice)
             if reason is not None:
                 raise BackendError(f"{choice.kernel.family} cannot serve {problem}: {reason}")
         except BackendError as error:
             raise BackendError(f"step {step.name!r}: {error}") from error
         return choice
 
-    def _step_reason(self, step: Step, choice: Choice) -> str | None:
+    def _step_why_not(self, step: Step, choice: Choice) -> str | None:
         """Why a kernel cannot run a step, beyond what its problem says, or None."""
-        asked = getattr(choice.kernel.implementation(step.op), "step_reason", None)
+        asked = getattr(choice.kernel.implementation(step.op), "step_why_not", None)
         return None if asked is None else asked(step, self.program.tensors[step.input])
 
     def _weights_for(self, step: Step, choice: Choice) -> Any:

@@ -83,13 +83,12 @@ def _weighted(problem: Problem, tensors: list[TensorSpec]) -> Step:
         return LinearStep(LAYER, 1, Emit(stream=RESULT), problem.w_bits, problem.out_channels, *names)
     tensors.append(TensorSpec("y", "codes", *size, bits=problem.a_bits))
     emit = Emit(consumers=(Consumer(RESULT, problem.a_bits, _top(problem.a_bits) / 2),))
-    geometry = (problem.kernel, problem.stride, problem.padding, problem.dilation, problem.groups)
-    return ConvStep(LAYER, 1, emit, problem.w_bits, *geometry, problem.out_channels, *names)
+    return ConvStep(LAYER, 1, emit, problem.w_bits, *problem.window.fields(), problem.out_channels, *names)
 
 
 def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
     """The maximum of codes or of a stream; a window of the whole stream is the mean."""
-    window = (problem.kernel, problem.stride, problem.padding)
+    window = problem.window.fields()[:3]
     if problem.a_bits:
         size = (problem.in_channels, problem.out_height, problem.out_width)
         tensors.append(TensorSpec("y", "codes", *size, bits=problem.a_bits))

@@ -19,18 +19,17 @@ from torch import Tensor
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import check_accumulator, unpack_weights
+from lbs_kernels.program.window import Window
+
+LINEAR = Window()
 
 
 def accumulate(
     x_codes: Tensor,
     w_planes: Tensor,
+    window: Window = LINEAR,
     *,
     a_bits: int,
-    kernel: tuple[int, int] = (1, 1),
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
     zero: int = 0,
     signed: bool = False,
 ) -> Tensor:
@@ -51,17 +50,17 @@ def accumulate(
         FormatError: the accumulator could overflow, or the planes do not fit C / groups.
         ShapeError: signed codes with padding.
     """
-    if signed and padding != (0, 0):
-        raise ShapeError(f"padding {padding} of signed codes: they have no code for 0; pad before encoding")
+    if signed and window.padding != (0, 0):
+        raise ShapeError(f"padding {window.padding} of signed codes: they have no code for 0; pad before encoding")
     w_bits, filters, taps, _ = w_planes.shape
-    channels = x_codes.shape[3] // groups
+    channels = x_codes.shape[3] // window.groups
     check_accumulator(taps * channels, w_bits, a_bits, "the definition")
     weight = unpack_weights(w_planes, channels).double() * 2 - ((1 << w_bits) - 1)
-    weight = weight.reshape(filters, *kernel, channels).permute(0, 3, 1, 2)
+    weight = weight.reshape(filters, *window.kernel, channels).permute(0, 3, 1, 2)
     x = x_codes.double() * 2 - ((1 << a_bits) - 1) if signed else x_codes.double() - zero
     # Plain im2col and matrix product: cuDNN might pick a transform (FFT, Winograd) that is not exact.
     with torch.backends.cudnn.flags(enabled=False):
-        acc = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding, dilation, groups)
+        acc = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, None, *window.fields()[1:])
     return acc.permute(0, 2, 3, 1).to(torch.int32)
 
 
@@ -80,7 +79,7 @@ def read_values(x: Tensor, form: str, multiplier: Tensor | None = None, bias: Te
     return values if multiplier is None or bias is None else fma32(values, multiplier, bias)
 
 
-def max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+def max_pool(x: Tensor, window: Window) -> Tensor:
     """Maximum over each window; padding never wins.
 
     Args:
@@ -89,7 +88,7 @@ def max_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], paddin
     Returns:
         The same dtype for codes, float32 for a stream; [N, H', W', C].
     """
-    pooled = torch.nn.functional.max_pool2d(x.float().permute(0, 3, 1, 2), kernel, stride, padding)
+    pooled = torch.nn.functional.max_pool2d(x.float().permute(0, 3, 1, 2), *window.fields()[:4])
     pooled = pooled.permute(0, 2, 3, 1)
     return pooled.to(torch.uint8) if x.dtype == torch.uint8 else pooled
 

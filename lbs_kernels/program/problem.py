@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, Step
+from lbs_kernels.program.window import Window, is_depthwise
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,27 @@ class Problem:
     device: str = "cpu"
 
     @property
+    def window(self) -> Window:
+        return Window(self.kernel, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
     def out_height(self) -> int:
-        return output_size(self.height, self.kernel[0], self.stride[0], self.padding[0], self.dilation[0])
+        return self.window.output(self.height, self.width)[0]
 
     @property
     def out_width(self) -> int:
-        return output_size(self.width, self.kernel[1], self.stride[1], self.padding[1], self.dilation[1])
+        return self.window.output(self.height, self.width)[1]
+
+    @property
+    def rows(self) -> int:
+        """M: output pixels of the whole batch."""
+        height, width = self.window.output(self.height, self.width)
+        return self.batch * height * width
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter for each channel."""
+        return is_depthwise(self.groups, self.in_channels, self.out_channels)
 
     @property
     def reduction(self) -> int:
@@ -42,7 +58,7 @@ class Problem:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the logical shapes, no padding counted."""
-        return self.batch * self.out_height * self.out_width * self.out_channels * self.reduction
+        return self.rows * self.out_channels * self.reduction
 
     def __str__(self) -> str:
         size = f"n{self.batch}_{self.in_channels}x{self.height}x{self.width}_to{self.out_channels}"
@@ -62,30 +78,16 @@ def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem
     height, width, channels = source.height, source.width, source.channels
     if isinstance(step, ConvStep | LinearStep):
         filters = program.arrays[step.planes].shape[1]
-        problem = Problem(step.op, batch, height, width, channels, filters, w_bits=step.w_bits, device=device)
-        problem = replace(problem, a_bits=source.bits)
-        if isinstance(step, LinearStep):
-            return problem
-        return replace(
-            problem,
-            kernel=step.kernel,
-            stride=step.stride,
-            padding=step.padding,
-            dilation=step.dilation,
-            groups=step.groups,
-        )
+        window = step.window if isinstance(step, ConvStep) else Window()
+        sizes = (batch, height, width, channels, filters)
+        return Problem(step.op, *sizes, *window.fields(), step.w_bits, source.bits, device)
     problem = Problem(step.op, batch, height, width, channels, channels, w_bits=0, a_bits=source.bits, device=device)
     if not isinstance(step, PoolStep):
         return replace(problem, a_bits=step.emit.consumers[0].bits if step.emit.consumers else 0)
     if step.kind == "mean":
         return replace(problem, kernel=(height, width), padding=step.padding)
-    return replace(problem, kernel=step.kernel, stride=step.stride, padding=step.padding)
+    return replace(problem, **vars(step.window))
 
 
 def _pair(sizes: tuple[int, int]) -> str:
     return str(sizes[0]) if sizes[0] == sizes[1] else f"{sizes[0]}x{sizes[1]}"
-
-
-def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Output pixels of one dimension of a convolution or pooling window (floor)."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
+from lbs_kernels.program.window import Window
 
 PROGRAM_VERSION = 2  # 2: images of bytes, and quantpack steps with a multiplier and a bias
 BLOB_ALIGNMENT = 64
@@ -110,6 +111,10 @@ class ConvStep:
     multiplier: str  # float32 [O]
     bias: str  # float32 [O]
 
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel, self.stride, self.padding, self.dilation, self.groups)
+
 
 @dataclass(frozen=True)
 class LinearStep:
@@ -143,6 +148,10 @@ class PoolStep:
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel, self.stride, self.padding)
 
 
 Step = QuantPackStep | ConvStep | LinearStep | PoolStep

@@ -10,7 +10,6 @@ import struct
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.planes import MAX_BITS, check_accumulator, words
-from lbs_kernels.program.problem import output_size
 from lbs_kernels.program.rules import MAX_ELEMENTS, MAX_SIZE
 from lbs_kernels.program.steps import (
     Consumer,
@@ -121,10 +120,8 @@ class Walk:
                 "signed-padding",
             )
         _check_padded(source, step.padding, place)
-        taps = step.kernel[0] * step.kernel[1]
-        filters = self._check_weights(step, source, taps, step.groups, place)
-        sizes = zip((source.height, source.width), step.kernel, step.stride, step.padding, step.dilation, strict=True)
-        height, width = (output_size(*size) for size in sizes)
+        filters = self._check_weights(step, source, step.window.taps, step.groups, place)
+        height, width = step.window.output(source.height, source.width)
         if height < 1 or width < 1:
             raise FormatError(
                 f"{place} turns {source.height} x {source.width} pixels into {height} x {width}", "output-pixels"
@@ -239,8 +236,7 @@ def _check_pool(step: PoolStep, source: TensorSpec, place: str) -> Shape:
                 "padding" if sane else "window",
             )
     _check_padded(source, step.padding, place)
-    sizes = zip((source.height, source.width), step.kernel, step.stride, step.padding, strict=True)
-    height, width = (output_size(*size, dilation=1) for size in sizes)
+    height, width = step.window.output(source.height, source.width)
     if height < 1 or width < 1:
         raise FormatError(
             f"{place} turns {source.height} x {source.width} pixels into {height} x {width}", "output-pixels"

@@ -10,17 +10,17 @@ from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
 
 
-def _reference_reason(device_type: str) -> str | None:
+def _reference_why_not(device_type: str) -> str | None:
     return None
 
 
-def _cpu_reason(device_type: str) -> str | None:
+def _cpu_why_not(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"it runs on the processor, the tensors lie on {device_type}"
     return None if extension.cpu is not None else extension.cpu_reason
 
 
-def _triton_reason(device_type: str) -> str | None:
+def _triton_why_not(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it: pip install triton"
     if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -31,15 +31,15 @@ def _triton_reason(device_type: str) -> str | None:
 # Order = default preference. "gpu" takes the best kernel for each step, "triton" only those in Triton; the interpreter
 # never is a default: on the CPU they only run where they are named.
 BACKENDS: dict[str, Callable[[str], str | None]] = {
-    "cpu": _cpu_reason,
-    "gpu": _triton_reason,
-    "triton": _triton_reason,
-    "reference": _reference_reason,
+    "cpu": _cpu_why_not,
+    "gpu": _triton_why_not,
+    "triton": _triton_why_not,
+    "reference": _reference_why_not,
 }
 AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("gpu", "reference")}
 
 
-def backend_reason(backend: str, device_type: str) -> str | None:
+def why_not(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run on tensors of this device type ("cpu", "cuda"), or None where it can.
 
     Raises:
@@ -58,8 +58,8 @@ def resolve(backend: str, device_type: str) -> str:
     """
     if backend == "auto":
         order = AUTOMATIC.get(device_type, ("reference",))
-        return next(name for name in order if backend_reason(name, device_type) is None)
-    reason = backend_reason(backend, device_type)
+        return next(name for name in order if why_not(name, device_type) is None)
+    reason = why_not(backend, device_type)
     if reason is not None:
         raise BackendError(f"back end {backend!r} cannot run here: {reason}")
     return backend

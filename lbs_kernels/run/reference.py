@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ class ReferenceRunner:
             acc = self._accumulator(step, x).float()
             y = fma32(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif step.kind == "max":
-            y = operations.max_pool(x, step.kernel, step.stride, step.padding)
+            y = operations.max_pool(x, step.window)
             if source.form == "codes":  # the codes pass unchanged, there is nothing to emit
                 tensors[step.emit.consumers[0].tensor] = y
                 return
@@ -60,14 +58,8 @@ class ReferenceRunner:
 
     def _accumulator(self, step: ConvStep | LinearStep, x: Tensor) -> Tensor:
         source, planes = self.program.tensors[step.input], self.program.array(self.blob, step.planes)
-        accumulate = functools.partial(
-            operations.accumulate, x, planes, a_bits=source.bits, zero=source.zero, signed=source.signed
-        )
-        if isinstance(step, LinearStep):
-            return accumulate()
-        return accumulate(
-            kernel=step.kernel, stride=step.stride, padding=step.padding, dilation=step.dilation, groups=step.groups
-        )
+        window = step.window if isinstance(step, ConvStep) else operations.LINEAR
+        return operations.accumulate(x, planes, window, a_bits=source.bits, zero=source.zero, signed=source.signed)
 
     def _output(self, index: int, stream: Tensor) -> Tensor:
         spec = self.program.tensors[index]

@@ -28,7 +28,7 @@ MIN_SPAN = 2e-4  # seconds of one CPU measurement: a thousand times the resoluti
 # later, which is counted once. A call of 60 us seems to take 80 while each is waited for, so 3 ms make 38 of them,
 # 2.3 ms on the device, and the 20 us are 0.9 %; one of 25 us is called 67 times, and they are 1.2 %.
 GPU_SPAN = 3e-3
-L2_FLUSH_BYTES = 256 << 20  # five times the largest L2 in use (50 MB on an H100, 60 MB on an H200)
+L2_FLUSH_BYTES = 256 << 20  # more than four times the largest L2 of `device.GPUS`
 
 
 @dataclass(frozen=True)

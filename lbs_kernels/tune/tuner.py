@@ -278,6 +278,6 @@ def known_on_cpu(threads: int) -> Callable[[Problem, dict[str, float]], bool]:
 
 def known_on_gpu(problem: Problem, times: dict[str, float]) -> bool:
     """For `tune`: every family of exact kernels that can serve has a time."""
-    exact = kernels.exact_families()
-    able = {family for family, reason in kernels.reasons(problem).items() if reason is None and family in exact}
+    reasons = kernels.why_not_by_family(problem)
+    able = {family for family in kernels.exact_families() if reasons[family] is None}
     return able <= {tuning_table.family(name) for name in times}

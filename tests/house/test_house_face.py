@@ -64,7 +64,7 @@ def test_packed_network_runs_without_triton_and_native_module() -> None:
         images = torch.rand(4, 1, 8, 8)
         lbs.calibrate(model, [images])
         packed = lbs.pack(model.eval())
-        able = [name for name in backends.BACKENDS if backends.backend_reason(name, "cpu") is None]
+        able = [name for name in backends.BACKENDS if backends.why_not(name, "cpu") is None]
         print(tuple(packed(images).shape), able)
         """
     )

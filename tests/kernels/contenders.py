@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lbs_kernels.run.backends import backend_reason
+from lbs_kernels.run.backends import why_not
 
 
 def _contender(backend: str, device: str) -> object:
     marks = [pytest.mark.gpu] if device == "cuda" else []
-    reason = backend_reason(backend, device)
+    reason = why_not(backend, device)
     if reason is not None:
         marks.append(pytest.mark.skip(reason=f"{backend}: {reason}"))
     return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)

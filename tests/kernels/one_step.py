@@ -14,7 +14,6 @@ import torch
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.program.problem import output_size
 from lbs_kernels.program.steps import (
     IMAGE_DTYPES,
     Consumer,
@@ -28,6 +27,7 @@ from lbs_kernels.program.steps import (
     TensorSpec,
     build_blob,
 )
+from lbs_kernels.program.window import Window
 from lbs_kernels.run.loaded import run_program
 
 STEP = "step"  # the name of the operation
@@ -126,9 +126,9 @@ def conv(
     parts = _Parts()
     size = tuple(x_codes.shape[1:])
     codes = parts.code_input(size, a_bits, zero, signed)
-    windows = zip(size[:2], kernel, stride, padding, dilation, strict=True)
-    y = parts.stream((*(output_size(*window) for window in windows), planes.shape[1]))
-    geometry = (kernel, stride, padding, dilation, groups, planes.shape[1])
+    window = Window(kernel, stride, padding, dilation, groups)
+    y = parts.stream((*window.output(*size[:2]), planes.shape[1]))
+    geometry = (*window.fields(), planes.shape[1])
     parts.steps.append(ConvStep(STEP, codes, Emit(stream=y), planes.shape[0], *geometry, "planes", "m", "b"))
     return parts.build(_arrays(planes, multiplier, bias), code_image(x_codes, a_bits, zero, signed), y)
 
@@ -164,8 +164,7 @@ def pool(
     """pool of codes uint8 or of a float32 stream, [N, H, W, C]."""
     parts = _Parts()
     size = tuple(x.shape[1:])
-    windows = zip(size[:2], kernel, stride, padding, (1, 1), strict=True)
-    out = (1, 1, size[2]) if kind == "mean" else (*(output_size(*window) for window in windows), size[2])
+    out = (1, 1, size[2]) if kind == "mean" else (*Window(kernel, stride, padding).output(*size[:2]), size[2])
     window = (kind, kernel, stride, padding)
     if x.dtype is torch.uint8:
         codes = parts.code_input(size, bits, zero=0, signed=False, output=True)

@@ -10,7 +10,7 @@ import torch
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, unsupported_reason
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_why_not
 from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import from_logical, storage, to_logical
 from lbs_kernels.gpu.onebit import gemm
@@ -43,7 +43,7 @@ def served(program: Program, step: object, batch: int, device: str) -> Problem |
     if not isinstance(step, ConvStep | LinearStep):
         return None
     problem = problem_of(step, program, batch, device)
-    refused = unsupported_reason(problem) or gemm.step_reason(step, program.tensors[step.input])
+    refused = onebit_why_not(problem) or gemm.step_why_not(step, program.tensors[step.input])
     return None if refused else problem
 
 

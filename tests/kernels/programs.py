@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.problem import output_size
 from lbs_kernels.program.steps import (
     Consumer,
     ConvStep,
@@ -29,6 +28,7 @@ from lbs_kernels.program.steps import (
     TensorSpec,
     build_blob,
 )
+from lbs_kernels.program.window import Window
 
 
 def float32(value: float) -> float:
@@ -127,11 +127,7 @@ class Builder:
         dilation: tuple[int, int] = (1, 1),
     ) -> tuple[int, int, int]:
         height, width, _ = self.shape(source)
-        return (
-            output_size(height, kernel[0], stride[0], padding[0], dilation[0]),
-            output_size(width, kernel[1], stride[1], padding[1], dilation[1]),
-            filters,
-        )
+        return (*Window(kernel, stride, padding, dilation).output(height, width), filters)
 
     def _weights(self, source: int, filters: int, kernel: tuple[int, int], groups: int, w_bits: int) -> tuple[str, ...]:
         spec = self.tensors[source]

@@ -12,6 +12,7 @@ from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.program import operations
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.window import Window
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,14 @@ class Case:
     zero: int = 0
     signed: bool = False
 
+    def window(self) -> Window:
+        return Window(self.kernel, self.stride, self.padding, self.dilation, self.groups)
+
+    def reading(self) -> dict[str, object]:
+        return {"a_bits": self.a_bits, "zero": self.zero, "signed": self.signed}
+
     def geometry(self) -> dict[str, object]:
-        return {
-            "a_bits": self.a_bits,
-            "kernel": self.kernel,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "zero": self.zero,
-            "signed": self.signed,
-        }
+        return {**vars(self.window()), **self.reading()}
 
 
 CASES = [
@@ -115,7 +113,7 @@ def slow_accumulator(case: Case, x: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_reference_equals_plain_integer_arithmetic(case: Case) -> None:
     x, w, planes, _, _ = operands(case)
-    acc = operations.accumulate(x, planes, **case.geometry())
+    acc = operations.accumulate(x, planes, case.window(), **case.reading())
     assert acc.dtype == torch.int32
     assert_same(acc.to(torch.int64), slow_accumulator(case, x, w), "accumulator")
     assert len(acc.unique()) > 1 or acc.numel() == 1
@@ -155,7 +153,7 @@ def test_overflow_corner(backend: str, device: str) -> None:
     exact = torch.tensor([float(largest), -float(largest)])
     assert_same(y.flatten(), fma32(exact, torch.ones(2), bias), "y")
     if backend == "reference":
-        acc = operations.accumulate(x, pack_weights(w, 8), **CORNER.geometry())
+        acc = operations.accumulate(x, pack_weights(w, 8), CORNER.window(), **CORNER.reading())
         assert acc.flatten().tolist() == [largest, -largest]
 
 
@@ -165,7 +163,7 @@ def test_one_product_more_is_refused() -> None:
     with pytest.raises(FormatError, match=r"33026 products .* 2147515650"):
         one_step.conv(x, planes, a_bits=8, kernel=(1, 2)).run("auto")
     with pytest.raises(FormatError, match=r"33026 products .* 2147515650"):
-        operations.accumulate(x, planes, a_bits=8, kernel=(1, 2))
+        operations.accumulate(x, planes, Window((1, 2)), a_bits=8)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -212,8 +210,7 @@ def test_operands_that_do_not_fit_are_refused(change: dict[str, object], message
 
 
 def test_the_definition_refuses_padding_without_a_code_for_it() -> None:
+    x, window = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), Window((3, 3), padding=(1, 1))
     planes = pack_weights(torch.zeros(2, 3, 3, 3, dtype=torch.uint8), 4)
     with pytest.raises(ShapeError, match=r"padding \(1, 1\) of signed codes"):
-        operations.accumulate(
-            torch.zeros(1, 4, 4, 3, dtype=torch.uint8), planes, a_bits=4, kernel=(3, 3), padding=(1, 1), signed=True
-        )
+        operations.accumulate(x, planes, window, a_bits=4, signed=True)

@@ -57,7 +57,7 @@ def test_an_older_module_is_missing_and_says_why(
         assert backends.BACKENDS["cpu"]("cpu") == reason
     else:
         row = next(kernel for kernel in kernels.KERNELS if kernel.family == "cuda")
-        assert row.reason(LAYER) == reason
+        assert row.why_not(LAYER) == reason
     monkeypatch.setattr(extension, "build_report", lambda: {name: {"built": False, "reason": "no", "fix": "other"}})
     main.main(["doctor"])
     doctor = capsys.readouterr().out

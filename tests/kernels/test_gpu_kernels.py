@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 
@@ -67,7 +68,7 @@ from lbs_kernels.program.problem import Problem
 layer = {LAYER!r}
 for op in {sorted(DEFAULTS)}:
     problem = replace(layer, op=op)
-    kernels.choose(problem), kernels.candidates(problem), kernels.reasons(problem)
+    kernels.choose(problem), kernels.candidates(problem), kernels.why_not_by_family(problem)
 try:
     kernels.choose(layer).kernel.implementation("bitconv2d")
 except ModuleNotFoundError as error:
@@ -125,8 +126,13 @@ class OtherConfig:
 
     size: int
 
+    valid: ClassVar[tuple[int, ...]] = ()
+
     def __str__(self) -> str:
         return f"size{self.size}"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if self.size in self.valid else "too large"
 
     @classmethod
     def parse(cls, text: str) -> OtherConfig:
@@ -141,9 +147,9 @@ def with_other(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...] = (1, 2),
         OtherConfig,
         lambda problem: [OtherConfig(size) for size in sizes],
         lambda op: ModuleType("other"),
-        unsupported=lambda problem: None if problem.w_bits == 4 else "it takes 4 bits",
-        invalid=lambda config, problem: None if config.size in valid else "too large",
+        why_none=lambda problem: None if problem.w_bits == 4 else "it takes 4 bits",
     )
+    monkeypatch.setattr(OtherConfig, "valid", valid)
     portable = [kernel for kernel in kernels.KERNELS if kernel.family != "cuda"]
     monkeypatch.setattr(kernels, "KERNELS", [*portable, row])
 
@@ -167,8 +173,8 @@ def test_one_row_adds_a_kernel() -> None:
     eight = replace(LAYER, w_bits=8)
     measured(eight, other__size1=2e-6)
     assert kernels.choose(eight).kernel.family == "triton"
-    assert kernels.reasons(eight) == {"triton": None, "fp16": None, "other": "it takes 4 bits"}
-    assert kernels.reasons(replace(LAYER, op="pool"))["other"] == "there is no such kernel for pool"
+    assert kernels.why_not_by_family(eight) == {"triton": None, "fp16": None, "other": "it takes 4 bits"}
+    assert kernels.why_not_by_family(replace(LAYER, op="pool"))["other"] == "there is no such kernel for pool"
 
 
 def test_the_shortlist_looks_in_every_direction_and_at_other_kernels(
@@ -199,6 +205,6 @@ def test_a_kernel_in_cuda_needs_the_module(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(extension, "cuda_reason", "nvcc was not found")
     measured(LAYER, cuda__size1=2e-6)
     assert kernels.choose(LAYER).kernel.family == "triton"
-    assert kernels.reasons(LAYER)["cuda"] == "nvcc was not found"
+    assert kernels.why_not_by_family(LAYER)["cuda"] == "nvcc was not found"
     monkeypatch.setattr(extension, "cuda", ModuleType("module"))
     assert kernels.choose(LAYER).kernel.family == "cuda"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
-from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, onebit_candidates, onebit_reason, unsupported_reason
+from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, onebit_candidates, onebit_why_not
 from lbs_kernels.gpu.layout import storage
-from lbs_kernels.gpu.onebit.gemm import prepare_weights, step_reason, threshold_tables
+from lbs_kernels.gpu.onebit.gemm import prepare_weights, step_why_not, threshold_tables
 from lbs_kernels.gpu.onebit.layout import OneBitLayout, channel_order
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.planes import pack_weights
@@ -329,7 +329,7 @@ def test_configurations() -> None:
         found = list(onebit_candidates(one))
         assert len(set(map(str, found))) == len(found) >= 6
         assert all(OneBitConfig.parse(str(config)) == config for config in found)
-        assert all(onebit_reason(config, one) is None for config in found)
+        assert all(config.why_not(one) is None for config in found)
 
 
 def small_step(
@@ -349,9 +349,9 @@ def small_step(
 
 
 def test_what_is_refused() -> None:
-    assert unsupported_reason(problem(w_bits=8)) == "w8a2; the one-bit kernels take codes of 2 or 4 bits"
-    assert "2 groups" in str(unsupported_reason(problem(groups=2)))
-    assert unsupported_reason(problem()) is None
+    assert onebit_why_not(problem(w_bits=8)) == "w8a2; the one-bit kernels take codes of 2 or 4 bits"
+    assert "2 groups" in str(onebit_why_not(problem(groups=2)))
+    assert onebit_why_not(problem()) is None
     made, arrays, step, posed, buffers = small_step((1, 1), zero=2)
     with pytest.raises(BackendError, match="codes pads with code 2; the one-bit kernels pad with 0"):
         bound(made.program, arrays, step, posed, HOPPER, buffers)
@@ -376,10 +376,10 @@ def test_steps_that_are_refused() -> None:
     b.conv(source, Emit(stream=b.stream(shape, output=True), consumers=consumers), 8, w_bits=2)
     program, _ = b.build()
     step, spec = program.steps[1], program.tensors[source]
-    assert step_reason(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
+    assert step_why_not(step, spec) == "9 consumers; the one-bit kernels write at most 8"  # type: ignore[arg-type]
     few = replace(step, emit=Emit(consumers=consumers[:8]))
-    assert step_reason(few, spec) is None  # type: ignore[arg-type]
-    assert "pads with code 3" in str(step_reason(few, replace(spec, zero=3)))  # type: ignore[arg-type]
+    assert step_why_not(few, spec) is None  # type: ignore[arg-type]
+    assert "pads with code 3" in str(step_why_not(few, replace(spec, zero=3)))  # type: ignore[arg-type]
     planes = torch.zeros(2, 8, 9, 2, dtype=torch.int32)
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
         prepare_weights(planes, (1, 3), 1, spec, "cpu")

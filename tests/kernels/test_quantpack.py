@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.planes import pack_planes, unpack_planes
-from lbs_kernels.run.backends import backend_reason
+from lbs_kernels.run.backends import why_not
 
 # bits, zero, signed
 READINGS = [(1, 0, False), (2, 0, False), (4, 0, False), (8, 0, False), (8, 117, False), (2, 0, True), (8, 0, True)]
@@ -159,8 +159,8 @@ for shape in IMAGES:
             expected = quantpack(x, **options).run("reference")
             assert torch.equal(quantpack(guarded, **options).run("cpu"), expected)
 """
-    if backend_reason("cpu", "cpu") is not None:
-        pytest.skip(str(backend_reason("cpu", "cpu")))
+    if why_not("cpu", "cpu") is not None:
+        pytest.skip(str(why_not("cpu", "cpu")))
     code = code.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -47,17 +47,17 @@ def test_a_named_backend_that_cannot_serve_raises(monkeypatch: pytest.MonkeyPatc
 
 
 def test_reasons() -> None:
-    assert "runs on the processor" in str(backends.backend_reason("cpu", "cuda"))
-    assert backends.backend_reason("reference", "cuda") is None
+    assert "runs on the processor" in str(backends.why_not("cpu", "cuda"))
+    assert backends.why_not("reference", "cuda") is None
     if os.environ.get("TRITON_INTERPRET") != "1":
-        assert backends.backend_reason("triton", "cpu") is not None
+        assert backends.why_not("triton", "cpu") is not None
 
 
 def test_a_missing_native_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "cpu", None)
     monkeypatch.setattr(extension, "cpu_reason", "no C++17 compiler was found; to mend it: apt-get install g++")
     assert backends.resolve("auto", "cpu") == "reference"
-    assert "apt-get install g++" in str(backends.backend_reason("cpu", "cpu"))
+    assert "apt-get install g++" in str(backends.why_not("cpu", "cpu"))
     with pytest.raises(BackendError, match=r"cannot run here: no C\+\+17 compiler .* apt-get install g\+\+"):
         backends.resolve("cpu", "cpu")
 

@@ -33,7 +33,7 @@ from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu.configs.defaults import conv_default
-from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_reason
+from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.program.steps import Emit, QuantPackStep
 
@@ -205,7 +205,7 @@ def corner_cases() -> list[tuple[int, int, GemmConfig]]:
         layer = square(128, 128, 28, 3, 32, w_bits, a_bits)
         for corner, first, weights in itertools.product(CORNERS, (True, False), ("bytes", "fields")):
             config = GemmConfig(*corner, stages=3, weights_first=first, weights=weights)
-            if gemm_reason(config, layer) is None:
+            if config.why_not(layer) is None:
                 cases.append((w_bits, a_bits, config))
     return cases
 

@@ -14,8 +14,8 @@ from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
-from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_reason
-from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_reason
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.program.problem import Problem
 
@@ -23,9 +23,9 @@ LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bit
 FINE = GemmConfig(128, 64, 2, 4, 3, weights_first=True)
 
 
-def refusal(config: Any, problem: Problem) -> str | None:
+def why_not(config: Any, problem: Problem) -> str | None:
     """Why the kernel of `config` cannot run `problem` with it, or None."""
-    return kernels.refusal(Choice(kernels.kernel_of(config), config), problem)
+    return Choice(kernels.kernel_of(config), config).why_not(problem)
 
 
 def triton_candidates(problem: Problem) -> list[Any]:
@@ -54,8 +54,8 @@ def triton_candidates(problem: Problem) -> list[Any]:
     ],
 )
 def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
-    assert gemm_reason(FINE, LAYER) is None
-    found = gemm_reason(replace(FINE, **change), LAYER)
+    assert FINE.why_not(LAYER) is None
+    found = replace(FINE, **change).why_not(LAYER)
     assert found is not None
     assert reason in found
 
@@ -72,8 +72,8 @@ def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
 )
 def test_rules_of_fields_and_groups(change: dict[str, int], reason: str) -> None:
     fields = replace(FINE, weights="fields")
-    assert gemm_reason(fields, LAYER) is None
-    found = gemm_reason(fields, replace(LAYER, **change))
+    assert fields.why_not(LAYER) is None
+    found = fields.why_not(replace(LAYER, **change))
     assert found is not None
     assert reason in found
 
@@ -92,17 +92,17 @@ def test_rules_of_fields_and_groups(change: dict[str, int], reason: str) -> None
 )
 def test_rules_of_the_direct_kernels(config: DepthwiseConfig | GroupedConfig, reason: str) -> None:
     layer = replace(LAYER, in_channels=100, groups=100)
-    found = refusal(config, layer)
+    found = why_not(config, layer)
     assert found is not None
     assert reason in found
-    assert refusal(config, LAYER) is not None  # one group
+    assert why_not(config, LAYER) is not None  # one group
 
 
 def test_a_configuration_of_another_kernel_is_refused() -> None:
     for op in ("bitconv2d", "bitlinear"):
-        found = refusal(ElementwiseConfig(32, 32, 4), replace(LAYER, op=op))
+        found = why_not(ElementwiseConfig(32, 32, 4), replace(LAYER, op=op))
         assert found == f"there is no such kernel for {op}"
-    assert refusal(DepthwiseConfig(32, 32, 1), replace(LAYER, op="bitlinear")) is not None
+    assert why_not(DepthwiseConfig(32, 32, 1), replace(LAYER, op="bitlinear")) is not None
 
 
 def test_which_kernel_serves() -> None:
@@ -145,8 +145,8 @@ def test_other_texts_are_refused(text: str) -> None:
 
 def test_a_small_tile_may_hold_all_filters() -> None:
     small = replace(LAYER, out_channels=16)
-    assert gemm_reason(replace(FINE, block_o=16), small) is None
-    assert gemm_reason(replace(FINE, block_o=16), replace(LAYER, out_channels=17)) is not None
+    assert replace(FINE, block_o=16).why_not(small) is None
+    assert replace(FINE, block_o=16).why_not(replace(LAYER, out_channels=17)) is not None
 
 
 @functools.cache
@@ -161,11 +161,11 @@ def test_defaults_and_candidates_serve_every_layer(network: str, batch: int) -> 
     for problem in {replace(problem, batch=batch) for problem in network_problems(network)}:
         default = kernels.default(problem)
         assert default.kernel.family == "triton"
-        assert kernels.refusal(default, problem) is None
+        assert default.why_not(problem) is None
         found = list(default.kernel.candidates(problem))
         assert found, str(problem)
         assert len(set(found)) == len(found)
-        assert all(refusal(config, problem) is None for config in found)
+        assert all(why_not(config, problem) is None for config in found)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 31, 33, 2048])
@@ -173,9 +173,9 @@ def test_elementwise_defaults_and_candidates(channels: int) -> None:
     for op in ("pool", "quantpack"):
         problem = Problem(op, 4, 7, 7, channels, channels, (3, 3), w_bits=0, a_bits=4)
         default = kernels.default(problem)
-        assert kernels.refusal(default, problem) is None
+        assert default.why_not(problem) is None
         assert default.config.block_c >= min(channels, 32)
-        assert all(elementwise_reason(config, problem) is None for config in default.kernel.candidates(problem))
+        assert all(config.why_not(problem) is None for config in default.kernel.candidates(problem))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,6 @@ def test_elementwise_defaults_and_candidates(channels: int) -> None:
     ],
 )
 def test_rules_of_elementwise_kernels(config: ElementwiseConfig, reason: str) -> None:
-    found = elementwise_reason(config, Problem("pool", 1, 4, 4, 33, 33))
+    found = config.why_not(Problem("pool", 1, 4, 4, 33, 33))
     assert found is not None
     assert reason in found

@@ -13,7 +13,7 @@ import lbs
 import lbs.models
 from lbs import benchmark as bench_module
 from lbs.benchmark import BASELINES, DEFAULT_BASELINES
-from lbs.engines import ENGINES, EngineModels, engine_reason
+from lbs.engines import ENGINES, EngineModels, why_not
 from lbs.packing.model import PackedModel
 from lbs_kernels.errors import BackendError, LbsError
 
@@ -99,8 +99,8 @@ def test_senseless_requests() -> None:
 
 def test_engines_that_are_not_installed_are_listed_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("onnxruntime", "openvino") else name)
-    assert engine_reason("openvino") == "not installed: pip install openvino"
-    assert engine_reason("openvino8") == "not installed: pip install onnxruntime openvino"  # it quantizes
+    assert why_not("openvino") == "not installed: pip install openvino"
+    assert why_not("openvino8") == "not installed: pip install onnxruntime openvino"  # it quantizes
     model = lbs.models.create("digits_resnet8", 10)
     found = lbs.bench(
         pack_nets.packed_digits(), model=model, batches=(1,), threads=1, baselines=tuple(ENGINES), rounds=1
@@ -114,7 +114,7 @@ def test_an_engine_that_fails_does_not_cost_the_other_contenders(monkeypatch: py
         raise RuntimeError(f"{name} has no kernel\nfor this")
 
     monkeypatch.setattr(EngineModels, "call", refuse)
-    monkeypatch.setattr(bench_module, "engine_reason", lambda name: None)
+    monkeypatch.setattr(bench_module, "why_not", lambda name: None)
     model = lbs.models.create("digits_resnet8", 10)
     found = lbs.bench(
         pack_nets.packed_digits(), model=model, batches=(1,), threads=1, baselines=("float32", "openvino8"), rounds=1
@@ -125,7 +125,7 @@ def test_an_engine_that_fails_does_not_cost_the_other_contenders(monkeypatch: py
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_compute_the_float_network(name: str) -> None:
-    reason = engine_reason(name)
+    reason = why_not(name)
     if reason is not None:
         pytest.skip(reason)
     model = pack_nets.unsettle(lbs.models.create("digits_resnet8", 10)).eval()

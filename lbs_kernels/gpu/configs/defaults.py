@@ -10,7 +10,6 @@ from lbs_kernels.gpu.configs.direct import (
     GroupedConfig,
     depthwise_default,
     grouped_default,
-    is_depthwise,
 )
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, channel_block, elementwise_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_default
@@ -22,7 +21,7 @@ def conv_default(problem: Problem) -> GemmConfig | DepthwiseConfig | GroupedConf
     """The matrix product, or a direct kernel where there are groups."""
     if problem.groups == 1:
         return gemm_default(problem)
-    return depthwise_default(problem) if is_depthwise(problem) else grouped_default(problem)
+    return depthwise_default(problem) if problem.depthwise else grouped_default(problem)
 
 
 def pool_default(problem: Problem) -> ElementwiseConfig:

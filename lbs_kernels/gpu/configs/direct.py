@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from lbs_kernels.device import GPUS
 from lbs_kernels.gpu.configs.text import match_text
 from lbs_kernels.program.planes import WORD
 from lbs_kernels.program.problem import Problem
 
+BLOCKS = 2 * GPUS["sm_90"].multiprocessors  # with fewer of them some would idle, so tiles shrink
 LANES = 128  # per thread, sums of one tile: with what one group of taps needs beside them, below 255 registers
 
 
@@ -30,6 +32,18 @@ class DepthwiseConfig:
         found = match_text(r"depthwise_m(\d+)_c(\d+)_w(\d+)", text, "depthwise kernel", cls(128, 32, 4))
         return cls(*map(int, found.groups()))
 
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None: blocks are powers of two, of whole words of 32 channels."""
+        if not problem.depthwise:
+            return f"{self}: {problem.groups} groups of {problem.in_channels} channels; it needs one for each channel"
+        if any(size < 1 or size & (size - 1) for size in (self.block_m, self.block_c, self.warps)):
+            return f"{self}: blocks and warps are powers of two"
+        if self.block_c < WORD:
+            return f"{self}: channels go in words of {WORD}"
+        if self.warps > 8 or self.block_m * self.block_c > LANES * 32 * self.warps:
+            return f"{self}: at most 8 warps, and {LANES} sums for each thread"
+        return None
+
 
 @dataclass(frozen=True)
 class GroupedConfig:
@@ -48,6 +62,18 @@ class GroupedConfig:
         found = match_text(r"grouped_m(\d+)_o(\d+)_w(\d+)", text, "grouped kernel", cls(64, 32, 4))
         return cls(*map(int, found.groups()))
 
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None: powers of two; whole words of filters, or all there are."""
+        if problem.groups < 2:
+            return f"{self}: one group; take the matrix product"
+        if any(size < 1 or size & (size - 1) for size in (self.block_m, self.block_o, self.warps)):
+            return f"{self}: blocks and warps are powers of two"
+        if self.block_o % WORD and self.block_o < problem.out_channels:
+            return f"{self}: {problem.out_channels} filters in blocks of {self.block_o} would share words of {WORD}"
+        if self.warps > 8 or self.block_m * self.block_o > 64 * 32 * self.warps:
+            return f"{self}: at most 8 warps, and 64 sums for each thread"
+        return None
+
 
 def power_at_least(size: int, smallest: int, largest: int) -> int:
     """The smallest power of two from `smallest` on that is not below `size`, at most `largest`."""
@@ -57,64 +83,33 @@ def power_at_least(size: int, smallest: int, largest: int) -> int:
     return power
 
 
-def is_depthwise(problem: Problem) -> bool:
-    """One filter for each channel."""
-    return problem.groups > 1 and problem.groups == problem.in_channels == problem.out_channels
-
-
-def depthwise_reason(config: DepthwiseConfig, problem: Problem) -> str | None:
-    """Why `config` cannot run `problem`, or None: blocks are powers of two, of whole words of 32 channels."""
-    if not is_depthwise(problem):
-        return f"{config}: {problem.groups} groups of {problem.in_channels} channels; it needs one for each channel"
-    if any(size < 1 or size & (size - 1) for size in (config.block_m, config.block_c, config.warps)):
-        return f"{config}: blocks and warps are powers of two"
-    if config.block_c < WORD:
-        return f"{config}: channels go in words of {WORD}"
-    if config.warps > 8 or config.block_m * config.block_c > LANES * 32 * config.warps:
-        return f"{config}: at most 8 warps, and {LANES} sums for each thread"
-    return None
-
-
 def depthwise_candidates(problem: Problem) -> Iterator[DepthwiseConfig]:
     """Valid configurations worth timing: no tile twice as large as the problem."""
-    if not is_depthwise(problem):
+    if not problem.depthwise:
         return
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     for block_m, block_c, warps in product((16, 32, 64, 128, 256), (32, 64, 128), (1, 2, 4, 8)):
         config = DepthwiseConfig(block_m, block_c, warps)
         large = (block_m > 16 and block_m >= 2 * rows) or (block_c > WORD and block_c >= 2 * problem.in_channels)
         idle = block_m * block_c < WORD * 32 * warps  # a thread unpacks whole words
-        if not large and not idle and depthwise_reason(config, problem) is None:
+        if not large and not idle and config.why_not(problem) is None:
             yield config
 
 
 def depthwise_default(problem: Problem) -> DepthwiseConfig:
     """Where nothing was measured: a word of channels and a pixel for each thread, small blocks for small problems."""
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     block_m = power_at_least(rows, 32, 128)
-    while block_m > 32 and -(-rows // block_m) * -(-problem.in_channels // WORD) < 264:
+    while block_m > 32 and -(-rows // block_m) * -(-problem.in_channels // WORD) < BLOCKS:
         block_m //= 2
     return DepthwiseConfig(block_m, WORD, warps=block_m // 32)
-
-
-def grouped_reason(config: GroupedConfig, problem: Problem) -> str | None:
-    """Why `config` cannot run `problem`, or None: powers of two; whole words of filters, or all there are."""
-    if problem.groups < 2:
-        return f"{config}: one group; take the matrix product"
-    if any(size < 1 or size & (size - 1) for size in (config.block_m, config.block_o, config.warps)):
-        return f"{config}: blocks and warps are powers of two"
-    if config.block_o % WORD and config.block_o < problem.out_channels:
-        return f"{config}: {problem.out_channels} filters in blocks of {config.block_o} would share words of {WORD}"
-    if config.warps > 8 or config.block_m * config.block_o > 64 * 32 * config.warps:
-        return f"{config}: at most 8 warps, and 64 sums for each thread"
-    return None
 
 
 def grouped_candidates(problem: Problem) -> Iterator[GroupedConfig]:
     """Valid configurations worth timing."""
     for block_m, warps in product((16, 32, 64), (4, 8)):
         config = GroupedConfig(block_m, power_at_least(problem.out_channels, 16, WORD), warps)
-        if grouped_reason(config, problem) is None:
+        if config.why_not(problem) is None:
             yield config
 
 

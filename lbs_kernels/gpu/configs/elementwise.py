@@ -28,20 +28,19 @@ class ElementwiseConfig:
         found = match_text(r"elementwise_m(\d+)_c(\d+)_w(\d+)", text, "elementwise kernels", cls(32, 32, 4))
         return cls(*map(int, found.groups()))
 
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None. The one place where the rule is stated.
 
-def elementwise_reason(config: ElementwiseConfig, problem: Problem) -> str | None:
-    """Why `config` cannot run `problem`, or None. The one place where the rule is stated.
-
-    Blocks are powers of two; a tile holds whole words of 32 channels, or all channels there are, and at most 64
-    elements per thread.
-    """
-    if any(size < 1 or size & (size - 1) for size in (config.block_m, config.block_c, config.warps)):
-        return f"{config}: blocks and warps are powers of two"
-    if config.block_c % WORD and config.block_c < problem.in_channels:
-        return f"{config}: {problem.in_channels} channels in blocks of {config.block_c} would share words of {WORD}"
-    if config.block_m * config.block_c > ELEMENTS * 32 * config.warps:
-        return f"{config}: more than {ELEMENTS} elements per thread"
-    return None
+        Blocks are powers of two; a tile holds whole words of 32 channels, or all channels there are, and at most 64
+        elements per thread.
+        """
+        if any(size < 1 or size & (size - 1) for size in (self.block_m, self.block_c, self.warps)):
+            return f"{self}: blocks and warps are powers of two"
+        if self.block_c % WORD and self.block_c < problem.in_channels:
+            return f"{self}: {problem.in_channels} channels in blocks of {self.block_c} would share words of {WORD}"
+        if self.block_m * self.block_c > ELEMENTS * 32 * self.warps:
+            return f"{self}: more than {ELEMENTS} elements per thread"
+        return None
 
 
 def channel_block(channels: int) -> int:
@@ -54,7 +53,7 @@ def elementwise_candidates(problem: Problem) -> list[ElementwiseConfig]:
     small = channel_block(problem.in_channels)
     blocks = [small] if small < WORD else [WORD, 2 * WORD]
     found = [ElementwiseConfig(m, c, warps) for c in blocks for m in (16, 32, 64, 128, 256) for warps in (2, 4, 8)]
-    return [config for config in found if elementwise_reason(config, problem) is None]
+    return [config for config in found if config.why_not(problem) is None]
 
 
 def elementwise_default(problem: Problem) -> ElementwiseConfig:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from lbs_kernels.device import GPUS
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu.configs.direct import power_at_least
+from lbs_kernels.gpu.configs.direct import BLOCKS, power_at_least
 from lbs_kernels.gpu.configs.text import match_text
 from lbs_kernels.gpu.weights import FIELD_BITS, field_shift
 from lbs_kernels.program.planes import MAX_BITS, WORD, words
@@ -16,10 +17,9 @@ from lbs_kernels.program.problem import Problem
 # Per thread, of its 255 registers: twice as many spill with Triton 3.7 on sm_80 or sm_90 at some bits.
 ACCUMULATORS = 64
 OPERANDS = 192  # bytes of activations and weights that one step moves, in flight between load and multiplication
-SHARED_BYTES = 160 * 1024  # of the 163 KiB of a block on sm_80; sm_90 has 227 KiB, sm_86 and sm_89 have 99
+SHARED_BYTES = GPUS["sm_80"].shared_bytes - 3 * 1024  # sm_90 has more, sm_86 and sm_89 have 99 KiB
 STEP_WORDS = 4  # 128 channels, or as many of several taps: more does not shorten the loop by much
 IDLE = 0.34  # of the taps of a step, at most: four of a 3 x 3 window leave a third of them idle
-BLOCKS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
 @dataclass(frozen=True)
@@ -66,83 +66,81 @@ class GemmConfig:
         m, o, k, taps, warps, stages = (int(found[i] or 1) for i in range(1, 7))
         return cls(m, o, k // WORD, warps, stages, found[7] == "wx", found[8], int(found[9]), taps)
 
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None. The one place where the rule is stated.
 
-def bits_reason(problem: Problem) -> str | None:
+        - one group;
+        - blocks are powers of two, pixels and filters at least 16 (a tensor-core fragment);
+        - a tile of filters holds whole words of 32 channels, or all filters there are: planes are written word by word;
+        - several taps in a step are a power of two, fewer than twice the window, and find all channels in one block;
+        - accumulator and unpacked operands fit the registers, and both operands of every stage fit shared memory;
+        - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each;
+        - fields: see `_fields_why_not`; no more parts than the reduction has steps.
+        """
+        if problem.groups > 1:
+            return f"{self}: {problem.groups} groups leave a tensor core too little; take the direct kernels"
+        sizes = (self.block_m, self.block_o, self.block_words, self.block_taps, self.warps)
+        if any(size < 1 or size & (size - 1) for size in sizes):
+            return f"{self}: blocks and warps are powers of two"
+        if self.block_m < 16 or self.block_o < 16:
+            return f"{self}: a tensor-core fragment has 16 rows, use blocks of at least 16"
+        if self.block_o % WORD and self.block_o < problem.out_channels:
+            return f"{self}: {problem.out_channels} filters in blocks of {self.block_o} would share words of {WORD}"
+        taps = problem.kernel[0] * problem.kernel[1]
+        if self.block_taps > 1 and (self.block_taps >= 2 * taps or self.block_words < words(problem.in_channels)):
+            return (
+                f"{self}: {self.block_taps} of {taps} taps with {problem.in_channels} channels in a step; take fewer "
+                "taps, or words for all channels"
+            )
+        if self.warps not in (4, 8) or not 1 <= self.stages <= 5:
+            return f"{self}: use 4 or 8 warps and 1 to 5 stages"
+        tile = self.block_m * self.block_o
+        if tile < 16 * 8 * self.warps:
+            return f"{self}: {self.warps} warps for a tile of {self.block_m} x {self.block_o}, some would idle"
+        if tile > ACCUMULATORS * 32 * self.warps:
+            return f"{self}: {tile // (32 * self.warps)} accumulators per thread; at most {ACCUMULATORS} do not spill"
+        operands = self.step_words * (self.block_m + self.block_o) // self.warps
+        if operands > OPERANDS:
+            return f"{self}: {operands} operands per thread and step; at most {OPERANDS} do not spill"
+        shared = self.stages * WORD * self.step_words * (self.block_m + self.block_o)
+        if shared > SHARED_BYTES:
+            return f"{self}: operands take {shared} bytes of shared memory; at most {SHARED_BYTES}"
+        if self.weights not in ("bytes", "fields"):
+            return f"{self}: weights are bytes or fields"
+        steps = reduction_steps(problem, self.block_words, self.block_taps)
+        if not 1 <= self.split_k <= steps:
+            return f"{self}: {self.split_k} parts of a reduction of {steps} steps"
+        return self._fields_why_not(problem) if self.weights == "fields" else None
+
+    def _fields_why_not(self, problem: Problem) -> str | None:
+        """They hold at most 4 bits, have no 0 for what lies beyond the channels, and scale the sum by a power of 2."""
+        if problem.w_bits > FIELD_BITS:
+            return f"{self}: {problem.w_bits}-bit weights; fields hold at most {FIELD_BITS} bits, take bytes"
+        if problem.a_bits == MAX_BITS and problem.in_channels % (WORD * self.block_words):
+            return (
+                f"{self}: {problem.in_channels} channels of bytes, whose rest holds anything, in blocks of "
+                f"{WORD * self.block_words}; fields have no 0 for it, take bytes"
+            )
+        largest = problem.reduction * ((1 << problem.w_bits) - 1) * ((1 << problem.a_bits) - 1)
+        if largest << field_shift(problem.w_bits) >= 1 << 31:
+            return (
+                f"{self}: sums of up to {largest}; fields multiply them by {1 << field_shift(problem.w_bits)}, beyond "
+                "32 bits, take bytes"
+            )
+        return None
+
+
+def triton_why_not(problem: Problem) -> str | None:
     """Why no kernel in Triton that multiplies serves `problem`, or None."""
     if not 1 <= problem.w_bits <= MAX_BITS or not 1 <= problem.a_bits <= MAX_BITS:
         return f"w{problem.w_bits}a{problem.a_bits}; codes have 1 to {MAX_BITS} bits"
     return None
 
 
-def gemm_reason(config: GemmConfig, problem: Problem) -> str | None:
-    """Why `config` cannot run `problem`, or None. The one place where the rule is stated.
-
-    - one group;
-    - blocks are powers of two, pixels and filters at least 16 (a tensor-core fragment);
-    - a tile of filters holds whole words of 32 channels, or all filters there are: planes are written word by word;
-    - several taps in a step are a power of two, fewer than twice the window, and find all channels in one block;
-    - accumulator and unpacked operands fit the registers, and both operands of every stage fit shared memory;
-    - 4 or 8 warps (a Hopper warp group has 4), with at least one 16 x 8 fragment each;
-    - fields: see `_fields_reason`; no more parts than the reduction has steps.
-    """
-    if problem.groups > 1:
-        return f"{config}: {problem.groups} groups leave a tensor core too little; take the direct kernels"
-    sizes = (config.block_m, config.block_o, config.block_words, config.block_taps, config.warps)
-    if any(size < 1 or size & (size - 1) for size in sizes):
-        return f"{config}: blocks and warps are powers of two"
-    if config.block_m < 16 or config.block_o < 16:
-        return f"{config}: a tensor-core fragment has 16 rows, use blocks of at least 16"
-    if config.block_o % WORD and config.block_o < problem.out_channels:
-        return f"{config}: {problem.out_channels} filters in blocks of {config.block_o} would share words of {WORD}"
-    taps = problem.kernel[0] * problem.kernel[1]
-    if config.block_taps > 1 and (config.block_taps >= 2 * taps or config.block_words < words(problem.in_channels)):
-        return (
-            f"{config}: {config.block_taps} of {taps} taps with {problem.in_channels} channels in a step; take fewer "
-            "taps, or words for all channels"
-        )
-    if config.warps not in (4, 8) or not 1 <= config.stages <= 5:
-        return f"{config}: use 4 or 8 warps and 1 to 5 stages"
-    tile = config.block_m * config.block_o
-    if tile < 16 * 8 * config.warps:
-        return f"{config}: {config.warps} warps for a tile of {config.block_m} x {config.block_o}, some would idle"
-    if tile > ACCUMULATORS * 32 * config.warps:
-        return f"{config}: {tile // (32 * config.warps)} accumulators per thread; at most {ACCUMULATORS} do not spill"
-    operands = config.step_words * (config.block_m + config.block_o) // config.warps
-    if operands > OPERANDS:
-        return f"{config}: {operands} operands per thread and step; at most {OPERANDS} do not spill"
-    shared = config.stages * WORD * config.step_words * (config.block_m + config.block_o)
-    if shared > SHARED_BYTES:
-        return f"{config}: operands take {shared} bytes of shared memory; at most {SHARED_BYTES}"
-    if config.weights not in ("bytes", "fields"):
-        return f"{config}: weights are bytes or fields"
-    steps = reduction_steps(problem, config.block_words, config.block_taps)
-    if not 1 <= config.split_k <= steps:
-        return f"{config}: {config.split_k} parts of a reduction of {steps} steps"
-    return _fields_reason(config, problem) if config.weights == "fields" else None
-
-
 def reduction_steps(problem: Problem, block_words: int, block_taps: int = 1) -> int:
     """Steps of one tile's reduction: word blocks times groups of taps."""
     taps = problem.kernel[0] * problem.kernel[1]
     return -(-words(problem.in_channels) // block_words) * -(-taps // block_taps)
-
-
-def _fields_reason(config: GemmConfig, problem: Problem) -> str | None:
-    """Fields hold at most 4 bits, have no 0 for what lies beyond the channels, and scale the sum by a power of two."""
-    if problem.w_bits > FIELD_BITS:
-        return f"{config}: {problem.w_bits}-bit weights; fields hold at most {FIELD_BITS} bits, take bytes"
-    if problem.a_bits == MAX_BITS and problem.in_channels % (WORD * config.block_words):
-        return (
-            f"{config}: {problem.in_channels} channels of bytes, whose rest holds anything, in blocks of "
-            f"{WORD * config.block_words}; fields have no 0 for it, take bytes"
-        )
-    largest = problem.reduction * ((1 << problem.w_bits) - 1) * ((1 << problem.a_bits) - 1)
-    if largest << field_shift(problem.w_bits) >= 1 << 31:
-        return (
-            f"{config}: sums of up to {largest}; fields multiply them by {1 << field_shift(problem.w_bits)}, beyond 32 "
-            "bits, take bytes"
-        )
-    return None
 
 
 def slow_operand(config: GemmConfig, problem: Problem) -> bool:
@@ -169,7 +167,7 @@ def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
     """Valid configurations worth timing: no tile twice as large as the problem, no word block beyond its channels."""
     if problem.groups > 1:
         return
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128), (1, 2, 4), (1, 2, 4))
     for block_m, block_o, block_words, block_taps in sizes:
         wasteful = (
@@ -187,7 +185,7 @@ def gemm_candidates(problem: Problem) -> Iterator[GemmConfig]:
             config = GemmConfig(
                 block_m, block_o, block_words, warps, stages, weights_first, weights, split_k, block_taps
             )
-            if gemm_reason(config, problem) is None and not slow_operand(config, problem):
+            if config.why_not(problem) is None and not slow_operand(config, problem):
                 yield config
 
 
@@ -198,7 +196,7 @@ def _idle_taps(problem: Problem, block_taps: int) -> float:
 
 
 def _tiles(problem: Problem, block_m: int, block_o: int) -> int:
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     return -(-rows // block_m) * -(-problem.out_channels // block_o)
 
 
@@ -214,7 +212,7 @@ def gemm_default(problem: Problem) -> GemmConfig:
       of a Hopper instruction, weights are.
     - Weights are fields where they can be.
     """
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     block_o = power_at_least(problem.out_channels, 16, 128)
     block_m = power_at_least(rows, 16, 128)
     while block_m > 32 and _tiles(problem, block_m, block_o) < BLOCKS:
@@ -239,5 +237,5 @@ def gemm_default(problem: Problem) -> GemmConfig:
         GemmConfig(block_m, block_o, block_words, warps, 3, weights_first, weights, split_k, block_taps)
         for weights, weights_first in product(("fields", "bytes"), orders)
     ]
-    valid = [config for config in choices if gemm_reason(config, problem) is None]
+    valid = [config for config in choices if config.why_not(problem) is None]
     return next((config for config in valid if not slow_operand(config, problem)), valid[0])

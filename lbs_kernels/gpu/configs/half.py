@@ -24,6 +24,10 @@ class HalfConfig:
             raise FormatError(f"{text!r} is no configuration of the half-precision fallback; there is {NAME!r} only")
         return cls()
 
+    def why_not(self, problem: Problem) -> str | None:
+        """Nothing is refused."""
+        return None
+
 
 def half_candidates(problem: Problem) -> list[HalfConfig]:
     """The fallback."""

@@ -56,6 +56,17 @@ class OneBitConfig:
         """How the native modules name the kernel: machine, groups of 64 pixels, filters, stages."""
         return self.machine, self.block_m // GROUP_ROWS, self.block_o, self.stages
 
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None: the tile is built, and the device has its instruction."""
+        if (self.machine, self.block_m, self.block_o, self.stages) not in TILES:
+            tiles = ", ".join(f"{machine} {m} x {o}, {stages} stages" for machine, m, o, stages in TILES)
+            return f"{self}: no such kernel is built; there are {tiles}"
+        if self.machine not in machines(problem.device):
+            return f"{self}: {problem.device} has no {self.machine}; it runs {', '.join(machines(problem.device))}"
+        if not 0 <= self.thresholds <= 4:
+            return f"{self}: thresholds serve codes of at most 4 bits"
+        return None
+
 
 @functools.cache
 def machines(device: str) -> tuple[str, ...]:
@@ -68,8 +79,8 @@ def machines(device: str) -> tuple[str, ...]:
     return "wgmma", "mma"
 
 
-def unsupported_reason(problem: Problem) -> str | None:
-    """Why no kernel serves `problem`, or None. The rest of a step is asked of `step_reason` in gpu/onebit/gemm.py."""
+def onebit_why_not(problem: Problem) -> str | None:
+    """Why no kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/onebit/gemm.py."""
     if problem.w_bits not in BITS or problem.a_bits not in BITS:
         return f"w{problem.w_bits}a{problem.a_bits}; the one-bit kernels take codes of 2 or 4 bits"
     if problem.groups != 1:
@@ -79,23 +90,11 @@ def unsupported_reason(problem: Problem) -> str | None:
     return None
 
 
-def onebit_reason(config: OneBitConfig, problem: Problem) -> str | None:
-    """Why `config` cannot run `problem`, or None: the tile is built, and the device has its instruction."""
-    if (config.machine, config.block_m, config.block_o, config.stages) not in TILES:
-        tiles = ", ".join(f"{machine} {m} x {o}, {stages} stages" for machine, m, o, stages in TILES)
-        return f"{config}: no such kernel is built; there are {tiles}"
-    if config.machine not in machines(problem.device):
-        return f"{config}: {problem.device} has no {config.machine}; it runs {', '.join(machines(problem.device))}"
-    if not 0 <= config.thresholds <= 4:
-        return f"{config}: thresholds serve codes of at most 4 bits"
-    return None
-
-
 def onebit_candidates(problem: Problem) -> Iterator[OneBitConfig]:
     """Valid configurations worth timing, every tile first: no tile twice as large as the problem."""
-    rows = problem.batch * problem.out_height * problem.out_width
+    rows = problem.rows
     for thresholds, (machine, block_m, block_o, stages) in product((2, 4, 0), TILES):
         wasteful = (block_m > 64 and block_m >= 2 * rows) or (block_o > 64 and block_o >= 2 * problem.out_channels)
         config = OneBitConfig(machine, block_m, block_o, stages, thresholds)
-        if not wasteful and onebit_reason(config, problem) is None:
+        if not wasteful and config.why_not(problem) is None:
             yield config

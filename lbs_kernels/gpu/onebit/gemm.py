@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cuda
-from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_reason, unsupported_reason
+from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_why_not
 from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import pixel_elements
 from lbs_kernels.gpu.onebit.layout import OneBitLayout
@@ -49,7 +49,7 @@ class OneBitWeights:
         return self.made[block_o]
 
 
-def step_reason(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
+def step_why_not(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
     """Why the kernels cannot serve a step that reads `source`, beyond what its Problem says, or None."""
     if len(step.emit.consumers) > MAX_CONSUMERS:
         return f"{len(step.emit.consumers)} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
@@ -78,7 +78,7 @@ def prepare_weights(
     if taps != kernel[0] * kernel[1]:
         raise FormatError(f"planes have {taps} taps; a window of {kernel[0]} x {kernel[1]} has {kernel[0] * kernel[1]}")
     problem = Problem("bitconv2d", 1, 1, 1, source.channels, filters, groups=groups, w_bits=w_bits, a_bits=source.bits)
-    reason = unsupported_reason(problem)
+    reason = onebit_why_not(problem)
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot read {source.name}: {reason}")
     check_accumulator(taps * source.channels, w_bits, source.bits, source.name)
@@ -109,7 +109,7 @@ def bind(
         BackendError: a problem, configuration or epilogue that is not served, or a native module that is missing.
     """
     source, emit = program.tensors[step.input], step.emit
-    _refuse(problem, unsupported_reason(problem) or step_reason(step, source) or onebit_reason(config, problem))
+    _refuse(problem, onebit_why_not(problem) or step_why_not(step, source) or config.why_not(problem))
     layout, w, offset = weights.laid_out(config.block_o)
     kept: list[Tensor] = [w, offset, buffers[step.input]]  # the kernel has addresses only; the launch holds the memory
 

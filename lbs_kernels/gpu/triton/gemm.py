@@ -108,7 +108,7 @@ def operand_scales(weights: GemmWeights) -> tuple[int, int]:
 def gemm_shape(problem: Problem, source: TensorSpec) -> GemmShape:
     """The sizes the kernel reads, of a convolution, or of a matrix product as one of 1 x 1 pixels."""
     return GemmShape(
-        problem.batch * problem.out_height * problem.out_width,
+        problem.rows,
         problem.out_channels,
         problem.in_channels,
         pixel_elements(source),

@@ -173,7 +173,7 @@ def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constex
 def pool_shape(problem: Problem, source: TensorSpec) -> PoolShape:
     """The sizes the maximum reads."""
     return PoolShape(
-        problem.batch * problem.out_height * problem.out_width,
+        problem.rows,
         problem.in_channels,
         pixel_elements(source),
         problem.height,

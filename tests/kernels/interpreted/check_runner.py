@@ -121,7 +121,7 @@ def test_a_step_may_be_refused_beyond_its_problem(net: tuple[Program, Tensor], m
     from lbs_kernels.gpu import half
 
     refused = lambda step, source: f"{step.name} reads {source.name}"  # noqa: E731
-    monkeypatch.setattr(half, "step_reason", refused, raising=False)
+    monkeypatch.setattr(half, "step_why_not", refused, raising=False)
     runner = GpuRunner(*net, "cpu", families=("triton", "fp16"))
     device = table.device_slug("cpu")
     rows = {table.key(runner.problems(2)["step1"]): {"fp16:torch": 1e-9}}
