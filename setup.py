@@ -7,6 +7,7 @@ shows it). `onebit_model` (tests/native) serves tests: it is built in place only
     LBS_BUILD_CPU=0|1|auto       0 leaves the C++ module out, 1 makes its failure an error
     LBS_BUILD_CUDA=0|1|auto      the same for the CUDA module; auto (the default) records a failure and goes on
     LBS_BUILD_TESTS=0|1|auto     the same for the module of the tests; 0 is its default
+    LBS_BUILD_NATIVE=0           leaves all modules as they are: somebody else builds them meanwhile, as make does
     LBS_CUDA_ARCHS="80;90a"      the GPU architectures compiled for
     LBS_CXXFLAGS                 more flags for the C++ compiler (a sanitizer, say)
     CXX, NVCC                    the compilers
@@ -338,6 +339,8 @@ class BuildNative(build_ext):
     """Builds the modules into the package folder of the target and writes the report beside them."""
 
     def run(self) -> None:
+        if os.environ.get("LBS_BUILD_NATIVE") == "0":
+            return
         in_place = self.inplace or getattr(self, "editable_mode", False)
         target = (ROOT if in_place else Path(self.build_lib).resolve()) / "lbs_kernels"
         target.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,15 @@ def test_a_stale_module_does_not_stay(tmp_path: Path) -> None:
     assert not module.exists()
 
 
+def test_modules_are_left_as_they_are_where_somebody_else_builds_them(tmp_path: Path) -> None:
+    module = tmp_path / "lbs_kernels" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module.parent.mkdir()
+    module.write_bytes(b"new")
+    done, report = build(tmp_path, PATH=os.environ["PATH"], LBS_BUILD_NATIVE="0", LBS_BUILD_CPU="1")
+    assert done.returncode == 0, done.stderr
+    assert (report, module.read_bytes()) == ({}, b"new")
+
+
 def test_the_module_of_the_tests_is_part_of_no_installation(tmp_path: Path) -> None:
     done, report = build(tmp_path, PATH=os.environ["PATH"], LBS_BUILD_CPU="0", LBS_BUILD_CUDA="0", LBS_BUILD_TESTS="1")
     assert done.returncode == 0, done.stderr
