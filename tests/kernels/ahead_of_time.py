@@ -103,8 +103,10 @@ def compiling(target: str, folder: Path) -> Iterator[list[Compiled]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(triton.knobs.cache.scope())
         stack.enter_context(triton.knobs.nvidia.scope())
+        stack.enter_context(triton.knobs.compilation.scope())
         triton.knobs.cache.dir = str(folder)
         triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.disable_line_info = True  # the same instructions, a twentieth sooner
         JITFunction.run = compile_only
         stack.callback(setattr, JITFunction, "run", run)
         driver.set_active(_NoDevice(TARGETS[target]))

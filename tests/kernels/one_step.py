@@ -30,7 +30,7 @@ from lbs_kernels.program.steps import (
 from lbs_kernels.program.window import Window
 from lbs_kernels.run.loaded import run_program
 
-STEP = "step"  # the name of the operation
+STEP, INPUT = "step", "input"  # names of the operation and of what makes its input
 Size = tuple[int, int, int]  # height, width, channels
 
 
@@ -79,7 +79,7 @@ class _Parts:
         image, target = self.image(size), self.codes(size, bits, zero, signed)
         stream = self.stream(size) if output else None
         emit = Emit(stream=stream, consumers=(Consumer(target, bits, 1.0, zero, signed),))
-        self.steps.append(QuantPackStep("input", image, emit))
+        self.steps.append(QuantPackStep(INPUT, image, emit))
         return target
 
     def _add(self, spec: TensorSpec) -> int:

@@ -114,17 +114,17 @@ def test_the_tuner_measures_it_within_its_tolerance() -> None:
 
 
 def test_a_model_says_where_it_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    model = pack_nets.two_regions()
     exact = lbs.pack(model, verify=False)
     path = tmp_path / "net.lbs.safetensors"
     exact.save(path)
     half = lbs.load(path, fallback="fp16")
     assert (exact.fallback, half.fallback) == (None, "fp16")
-    x = pack_nets.images(2, (1, 8, 8))
+    x = pack_nets.images(2, (3, 10, 10))
     assert torch.equal(half(x), exact(x))  # nothing was measured, so nothing is faster
     clear_runners()
-    runner = exact.regions[0].compiled().runner
-    layers = {n: p for n, p in runner.problems(2).items() if p.op in ("bitconv2d", "bitlinear")}  # type: ignore[attr-defined]
+    posed = [region.compiled().runner.problems(2) for region in exact.regions]  # type: ignore[attr-defined]
+    layers = {n: p for problems in posed for n, p in problems.items() if p.op in ("bitconv2d", "bitlinear")}
     measured(list(layers.values()), {NAME: 1e-9})
     clear_runners()
     assert half.inexact_layers(2) == set(layers)

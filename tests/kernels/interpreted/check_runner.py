@@ -177,7 +177,7 @@ def test_explain_names_the_kernel_of_every_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(backends.AUTOMATIC, "cpu", ("gpu", "reference"))
     clear_runners()
     try:
-        packed = pack_nets.packed_digits()
+        packed = pack_nets.packed_two_regions()
         rows = lbs.explain(packed, rounds=1).rows
     finally:
         clear_runners()

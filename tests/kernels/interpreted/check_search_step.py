@@ -17,7 +17,7 @@ from lbs.quant import fused
 from lbs.quant.fake import fake_activation, fake_weight
 from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.gates import BitGate
-from lbs_kernels.fakequant import triton_impl
+from lbs_kernels.fakequant import triton_impl, triton_weights
 
 KINDS = ["unsigned", "signed", "weight"]
 
@@ -123,7 +123,11 @@ def test_a_searched_width(
         assert launches == {"forward": 2, "correct": 2, "backward": 2, "total": 4}
 
 
-def test_a_search_step_waits_for_nothing(launches: Counter[str]) -> None:
+def test_a_search_step_waits_for_nothing(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for every tensor, as each takes the interpreter as long as numpy takes for hundreds of them."""
+    monkeypatch.setattr(triton_impl, "BLOCK", 1 << 16)
+    monkeypatch.setitem(triton_weights._META, "BLOCK", 1 << 16)
+    monkeypatch.setattr(triton_weights, "BLOCK", 1 << 16)
     _, waits, _ = trained(2, 2, "gamma")
     assert waits == [0, 1]
     assert launches["forward"] >= 2 * 2 * 8  # weights and activations of every layer but the first and the last

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
@@ -147,9 +148,10 @@ def test_accumulator_around_tiles(channels: int, filters: int, rows: int, w_bits
     check_sums(one_step.conv(x, planes, a_bits=a_bits, kernel=(1, 1)), SMALL)
 
 
-def check_sums(step: one_step.OneStep, config: GemmConfig) -> None:
+def check_sums(step: one_step.OneStep, config: GemmConfig, quantizer: ElementwiseConfig | None = None) -> None:
     """The accumulator by one configuration: a stream of float32(acc), which holds all of it below 2^24."""
-    runner = GpuRunner(step.program, step.blob, "cpu", {one_step.STEP: config})
+    configs = {one_step.STEP: config, **({one_step.INPUT: quantizer} if quantizer else {})}
+    runner = GpuRunner(step.program, step.blob, "cpu", configs)
     check(step.program, step.blob, [step.image], runner)
 
 
@@ -261,16 +263,18 @@ def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedCo
 
 # K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536), of which float32 keeps 24
 # bits, and half of either cancel down to 255 * 255, of which it keeps all.
-@pytest.mark.parametrize("ones", [0, 16513, 33025])
-def test_accumulator_at_the_overflow_corner(ones: int) -> None:
-    channels = (2**31 - 1) // (255 * 255)
+def test_accumulator_at_the_overflow_corner() -> None:
+    channels, ones = (2**31 - 1) // (255 * 255), (0, 16513, 33025)
     x = torch.full((1, channels), 255, dtype=torch.uint8)
-    codes = torch.zeros(1, 1, 1, channels, dtype=torch.uint8)
-    codes[..., :ones] = 255
+    codes = torch.zeros(len(ones), 1, 1, channels, dtype=torch.uint8)
+    for filter_codes, count in zip(codes, ones, strict=True):
+        filter_codes[..., :count] = 255
     step = one_step.linear(x, pack_weights(codes, 8), a_bits=8)
-    assert step.run("reference").item() == float(torch.tensor((2 * ones - channels) * 255 * 255).float())
-    # Few steps: this is slow here.
-    check_sums(step, GemmConfig(32, 16, block_words=4, warps=4, stages=2, weights_first=True))
+    expected = torch.tensor([(2 * count - channels) * 255 * 255 for count in ones])
+    assert step.run("reference").flatten().tolist() == expected.float().tolist()
+    # Few steps, and few programs that make the input: each is slow here.
+    sums = GemmConfig(32, 16, block_words=16, warps=4, stages=2, weights_first=True)
+    check_sums(step, sums, ElementwiseConfig(1, 8192, warps=4))
 
 
 def test_not_a_number_and_infinity_become_codes() -> None:
