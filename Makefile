@@ -38,9 +38,11 @@ typecheck: $(VENV)/.installed
 check-imports: $(VENV)/.installed
 	$(call whole,$(BIN)/lint-imports)
 
-# The default suite and some hundreds of GPU kernels compiled, a process for each core.
+# The default suite and some hundreds of GPU kernels compiled, a process for each core, one thread for each process: threads
+# that wait for one another on processors that are taken make milliseconds of microseconds. Builds that tests start are not
+# part of this make.
 pytest: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'not slow and not gpu'
+	MAKEFLAGS= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'not slow and not gpu'
 
 setup: $(VENV)/.installed $(VENV)/.native
 

@@ -284,7 +284,7 @@ def test_layers_and_networks_are_compiled_ahead(tmp_path: Path, monkeypatch: pyt
     problem = Problem("bitconv2d", 1, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1), w_bits=2, a_bits=2, device="cuda")
     with compiling("sm_90", tmp_path / "cache") as kernels:
         assert gpu_compile.compile_layer(problem, 1) == 2
-    assert [kernel.name for kernel in kernels] == ["quantpack_kernel", "gemm_kernel"] * 2
+    assert [kernel.name for kernel in kernels] == ["quantpack_kernel", "gemm_kernel", "quantpack_kernel"] * 2
     assert runner.INTERPRETED is before
 
 
@@ -435,7 +435,9 @@ def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) 
     assert (layers["complete"], layers["passes"]) == (True, 2)
     contenders = {row["contender"].split(":")[0] for row in layers["rows"]}
     assert contenders >= {"float16", "triton"}
-    assert all("error" not in row and row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"])
+    refused = [row for row in layers["rows"] if "error" in row]  # the interpreter runs what is written in Triton
+    assert all(row["contender"].startswith("cuda:") and "run on a GPU" in row["error"] for row in refused)
+    assert all(row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"] if row not in refused)
     (table,) = (tmp_path / "tuning").glob("*.json")
     timed = {name.split(":")[0] for times in json.loads(table.read_text())["rows"].values() for name in times}
     assert timed - {"cuda"} == {"triton", "fp16"}  # the model of the GPU serves where it is built
