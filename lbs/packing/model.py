@@ -55,7 +55,6 @@ class PackedModel(nn.Module):
         self.plan = plan
         self.name = name
         self.normalize = normalize
-        self._dtype = torch.float32 if normalize is None else torch.uint8
         self._whole = whole_region(graph)
         self.requires_grad_(False).eval()
 
@@ -94,7 +93,7 @@ class PackedModel(nn.Module):
     @property
     def input_dtype(self) -> torch.dtype:
         """Of the images: torch.float32, or torch.uint8 where `normalize` is set."""
-        return self._dtype
+        return torch.float32 if self.normalize is None else torch.uint8
 
     def float_images(self, x: Tensor) -> Tensor:
         """What the network was trained on, for images `x` of this model: float32 as given, or float64 of bytes."""

@@ -35,7 +35,7 @@ class PackedRegion(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The program's outputs, in its order."""
-        images = [x if x.dim() == 4 else x[:, :, None, None] for x in inputs]
+        images = _images(inputs)
         if all(map(unwatched, images)):
             return self.run(images)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -54,8 +54,12 @@ class PackedRegion(nn.Module):
     def run_traced(self, inputs: tuple[Tensor, ...], backend: str = "auto") -> tuple[list[Tensor], dict[int, Tensor]]:
         """Outputs, and every tensor of the program by number: codes uint8 [N, H, W, C], streams in the stream type."""
         trace: dict[int, Tensor] = {}
-        images = [x if x.dim() == 4 else x[:, :, None, None] for x in inputs]
+        images = _images(inputs)
         return self.compiled(backend).run(images, trace=trace), trace
 
     def extra_repr(self) -> str:
         return f"{len(self.program.steps)} steps, {self.blob.numel()} bytes"
+
+
+def _images(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [x if x.dim() == 4 else x[:, :, None, None] for x in inputs]

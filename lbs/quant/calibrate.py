@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Literal
 
 import torch
@@ -67,12 +67,7 @@ def calibrate(
     layers = {name: m for name, m in found.items() if m.w_bits < FULL_PRECISION_BITS}
     if not layers:
         return model  # every layer computes in float: the norms are as training left them
-
-    def run(batch: Tensor) -> None:
-        try:
-            model(batch)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise GraphError(_batch_message(model, batch, error)) from error
+    run = _runner(model)
 
     if norms.fresh(model):
         logger.info("norms that never saw a batch are estimated from the calibration images")
@@ -95,14 +90,23 @@ def estimate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
     then what they were.
     """
+    norms.estimate(model, _Images(batches), _runner(model))
+
+
+def _runner(model: nn.Module) -> Callable[[Tensor], None]:
+    """Runs one batch, and tells in words what the model cannot take."""
 
     def run(batch: Tensor) -> None:
         try:
             model(batch)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise GraphError(_batch_message(model, batch, error)) from error
+            shape, dtype, device = tuple(batch.shape), batch.dtype, batch.device
+            raise GraphError(
+                f"{type(model).__name__} failed on a calibration batch of shape {shape}, {dtype} on {device}: {error}; "
+                "give batches [N, C, H, W] such as it is trained on, of its dtype and device"
+            ) from error
 
-    norms.estimate(model, _Images(batches), run)
+    return run
 
 
 class _Images:
@@ -164,7 +168,9 @@ def images_of(batch: Any, index: int) -> Tensor:
     return found
 
 
-def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: _Images, run: Any) -> dict[str, Tensor]:
+def _observe(
+    model: nn.Module, layers: dict[str, QuantLayer], batches: _Images, run: Callable[[Tensor], None]
+) -> dict[str, Tensor]:
     """Inputs of every layer while the model computes in float, thinned to a bounded sample with its extremes."""
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = []
@@ -201,14 +207,6 @@ def _observe(model: nn.Module, layers: dict[str, QuantLayer], batches: _Images, 
 def _thinned(values: Tensor) -> Tensor:
     """Every so many values, and the extremes."""
     return torch.cat([values[:: _stride(len(values), _SAMPLES)], values.amin()[None], values.amax()[None]])
-
-
-def _batch_message(model: nn.Module, batch: Tensor, error: Exception) -> str:
-    shape, dtype, device = tuple(batch.shape), batch.dtype, batch.device
-    return (
-        f"{type(model).__name__} failed on a calibration batch of shape {shape}, {dtype} on {device}: {error}; "
-        "give batches [N, C, H, W] such as it is trained on, of its dtype and device"
-    )
 
 
 def _stride(count: int, share: int) -> int:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant.layers import QuantLayer
-from lbs_kernels.errors import GraphError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -142,7 +141,7 @@ def correct(
 ) -> None:
     """Correct norms and biases by the difference that quantization makes on the batches; each runs twice.
 
-    Raises what `run(batch)` raises; statistics are then what they were.
+    Raises what `run(batch)` raises, or reading a batch; statistics are then what they were.
     """
     held = list(layers)
     norms = [(norm, _Norm(norm)) for norm in tracked(model)]
@@ -150,43 +149,36 @@ def correct(
     was_training = model.training
     model.eval()
     try:
-        seen = False
         for batch in batches:
-            with ExitStack() as stack:
-                stack.enter_context(observing(held))
-                _hook(stack, [(m, m.register_forward_pre_hook, one.watch) for m, one in norms])
-                _hook(stack, [(m, m.register_forward_hook, one.watch) for m, one in biases])
-                run(batch)
-            with ExitStack() as stack:
-                _hook(stack, [(m, m.register_forward_pre_hook, one.follow) for m, one in norms])
-                _hook(stack, [(m, m.register_forward_hook, one.follow) for m, one in biases])
-                run(batch)
-            for _, one in norms:
-                one.restore()
-            seen = True
-        if seen:
-            for _, norm in norms:
-                norm.settle()
-            for _, bias in biases:
-                bias.settle()
-    except BaseException:
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(observing(held))
+                    for norm, one in norms:
+                        stack.callback(norm.register_forward_pre_hook(one.watch).remove)
+                    for layer, bias in biases:
+                        stack.callback(layer.register_forward_hook(bias.watch).remove)
+                    run(batch)
+                with ExitStack() as stack:
+                    for norm, one in norms:
+                        stack.callback(norm.register_forward_pre_hook(one.follow).remove)
+                    for layer, bias in biases:
+                        stack.callback(layer.register_forward_hook(bias.follow).remove)
+                    run(batch)
+            finally:
+                for _, one in norms:
+                    one.restore()
         for _, one in norms:
-            one.restore()
-        raise
+            one.settle()
+        for _, bias in biases:
+            bias.settle()
     finally:
         model.train(was_training)
-
-
-def _hook(stack: ExitStack, hooks: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]]) -> None:
-    for _, register, hook in hooks:
-        stack.callback(register(hook).remove)
 
 
 def estimate(model: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor], Any]) -> None:
     """Replace every norm's running statistics by their mean over the batches, quantization as it is.
 
-    Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
-    then what they were.
+    Raises what `run(batch)` raises, or reading a batch; statistics are then what they were.
     """
     norms: list[Any] = tracked(model)
     momenta = [norm.momentum for norm in norms]
@@ -201,7 +193,7 @@ def estimate(model: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor]
         with torch.no_grad():
             for batch in batches:
                 run(batch)
-    except GraphError:
+    except BaseException:
         for norm, buffers in zip(norms, before, strict=True):
             for name, value in buffers.items():
                 norm.get_buffer(name).copy_(value)

@@ -1,8 +1,8 @@
 """The JSON text of a program: read strictly, then refuse everything a back end could not run safely.
 
 A text may come from a file of unknown origin. Nothing is allocated from its numbers here, and a program that passes
-`validate` reads and writes inside its arrays and tensors only. `csrc/program/conform.cpp` reads by the same tables in
-the same order.
+`check_program` reads and writes inside its arrays and tensors only. `csrc/program/conform.cpp` reads by the same tables
+in the same order.
 """
 
 from __future__ import annotations
@@ -48,17 +48,8 @@ def read_program(text: str, blob_bytes: int | None = None) -> Program:
             "version",
         )
     program: Program = _read_record(body, record(Program), "program")
-    validate(program, blob_bytes)
-    return program
-
-
-def validate(program: Program, blob_bytes: int | None = None) -> None:
-    """Refuse a program that breaks the rules of `program/rules.py`.
-
-    Raises:
-        FormatError: what, where, the value and the rule.
-    """
     check_program(program, blob_bytes)
+    return program
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.gpu import kernels
-from lbs_kernels.program.checks import check_planes
+from lbs_kernels.program.checks import check_planes, check_program
 from lbs_kernels.program.runner import Runner, empty_outputs, empty_tensors
 from lbs_kernels.program.steps import IMAGE_DTYPES, Program, TensorSpec, blob_digest
-from lbs_kernels.program.text import validate
 from lbs_kernels.run import backends
 from lbs_kernels.run.cpu import CpuRunner
 from lbs_kernels.run.reference import ReferenceRunner
@@ -31,7 +30,7 @@ class CompiledProgram:
             BackendError: the back end named cannot serve.
         """
         _check_blob(blob)
-        validate(program, blob.numel())
+        check_program(program, blob.numel())
         _check_bytes(program, blob)
         self.program = program
         self.blob = blob

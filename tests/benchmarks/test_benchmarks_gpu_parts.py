@@ -435,9 +435,7 @@ def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) 
     assert (layers["complete"], layers["passes"]) == (True, 2)
     contenders = {row["contender"].split(":")[0] for row in layers["rows"]}
     assert contenders >= {"float16", "triton"}
-    refused = [row for row in layers["rows"] if "error" in row]  # the interpreter runs what is written in Triton
-    assert all(row["contender"].startswith("cuda:") and "run on a GPU" in row["error"] for row in refused)
-    assert all(row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"] if row not in refused)
+    assert all("error" not in row and row["median_s"] > 0 and row["roof"] > 0 for row in layers["rows"])
     (table,) = (tmp_path / "tuning").glob("*.json")
     timed = {name.split(":")[0] for times in json.loads(table.read_text())["rows"].values() for name in times}
     assert timed - {"cuda"} == {"triton", "fp16"}  # the model of the GPU serves where it is built

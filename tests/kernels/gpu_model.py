@@ -46,4 +46,5 @@ def launches_on_the_model(
         return launch
 
     monkeypatch.setattr("lbs_kernels.gpu.onebit.gemm.launch_of", launch_of)
+    monkeypatch.setattr("lbs_kernels.gpu.configs.onebit.machines", lambda device: ("wgmma", "mma"))
     return tasks

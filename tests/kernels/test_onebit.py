@@ -365,6 +365,7 @@ def test_what_is_refused() -> None:
 def test_tensors_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the model there is nothing that a processor could run."""
     monkeypatch.undo()
+    monkeypatch.setattr("lbs_kernels.gpu.configs.onebit.machines", lambda device: ("wgmma", "mma"))
     made, arrays, step, posed, buffers = small_step()
     with pytest.raises(BackendError, match=r"run on a GPU, the tensors are on cpu; move them: \.to\('cuda'\)"):
         bound(made.program, arrays, step, posed, HOPPER, buffers)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from program_breaches import wide_linear
 from programs import CASES, chain, preact_residual, random_inputs, random_program
 
 from lbs_kernels.errors import FormatError
+from lbs_kernels.program.checks import check_program
 from lbs_kernels.program.steps import Program
-from lbs_kernels.program.text import read_program, validate
+from lbs_kernels.program.text import read_program
 from lbs_kernels.run.loaded import run_program
 
 
@@ -80,26 +82,6 @@ def code_tensor(text: dict[str, Any]) -> dict[str, Any]:
 def signed_codes(text: dict[str, Any]) -> None:
     for item in (consumer(text), code_tensor(text)):
         item.update(signed=True, zero=0)
-
-
-def too_many_products(text: dict[str, Any]) -> None:
-    """33026 channels of one pixel, 8 by 8 bits, everything else in order."""
-    text["tensors"] = [
-        {"name": "x", "form": "image", "channels": 33026, "height": 1, "width": 1},
-        {"name": "q", "form": "codes", "channels": 33026, "height": 1, "width": 1, "bits": 8},
-        {"name": "y", "form": "stream", "channels": 1, "height": 1, "width": 1},
-    ]
-    text["arrays"] = {
-        "p": {"dtype": "int32", "shape": [8, 1, 1, 1033], "offset": 0},
-        "m": {"dtype": "float32", "shape": [1], "offset": 0},
-    }
-    codes = {"tensor": 1, "bits": 8, "scale": 1.0}
-    linear = {"w_bits": 8, "total_filters": 1, "planes": "p", "multiplier": "m", "bias": "m"}
-    text["steps"] = [
-        {"op": "quantpack", "name": "a", "input": 0, "emit": {"consumers": [codes]}},
-        {"op": "bitlinear", "name": "b", "input": 1, "emit": {"stream": 2}, **linear},
-    ]
-    text.update(inputs=[0], outputs=[2])
 
 
 # What is done to a good program -> what the message says.
@@ -219,7 +201,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda t: t["arrays"][conv(t)["multiplier"]].update(shape=[15]),
         r"\(15,\); the step needs float32 \(16,\)",
     ),
-    "accumulator overflow": (too_many_products, "33026 products"),
+    "accumulator overflow": (wide_linear, "33026 products"),
     "pool kind": (lambda t: t["steps"][-2].update(kind="median"), "kind is 'median'"),
     "windowed mean": (lambda t: t["steps"][-2].update(kernel=[2, 2]), "the mean is global"),
     "linear of many pixels": (lambda t: t["steps"][-1].update(input=conv(t)["input"]), "8 x 8 pixels; it needs one"),
@@ -260,10 +242,10 @@ def test_texts_that_are_no_program(text: str, message: str) -> None:
 def test_arrays_must_end_inside_the_blob() -> None:
     program, _ = chain(0)
     last = max(spec.offset + spec.nbytes for spec in program.arrays.values())
-    validate(program, last)
+    check_program(program, last)
     with pytest.raises(FormatError, match=f"the blob has {last - 1}"):
-        validate(program, last - 1)
-    validate(program)  # without a blob, nothing is said about its size
+        check_program(program, last - 1)
+    check_program(program)  # without a blob, nothing is said about its size
 
 
 def test_a_maximum_of_codes_passes_them_unchanged() -> None:
@@ -276,10 +258,10 @@ def test_a_maximum_of_codes_passes_them_unchanged() -> None:
     ):
         steps = (*program.steps[:index], replace(step, emit=changed), *program.steps[index + 1 :])
         with pytest.raises(FormatError, match="one plain consumer"):
-            validate(replace(program, steps=steps))
+            check_program(replace(program, steps=steps))
     steps = (*program.steps[:index], replace(step, padding=(2, 1)), *program.steps[index + 1 :])
     with pytest.raises(FormatError, match="at most half of the kernel"):
-        validate(replace(program, steps=steps))
+        check_program(replace(program, steps=steps))
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lbs.models
-from lbs.quant import codec
+from lbs.quant import codec, norms
 from lbs.quant.calibrate import _Images, _observe, _stride, calibrate, estimate_norms
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
@@ -249,8 +249,8 @@ def test_the_statistics_are_corrected_by_the_difference_that_quantization_makes(
 
     with torch.no_grad():
         for net in (model, calibrated):
-            norms = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
-            hooks = [m.register_forward_pre_hook(keep(name)) for name, m in norms]
+            watched = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+            hooks = [m.register_forward_pre_hook(keep(name)) for name, m in watched]
             net(x)
             for hook in hooks:
                 hook.remove()
@@ -338,3 +338,19 @@ class _Sizeless:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
+
+
+@pytest.mark.parametrize("statistics", ["correct", "estimate"])
+def test_statistics_are_what_they_were_where_a_batch_cannot_be_read(statistics: str) -> None:
+    model = uniform(small_model(), images()[:1], 4, 4)
+    calibrate(model, [images(1)], statistics="keep")
+    before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    arguments = _Images([images(1), images(2)[:0]]), model
+    work = {
+        "correct": lambda: norms.correct(model, quant_layers(model), *arguments),
+        "estimate": lambda: norms.estimate(model, *arguments),
+    }
+    with pytest.raises(PlanError, match="calibration batch 1 of shape"):
+        work[statistics]()
+    assert all(torch.equal(dict(model.named_buffers())[name], value) for name, value in before.items())
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))

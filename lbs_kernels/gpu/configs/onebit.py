@@ -70,8 +70,10 @@ class OneBitConfig:
 
 @functools.cache
 def machines(device: str) -> tuple[str, ...]:
-    """The kernels a device runs: both on "cpu" (a model, in tests) and on "cuda" where there is none to ask."""
-    if device.split(":")[0] == "cuda" and torch.cuda.is_available():
+    """The kernels a device runs: none on "cpu"; both on "cuda" where there is none to ask."""
+    if device.split(":")[0] != "cuda":
+        return ()
+    if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) == (9, 0):
             return "wgmma", "mma"

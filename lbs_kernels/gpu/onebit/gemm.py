@@ -77,7 +77,10 @@ def prepare_weights(
     w_bits, filters, taps, _ = planes.shape
     if taps != kernel[0] * kernel[1]:
         raise FormatError(f"planes have {taps} taps; a window of {kernel[0]} x {kernel[1]} has {kernel[0] * kernel[1]}")
-    problem = Problem("bitconv2d", 1, 1, 1, source.channels, filters, groups=groups, w_bits=w_bits, a_bits=source.bits)
+    problem = Problem(
+        "bitconv2d", 1, 1, 1, source.channels, filters, groups=groups, w_bits=w_bits, a_bits=source.bits,
+        device=str(device),
+    )  # fmt: skip
     reason = onebit_why_not(problem)
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot read {source.name}: {reason}")
