@@ -52,6 +52,8 @@ constexpr char kImageDtype[] = "image-dtype";
 constexpr char kFlat[] = "flat";
 // version 1 has neither images of bytes nor a multiplier of quantpack
 constexpr char kVersion1[] = "version-1";
+// versions 1 and 2 have the odd grid of weights only
+constexpr char kVersion2[] = "version-2";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
 // an array has 1 to 4 sizes of 1 to MAX_SIZE

@@ -65,6 +65,10 @@ void check_tensor(const TensorSpec& spec, const std::string& place) {
 }
 
 void check_version(const ProgramSpec& program) {
+    for (const StepSpec& step : program.steps)
+        if (program.version < 3 && !step.w_odd)
+            refuse(rule::kVersion2, "step '" + step.name + "' has weights on a grid with a zero in a program of version " +
+                                        std::to_string(program.version));
     if (program.version > 1) return;
     for (const TensorSpec& tensor : program.tensors)
         if (tensor.is_bytes) refuse(rule::kVersion1, "image '" + tensor.name + "' is uint8 in a program of version 1");

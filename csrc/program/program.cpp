@@ -106,6 +106,7 @@ StepSpec read_step(const Json& value) {
     }
     if (step.kind == StepKind::kConv || step.kind == StepKind::kLinear) {
         step.w_bits = whole(value, "w_bits");
+        step.w_odd = text(value, "w_grid") == "odd";
         step.total_filters = whole(value, "total_filters");
         step.planes = text(value, "planes");
     }

@@ -52,6 +52,7 @@ struct StepSpec {
     int input = 0;
     EmitSpec emit;
     int w_bits = 0, groups = 1, total_filters = 0;
+    bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
     Pair kernel, stride, padding{0, 0}, dilation;
     std::string planes;
     std::optional<std::string> multiplier, bias;

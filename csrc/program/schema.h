@@ -81,6 +81,7 @@ constexpr Field kQuantPackStepFields[] = {
 };
 constexpr Record kQuantPackStep = {"QuantPackStep", kQuantPackStepFields, 5};
 
+constexpr const char* kConvStep_w_grid[] = {"odd", "zero", nullptr};
 constexpr Field kConvStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"input", Kind::kInt, Count::kOne, false, nullptr, nullptr, nullptr},
@@ -95,9 +96,11 @@ constexpr Field kConvStepFields[] = {
     {"planes", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"multiplier", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"bias", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"w_grid", Kind::kChoice, Count::kOne, false, "\"odd\"", kConvStep_w_grid, nullptr},
 };
-constexpr Record kConvStep = {"ConvStep", kConvStepFields, 13};
+constexpr Record kConvStep = {"ConvStep", kConvStepFields, 14};
 
+constexpr const char* kLinearStep_w_grid[] = {"odd", "zero", nullptr};
 constexpr Field kLinearStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"input", Kind::kInt, Count::kOne, false, nullptr, nullptr, nullptr},
@@ -107,8 +110,9 @@ constexpr Field kLinearStepFields[] = {
     {"planes", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"multiplier", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"bias", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"w_grid", Kind::kChoice, Count::kOne, false, "\"odd\"", kLinearStep_w_grid, nullptr},
 };
-constexpr Record kLinearStep = {"LinearStep", kLinearStepFields, 8};
+constexpr Record kLinearStep = {"LinearStep", kLinearStepFields, 9};
 
 constexpr const char* kPoolStep_kind[] = {"max", "mean", nullptr};
 constexpr Field kPoolStepFields[] = {

@@ -191,7 +191,7 @@ def _consumer(target: Target, number: dict[Slot, int], arrays: dict[str, Tensor]
 
 
 def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays: dict[str, Tensor]) -> Step:
-    keys = tuple(f"{draft.name}.{part}" for part in ("planes", "multiplier", "bias"))
+    keys = (f"{draft.name}.planes", f"{draft.name}.multiplier", f"{draft.name}.bias")
     arrays[keys[0]] = pack_weights(weight_codes(layer, draft.source.shape), layer.w_bits)
     arrays[keys[1]], arrays[keys[2]] = multiplier_and_bias(layer, draft.name, draft.norms)
     _, filters, taps, _ = arrays[keys[0]].shape
@@ -202,8 +202,8 @@ def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays
     check_accumulator(taps * (draft.source.shape[0] // window.groups), layer.w_bits, layer.a_bits, draft.name)
     total = max(layer.total_filters, filters)
     if not isinstance(layer, nn.Conv2d) and taps == 1:
-        return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys)
-    return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys)
+        return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys, layer.w_grid)
+    return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys, layer.w_grid)
 
 
 def weight_codes(layer: QuantLayer, shape: Shape) -> Tensor:

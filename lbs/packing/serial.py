@@ -26,7 +26,7 @@ from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blo
 from lbs_kernels.program.text import read_program
 
 FORMAT = "lbs-packed"
-FILE_VERSION = 2  # 2: programs may be of version 2, and the model may take bytes
+FILE_VERSION = 3  # 2: the model may take bytes; programs may be of the same version or an earlier one
 _FLOAT = "float."
 
 

@@ -204,13 +204,13 @@ class _Judge(fx.Interpreter):
         )
 
     def _weights(self, name: str, layer: QuantLayer) -> Tensor:
-        """2 q - n of the model's own weight codes, which are compared with the stored planes."""
+        """Units of the model's own weight codes, which are compared with the stored planes."""
         codes = layer.weight_codes()
         stored = self.tensors.weight_codes(name, codes.shape)
         differ = int((codes != stored).sum())
         largest = float((codes - stored).abs().max())
         self.checks.append(Check(name, "weight codes", codes.numel(), differ, 0, largest, 0.0))
-        return 2 * codes.double() - codec.levels(layer.w_bits)
+        return codec.weight_units(codes.double(), layer.w_bits, layer.w_grid)
 
     # Floats.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.graph import ModelRecord, record_of
-from lbs.plan import LayerPlan, Plan, check_layer
+from lbs.plan import LayerPlan, Plan, check_layer, grid_at
 from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
@@ -37,8 +37,16 @@ def plan_of(model: nn.Module) -> Plan:
             kept = gate.kept() if gate is not None else None
             kept = None if kept is None or len(kept) == layer.filters else kept
         w_bits, a_bits = (int(getattr(module, label, FULL_BITS)) for label in ("w_bits", "a_bits"))
-        layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits, kept=kept))
+        layers.append(_rounded_as(replace(layer, w_bits=w_bits, a_bits=a_bits, kept=kept), module))
     return replace(plan, layers=tuple(layers))
+
+
+def _rounded_as(entry: LayerPlan, module: nn.Module) -> LayerPlan:
+    """The entry with what the layer's weights are rounded to; those of a searched one, to what it will be frozen to."""
+    if not isinstance(module, QuantLayer) or entry.w_bits == FULL_BITS:
+        return entry
+    grid = grid_at(entry.w_bits) if module.searched else module.w_grid
+    return replace(entry, w_grid=grid, ranges="filter" if module.w_range.dim() else "layer")
 
 
 def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
@@ -82,7 +90,8 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
 def _fitted(entry: LayerPlan, own: LayerPlan) -> LayerPlan:
     """Bits and kept filters of a plan's entry, the geometry of the model."""
     kept = entry.kept if entry.kept_filters < entry.filters else None
-    return replace(own, w_bits=entry.w_bits, a_bits=entry.a_bits, kept=kept)
+    own = replace(own, w_bits=entry.w_bits, a_bits=entry.a_bits, kept=kept)
+    return replace(own, w_grid=entry.w_grid, ranges=entry.ranges)
 
 
 def _with_through(plan: Plan, record: ModelRecord) -> Plan:
@@ -165,6 +174,8 @@ def _fixed(
         bias = bias[torch.tensor(rows)] if bias is not None else None
     if columns is not None:
         weight = weight[:, torch.tensor(columns)]
+    if rows is not None and isinstance(new, QuantLayer) and new.w_range.dim():
+        new.w_range = nn.Parameter(new.w_range.detach()[torch.tensor(rows)].clone())
     if key not in twins:
         twins[key] = nn.Parameter(weight.detach().clone())
     new.weight = twins[key]
@@ -194,12 +205,18 @@ def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
             )
     else:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
+        quantizer.zero_point.fill_(old.quantizer.coding.zero_at(entry.a_bits))
         quantizer.range = settled_range(old.quantizer.range, getattr(old.quantizer, "gate", None))
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
     options = layer_options(old)
     new = kind(*layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **options)
     like(new, old)
     new.w_range = settled_range(old.w_range, getattr(old, "w_gate", None))
+    if entry.ranges == "layer" and new.w_range.dim():
+        new.w_range = nn.Parameter(new.w_range.detach().abs().amax())
+    elif entry.ranges == "filter" and not new.w_range.dim():
+        new.range_by_filter()
+    new.w_grid = entry.w_grid
     new.output_scale.copy_(old.output_scale)
     new.total_filters = entry.filters
     return new

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lbs.quant import fake
+from lbs.quant import codec, fake
 from lbs.search.gates import BitGate
 
 TEMPERATURE = 0.1
@@ -47,21 +47,21 @@ class BranchGate(BitGate):
         self.statistic.copy_(tail.detach())
         return tail
 
-    def mix(self, x: Tensor, v: Tensor, kind: str) -> Tensor:
+    def mix(self, x: Tensor, v: Tensor, coding: codec.Coding) -> Tensor:
         """sum_b p_b * Q_b(x)."""
         shares = self.weights().to(x.dtype)
-        parts = [shares[level] * self.branch(x, v, kind, level) for level in range(len(self.chain))]
+        parts = [shares[level] * self.branch(x, v, coding, level) for level in range(len(self.chain))]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         return total
 
-    def branch(self, x: Tensor, v: Tensor, kind: str, level: int) -> Tensor:
+    def branch(self, x: Tensor, v: Tensor, coding: codec.Coding, level: int) -> Tensor:
         """Q_b(x; v_b) of one branch."""
         own, bits = v * self.scale[level].abs(), self.chain[level]
-        if kind == "weight":
+        if coding.is_weight:
             return fake.fake_weight(x, own, bits)
-        return fake.fake_activation(x, own, bits, kind == "signed")
+        return fake.fake_activation(x, own, bits, coding)
 
     @torch.no_grad()
     def clamp(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lbs.cost import EDGE_BITS
 from lbs.graph import ChannelGroup, ModelRecord, observe_layers, record_of, template_plan, trace
-from lbs.plan import LayerPlan
+from lbs.plan import RANGES, LayerPlan
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -32,10 +32,11 @@ class SearchConfig:
     bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
-    multiple of it. multi_path: a branch of its own for every width instead of bit sharing, the baseline of
-    lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with
-    pruning=False) serves models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first
-    and the last layer stay at 8 / 8 bits and keep their filters (`lbs.cost.edge_layers`).
+    multiple of it. ranges: of weights, one for every filter, or one for the layer (as in LBS). multi_path: a branch of
+    its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py. exclude: name patterns
+    left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
+    be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
+    (`lbs.cost.edge_layers`).
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
@@ -45,6 +46,7 @@ class SearchConfig:
     importance: str = "gamma"
     filter_tile: int = 1
     standardize: str = "scale"
+    ranges: Literal["filter", "layer"] = "filter"
     multi_path: bool = False
     exclude: tuple[str, ...] = ()
     trace: bool = True
@@ -64,6 +66,8 @@ class SearchConfig:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"
             )
+        if self.ranges not in RANGES:
+            raise PlanError(f"ranges={self.ranges!r} is unknown; use {' or '.join(RANGES)}")
         if self.importance not in IMPORTANCE:
             raise PlanError(f"importance={self.importance!r} is unknown; use {', '.join(IMPORTANCE)}")
 
@@ -101,6 +105,8 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
             quantizer = SearchQuantizer(chain, multi_path=config.multi_path)
         old = model.get_submodule(layer.name)
         new = _searchable(old, chain, quantizer, config)
+        if config.ranges == "filter" and chain != (FULL_BITS,):
+            new.range_by_filter()
         replace_layer(model, layer.name, new)
     if config.pruning:
         _add_prune_gates(model, record, config)
@@ -130,6 +136,7 @@ def uniform(
         quantizer = InputQuantizer() if layer.name == plan.edges[0] else ActivationQuantizer(layer.a_bits)
         old = model.get_submodule(layer.name)
         fixed = fixed_layer(old, layer.w_bits, quantizer, "scale")
+        fixed.w_grid = layer.w_grid
         if ranges == "filter":
             fixed.range_by_filter()
         replace_layer(model, layer.name, fixed)

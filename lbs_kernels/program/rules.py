@@ -73,6 +73,7 @@ CHECKING = {
     "image-dtype": "only images have a dtype",
     "flat": "only a stream of one pixel is flat",
     "version-1": "version 1 has neither images of bytes nor a multiplier of quantpack",
+    "version-2": "versions 1 and 2 have the odd grid of weights only",
     "array-dtype": "arrays are float32 or int32",
     "array-shape": "an array has 1 to 4 sizes of 1 to MAX_SIZE",
     "array-place": "an array starts at a multiple of BLOB_ALIGNMENT and ends inside the blob",

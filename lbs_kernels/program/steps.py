@@ -25,8 +25,9 @@ from torch import Tensor
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
-PROGRAM_VERSION = 2  # 2: images of bytes, and quantpack steps with a multiplier and a bias
+PROGRAM_VERSION = 3  # 2: images of bytes, quantpack steps with a multiplier and a bias. 3: weight grids with a zero
 BLOB_ALIGNMENT = 64
+WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
 IMAGE_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 STREAM_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARRAY_DTYPES = {"float32": torch.float32, "int32": torch.int32}
@@ -110,6 +111,7 @@ class ConvStep:
     planes: str  # int32 [w_bits, O, T, CW], CW over the channels of ONE group
     multiplier: str  # float32 [O]
     bias: str  # float32 [O]
+    w_grid: WeightGrid = "odd"
 
     @property
     def window(self) -> Window:
@@ -129,6 +131,7 @@ class LinearStep:
     planes: str  # int32 [w_bits, O, 1, CW]
     multiplier: str
     bias: str
+    w_grid: WeightGrid = "odd"
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,7 @@ class Program:
         """The canonical JSON text (sorted keys, no spaces)."""
         body = asdict(self)
         body["steps"] = [{"op": step.op, **asdict(step)} for step in self.steps]
-        if self.version == 1:
-            _drop_additions(body)
+        _drop_additions(body, self.version)
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def array(self, blob: Tensor, key: str) -> Tensor:
@@ -202,13 +204,16 @@ class Program:
         return raw.view(ARRAY_DTYPES[spec.dtype]).view(spec.shape)
 
 
-def _drop_additions(body: dict[str, Any]) -> None:
-    """Leave out what version 1 does not know; a valid program of that version holds the defaults there."""
+def _drop_additions(body: dict[str, Any], version: int) -> None:
+    """Leave out what an earlier version does not know; a valid program of that version holds the defaults there."""
     for spec in body["tensors"]:
-        del spec["dtype"]
+        if version < 2:
+            del spec["dtype"]
     for step in body["steps"]:
-        if step["op"] == QuantPackStep.op:
+        if version < 2 and step["op"] == QuantPackStep.op:
             del step["multiplier"], step["bias"]
+        if version < 3 and "w_grid" in step:
+            del step["w_grid"]
 
 
 def build_blob(arrays: dict[str, Tensor]) -> tuple[dict[str, ArraySpec], Tensor, str]:

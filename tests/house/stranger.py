@@ -50,7 +50,7 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     metadata = header.pop("__metadata__")
     assert metadata["format"] == "lbs-packed"
-    assert metadata["version"] in ("1", "2")
+    assert metadata["version"] in ("1", "2", "3")
     blank = raw.replace(f'"digest":"{metadata["digest"]}"'.encode(), f'"digest":"{"0" * 64}"'.encode(), 1)
     assert hashlib.sha256(blank).hexdigest() == metadata["digest"]
     tensors = {}
@@ -106,7 +106,7 @@ class Stranger:
 
     def __init__(self, text: str, blob: bytes) -> None:
         self.program: dict[str, Any] = json.loads(text)
-        assert self.program["version"] in (1, 2)
+        assert self.program["version"] in (1, 2, 3)
         digest = self.program.get("digest", "")
         assert digest in ("", hashlib.sha256(blob).hexdigest())
         self.blob = blob
@@ -147,7 +147,11 @@ class Stranger:
         kernel, stride = step.get("kernel", [1, 1]), step.get("stride", [1, 1])
         padding, dilation, groups = step.get("padding", [0, 0]), step.get("dilation", [1, 1]), step.get("groups", 1)
         depth = spec["channels"] // groups
-        weight = 2 * unpack(self.array(step["planes"]), depth) - (2 ** step["w_bits"] - 1)  # [O, T, C]
+        weight = unpack(self.array(step["planes"]), depth)  # [O, T, C]
+        if step.get("w_grid", "odd") == "odd":
+            weight = 2 * weight - (2 ** step["w_bits"] - 1)
+        else:
+            weight = weight - 2 ** (step["w_bits"] - 1)
         if spec.get("signed"):
             value = 2 * x.astype(np.int64) - (2 ** spec["bits"] - 1)
         else:

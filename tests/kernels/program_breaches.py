@@ -109,7 +109,7 @@ def wide_linear(body: Body) -> None:
 
 # rule, program, the object that is changed, and what is put into it: one mutant for each.
 VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
-    ("version", "chain", top, [{"version": v} for v in (0, 3, -1, True, "2", None, 2.0, 10**30)]),
+    ("version", "chain", top, [{"version": v} for v in (0, 4, -1, True, "2", None, 2.0, 10**30)]),
     ("type", "chain", codes, [{"channels": c} for c in (3.0, True, "3", None, [], {})]),
     ("type", "chain", top, [{"inputs": {}}, {"arrays": []}, {"digest": None}, {"steps": [1]}]),
     ("type", "chain", consumer, [{"scale": True}, {"scale": "1"}, {"relu": 0}, {"pre_scale": 1}]),
@@ -134,6 +134,7 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("flat", "chain", stream, [{"flat": True}]),
     ("version-1", "byte_image", top, [{"version": 1}]),
     ("version-1", "normed_stream", top, [{"version": 1}]),
+    ("version-2", "weights_with_a_zero", top, [{"version": 2}, {"version": 1}]),
     ("array-dtype", "chain", planes, [{"dtype": "object"}]),
     ("array-shape", "chain", bias, [{"shape": s} for s in ([], [1] * 5, [0], [-1], [MAX_SIZE + 1])]),
     ("array-place", "chain", bias, [{"offset": o} for o in (-64, 4, 2**40, 2**62, 2**63, 2**70)]),

@@ -26,6 +26,7 @@ from lbs_kernels.program.steps import (
     QuantPackStep,
     Step,
     TensorSpec,
+    WeightGrid,
     build_blob,
 )
 from lbs_kernels.program.window import Window
@@ -154,19 +155,22 @@ class Builder:
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
         total_filters: int | None = None,
+        grid: WeightGrid = "odd",
     ) -> None:
         planes, multiplier, bias = self._weights(source, filters, kernel, groups, w_bits)
         name = f"step{len(self.steps)}"
         total = filters if total_filters is None else total_filters
         self.steps.append(
             ConvStep(
-                name, source, emit, w_bits, kernel, stride, padding, dilation, groups, total, planes, multiplier, bias
+                name, source, emit, w_bits, kernel, stride, padding, dilation, groups, total, planes, multiplier, bias,
+                grid,
             )
-        )
+        )  # fmt: skip
 
-    def linear(self, source: int, emit: Emit, filters: int, *, w_bits: int) -> None:
+    def linear(self, source: int, emit: Emit, filters: int, *, w_bits: int, grid: WeightGrid = "odd") -> None:
         planes, multiplier, bias = self._weights(source, filters, (1, 1), 1, w_bits)
-        self.steps.append(LinearStep(f"step{len(self.steps)}", source, emit, w_bits, filters, planes, multiplier, bias))
+        keys = (planes, multiplier, bias)
+        self.steps.append(LinearStep(f"step{len(self.steps)}", source, emit, w_bits, filters, *keys, grid))
 
     def pool(
         self,
@@ -221,6 +225,7 @@ def one_conv(
     signed: bool = False,
     out_bits: int = 4,
     stream_dtype: str = "float32",
+    grid: WeightGrid = "odd",
 ) -> tuple[Program, Tensor]:
     """image -> codes -> one convolution -> a stream (returned) and codes: every form an epilogue writes."""
     b = Builder(seed, stream_dtype)
@@ -239,6 +244,7 @@ def one_conv(
         padding=padding,
         dilation=dilation,
         groups=groups,
+        grid=grid,
     )
     return b.build()
 
@@ -273,6 +279,21 @@ def chain(seed: int) -> tuple[Program, Tensor]:
     shape = b.conv_shape(x, 44, (1, 1), padding=(0, 0))
     stream = b.stream(shape)
     b.conv(x, Emit(low=0.0, high=6.0, stream=stream), 44, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    _head(b, stream, 10)
+    return b.build()
+
+
+def weights_with_a_zero(seed: int) -> tuple[Program, Tensor]:
+    """The grid with a zero at 8, 4 and 2 bits, depthwise among them, between layers of the odd one."""
+    b = Builder(seed)
+    x = _stem(b, 3, (9, 7))
+    for filters, w_bits, out_bits, groups in ((33, 8, 8, 1), (33, 8, 4, 33), (13, 4, 2, 1), (16, 2, 8, 1)):
+        shape = b.conv_shape(x, filters)
+        codes = b.consumer(shape, out_bits)
+        b.conv(x, Emit(low=0.0, consumers=(codes,)), filters, w_bits=w_bits, groups=groups, grid="zero")
+        x = codes.tensor
+    stream = b.stream(shape)
+    b.conv(x, Emit(stream=stream), 16, w_bits=8)
     _head(b, stream, 10)
     return b.build()
 
@@ -433,6 +454,7 @@ def one_pixel(seed: int) -> tuple[Program, Tensor]:
 
 CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "chain": chain,
+    "weights_with_a_zero": weights_with_a_zero,
     "preact_residual": preact_residual,
     "preact_residual_bfloat16": lambda seed: preact_residual(seed, "bfloat16"),
     "preact_residual_float16": lambda seed: preact_residual(seed, "float16"),
@@ -469,6 +491,9 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     def bits() -> int:
         return choice.choice([2, 4, 8])
 
+    def grid() -> WeightGrid:
+        return choice.choice(["odd", "zero"])
+
     shape = b.shape(stream)
     entry = b.consumer(shape, bits(), norm=choice.random() < 0.7, relu=True)
     b.quantize(stream, Emit(consumers=(entry,)), affine=choice.random() < 0.3)
@@ -479,7 +504,8 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     middle_shape = b.conv_shape(entry.tensor, hidden, kernel, stride, padding)
     middle = b.consumer(middle_shape, bits())
     emit = Emit(low=0.0, high=choice.choice([None, 6.0]), consumers=(middle,))
-    b.conv(entry.tensor, emit, hidden, w_bits=bits(), kernel=kernel, stride=stride, padding=padding, total_filters=80)
+    window = {"kernel": kernel, "stride": stride, "padding": padding}
+    b.conv(entry.tensor, emit, hidden, w_bits=bits(), **window, total_filters=80, grid=grid())  # type: ignore[arg-type]
     filters = shape[2] if choice.random() < 0.7 else choice.choice([16, 24, 47])
     last_shape = (*middle_shape[:2], filters)
     residual: int | None = None
@@ -488,10 +514,11 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     elif choice.random() < 0.7:
         residual = b.stream(last_shape)
         shortcut = Emit(stream=residual)
-        b.conv(entry.tensor, shortcut, filters, w_bits=bits(), kernel=(1, 1), stride=stride, padding=(0, 0))
+        window = {"kernel": (1, 1), "stride": stride, "padding": (0, 0)}
+        b.conv(entry.tensor, shortcut, filters, w_bits=bits(), **window, grid=grid())  # type: ignore[arg-type]
     joined = b.stream(last_shape)
     emit = Emit(residual=residual, low=choice.choice([None, 0.0]), stream=joined)
-    b.conv(middle.tensor, emit, filters, w_bits=bits())
+    b.conv(middle.tensor, emit, filters, w_bits=bits(), grid=grid())
     return joined
 
 

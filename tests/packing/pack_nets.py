@@ -39,7 +39,7 @@ def quantized(model: nn.Module, shape: tuple[int, ...], w_bits: int = 4, a_bits:
     """Uniform bits, calibrated; a net of one layer has 8-bit edges only."""
     calibration = images(8, shape, seed + 100)
     frozen = lbs.uniform(unsettle(model.eval(), seed), calibration, w_bits, a_bits)
-    return lbs.calibrate(frozen, [calibration], bits=None, statistics="keep").eval()
+    return lbs.calibrate(frozen, [calibration], bits=None, norms="keep").eval()
 
 
 @functools.cache

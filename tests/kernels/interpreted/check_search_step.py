@@ -14,6 +14,7 @@ from test_search_device import trained
 from torch import Tensor
 
 from lbs.quant import fused
+from lbs.quant.codec import CODINGS
 from lbs.quant.fake import fake_activation, fake_weight
 from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.gates import BitGate
@@ -105,10 +106,10 @@ def test_a_searched_width(
         def call(x: Tensor, v: Tensor, level: int = level, seen: list[tuple[Tensor, BitGate]] = seen) -> Tensor:
             gate = BitGate(chain)  # opens everything at first
             with torch.no_grad():
-                statistics = width_errors(x.float(), v, chain, kind)
+                statistics = width_errors(x.float(), v, chain, CODINGS[kind])
                 gate.alpha.copy_(statistics * torch.where(torch.arange(len(chain) - 1) < level, 0.5, 1.01))
-            before = gated(x, v, gate, kind)
-            y = gated(x, v, gate, kind)
+            before = gated(x, v, gate, CODINGS[kind])
+            y = gated(x, v, gate, CODINGS[kind])
             assert torch.equal(before, y)
             assert torch.equal(gate.open_width(), torch.tensor(chain[level]))
             (slope,) = torch.autograd.grad(before, gate.alpha, sample(2, dtype), retain_graph=True)

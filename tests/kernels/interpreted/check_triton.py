@@ -27,7 +27,7 @@ from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.steps import Program
+from lbs_kernels.program.steps import Program, WeightGrid
 from lbs_kernels.run.reference import ReferenceRunner
 
 BITS = (2, 4, 8)
@@ -122,6 +122,10 @@ def test_every_pair_of_bits(w_bits: int, a_bits: int) -> None:
         {"size": (4, 4), "a_bits": 8, "signed": True, "w_bits": 8, "padding": (0, 0)},
         {"size": (4, 4), "a_bits": 8, "signed": True, "w_bits": 2, "padding": (0, 0)},
         {"size": (4, 4), "a_bits": 2, "signed": True, "w_bits": 8, "padding": (0, 0)},
+        {"size": (4, 4), "a_bits": 8, "zero": 9, "w_bits": 8, "grid": "zero"},
+        {"size": (4, 4), "a_bits": 4, "w_bits": 4, "grid": "zero"},
+        {"size": (4, 4), "groups": 7, "channels": 7, "a_bits": 8, "zero": 9, "w_bits": 8, "grid": "zero"},
+        {"size": (4, 4), "groups": 4, "channels": 8, "filters": 12, "a_bits": 4, "w_bits": 2, "grid": "zero"},
         {"size": (4, 4), "a_bits": 1, "w_bits": 7, "out_bits": 7},
         {"size": (4, 4), "a_bits": 7, "w_bits": 3, "out_bits": 1},
         {"size": (4, 4), "groups": 4, "channels": 8, "filters": 12, "a_bits": 8, "zero": 3, "w_bits": 8},
@@ -156,14 +160,20 @@ def check_sums(step: one_step.OneStep, config: GemmConfig, quantizer: Elementwis
 
 
 def check_accumulator(
-    config: GemmConfig, w_bits: int, a_bits: int, channels: int, zero: int = 0, filters: int = 33
+    config: GemmConfig,
+    w_bits: int,
+    a_bits: int,
+    channels: int,
+    zero: int = 0,
+    filters: int = 33,
+    grid: WeightGrid = "odd",
 ) -> None:
     """A strided 3 x 3 window over 4 x 5 pixels: every window touches a border."""
     generator = torch.Generator().manual_seed(w_bits + a_bits)
     x = torch.randint(0, 1 << a_bits, (2, 4, 5, channels), generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 1 << w_bits, (filters, 3, 3, channels), generator=generator, dtype=torch.uint8)
     planes = pack_weights(codes, w_bits)
-    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": zero}
+    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": zero, "grid": grid}
     check_sums(one_step.conv(x, planes, **window), config)  # type: ignore[arg-type]
 
 
@@ -188,6 +198,12 @@ def test_every_order_of_operands_and_word_block(words: int, weights_first: bool)
 def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
     config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
     check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 8), (4, 4)])
+def test_fields_with_a_zero(w_bits: int, a_bits: int) -> None:
+    config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
+    check_accumulator(config, w_bits, a_bits, 128, zero=1, filters=13, grid="zero")
 
 
 # 9 taps in steps of 2 and 4, the last with one tap and what lies behind the window: fields have no 0 for it, sums of x
