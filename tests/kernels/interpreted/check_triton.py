@@ -278,15 +278,16 @@ def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedCo
 
 
 # K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536), of which float32 keeps 24
-# bits, and half of either cancel down to 255 * 255, of which it keeps all.
+# bits, and half of either cancel down to 255 * 255, of which it keeps all. Where activations are 1, what is summed and
+# what is added to it are about 2^30 and odd, and all of their difference is kept: nothing may be rounded on the way.
 def test_accumulator_at_the_overflow_corner() -> None:
     channels, ones = (2**31 - 1) // (255 * 255), (0, 16513, 33025)
-    x = torch.full((1, channels), 255, dtype=torch.uint8)
+    x = torch.tensor([[255], [1]], dtype=torch.uint8).expand(-1, channels)
     codes = torch.zeros(len(ones), 1, 1, channels, dtype=torch.uint8)
     for filter_codes, count in zip(codes, ones, strict=True):
         filter_codes[..., :count] = 255
     step = one_step.linear(x, pack_weights(codes, 8), a_bits=8)
-    expected = torch.tensor([(2 * count - channels) * 255 * 255 for count in ones])
+    expected = torch.tensor([(2 * count - channels) * 255 * value for value in (255, 1) for count in ones])
     assert step.run("reference").flatten().tolist() == expected.float().tolist()
     # Few steps, and few programs that make the input: each is slow here.
     sums = GemmConfig(32, 16, block_words=16, warps=4, stages=2, weights_first=True)
@@ -374,7 +375,7 @@ def test_the_maximum_of_codes(bits: int, channels: int) -> None:
     image = b.image(channels, 5, 6)
     codes = b.consumer((5, 6, channels), bits)
     b.quantize(image, programs.Emit(consumers=(codes,)))
-    b.pool(codes.tensor, programs.Emit(consumers=(b.consumer((3, 3, channels), bits),)), "max", (3, 3), (2, 2), (1, 1))
+    b.pool(codes.tensor, programs.Emit(consumers=(b.consumer((3, 6, channels), bits),)), "max", (3, 3), (2, 1), (1, 1))
     program, blob = b.build()
     check(program, blob, programs.random_inputs(program, 2, 1))
 
