@@ -27,6 +27,7 @@ SOURCES = (
     "depthwise",
     "imagenet_stem",
     "normed_stream",
+    "gated",
 )
 
 
@@ -216,7 +217,9 @@ def _replace(value: Any, old: Any, new: Any) -> None:
 def swap(body: dict[str, Any], choice: random.Random) -> str:
     """Two values of one kind exchanged: numbers of tensors, keys of arrays, steps, specs."""
     numbers = [
-        (p.holder, p.field.name) for p in places(body) if p.field.name in ("input", "tensor", "stream", "residual")
+        (p.holder, p.field.name)
+        for p in places(body)
+        if p.field.name in ("input", "tensor", "stream", "residual", "gate")
     ]
     keys = [
         (p.holder, p.field.name) for p in places(body) if p.field.name in ("planes", "multiplier", "bias", "pre_scale")
@@ -264,7 +267,7 @@ def random_mutants(seed: int, count: int) -> Iterator[Mutant]:
     """Valid programs with one to three things changed."""
     choice = random.Random(seed)
     for _ in range(count):
-        text, blob = source(choice.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]))
+        text, blob = source(choice.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
         body, done = json.loads(text), []
         for _ in range(choice.choice([1, 1, 1, 2, 3])):
             change = choice.choices([change_field, change_keys, swap], [8, 2, 2])[0]
