@@ -6,7 +6,7 @@
     s = the float of bits (k + 127) << 23, which is 2^k
 
 Additions, subtractions, multiplications and divisions, each rounded to float32; `max` and `min` are those of IEEE
-maxNum, so that a NaN takes the bound and nothing here gives one. LN2_HIGH has 9 bits, so that k * LN2_HIGH is exact, and
+maxNum, so that a NaN takes the bound and nothing here gives one. LN2_HIGH has 9 bits, so that k * LN2_HIGH is exact and
 what is left of h too. docs/format.md says how far each function is from the true one.
 """
 

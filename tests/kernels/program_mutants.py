@@ -216,11 +216,8 @@ def _replace(value: Any, old: Any, new: Any) -> None:
 
 def swap(body: dict[str, Any], choice: random.Random) -> str:
     """Two values of one kind exchanged: numbers of tensors, keys of arrays, steps, specs."""
-    numbers = [
-        (p.holder, p.field.name)
-        for p in places(body)
-        if p.field.name in ("input", "tensor", "stream", "residual", "gate")
-    ]
+    tensor_fields = ("input", "tensor", "stream", "residual", "gate")
+    numbers = [(p.holder, p.field.name) for p in places(body) if p.field.name in tensor_fields]
     keys = [
         (p.holder, p.field.name) for p in places(body) if p.field.name in ("planes", "multiplier", "bias", "pre_scale")
     ]
