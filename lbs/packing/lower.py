@@ -394,6 +394,8 @@ class _Walk:
             reader = next(user for user in node.users if user not in self.region and user not in self.free)
             slot = self._stored(value, reader)
             flat = len(shape_of(node)) == 2
+            if not flat and slot.shape != shape_of(node)[1:]:
+                raise _NotPackable(node, f"{_label(reader)} reads it repeated over pixels")
             if flat and (slot.shape[1:] != (1, 1) or (slot in results.values() and not slot.flat)):
                 raise _NotPackable(self._flattener(node), f"{_label(reader)} reads the flattened floats")
             slot.flat = flat

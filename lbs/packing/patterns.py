@@ -192,11 +192,24 @@ def _mean_call(node: fx.Node) -> Op | None:
 
 
 def _reshaped(node: fx.Node) -> Op | None:
-    """Flattening to [N, C * H * W], or a reshape that changes nothing."""
+    """Flattening to [N, C * H * W], its inverse for one pixel, or a reshape that changes nothing."""
     source, result = shape_of(node.args[0]), shape_of(node)
-    if source == result or (len(source) in (2, 4) and result == (source[0], math.prod(source[1:]))):
-        return Op("alias")
-    return None
+    flattened = len(source) in (2, 4) and result == (source[0], math.prod(source[1:]))
+    one_pixel = len(source) == 2 and result == (*source, 1, 1)
+    return Op("alias") if source == result or flattened or one_pixel else None
+
+
+def _expand_call(node: fx.Node) -> Op | None:
+    """One number for each image and channel, repeated over pixels, where only products read it: they repeat it too."""
+    products = all(user.target in _PRODUCTS and _mul_call(user) is not None for user in node.users)
+    return Op("alias") if products and gate_shape(node) != shape_of(node) else None
+
+
+def gate_shape(node: Any) -> tuple[int, ...]:
+    """The shape of an operand of a product, without the repetition of an `expand_as`."""
+    repeated = isinstance(node, fx.Node) and node.target in ("expand_as", "expand")
+    source = shape_of(node.args[0]) if repeated else ()
+    return source if source == (*shape_of(node)[:2], 1, 1) else shape_of(node)
 
 
 def _dropout_call(node: fx.Node) -> Op | None:
@@ -261,7 +274,7 @@ def _add_call(node: fx.Node) -> Op | None:
 
 def _mul_call(node: fx.Node) -> Op | None:
     """A product of pixels and of one number for each image and channel."""
-    shapes = [shape_of(argument(node, place, name)) for place, name in enumerate(("input", "other"))]
+    shapes = [gate_shape(argument(node, place, name)) for place, name in enumerate(("input", "other"))]
     main, gate = sorted(shapes, key=lambda shape: -math.prod(shape))
     if len(main) != 4 or gate != (*main[:2], 1, 1):
         return None
@@ -277,6 +290,7 @@ def _shape_call(node: fx.Node) -> Op | None:
     return None if node.target is getattr and node.args[1] != "shape" else Op("shape")
 
 
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     torch.relu: _relu_call,
     F.relu: _relu_call,
@@ -301,7 +315,9 @@ _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     torch.add: _add_call,
     "add": _add_call,
     "add_": _add_call,
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _mul_call),
+    **dict.fromkeys(_PRODUCTS, _mul_call),
+    "expand": _expand_call,
+    "expand_as": _expand_call,
     F.max_pool2d: _max_pool_call,
     F.adaptive_avg_pool2d: _global_mean,
     F.avg_pool2d: _avg_pool_call,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lbs.packing.patterns import Op, shape_of
+from lbs.packing.patterns import Op, gate_shape
 
 NO_NEIGHBOUR = "it touches no packed layer"
 
@@ -26,7 +26,7 @@ def operands(node: fx.Node, op: Op) -> list[fx.Node]:
     values = node.args[:2] if op.kind in ("add", "gate") else node.args[:1]
     keyed = [node.kwargs[key] for key in ("input", "other") if key in node.kwargs]
     found = [value for value in (*values, *keyed) if isinstance(value, fx.Node)]
-    return sorted(found, key=lambda value: -math.prod(shape_of(value))) if op.kind == "gate" else found
+    return sorted(found, key=lambda value: -math.prod(gate_shape(value))) if op.kind == "gate" else found
 
 
 def partition(graph: fx.Graph, ops: dict[fx.Node, Op], reasons: dict[fx.Node, str]) -> Partition:

@@ -268,7 +268,7 @@ class _Judge(fx.Interpreter):
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]
             return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
-        return bound.reshape(value.shape)
+        return bound.reshape(value.shape) if bound.numel() == value.numel() else bound.expand_as(value)
 
     def _norm_bound(self, node: fx.Node, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
         norm = called_module(self.traced, node)
