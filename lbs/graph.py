@@ -19,7 +19,11 @@ from lbs_kernels.program.window import is_depthwise
 NORMS = (nn.BatchNorm2d,)
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_LEAVES = (nn.Conv2d, nn.Linear, *NORMS, *POINTWISE, *POOLS, nn.Flatten)
+ACTIVATIONS = (
+    *(nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU),
+    *(nn.Mish, nn.PReLU, nn.Sigmoid, nn.SiLU, nn.Tanh),
+)
+_LEAVES = (nn.Conv2d, nn.Linear, *NORMS, *POINTWISE, *ACTIVATIONS, *POOLS, nn.Flatten)
 _POINTWISE_CALLS: tuple[Any, ...] = (torch.relu, nn.functional.relu, nn.functional.relu6, "relu", "relu_")
 _POOL_CALLS: tuple[Any, ...] = (nn.functional.adaptive_avg_pool2d, nn.functional.max_pool2d, nn.functional.avg_pool2d)
 
@@ -320,8 +324,8 @@ def _group(module: fx.GraphModule, producer: fx.Node) -> ChannelGroup:
 
 
 def _keeps_channels(node: fx.Node, target: nn.Module | None) -> bool:
-    if isinstance(target, (*POINTWISE, *POOLS, nn.Flatten)):
-        return True
+    if isinstance(target, (*POINTWISE, *ACTIVATIONS, *POOLS, nn.Flatten)):
+        return not isinstance(target, nn.PReLU) or target.num_parameters == 1
     return node.target in (*_POINTWISE_CALLS, *_POOL_CALLS, torch.flatten, "flatten")
 
 

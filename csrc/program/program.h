@@ -34,8 +34,16 @@ struct ConsumerSpec {
 
 constexpr int kNoTensor = -1;
 
+struct ActivationSpec {
+    ActivationKind kind = ActivationKind::kNone;
+    double value = 0.0;  // exact in float32 where the kind has one
+    std::optional<std::string> slope;
+    bool first = false;
+};
+
 struct EmitSpec {
-    int residual = kNoTensor, stream = kNoTensor;
+    int gate = kNoTensor, residual = kNoTensor, stream = kNoTensor;
+    std::optional<ActivationSpec> activation;
     std::optional<double> low, high;
     std::vector<ConsumerSpec> consumers;
 };

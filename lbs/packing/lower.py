@@ -1,9 +1,9 @@
 """A traced model of quantized layers becomes programs: who consumes whom, and which form each tensor takes.
 
 The walk follows the graph and keeps, for every node, where its float value lives: in the epilogue of a step that can
-still absorb what follows (norm, sum, clamp), behind a norm that only quantizers read (pre-activation), or behind a
-maximum that is taken on codes. A step stores its value as a stream only where somebody needs floats. What no step can
-absorb becomes a step of its own that reads a stream.
+still absorb what follows (norm, activation, gate, sum, clamp), behind a norm that only quantizers read
+(pre-activation), or behind a maximum that is taken on codes. A step stores its value as a stream only where somebody
+needs floats. What no step can absorb becomes a step of its own that reads a stream.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class _Walk:
         # The later one absorbs the sum, so that the earlier is there in time.
         for main, other in sorted(((first, second), (second, first)), key=lambda pair: -self._age(pair[0])):
             draft = self._absorber(main, node) if main is not other else None
-            if draft is not None and draft.residual is None and not draft.clamped:
+            if draft is not None and draft.takes_residual():
                 break
         else:
             other = second
@@ -242,7 +242,29 @@ class _Walk:
         residual = self._floats(other, node)
         if residual.shape != draft.shape:
             raise _NotPackable(node, f"it adds pixels of {draft.shape} and {residual.shape}, flattened")
-        draft.residual = residual
+        draft.add(residual)
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _activation(self, node: fx.Node, op: Op) -> None:
+        source = self._operand(node)
+        draft = self._absorber(self._source(node), node)
+        if draft is None or not draft.takes_function():
+            draft = self._copy(node, source)
+        slope = op.function.slope if op.function is not None else None
+        if slope is not None and len(slope) != draft.shape[0]:
+            raise _NotPackable(node, f"it has {len(slope)} slopes for {draft.shape[0]} channels, flattened")
+        draft.function = op.function
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _gate(self, node: fx.Node, op: Op) -> None:
+        main, other = operands(node, op)
+        gate = self._floats(other, node)
+        draft = self._absorber(main, node) if main is not other else None
+        if draft is None or not draft.takes_gate():
+            draft = self._copy(node, self._read(main))
+        draft.multiply(gate)
         draft.value = node
         self.values[node] = _Value(draft)
 
@@ -372,6 +394,8 @@ class _Walk:
             reader = next(user for user in node.users if user not in self.region and user not in self.free)
             slot = self._stored(value, reader)
             flat = len(shape_of(node)) == 2
+            if not flat and slot.shape != shape_of(node)[1:]:
+                raise _NotPackable(node, f"{_label(reader)} reads it repeated over pixels")
             if flat and (slot.shape[1:] != (1, 1) or (slot in results.values() and not slot.flat)):
                 raise _NotPackable(self._flattener(node), f"{_label(reader)} reads the flattened floats")
             slot.flat = flat

@@ -35,8 +35,10 @@ from lbs.packing.pixels import Normalization, along_channels
 from lbs.packing.tracing import evaluating, trace_model
 from lbs.packing.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
+from lbs.quant.activations import Function
 from lbs.quant.layers import QuantLayer
 from lbs_kernels.errors import GraphError
+from lbs_kernels.program.activations import SLOPES
 
 BATCH = 32  # images evaluated at once, to bound the memory
 BOUNDARY = 1e-4
@@ -253,6 +255,11 @@ class _Judge(fx.Interpreter):
         bound = self.bounds[sources[0]]
         if op.kind == "norm":
             return self._norm_bound(node, value, bound, self.env[sources[0]])
+        if op.kind == "activation" and op.function is not None:
+            return _activation_bound(op.function, value, bound, self.env[sources[0]])
+        if op.kind == "gate":
+            one, other = (self.env[source].abs() for source in sources)
+            return bound * other + (one + bound) * self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "add":
             return bound + self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "max_pool":
@@ -261,7 +268,7 @@ class _Judge(fx.Interpreter):
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]
             return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
-        return bound.reshape(value.shape)
+        return bound.reshape(value.shape) if bound.numel() == value.numel() else bound.expand_as(value)
 
     def _norm_bound(self, node: fx.Node, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
         norm = called_module(self.traced, node)
@@ -269,6 +276,16 @@ class _Judge(fx.Interpreter):
             return bound
         gain = affine(norm, str(node.target))[0].abs().to(value.device)[:, None, None]
         return gain * bound + 2 * UNIT * (gain * source.abs() + value.abs())
+
+
+def _activation_bound(function: Function, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
+    """A function no steeper than its slope, and the distance of its formula from it that docs/format.md states."""
+    steepest = SLOPES.get(function.kind)
+    if steepest is None:
+        others = 0.0 if function.slope is None else float(function.slope.abs().max())
+        steepest = max(1.0, abs(function.value), others)
+    rounding = 2 * source.abs() if function.kind == "gelu_tanh" else 14 * value.abs()  # 14: 7 units in the last place
+    return steepest * bound + UNIT * rounding + 1e-29
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -25,7 +25,8 @@ from torch import Tensor
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
-PROGRAM_VERSION = 3  # 2: images of bytes, quantpack steps with a multiplier and a bias. 3: weight grids with a zero
+# 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates.
+PROGRAM_VERSION = 3
 BLOB_ALIGNMENT = 64
 WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
 IMAGE_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
@@ -71,14 +72,45 @@ class Consumer:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A function of y, in float32 as `program/activations.py` defines it. ReLU and clamps are `low` and `high`."""
+
+    kind: Literal[
+        "elu",
+        "gelu",
+        "gelu_tanh",
+        "hardsigmoid",
+        "hardswish",
+        "leaky_relu",
+        "mish",
+        "prelu",
+        "sigmoid",
+        "silu",
+        "tanh",
+    ]
+    value: float = 0.0  # alpha of elu, slope of leaky_relu
+    slope: str | None = None  # prelu: float32 [C], key of an array
+    first: bool = False  # before the gate and the residual, else behind them
+
+
+@dataclass(frozen=True)
 class Emit:
-    """What becomes of a float value y (steps 3-6): residual, clamp, stream, consumers."""
+    """What becomes of a float value y (steps 3-6): activation, gate, residual, clamp, stream, consumers.
+
+    y = activation(y)          if it comes first
+    y = y * gate[n, c]         if gate
+    y = y + residual           if residual
+    y = activation(y)          if it comes behind
+    y = min(max(y, low), high)
+    """
 
     residual: int | None = None
     low: float | None = None  # 0.0 for ReLU
     high: float | None = None  # 6.0 for ReLU6
     stream: int | None = None  # y is stored here; consumers read the stored value
     consumers: tuple[Consumer, ...] = ()
+    activation: Activation | None = None
+    gate: int | None = None  # a stream of one pixel
 
 
 @dataclass(frozen=True)
@@ -205,15 +237,17 @@ class Program:
 
 
 def _drop_additions(body: dict[str, Any], version: int) -> None:
-    """Leave out what an earlier version does not know; a valid program of that version holds the defaults there."""
-    for spec in body["tensors"]:
-        if version < 2:
+    """Leave out what a version does not know; a valid program of that version holds the defaults there."""
+    if version < 3:
+        for step in body["steps"]:
+            step.pop("w_grid", None)
+            del step["emit"]["activation"], step["emit"]["gate"]
+    if version < 2:
+        for spec in body["tensors"]:
             del spec["dtype"]
-    for step in body["steps"]:
-        if version < 2 and step["op"] == QuantPackStep.op:
-            del step["multiplier"], step["bias"]
-        if version < 3 and "w_grid" in step:
-            del step["w_grid"]
+        for step in body["steps"]:
+            if step["op"] == QuantPackStep.op:
+                del step["multiplier"], step["bias"]
 
 
 def build_blob(arrays: dict[str, Tensor]) -> tuple[dict[str, ArraySpec], Tensor, str]:

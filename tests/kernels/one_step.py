@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbs_kernels.program.steps import (
     IMAGE_DTYPES,
+    Activation,
     Consumer,
     ConvStep,
     Emit,
@@ -180,6 +181,15 @@ def pool(
     y = parts.stream(out)
     parts.steps.append(PoolStep(STEP, values, Emit(stream=y), *window))  # type: ignore[arg-type]
     return parts.build({}, x.permute(0, 3, 1, 2).contiguous(), y)
+
+
+def activation(x: Tensor, activation: Activation, slope: Tensor | None = None) -> OneStep:
+    """An activation of an image float32 [N, C, H, W], stored; `slope` is the array "slope"."""
+    parts = _Parts()
+    size = (x.shape[2], x.shape[3], x.shape[1])
+    image, y = parts.image(size), parts.stream(size)
+    parts.steps.append(QuantPackStep(STEP, image, Emit(stream=y, activation=activation)))
+    return parts.build({} if slope is None else {"slope": slope}, x, y)
 
 
 _DTYPES = {dtype: name for name, dtype in IMAGE_DTYPES.items()}

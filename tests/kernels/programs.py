@@ -15,8 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.steps import (
+    Activation,
     Consumer,
     ConvStep,
     Emit,
@@ -108,6 +110,11 @@ class Builder:
         scale_key = self.floats("norm.scale", shape[2], 0.4, 1.2, signs=True) if norm else None
         bias_key = self.floats("norm.bias", shape[2], -0.2, 0.8) if norm else None
         return Consumer(tensor, bits, scale, zero, signed, scale_key, bias_key, relu)
+
+    def activation(self, kind: str, channels: int, first: bool = False) -> Activation:
+        value = {"elu": 0.75, "leaky_relu": 0.125}.get(kind, 0.0)
+        slope = self.floats("slope", channels, -0.2, 0.4) if kind == "prelu" else None
+        return Activation(kind, value, slope, first)  # type: ignore[arg-type]
 
     def quantize(self, source: int, emit: Emit, affine: bool = False) -> None:
         """`affine`: a multiplier and a bias that turn bytes, or values near 1, into values near 1."""
@@ -439,6 +446,54 @@ def normed_stream(seed: int, stream_dtype: str = "float32") -> tuple[Program, Te
     return b.build()
 
 
+def activated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Every activation behind a convolution of 13 filters: in front of a sum or behind it, beside codes with a zero."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (5, 4))
+    shape = b.conv_shape(x, 13)
+    entry = b.stream(shape)
+    codes = b.consumer(shape, 8, zero=40)
+    b.conv(x, Emit(stream=entry, consumers=(codes,), activation=b.activation("silu", 13)), 13, w_bits=8)
+    x, residual = codes.tensor, entry
+    for place, kind in enumerate(KINDS):
+        first, joined = place % 2 == 0, b.stream(shape)
+        codes = b.consumer(shape, (4, 8)[place % 2], zero=(3, 40)[place % 2], top=2.0)
+        emit = Emit(residual, -1.5 if first else None, stream=joined, consumers=(codes,))
+        emit = replace(emit, activation=b.activation(kind, 13, first))
+        b.conv(x, emit, 13, w_bits=(8, 4)[place % 2], kernel=(1, 1), padding=(0, 0))
+        x, residual = codes.tensor, joined
+    _head(b, residual, 5)
+    return b.build()
+
+
+def gated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Squeeze and excite: a mean, two layers and a sigmoid gate a stream, behind an activation, before a sum; 37
+    channels of 7 x 3 pixels. The gate is returned as well, and gates itself."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (7, 3))
+    shape = b.conv_shape(x, 37)
+    entry, squeezed = b.stream(shape), b.consumer((1, 1, 37), 8, zero=20)
+    b.conv(x, Emit(stream=entry, activation=b.activation("hardswish", 37)), 37, w_bits=8)
+    b.pool(entry, Emit(consumers=(squeezed,)), "mean")
+    inner = b.consumer((1, 1, 9), 8, zero=30)
+    b.conv(
+        squeezed.tensor, Emit(consumers=(inner,), activation=b.activation("silu", 9)), 9, w_bits=8,
+        kernel=(1, 1), padding=(0, 0),
+    )  # fmt: skip
+    gate = b.stream((1, 1, 37), output=True)
+    sigmoid = Emit(stream=gate, activation=b.activation("sigmoid", 37))
+    b.conv(inner.tensor, sigmoid, 37, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    again = b.stream((1, 1, 37))
+    b.quantize(gate, Emit(gate, stream=again, gate=gate))
+    scaled, codes = b.stream(shape), b.consumer(shape, 4, zero=2)
+    b.quantize(entry, Emit(stream=scaled, consumers=(codes,), gate=gate))
+    joined = b.stream(shape)
+    emit = Emit(scaled, 0.0, 6.0, joined, gate=again, activation=b.activation("tanh", 37, first=True))
+    b.conv(codes.tensor, emit, 37, w_bits=4)
+    _head(b, joined, 5)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -465,6 +520,10 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "byte_image_of_five_channels": lambda seed: byte_image(seed, 5, (4, 8)),  # two groups, whole vectors only
     "normed_stream": normed_stream,
     "normed_stream_bfloat16": lambda seed: normed_stream(seed, "bfloat16"),
+    "activated": activated,
+    "activated_float16": lambda seed: activated(seed, "float16"),
+    "gated": gated,
+    "gated_bfloat16": lambda seed: gated(seed, "bfloat16"),
     "one_pixel": one_pixel,
 }
 

@@ -30,12 +30,15 @@ def test_round_trip_of_random_programs(seed: int) -> None:
     assert read_program(program.to_json(), blob.numel()) == program
 
 
-def test_version_1_is_read_and_written_without_the_additions() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_are_read_and_written_without_the_additions(version: int) -> None:
     program, blob = preact_residual(3)
-    old = replace(program, version=1)
+    old = replace(program, version=version)
     text = old.to_json()
-    assert not any("dtype" in spec for spec in json.loads(text)["tensors"])
-    assert json.loads(text)["steps"][0].keys() == {"op", "name", "input", "emit"}
+    assert any("dtype" in spec for spec in json.loads(text)["tensors"]) is (version > 1)
+    affine = {"multiplier", "bias"} if version > 1 else set()
+    assert json.loads(text)["steps"][0].keys() == {"op", "name", "input", "emit", *affine}
+    assert json.loads(text)["steps"][0]["emit"].keys() == {"residual", "low", "high", "stream", "consumers"}
     assert read_program(text, blob.numel()) == old
     assert "w_grid" not in conv(json.loads(text))
     images = random_inputs(program, 2, 1)

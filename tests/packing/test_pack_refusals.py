@@ -206,5 +206,5 @@ def test_images_need_not_be_contiguous() -> None:
 def test_float_parts_are_logged_and_listed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="lbs"):
         packed = pack(pack_nets.two_regions())
-    assert [name for name, _ in packed.kept_float] == ["sigmoid", "mul"]
-    assert "TwoRegions: sigmoid stays in float: sigmoid has no packed form" in caplog.text
+    assert [name for name, _ in packed.kept_float] == ["softplus", "mul"]
+    assert "TwoRegions: softplus stays in float: softplus has no packed form" in caplog.text

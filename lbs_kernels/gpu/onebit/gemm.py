@@ -54,6 +54,8 @@ def step_why_not(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
     """Why the kernels cannot serve a step that reads `source`, beyond what its Problem says, or None."""
     if len(step.emit.consumers) > MAX_CONSUMERS:
         return f"{len(step.emit.consumers)} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
+    if (step.emit.activation, step.emit.gate) != (None, None):
+        return "it has an activation or a gate; the one-bit kernels have clamps and residuals"
     if source.zero and isinstance(step, ConvStep) and step.padding != (0, 0):
         return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
     return None

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from contenders import assert_same
+from test_activations import one_activation
 from torch import Tensor
 
 from lbs_kernels.errors import BackendError
@@ -25,6 +26,7 @@ from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.steps import Program, WeightGrid
@@ -86,6 +88,19 @@ def test_more_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=3)
     trace = check(program, blob, programs.random_inputs(program, batch=1, seed=4))
     assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("name", ["activated", "gated", "activated_float16", "gated_bfloat16"])
+def test_activations_and_gates(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_any_bits(kind: str) -> None:
+    step, expected = one_activation(kind)
+    assert_same(step.run("triton"), expected, kind)
 
 
 @pytest.mark.slow
