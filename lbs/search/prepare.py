@@ -21,6 +21,7 @@ from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
+from lbs.search.lookalikes import as_torch_has_them
 from lbs_kernels.errors import FormatError, GraphError, PlanError
 from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
@@ -170,7 +171,7 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
 def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> tuple[nn.Module, ModelRecord]:
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
-    model = copy.deepcopy(model)
+    model = as_torch_has_them(copy.deepcopy(model))
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
