@@ -85,8 +85,8 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
         pixels: (scale, shift) float64 [C]; the model's input is given as bytes, which they normalise. None: as floats.
 
     Raises:
-        GraphError: no layer can be packed, a layer breaks a rule of the format, or an in-place operation changes a
-            value that is read again. FormatError: an accumulator could overflow.
+        GraphError: no layer can be packed, or a layer breaks a rule of the format. FormatError: an accumulator could
+            overflow.
     """
     module = graph.module
     ops: dict[fx.Node, Op] = {}
@@ -97,7 +97,6 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
             ops[node] = found
         elif node.op in ("call_module", "call_function", "call_method"):
             reasons[node] = found
-    _check_inplace(ops)
     while True:
         parts = partition(module.graph, ops, reasons)
         if not any(op.kind == "layer" for op in ops.values()):
@@ -144,20 +143,6 @@ def _listed(module: fx.GraphModule, reasons: dict[fx.Node, str]) -> str:
 
 def _label(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
-
-
-def _check_inplace(ops: dict[fx.Node, Op]) -> None:
-    order = {node: index for index, node in enumerate(next(iter(ops)).graph.nodes)} if ops else {}
-    for node, op in ops.items():
-        if not op.inplace:
-            continue
-        source = operands(node, op)[0]
-        later = [user for user in source.users if order[user] > order[node]]
-        if later:
-            raise GraphError(
-                f"{_label(node)} changes {_label(source)} in place, and {_label(later[0])} reads it afterwards; "
-                "use the form that is not in place"
-            )
 
 
 class _Walk:

@@ -242,6 +242,6 @@ def _best_ranges(values: Tensor, bits: int, kind: str) -> Tensor:
     """For every row the clipping range with the least mean squared error among even shares of its largest magnitude."""
     top = values.abs().amax(1, keepdim=True)
     top = torch.where(top > 0, top, torch.ones_like(top))
-    shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)
+    shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES, dtype=torch.float32)
     errors = [((codec.round_trip(values, top * share, bits, kind) - values) ** 2).mean(1) for share in shares]
     return top[:, 0] * shares.to(top.device)[torch.stack(errors).argmin(0)]

@@ -16,7 +16,7 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self._bits = bits
         self.signed = signed
-        self.range = nn.Parameter(torch.tensor(1.0))
+        self.range = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))
 
     @property
     def bits(self) -> int:
@@ -77,9 +77,9 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.bits = 8
         self.signed = False
-        self.register_buffer("step_size", torch.tensor(1.0 / 32))
+        self.register_buffer("step_size", torch.tensor(1.0 / 32, dtype=torch.float32))
         # An integer, kept as a float: averages of a model's buffers truncate integers.
-        self.register_buffer("zero_point", torch.tensor(128.0))
+        self.register_buffer("zero_point", torch.tensor(128.0, dtype=torch.float32))
 
     @property
     def zero(self) -> int:

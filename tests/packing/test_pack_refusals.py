@@ -138,19 +138,6 @@ def test_untraceable_model_names_file_and_line() -> None:
         pack(Branching(fresh()), example=pack_nets.images(2, DIGITS))
 
 
-def test_several_inputs() -> None:
-    class Pair(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-            return self.inner(x)
-
-    with pytest.raises(GraphError, match="the model has 2 inputs"):
-        pack(Pair(fresh()), example=pack_nets.images(2, DIGITS))
-
-
 def test_neither_record_nor_example() -> None:
     model = fresh()
     del model.lbs_record
