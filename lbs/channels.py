@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from lbs.symbolic import record, settle
+from lbs.symbolic import record
+from lbs.traced import settle
 from lbs_kernels.errors import GraphError, first_line
 from lbs_kernels.program.window import is_depthwise
 

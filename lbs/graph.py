@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from lbs.channels import NORMS, ChannelGroup, called_module, groups_of, repeated
 from lbs.plan import LayerPlan, Plan
-from lbs.symbolic import check_example, evaluating, run, symbolic
+from lbs.symbolic import check_example, symbolic
+from lbs.traced import evaluating, run
 from lbs_kernels.errors import GraphError
 
 

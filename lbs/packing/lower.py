@@ -19,7 +19,7 @@ from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
-from lbs_kernels.errors import GraphError
+from lbs_kernels.errors import GraphError, LbsError, raise_together
 from lbs_kernels.program.steps import Program
 
 
@@ -101,6 +101,7 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
         parts = partition(module.graph, ops, reasons)
         if not any(op.kind == "layer" for op in ops.values()):
             raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
+        _check_layers(module, ops)
         try:
             walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
             break
@@ -145,6 +146,18 @@ def _label(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
+def _check_layers(module: fx.GraphModule, ops: dict[fx.Node, Op]) -> None:
+    told: dict[str, LbsError] = {}
+    for node, op in ops.items():
+        layer = called_module(module, node)
+        if op.kind == "layer" and isinstance(layer, QuantLayer):
+            try:
+                check_layer(str(node.target), layer)
+            except GraphError as error:
+                told[str(node.target)] = error
+    raise_together(list(told.values()))
+
+
 class _Walk:
     """One region: drafts of its steps, built in graph order."""
 
@@ -183,7 +196,6 @@ class _Walk:
         layer, name = called_module(self.module, node), self.names[node]
         if not isinstance(layer, QuantLayer):
             raise GraphError(f"{name} is a {type(layer).__name__}, not a quantized layer")
-        check_layer(name, layer)
         source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
         shape = shape_of(node)
         size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lbs.agreement import TOLERANCE, finite_peak
 from lbs.graph import called_module
 from lbs.packing.fold import affine
 from lbs.packing.lower import step_names
@@ -38,7 +39,7 @@ from lbs.packing.tracing import trace_model
 from lbs.packing.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
 from lbs.quant.layers import QuantLayer
-from lbs.symbolic import TOLERANCE, Evaluation, evaluating, finite_peak, run, tensors_of
+from lbs.traced import Evaluation, evaluating, run, tensors_of
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import GraphError
 

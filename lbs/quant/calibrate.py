@@ -14,7 +14,7 @@ from lbs.cost import FULL_PRECISION_BITS
 from lbs.quant import codec, norms
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
-from lbs_kernels.errors import GraphError, PlanError
+from lbs_kernels.errors import GraphError, LbsError, PlanError, raise_together
 
 _CANDIDATES = 80
 _SAMPLES = 65536
@@ -73,10 +73,15 @@ def calibrate(
         logger.info("norms that never saw a batch are estimated from the calibration images")
         with norms.observing(layers.values()):
             norms.estimate(model, stored, run)
+    told: list[LbsError] = []
     for name, values in _observe(model, layers, stored, run).items():
-        if not bool(values.isfinite().all()):
-            raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
-        _set_ranges(name, layers[name], values, bits)
+        try:
+            if not bool(values.isfinite().all()):
+                raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
+            _set_ranges(name, layers[name], values, bits)
+        except (GraphError, PlanError) as error:
+            told.append(error)
+    raise_together(told)
     if statistics == "correct":
         norms.correct(model, layers.values(), stored, run)
     elif statistics == "estimate":

@@ -16,7 +16,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lbs.search.replace import replace_layer
-from lbs.symbolic import evaluating, is_patched
+from lbs.symbolic import is_patched
+from lbs.traced import evaluating
 from lbs.wrappers import copied, unwrapped
 
 _NORMS = {_WeightNorm: "weight norm", _SpectralNorm: "spectral norm"}

@@ -24,7 +24,7 @@ from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, 
 from lbs.search.plain import has_own_forward, plain_copy
 from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
 from lbs.wrappers import unwrapped
-from lbs_kernels.errors import FormatError, GraphError, PlanError
+from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
 
@@ -292,14 +292,13 @@ def _own_methods(layer: nn.Conv2d | nn.Linear) -> list[str]:
 
 def check_sums(rows: Iterable[tuple[LayerPlan, int, int, tuple[int, ...]]]) -> None:
     """`check_sum` of (layer, w_bits, a_bits, chain) for every row; all that fail are told at once."""
-    told = []
+    told: list[LbsError] = []
     for row in rows:
         try:
             check_sum(*row)
         except GraphError as error:
-            told.append(str(error))
-    if told:
-        raise GraphError("\n".join(told))
+            told.append(error)
+    raise_together(told)
 
 
 def check_sum(layer: LayerPlan, w_bits: int, a_bits: int, chain: tuple[int, ...] = ()) -> None:

@@ -78,6 +78,19 @@ def test_values_that_are_not_finite_name_their_layer(name: str, value: float, me
         pack(model)
 
 
+def test_all_layers_with_bad_values_are_told_at_once() -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.layer1[0].conv2.quantizer.range.fill_(float("nan"))
+        model.fc.bias[0] = float("inf")
+    model.layer2[0].conv2.quantizer.signed = True
+    with pytest.raises(GraphError) as seen:
+        pack(model)
+    assert [line.split()[0].rstrip(":") for line in str(seen.value).splitlines()] == [
+        *("layer1.0.conv2", "layer2.0.conv2", "fc.bias")
+    ]
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_layer_of_equal_weights_packs(value: float) -> None:
     """A dead or constant layer has no deviation to divide by, and codes all the same."""
