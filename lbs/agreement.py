@@ -33,7 +33,7 @@ def is_meta(outputs: Any) -> bool:
 def same(expected: Any, found: Any) -> bool:
     """Whether a graph has found the outputs of the model, in number, shape and within the tolerance."""
     ours, theirs = tensors_of(found), tensors_of(expected)
-    return len(ours) == len(theirs) and all(
+    return 0 < len(ours) == len(theirs) and all(
         one.shape == other.shape and _distance(one, other)[0] == 0 for one, other in zip(ours, theirs, strict=True)
     )
 
@@ -56,6 +56,11 @@ def finite_peak(values: Tensor) -> float:
 def difference(model: nn.Module, module: fx.GraphModule, example: Tensor, expected: Any, found: Any) -> str:
     """What differs between model and graph, where first, and what may be the reason."""
     name = type(model).__name__
+    if not tensors_of(expected):
+        return (
+            f"{name} returns a {type(expected).__name__}, in which no tensor is found; return tensors, or tuples, "
+            "lists, dictionaries or data classes of tensors"
+        )
     again = run(model, example)
     if not same(expected, again):
         return (

@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -190,11 +191,13 @@ def _by_position(module: fx.GraphModule) -> None:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of what a model returns, in order."""
+    """The tensors of what a model returns, in order: of tuples, lists, dictionaries and data classes."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
+    elif is_dataclass(value):
+        value = list(vars(value).values())
     return [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, list | tuple) else []
 
 

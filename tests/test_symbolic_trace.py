@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -220,6 +221,27 @@ def test_python_that_the_trace_does_not_see_is_named_with_the_first_layer() -> N
     ):
         symbolic(Net(python_branch), images())
     assert symbolic(Net(python_branch), images(), strict=False).graph is not None
+
+
+def outputs_of(wrong: int) -> Callable[..., Any]:
+    @dataclass
+    class Found:
+        scores: Tensor
+        rest: list[Any]
+
+    def forward(n: Net, x: Tensor) -> Any:
+        y = n.a(x)
+        return Found(y, [{"late": n.b(y) * (2 if wrong and isinstance(y, Tensor) else 1)}])
+
+    return forward
+
+
+def test_outputs_are_compared_however_they_are_held() -> None:
+    assert symbolic(Net(outputs_of(0)), images()).graph is not None
+    with pytest.raises(GraphError, match="first at the output"):
+        symbolic(Net(outputs_of(1)), images())
+    with pytest.raises(GraphError, match="Net returns a int, in which no tensor is found"):
+        symbolic(Net(lambda n, x: 3), images())
 
 
 def test_a_global_hook_that_changes_values_is_noticed() -> None:
