@@ -19,7 +19,7 @@ from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
-from lbs_kernels.errors import GraphError
+from lbs_kernels.errors import GraphError, LbsError, raise_together
 from lbs_kernels.program.steps import Program
 
 
@@ -85,8 +85,8 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
         pixels: (scale, shift) float64 [C]; the model's input is given as bytes, which they normalise. None: as floats.
 
     Raises:
-        GraphError: no layer can be packed, a layer breaks a rule of the format, or an in-place operation changes a
-            value that is read again. FormatError: an accumulator could overflow.
+        GraphError: no layer can be packed, or a layer breaks a rule of the format. FormatError: an accumulator could
+            overflow.
     """
     module = graph.module
     ops: dict[fx.Node, Op] = {}
@@ -97,11 +97,11 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
             ops[node] = found
         elif node.op in ("call_module", "call_function", "call_method"):
             reasons[node] = found
-    _check_inplace(ops)
     while True:
         parts = partition(module.graph, ops, reasons)
         if not any(op.kind == "layer" for op in ops.values()):
             raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
+        _check_layers(module, ops)
         try:
             walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
             break
@@ -146,18 +146,16 @@ def _label(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
-def _check_inplace(ops: dict[fx.Node, Op]) -> None:
-    order = {node: index for index, node in enumerate(next(iter(ops)).graph.nodes)} if ops else {}
+def _check_layers(module: fx.GraphModule, ops: dict[fx.Node, Op]) -> None:
+    told: dict[str, LbsError] = {}
     for node, op in ops.items():
-        if not op.inplace:
-            continue
-        source = operands(node, op)[0]
-        later = [user for user in source.users if order[user] > order[node]]
-        if later:
-            raise GraphError(
-                f"{_label(node)} changes {_label(source)} in place, and {_label(later[0])} reads it afterwards; "
-                "use the form that is not in place"
-            )
+        layer = called_module(module, node)
+        if op.kind == "layer" and isinstance(layer, QuantLayer):
+            try:
+                check_layer(str(node.target), layer)
+            except GraphError as error:
+                told[str(node.target)] = error
+    raise_together(list(told.values()))
 
 
 class _Walk:
@@ -198,7 +196,6 @@ class _Walk:
         layer, name = called_module(self.module, node), self.names[node]
         if not isinstance(layer, QuantLayer):
             raise GraphError(f"{name} is a {type(layer).__name__}, not a quantized layer")
-        check_layer(name, layer)
         source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
         shape = shape_of(node)
         size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)

@@ -7,7 +7,7 @@ import operator
 from graphlib import TopologicalSorter
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lbs.graph import ModelGraph
 from lbs.packing.lower import Lowered
@@ -22,12 +22,9 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     Float modules are copied; the model given stays as it is.
 
     Raises:
-        GraphError: the model has several inputs.
+        GraphError: a float module has a name that packed parts have.
     """
     source = graph.module.graph
-    inputs = [node for node in source.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise GraphError(f"the model has {len(inputs)} inputs; packing serves models of one image tensor")
     modules: dict[str, Any] = {f"region{i}": PackedRegion(r.program, r.blob) for i, r in enumerate(lowered.regions)}
     regions = set(modules)
     result = fx.Graph()
@@ -42,10 +39,20 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
             if str(unit.target).partition(".")[0] in regions:
                 raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
             kept = copy.deepcopy(_attribute(graph.module, str(unit.target)))
-            undeploy(kept)
+            if isinstance(kept, nn.Module):
+                _as_in_graph(kept)
             modules[str(unit.target)] = kept
     result.lint()
     return fx.GraphModule(modules, result, class_name="PackedGraph")
+
+
+def _as_in_graph(module: nn.Module) -> None:
+    """A copy that computes what its node stands for: hooks are nodes of their own, and nothing is changed in place."""
+    undeploy(module)
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+    if getattr(module, "inplace", False):
+        module.inplace = False  # type: ignore[assignment]
 
 
 def _attribute(module: Any, path: str) -> Any:

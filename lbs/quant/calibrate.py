@@ -15,7 +15,7 @@ from lbs.quant import codec
 from lbs.quant import norms as statistics
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
-from lbs_kernels.errors import GraphError, PlanError
+from lbs_kernels.errors import GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.steps import WeightGrid
 
 _SHARES = 80  # of the largest magnitude, among which a range is looked for: every fifth, then between the best two
@@ -78,10 +78,15 @@ def calibrate(
         logger.info("norms that never saw a batch are estimated from the calibration images")
         with statistics.observing(layers.values()):
             statistics.estimate(model, stored, run)
+    told: list[LbsError] = []
     for name, values in _observe(model, layers, stored, run).items():
-        if not bool(values.isfinite().all()):
-            raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
-        _set_ranges(name, layers[name], values, bits)
+        try:
+            if not bool(values.isfinite().all()):
+                raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
+            _set_ranges(name, layers[name], values, bits)
+        except (GraphError, PlanError) as error:
+            told.append(error)
+    raise_together(told)
     if how == "correct":
         statistics.correct(model, layers.values(), stored, run)
     elif how == "estimate":

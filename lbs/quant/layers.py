@@ -38,8 +38,8 @@ class QuantLayer(nn.Module):
         self.w_grid = "odd"
         self.standardize = standardize
         self.quantizer = quantizer
-        self.w_range = nn.Parameter(torch.tensor(1.0))
-        self.register_buffer("output_scale", torch.tensor(1.0))
+        self.w_range = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))
+        self.register_buffer("output_scale", torch.tensor(1.0, dtype=torch.float32))
         self.kept: tuple[int, ...] | None = None  # indices among the filters before pruning; None: all
         self.total_filters = int(self.weight.shape[0])
         self.quantize = True  # False while a float model is being observed

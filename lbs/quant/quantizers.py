@@ -26,9 +26,9 @@ class ActivationQuantizer(nn.Module):
         self._bits = bits
         self.signed = signed
         self.zero_bits = zero_bits or bits
-        self.range = nn.Parameter(torch.tensor(1.0))
+        self.range = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))
         # An integer, kept as a float: averages of a model's buffers truncate integers.
-        self.register_buffer("zero_point", torch.tensor(0.0))
+        self.register_buffer("zero_point", torch.tensor(0.0, dtype=torch.float32))
         self._read: tuple[int, int, int] = (0, -1, 0)  # storage and version of the buffer that was read, and its value
 
     @property
@@ -116,9 +116,9 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.bits = 8
         self.signed = False
-        self.register_buffer("step_size", torch.tensor(1.0 / 32))
+        self.register_buffer("step_size", torch.tensor(1.0 / 32, dtype=torch.float32))
         # An integer, kept as a float: averages of a model's buffers truncate integers.
-        self.register_buffer("zero_point", torch.tensor(128.0))
+        self.register_buffer("zero_point", torch.tensor(128.0, dtype=torch.float32))
 
     @property
     def zero(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -16,12 +15,14 @@ from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
 from lbs.search.multi_path import settled_range
-from lbs.search.prepare import layer_arguments, layer_options, like, move_hooks, replace_layer
+from lbs.search.replace import carry, kept_like, layer_arguments, layer_options, like, replace_layer
+from lbs.wrappers import copied, unwrapped
 from lbs_kernels.errors import PlanError
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan a searchable, uniform or frozen model follows right now."""
+    model = unwrapped(model)
     plan = record_of(model).plan
     layers = []
     with torch.no_grad():
@@ -62,8 +63,9 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         raise PlanError(
             f"plan is a {type(plan).__name__}; read one with lbs.Plan.load(path) or lbs.Plan.from_json(text)"
         )
+    model = unwrapped(model)
     plan = plan or plan_of(model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     record = record_of(model)
     plan = _with_through(plan, record)
     check_fit(plan, record)
@@ -165,7 +167,6 @@ def _fixed(
 ) -> nn.Module:
     """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
     new = _float_layer(old, entry) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
-    move_hooks(new, old)
     weight: Tensor = old.weight  # type: ignore[assignment]
     bias: Tensor | None = old.bias  # type: ignore[assignment]
     key = (id(weight), rows, columns)
@@ -177,16 +178,16 @@ def _fixed(
     if rows is not None and isinstance(new, QuantLayer) and new.w_range.dim():
         new.w_range = nn.Parameter(new.w_range.detach()[torch.tensor(rows)].clone())
     if key not in twins:
-        twins[key] = nn.Parameter(weight.detach().clone())
+        twins[key] = kept_like(weight, old.weight)
     new.weight = twins[key]
-    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None  # type: ignore[assignment]
+    new.bias = kept_like(bias, old.bias) if bias is not None else None  # type: ignore[assignment]
     if isinstance(new, nn.Conv2d):
         new.groups = len(rows) if entry.depthwise and rows is not None else new.groups
         new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups
     elif isinstance(new, nn.Linear):
         new.out_features, new.in_features = int(weight.shape[0]), int(weight.shape[1])
+    carry(new, old)
     new.kept = entry.kept  # type: ignore[assignment]
-    new.train(old.training)
     return new
 
 
@@ -241,7 +242,7 @@ def _cut_norm(norm: nn.BatchNorm2d, kept: tuple[int, ...]) -> None:
     for name in ("weight", "bias"):
         value = getattr(norm, name)
         if value is not None:
-            setattr(norm, name, nn.Parameter(value.detach()[index].clone()))
+            setattr(norm, name, kept_like(value.detach()[index], value))
     for name in ("running_mean", "running_var"):
         value = getattr(norm, name)
         if value is not None:

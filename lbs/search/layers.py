@@ -16,6 +16,8 @@ from lbs.search.gates import BitGate, PruneGate
 from lbs.search.importance import IMPORTANCE, rule_of
 from lbs.search.multi_path import BranchGate
 
+# What a layer under search has and a layer of fixed bits has not.
+SEARCH_STATE = ("w_gate", "prune", "importance", "input_gate", "through_gate", "norm_behind", "watches_input")
 FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
 
 

@@ -29,9 +29,9 @@ class BranchGate(BitGate):
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)
         others = (1 - FIRST_SHARE) / max(1, len(self.chain) - 1)
-        self.alpha = nn.Parameter(torch.zeros(len(self.chain)))
+        self.alpha = nn.Parameter(torch.zeros(len(self.chain), dtype=torch.float32))
         self.alpha.data[-1] = TEMPERATURE * math.log(FIRST_SHARE / others)
-        self.scale = nn.Parameter(torch.ones(len(self.chain)))
+        self.scale = nn.Parameter(torch.ones(len(self.chain), dtype=torch.float32))
 
     def open_level(self) -> Tensor:
         """The branch with the largest weight, the widest of equals: where training starts."""
@@ -84,4 +84,4 @@ def settled_range(common: nn.Parameter, gate: BitGate | None) -> nn.Parameter:
     if not isinstance(gate, BranchGate):
         return common
     scale = gate.scale.detach()[int(gate.open_level())].abs()
-    return nn.Parameter(common.detach().abs() * scale)
+    return nn.Parameter(common.detach().abs() * scale, requires_grad=common.requires_grad)

@@ -72,8 +72,8 @@ def _weights(problem: Problem, seed: int) -> dict[str, Tensor]:
     multiplier = 1.0 / (0.33 * problem.reduction**0.5 * largest * _top(problem.a_bits))
     return {
         "planes": pack_weights(codes, problem.w_bits),
-        "multiplier": torch.full((problem.out_channels,), multiplier),
-        "bias": torch.ones(problem.out_channels),
+        "multiplier": torch.full((problem.out_channels,), multiplier, dtype=torch.float32),
+        "bias": torch.ones(problem.out_channels, dtype=torch.float32),
     }
 
 

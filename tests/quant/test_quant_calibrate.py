@@ -150,8 +150,9 @@ def test_not_a_number_names_the_layer_and_leaves_quantization_on() -> None:
     model = uniform(small_model(), images()[:1])
     bad = images()
     bad[1, 0, 2, 2] = float("nan")
-    with pytest.raises(GraphError, match="input of conv1 holds NaN"):
+    with pytest.raises(GraphError, match=r"^the input of conv1 holds NaN") as seen:
         calibrate(model, [images(), bad])
+    assert len(str(seen.value).splitlines()) == len(quant_layers(model))  # all layers behind it are told as well
     with torch.no_grad():
         model.bn1.weight[0] = float("inf")  # type: ignore[union-attr,index]
     with pytest.raises(GraphError, match=r"input of layer1\.0\.conv1 holds NaN or infinite"):
