@@ -135,6 +135,12 @@ class _Bias:
             self.bias.add_((self.floats.all()[0] - self.codes.all()[0]).to(self.bias.dtype))
 
 
+def correct_one(norm: nn.Module, plain: Tensor, coded: Tensor) -> None:
+    """Correct one norm by what it reads in float and quantized, [N, C, ...] of the same images."""
+    one = _Norm(norm)
+    one._set(one.floats.add(plain, 1), one.codes.add(coded, 1))
+
+
 @torch.no_grad()
 def correct(
     model: nn.Module, layers: Iterable[QuantLayer], batches: Iterable[Tensor], run: Callable[[Tensor], Any]
