@@ -78,6 +78,7 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     plan.vectors = vector_count(plan.pixels, kernels.lanes);
     plan.tail_mask = tail_mask(plan.pixels, kernels.lanes);
     plan.gate = step.emit.gate;
+    plan.is_plain = !step.emit.activation && step.emit.gate < 0;
     plan.residual = step.emit.residual;
     if (step.emit.activation) {
         const ActivationSpec& activation = *step.emit.activation;
@@ -103,6 +104,7 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
         c.scale = static_cast<float>(consumer.scale);
         c.zero = consumer.zero;
         c.low = -static_cast<float>(consumer.zero);
+        c.least = consumer.relu ? 0.0f : c.low;
         c.high = levels - static_cast<float>(consumer.zero);
         c.half = levels / 2.0f;
         c.shifted = consumer.is_signed;
