@@ -137,10 +137,11 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
     if (step.kind == StepKind::kMeanPool) {
         plan.run = StepPlan::Run::kMeanStream;
         float_count = std::max<int64_t>(float_count, source.channels + kMaxLanes);
-    } else if (step.kind == StepKind::kMaxPool && source.form == Form::kStream) {
-        plan.run = StepPlan::Run::kMaxStream;
+    } else if (source.form == Form::kStream) {
+        plan.run =
+            step.kind == StepKind::kMaxPool ? StepPlan::Run::kMaxStream : StepPlan::Run::kAverageStream;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
-    } else if (step.kind == StepKind::kMaxPool) {
+    } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
         // window is cut to the image instead, and no table is made of its taps.
         const bool over_padding = source.zero == 0 && !source.is_signed &&

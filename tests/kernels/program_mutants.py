@@ -28,6 +28,7 @@ SOURCES = (
     "imagenet_stem",
     "normed_stream",
     "gated",
+    "averaged",
 )
 
 
@@ -264,7 +265,7 @@ def random_mutants(seed: int, count: int) -> Iterator[Mutant]:
     """Valid programs with one to three things changed."""
     choice = random.Random(seed)
     for _ in range(count):
-        text, blob = source(choice.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]))
+        text, blob = source(choice.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]))
         body, done = json.loads(text), []
         for _ in range(choice.choice([1, 1, 1, 2, 3])):
             change = choice.choices([change_field, change_keys, swap], [8, 2, 2])[0]
