@@ -52,7 +52,7 @@ constexpr char kImageDtype[] = "image-dtype";
 constexpr char kFlat[] = "flat";
 // version 1 has neither images of bytes nor a multiplier of quantpack
 constexpr char kVersion1[] = "version-1";
-// versions 1 and 2 have the odd grid of weights only, and neither activations nor gates
+// versions 1 and 2 have the odd grid of weights only, and neither activations nor gates nor averages
 constexpr char kVersion2[] = "version-2";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
@@ -80,7 +80,7 @@ constexpr char kArrayMissing[] = "array-missing";
 constexpr char kArrayKind[] = "array-kind";
 // kernel, stride and dilation are 1 to MAX_SIZE
 constexpr char kWindow[] = "window";
-// padding is 0 to the extent of the kernel, of a maximum to half of the kernel
+// padding is 0 to the extent of the kernel, of pooling to half of the kernel
 constexpr char kPadding[] = "padding";
 // signed codes are not padded
 constexpr char kSignedPadding[] = "signed-padding";

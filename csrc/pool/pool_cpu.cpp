@@ -56,6 +56,24 @@ void max_plane(const float* plane, int height, int width, const StepSpec& step, 
     }
 }
 
+void average_plane(const float* plane, int height, int width, const StepSpec& step, float*, float* out) {
+    const int rows = output_size(height, step.kernel.y, step.stride.y, step.padding.y, 1);
+    const int columns = output_size(width, step.kernel.x, step.stride.x, step.padding.x, 1);
+    const double taps = static_cast<double>(step.kernel.y) * step.kernel.x;
+    const float factor = static_cast<float>(1.0 / taps);
+    for (int y = 0; y < rows; ++y) {
+        const Span down = window(y, step.stride.y, step.padding.y, step.kernel.y, height);
+        for (int x = 0; x < columns; ++x) {
+            const Span across = window(x, step.stride.x, step.padding.x, step.kernel.x, width);
+            float sum = 0.0f;
+            for (int row = down.first; row < down.last; ++row)
+                for (int column = across.first; column < across.last; ++column)
+                    sum += plane[static_cast<int64_t>(row) * width + column];
+            *out++ = sum * factor;
+        }
+    }
+}
+
 void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out,
                const CodeLayout& out_layout, int first_group, int last_group) {
     for (int y = 0; y < out_layout.height; ++y) {

@@ -13,6 +13,9 @@ void mean_planes(const float* stream, int channels, int64_t pixels, float* out);
 // floats.
 void max_plane(const float* plane, int height, int width, const StepSpec& step, float* row, float* out);
 
+// Mean over each window of one plane, the sums in row-major order; padding counts as zeros. `row` holds width floats.
+void average_plane(const float* plane, int height, int width, const StepSpec& step, float* row, float* out);
+
 // Maximum of codes, pixel by pixel, for any zero and sign; groups [first, last).
 void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out,
                const CodeLayout& out_layout, int first_group, int last_group);

@@ -99,7 +99,7 @@ inline Simd::F tanh_of(Simd::F x) {
 }
 
 // Four vectors of the channels [channel, channel + 4), in place.
-__attribute__((noinline)) void activate4(const lbs::ActivationPlan& plan, int channel, Simd::F* y) {
+inline __attribute__((always_inline)) void activate4(const lbs::ActivationPlan& plan, int channel, Simd::F* y) {
     using lbs::ActivationKind;
     const auto all = [y](const auto& formula) {
         for (int j = 0; j < 4; ++j) y[j] = formula(y[j]);

@@ -68,25 +68,40 @@ LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int ve
     else store_pieces(base, map, vector, valid, word);
 }
 
+// Activation, gate and residual of the first `live` channels from `channel` on, in the lanes of `valid`.
+__attribute__((noinline)) Quad combine4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector,
+                                        int live, uint32_t valid, Quad y) {
+    activate4(e.before, channel, y.v);
+    if (e.gate >= 0) {
+        const float* gate = reinterpret_cast<const float*>(run.tensors[e.gate]) + channel;
+        y = each(y, [&](Simd::F x, int j) { return Simd::fmul(x, Simd::fset(j < live ? gate[j] : 0.0f)); });
+    }
+    if (e.residual >= 0) {
+        const float* residual = reinterpret_cast<const float*>(run.tensors[e.residual]) + channel * e.pixels +
+                                static_cast<int64_t>(vector) * Simd::L;
+        y = each(y, [&](Simd::F x, int j) {
+            return Simd::fadd(x, Simd::fload_mask(residual + j * e.pixels, j < live ? valid : 0));
+        });
+    }
+    activate4(e.behind, channel, y.v);
+    return y;
+}
+
 // Emits `vector` of the channels [channel, channel + 4). kWhole: all four exist and all lanes are valid.
 template <bool kWhole>
 LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector, uint32_t valid,
                       Quad y) {
     const int live = kWhole || e.channels - channel >= 4 ? 4 : e.channels - channel;
     const int64_t first = channel * e.pixels + static_cast<int64_t>(vector) * Simd::L;
-    if (e.before.kind != lbs::ActivationKind::kNone) activate4(e.before, channel, y.v);
-    if (e.gate >= 0) {
-        const float* gate = reinterpret_cast<const float*>(run.tensors[e.gate]) + channel;
-        y = each(y, [&](Simd::F x, int j) { return Simd::fmul(x, Simd::fset(j < live ? gate[j] : 0.0f)); });
-    }
-    if (e.residual >= 0) {
+    if (e.is_plain && e.residual >= 0) {
         const float* residual = reinterpret_cast<const float*>(run.tensors[e.residual]) + first;
         y = each(y, [&](Simd::F x, int j) {
             if constexpr (kWhole) return Simd::fadd(x, Simd::fload(residual + j * e.pixels));
             else return Simd::fadd(x, Simd::fload_mask(residual + j * e.pixels, j < live ? valid : 0));
         });
+    } else if (!e.is_plain) {
+        y = combine4(e, run, channel, vector, live, valid, y);
     }
-    if (e.behind.kind != lbs::ActivationKind::kNone) activate4(e.behind, channel, y.v);
     // The bound second: not a number becomes the bound.
     if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
     if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });

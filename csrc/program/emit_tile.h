@@ -18,7 +18,7 @@ struct FastEmit {
     const lbs::AccumulatorPlan* acc;
     const lbs::EmitPlan* plan;
     const lbs::RunContext* run;
-    bool usable;  // nothing rarer than a residual, bounds, a float32 stream and unsigned codes
+    bool usable;  // nothing rarer than an activation, a gate, a residual, a low bound, a float32 stream, no signed codes
     bool plain;   // the dot product is the accumulator
     bool positive;
     int64_t pixels;
@@ -29,14 +29,13 @@ struct FastEmit {
         : acc(&a),
           plan(&e),
           run(&context),
-          usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high && e.gate < 0 &&
-                 e.before.kind == lbs::ActivationKind::kNone && e.behind.kind == lbs::ActivationKind::kNone),
+          usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high),
           plain(!a.shift && !a.needs_sum && !a.constant),
           positive(e.has_low && e.low >= 0.0f),
           pixels(e.pixels),
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
-        for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted && !e.consumers[k].zero;
+        for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted;
     }
 };
 
@@ -81,11 +80,13 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
         u = each(u, [&](Simd::F x, int j) { return Simd::ffma(x, Simd::fset(gain[j]), Simd::fset(offset[j])); });
     }
     u = each(u, [&](Simd::F x, int) { return Simd::fmul(x, scale); });
-    // Below zero there is only code 0, so this is the consumer's ReLU too.
-    if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(0.0f)); });
+    // Where zero is code 0, nothing lies below it, so this is the consumer's ReLU too.
+    if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
-    const Simd::I word =
-        Simd::ipack4(Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3]));
+    Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
+    if (c.zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    const Simd::I word = Simd::ipack4(q[0], q[1], q[2], q[3]);
     unsigned char* base = fast.run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
     if (__builtin_expect(c.map.pieces == 1, 1)) Simd::istore(base + c.map.table[vector].offset, word);
     else store_pieces(base, c.map, vector, kAllLanes, word);
@@ -115,11 +116,13 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     Quad y;
     for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
     const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
-    if (fast.residual) {
+    const lbs::EmitPlan& e = *fast.plan;
+    if (__builtin_expect(!e.is_plain, 0)) {
+        y = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
+    } else if (fast.residual) {
         const float* residual = fast.residual + first;
         y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });
     }
-    const lbs::EmitPlan& e = *fast.plan;
     if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
     if (fast.stream) {
         float* stream = fast.stream + first;

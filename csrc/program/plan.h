@@ -42,6 +42,7 @@ struct ConsumerPlan {
     int tensor = 0;
     float scale = 1.0f;
     float low = 0.0f, high = 0.0f;  // -zero and n - zero
+    float least = 0.0f;             // low, or 0 where negative values of a ReLU in front of a zero end
     float half = 0.0f;              // n / 2, added where `shifted` (signed codes)
     bool shifted = false, relu = false;
     int zero = 0;
@@ -80,6 +81,7 @@ struct EmitPlan {
     int gate = -1, residual = -1, stream = -1;
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
+    bool is_plain = true;           // neither activation nor gate
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;
     int consumer_count = 0;

@@ -78,6 +78,7 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     plan.vectors = vector_count(plan.pixels, kernels.lanes);
     plan.tail_mask = tail_mask(plan.pixels, kernels.lanes);
     plan.gate = step.emit.gate;
+    plan.is_plain = !step.emit.activation && step.emit.gate < 0;
     plan.residual = step.emit.residual;
     if (step.emit.activation) {
         const ActivationSpec& activation = *step.emit.activation;
@@ -103,6 +104,7 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
         c.scale = static_cast<float>(consumer.scale);
         c.zero = consumer.zero;
         c.low = -static_cast<float>(consumer.zero);
+        c.least = consumer.relu ? 0.0f : c.low;
         c.high = levels - static_cast<float>(consumer.zero);
         c.half = levels / 2.0f;
         c.shifted = consumer.is_signed;
@@ -135,10 +137,11 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
     if (step.kind == StepKind::kMeanPool) {
         plan.run = StepPlan::Run::kMeanStream;
         float_count = std::max<int64_t>(float_count, source.channels + kMaxLanes);
-    } else if (step.kind == StepKind::kMaxPool && source.form == Form::kStream) {
-        plan.run = StepPlan::Run::kMaxStream;
+    } else if (source.form == Form::kStream) {
+        plan.run =
+            step.kind == StepKind::kMaxPool ? StepPlan::Run::kMaxStream : StepPlan::Run::kAverageStream;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
-    } else if (step.kind == StepKind::kMaxPool) {
+    } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
         // window is cut to the image instead, and no table is made of its taps.
         const bool over_padding = source.zero == 0 && !source.is_signed &&

@@ -11,7 +11,7 @@
 namespace lbs {
 
 struct StepPlan {
-    enum class Run { kQuantPack, kConv, kLinear, kMaxStream, kMeanStream, kMaxCodes, kMaxCodesAnyZero };
+    enum class Run { kQuantPack, kConv, kLinear, kMaxStream, kAverageStream, kMeanStream, kMaxCodes, kMaxCodesAnyZero };
 
     Run run = Run::kQuantPack;
     ConvPlan conv;

@@ -123,7 +123,10 @@ StepSpec read_step(const Json& value) {
     step.emit = read_emit(at(value, "emit"));
     const std::string& op = text(value, "op");
     if (op == "pool") {
-        step.kind = text(value, "kind") == "max" ? StepKind::kMaxPool : StepKind::kMeanPool;
+        const std::string& kind = text(value, "kind");
+        step.kind = kind == "max"    ? StepKind::kMaxPool
+                    : kind == "mean" ? StepKind::kMeanPool
+                                     : StepKind::kAveragePool;
     } else {
         step.kind = op == "quantpack" ? StepKind::kQuantPack : op == "bitconv2d" ? StepKind::kConv : StepKind::kLinear;
         step.multiplier = optional_text(at(value, "multiplier"));

@@ -52,7 +52,7 @@ struct Pair {
     int y = 1, x = 1;
 };
 
-enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool };
+enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAveragePool };
 
 struct StepSpec {
     StepKind kind = StepKind::kQuantPack;

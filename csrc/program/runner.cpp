@@ -236,13 +236,15 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             kernels.linear(step.linear, context, groups.first, groups.last);
             return;
         }
-        case StepPlan::Run::kMaxStream: {
+        case StepPlan::Run::kMaxStream:
+        case StepPlan::Run::kAverageStream: {
+            const auto pool_plane = step.run == StepPlan::Run::kMaxStream ? max_plane : average_plane;
             const Share groups = share((source.channels + 3) / 4, self);
             float* row = floats + 4 * step.emit.pixels;
             for (int group = groups.first; group < groups.last; ++group) {
                 for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel)
-                    max_plane(reinterpret_cast<const float*>(in) + channel * source.pixels(), source.height,
-                              source.width, spec, row, floats + channel % 4 * step.emit.pixels);
+                    pool_plane(reinterpret_cast<const float*>(in) + channel * source.pixels(), source.height,
+                               source.width, spec, row, floats + channel % 4 * step.emit.pixels);
                 kernels.emit_planes(step.emit, context, floats, 4 * group, group, group + 1, 0, step.emit.vectors);
             }
             return;

@@ -125,7 +125,7 @@ constexpr Field kLinearStepFields[] = {
 };
 constexpr Record kLinearStep = {"LinearStep", kLinearStepFields, 9};
 
-constexpr const char* kPoolStep_kind[] = {"max", "mean", nullptr};
+constexpr const char* kPoolStep_kind[] = {"max", "mean", "average", nullptr};
 constexpr Field kPoolStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"input", Kind::kInt, Count::kOne, false, nullptr, nullptr, nullptr},

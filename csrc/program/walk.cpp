@@ -101,8 +101,13 @@ private:
             case StepKind::kConv: shape = check_conv(step, source); break;
             case StepKind::kLinear: shape = check_linear(step, source); break;
             case StepKind::kMeanPool: shape = check_mean(step, source); break;
+            case StepKind::kAveragePool:
+                expect_form(source, {Form::kStream});
+                shape = check_window(step, source);
+                break;
             case StepKind::kMaxPool:
-                shape = check_max(step, source);
+                expect_form(source, {Form::kCodes, Form::kStream});
+                shape = check_window(step, source);
                 scaled = source.form != Form::kCodes;
                 if (!scaled) check_code_pool(step.emit, source);
         }
@@ -225,8 +230,7 @@ private:
         return {1, 1, source.channels};
     }
 
-    Shape check_max(const StepSpec& step, const TensorSpec& source) const {
-        expect_form(source, {Form::kCodes, Form::kStream});
+    Shape check_window(const StepSpec& step, const TensorSpec& source) const {
         for (auto [kernel, stride, padding] : {std::array{step.kernel.y, step.stride.y, step.padding.y},
                                                std::array{step.kernel.x, step.stride.x, step.padding.x}}) {
             if (!is_size(kernel) || !is_size(stride))

@@ -186,7 +186,7 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
     )
     if draft.pool is not None:
         op = draft.pool
-        kind = "max" if op.kind == "max_pool" else "mean"
+        kind = op.kind.removesuffix("_pool")
         return PoolStep(draft.name, source, emit, kind, *op.window.fields()[:3])  # type: ignore[arg-type]
     if draft.layer is None:
         return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))

@@ -155,7 +155,7 @@ def _operation(step: Step) -> str:
     if isinstance(step, LinearStep):
         return "linear"
     if isinstance(step, PoolStep):
-        return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
+        return "mean pool" if step.kind == "mean" else f"{step.kind} pool {step.kernel[0]}x{step.kernel[1]}"
     if step.multiplier is not None:
         return "normalize"
     if step.emit.gate is not None:

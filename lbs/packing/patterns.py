@@ -18,7 +18,9 @@ from lbs.quant.deployed import computes_as
 from lbs.quant.layers import QuantConv2d, QuantLinear
 from lbs_kernels.program.window import Window
 
-Kind = Literal["layer", "norm", "clamp", "activation", "gate", "add", "max_pool", "mean_pool", "alias", "shape"]
+Kind = Literal[
+    "layer", "norm", "clamp", "activation", "gate", "add", "max_pool", "average_pool", "mean_pool", "alias", "shape"
+]
 Pair = tuple[int, int]
 POINT = Window()
 
@@ -34,7 +36,7 @@ class Op:
     kind: Kind
     low: float | None = None  # clamp
     high: float | None = None
-    window: Window = POINT  # max_pool
+    window: Window = POINT  # max_pool, average_pool
     inplace: bool = False
     function: Function | None = None  # activation
 
@@ -116,7 +118,8 @@ def _mean_pool(module: nn.AdaptiveAvgPool2d, node: fx.Node) -> Op | None:
 
 
 def _avg_pool(module: nn.AvgPool2d, node: fx.Node) -> Op | None:
-    return _windowed_mean(node, module.kernel_size, module.padding, module.divisor_override)
+    window = module.kernel_size, module.stride, module.padding
+    return _windowed_mean(node, window, module.count_include_pad, module.divisor_override)
 
 
 def _flatten(module: nn.Flatten, node: fx.Node) -> Op | None:
@@ -175,14 +178,23 @@ def _global_mean(node: fx.Node) -> Op | None:
     return Op("mean_pool")
 
 
-def _windowed_mean(node: fx.Node, kernel: Any, padding: Any, divisor: Any) -> Op | None:
-    whole = _pair(kernel) == shape_of(node.args[0])[2:] and _pair(padding) == (0, 0)
-    return _global_mean(node) if whole and divisor is None else None
+def _windowed_mean(node: fx.Node, window: tuple[Any, ...], count_padding: Any, divisor: Any) -> Op | None:
+    """`window`: kernel, stride, padding. Every window has as many taps, padding among them."""
+    kernel, stride, padding = window
+    made = Window(_pair(kernel), _pair(stride or kernel), _pair(padding))
+    source = shape_of(node.args[0])
+    if len(source) != 4 or divisor is not None or (made.padding != (0, 0) and not count_padding):
+        return None
+    if made.kernel == source[2:] and made.padding == (0, 0):
+        return _global_mean(node)
+    return Op("average_pool", window=made) if made.output(*source[2:]) == shape_of(node)[2:] else None
 
 
 def _avg_pool_call(node: fx.Node) -> Op | None:
-    kernel, padding = argument(node, 1, "kernel_size"), argument(node, 3, "padding", 0)
-    return _windowed_mean(node, kernel, padding, argument(node, 6, "divisor_override"))
+    names = {"kernel_size": None, "stride": None, "padding": 0}
+    window = tuple(argument(node, index + 1, name, default) for index, (name, default) in enumerate(names.items()))
+    counted = argument(node, 5, "count_include_pad", True)
+    return _windowed_mean(node, window, counted, argument(node, 6, "divisor_override"))
 
 
 def _mean_call(node: fx.Node) -> Op | None:

@@ -280,6 +280,10 @@ class _Judge(Evaluation):
             return bound + self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "max_pool":
             return F.max_pool2d(bound, *op.window.fields()[:4])
+        if op.kind == "average_pool":
+            window = op.window.fields()[:3]
+            rounded = (op.window.taps + 2) * UNIT * F.avg_pool2d(self.env[sources[0]].abs(), *window)
+            return F.avg_pool2d(bound, *window) + rounded
         if op.kind == "mean_pool":
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]

@@ -2,7 +2,7 @@
 
     layer, norms behind it   y = fma(float32(acc), M[c], B[c])      M, B float32, rounded once from float64
     norm of floats           u = fma(x, G[c], H[c])
-    global mean              float32 sums over pixels in row-major order
+    mean, of a window too    float32 sums over pixels in row-major order
     activation               the float32 formula of the format
 
 A module that stands alone cannot do that for a norm behind a layer: the layer's output is rounded before the norm sees
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from lbs.quant import fold
 from lbs.quant.activations import function_of
 from lbs_kernels.program.epilogue import fma_channels
-from lbs_kernels.program.operations import mean_pool
+from lbs_kernels.program.operations import average_pool, mean_pool
+from lbs_kernels.program.window import Window
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,16 @@ class DeployedMean(nn.AdaptiveAvgPool2d):
 
 
 class DeployedWindow(nn.AvgPool2d):
-    """The same of a mean over windows, where one window is the whole image."""
+    """The same of a mean over windows of equal numbers of taps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        size = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size,) * 2
-        whole = input.dim() == 4 and tuple(input.shape[2:]) == size and self.padding in (0, (0, 0))
-        if not _deployed(self, input) or not whole or self.divisor_override is not None:
+        kernel, stride, padding = map(_pair, (self.kernel_size, self.stride, self.padding))
+        spans = zip(input.shape[-2:], kernel, stride, padding, strict=True)
+        partial = self.ceil_mode and any((size + 2 * pad - k) % step for size, k, step, pad in spans)
+        counted = self.divisor_override is None and (self.count_include_pad or padding == (0, 0))
+        if not _deployed(self, input) or input.dim() != 4 or partial or not counted:
             return super().forward(input)
-        return _global_mean(input)
+        return average_pool(input.permute(0, 2, 3, 1), Window(kernel, stride, padding)).permute(0, 3, 1, 2)
 
 
 class _DeployedActivation(nn.Module):
@@ -164,6 +167,10 @@ def computes_as(module: object, kind: type[nn.Module]) -> bool:
 def undeploy(module: nn.Module) -> None:
     """Make one module, in place, torch's own again: what stays a float module beside packed ones."""
     module.__class__ = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _global_mean(x: Tensor) -> Tensor:

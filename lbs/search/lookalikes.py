@@ -1,8 +1,9 @@
 """Modules of other libraries that compute what torch's own do: in a copy of a model they become those.
 
 A norm with an activation in it becomes the norm and its parts, one after the other (`bn` -> `bn.norm`, `bn.act`); an
-activation written anew becomes torch's. What a module computes is not guessed from its name: both must give the same
-bits on an example.
+activation written anew becomes torch's; squeeze and excite takes its mean by a module, which a frozen network evaluates
+as a packed one does. What a module computes is not guessed from its name: both must give the same bits on an example,
+or, where the order of a mean is another, the same values.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lbs.quant.activations import FUNCTIONS
 
@@ -29,6 +30,22 @@ _NAMED: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
     "tanh": nn.Tanh,
 }
+
+
+class Excite(nn.Module):
+    """x times what the parts, one behind the other, make of the mean over its pixels."""
+
+    def __init__(self, parts: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.mean_of_pixels = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.mean_of_pixels(x)
+        for part in list(self.children())[:-1]:
+            gate = part(gate)
+        return x * gate
 
 
 def as_torch_has_them(model: nn.Module) -> nn.Module:
@@ -57,6 +74,9 @@ def _known(module: nn.Module) -> nn.Module:
     candidate: nn.Module | None = None
     if base is not None and kind.forward is not base.forward:
         candidate = _plain(module, base)
+    elif base is None and _may_excite(module):
+        candidate = Excite(dict(module.named_children()))
+        candidate.training = module.training
     elif base is None and not list(module.children()) and not list(module.parameters()):
         made = _NAMED.get("".join(filter(str.isalpha, kind.__name__)).lower())
         candidate = None if made is None else made().train(module.training)
@@ -74,14 +94,25 @@ def _plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     return nn.Sequential(OrderedDict([("norm", plain), *parts.items()])).train(module.training)
 
 
+def _may_excite(module: nn.Module) -> bool:
+    """A convolution first, an activation last, and nothing of its own."""
+    parts = list(module.children())
+    gate = len(parts) > 1 and isinstance(parts[0], nn.Conv2d) and isinstance(parts[-1], tuple(FUNCTIONS))
+    return gate and not module._parameters and not module._buffers
+
+
 def _same(module: nn.Module, candidate: nn.Module) -> bool:
-    """Whether both give the same bits in evaluation mode."""
+    """Whether both compute the same in evaluation mode."""
     like = next(module.parameters(), torch.zeros(1))
-    x = torch.randn(2, int(getattr(module, "num_features", 3)), 5, 5, generator=torch.Generator().manual_seed(0))
+    first = next(module.children(), None)
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else int(getattr(module, "num_features", 3))
+    x = torch.randn(2, channels, 5, 5, generator=torch.Generator().manual_seed(0))
     modes = [(one, one.training) for both in (module, candidate) for one in both.modules()]
     try:
         with torch.no_grad():
             one, other = (made.eval()((3 * x).to(like)) for made in (module, candidate))
+        if isinstance(candidate, Excite):
+            return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
         return torch.equal(one, other)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False  # it takes something else than images

@@ -19,6 +19,7 @@ from lbs_kernels.program.steps import (
     STREAM_DTYPES,
     ConvStep,
     LinearStep,
+    PoolStep,
     Program,
     QuantPackStep,
     TensorSpec,
@@ -73,6 +74,11 @@ def _check_version(program: Program) -> None:
             raise FormatError(
                 f"step {step.name!r} has an activation or a gate in a program of version {program.version}; write it "
                 "as version 3",
+                "version-2",
+            )
+        if isinstance(step, PoolStep) and step.kind == "average":
+            raise FormatError(
+                f"step {step.name!r} is an average in a program of version {program.version}; write it as version 3",
                 "version-2",
             )
 

@@ -7,7 +7,7 @@ bitconv2d, an exact integer convolution, then one fused multiply-add per output:
     y = fma(float32(acc), multiplier[o], bias[o])
 
 bitlinear is bitconv2d of one pixel by a window of one. quantpack makes the float32 values that the epilogue encodes.
-pool is the maximum over a window, or the global mean in a fixed order.
+pool is the maximum over a window, or the mean of all pixels or of a window in a fixed order.
 """
 
 from __future__ import annotations
@@ -107,3 +107,20 @@ def mean_pool(x: Tensor) -> Tensor:
     for index in range(1, count):
         total = total + pixels[:, index]
     return (total * torch.tensor(1.0 / count, dtype=torch.float32, device=x.device))[:, None, None]
+
+
+def average_pool(x: Tensor, window: Window) -> Tensor:
+    """Mean over each window of a stream [N, H, W, C], float32 [N, H', W', C]; padding counts as zeros.
+
+    y = (((x[0] + x[1]) + x[2]) + ...) * float32(1 / (kh kw)): float32 sums over the taps in row-major order.
+    """
+    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = window.kernel, window.stride, window.padding
+    height, width = window.output(x.shape[1], x.shape[2])
+    padded = torch.nn.functional.pad(x.float(), (0, 0, pad_w, pad_w, pad_h, pad_h))
+    total: Tensor | None = None
+    for row in range(kernel_h):
+        for column in range(kernel_w):
+            taps = padded[:, row::stride_h, column::stride_w][:, :height, :width]
+            total = taps if total is None else total + taps
+    assert total is not None
+    return total * torch.tensor(1.0 / (kernel_h * kernel_w), dtype=torch.float32, device=x.device)

@@ -25,7 +25,8 @@ from torch import Tensor
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
-# 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates.
+# 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates in
+# `emit`, averages.
 PROGRAM_VERSION = 3
 BLOB_ALIGNMENT = 64
 WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
@@ -173,13 +174,14 @@ class PoolStep:
     `max`: padding never wins; codes in give codes out unchanged (one consumer, scale ignored), a stream is emitted.
     `mean` (global, streams only): y[c] = (float32 sum over pixels in row-major order, one after the other) *
     float32(1 / (H * W)); the order is part of the definition, so every back end gives the same bits.
+    `average` (streams only): the same over each window; padding counts as zeros.
     """
 
     op: ClassVar[str] = "pool"
     name: str
     input: int
     emit: Emit
-    kind: Literal["max", "mean"]
+    kind: Literal["max", "mean", "average"]
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)

@@ -247,9 +247,9 @@ def _check_pool(step: PoolStep, source: TensorSpec, place: str) -> Shape:
                 f"{place} has kernel {step.kernel}, padding {step.padding}; the mean is global, unpadded", "mean-window"
             )
         return 1, 1, source.channels
-    if step.kind != "max":
-        raise FormatError(f"{place} has kind {step.kind!r}; expected max or mean", "choice")
-    _expect_form(source, ("codes", "stream"), place)
+    if step.kind not in ("max", "average"):
+        raise FormatError(f"{place} has kind {step.kind!r}; expected max, mean or average", "choice")
+    _expect_form(source, ("codes", "stream") if step.kind == "max" else ("stream",), place)
     for kernel, stride, padding in zip(step.kernel, step.stride, step.padding, strict=True):
         sane = 1 <= kernel <= MAX_SIZE and 1 <= stride <= MAX_SIZE
         if not sane or not 0 <= padding <= kernel // 2:

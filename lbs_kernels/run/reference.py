@@ -52,6 +52,8 @@ class ReferenceRunner:
             if source.form == "codes":  # the codes pass unchanged, there is nothing to emit
                 tensors[step.emit.consumers[0].tensor] = y
                 return
+        elif step.kind == "average":
+            y = operations.average_pool(x, step.window)
         else:
             y = operations.mean_pool(x)
         emit_reference(y, step.emit, program, blob, tensors)

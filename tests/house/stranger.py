@@ -200,7 +200,8 @@ class Stranger:
             elif step["op"] == "pool" and step["kind"] == "max" and spec["form"] == "codes":
                 self.tensors[step["emit"]["consumers"][0]["tensor"]] = self.pool_max(step, x)
             elif step["op"] == "pool":
-                self.emit(step["emit"], self.pool_max(step, x) if step["kind"] == "max" else self.pool_mean(x))
+                pool = {"max": self.pool_max, "mean": self.pool_mean, "average": self.pool_average}[step["kind"]]
+                self.emit(step["emit"], pool(step, x))
             else:
                 self.emit(step["emit"], self.affine(step, self.integer_layer(step, x, spec).astype(F32)))
         results = []
@@ -256,7 +257,17 @@ class Stranger:
         windows = np.lib.stride_tricks.sliding_window_view(x, kernel, axis=(1, 2))[:, :: stride[0], :: stride[1]]
         return windows.max(axis=(-2, -1))
 
-    def pool_mean(self, x: np.ndarray) -> np.ndarray:
+    def pool_average(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
+        kernel, (rows, columns), (down, across) = step["kernel"], step["stride"], step["padding"]
+        x = np.pad(x, ((0, 0), (down,) * 2, (across,) * 2, (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(x, kernel, axis=(1, 2))[:, ::rows, ::columns]
+        taps = windows.reshape(*windows.shape[:4], -1)
+        total = taps[..., 0].copy()
+        for index in range(1, taps.shape[-1]):
+            total += taps[..., index]
+        return total * F32(1 / taps.shape[-1])
+
+    def pool_mean(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
         pixels = x.reshape(len(x), -1, x.shape[3])
         total = pixels[:, 0].copy()
         for index in range(1, pixels.shape[1]):

@@ -49,6 +49,10 @@ def mean(body: Body) -> Body:
     return next(step for step in body["steps"] if step.get("kind") == "mean")
 
 
+def average(body: Body) -> Body:
+    return next(step for step in body["steps"] if step.get("kind") == "average")
+
+
 def last_step(body: Body) -> Body:
     return body["steps"][-1]
 
@@ -144,6 +148,7 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("version-1", "normed_stream", top, [{"version": 1}]),
     ("version-2", "weights_with_a_zero", top, [{"version": 2}, {"version": 1}]),
     ("version-2", "gated", top, [{"version": v} for v in (1, 2)]),
+    ("version-2", "averaged", top, [{"version": v} for v in (1, 2)]),
     ("array-dtype", "chain", planes, [{"dtype": "object"}]),
     ("array-shape", "chain", bias, [{"shape": s} for s in ([], [1] * 5, [0], [-1], [MAX_SIZE + 1])]),
     ("array-place", "chain", bias, [{"offset": o} for o in (-64, 4, 2**40, 2**62, 2**63, 2**70)]),
@@ -175,6 +180,9 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("total-filters", "chain", conv, [{"total_filters": c} for c in (15, -1, MAX_SIZE + 1)]),
     ("output-pixels", "chain", conv, [{"dilation": [9, 9], "padding": [0, 0]}]),
     ("output-pixels", "imagenet_stem", maximum, [{"kernel": [99, 99]}]),
+    ("form", "averaged", average, [{"input": 1}]),
+    ("padding", "averaged", average, [{"padding": [2, 1]}]),
+    ("window", "averaged", average, [{"stride": [0, 1]}]),
     ("mean-window", "chain", mean, [{"kernel": [2, 2]}, {"padding": [1, 0]}]),
     ("code-pool", "imagenet_stem", max_emit, [{"low": 0.0}, {"high": 1.0}, {"consumers": []}]),
     ("code-pool", "imagenet_stem", max_consumer, [{"relu": True}, {"bits": 3}, {"pre_scale": "bias1"}]),

@@ -29,6 +29,7 @@ SOURCES = (
     "normed_stream",
     "weights_with_a_zero",
     "gated",
+    "averaged",
 )
 
 

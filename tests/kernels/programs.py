@@ -494,6 +494,23 @@ def gated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
     return b.build()
 
 
+def averaged(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Averages of windows of a stream: padded and overlapping, then halves with a column left over; 21 channels."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (9, 7))
+    shape = b.conv_shape(x, 21)
+    entry = b.stream(shape)
+    b.conv(x, Emit(low=0.0, stream=entry), 21, w_bits=8)
+    wide = b.stream(b.conv_shape(entry, 21, (3, 3), (2, 1), (1, 1)), output=True)
+    b.pool(entry, Emit(stream=wide), "average", (3, 3), (2, 1), (1, 1))
+    halves = b.conv_shape(wide, 21, (2, 2), (2, 2), (0, 0))
+    codes, joined = b.consumer(halves, 4), b.stream(halves)
+    b.pool(wide, Emit(consumers=(codes,)), "average", (2, 2), (2, 2))
+    b.conv(codes.tensor, Emit(stream=joined), 21, w_bits=4)
+    _head(b, joined, 5)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -524,6 +541,8 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "activated_float16": lambda seed: activated(seed, "float16"),
     "gated": gated,
     "gated_bfloat16": lambda seed: gated(seed, "bfloat16"),
+    "averaged": averaged,
+    "averaged_bfloat16": lambda seed: averaged(seed, "bfloat16"),
     "one_pixel": one_pixel,
 }
 

@@ -20,7 +20,7 @@ from lbs_kernels.program.epilogue import (
     fma_channels,
     thresholds,
 )
-from lbs_kernels.program.steps import Consumer, Emit, Program, build_blob
+from lbs_kernels.program.steps import Activation, Consumer, Emit, Program, build_blob
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 LARGEST = Fraction(2**24 - 1) * Fraction(2) ** 104
@@ -244,5 +244,6 @@ def test_thresholds_refuse_what_they_cannot_serve() -> None:
     one = torch.ones(1)
     with pytest.raises(FormatError, match="5 bits; thresholds serve up to 4"):
         thresholds(one, one, Emit(), Consumer(0, 5, 1.0), program, blob)
-    with pytest.raises(FormatError, match="residual"):
-        thresholds(one, one, Emit(residual=0), Consumer(0, 4, 1.0), program, blob)
+    for emit in (Emit(residual=0), Emit(gate=0), Emit(activation=Activation("tanh"))):
+        with pytest.raises(FormatError, match="an activation, a gate or a residual"):
+            thresholds(one, one, emit, Consumer(0, 4, 1.0), program, blob)

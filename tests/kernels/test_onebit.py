@@ -25,7 +25,7 @@ from lbs_kernels.gpu.onebit.layout import OneBitLayout, channel_order
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import ConvStep, Emit
+from lbs_kernels.program.steps import Activation, ConvStep, Emit
 
 CONFIGS = [OneBitConfig(*tile) for tile in TILES]
 HOPPER, AMPERE = OneBitConfig("wgmma", 64, 128, 4), OneBitConfig("mma", 64, 64, 3)
@@ -210,8 +210,8 @@ def test_a_launch_holds_what_it_reads_and_writes() -> None:
 def test_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=5)
     names = check_steps(program, blob, programs.random_inputs(program, batch=2, seed=3))
-    only_bytes = name in ("one_pixel", "byte_image", "byte_image_of_five_channels")  # their layers read 8-bit codes
-    assert bool(names) != only_bytes, names
+    only_bytes = ("one_pixel", "byte_image", "byte_image_of_five_channels")  # their layers read 8-bit codes
+    assert bool(names) != name.startswith((*only_bytes, "activated", "gated")), names
 
 
 @pytest.mark.slow
@@ -388,6 +388,9 @@ def test_steps_that_are_refused() -> None:
     few = replace(step, emit=Emit(consumers=consumers[:8]))
     assert step_why_not(few, spec) is None  # type: ignore[arg-type]
     assert "pads with code 3" in str(step_why_not(few, replace(spec, zero=3)))  # type: ignore[arg-type]
+    for extra in ({"activation": Activation("silu")}, {"gate": 0}):
+        other = replace(few, emit=replace(few.emit, **extra))
+        assert "an activation or a gate" in str(step_why_not(other, spec))  # type: ignore[arg-type]
     planes = torch.zeros(2, 8, 9, 2, dtype=torch.int32)
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
         prepare_weights(planes, (1, 3), 1, spec, "cpu")

@@ -95,7 +95,7 @@ def test_sizes_of_one_compile(kernel: int, a_bits: int, tmp_path: Path) -> None:
         check_exact(compile_problem(layer, "sm_90", tmp_path / str(number)))
 
 
-@pytest.mark.parametrize("case", ["one_pixel", "chain"])
+@pytest.mark.parametrize("case", ["one_pixel", "chain", "averaged"])
 def test_small_programs_compile(case: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)
     for number, launch in enumerate(launches(program, blob, 1)):

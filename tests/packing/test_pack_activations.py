@@ -17,7 +17,7 @@ from lbs.packing.model import PackedModel
 from lbs.quant import deployed
 from lbs.quant.activations import FUNCTIONS, function_of
 from lbs_kernels.program.activations import KINDS
-from lbs_kernels.program.steps import Activation, Emit, Program
+from lbs_kernels.program.steps import Activation, Emit, PoolStep, Program
 
 SHAPE = (3, 9, 7)
 Middle = Callable[[Net, Tensor], Tensor]
@@ -207,6 +207,13 @@ def test_order_of_gates(name: str) -> None:
     model = net(GATED_ORDERS[name], act=nn.SiLU(), excite=Excite(gate), excite2=Excite(gate))
     (program,) = identical(model).programs
     assert any(emit.gate is not None for emit in emits(program))
+
+
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 1, 1), (3, 2, 1), ((2, 3), (1, 2), (1, 0))])
+def test_averages_of_windows_stay_inside(window: tuple[object, ...]) -> None:
+    model = net(lambda n, x: head(n, n.other(n.average(n.inner(x)))), average=nn.AvgPool2d(*window))  # type: ignore[arg-type]
+    (program,) = identical(model).programs
+    assert [step.kind for step in program.steps if isinstance(step, PoolStep)] == ["average", "mean"]
 
 
 def test_a_product_of_two_convolutions_and_a_gate_behind_one_is_one_step() -> None:

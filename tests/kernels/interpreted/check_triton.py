@@ -90,8 +90,8 @@ def test_more_named_programs(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
-@pytest.mark.parametrize("name", ["activated", "gated", "activated_float16", "gated_bfloat16"])
-def test_activations_and_gates(name: str) -> None:
+@pytest.mark.parametrize("name", ["activated", "gated", "activated_float16", "gated_bfloat16", "averaged_bfloat16"])
+def test_activations_gates_and_averages(name: str) -> None:
     program, blob = programs.CASES[name](seed=1)
     trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
     assert programs.share_unsaturated(program, trace) > 0.3
