@@ -49,7 +49,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """A traced model: node.meta["shape"] holds the shape of each node's output."""
+    """A traced model: node.meta["shape"] and node.meta["dtype"] tell each node's output."""
 
     module: fx.GraphModule
     layers: dict[str, LayerPlan]
@@ -67,7 +67,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Shapes(fx.Interpreter):
-    """Runs the graph once and notes every output shape, and the numbers made of shapes."""
+    """Runs the graph once and notes every output shape and dtype, and the numbers made of shapes."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -76,7 +76,7 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape)
+            n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
         elif isinstance(result, int | torch.Size):
             n.meta["number"] = result
         return result

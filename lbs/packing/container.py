@@ -39,6 +39,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

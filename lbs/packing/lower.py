@@ -147,16 +147,11 @@ def _label(node: fx.Node) -> str:
 
 
 def _check_inplace(ops: dict[fx.Node, Op]) -> None:
-    order = {node: index for index, node in enumerate(next(iter(ops)).graph.nodes)} if ops else {}
-    for node, op in ops.items():
-        if not op.inplace:
-            continue
-        source = operands(node, op)[0]
-        later = [user for user in source.users if order[user] > order[node]]
-        if later:
+    for node in ops:
+        for reader in node.meta.get("read_later", ()):
             raise GraphError(
-                f"{_label(node)} changes {_label(source)} in place, and {_label(later[0])} reads it afterwards; "
-                "use the form that is not in place"
+                f"{_label(node)} changes {_label(node.all_input_nodes[0])} in place, and {_label(reader)} reads it "
+                "afterwards; use the form that is not in place"
             )
 
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import copy
 import operator
-from graphlib import TopologicalSorter
+from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from lbs.graph import ModelGraph
+from lbs.packing.graph_json import why_unsaved
+from lbs.packing.inlined import PART, settled, traced_through
 from lbs.packing.lower import Lowered
 from lbs.packing.region import PackedRegion
-from lbs.quant.deployed import undeploy
 from lbs_kernels.errors import GraphError
+
+# torch.fx writes names between double quotes, where these characters would not stand for themselves.
+_HEX = {code: f"_{code:x}_" for code in (0, 10, 13, 34, 92, *range(0xD800, 0xE000))}
 
 
 def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     """A GraphModule that computes what the traced model does, regions as modules `region0`, `region1`, ...
 
-    Float modules are copied; the model given stays as it is.
+    Float modules are copied; the model given stays as it is. Those of the user's own are traced through where that is
+    possible, see lbs/packing/inlined.py.
 
     Raises:
-        GraphError: the model has several inputs.
+        GraphError: the model has several inputs, or changes in place what a region reads before and after.
     """
     source = graph.module.graph
     inputs = [node for node in source.nodes if node.op == "placeholder"]
@@ -36,16 +43,69 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
         if isinstance(unit, int):
             _call_region(result, lowered, unit, made)
             continue
-        made[unit] = result.node_copy(unit, lambda node: made[node])
+        if unit.op in ("call_module", "get_attr") and str(unit.target).partition(".")[0] in regions:
+            raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
+        made[unit] = _float_node(graph.module, unit, result, made, modules)
         made[unit].type = None  # an annotation of the model, perhaps a string, which torch.fx cannot pickle
-        if unit.op in ("call_module", "get_attr"):
-            if str(unit.target).partition(".")[0] in regions:
-                raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
-            kept = copy.deepcopy(_attribute(graph.module, str(unit.target)))
-            undeploy(kept)
-            modules[str(unit.target)] = kept
     result.lint()
     return fx.GraphModule(modules, result, class_name="PackedGraph")
+
+
+def _float_node(
+    module: fx.GraphModule, node: fx.Node, result: fx.Graph, made: dict[fx.Node, fx.Node], modules: dict[str, Any]
+) -> fx.Node:
+    """What a node becomes: a copy of it, or the operations it consists of."""
+    target = str(node.target)
+    part: Callable[..., Any] | None = node.target if node.op == "call_function" else None  # type: ignore[assignment]
+    place = target.translate(_HEX)
+    if node.op == "get_attr":
+        modules[place] = copy.deepcopy(_attribute(module, target))
+    elif node.op == "call_module":
+        part = modules[place] = settled(module.get_submodule(target))
+    if part is not None and why_unsaved(node, part):
+        traced = _inside(node, part)
+        if traced is not None:
+            modules.pop(place, None)
+            return _inlined(traced, place, made[node.all_input_nodes[0]], result, modules)
+    copied = result.node_copy(node, lambda read: made[read])
+    if node.op in ("get_attr", "call_module"):
+        copied.target = place
+    return copied
+
+
+def _inside(node: fx.Node, part: Callable[..., Any]) -> fx.GraphModule | None:
+    """The operations of a call that reads one tensor, whose other arguments are constants."""
+    (source, *others) = node.all_input_nodes or [None]
+    if source is None or others or "shape" not in source.meta:
+        return None
+
+    def call(value: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: value)
+        return part(*args, **kwargs)
+
+    like = next((p for p in part.parameters()), torch.empty(0)) if isinstance(part, nn.Module) else torch.empty(0)
+    example = torch.randn(source.meta["shape"], dtype=source.meta["dtype"], generator=torch.Generator().manual_seed(0))
+    whole = isinstance(part, nn.Module) and node.args == (source,) and not node.kwargs
+    return traced_through(part if whole else call, example.to(like.device))
+
+
+def _inlined(
+    traced: fx.GraphModule, path: str, source: fx.Node, result: fx.Graph, modules: dict[str, Any]
+) -> fx.Node:
+    """Copy a small graph into the large one; its modules and tensors lie at `path`."""
+    made: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            made[node] = source
+            continue
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], lambda read: made[read])  # type: ignore[return-value]
+        made[node] = result.node_copy(node, lambda read: made[read])
+        if node.op in ("call_module", "get_attr"):
+            place = path + str(node.target).removeprefix(PART)
+            made[node].target = place
+            modules[place] = _attribute(traced, str(node.target))
+    raise GraphError(f"{path} has no output")
 
 
 def _attribute(module: Any, path: str) -> Any:
@@ -68,7 +128,26 @@ def _order(source: fx.Graph, lowered: Lowered) -> list[fx.Node | int]:
             sorter.add(unit, *(owner.get(read, read) for read in lowered.regions[unit].inputs))
         else:
             sorter.add(unit, *(owner.get(read, read) for read in node.all_input_nodes))
-    return list(sorter.static_order())
+    for before, after in _around_changes(source):
+        one, other = owner.get(before, before), owner.get(after, after)
+        if one != other:
+            sorter.add(other, one)
+    try:
+        return list(sorter.static_order())
+    except CycleError as error:
+        changed = next(node.name for node in source.nodes if node.meta.get("changes"))
+        raise GraphError(
+            f"{changed} changes a value in place that packed layers read under another name before and after; use the "
+            "form that is not in place"
+        ) from error
+
+
+def _around_changes(source: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Pairs of nodes that keep their order: what changes a value in place, and who reads that before or after."""
+    order = {node: place for place, node in enumerate(source.nodes)}
+    for node in source.nodes:
+        for reader in {user for name in node.meta.get("changes", ()) for user in name.users} - {node}:
+            yield (reader, node) if order[reader] < order[node] else (node, reader)
 
 
 def _call_region(result: fx.Graph, lowered: Lowered, index: int, made: dict[fx.Node, fx.Node]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lbs.graph import ModelGraph, record_of, trace
+from lbs.packing.inplace import without_inplace
 from lbs_kernels.errors import ShapeError
 
 
@@ -27,6 +30,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, tuple[int, ...]]:
     """Trace a model on `example`, or on zeros of the shape it carries a record of.
 
+    Nothing is changed in place in the graph (lbs/packing/inplace.py); named tuples and data classes that the model
+    returns are plain tuples and dicts.
+
     Returns:
         The graph, and the shape [C, H, W] of one image.
 
@@ -44,4 +50,35 @@ def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, t
             f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W]"
         )
     with evaluating(model):
-        return trace(model, images), shape
+        graph = trace(model, images)
+    without_inplace(graph.module)
+    _plain_outputs(graph.module)
+    return graph, shape
+
+
+def _plain_outputs(module: fx.GraphModule) -> None:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    output.args = (_plain(output.args[0]),)
+    module.graph.eliminate_dead_code(lambda node: not _is_record(node))
+    module.recompile()
+
+
+def _is_record(node: fx.Node) -> bool:
+    """Whether a node makes a named tuple or a data class, which happens in outputs only."""
+    kind = node.target
+    named = isinstance(kind, type) and (is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields")))
+    return node.op == "call_function" and named
+
+
+def _plain(value: Any) -> Any:
+    """An output without classes of the model's own. Those that are dicts themselves hold no fields that are None."""
+    if isinstance(value, fx.Node) and _is_record(value):
+        kind: Any = value.target
+        if issubclass(kind, tuple):
+            return _plain(value.args)
+        value = {name: item for name, item in value.kwargs.items() if not (issubclass(kind, dict) and item is None)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return (tuple if isinstance(value, tuple) else list)(_plain(item) for item in value)
+    return value

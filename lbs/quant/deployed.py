@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant import fold
+from lbs.quant.frozen_norm import FrozenNorm
 from lbs_kernels.program.epilogue import fma_channels
 from lbs_kernels.program.operations import mean_pool
 
@@ -62,6 +63,10 @@ class DeployedNorm(nn.BatchNorm2d):
         return found.value()
 
 
+class DeployedFrozenNorm(FrozenNorm, DeployedNorm):
+    """The same of a norm that was frozen before."""
+
+
 class DeployedMean(nn.AdaptiveAvgPool2d):
     """A mean of a frozen network; over all pixels it adds them in the order of the format."""
 
@@ -84,6 +89,7 @@ class DeployedWindow(nn.AvgPool2d):
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: DeployedNorm,
+    FrozenNorm: DeployedFrozenNorm,
     nn.AdaptiveAvgPool2d: DeployedMean,
     nn.AvgPool2d: DeployedWindow,
 }
@@ -112,6 +118,8 @@ def computes_as(module: object, kind: type[nn.Module]) -> bool:
 def undeploy(module: nn.Module) -> None:
     """Make one module, in place, torch's own again: what stays a float module beside packed ones."""
     module.__class__ = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
+    if isinstance(module, FrozenNorm):
+        module.__class__ = nn.BatchNorm2d
 
 
 def _global_mean(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lbs.graph import ChannelGroup, ModelRecord, observe_layers, record_of, temp
 from lbs.plan import LayerPlan
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
+from lbs.quant.frozen_norm import adopt_frozen_norms
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
@@ -164,6 +165,7 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
     model = copy.deepcopy(model)
+    adopt_frozen_norms(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
