@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from lbs.graph import ModelGraph, record_of, trace
 from lbs.packing.inplace import without_inplace
+from lbs.packing.positions import over_positions
 from lbs_kernels.errors import ShapeError
 
 
@@ -30,8 +31,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, tuple[int, ...]]:
     """Trace a model on `example`, or on zeros of the shape it carries a record of.
 
-    Nothing is changed in place in the graph (lbs/packing/inplace.py); named tuples and data classes that the model
-    returns are plain tuples and dicts.
+    Nothing is changed in place in the graph (lbs/packing/inplace.py), linear layers at several positions are
+    convolutions (lbs/packing/positions.py), and named tuples and data classes that the model returns are plain tuples
+    and dicts.
 
     Returns:
         The graph, and the shape [C, H, W] of one image.
@@ -49,9 +51,10 @@ def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, t
         raise ShapeError(
             f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W]"
         )
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         graph = trace(model, images)
-    without_inplace(graph.module)
+        without_inplace(graph.module)
+        over_positions(graph.module, images)
     _plain_outputs(graph.module)
     return graph, shape
 
