@@ -17,11 +17,12 @@ ACTIVATIONS = {nn.functional.relu: "relu", nn.functional.gelu: "gelu"}  # as tra
 MAX_NUMBER = 1 << 31  # a whole number among the arguments
 MAX_SIZES = 16  # numbers in one argument
 # What a class derived from torch's may say for itself and still compute as that does.
-_HARMLESS = frozenset(
-    """__init__ __module__ __doc__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __qualname__
+_OWN = """
+    __init__ __module__ __doc__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __qualname__
     __firstlineno__ __static_attributes__ __constants__ __repr__ extra_repr reset_parameters reset_running_stats
-    __orig_bases__ __parameters__ __type_params__ __slots__ __hash__ __eq__ _version""".split()
-)
+    __orig_bases__ __parameters__ __type_params__ __slots__ __hash__ __eq__ _version
+"""
+_HARMLESS = frozenset(_OWN.split())
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:

@@ -67,7 +67,7 @@ def traced_through(part: Callable[[Any], Any], example: Tensor) -> fx.GraphModul
             traced = fx.GraphModule(applied, _Tracer().trace(applied))
             if _plain(traced) and _equal(traced(example.clone()), part(example.clone())):
                 return traced
-    except Exception:  # whatever a module of the user's makes of a proxy, or of random numbers
+    except Exception:  # noqa: BLE001  whatever code of the user's makes of a proxy, or of random numbers
         return None
     return None
 

@@ -1,7 +1,7 @@
 """In-place operations of a traced model, replaced by those that make a new tensor.
 
-A packed network runs its regions in an order of its own, so what changes a value in place would change it before or after
-others have read it. Behind `a = f_(x)` whoever reads x reads what f made of it; said so, f needs no place:
+A packed network runs its regions in an order of its own, so what changes a value in place would change it before or
+after others have read it. Behind `a = f_(x)` whoever reads x reads what f made of it; said so, f needs no place:
 
     y = f_(x); g(x)         becomes         y = f(x); g(y)
 
@@ -22,17 +22,16 @@ from torch.nn import functional as F
 
 from lbs.graph import called_module
 
-_OPERATORS: dict[Any, Any] = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in "add sub mul truediv floordiv mod pow matmul".split()
-}
-_VIEW_METHODS = frozenset(
-    """view view_as reshape reshape_as flatten unflatten transpose permute t swapaxes swapdims movedim moveaxis squeeze
+_NAMES = "add sub mul truediv floordiv mod pow matmul"
+_OPERATORS: dict[Any, Any] = {getattr(operator, f"i{name}"): getattr(operator, name) for name in _NAMES.split()}
+_VIEWS = """
+    view view_as reshape reshape_as flatten unflatten transpose permute t swapaxes swapdims movedim moveaxis squeeze
     unsqueeze expand expand_as broadcast_to detach contiguous narrow select chunk split tensor_split unbind diagonal
-    unfold ravel to float double half bfloat16 type_as""".split()
-)
+    unfold ravel to float double half bfloat16 type_as
+"""
+_VIEW_METHODS = frozenset(_VIEWS.split())
 _VIEW_CALLS = frozenset(
-    {operator.getitem, getattr, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+    {operator.getitem, getattr, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
     | {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)}
 )
 _VIEW_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
@@ -53,7 +52,8 @@ def without_inplace(module: fx.GraphModule) -> None:
             later += [user for user in source.users if order[user] > order[node]]
             node.meta.update(changes=tuple(names), read_later=tuple(later))
         else:
-            source.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
+            for user in [user for user in source.users if order[user] > order[node]]:
+                user.replace_input_with(source, node)
     module.recompile()
 
 

@@ -75,37 +75,37 @@ def _float_node(
 
 def _inside(node: fx.Node, part: Callable[..., Any]) -> fx.GraphModule | None:
     """The operations of a call that reads one tensor, whose other arguments are constants."""
-    (source, *others) = node.all_input_nodes or [None]
-    if source is None or others or "shape" not in source.meta:
+    source, *others = node.all_input_nodes or [node]
+    dtype = source.meta.get("dtype", torch.int64)
+    if source is node or others or not dtype.is_floating_point:
         return None
 
     def call(value: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: value)
         return part(*args, **kwargs)
 
-    like = next((p for p in part.parameters()), torch.empty(0)) if isinstance(part, nn.Module) else torch.empty(0)
-    example = torch.randn(source.meta["shape"], dtype=source.meta["dtype"], generator=torch.Generator().manual_seed(0))
-    whole = isinstance(part, nn.Module) and node.args == (source,) and not node.kwargs
-    return traced_through(part if whole else call, example.to(like.device))
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(source.meta["shape"], dtype=dtype, generator=generator, device="cpu")
+    if not isinstance(part, nn.Module) or node.args != (source,) or node.kwargs:
+        return traced_through(call, example)
+    weight = next(part.parameters(), example)
+    return traced_through(part, example.to(weight.device))
 
 
-def _inlined(
-    traced: fx.GraphModule, path: str, source: fx.Node, result: fx.Graph, modules: dict[str, Any]
-) -> fx.Node:
+def _inlined(traced: fx.GraphModule, path: str, source: fx.Node, result: fx.Graph, modules: dict[str, Any]) -> fx.Node:
     """Copy a small graph into the large one; its modules and tensors lie at `path`."""
+    *nodes, output = traced.graph.nodes
     made: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
+    for node in nodes:
         if node.op == "placeholder":
             made[node] = source
             continue
-        if node.op == "output":
-            return fx.node.map_arg(node.args[0], lambda read: made[read])  # type: ignore[return-value]
         made[node] = result.node_copy(node, lambda read: made[read])
         if node.op in ("call_module", "get_attr"):
             place = path + str(node.target).removeprefix(PART)
             made[node].target = place
             modules[place] = _attribute(traced, str(node.target))
-    raise GraphError(f"{path} has no output")
+    return made[output.args[0]]
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ _MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
     *(nn.Tanh, nn.ELU, nn.Mish, nn.Identity, nn.Dropout),
 )
-_CALLS = frozenset(
-    """relu relu6 hardtanh leaky_relu gelu silu hardswish hardsigmoid sigmoid tanh elu mish dropout add mul sub
-    clamp""".split()
+_NAMES = (
+    "relu relu6 hardtanh leaky_relu gelu silu hardswish hardsigmoid sigmoid tanh elu mish dropout add mul sub clamp"
 )
+_METHODS = frozenset(_NAMES.split())
+_FUNCTIONS = frozenset(getattr(home, name, None) for home in (torch, F, operator) for name in _METHODS) - {None}
 
 
 class OverPositions(QuantConv2d):
@@ -116,11 +116,8 @@ class _Views:
             return False
         if node.op == "call_module":
             found = isinstance(called_module(self.module, node), _MODULES)
-        elif node.op == "call_method":
-            found = node.target in _CALLS
         else:
-            home = getattr(node.target, "__name__", "")
-            found = home in _CALLS and node.target in (getattr(torch, home, 0), getattr(F, home, 0), getattr(operator, home, 0))
+            found = node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS)
         return found and {source.meta["shape"] for source in sources} == {node.meta["shape"]}
 
     def over_pixels(self, node: fx.Node) -> None:

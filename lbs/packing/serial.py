@@ -26,7 +26,8 @@ from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blo
 from lbs_kernels.program.text import read_program
 
 FORMAT = "lbs-packed"
-FILE_VERSION = 2  # 2: programs may be of version 2, and the model may take bytes
+# 2: programs may be of version 2, and the model may take bytes. 3: more float parts, values and names in the graph.
+FILE_VERSION = 3
 _FLOAT = "float."
 
 

@@ -47,9 +47,10 @@ def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, t
     images = torch.zeros((2, *shape), device=device) if example is None else example[:2].to(device)
     if len(images) == 1:  # of two, what is added to every image is told from what is added to one
         images = torch.cat([images, images])
-    if images.dtype != torch.float32 or images.dim() != 4 or images.shape[0] == 0:
+    if images.dtype != torch.float32 or images.dim() < 2 or images.shape[0] == 0:
         raise ShapeError(
-            f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W]"
+            f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W], or "
+            "whatever batch the model takes"
         )
     with evaluating(model), torch.no_grad():
         graph = trace(model, images)

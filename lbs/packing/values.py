@@ -1,8 +1,8 @@
 """Arguments of a graph as JSON values, and back. Objects have one entry, which says what they stand for.
 
-    {"node": name}  {"tuple": [...]}  {"list": [...]}  {"slice": [start, stop, step]}
-    {"dict": {text: value}}  {"items": [[key, value], ...]}      keys that are texts, keys of any kind
-    {"float": "inf"}  {"dtype": "float32"}  {"device": "cpu"}  {"memory_format": "channels_last"}  {"ellipsis": null}
+{"node": name}  {"tuple": [...]}  {"list": [...]}  {"slice": [start, stop, step]}
+{"dict": {text: value}}  {"items": [[key, value], ...]}      keys that are texts, keys of any kind
+{"float": "inf"}  {"dtype": "float32"}  {"device": "cpu"}  {"memory_format": "channels_last"}  {"ellipsis": null}
 """
 
 from __future__ import annotations

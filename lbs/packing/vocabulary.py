@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Classes -> arguments; `argument=attribute` where the module keeps it under another name or in a part of it, `argument?` where only newer
-# releases of torch have it: a flag that is written where it is false.
+# Classes -> arguments; `argument=attribute` where the module keeps it under another name or in a part of it, `argument?`
+# where only newer releases of torch have it: a flag that is written where it is false.
 _CONV = "in_channels out_channels kernel_size stride padding"
 _NORM = "num_features eps momentum affine track_running_stats bias?"
 _POOL = "kernel_size stride padding"
@@ -69,8 +69,8 @@ _TABLE = {
     "Fold": "output_size kernel_size dilation padding stride",
     "Unfold": "kernel_size dilation padding stride",
     "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
-    "EmbeddingBag": "num_embeddings embedding_dim max_norm norm_type scale_grad_by_freq mode sparse include_last_offset "
-    "padding_idx",
+    "EmbeddingBag": "num_embeddings embedding_dim max_norm norm_type scale_grad_by_freq mode sparse "
+    "include_last_offset padding_idx",
     "CosineSimilarity": "dim eps",
     "PairwiseDistance": "p=norm eps keepdim",
     "MultiheadAttention": "embed_dim num_heads dropout bias=in_proj_bias add_bias_kv=bias_k add_zero_attn kdim vdim "
@@ -86,24 +86,25 @@ OPTIONAL = {getattr(nn, name) for names, text in _TABLE.items() if "bias?" in te
 PRESENT = ("bias", "add_bias_kv")  # flags kept as the parameter itself, or None
 
 # What an argument is: a flag, a word, a number, or sizes (a whole number, several, or a word such as "same").
-FLAGS = frozenset(
-    """bias affine track_running_stats elementwise_affine inplace return_indices ceil_mode count_include_pad
-    align_corners recompute_scale_factor scale_grad_by_freq sparse include_last_offset keepdim add_bias_kv add_zero_attn
-    batch_first bidirectional norm_first""".split()
-)
-WORDS = frozenset("padding_mode approximate mode nonlinearity activation".split())
-NUMBERS = frozenset(
-    """eps momentum alpha beta k min_val max_val negative_slope lower upper threshold value lambd p dropout norm_type
-    max_norm scale_factor layer_norm_eps""".split()
-)
+_FLAGS = """
+    bias affine track_running_stats elementwise_affine inplace return_indices ceil_mode count_include_pad align_corners
+    recompute_scale_factor scale_grad_by_freq sparse include_last_offset keepdim add_bias_kv add_zero_attn batch_first
+    bidirectional norm_first
+"""
+_WORDS = "padding_mode approximate mode nonlinearity activation"
+_NUMBERS = """
+    eps momentum alpha beta k min_val max_val negative_slope lower upper threshold value lambd p dropout norm_type
+    max_norm scale_factor layer_norm_eps
+"""
+FLAGS, WORDS, NUMBERS = (frozenset(names.split()) for names in (_FLAGS, _WORDS, _NUMBERS))
 
 
 def _modules() -> dict[type[nn.Module], dict[str, str]]:
     found = {}
     for names, arguments in _TABLE.items():
-        words = [word.rstrip("?") for word in arguments.split()]
-        pairs = dict((*word.split("="), word)[:2] for word in words)
-        found.update({getattr(nn, name): pairs for name in names.split()})
+        pairs = [word.rstrip("?").partition("=") for word in arguments.split()]
+        attributes = {argument: attribute or argument for argument, _, attribute in pairs}
+        found.update({getattr(nn, name): attributes for name in names.split()})
     return found
 
 
@@ -156,7 +157,8 @@ _METHODS = """
     type_as unbind unflatten unfold unsqueeze_ var view_as where xlogy
 """
 METHODS = frozenset(_METHODS.split())
-ATTRIBUTES = frozenset("dtype device T mT H mH ndim real imag".split())
+_ATTRIBUTES = "dtype device T mT H mH ndim real imag"
+ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 
 
 def _functions(*homes: tuple[str, Any, str]) -> Iterable[tuple[str, Callable[..., Any]]]:
@@ -176,13 +178,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = dict(
     )
 )
 FUNCTION_NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
-DTYPES = {
-    name: getattr(torch, name)
-    for name in "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split()
-}
+_DTYPES = "float32 float64 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64"
+_MEMORY_FORMATS = "contiguous_format channels_last channels_last_3d preserve_format"
+DTYPES = {name: getattr(torch, name) for name in _DTYPES.split()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MEMORY_FORMATS = {
-    name: getattr(torch, name)
-    for name in "contiguous_format channels_last channels_last_3d preserve_format".split()
-}
+MEMORY_FORMATS = {name: getattr(torch, name) for name in _MEMORY_FORMATS.split()}
 MEMORY_FORMAT_NAMES = {value: name for name, value in MEMORY_FORMATS.items()}

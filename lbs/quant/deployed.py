@@ -117,9 +117,8 @@ def computes_as(module: object, kind: type[nn.Module]) -> bool:
 
 def undeploy(module: nn.Module) -> None:
     """Make one module, in place, torch's own again: what stays a float module beside packed ones."""
-    module.__class__ = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
-    if isinstance(module, FrozenNorm):
-        module.__class__ = nn.BatchNorm2d
+    plain = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
+    module.__class__ = nn.BatchNorm2d if plain is FrozenNorm else plain
 
 
 def _global_mean(x: Tensor) -> Tensor:

@@ -176,6 +176,8 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             reason = _unconvertible(name, module, layers, config.exclude, uneven)
             if reason:
                 unconverted.append((name, reason))
+        elif _is_other_layer(module):
+            unconverted.append((name, f"{type(module).__name__} has no quantized form"))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
     groups = {
@@ -189,6 +191,12 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
     record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding)
     return model, record
+
+
+def _is_other_layer(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights of its own, as layers of torch's do, and those without parts."""
+    layer = type(module).__module__.startswith("torch.nn") or next(module.children(), None) is None
+    return layer and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _layers_and_groups(

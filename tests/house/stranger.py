@@ -50,7 +50,7 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     metadata = header.pop("__metadata__")
     assert metadata["format"] == "lbs-packed"
-    assert metadata["version"] in ("1", "2")
+    assert metadata["version"] in ("1", "2", "3")
     blank = raw.replace(f'"digest":"{metadata["digest"]}"'.encode(), f'"digest":"{"0" * 64}"'.encode(), 1)
     assert hashlib.sha256(blank).hexdigest() == metadata["digest"]
     tensors = {}

@@ -124,22 +124,6 @@ def test_any_safetensors_library_reads_the_file(saved: Path) -> None:
             assert torch.equal(file.get_tensor(f"region0.{key}"), program.array(region.blob, key))
 
 
-def test_part_without_a_form_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.erf(self.conv(x))
-
-    torch.manual_seed(0)
-    packed = pack(pack_nets.quantized(Odd(), (3, 4, 4)))
-    with pytest.raises(CheckpointError, match=r"erf calls erf, which has no form without pickle.*torch's own layers"):
-        packed.save(tmp_path / "odd")
-    assert list(tmp_path.iterdir()) == []
-
-
 # Damage and lies. Each: one CheckpointError, before anything large is allocated.
 
 
@@ -212,7 +196,7 @@ def change_json(key: str, old: str, new: str) -> Callable[[Header], None]:
 
 
 LIES: dict[str, tuple[Callable[[Header], None], str]] = {
-    "newer": (change_metadata("version", "3"), "has version 3; this release reads 1 to 2: upgrade lbs"),
+    "newer": (change_metadata("version", "4"), "has version 4; this release reads 1 to 3: upgrade lbs"),
     "no_version": (change_metadata("version", None), "which is no number"),
     "version_zero": (change_metadata("version", "0"), "has version 0"),
     "no_program": (change_metadata("program0", None), "damaged|no program|region0"),
