@@ -6,8 +6,7 @@ after others have read it. Behind `a = f_(x)` whoever reads x reads what f made 
     y = f_(x); g(x)         becomes         y = f(x); g(y)
 
 Where that does not tell all, because x is also known under another name (a view of it, or what it is a view of) that is
-read afterwards, or because f_ has no such form, the operation stays as it is; its node's meta then has "changes": the
-nodes that show the memory it changes, and "read_later": who reads that under another name.
+read afterwards, or because f_ has no such form, the model is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lbs.graph import called_module
+from lbs_kernels.errors import GraphError
 
 _NAMES = "add sub mul truediv floordiv mod pow matmul"
 _OPERATORS: dict[Any, Any] = {getattr(operator, f"i{name}"): getattr(operator, name) for name in _NAMES.split()}
@@ -39,22 +39,31 @@ _SAME_VALUES = frozenset({"requires_grad_", "detach_"})  # they change what a te
 
 
 def without_inplace(module: fx.GraphModule) -> None:
-    """Rewrite the graph; modules stay, also where they are made to compute in place."""
+    """Rewrite the graph; modules stay, also where they are made to compute in place.
+
+    Raises:
+        GraphError: a value is read under another name after it was changed, or what changes it has no other form.
+    """
     order = {node: place for place, node in enumerate(module.graph.nodes)}
     shown = _shown(module)
     for node in list(module.graph.nodes):
         if not _changes(module, node):
             continue
         source = node.all_input_nodes[0]
-        names = [other for other in shown[source] if order[other] < order[node]]
-        later = [u for other in names if other is not source for u in other.users if order[u] > order[node]]
+        others = [name for name in shown[source] if order[name] < order[node] and name is not source]
+        later = [user for name in others for user in name.users if order[user] > order[node]]
         if later or not _replaced(module, node, source):
-            later += [user for user in source.users if order[user] > order[node]]
-            node.meta.update(changes=tuple(names), read_later=tuple(later))
-        else:
-            for user in [user for user in source.users if order[user] > order[node]]:
-                user.replace_input_with(source, node)
+            why = f"{_label(later[0])} reads a view of it afterwards" if later else "has no other form"
+            raise GraphError(
+                f"{_label(node)} changes {_label(source)} in place, and {why}; use the form that is not in place"
+            )
+        for user in [user for user in source.users if order[user] > order[node]]:
+            user.replace_input_with(source, node)
     module.recompile()
+
+
+def _label(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _shown(module: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:

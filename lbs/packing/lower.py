@@ -85,8 +85,8 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
         pixels: (scale, shift) float64 [C]; the model's input is given as bytes, which they normalise. None: as floats.
 
     Raises:
-        GraphError: no layer can be packed, a layer breaks a rule of the format, or an in-place operation changes a
-            value that is read again. FormatError: an accumulator could overflow.
+        GraphError: no layer can be packed, or a layer breaks a rule of the format. FormatError: an accumulator could
+            overflow.
     """
     module = graph.module
     ops: dict[fx.Node, Op] = {}
@@ -97,7 +97,6 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
             ops[node] = found
         elif node.op in ("call_module", "call_function", "call_method"):
             reasons[node] = found
-    _check_inplace(ops)
     while True:
         parts = partition(module.graph, ops, reasons)
         if not any(op.kind == "layer" for op in ops.values()):
@@ -144,15 +143,6 @@ def _listed(module: fx.GraphModule, reasons: dict[fx.Node, str]) -> str:
 
 def _label(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
-
-
-def _check_inplace(ops: dict[fx.Node, Op]) -> None:
-    for node in ops:
-        for reader in node.meta.get("read_later", ()):
-            raise GraphError(
-                f"{_label(node)} changes {_label(node.all_input_nodes[0])} in place, and {_label(reader)} reads it "
-                "afterwards; use the form that is not in place"
-            )
 
 
 class _Walk:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Callable
+from graphlib import TopologicalSorter
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     possible, see lbs/packing/inlined.py.
 
     Raises:
-        GraphError: the model has several inputs, or changes in place what a region reads before and after.
+        GraphError: the model has several inputs, or a float part has a name that packed parts have.
     """
     source = graph.module.graph
     inputs = [node for node in source.nodes if node.op == "placeholder"]
@@ -128,26 +128,7 @@ def _order(source: fx.Graph, lowered: Lowered) -> list[fx.Node | int]:
             sorter.add(unit, *(owner.get(read, read) for read in lowered.regions[unit].inputs))
         else:
             sorter.add(unit, *(owner.get(read, read) for read in node.all_input_nodes))
-    for before, after in _around_changes(source):
-        one, other = owner.get(before, before), owner.get(after, after)
-        if one != other:
-            sorter.add(other, one)
-    try:
-        return list(sorter.static_order())
-    except CycleError as error:
-        changed = next(node.name for node in source.nodes if node.meta.get("changes"))
-        raise GraphError(
-            f"{changed} changes a value in place that packed layers read under another name before and after; use the "
-            "form that is not in place"
-        ) from error
-
-
-def _around_changes(source: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Pairs of nodes that keep their order: what changes a value in place, and who reads that before or after."""
-    order = {node: place for place, node in enumerate(source.nodes)}
-    for node in source.nodes:
-        for reader in {user for name in node.meta.get("changes", ()) for user in name.users} - {node}:
-            yield (reader, node) if order[reader] < order[node] else (node, reader)
+    return list(sorter.static_order())
 
 
 def _call_region(result: fx.Graph, lowered: Lowered, index: int, made: dict[fx.Node, fx.Node]) -> None:

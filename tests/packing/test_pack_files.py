@@ -69,7 +69,7 @@ def comes_back(model: nn.Module, path: Path, shape: tuple[int, ...] = SHAPE) -> 
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "prelu": lambda: nn.PReLU(8),
     "sync_norm": lambda: nn.SyncBatchNorm(8),
-        "instance_norm": lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+    "instance_norm": lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
     "group_norm": lambda: nn.GroupNorm(2, 8, affine=False),
     "local_response": lambda: nn.LocalResponseNorm(3),
     "transposed": lambda: nn.ConvTranspose2d(8, 8, 3, 2, output_padding=1, groups=2, bias=False),
@@ -188,7 +188,10 @@ class Mapped(collections.OrderedDict):  # type: ignore[type-arg]
 
 OUTPUTS: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[Any], Any]]] = {
     "numbers": (lambda n, y: {0: n.last(y), 1: y}, lambda out: list(out) == [0, 1]),
-    "keys": (lambda n, y: {True: y, None: 1.5, (2, "a"): "text", 2.5: [y, (y,)]}, lambda out: type(out[2.5][1]) is tuple),
+    "keys": (
+        lambda n, y: {True: y, None: 1.5, (2, "a"): "text", 2.5: [y, (y,)]},
+        lambda out: type(out[2.5][1]) is tuple,
+    ),
     "named_tuple": (lambda n, y: Pair(y, n.last(y)), lambda out: type(out) is tuple and len(out) == 2),
     "data_class": (lambda n, y: {"a": Result(n.last(y), [y])}, lambda out: set(out["a"]) == {"logits", "hidden"}),
     "mapped": (lambda n, y: Mapped(n.last(y)), lambda out: type(out) is dict and list(out) == ["logits"]),
@@ -262,7 +265,9 @@ def halved(x: Tensor, times: int) -> Tensor:
 
 
 def test_modules_and_functions_of_the_users_own_become_torchs(tmp_path: Path) -> None:
-    model = Net(lambda n, y: n.last(n.own(y)) + halved(n.shaped(y), 1).mean(), own=Standardized(8, 8, 3), shaped=Circular(8))
+    model = Net(
+        lambda n, y: n.last(n.own(y)) + halved(n.shaped(y), 1).mean(), own=Standardized(8, 8, 3), shaped=Circular(8)
+    )
     loaded = comes_back(model, tmp_path)
     kinds = {type(module) for module in loaded.body.children()}
     assert nn.Conv2d in kinds
@@ -325,7 +330,9 @@ def test_frozen_norms_are_norms(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in norm.parameters())
     x = pack_nets.images(3, SHAPE)
     searched = lbs.prepare(model.eval(), x)
-    assert torch.allclose(searched.norm(x.repeat(1, 3, 1, 1)[:, :8]), model.norm(x.repeat(1, 3, 1, 1)[:, :8]), atol=1e-5)
+    assert torch.allclose(
+        searched.norm(x.repeat(1, 3, 1, 1)[:, :8]), model.norm(x.repeat(1, 3, 1, 1)[:, :8]), atol=1e-5
+    )
     before = searched.train().norm.running_mean.clone()
     searched(x)
     lbs.calibrate(searched, [x], statistics="estimate")
@@ -353,7 +360,10 @@ LIES = {
     "too_large": (entry("Linear", in_features=1 << 31, out_features=2), "in_features = 2147483648"),
     "too_many": (entry("ZeroPad2d", padding={"tuple": [1] * 17}), "padding = "),
     "nested": (entry("ZeroPad2d", padding={"tuple": [{"tuple": [1]}]}), "padding = "),
-    "endless_layers": (entry("LSTM", input_size=2, hidden_size=2, num_layers=1 << 30), "1073741824 layers and 0 tensors"),
+    "endless_layers": (
+        entry("LSTM", input_size=2, hidden_size=2, num_layers=1 << 30),
+        "1073741824 layers and 0 tensors",
+    ),
     "node": (entry("ReLU", inplace={"node": "x"}), "'x'"),
 }
 

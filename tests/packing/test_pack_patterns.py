@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import pack_nets
@@ -217,8 +216,8 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
     "relu_no_layer_reads": (lambda n, x: torch.relu(torch.sigmoid(head(n, n.inner(x)))), 1, ["sigmoid", "relu_1"]),
     "linear_on_positions": (
         lambda n, x: n.fc(n.inner(x).flatten(2).transpose(1, 2)).mean(1),
-        1,
-        ["flatten", "transpose", "fc", "mean"],
+        2,
+        ["flatten", "transpose", "mean"],
     ),
 }
 
@@ -401,12 +400,8 @@ def test_float_stem_gives_the_region_an_image() -> None:
 CHANGED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "packed_and_read_again": lambda n, y: F.relu(y, inplace=True) + y,
     "method_and_read_again": lambda n, y: y.clamp_(0.0, 0.5) + y,
-    "branch_before": lambda n, y: (n.inner(y), n.inner(F.leaky_relu_(y, 0.1)))[0] + y,
+    "branch_before": lambda n, y: n.other(y) + n.other(F.leaky_relu_(y, 0.1)),
     "sum_in_place": lambda n, y: (y.relu(), y.add_(torch.tanh(y)))[0] + y,
-    "augmented": lambda n, y: operator.iadd(y, torch.tanh(y)) + y,
-    "through_a_view": lambda n, y: (y.sigmoid(), y.flatten(1).mul_(0.5))[0] + y,
-    "one_half": lambda n, y: torch.cat([(h := y.chunk(2, 1))[0].mul_(0.5), h[1]], 1),
-    "filled": lambda n, y: (y.sigmoid(), y.fill_(0.25))[0] + y,
 }
 
 
@@ -423,13 +418,15 @@ def test_what_reads_a_value_before_and_after_it_is_changed_in_place(name: str) -
         assert torch.equal(packed(x), model(x))
 
 
-def test_packed_value_changed_in_place_and_read_under_another_name_is_refused() -> None:
+def test_value_changed_in_place_and_read_as_a_view_is_refused() -> None:
     def shared(n: Net, x: Tensor) -> Tensor:
         y = n.inner(x)
         view = y.flatten(1)
-        return head(n, F.relu(y, inplace=True)) + view.mean(1, keepdim=True)
+        return head(n, F.relu(y, inplace=True)) + view.sum(1, keepdim=True)
 
     torch.manual_seed(3)
     model = pack_nets.quantized(Net(shared), SHAPE)
-    with pytest.raises(GraphError, match=r"in place, and mean reads it afterwards; use the form that is not in place"):
+    with pytest.raises(
+        GraphError, match=r"in place, and sum_1 reads a view of it afterwards; use the form that is not"
+    ):
         pack_nets.check_equal(model, SHAPE)

@@ -78,7 +78,9 @@ def test_they_equal_the_model_at_every_batch_size(forward: Callable[[Net, Tensor
     packed = pack(model)
     packed.save(tmp_path / "net")
     loaded = lbs.load(tmp_path / "net")
-    steps = [step.name for program in packed.programs for step in program.steps if isinstance(step, ConvStep | LinearStep)]
+    steps = [
+        step.name for program in packed.programs for step in program.steps if isinstance(step, ConvStep | LinearStep)
+    ]
     assert {name.partition("#")[0] for name in steps} == {"stem", "one", "two", "head"}
     for batch in (5, 1, 2):
         x = pack_nets.images(batch, SHAPE)
