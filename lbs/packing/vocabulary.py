@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Classes -> arguments; `argument=attribute` where the module keeps it under another name or in a part, `argument?` where
-# only newer releases of torch have it: a flag that is written where it is false.
+# Classes -> arguments; `argument=attribute` where the module keeps it under another name or in a part, `argument?` of
+# newer releases of torch only: a flag that is written where it is false.
 _CONV = "in_channels out_channels kernel_size stride padding"
 _NORM = "num_features eps momentum affine track_running_stats bias?"
 _POOL = "kernel_size stride padding"
