@@ -32,19 +32,23 @@ void check_count(int64_t count) {
 }
 
 lbs::QuantWidths quant_widths(float v, const std::vector<float>& scales, const std::vector<float>& steps,
-                              const std::vector<float>& levels, bool is_signed) {
+                              const std::vector<float>& levels, const std::vector<float>& zeros,
+                              std::pair<float, float> shares, bool is_signed) {
     lbs::require(!levels.empty() && levels.size() <= lbs::kMaxCoarse + 1 && scales.size() == levels.size() &&
-                     steps.size() == levels.size(),
+                     steps.size() == levels.size() && zeros.size() == levels.size(),
                  "fake quantizer: " + std::to_string(levels.size()) + " widths; give 1 to " +
-                     std::to_string(lbs::kMaxCoarse + 1) + ", with a scale and a step each");
+                     std::to_string(lbs::kMaxCoarse + 1) + ", with a scale, a step and a zero each");
     lbs::QuantWidths widths{};
     widths.coarse = static_cast<int>(levels.size()) - 1;
     for (size_t j = 0; j < levels.size(); ++j) {
         widths.scale[j] = scales[j];
         widths.step[j] = steps[j];
         widths.n[j] = levels[j];
+        widths.zero[j] = zeros[j];
     }
     widths.v = v;
+    widths.low = shares.first;
+    widths.high = shares.second;
     widths.is_signed = is_signed;
     return widths;
 }
@@ -54,11 +58,12 @@ std::vector<double> by_width(const lbs::QuantSums& sums, int coarse) {
 }
 
 std::vector<double> fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, float v, const std::vector<float>& scales,
-                                  const std::vector<float>& steps, const std::vector<float>& levels, bool is_signed,
+                                  const std::vector<float>& steps, const std::vector<float>& levels,
+                                  const std::vector<float>& zeros, std::pair<float, float> shares, bool is_signed,
                                   int threads, int dtype, const std::string& isa) {
     check_count(count);
     const lbs::FakeQuantForward task{pointer<const void>(x), pointer<void>(y),
-                                 quant_widths(v, scales, steps, levels, is_signed), float_type(dtype)};
+                                 quant_widths(v, scales, steps, levels, zeros, shares, is_signed), float_type(dtype)};
     const lbs::Isa resolved = lbs::resolve_isa(isa);
     py::gil_scoped_release release;
     return by_width(lbs::fake_quant_forward(task, count, threads, resolved), task.widths.coarse);
@@ -67,13 +72,15 @@ std::vector<double> fake_quant_forward(uintptr_t x, uintptr_t y, int64_t count, 
 std::pair<double, std::vector<double>> fake_quant_backward(uintptr_t x, uintptr_t gy, uintptr_t gx, int64_t count, float v,
                                                       const std::vector<float>& scales,
                                                       const std::vector<float>& steps,
-                                                      const std::vector<float>& levels, bool is_signed, int threads,
+                                                      const std::vector<float>& levels,
+                                                      const std::vector<float>& zeros, std::pair<float, float> shares,
+                                                      bool is_signed, int threads,
                                                       int dtype, const std::string& isa) {
     check_count(count);
     lbs::require(v > 0.0f && std::isfinite(v),
                  "fake_quant_backward: v is " + std::to_string(v) + "; it must be positive and finite");
     const lbs::FakeQuantBackward task{pointer<const void>(x), pointer<const void>(gy), pointer<void>(gx),
-                                  quant_widths(v, scales, steps, levels, is_signed), float_type(dtype)};
+                                  quant_widths(v, scales, steps, levels, zeros, shares, is_signed), float_type(dtype)};
     const lbs::Isa resolved = lbs::resolve_isa(isa);
     py::gil_scoped_release release;
     const lbs::QuantSums sums = lbs::fake_quant_backward(task, count, threads, resolved);
@@ -164,13 +171,14 @@ PYBIND11_MODULE(_cpu, module) {
         py::arg("name") = "auto", "The instruction set `name` stands for. Raises BackendError.");
 
     module.def("fake_quant_forward", &fake_quant_forward, py::arg("x_ptr"), py::arg("y_ptr"), py::arg("count"), py::arg("v"),
-               py::arg("scales"), py::arg("steps"), py::arg("levels"), py::arg("is_signed") = false,
+               py::arg("scales"), py::arg("steps"), py::arg("levels"), py::arg("zeros"),
+               py::arg("shares"), py::arg("is_signed") = false,
                py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
                "y at the last of the widths; returns sum |clip(x) - y_j| for each width j before it. dtype: 0 float32, 1 "
                "bfloat16 (arithmetic is float32).");
     module.def("fake_quant_backward", &fake_quant_backward, py::arg("x_ptr"), py::arg("gy_ptr"), py::arg("gx_ptr"),
                py::arg("count"), py::arg("v"), py::arg("scales"), py::arg("steps"), py::arg("levels"),
-               py::arg("is_signed") = false, py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
+               py::arg("zeros"), py::arg("shares"), py::arg("is_signed") = false, py::arg("threads") = 1, py::arg("dtype") = 0, py::arg("isa") = "auto",
                "gx = gy inside the range, else 0; returns the gradient of v, and sum gy * (y - y_j) for each width j "
                "before the last, which is y's.");
 

@@ -31,7 +31,7 @@ _FACE = {
     "uniform": "lbs.search.prepare",
     "verify": "lbs.packing.verify",
 }
-_MODULES = {"errors": "lbs_kernels.errors"}
+_MODULES = {"errors": "lbs.errors"}
 
 __all__ = [
     "Budget",
@@ -68,6 +68,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from lbs import errors as errors
     from lbs.benchmark import bench as bench
     from lbs.packing.checkpoint import load as load
     from lbs.packing.explain import explain as explain
@@ -82,4 +83,3 @@ if TYPE_CHECKING:
     from lbs.search.prepare import SearchConfig as SearchConfig
     from lbs.search.prepare import prepare as prepare
     from lbs.search.prepare import uniform as uniform
-    from lbs_kernels import errors as errors

@@ -24,7 +24,8 @@ from lbs.quant.calibrate import calibrate
 from lbs.quant.deployed import undeploy
 from lbs.quant.layers import QuantLayer
 from lbs.run_folder import environment
-from lbs.search.prepare import layer_arguments, layer_options, replace_layer, uniform
+from lbs.search.prepare import uniform
+from lbs.search.replace import carry, layer_arguments, layer_options, replace_layer
 from lbs_kernels.errors import BackendError, LbsError, first_line
 from lbs_kernels.times.stopwatch import SETTLE, Times, cuda_graph, interleave
 
@@ -211,6 +212,7 @@ def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
         plain = kind(*layer_arguments(layer), **layer_options(layer))  # type: ignore[arg-type]
         plain.weight = nn.Parameter(layer.quantized_weight().detach().clone())
         plain.bias = layer.bias  # type: ignore[assignment]
+        carry(plain, layer)
         replace_layer(model, name, plain)
     for module in model.modules():
         undeploy(module)

@@ -88,8 +88,8 @@ class EngineModels:
     def _export(self, path: Path, batch: int) -> None:
         with _quiet():
             torch.onnx.export(
-                self._model, (torch.randn(batch, *self._shape),), str(path), input_names=[_INPUT], dynamo=True,
-                external_data=False, verbose=False,
+                self._model, (torch.randn(batch, *self._shape, dtype=torch.float32),), str(path), input_names=[_INPUT],
+                dynamo=True, external_data=False, verbose=False,
             )  # fmt: skip
 
 
@@ -100,7 +100,9 @@ def _quantize(source: Path, target: Path, batch: int, shape: tuple[int, ...]) ->
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter([{_INPUT: torch.randn(batch, *shape).numpy()} for _ in range(max(1, 8 // batch))])
+            self.left = iter(
+                [{_INPUT: torch.randn(batch, *shape, dtype=torch.float32).numpy()} for _ in range(max(1, 8 // batch))]
+            )
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.left, None)

@@ -6,19 +6,33 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lbs import cost
 from lbs_kernels.errors import PlanError
 from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import WeightGrid
 from lbs_kernels.program.window import is_depthwise
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 2: w_grid and ranges
+RANGES = ("filter", "layer")
+
+
+def grid_at(bits: int) -> WeightGrid:
+    """The grid that weights of a width are put on where no data say otherwise: one with a zero at 8 bits.
+
+    Grids with a zero do not nest, so that a search has the odd one at every width it chooses from.
+    """
+    return "zero" if bits == 8 else "odd"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. Geometry is that of the unpruned layer for one image; `kept` lists the filters that live."""
+    """One layer. Geometry is that of the unpruned layer for one image; `kept` lists the filters that live.
+
+    w_grid and ranges say what its weights are rounded to: the codes (`lbs.quant.codec.Coding`), and whether every
+    filter has a range of its own or the layer has one.
+    """
 
     name: str
     kind: str  # conv2d | linear
@@ -36,6 +50,8 @@ class LayerPlan:
     positions: int = 1  # how often it is applied to one image: a linear layer's positions, a shared layer's calls
     kept: tuple[int, ...] | None = None  # None: all
     source: str | None = None  # the layer whose filters are this layer's input channels, if they can be pruned
+    w_grid: WeightGrid = "odd"
+    ranges: Literal["filter", "layer"] = "layer"
 
     @property
     def kept_filters(self) -> int:
@@ -109,7 +125,8 @@ class Plan:
         """The same layers and filters at uniform bits, the edges at 8 / 8."""
         bits = cost.uniform_bits((layer.name for layer in self.layers), w_bits, a_bits)
         pairs = ((layer, *bits[layer.name]) for layer in self.layers)
-        return replace(self, layers=tuple(replace(layer, w_bits=w, a_bits=a) for layer, w, a in pairs))
+        layers = (replace(layer, w_bits=w, a_bits=a, w_grid=grid_at(w)) for layer, w, a in pairs)
+        return replace(self, layers=tuple(layers))
 
     def bops(self) -> int:
         """Bit operations of one image: sum of k_h k_w C_in C_out/groups H_out W_out b_w b_a over kept channels."""
@@ -205,6 +222,12 @@ def check_layer(layer: LayerPlan) -> None:
         bits = getattr(layer, label)
         if not _is_whole(bits) or not (1 <= bits <= 8 or bits == cost.FULL_PRECISION_BITS):
             raise PlanError(f"layer {layer.name}: {label}={bits!r}; a width is an integer from 1 to 8, or 32 for float")
+    if layer.w_grid not in ("odd", "zero") or (layer.w_grid == "zero" and layer.w_bits == 1):
+        raise PlanError(
+            f"layer {layer.name}: w_grid={layer.w_grid!r} at {layer.w_bits} bits; odd, or zero from 2 bits on"
+        )
+    if layer.ranges not in RANGES:
+        raise PlanError(f"layer {layer.name}: ranges={layer.ranges!r}; a range belongs to a filter or to the layer")
     for label, low in _AT_LEAST.items():
         value = getattr(layer, label)
         if not _is_whole(value) or value < low:

@@ -46,6 +46,14 @@ class DataError(LbsError, ValueError):
     """A data set that is missing, damaged, or of another shape than the format says."""
 
 
+def raise_together(errors: list[LbsError]) -> None:
+    """Raise what several layers have to say as one error: a line for each, of the kind of the first. None is fine."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise type(errors[0])("\n".join(map(str, errors)))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing.
 

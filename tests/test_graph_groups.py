@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbs.models
-from lbs.graph import ChannelGroup, ModelGraph, observe_layers, record_of, template_plan, trace
+from lbs.channels import ChannelGroup
+from lbs.graph import ModelGraph, observe_layers, record_of, template_plan, trace
+from lbs.search.prepare import prepare
 from lbs_kernels.errors import GraphError
 
 
@@ -193,3 +197,109 @@ def test_the_graph_is_that_of_inference_and_modes_are_restored() -> None:
 def test_a_model_without_a_record() -> None:
     with pytest.raises(GraphError, match="Sequential carries no record"):
         record_of(nn.Sequential())
+
+
+class _Pixels(nn.Module):
+    """As many filters as pixels, which a linear layer mixes; then both are flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.mix, self.fc = nn.Conv2d(3, 16, 1), nn.Linear(16, 4), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mix(F.relu(self.wide(x)).flatten(2)).flatten(1))
+
+
+def test_channels_are_followed_by_their_dimension() -> None:
+    group = trace(_Pixels(), torch.zeros(2, 3, 4, 4)).groups["wide"]
+    assert not group.prunable
+    assert "mix reads the last of 3 dimensions, which is not its channels" in group.reason
+    rows = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(0, 2), nn.Linear(4, 4))  # images, channels and rows in one
+    assert "reach _1 (1)" in trace(rows, torch.zeros(2, 3, 4, 4)).groups["0"].reason
+    images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 4))
+    assert "reach _2 (2)" in trace(images, torch.zeros(2, 3, 4, 4)).groups["0"].reason
+
+
+@pytest.mark.parametrize(
+    ("mean", "prunable"),
+    [
+        (lambda x: x.mean((2, 3)), True),
+        (lambda x: torch.mean(x, dim=(-1, -2)), True),
+        (lambda x: x.mean([2, 3], keepdim=True).flatten(1), True),
+        (lambda x: x.mean((1, 2)), False),
+        (lambda x: x.mean(1).flatten(1), False),
+    ],
+)
+def test_means_over_pixels_keep_channels(mean: Any, prunable: bool) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.fc = nn.LazyLinear(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(mean(self.conv(x)))
+
+    model = Mean()
+    model(torch.zeros(2, 3, 4, 4))
+    assert trace(model, torch.zeros(2, 3, 4, 4)).groups["conv"].prunable is prunable
+
+
+def test_a_layer_is_what_it_is_and_not_what_it_is_called() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.fc = nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.relu(self.conv(x)))
+
+    assert "reach relu" in trace(Named(), torch.zeros(1, 3, 4, 4)).groups["conv"].reason
+
+
+class _Auxiliary(nn.Module):
+    """A head that training alone has; `needs_labels`: and that cannot be traced."""
+
+    def __init__(self, needs_labels: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.norm, self.extra, self.fc = nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 1)
+        self.needs_labels = needs_labels
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = F.relu(self.norm(self.b(F.relu(self.a(x)))))
+        out = self.fc(F.relu(self.c(y)))
+        if not self.training:
+            return out
+        if self.needs_labels and labels is None:
+            raise ValueError("training needs labels")
+        return out, self.extra(F.dropout(y, training=self.training))
+
+
+@pytest.mark.parametrize("needs_labels", [False, True])
+def test_filters_that_training_alone_reads_are_kept(needs_labels: bool) -> None:
+    model = _Auxiliary(needs_labels).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    record = record_of(prepare(model, torch.rand(2, 3, 4, 4)))
+    groups = {group.producer: group for group in record.groups}
+    assert not groups["b"].prunable
+    if needs_labels:
+        assert "extra may read its channels in training, which cannot be traced" in groups["a"].reason
+        assert "training needs labels" in groups["a"].reason
+    else:
+        assert groups["b"].reason == "in training its channels reach dropout (dropout)"
+        assert groups["a"].prunable
+        assert groups["c"].prunable
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_training_that_cannot_be_traced_keeps_no_filters_of_a_network_without_layers_of_its_own() -> None:
+    class Checked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and x.sum() == 0:
+                raise ValueError("empty images")
+            return super().forward(x)
+
+    model = Checked(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    assert [group.prunable for group in record_of(prepare(model, torch.rand(2, 3, 4, 4))).groups] == [True, True, False]

@@ -137,8 +137,8 @@ def test_a_missing_field_is_named() -> None:
 
 
 def test_newer_plans_and_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="version 2 is newer than 1"):
-        Plan.from_json(json.dumps({"version": 2, "layers": []}))
+    with pytest.raises(PlanError, match="version 3 is newer than 2"):
+        Plan.from_json(json.dumps({"version": 3, "layers": []}))
     with pytest.raises(PlanError, match=r"absent\.json cannot be read"):
         Plan.load(tmp_path / "absent.json")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")

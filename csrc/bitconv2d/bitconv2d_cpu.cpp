@@ -126,7 +126,7 @@ const int8_t* tile_weights(const BlockWriter& writer, const StepSpec& step, int 
     for (int group = 0; group < groups; ++group) {
         std::fill(flat.begin(), flat.end(), int8_t{0});
         const auto value = [&](int filter, int tap, int c) {
-            return stored_weight(writer.code(filter, tap, c), step.w_bits);
+            return stored_weight(step, writer.code(filter, tap, c));
         };
         writer.write(16 * group, 16, 0, flat.data(), value);
         for (int k = 0; k < steps; ++k)
@@ -156,12 +156,11 @@ std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int fi
 AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source,
                                  int filters, const std::vector<int64_t>& weight_sums, Store& store) {
     AccumulatorPlan plan;
-    // 8 bits: 2q - 255 = 2 (q - 128) + 1, so sum (2q - 255) x = 2 dot + sum x.
-    plan.needs_sum = step.w_bits == 8;
+    plan.needs_sum = needs_sum(step);
     plan.shift = plan.needs_sum ? 1 : 0;
     int64_t offset = -source.zero;
     if (source.is_signed) {
-        // sum (2q - n)(2x - m) = 2 sum (2q - n) x - m sum (2q - n)
+        // sum w (2x - m) = 2 sum w x - m sum w
         plan.shift += 1;
         plan.sum_shift = 1;
         offset = -((1 << source.bits) - 1);
@@ -177,8 +176,8 @@ AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& ste
     return plan;
 }
 
-bool needs_wide_dot(const KernelTable& kernels, int w_bits, int a_bits) {
-    const int weight = w_bits == 8 ? 128 : (1 << w_bits) - 1;
+bool needs_wide_dot(const KernelTable& kernels, const StepSpec& step, int a_bits) {
+    const int weight = std::max(-stored_weight(step, 0), stored_weight(step, (1 << step.w_bits) - 1));
     return kernels.dot_bits != 0 && 2 * weight * ((1 << a_bits) - 1) > kernels.dot_bits;
 }
 
@@ -194,7 +193,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
     plan.input = step.input;
     plan.map = load_map(store, layout, height, width, step.stride, kernels.lanes);
-    plan.wide = needs_wide_dot(kernels, step.w_bits, source.bits);
+    plan.wide = needs_wide_dot(kernels, step, source.bits);
 
     const int per_group = filters / step.groups;
     const int vectors = vector_count(static_cast<int64_t>(height) * width, kernels.lanes);
@@ -217,9 +216,9 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
         const size_t bytes = static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
         int8_t* weights = store.make<int8_t>(bytes);
         writer.write(block.first, block.width, first, weights,
-                     [&](int o, int tap, int c) { return stored_weight(writer.code(o, tap, c), step.w_bits); });
+                     [&](int o, int tap, int c) { return stored_weight(step, writer.code(o, tap, c)); });
         blocks[b] = {block.first, block.width, static_cast<int32_t>(first * layout.group_pitch()), weights, nullptr};
-        if (step.w_bits == 8 && step.groups > 1) {
+        if (needs_sum(step) && step.groups > 1) {
             int8_t* ones = store.make<int8_t>(bytes);
             writer.write(block.first, block.width, first, ones, [](int, int, int) { return 1; });
             blocks[b].ones = ones;
@@ -227,7 +226,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     }
     plan.blocks = blocks;
     plan.block_count = static_cast<int>(cut.size());
-    if (step.w_bits == 8 && step.groups == 1) {
+    if (needs_sum(step) && step.groups == 1) {
         int8_t* ones = store.make<int8_t>(static_cast<size_t>(plan.k_steps) * 4);
         writer.write(0, 1, 0, ones, [](int, int, int) { return 1; });
         plan.shared_ones = ones;
@@ -239,7 +238,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
 
     std::vector<int64_t> sums(static_cast<size_t>(filters), 0);
     for (size_t i = 0; i < codes.size(); ++i)
-        sums[i / (static_cast<size_t>(taps) * channels)] += 2 * codes[i] - ((1 << step.w_bits) - 1);
+        sums[i / (static_cast<size_t>(taps) * channels)] += weight_units(step, codes[i]);
     plan.acc = plan_accumulator(program, step, source, filters, sums, store);
 }
 

@@ -13,16 +13,26 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
                Store& store, ConvPlan& plan);
 
 // The stored weight of a code: 2q - n where it fits a signed byte, q - 128 for 8 bits (see AccumulatorPlan).
-inline int stored_weight(int code, int bits) { return bits < 8 ? 2 * code - ((1 << bits) - 1) : code - 128; }
+inline int stored_weight(const StepSpec& step, int code) {
+    return step.w_odd && step.w_bits < 8 ? 2 * code - ((1 << step.w_bits) - 1) : code - (1 << (step.w_bits - 1));
+}
+
+// What a code counts as in the accumulator.
+inline int weight_units(const StepSpec& step, int code) {
+    return step.w_odd ? 2 * code - ((1 << step.w_bits) - 1) : code - (1 << (step.w_bits - 1));
+}
+
+// 2 q - 255 is no byte, so on the odd grid of 8 bits sum (2 q - 255) x = 2 sum (q - 128) x + sum x.
+inline bool needs_sum(const StepSpec& step) { return step.w_odd && step.w_bits == 8; }
 
 // Weight codes uint8 [filters][taps][channels] of planes int32 [bits][filters][taps][words].
 std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int filters, int taps, int channels);
 
-// How the dot product becomes the accumulator of the format; `weight_sums` is sum_k (2q - n) per filter.
+// How the dot product becomes the accumulator of the format; `weight_sums` is sum_k weight_units per filter.
 AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source,
                                  int filters, const std::vector<int64_t>& weight_sums, Store& store);
 
 // Whether a pair of products may exceed what the instruction set's dot takes.
-bool needs_wide_dot(const KernelTable& kernels, int w_bits, int a_bits);
+bool needs_wide_dot(const KernelTable& kernels, const StepSpec& step, int a_bits);
 
 }  // namespace lbs

@@ -17,7 +17,7 @@ void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLay
     plan.in_offset = layout.offset(0, 0);
     plan.in_pitch = layout.group_pitch();
     plan.k_steps = layout.groups;
-    plan.wide = needs_wide_dot(kernels, step.w_bits, source.bits);
+    plan.wide = needs_wide_dot(kernels, step, source.bits);
     const size_t lanes = static_cast<size_t>(kernels.lanes), steps = static_cast<size_t>(plan.k_steps);
     const size_t blocks = (static_cast<size_t>(outputs) + lanes - 1) / lanes;
     int8_t* weights = store.make<int8_t>(blocks * steps * lanes * 4);
@@ -26,8 +26,8 @@ void plan_linear(const ProgramSpec& program, const StepSpec& step, const CodeLay
         for (size_t c = 0; c < static_cast<size_t>(channels); ++c) {
             const int code = codes[o * static_cast<size_t>(channels) + c];
             weights[((o / lanes * steps + c / 4) * lanes + o % lanes) * 4 + c % 4] =
-                static_cast<int8_t>(stored_weight(code, step.w_bits));
-            sums[o] += 2 * code - ((1 << step.w_bits) - 1);
+                static_cast<int8_t>(stored_weight(step, code));
+            sums[o] += weight_units(step, code);
         }
     plan.weights = weights;
     int8_t* ones = store.make<int8_t>(steps * 4);

@@ -52,6 +52,8 @@ constexpr char kImageDtype[] = "image-dtype";
 constexpr char kFlat[] = "flat";
 // version 1 has neither images of bytes nor a multiplier of quantpack
 constexpr char kVersion1[] = "version-1";
+// versions 1 and 2 have the odd grid of weights only, and neither activations nor gates
+constexpr char kVersion2[] = "version-2";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
 // an array has 1 to 4 sizes of 1 to MAX_SIZE
@@ -102,6 +104,10 @@ constexpr char kOutputPixels[] = "output-pixels";
 constexpr char kMeanWindow[] = "mean-window";
 // a maximum of codes has one consumer, of its own kind and without a norm, and nothing else to emit
 constexpr char kCodePool[] = "code-pool";
+// the value of elu and leaky_relu is exact in float32, other activations have 0
+constexpr char kActivationValue[] = "activation-value";
+// prelu has a slope, other activations have none
+constexpr char kActivationSlope[] = "activation-slope";
 // low and high are exact in float32
 constexpr char kBound[] = "bound";
 // low is at most high

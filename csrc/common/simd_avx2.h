@@ -85,6 +85,8 @@ struct Simd {
     static F fadd(F a, F b) { return _mm256_add_ps(a, b); }
     static F fsub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F fmul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F fdiv(F a, F b) { return _mm256_div_ps(a, b); }
+    static F fbits(I a) { return _mm256_castsi256_ps(a); }
     static F fmax(F a, F b) { return _mm256_max_ps(a, b); }
     static F fmin(F a, F b) { return _mm256_min_ps(a, b); }
     static F fround(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

@@ -69,6 +69,8 @@ struct Simd {
     static F fadd(F a, F b) { return _mm512_add_ps(a, b); }
     static F fsub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F fdiv(F a, F b) { return _mm512_div_ps(a, b); }
+    static F fbits(I a) { return _mm512_castsi512_ps(a); }
     static F fmax(F a, F b) { return _mm512_max_ps(a, b); }
     static F fmin(F a, F b) { return _mm512_min_ps(a, b); }
     static F fround(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

@@ -163,6 +163,15 @@ struct Simd {
         for (int i = 0; i < L; ++i) a.v[i] *= b.v[i];
         return a;
     }
+    static F fdiv(F a, F b) {
+        for (int i = 0; i < L; ++i) a.v[i] /= b.v[i];
+        return a;
+    }
+    static F fbits(I a) {  // the floats of these bit patterns
+        F r;
+        std::memcpy(r.v, a.v, sizeof r.v);
+        return r;
+    }
     // max and min return b where either operand is not a number, and where both are zero: the rule of maxps and minps.
     static F fmax(F a, F b) {
         for (int i = 0; i < L; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];

@@ -1,11 +1,11 @@
 // Element-wise quantizer of training, one pass over memory each way, for a fixed or a searched width.
 //
-//   unsigned   q = clamp(rint(x * scale), 0, n),             y = q * step,            range [0, v]
+//   unsigned   q = clamp(rint(x * scale), -zero, n - zero),  y = q * step,            range [-low v, high v]
 //   signed     q = clamp(rint(x * scale + n / 2), 0, n),     y = (2 q - n) * step,    range [-v, v]
 //
 //   forward    y at the last of the widths;  by_width[j] = sum |clip(x) - y_j| for each width j before it
 //   backward   gx = gy inside the range, else 0;  by_width[j] = sum gy * (y - y_j)
-//              grad v = sum gy * ((y - x) / v inside,   1 above,   0 (signed: -1) below)
+//              grad v = sum gy * ((y - x) / v inside,   high above,   -low below);   signed: low = high = 1
 //
 // The widths before the last are those that gates compare with; a fixed width has none. Values are float32 or bfloat16,
 // arithmetic is float32. Not a number goes through the forward pass.
@@ -23,8 +23,8 @@ constexpr int kMaxCoarse = 3;  // the longest chain of widths up to 8 is 1, 2, 4
 
 struct QuantWidths {
     int coarse;  // widths before the last
-    float scale[kMaxCoarse + 1], step[kMaxCoarse + 1], n[kMaxCoarse + 1];
-    float v;
+    float scale[kMaxCoarse + 1], step[kMaxCoarse + 1], n[kMaxCoarse + 1], zero[kMaxCoarse + 1];
+    float v, low, high;  // the range is [-low v, high v]
     bool is_signed;
 };
 

@@ -37,17 +37,17 @@ struct Tail {
 
 template <bool kSigned>
 struct WidthLanes {
-    Simd::F scale, step, n, half;
+    Simd::F scale, step, n, half, lowest, highest;
     explicit WidthLanes(const lbs::QuantWidths& w, int j)
         : scale(Simd::fset(w.scale[j])), step(Simd::fset(w.step[j])), n(Simd::fset(w.n[j])),
-          half(Simd::fset(w.n[j] / 2)) {}
+          half(Simd::fset(w.n[j] / 2)), lowest(Simd::fset(-w.zero[j])), highest(Simd::fset(w.n[j] - w.zero[j])) {}
 
     // Bounds first: the kernels' max and min return their second operand for not-a-number, which lets it through;
     // rounding after clamping is the same, the bounds being integers.
     Simd::F value(Simd::F x) const {
         Simd::F t = Simd::fmul(x, scale);
         if constexpr (kSigned) t = Simd::fadd(t, half);
-        const Simd::F q = Simd::fround(Simd::fmin(n, Simd::fmax(Simd::fset(0.0f), t)));
+        const Simd::F q = Simd::fround(Simd::fmin(highest, Simd::fmax(lowest, t)));
         if constexpr (kSigned) return Simd::fmul(Simd::fsub(Simd::fadd(q, q), n), step);
         else return Simd::fmul(q, step);
     }
@@ -73,7 +73,7 @@ lbs::QuantSums fq_forward(const lbs::FakeQuantForward& t, int64_t begin, int64_t
     using Lanes = WidthLanes<kSigned>;
     const lbs::QuantWidths& w = t.widths;
     const Lanes open(w, kCoarse), coarse[3] = {Lanes(w, 0), Lanes(w, kCoarse > 1 ? 1 : 0), Lanes(w, kCoarse > 2 ? 2 : 0)};
-    const Simd::F zero = Simd::fset(0.0f), high = Simd::fset(w.v), low = Simd::fset(kSigned ? -w.v : 0.0f);
+    const Simd::F zero = Simd::fset(0.0f), high = Simd::fset(w.high * w.v), low = Simd::fset(-w.low * w.v);
     lbs::QuantSums total;
     Simd::F sum[3] = {zero, zero, zero};
     const auto one = [&](Simd::F x) {
@@ -109,8 +109,8 @@ lbs::QuantSums fq_backward(const lbs::FakeQuantBackward& t, int64_t begin, int64
     using Lanes = WidthLanes<kSigned>;
     const lbs::QuantWidths& w = t.widths;
     const Lanes open(w, kCoarse), coarse[3] = {Lanes(w, 0), Lanes(w, kCoarse > 1 ? 1 : 0), Lanes(w, kCoarse > 2 ? 2 : 0)};
-    const Simd::F zero = Simd::fset(0.0f), high = Simd::fset(w.v), low = Simd::fset(kSigned ? -w.v : 0.0f);
-    const Simd::F per_v = Simd::fset(1.0f / w.v);
+    const Simd::F zero = Simd::fset(0.0f), high = Simd::fset(w.high * w.v), low = Simd::fset(-w.low * w.v);
+    const Simd::F per_v = Simd::fset(1.0f / w.v), share_low = Simd::fset(w.low), share_high = Simd::fset(w.high);
     lbs::QuantSums total;
     Simd::F sum_v = zero, sum[3] = {zero, zero, zero};
     const auto one = [&](Simd::F x, Simd::F gy) {
@@ -119,8 +119,8 @@ lbs::QuantSums fq_backward(const lbs::FakeQuantBackward& t, int64_t begin, int64
             sum[j] = Simd::fadd(sum[j], Simd::fmul(gy, Simd::fsub(y, coarse[j].value(x))));
         const Simd::F gx = Simd::fkeep_inside(x, low, high, gy);
         const Simd::F slope = Simd::fmul(Simd::fkeep_inside(x, low, high, Simd::fsub(y, x)), per_v);
-        Simd::F edge = Simd::fkeep_above(x, high, gy);
-        if constexpr (kSigned) edge = Simd::fsub(edge, Simd::fkeep_above(low, x, gy));
+        const Simd::F edge = Simd::fsub(Simd::fmul(Simd::fkeep_above(x, high, gy), share_high),
+                                        Simd::fmul(Simd::fkeep_above(low, x, gy), share_low));
         sum_v = Simd::fadd(sum_v, Simd::fadd(Simd::fmul(gx, slope), edge));
         return gx;
     };

@@ -26,6 +26,7 @@ struct Task {
     int64_t batch = 0, height = 0, width = 0, channels = 0, filters = 0;
     int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
     int w_bits = 0, a_bits = 0;
+    bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
     bool is_signed = false;
     StreamType stream_type = StreamType::kFloat32;
     bool has_low = false, has_high = false;
@@ -113,8 +114,9 @@ inline Params make_params(const Task& t, const TileRow& row) {
     p.chunks = (p.k_words + kChunkWords - 1) / kChunkWords;
     p.steps = (p.k_words + kStepWords - 1) / kStepWords;
     plan_passes(t.w_bits / 2, t.a_bits / 2, p);
-    p.dot_scale = t.is_signed ? 4 : 2;
-    p.sum_scale = -((1 << t.w_bits) - 1) * (t.is_signed ? 2 : 1);
+    const int x_scale = t.is_signed ? 2 : 1;
+    p.dot_scale = (t.w_odd ? 2 : 1) * x_scale;
+    p.sum_scale = -(t.w_odd ? (1 << t.w_bits) - 1 : 1 << (t.w_bits - 1)) * x_scale;
     return p;
 }
 

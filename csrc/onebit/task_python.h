@@ -5,7 +5,7 @@
 //     multiplier, bias                 addresses of float32 [slots]
 //     thresholds, flips                addresses of int32 [blocks, levels, filters of a block] and bits, or 0
 //     residual, stream, stream_type    addresses of [M, O] or 0; "float32", "float16" or "bfloat16"
-//     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, a_bits, signed
+//     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, w_odd, a_bits, signed
 //     low, high                        floats or None
 //     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, pitch (words
 //                                      or bytes from pixel to pixel), zero, signed, relu
@@ -84,6 +84,7 @@ inline Task read_task(const pybind11::dict& task) {
     std::tie(t.pad_h, t.pad_w) = field<Pair>(task, "padding");
     std::tie(t.dilation_h, t.dilation_w) = field<Pair>(task, "dilation");
     t.w_bits = field<int>(task, "w_bits");
+    t.w_odd = field<bool>(task, "w_odd");
     t.a_bits = field<int>(task, "a_bits");
     t.is_signed = field<bool>(task, "signed");
     t.has_low = bound(task, "low", t.low);

@@ -64,13 +64,25 @@ void check_tensor(const TensorSpec& spec, const std::string& place) {
         refuse(rule::kFlat, place + " is flat; only a stream of 1 x 1 pixels can be");
 }
 
-void check_version(const ProgramSpec& program) {
-    if (program.version > 1) return;
+void check_version_1(const ProgramSpec& program) {
     for (const TensorSpec& tensor : program.tensors)
         if (tensor.is_bytes) refuse(rule::kVersion1, "image '" + tensor.name + "' is uint8 in a program of version 1");
     for (const StepSpec& step : program.steps)
         if (step.kind == StepKind::kQuantPack && (step.multiplier || step.bias))
             refuse(rule::kVersion1, "step '" + step.name + "' has a multiplier or bias in a program of version 1");
+}
+
+void check_version(const ProgramSpec& program) {
+    if (program.version < 2) check_version_1(program);
+    if (program.version >= 3) return;
+    for (const StepSpec& step : program.steps) {
+        if (!step.w_odd)
+            refuse(rule::kVersion2, "step '" + step.name + "' has weights on a grid with a zero in a program of version " +
+                                        std::to_string(program.version));
+        if (step.emit.activation || step.emit.gate != kNoTensor)
+            refuse(rule::kVersion2, "step '" + step.name + "' has an activation or a gate in a program of version " +
+                                        std::to_string(program.version));
+    }
 }
 
 void check_array(const ArraySpec& spec, const std::string& key, int64_t blob_bytes) {

@@ -1,6 +1,7 @@
-// From a float value to everything made of it: residual, clamp, stream, codes (steps 3 to 6 of the epilogue).
+// From a float value to everything made of it: activation, gate, residual, clamp, stream, codes (steps 3 to 6 of the epilogue).
 #pragma once
 
+#include "program/activation_kernel.h"
 #include "program/plan.h"
 
 // The vectors of a quad stay in registers only where everything on their way is inlined.
@@ -73,6 +74,11 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
                       Quad y) {
     const int live = kWhole || e.channels - channel >= 4 ? 4 : e.channels - channel;
     const int64_t first = channel * e.pixels + static_cast<int64_t>(vector) * Simd::L;
+    if (e.before.kind != lbs::ActivationKind::kNone) activate4(e.before, channel, y.v);
+    if (e.gate >= 0) {
+        const float* gate = reinterpret_cast<const float*>(run.tensors[e.gate]) + channel;
+        y = each(y, [&](Simd::F x, int j) { return Simd::fmul(x, Simd::fset(j < live ? gate[j] : 0.0f)); });
+    }
     if (e.residual >= 0) {
         const float* residual = reinterpret_cast<const float*>(run.tensors[e.residual]) + first;
         y = each(y, [&](Simd::F x, int j) {
@@ -80,6 +86,7 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
             else return Simd::fadd(x, Simd::fload_mask(residual + j * e.pixels, j < live ? valid : 0));
         });
     }
+    if (e.behind.kind != lbs::ActivationKind::kNone) activate4(e.behind, channel, y.v);
     // The bound second: not a number becomes the bound.
     if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
     if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
@@ -103,7 +110,7 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
 // Whether channels up to `last` may be computed without looking which of them exist: codes of channels past the end lie
 // in the padding of their group, where nothing reads them as more than zero times something.
 inline bool channels_are_free(const lbs::EmitPlan& e, int last) {
-    return last <= e.channels || (e.residual < 0 && e.stream < 0);
+    return last <= e.channels || (e.gate < 0 && e.residual < 0 && e.stream < 0);
 }
 
 // Chooses between the two; most vectors are whole.

@@ -29,7 +29,8 @@ struct FastEmit {
         : acc(&a),
           plan(&e),
           run(&context),
-          usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high),
+          usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high && e.gate < 0 &&
+                 e.before.kind == lbs::ActivationKind::kNone && e.behind.kind == lbs::ActivationKind::kNone),
           plain(!a.shift && !a.needs_sum && !a.constant),
           positive(e.has_low && e.low >= 0.0f),
           pixels(e.pixels),

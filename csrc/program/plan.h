@@ -51,13 +51,35 @@ struct ConsumerPlan {
     int32_t group_pitch = 0;  // bytes from one group of four channels to the next
 };
 
+enum class ActivationKind : int {
+    kNone,
+    kElu,
+    kGelu,
+    kGeluTanh,
+    kHardsigmoid,
+    kHardswish,
+    kLeakyRelu,
+    kMish,
+    kPrelu,
+    kSigmoid,
+    kSilu,
+    kTanh
+};
+
+struct ActivationPlan {
+    ActivationKind kind = ActivationKind::kNone;
+    float value = 0.0f;            // alpha of elu, slope of leaky_relu
+    const float* slope = nullptr;  // of prelu, per channel
+};
+
 struct EmitPlan {
     int channels = 0;
     int64_t pixels = 0;      // of the output map
     int vectors = 0;         // ceil(pixels / L)
     uint32_t tail_mask = 0;  // valid lanes of the last vector
-    int residual = -1, stream = -1;
+    int gate = -1, residual = -1, stream = -1;
     StreamType stream_type = StreamType::kFloat32;
+    ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;
     int consumer_count = 0;

@@ -28,7 +28,8 @@ bool is_matrix(const StepSpec& step, const TensorSpec& source) {
 
 std::vector<int> tensors_read(const StepSpec& step) {
     std::vector<int> reads{step.input};
-    if (step.emit.residual >= 0) reads.push_back(step.emit.residual);
+    for (int tensor : {step.emit.gate, step.emit.residual})
+        if (tensor >= 0) reads.push_back(tensor);
     return reads;
 }
 
@@ -76,7 +77,15 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     plan.pixels = target.pixels();
     plan.vectors = vector_count(plan.pixels, kernels.lanes);
     plan.tail_mask = tail_mask(plan.pixels, kernels.lanes);
+    plan.gate = step.emit.gate;
     plan.residual = step.emit.residual;
+    if (step.emit.activation) {
+        const ActivationSpec& activation = *step.emit.activation;
+        ActivationPlan& made = activation.first ? plan.before : plan.behind;
+        made.kind = activation.kind;
+        made.value = static_cast<float>(activation.value);
+        if (activation.slope) made.slope = store.padded(spec.floats(*activation.slope), target.channels);
+    }
     plan.stream = step.emit.stream;
     plan.stream_type = spec.stream_type;
     plan.has_low = step.emit.low.has_value();
@@ -196,6 +205,7 @@ void ProgramPlan::assign_slots() {
             if (external[static_cast<size_t>(tensor)]) continue;
             // Each element of the residual is read just before the stream's is written, so they may share.
             const bool in_place = tensor == emit.stream && emit.residual >= 0 && emit.residual != spec.steps[i].input &&
+                                  emit.residual != emit.gate &&
                                   last_use[static_cast<size_t>(emit.residual)] == static_cast<int>(i) &&
                                   slot_of[static_cast<size_t>(emit.residual)] >= 0;
             if (in_place) {

@@ -81,8 +81,33 @@ ConsumerSpec read_consumer(const Json& value) {
     return consumer;
 }
 
+ActivationSpec read_activation(const Json& value) {
+    static const std::map<std::string, ActivationKind> kinds{
+        {"elu", ActivationKind::kElu},
+        {"gelu", ActivationKind::kGelu},
+        {"gelu_tanh", ActivationKind::kGeluTanh},
+        {"hardsigmoid", ActivationKind::kHardsigmoid},
+        {"hardswish", ActivationKind::kHardswish},
+        {"leaky_relu", ActivationKind::kLeakyRelu},
+        {"mish", ActivationKind::kMish},
+        {"prelu", ActivationKind::kPrelu},
+        {"sigmoid", ActivationKind::kSigmoid},
+        {"silu", ActivationKind::kSilu},
+        {"tanh", ActivationKind::kTanh},
+    };
+    ActivationSpec activation;
+    activation.kind = kinds.at(text(value, "kind"));
+    activation.value = at(value, "value").number()->value;
+    activation.slope = optional_text(at(value, "slope"));
+    activation.first = truth(value, "first");
+    return activation;
+}
+
 EmitSpec read_emit(const Json& value) {
     EmitSpec emit;
+    const Json& activation = at(value, "activation");
+    if (!activation.is_null()) emit.activation = read_activation(activation);
+    emit.gate = optional_tensor(at(value, "gate"));
     emit.residual = optional_tensor(at(value, "residual"));
     emit.low = optional_number(at(value, "low"));
     emit.high = optional_number(at(value, "high"));
@@ -106,6 +131,7 @@ StepSpec read_step(const Json& value) {
     }
     if (step.kind == StepKind::kConv || step.kind == StepKind::kLinear) {
         step.w_bits = whole(value, "w_bits");
+        step.w_odd = text(value, "w_grid") == "odd";
         step.total_filters = whole(value, "total_filters");
         step.planes = text(value, "planes");
     }

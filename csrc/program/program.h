@@ -34,8 +34,16 @@ struct ConsumerSpec {
 
 constexpr int kNoTensor = -1;
 
+struct ActivationSpec {
+    ActivationKind kind = ActivationKind::kNone;
+    double value = 0.0;  // exact in float32 where the kind has one
+    std::optional<std::string> slope;
+    bool first = false;
+};
+
 struct EmitSpec {
-    int residual = kNoTensor, stream = kNoTensor;
+    int gate = kNoTensor, residual = kNoTensor, stream = kNoTensor;
+    std::optional<ActivationSpec> activation;
     std::optional<double> low, high;
     std::vector<ConsumerSpec> consumers;
 };
@@ -52,6 +60,7 @@ struct StepSpec {
     int input = 0;
     EmitSpec emit;
     int w_bits = 0, groups = 1, total_filters = 0;
+    bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
     Pair kernel, stride, padding{0, 0}, dilation;
     std::string planes;
     std::optional<std::string> multiplier, bias;

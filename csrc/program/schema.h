@@ -63,14 +63,25 @@ constexpr Field kConsumerFields[] = {
 };
 constexpr Record kConsumer = {"Consumer", kConsumerFields, 8};
 
+constexpr const char* kActivation_kind[] = {"elu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "leaky_relu", "mish", "prelu", "sigmoid", "silu", "tanh", nullptr};
+constexpr Field kActivationFields[] = {
+    {"kind", Kind::kChoice, Count::kOne, false, nullptr, kActivation_kind, nullptr},
+    {"value", Kind::kNumber, Count::kOne, false, "0.0", nullptr, nullptr},
+    {"slope", Kind::kText, Count::kOne, true, "null", nullptr, nullptr},
+    {"first", Kind::kBool, Count::kOne, false, "false", nullptr, nullptr},
+};
+constexpr Record kActivation = {"Activation", kActivationFields, 4};
+
 constexpr Field kEmitFields[] = {
     {"residual", Kind::kInt, Count::kOne, true, "null", nullptr, nullptr},
     {"low", Kind::kNumber, Count::kOne, true, "null", nullptr, nullptr},
     {"high", Kind::kNumber, Count::kOne, true, "null", nullptr, nullptr},
     {"stream", Kind::kInt, Count::kOne, true, "null", nullptr, nullptr},
     {"consumers", Kind::kRecord, Count::kList, false, "[]", nullptr, &kConsumer},
+    {"activation", Kind::kRecord, Count::kOne, true, "null", nullptr, &kActivation},
+    {"gate", Kind::kInt, Count::kOne, true, "null", nullptr, nullptr},
 };
-constexpr Record kEmit = {"Emit", kEmitFields, 5};
+constexpr Record kEmit = {"Emit", kEmitFields, 7};
 
 constexpr Field kQuantPackStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
@@ -81,6 +92,7 @@ constexpr Field kQuantPackStepFields[] = {
 };
 constexpr Record kQuantPackStep = {"QuantPackStep", kQuantPackStepFields, 5};
 
+constexpr const char* kConvStep_w_grid[] = {"odd", "zero", nullptr};
 constexpr Field kConvStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"input", Kind::kInt, Count::kOne, false, nullptr, nullptr, nullptr},
@@ -95,9 +107,11 @@ constexpr Field kConvStepFields[] = {
     {"planes", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"multiplier", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"bias", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"w_grid", Kind::kChoice, Count::kOne, false, "\"odd\"", kConvStep_w_grid, nullptr},
 };
-constexpr Record kConvStep = {"ConvStep", kConvStepFields, 13};
+constexpr Record kConvStep = {"ConvStep", kConvStepFields, 14};
 
+constexpr const char* kLinearStep_w_grid[] = {"odd", "zero", nullptr};
 constexpr Field kLinearStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"input", Kind::kInt, Count::kOne, false, nullptr, nullptr, nullptr},
@@ -107,8 +121,9 @@ constexpr Field kLinearStepFields[] = {
     {"planes", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"multiplier", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"bias", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"w_grid", Kind::kChoice, Count::kOne, false, "\"odd\"", kLinearStep_w_grid, nullptr},
 };
-constexpr Record kLinearStep = {"LinearStep", kLinearStepFields, 8};
+constexpr Record kLinearStep = {"LinearStep", kLinearStepFields, 9};
 
 constexpr const char* kPoolStep_kind[] = {"max", "mean", nullptr};
 constexpr Field kPoolStepFields[] = {

@@ -168,11 +168,9 @@ private:
     }
 
     void check_emit(const EmitSpec& emit, const Shape& shape, bool scaled) {
-        if (emit.residual != kNoTensor) {
-            const TensorSpec& residual = read(emit.residual);
-            expect_form(residual, {Form::kStream});
-            expect_shape(residual, shape);
-        }
+        if (emit.activation) check_activation(*emit.activation, shape);
+        check_operand(emit.gate, {1, 1, shape.channels});
+        check_operand(emit.residual, shape);
         for (const std::optional<double>& bound : {emit.low, emit.high})
             if (bound && !is_float32(*bound)) refuse_here(rule::kBound, "low and high are exact float32 values");
         if (emit.low && emit.high && *emit.low > *emit.high) refuse_here(rule::kClamp, "low is at most high");
@@ -184,6 +182,23 @@ private:
             expect_shape(target, shape);
         }
         for (const ConsumerSpec& consumer : emit.consumers) check_consumer(consumer, shape, scaled);
+    }
+
+    void check_activation(const ActivationSpec& activation, const Shape& shape) const {
+        const bool valued = activation.kind == ActivationKind::kElu || activation.kind == ActivationKind::kLeakyRelu;
+        if (!(valued ? is_float32(activation.value) : activation.value == 0))
+            refuse_here(rule::kActivationValue,
+                        "elu and leaky_relu have a value that is exact in float32, other activations 0");
+        if (activation.slope.has_value() != (activation.kind == ActivationKind::kPrelu))
+            refuse_here(rule::kActivationSlope, "prelu has a slope, other activations have none");
+        if (activation.slope) check_array(*activation.slope, "float32", {shape.channels});
+    }
+
+    void check_operand(int index, const Shape& shape) const {
+        if (index == kNoTensor) return;
+        const TensorSpec& tensor = read(index);
+        expect_form(tensor, {Form::kStream});
+        expect_shape(tensor, shape);
     }
 
     void check_consumer(const ConsumerSpec& consumer, const Shape& shape, bool scaled) {
@@ -242,7 +257,8 @@ private:
 
     // Codes pass a maximum unchanged: exactly one consumer of the same kind, and nothing else.
     void check_code_pool(const EmitSpec& emit, const TensorSpec& source) const {
-        const bool plain = emit.residual == kNoTensor && !emit.low && !emit.high && emit.stream == kNoTensor;
+        const bool plain = !emit.activation && emit.gate == kNoTensor && emit.residual == kNoTensor && !emit.low &&
+                           !emit.high && emit.stream == kNoTensor;
         if (!plain || emit.consumers.size() != 1 || emit.consumers[0].pre_scale || emit.consumers[0].relu ||
             !same_codes(emit.consumers[0], source))
             refuse_here(rule::kCodePool, "a maximum of codes has one plain consumer of the kind of its input");

@@ -35,7 +35,9 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     The same three roundings as torchvision's ToTensor and Normalize, so weights trained with those see equal inputs.
     """
     pixels = images.to(torch.float32).div_(255)
-    pixels.sub_(torch.as_tensor(mean, device=images.device)).div_(torch.as_tensor(std, device=images.device))
+    pixels.sub_(torch.as_tensor(mean, dtype=pixels.dtype, device=images.device)).div_(
+        torch.as_tensor(std, dtype=pixels.dtype, device=images.device)
+    )
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -113,7 +115,9 @@ class TensorLoader(Position):
         self.labels = labels.to(self.images.device)
         self.classes = int(labels.max()) + 1
         self.rank, self.world_size = rank, world_size
-        self.mean, self.std = (torch.tensor(tuple(x), device=self.images.device) for x in (mean, std))
+        self.mean, self.std = (
+            torch.tensor(tuple(x), dtype=torch.float32, device=self.images.device) for x in (mean, std)
+        )
         self._fingerprint = ""
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.drop_last, self.padding = seed, drop_last, padding
@@ -137,7 +141,7 @@ class TensorLoader(Position):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         offsets = torch.randint(0, 2 * self.padding + 1, (count, 2), generator=generator)
-        flips = torch.rand(count, generator=generator) < 0.5
+        flips = torch.rand(count, generator=generator, dtype=torch.float32) < 0.5
         return order.to(device), offsets.to(device), flips.to(device)
 
     def identity(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class FolderLoader(Position):
         self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
         self.seed, self.drop_last, self.rank, self.world_size = seed, drop_last, rank, world_size
         self.device = torch.device(device or "cpu")
-        self.mean, self.std = (torch.tensor(x, device=self.device) for x in (data.mean, data.std))
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=self.device) for x in (data.mean, data.std))
         self.workers = workers or max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.classes = max(listing.labels) + 1
         self.unreadable: dict[str, str] = {}
@@ -204,7 +204,7 @@ class FolderLoader(Position):
         """Order [N], and by image five numbers in 0..1 [N, 5]."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(self.count(), generator=generator) if self.shuffle else torch.arange(self.count())
-        return order, torch.rand(self.count(), 5, generator=generator)
+        return order, torch.rand(self.count(), 5, generator=generator, dtype=torch.float32)
 
     def _decode(self, row: int, draw: Tensor) -> np.ndarray | str:
         """Pixels uint8 [size, size, 3], or why there are none."""

@@ -64,7 +64,7 @@ def create(name: str, num_classes: int | None = None) -> nn.Module:
 
 def example(name: str, batch: int = 1) -> Tensor:
     """Zeros float32 [batch, C, H, W] of the shape the network expects, for tracing."""
-    return torch.zeros(batch, *entry(name).input_shape)
+    return torch.zeros(batch, *entry(name).input_shape, dtype=torch.float32)
 
 
 __all__ = [

@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 
 from lbs.packing.fold import affine, multiplier_and_bias, rounded, through_norms
 from lbs.packing.patterns import Op
+from lbs.quant.activations import Function
 from lbs.quant.layers import QuantLayer
 from lbs_kernels.program.planes import check_accumulator, pack_weights
 from lbs_kernels.program.steps import (
+    Activation,
     Consumer,
     ConvStep,
     Emit,
@@ -73,6 +75,9 @@ class Draft:
     pool: Op | None = None
     pixels: tuple[Tensor, Tensor] | None = None
     norms: list[Norm] = field(default_factory=list)
+    function: Function | None = None
+    function_first: bool = False  # in front of gate and residual
+    gate: Slot | None = None
     residual: Slot | None = None
     low: float | None = None
     high: float | None = None
@@ -82,7 +87,28 @@ class Draft:
 
     def takes_norm(self) -> bool:
         """Whether a norm of the value can become part of the step: nothing but norms is absorbed, and it is no pool."""
-        return self.pool is None and self.residual is None and not self.clamped
+        return self.pool is None and self.takes_gate() and self.function is None
+
+    def takes_function(self) -> bool:
+        """Whether an activation of the value can become part of the step."""
+        return self.function is None and not self.clamped
+
+    def takes_gate(self) -> bool:
+        """Whether a product with one number per channel can become part of the step."""
+        return self.gate is None and self.residual is None and not self.clamped
+
+    def takes_residual(self) -> bool:
+        """Whether a sum can become part of the step: an activation stands on one side of gate and residual."""
+        between = self.function is not None and self.gate is not None and not self.function_first
+        return self.residual is None and not self.clamped and not between
+
+    def multiply(self, gate: Slot) -> None:
+        """Absorb y * gate[c]."""
+        self.gate, self.function_first = gate, self.function is not None
+
+    def add(self, residual: Slot) -> None:
+        """Absorb y + residual."""
+        self.residual, self.function_first = residual, self.function is not None
 
     def stored(self) -> Slot:
         """The stream of the value."""
@@ -132,13 +158,14 @@ def assemble(
 
 
 def _ordered(drafts: list[Draft]) -> list[Draft]:
-    """Steps in the given order, but none before the step that writes its residual."""
+    """Steps in the given order, but none before the steps that write its gate and its residual."""
     writer = {slot: draft for draft in drafts for slot in draft.written()}
     done: dict[Draft, None] = {}
     stack = list(reversed(drafts))
     while stack:
         draft = stack[-1]
-        needed = [writer[s] for s in (draft.source, draft.residual) if s in writer and writer[s] not in done]
+        reads = (draft.source, draft.gate, draft.residual)
+        needed = [writer[s] for s in reads if s in writer and writer[s] not in done]
         if needed:
             stack.extend(needed)
         else:
@@ -154,6 +181,8 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
         draft.high,
         number[draft.stream] if draft.stream is not None else None,
         tuple(_consumer(target, number, arrays) for target in draft.targets),
+        _activation(draft, arrays),
+        number[draft.gate] if draft.gate is not None else None,
     )
     if draft.pool is not None:
         op = draft.pool
@@ -162,6 +191,17 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
     if draft.layer is None:
         return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))
     return _layer_step(draft, draft.layer, source, emit, arrays)
+
+
+def _activation(draft: Draft, arrays: dict[str, Tensor]) -> Activation | None:
+    function = draft.function
+    if function is None:
+        return None
+    key = None
+    if function.slope is not None:
+        key = f"{draft.name}.slope"
+        arrays[key] = rounded(function.slope.cpu(), f"the slope behind {draft.name}")
+    return Activation(function.kind, function.value, key, draft.function_first)  # type: ignore[arg-type]
 
 
 def _affine_keys(draft: Draft, arrays: dict[str, Tensor]) -> tuple[str, ...]:
@@ -191,7 +231,7 @@ def _consumer(target: Target, number: dict[Slot, int], arrays: dict[str, Tensor]
 
 
 def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays: dict[str, Tensor]) -> Step:
-    keys = tuple(f"{draft.name}.{part}" for part in ("planes", "multiplier", "bias"))
+    keys = (f"{draft.name}.planes", f"{draft.name}.multiplier", f"{draft.name}.bias")
     arrays[keys[0]] = pack_weights(weight_codes(layer, draft.source.shape), layer.w_bits)
     arrays[keys[1]], arrays[keys[2]] = multiplier_and_bias(layer, draft.name, draft.norms)
     _, filters, taps, _ = arrays[keys[0]].shape
@@ -202,8 +242,8 @@ def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays
     check_accumulator(taps * (draft.source.shape[0] // window.groups), layer.w_bits, layer.a_bits, draft.name)
     total = max(layer.total_filters, filters)
     if not isinstance(layer, nn.Conv2d) and taps == 1:
-        return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys)
-    return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys)
+        return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys, layer.w_grid)
+    return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys, layer.w_grid)
 
 
 def weight_codes(layer: QuantLayer, shape: Shape) -> Tensor:

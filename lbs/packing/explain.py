@@ -158,6 +158,10 @@ def _operation(step: Step) -> str:
         return "mean pool" if step.kind == "mean" else f"max pool {step.kernel[0]}x{step.kernel[1]}"
     if step.multiplier is not None:
         return "normalize"
+    if step.emit.gate is not None:
+        return "gate"
+    if step.emit.activation is not None:
+        return step.emit.activation.kind
     return "quantize" if step.emit.residual is None else "add"
 
 

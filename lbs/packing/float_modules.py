@@ -40,13 +40,11 @@ def module_to_json(module: nn.Module) -> dict[str, Any]:
     """Class and arguments of a module.
 
     Raises:
-        NoForm: another class, a forward of its own, hooks, or parameters that a new module of these arguments lacks.
+        NoForm: another class, a forward of its own, or parameters that a new module of these arguments lacks.
     """
     kind = kind_of(module)
     if kind is None:
         raise NoForm(f"is a {type(module).__name__}")
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
-        raise NoForm(f"is a {type(module).__name__} with hooks (remove them before packing)")
     arguments = {}
     for name, attribute in MODULES[kind].items():
         value = attrgetter(attribute)(module)

@@ -1,8 +1,8 @@
 """What stays in float, as torch's own layers and operations, so that a file can hold it.
 
-Layers whose weights are computed (weight_norm, spectral_norm, pruning, parametrizations) get the weights they have in
-evaluation mode. Modules and functions of the user's own are traced through, so that what they consist of remains; where
-that cannot be done, or does not compute the same to the last bit, they stay as they are, and only a file refuses them.
+Layers whose weights are computed by parametrizations get those they have in evaluation mode. Modules and functions of
+the user's own are traced through, so that what they consist of remains; where that cannot be done, or does not compute
+the same to the last bit, they stay as they are, and only a file refuses them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from lbs.packing.float_modules import kind_of
@@ -26,32 +24,27 @@ PART = "part"  # the name of what is traced through, in its own small graph
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """A copy that computes in evaluation mode what `module` does: weights of its own, nothing changed in place."""
+    """A copy that computes in evaluation mode what its node in the graph stands for: with weights of its own, without
+    hooks, which are nodes themselves, and changing nothing in place.
+    """
     kept = copy.deepcopy(module)
     undeploy(kept)
-    with torch.no_grad():
-        for part in list(kept.modules()):
-            _bake(part)
-    for part in kept.modules():
+    for part in list(kept.modules()):
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
         if isinstance(getattr(part, "inplace", None), bool):
             part.inplace = False  # type: ignore[assignment]
+        if parametrize.is_parametrized(part):
+            _make_permanent(part)
     return kept
 
 
-def _bake(module: nn.Module) -> None:
-    """Make computed weights plain ones."""
-    if parametrize.is_parametrized(module):
-        kind = type(module)  # shared with the original, whose properties would go as well
-        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+def _make_permanent(module: nn.Module) -> None:
+    kind = type(module)  # shared with the original, whose properties would go as well
+    module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    with torch.no_grad():
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm):
-            remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)
-        elif isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, hook._tensor_name)
 
 
 def traced_through(part: Callable[[Any], Any], example: Tensor) -> fx.GraphModule | None:

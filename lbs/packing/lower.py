@@ -1,9 +1,9 @@
 """A traced model of quantized layers becomes programs: who consumes whom, and which form each tensor takes.
 
 The walk follows the graph and keeps, for every node, where its float value lives: in the epilogue of a step that can
-still absorb what follows (norm, sum, clamp), behind a norm that only quantizers read (pre-activation), or behind a
-maximum that is taken on codes. A step stores its value as a stream only where somebody needs floats. What no step can
-absorb becomes a step of its own that reads a stream.
+still absorb what follows (norm, activation, gate, sum, clamp), behind a norm that only quantizers read
+(pre-activation), or behind a maximum that is taken on codes. A step stores its value as a stream only where somebody
+needs floats. What no step can absorb becomes a step of its own that reads a stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
-from lbs_kernels.errors import GraphError
+from lbs_kernels.errors import GraphError, LbsError, raise_together
 from lbs_kernels.program.steps import Program
 
 
@@ -101,6 +101,7 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
         parts = partition(module.graph, ops, reasons)
         if not any(op.kind == "layer" for op in ops.values()):
             raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
+        _check_layers(module, ops)
         try:
             walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
             break
@@ -145,6 +146,18 @@ def _label(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
+def _check_layers(module: fx.GraphModule, ops: dict[fx.Node, Op]) -> None:
+    told: dict[str, LbsError] = {}
+    for node, op in ops.items():
+        layer = called_module(module, node)
+        if op.kind == "layer" and isinstance(layer, QuantLayer):
+            try:
+                check_layer(str(node.target), layer)
+            except GraphError as error:
+                told[str(node.target)] = error
+    raise_together(list(told.values()))
+
+
 class _Walk:
     """One region: drafts of its steps, built in graph order."""
 
@@ -183,7 +196,6 @@ class _Walk:
         layer, name = called_module(self.module, node), self.names[node]
         if not isinstance(layer, QuantLayer):
             raise GraphError(f"{name} is a {type(layer).__name__}, not a quantized layer")
-        check_layer(name, layer)
         source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
         shape = shape_of(node)
         size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)
@@ -219,7 +231,7 @@ class _Walk:
         # The later one absorbs the sum, so that the earlier is there in time.
         for main, other in sorted(((first, second), (second, first)), key=lambda pair: -self._age(pair[0])):
             draft = self._absorber(main, node) if main is not other else None
-            if draft is not None and draft.residual is None and not draft.clamped:
+            if draft is not None and draft.takes_residual():
                 break
         else:
             other = second
@@ -227,7 +239,29 @@ class _Walk:
         residual = self._floats(other, node)
         if residual.shape != draft.shape:
             raise _NotPackable(node, f"it adds pixels of {draft.shape} and {residual.shape}, flattened")
-        draft.residual = residual
+        draft.add(residual)
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _activation(self, node: fx.Node, op: Op) -> None:
+        source = self._operand(node)
+        draft = self._absorber(self._source(node), node)
+        if draft is None or not draft.takes_function():
+            draft = self._copy(node, source)
+        slope = op.function.slope if op.function is not None else None
+        if slope is not None and len(slope) != draft.shape[0]:
+            raise _NotPackable(node, f"it has {len(slope)} slopes for {draft.shape[0]} channels, flattened")
+        draft.function = op.function
+        draft.value = node
+        self.values[node] = _Value(draft)
+
+    def _gate(self, node: fx.Node, op: Op) -> None:
+        main, other = operands(node, op)
+        gate = self._floats(other, node)
+        draft = self._absorber(main, node) if main is not other else None
+        if draft is None or not draft.takes_gate():
+            draft = self._copy(node, self._read(main))
+        draft.multiply(gate)
         draft.value = node
         self.values[node] = _Value(draft)
 
@@ -357,6 +391,8 @@ class _Walk:
             reader = next(user for user in node.users if user not in self.region and user not in self.free)
             slot = self._stored(value, reader)
             flat = len(shape_of(node)) == 2
+            if not flat and slot.shape != shape_of(node)[1:]:
+                raise _NotPackable(node, f"{_label(reader)} reads it repeated over pixels")
             if flat and (slot.shape[1:] != (1, 1) or (slot in results.values() and not slot.flat)):
                 raise _NotPackable(self._flattener(node), f"{_label(reader)} reads the flattened floats")
             slot.flat = flat

@@ -29,12 +29,9 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     possible, see lbs/packing/inlined.py.
 
     Raises:
-        GraphError: the model has several inputs, or a float part has a name that packed parts have.
+        GraphError: a float module has a name that packed parts have.
     """
     source = graph.module.graph
-    inputs = [node for node in source.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise GraphError(f"the model has {len(inputs)} inputs; packing serves models of one image tensor")
     modules: dict[str, Any] = {f"region{i}": PackedRegion(r.program, r.blob) for i, r in enumerate(lowered.regions)}
     regions = set(modules)
     result = fx.Graph()

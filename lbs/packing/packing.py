@@ -16,6 +16,7 @@ from lbs.packing.outer import outer_graph
 from lbs.packing.pixels import Normalization
 from lbs.packing.tracing import trace_model
 from lbs.packing.verify import verify as compare
+from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError
 from lbs_kernels.program.steps import STREAM_DTYPES
 
@@ -50,10 +51,11 @@ def pack(
         PackedModel on the model's device.
 
     Raises:
-        GraphError: still searchable, nothing to pack, untraceable, values that are not finite, signed activations that
-            are padded with zeros, bytes that a float part would read, or a verification that failed (the layer is
-            named). FormatError: an accumulator that could overflow, or means and deviations that are not finite and
-            positive. ShapeError: an example of another form, or another number of channels.
+        GraphError: still searchable, nothing to pack, untraceable, a trace that computes something else than the model
+            itself, values that are not finite, signed activations that are padded with zeros, bytes that a float part
+            would read, or a verification that failed (the layer is named). FormatError: an accumulator that could
+            overflow, or means and deviations that are not finite and positive. ShapeError: an example of another form,
+            or another number of channels.
 
     Example:
         packed = lbs.pack(lbs.freeze(model))
@@ -62,6 +64,7 @@ def pack(
     """
     if stream_dtype not in STREAM_DTYPES:
         raise FormatError(f"stream_dtype is {stream_dtype!r}; choose one of {', '.join(STREAM_DTYPES)}")
+    model = unwrapped(model)
     quantized_layers(model)
     pixels = None if normalize is None else Normalization.of(normalize)
     floats = example if example is None or pixels is None else pixels.values(example[:2]).float()

@@ -13,11 +13,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lbs.graph import called_module
+from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
 from lbs.quant.deployed import computes_as
 from lbs.quant.layers import QuantConv2d, QuantLinear
 from lbs_kernels.program.window import Window
 
-Kind = Literal["layer", "norm", "clamp", "add", "max_pool", "mean_pool", "alias", "shape"]
+Kind = Literal["layer", "norm", "clamp", "activation", "gate", "add", "max_pool", "mean_pool", "alias", "shape"]
 Pair = tuple[int, int]
 POINT = Window()
 
@@ -26,7 +27,8 @@ POINT = Window()
 class Op:
     """A node a program can express.
 
-    alias: the same values, possibly flattened. shape: sizes only, no values (`x.size(0)`).
+    alias: the same values, possibly flattened. shape: sizes only, no values (`x.size(0)`). gate: a product with one
+    number for each image and channel.
     """
 
     kind: Kind
@@ -34,6 +36,7 @@ class Op:
     high: float | None = None
     window: Window = POINT  # max_pool
     inplace: bool = False
+    function: Function | None = None  # activation
 
 
 def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
@@ -54,9 +57,7 @@ def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
 
 def float_bound(value: Any) -> float | None:
     """A clamp bound as an exact float32 number; None where it bounds nothing."""
-    if value is None or math.isinf(value):
-        return None
-    return float(torch.tensor(float(value), dtype=torch.float32))
+    return None if value is None or math.isinf(value) else float32(value)
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
@@ -126,6 +127,10 @@ def _identity(module: nn.Module, node: fx.Node) -> Op:
     return Op("alias")
 
 
+def _activation(module: nn.Module, node: fx.Node) -> Op:
+    return Op("activation", inplace=bool(getattr(module, "inplace", False)), function=function_of(module))
+
+
 _MODULES: dict[type[nn.Module], Callable[[Any, fx.Node], Op | str | None]] = {
     QuantConv2d: _conv,
     QuantLinear: _linear,
@@ -139,6 +144,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, fx.Node], Op | str | None]] = {
     nn.Identity: _identity,
     nn.Dropout: _identity,
     nn.Dropout2d: _identity,
+    **dict.fromkeys(FUNCTIONS, _activation),
 }
 
 
@@ -186,11 +192,24 @@ def _mean_call(node: fx.Node) -> Op | None:
 
 
 def _reshaped(node: fx.Node) -> Op | None:
-    """Flattening to [N, C * H * W], or a reshape that changes nothing."""
+    """Flattening to [N, C * H * W], its inverse for one pixel, or a reshape that changes nothing."""
     source, result = shape_of(node.args[0]), shape_of(node)
-    if source == result or (len(source) in (2, 4) and result == (source[0], math.prod(source[1:]))):
-        return Op("alias")
-    return None
+    flattened = len(source) in (2, 4) and result == (source[0], math.prod(source[1:]))
+    one_pixel = len(source) == 2 and result == (*source, 1, 1)
+    return Op("alias") if source == result or flattened or one_pixel else None
+
+
+def _expand_call(node: fx.Node) -> Op | None:
+    """One number for each image and channel, repeated over pixels, where only products read it: they repeat it too."""
+    products = all(user.target in _PRODUCTS and _mul_call(user) is not None for user in node.users)
+    return Op("alias") if products and gate_shape(node) != shape_of(node) else None
+
+
+def gate_shape(node: Any) -> tuple[int, ...]:
+    """The shape of an operand of a product, without the repetition of an `expand_as`."""
+    repeated = isinstance(node, fx.Node) and node.target in ("expand_as", "expand")
+    source = shape_of(node.args[0]) if repeated else ()
+    return source if source == (*shape_of(node)[:2], 1, 1) else shape_of(node)
 
 
 def _dropout_call(node: fx.Node) -> Op | None:
@@ -218,12 +237,48 @@ def _hardtanh_call(node: fx.Node) -> Op:
     return Op("clamp", float_bound(low), float_bound(high), inplace=bool(argument(node, 3, "inplace", False)))
 
 
+def _plain_call(kind: str) -> Callable[[fx.Node], Op]:
+    """A function without further arguments but `inplace`."""
+
+    def rule(node: fx.Node) -> Op:
+        inplace = str(node.target).endswith("_") or bool(argument(node, 1, "inplace", False))
+        return Op("activation", inplace=inplace, function=Function(kind))
+
+    return rule
+
+
+def _valued_call(kind: str, name: str, default: float) -> Callable[[fx.Node], Op | None]:
+    def rule(node: fx.Node) -> Op | None:
+        value = argument(node, 1, name, default)
+        if isinstance(value, fx.Node):
+            return None
+        return Op(
+            "activation", inplace=bool(argument(node, 2, "inplace", False)), function=Function(kind, float32(value))
+        )
+
+    return rule
+
+
+def _gelu_call(node: fx.Node) -> Op:
+    plain = node.kwargs.get("approximate", "none") == "none"
+    return Op("activation", function=Function("gelu" if plain else "gelu_tanh"))
+
+
 def _add_call(node: fx.Node) -> Op | None:
     left, right = argument(node, 0, "input"), argument(node, 1, "other")
     shapes = {shape_of(left), shape_of(right), shape_of(node)}
     if len(shapes) != 1 or not shape_of(node) or node.kwargs.get("alpha", 1) != 1:
         return None
     return Op("add", inplace=node.target in (operator.iadd, "add_"))
+
+
+def _mul_call(node: fx.Node) -> Op | None:
+    """A product of pixels and of one number for each image and channel."""
+    shapes = [gate_shape(argument(node, place, name)) for place, name in enumerate(("input", "other"))]
+    main, gate = sorted(shapes, key=lambda shape: -math.prod(shape))
+    if len(main) != 4 or gate != (*main[:2], 1, 1):
+        return None
+    return Op("gate", inplace=node.target in (operator.imul, "mul_"))
 
 
 def _shape_call(node: fx.Node) -> Op | None:
@@ -235,6 +290,7 @@ def _shape_call(node: fx.Node) -> Op | None:
     return None if node.target is getattr and node.args[1] != "shape" else Op("shape")
 
 
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     torch.relu: _relu_call,
     F.relu: _relu_call,
@@ -242,6 +298,15 @@ _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     "relu_": _relu_call,
     F.relu6: _relu6_call,
     F.hardtanh: _hardtanh_call,
+    F.elu: _valued_call("elu", "alpha", 1.0),
+    F.gelu: _gelu_call,
+    F.hardsigmoid: _plain_call("hardsigmoid"),
+    F.hardswish: _plain_call("hardswish"),
+    F.leaky_relu: _valued_call("leaky_relu", "negative_slope", 0.01),
+    F.mish: _plain_call("mish"),
+    F.silu: _plain_call("silu"),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_"), _plain_call("sigmoid")),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh", "tanh_"), _plain_call("tanh")),
     torch.clamp: _clamp_call,
     "clamp": _clamp_call,
     "clamp_": _clamp_call,
@@ -250,6 +315,9 @@ _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     torch.add: _add_call,
     "add": _add_call,
     "add_": _add_call,
+    **dict.fromkeys(_PRODUCTS, _mul_call),
+    "expand": _expand_call,
+    "expand_as": _expand_call,
     F.max_pool2d: _max_pool_call,
     F.adaptive_avg_pool2d: _global_mean,
     F.avg_pool2d: _avg_pool_call,

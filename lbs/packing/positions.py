@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lbs.graph import called_module
 from lbs.quant.layers import QuantConv2d, QuantLinear
+from lbs.traced import Evaluation
 
 _MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
@@ -86,7 +87,7 @@ def over_positions(module: fx.GraphModule, images: Tensor) -> None:
     module.recompile()
 
 
-class _Shapes(fx.Interpreter):
+class _Shapes(Evaluation):
     """The shape of every node's value, for another batch size."""
 
     def __init__(self, module: fx.GraphModule) -> None:

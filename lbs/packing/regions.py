@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from lbs.packing.patterns import Op
+from lbs.packing.patterns import Op, gate_shape
 
 NO_NEIGHBOUR = "it touches no packed layer"
 
@@ -21,10 +22,11 @@ class Partition:
 
 
 def operands(node: fx.Node, op: Op) -> list[fx.Node]:
-    """The tensors a packed node reads; sizes passed to a reshape are none."""
-    values = node.args[:2] if op.kind == "add" else node.args[:1]
+    """The tensors a packed node reads, of a product the gate last; sizes passed to a reshape are none."""
+    values = node.args[:2] if op.kind in ("add", "gate") else node.args[:1]
     keyed = [node.kwargs[key] for key in ("input", "other") if key in node.kwargs]
-    return [value for value in (*values, *keyed) if isinstance(value, fx.Node)]
+    found = [value for value in (*values, *keyed) if isinstance(value, fx.Node)]
+    return sorted(found, key=lambda value: -math.prod(gate_shape(value))) if op.kind == "gate" else found
 
 
 def partition(graph: fx.Graph, ops: dict[fx.Node, Op], reasons: dict[fx.Node, str]) -> Partition:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -11,40 +9,31 @@ import torch
 from torch import Tensor, fx, nn
 
 from lbs.graph import ModelGraph, record_of, trace
-from lbs.packing.inplace import without_inplace
 from lbs.packing.positions import over_positions
+from lbs.traced import evaluating
 from lbs_kernels.errors import ShapeError
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def trace_model(model: nn.Module, example: Tensor | None, strict: bool = True) -> tuple[ModelGraph, tuple[int, ...]]:
+    """Trace a model on `example`, or on random images of the shape it carries a record of.
 
-
-def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, tuple[int, ...]]:
-    """Trace a model on `example`, or on zeros of the shape it carries a record of.
-
-    Nothing is changed in place in the graph (lbs/packing/inplace.py), linear layers at several positions are
-    convolutions (lbs/packing/positions.py), and named tuples and data classes that the model returns are plain tuples
-    and dicts.
+    Linear layers at several positions are convolutions in the graph (lbs/packing/positions.py), and named tuples and
+    data classes that the model returns are plain tuples and dicts.
 
     Returns:
         The graph, and the shape [C, H, W] of one image.
 
     Raises:
-        GraphError: no record and no example, or a model that cannot be traced. ShapeError: an example that is no
-            batch of float32 images.
+        GraphError: no record and no example, or a model that cannot be traced, or (strict) computes something else than
+            its trace. ShapeError: an example that is no batch of float32 images.
     """
     shape = tuple(record_of(model).input_shape) if example is None else tuple(example.shape[1:])
     device = next(iter(model.parameters())).device
-    images = torch.zeros((2, *shape), device=device) if example is None else example[:2].to(device)
+    if example is None:
+        example = torch.randn(
+            (2, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+        )
+    images = example[:2].to(device)
     if len(images) == 1:  # of two, what is added to every image is told from what is added to one
         images = torch.cat([images, images])
     if images.dtype != torch.float32 or images.dim() < 2 or images.shape[0] == 0:
@@ -52,9 +41,8 @@ def trace_model(model: nn.Module, example: Tensor | None) -> tuple[ModelGraph, t
             f"example is {images.dtype} of shape {list(images.shape)}; give a batch of float32 images [N, C, H, W], or "
             "whatever batch the model takes"
         )
-    with evaluating(model), torch.no_grad():
-        graph = trace(model, images)
-        without_inplace(graph.module)
+    graph = trace(model, images, strict)
+    with evaluating(model):
         over_positions(graph.module, images)
     _plain_outputs(graph.module)
     return graph, shape

@@ -14,6 +14,8 @@ boundary changes nothing behind it, and what differs first is what is wrong.
 This judges the packed model independently of the model's own evaluation, which shares arithmetic with packing. That one
 is compared besides: without rules about boundaries, its outputs in float32 are those of the packed model bit for bit
 (not of bytes, of streams in half precision, or behind parts that stay in float), and the report counts the images.
+
+All of this reads the trace of the model. The model itself, run as the user runs it, is compared with that trace.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lbs.agreement import TOLERANCE, finite_peak
 from lbs.graph import called_module
 from lbs.packing.fold import affine
 from lbs.packing.lower import step_names
@@ -32,11 +35,15 @@ from lbs.packing.model import need_packed
 from lbs.packing.packed_tensors import PackedTensors
 from lbs.packing.patterns import Op, classify
 from lbs.packing.pixels import Normalization, along_channels
-from lbs.packing.tracing import evaluating, trace_model
+from lbs.packing.tracing import trace_model
 from lbs.packing.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
+from lbs.quant.activations import Function
 from lbs.quant.layers import QuantLayer
+from lbs.traced import Evaluation, evaluating, run, tensors_of
+from lbs.wrappers import unwrapped
 from lbs_kernels.errors import GraphError
+from lbs_kernels.program.activations import SLOPES
 
 BATCH = 32  # images evaluated at once, to bound the memory
 BOUNDARY = 1e-4
@@ -67,9 +74,10 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
     """
     need_packed(packed, "verify")
     packed.check_input(x)
-    graph, _ = trace_model(model, packed.float_images(x[:2]).float() if len(x) else None)
+    model = unwrapped(model)
+    graph, _ = trace_model(model, packed.float_images(x[:2]).float() if len(x) else None, strict=False)
     checks, agreeing, identical = [], [], []
-    with torch.no_grad(), evaluating(model):
+    with evaluating(model):
         for part in x.split(BATCH) if len(x) else [x]:
             output, traces = packed.run_traced(part, backend)
             tensors = PackedTensors(packed.programs, [region.blob for region in packed.regions], traces)
@@ -77,8 +85,9 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
             floats = packed.float_images(part)
             judge = _Judge(graph.module, tensors, _image_bound(packed.normalize, part, floats))
             judge.compare_outputs(judge.run(floats), output)
+            reference = run(model, floats.float())
+            judge.compare_model(reference, Evaluation(graph.module).run(floats.float().clone()))
             checks.append(tuple(judge.checks))
-            reference = model(floats.float())
             if _are_logits(reference) and _are_logits(output):
                 agreeing.append(int((reference.argmax(1) == output.argmax(1)).sum()))
                 identical.append(int((reference == output).all(1).sum()))
@@ -100,7 +109,7 @@ def _are_logits(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() == 2
 
 
-class _Judge(fx.Interpreter):
+class _Judge(Evaluation):
     """Float64 evaluation of the traced model that compares itself with the packed tensors as it goes."""
 
     def __init__(self, module: fx.GraphModule, tensors: PackedTensors, image_bound: Tensor) -> None:
@@ -119,7 +128,7 @@ class _Judge(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The node's float64 value, replaced by the packed one where there is one."""
         if n.op == "placeholder":
-            value = super().run_node(n).double()
+            value = super().run_node(n).to(torch.float64, copy=True)
             self.bounds[n] = self.image_bound
             return value
         layer = called_module(self.traced, n)
@@ -145,10 +154,10 @@ class _Judge(fx.Interpreter):
         """Float modules compute in float64; a quantized layer left in float computes as it is."""
         module = self.fetch_attr(target)
         if isinstance(module, QuantLayer):
-            return module(*(arg.float() for arg in args)).double()
+            return module.forward(*(arg.float() for arg in args)).double()
         if target not in self.doubles:
             self.doubles[target] = copy.deepcopy(module).double()
-        return self.doubles[target](*args, **kwargs)
+        return self.doubles[target].forward(*args, **kwargs)
 
     # Packed layers.
 
@@ -204,13 +213,13 @@ class _Judge(fx.Interpreter):
         )
 
     def _weights(self, name: str, layer: QuantLayer) -> Tensor:
-        """2 q - n of the model's own weight codes, which are compared with the stored planes."""
+        """Units of the model's own weight codes, which are compared with the stored planes."""
         codes = layer.weight_codes()
         stored = self.tensors.weight_codes(name, codes.shape)
         differ = int((codes != stored).sum())
         largest = float((codes - stored).abs().max())
         self.checks.append(Check(name, "weight codes", codes.numel(), differ, 0, largest, 0.0))
-        return 2 * codes.double() - codec.levels(layer.w_bits)
+        return codec.weight_units(codes.double(), layer.w_bits, layer.w_grid)
 
     # Floats.
 
@@ -237,12 +246,21 @@ class _Judge(fx.Interpreter):
 
     def compare_outputs(self, expected: Any, actual: Any) -> None:
         """Compare what the models return; outputs that are no packed stream have the tolerance of float modules."""
-        wanted, given = _tensors(expected), _tensors(actual)
+        wanted, given = tensors_of(expected), tensors_of(actual)
         if len(wanted) != len(given):
             raise GraphError(f"the model returns {len(wanted)} tensors, the packed model {len(given)}; pack it again")
         for index, (one, other) in enumerate(zip(wanted, given, strict=True)):
             limit = OUTER_TOLERANCE * one.abs().amax() if one.numel() else one.sum()
             self._compare_floats("output", f"output {index}", one, other.double(), torch.ones_like(one) * limit)
+
+    def compare_model(self, model: Any, trace: Any) -> None:
+        """Compare what the model returns, run as it is, with what its trace does: the same steps, both in float32."""
+        wanted, given = tensors_of(model), tensors_of(trace)
+        if len(wanted) != len(given):
+            raise GraphError(f"the model returns {len(wanted)} tensors, its trace {len(given)}; see lbs.prepare")
+        for index, (one, other) in enumerate(zip(wanted, given, strict=True)):
+            limit = torch.full_like(one, TOLERANCE * finite_peak(one), dtype=torch.float64)
+            self._compare_floats("the model itself", f"output {index} against its trace", one, other.double(), limit)
 
     def _bound(self, node: fx.Node, value: Tensor) -> Tensor:
         """How far float32 arithmetic of the packed program may lie from `value`, element by element."""
@@ -253,6 +271,11 @@ class _Judge(fx.Interpreter):
         bound = self.bounds[sources[0]]
         if op.kind == "norm":
             return self._norm_bound(node, value, bound, self.env[sources[0]])
+        if op.kind == "activation" and op.function is not None:
+            return _activation_bound(op.function, value, bound, self.env[sources[0]])
+        if op.kind == "gate":
+            one, other = (self.env[source].abs() for source in sources)
+            return bound * other + (one + bound) * self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "add":
             return bound + self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "max_pool":
@@ -261,7 +284,7 @@ class _Judge(fx.Interpreter):
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]
             return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
-        return bound.reshape(value.shape)
+        return bound.reshape(value.shape) if bound.numel() == value.numel() else bound.expand_as(value)
 
     def _norm_bound(self, node: fx.Node, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
         norm = called_module(self.traced, node)
@@ -271,9 +294,11 @@ class _Judge(fx.Interpreter):
         return gain * bound + 2 * UNIT * (gain * source.abs() + value.abs())
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+def _activation_bound(function: Function, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
+    """A function no steeper than its slope, and the distance of its formula from it that docs/format.md states."""
+    steepest = SLOPES.get(function.kind)
+    if steepest is None:
+        others = 0.0 if function.slope is None else float(function.slope.abs().max())
+        steepest = max(1.0, abs(function.value), others)
+    rounding = 2 * source.abs() if function.kind == "gelu_tanh" else 14 * value.abs()  # 14: 7 units in the last place
+    return steepest * bound + UNIT * rounding + 1e-29

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from lbs.cost import FULL_PRECISION_BITS
-from lbs.quant import codec, norms
+from lbs.quant import codec
+from lbs.quant import norms as statistics
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import InputQuantizer
-from lbs_kernels.errors import GraphError, PlanError
+from lbs_kernels.errors import GraphError, LbsError, PlanError, raise_together
+from lbs_kernels.program.steps import WeightGrid
 
-_CANDIDATES = 80
+_SHARES = 80  # of the largest magnitude, among which a range is looked for: every fifth, then between the best two
 _SAMPLES = 65536
+_COLUMNS = 1024  # weights of one filter that are looked at; its largest always counts
+_AFFINE_SAMPLES = 16384
 _KEPT = 1024  # images of an iterator, which can be read once only
 _IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x", "img", "data")  # keys of a batch
 
@@ -28,34 +32,35 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     bits: int | None = None,
-    statistics: Literal["correct", "estimate", "keep"] = "correct",
+    norms: bool | Literal["correct", "estimate", "keep"] = True,
 ) -> nn.Module:
     """Set every range of a searchable, uniform or frozen model from data, in place, and return it.
 
     A range minimises the mean squared error at the layer's own width, or at `bits`; a layer whose width is still
-    searched is set at the middle one. The network input covers its observed minimum and maximum. Then norms and biases
-    are corrected for what quantization does to their inputs (`lbs/quant/norms.py`): a network that nobody trains
-    afterwards is as good as its codes allow.
+    searched is set at the middle one. Weights of 3 to 7 bits that are searched no more take the better of two grids;
+    inputs with negative values get a code for 0 among them. The network input covers its observed minimum and maximum.
+    Then norms and biases are corrected for what quantization does to their inputs (`lbs/quant/norms.py`): a network
+    that nobody trains afterwards is as good as its codes allow.
 
     Arguments:
         batches: a loader or list of batches, read twice; a few hundred images do, and memory does not grow with more.
             A batch is images [N, C, H, W], or a tuple, list or dictionary that holds them (labels are not looked at).
             Of an iterator, which can be read once, the first 1,024 images are kept.
-        statistics: "correct" them, "estimate" them anew (they then are those of these images alone), or "keep" them.
-            Those that never saw a batch are estimated in float first.
+        norms: "correct" their statistics (True), "estimate" them anew (they then are those of these images alone), or
+            "keep" them (False). Those that never saw a batch are estimated in float first.
 
     Raises:
         PlanError: no batch, one without images, or a width outside 1..8. GraphError: no quantized layer; a batch the
-            model cannot take; values that are not finite, a layer that is never called, or a signed activation in
-            front of zero padding: the layer is named.
+            model cannot take; values that are not finite, or layers that are never called: they are named.
 
     Example:
         lbs.calibrate(lbs.uniform(model, images[:1]), loader)
     """
     if isinstance(batches, Tensor):
         raise PlanError(f"calibrate got one tensor of shape {tuple(batches.shape)}; give a list of batches: [images]")
-    if statistics not in ("correct", "estimate", "keep"):
-        raise PlanError(f"statistics={statistics!r} is unknown; use correct, estimate or keep")
+    how = {True: "correct", False: "keep"}.get(norms, norms) if isinstance(norms, bool) else norms
+    if how not in ("correct", "estimate", "keep"):
+        raise PlanError(f"norms={norms!r} is unknown; use correct, estimate or keep")
     if bits is not None:
         codec.check_chain((bits,))
     stored = _Images(batches)
@@ -69,18 +74,23 @@ def calibrate(
         return model  # every layer computes in float: the norms are as training left them
     run = _runner(model)
 
-    if norms.fresh(model):
+    if statistics.fresh(model):
         logger.info("norms that never saw a batch are estimated from the calibration images")
-        with norms.observing(layers.values()):
-            norms.estimate(model, stored, run)
+        with statistics.observing(layers.values()):
+            statistics.estimate(model, stored, run)
+    told: list[LbsError] = []
     for name, values in _observe(model, layers, stored, run).items():
-        if not bool(values.isfinite().all()):
-            raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
-        _set_ranges(name, layers[name], values, bits)
-    if statistics == "correct":
-        norms.correct(model, layers.values(), stored, run)
-    elif statistics == "estimate":
-        norms.estimate(model, stored, run)
+        try:
+            if not bool(values.isfinite().all()):
+                raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
+            _set_ranges(name, layers[name], values, bits)
+        except (GraphError, PlanError) as error:
+            told.append(error)
+    raise_together(told)
+    if how == "correct":
+        statistics.correct(model, layers.values(), stored, run)
+    elif how == "estimate":
+        statistics.estimate(model, stored, run)
     return model
 
 
@@ -90,7 +100,7 @@ def estimate_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     Raises GraphError where the model fails on a batch, such as a single image at a norm of one pixel; statistics are
     then what they were.
     """
-    norms.estimate(model, _Images(batches), _runner(model))
+    statistics.estimate(model, _Images(batches), _runner(model))
 
 
 def _runner(model: nn.Module) -> Callable[[Tensor], None]:
@@ -191,7 +201,7 @@ def _observe(
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
-        with torch.no_grad(), norms.observing(layers.values()):
+        with torch.no_grad(), statistics.observing(layers.values()):
             for batch in batches:
                 run(batch)
     finally:
@@ -220,28 +230,78 @@ def _stride(count: int, share: int) -> int:
 @torch.no_grad()
 def _set_ranges(name: str, layer: QuantLayer, values: Tensor, bits: int | None) -> None:
     w_bits, a_bits = (bits, bits) if bits is not None else layer.range_widths
-    weights = layer.float_weight().flatten(1) if layer.w_range.dim() else layer.float_weight().reshape(1, -1)
-    layer.w_range.copy_(_best_ranges(weights, w_bits, "weight").reshape(layer.w_range.shape))
+    _set_weight_range(layer, w_bits)
     quantizer = layer.quantizer
+    low, high = float(values.min()), float(values.max())
     if isinstance(quantizer, InputQuantizer):
-        quantizer.set_range(float(values.min()), float(values.max()))
-        return
-    if float(values.min()) < 0 and not quantizer.signed:
-        if any(getattr(layer, "padding", (0,))):
-            raise GraphError(
-                f"{name} reads values down to {float(values.min()):.3g} and pads with zeros, but signed codes have no "
-                "zero; put a ReLU before the layer or exclude it"
-            )
-        quantizer.signed = True
-    kind = "signed" if quantizer.signed else "unsigned"
-    best = float(_best_ranges(values[None], a_bits, kind))
-    quantizer.set_range(-best if quantizer.signed else 0.0, best)
+        quantizer.set_range(low, high)
+    elif quantizer.signed or low >= 0:
+        best, _ = _best_ranges(values[None], a_bits, codec.SIGNED if quantizer.signed else codec.UNSIGNED)
+        quantizer.set_coding(float(best), 0)
+    else:
+        quantizer.set_coding(*_best_affine(values, a_bits, quantizer.zero_bits))
 
 
-def _best_ranges(values: Tensor, bits: int, kind: str) -> Tensor:
-    """For every row the clipping range with the least mean squared error among even shares of its largest magnitude."""
-    top = values.abs().amax(1, keepdim=True)
+def _set_weight_range(layer: QuantLayer, bits: int) -> None:
+    """Ranges on the grid that serves these weights best: both at 3 to 7 bits; fewer stay odd, 8 bits have a zero."""
+    weights = layer.float_weight().flatten(1) if layer.w_range.dim() else layer.float_weight().reshape(1, -1)
+    grids: tuple[WeightGrid, ...] = (layer.w_grid,)
+    if not layer.searched and 2 < layer.w_bits < 8:
+        grids = ("odd", "zero")
+    found = {grid: _best_ranges(weights, bits, codec.WEIGHTS[grid]) for grid in grids}
+    layer.w_grid = min(found, key=lambda grid: float(found[grid][1].sum()))
+    layer.w_range.copy_(found[layer.w_grid][0].reshape(layer.w_range.shape))
+
+
+def _best_ranges(values: Tensor, bits: int, coding: codec.Coding) -> tuple[Tensor, Tensor]:
+    """For every row of values [R, K] the clipping range of least squared error, and that error [R], float32.
+
+    Looked for among even shares of the row's largest magnitude; of weights, in a sample of every row. Rows go in parts,
+    so that memory does not grow with their number.
+    """
+    columns = values.shape[1]
+    step = _stride(columns, _COLUMNS) if coding.is_weight and columns > 2 * _COLUMNS else 1
+    parts = max(1, (1 << 22) // max(1, columns // step))
+    found = [_ranges_of_rows(part, part[:, ::step].float(), bits, coding) for part in values.split(parts)]
+    return torch.cat([one for one, _ in found]), torch.cat([one for _, one in found])
+
+
+def _ranges_of_rows(rows: Tensor, sample: Tensor, bits: int, coding: codec.Coding) -> tuple[Tensor, Tensor]:
+    top = rows.abs().amax(1, keepdim=True).float()
     top = torch.where(top > 0, top, torch.ones_like(top))
-    shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES)
-    errors = [((codec.round_trip(values, top * share, bits, kind) - values) ** 2).mean(1) for share in shares]
-    return top[:, 0] * shares.to(top.device)[torch.stack(errors).argmin(0)]
+
+    def errors(shares: Tensor) -> Tensor:  # [S, R] of shares [S, R]
+        tried = [top * share[:, None] for share in shares]
+        return torch.stack([(codec.round_trip(sample, v, bits, coding) - sample).square_().mean(1) for v in tried])
+
+    def best(shares: Tensor) -> tuple[Tensor, Tensor]:
+        found = errors(shares)
+        least = found.argmin(0, keepdim=True)
+        return shares.gather(0, least)[0], found.gather(0, least)[0]
+
+    coarse = torch.arange(5, _SHARES + 1, 5, dtype=torch.float32, device=rows.device) / _SHARES
+    share, _ = best(coarse[:, None].expand(-1, len(rows)))
+    near = torch.arange(-4, 5, dtype=torch.float32, device=rows.device) / _SHARES
+    share, error = best((share + near[:, None]).clamp(1 / _SHARES, 1))
+    return top[:, 0] * share, error
+
+
+def _best_affine(values: Tensor, bits: int, zero_bits: int) -> tuple[float, int]:
+    """(width of the range, code of 0 among `zero_bits` bits) of least squared error at `bits`, where some are negative.
+
+    Both ends are drawn in together, or each by itself; where they are few against the rest, negative values are cut.
+    """
+    n = codec.levels(zero_bits)
+    low, high = -float(values.min()), max(0.0, float(values.max()))
+    sample = values[:: _stride(len(values), _AFFINE_SAMPLES)]
+    shares = [count / 20 for count in range(1, 21)]
+    ends = [(low * share, high * share) for share in shares]
+    ends += [(low * part / 4, high * share) for part in range(5) for share in shares]
+    tried = {codec.around_zero(a, b, n) for a, b in ends if a + b > 0}
+
+    def error(candidate: tuple[float, int]) -> float:
+        coding = codec.Coding("unsigned", candidate[1], n)
+        v = sample.new_tensor(candidate[0])
+        return float((codec.round_trip(sample, v, bits, coding) - sample).square_().mean())
+
+    return min(sorted(tried), key=error)

@@ -7,6 +7,7 @@ They work in the dtype they are given: float32 while training, float64 while ver
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 
@@ -73,45 +74,105 @@ def _count(v: Tensor, bits: int) -> Tensor:
     return n.to(v.dtype) if isinstance(n, Tensor) else torch.full_like(v, n)
 
 
-def activation_codes(x: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
-    """Codes 0..n of activations, in x's dtype (LBS eq. 1, 5; half to even).
+@dataclass(frozen=True)
+class Coding:
+    """How values become codes, whatever the width and the range v > 0.
 
-        unsigned   q = clamp(rint(x * (n / v)), 0, n)
-        signed     q = clamp(rint(x * (n / (2 v)) + n / 2), 0, n)
+    kind        codes                                               values
+    unsigned    q = clamp(rint(x * n / v) + z, 0, n)                v * (q - z) / n
+    signed      q = clamp(rint(x * n / (2 v) + n / 2), 0, n)        v * (2 q - n) / n                   no code is 0
+    weight      q = rint(n * (clip(x / v, -1, 1) + 1) / 2)          v * (2 q - n) / n                   no code is 0
+    zero        q = rint(m * clip(x / v, -1, 1)) + 2^(b-1)          v * (q - 2^(b-1)) / m,  m = 2^(b-1) - 1
 
-    Arguments:
-        x: any shape, floating. v: positive scalar tensor, the clipping range.
+    `unsigned` and `signed` are activations (LBS eq. 1, 5), `weight` and `zero` standardised weights on the odd grid
+    (eq. 2, 6) and on the one with a zero. z is the code of real 0, `zero` of `levels` codes: a whole number at every
+    width of a chain if it is one at the narrowest, whose n divides the others.
     """
+
+    kind: str
+    zero: int = 0
+    levels: int = 1
+
+    @property
+    def is_weight(self) -> bool:
+        return self.kind in ("weight", "zero")
+
+    @property
+    def plain(self) -> bool:
+        """Whether a kernel that knows the odd grid and codes from 0 on serves it."""
+        return self.kind != "zero" and not self.zero
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """(low, high): values from -low * v to high * v are not clipped."""
+        if self.kind != "unsigned":
+            return 1.0, 1.0
+        return self.zero / self.levels, (self.levels - self.zero) / self.levels
+
+    def zero_at(self, bits: int) -> int:
+        """The code of real 0 among codes of `bits` bits."""
+        return self.zero * levels(bits) // self.levels
+
+
+def around_zero(low: float, high: float, n: int) -> tuple[float, int]:
+    """(width, code of 0) of the least range that covers [-low, high] with 0 among its n + 1 values, both at least 0."""
+    zero = round(low / (low + high) * n) if low + high > 0 else 0
+    return max(low * n / zero if zero else 0.0, high * n / (n - zero) if zero < n else 0.0), zero
+
+
+def activation_codes(x: Tensor, v: Tensor, bits: int, coding: Coding) -> Tensor:
+    """Codes 0..n of activations, in x's dtype, half to even; v: positive scalar."""
+    signed, n = coding.kind == "signed", levels(bits)
     t = x * activation_scale(v, bits, signed)
-    n = levels(bits)
-    if signed:
-        t = t + n / 2
-    t = t.round()
+    t = (t + n / 2).round() if signed else t.round()
+    if coding.zero:
+        t = t + coding.zero_at(bits)
     return t.clamp(min=0).minimum(n.to(t.dtype)) if isinstance(n, Tensor) else t.clamp(0, n)
 
 
-def activation_values(codes: Tensor, v: Tensor, bits: int, signed: bool = False) -> Tensor:
-    """Real values of activation codes: v * q / n, signed v * (2 q - n) / n."""
-    return (2 * codes - levels(bits) if signed else codes) * code_step(v, bits)
+def activation_values(codes: Tensor, v: Tensor, bits: int, coding: Coding) -> Tensor:
+    """Real values of activation codes."""
+    if coding.kind == "signed":
+        return (2 * codes - levels(bits)) * code_step(v, bits)
+    return (codes - coding.zero_at(bits) if coding.zero else codes) * code_step(v, bits)
 
 
-def weight_codes(w: Tensor, v: Tensor, bits: int) -> Tensor:
-    """Codes 0..n of standardised weights, in w's dtype: rint(n * (clip(w / v, -1, 1) + 1) / 2) (LBS eq. 2, 6)."""
+def weight_codes(w: Tensor, v: Tensor, bits: int, grid: str = "odd") -> Tensor:
+    """Codes 0..n of standardised weights, in w's dtype; v: positive, broadcastable to w."""
+    unit = (w / v).clamp(-1, 1)
+    if grid == "zero":
+        return (unit * weight_top(bits, grid)).round() + (1 << (bits - 1))
     n = levels(bits)
-    return ((w / v).clamp(-1, 1) * (n / 2) + n / 2).round()
+    return (unit * (n / 2) + n / 2).round()
 
 
-def weight_values(codes: Tensor, v: Tensor, bits: int) -> Tensor:
-    """Real values of weight codes: v * (2 q - n) / n. There is no zero level."""
-    return (2 * codes - levels(bits)) * code_step(v, bits)
+def weight_units(codes: Tensor, bits: int, grid: str = "odd") -> Tensor:
+    """What codes count as in the accumulator: 2 q - n, or q - 2^(bits - 1) on the grid with a zero."""
+    return codes - (1 << (bits - 1)) if grid == "zero" else 2 * codes - levels(bits)
 
 
-def round_trip(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
-    """decode(encode(x)) for kind `unsigned`, `signed` (activations) or `weight`."""
-    if kind == "weight":
-        return weight_values(weight_codes(x, v, bits), v, bits)
-    signed = kind == "signed"
-    return activation_values(activation_codes(x, v, bits, signed), v, bits, signed)
+def weight_top(bits: int, grid: str = "odd") -> int:
+    """Units of the largest weight, v: n, or 2^(bits - 1) - 1."""
+    return levels(bits - 1) if grid == "zero" else levels(bits)
+
+
+def weight_values(codes: Tensor, v: Tensor, bits: int, grid: str = "odd") -> Tensor:
+    """Real values of weight codes."""
+    step = v / torch.full_like(v, weight_top(bits, grid)) if grid == "zero" else code_step(v, bits)
+    return weight_units(codes, bits, grid) * step
+
+
+def round_trip(x: Tensor, v: Tensor, bits: int, coding: Coding) -> Tensor:
+    """decode(encode(x))."""
+    if coding.is_weight:
+        grid = "zero" if coding.kind == "zero" else "odd"
+        return weight_values(weight_codes(x, v, bits, grid), v, bits, grid)
+    return activation_values(activation_codes(x, v, bits, coding), v, bits, coding)
+
+
+UNSIGNED, SIGNED = Coding("unsigned"), Coding("signed")
+WEIGHTS = {"odd": Coding("weight"), "zero": Coding("zero")}  # by grid
+CODINGS = {coding.kind: coding for coding in (UNSIGNED, SIGNED, *WEIGHTS.values())}
 
 
 def input_codes(x: Tensor, step: Tensor, zero: Tensor | int) -> Tensor:

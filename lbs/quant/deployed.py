@@ -1,8 +1,9 @@
-"""Evaluation in the arithmetic of the packed network: norms and means that round where the packed epilogue rounds.
+"""Evaluation in the arithmetic of the packed network: norms, means and activations round where its epilogue rounds.
 
     layer, norms behind it   y = fma(float32(acc), M[c], B[c])      M, B float32, rounded once from float64
     norm of floats           u = fma(x, G[c], H[c])
     global mean              float32 sums over pixels in row-major order
+    activation               the float32 formula of the format
 
 A module that stands alone cannot do that for a norm behind a layer: the layer's output is rounded before the norm sees
 it. So the output of a layer carries what it was computed from (`Affine`), and a norm that nothing but follows goes back
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant import fold
+from lbs.quant.activations import function_of
 from lbs.quant.frozen_norm import FrozenNorm
 from lbs_kernels.program.epilogue import fma_channels
 from lbs_kernels.program.operations import mean_pool
@@ -87,16 +89,66 @@ class DeployedWindow(nn.AvgPool2d):
         return _global_mean(input)
 
 
+class _DeployedActivation(nn.Module):
+    """An activation of a frozen network: the other base of a class that torch's own is the second base of."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _deployed(self, input):
+            result: Tensor = super().forward(input)
+            return result
+        return function_of(self)(input)
+
+
+class DeployedELU(_DeployedActivation, nn.ELU): ...
+
+
+class DeployedGELU(_DeployedActivation, nn.GELU): ...
+
+
+class DeployedHardsigmoid(_DeployedActivation, nn.Hardsigmoid): ...
+
+
+class DeployedHardswish(_DeployedActivation, nn.Hardswish): ...
+
+
+class DeployedLeakyReLU(_DeployedActivation, nn.LeakyReLU): ...
+
+
+class DeployedMish(_DeployedActivation, nn.Mish): ...
+
+
+class DeployedPReLU(_DeployedActivation, nn.PReLU): ...
+
+
+class DeployedSigmoid(_DeployedActivation, nn.Sigmoid): ...
+
+
+class DeployedSiLU(_DeployedActivation, nn.SiLU): ...
+
+
+class DeployedTanh(_DeployedActivation, nn.Tanh): ...
+
+
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: DeployedNorm,
     FrozenNorm: DeployedFrozenNorm,
     nn.AdaptiveAvgPool2d: DeployedMean,
     nn.AvgPool2d: DeployedWindow,
+    nn.ELU: DeployedELU,
+    nn.GELU: DeployedGELU,
+    nn.Hardsigmoid: DeployedHardsigmoid,
+    nn.Hardswish: DeployedHardswish,
+    nn.LeakyReLU: DeployedLeakyReLU,
+    nn.Mish: DeployedMish,
+    nn.PReLU: DeployedPReLU,
+    nn.Sigmoid: DeployedSigmoid,
+    nn.SiLU: DeployedSiLU,
+    nn.Tanh: DeployedTanh,
 }
 
 
 def deploy(model: nn.Module, folding: Collection[str]) -> None:
-    """Make norms and means of a quantized model, in place, compute as packed where they are evaluated.
+    """Make norms, means and activations of a quantized model, in place, compute as packed where they are evaluated.
 
     State, hooks and whatever refers to the modules stay. Classes derived from torch's keep a forward of their own.
 

@@ -23,21 +23,23 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def serves(x: Tensor, v: Tensor, kind: str) -> bool:
+def serves(x: Tensor, v: Tensor, coding: codec.Coding) -> bool:
     """Whether one pass serves this tensor: a float32 scalar v, and x dense in memory, of a dtype its device takes.
 
-    kind: `unsigned` or `signed` activations anywhere; `weight` on a GPU only, and in float32, where codes are computed
-    in the weights' own dtype.
+    Activations anywhere; weights of the odd grid on a GPU only, and in float32, where codes are computed in the
+    weights' own dtype.
     """
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    if not dense or v.dtype != torch.float32 or v.dim() or x.device != v.device:
+    if not dense or v.dtype != torch.float32 or v.dim() or x.device != v.device or coding.kind == "zero":
         return False
     if x.is_cuda:
-        return _has_triton() and (x.dtype in _GPU_DTYPES if kind != "weight" else x.dtype == torch.float32)
-    return extension.cpu is not None and x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and kind != "weight"
+        return _has_triton() and (x.dtype in _GPU_DTYPES if not coding.is_weight else x.dtype == torch.float32)
+    return extension.cpu is not None and x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and not coding.is_weight
 
 
-def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, coding: codec.Coding
+) -> tuple[Tensor, Tensor]:
     """(y = decode(encode(x)) at the width `bits`, mean |z - z_b| [J] at the widths of `coarse`), z in 0..1.
 
     Sums are taken in float32 over blocks of 2048 elements and in float64 from there on, in an order that depends on
@@ -49,36 +51,37 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
     if x.is_cuda:
         from lbs_kernels.fakequant import triton_impl
 
-        return triton_impl.forward(x, v, coarse, bits, kind)
+        return triton_impl.forward(x, v, coarse, bits, coding.kind, coding.shares)
     y, v = torch.empty_like(x), v.abs()
-    sums = _native_forward(x, v, (*coarse, int(bits)), kind, y)
-    scale = float(v) * (2 if kind == "signed" else 1) * max(x.numel(), 1)
+    sums = _native_forward(x, v, (*coarse, int(bits)), coding, y)
+    scale = float(v) * sum(coding.shares) * max(x.numel(), 1)
     return y, torch.tensor([total / scale for total in sums], dtype=v.dtype)
 
 
-def correct(y: Tensor, x: Tensor, v: Tensor, bits: int | Tensor, guess: int | Tensor, kind: str) -> None:
+def correct(y: Tensor, x: Tensor, v: Tensor, bits: int | Tensor, guess: int | Tensor, coding: codec.Coding) -> None:
     """Overwrite y, which `forward` computed at the width `guess`, with what it is at `bits`, where they differ."""
     if isinstance(bits, Tensor) and isinstance(guess, Tensor):
         from lbs_kernels.fakequant import triton_impl
 
-        triton_impl.correct(y, x, v, bits, guess, kind)
+        triton_impl.correct(y, x, v, bits, guess, coding.kind, coding.shares)
     elif bits != guess:
-        _native_forward(x, v.abs(), (int(bits),), kind, y)
+        _native_forward(x, v.abs(), (int(bits),), coding, y)
 
 
 def backward(
-    grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
+    grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, coding: codec.Coding
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Straight-through gradients of y at the width `bits` to x and v, and sum dL/dy * (y - y_b) [J] for `coarse`."""
     grad = _like(grad, x)
     if x.is_cuda:
         from lbs_kernels.fakequant import triton_impl
 
-        return triton_impl.backward(grad, x, v, coarse, bits, kind)
-    signed, grad_x = kind == "signed", torch.empty_like(x)
+        return triton_impl.backward(grad, x, v, coarse, bits, coding.kind, coding.shares)
+    grad_x = torch.empty_like(x)
     total, products = extension.require_cpu().fake_quant_backward(
-        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(), *_widths(v.abs(), (*coarse, int(bits)), signed),
-        signed, torch.get_num_threads(), _NATIVE_DTYPES[x.dtype],
+        x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), x.numel(),
+        *_widths(v.abs(), (*coarse, int(bits)), coding), coding.shares, coding.kind == "signed",
+        torch.get_num_threads(), _NATIVE_DTYPES[x.dtype],
     )  # fmt: skip
     return grad_x, torch.full_like(v, total) * v.sign(), torch.tensor(products, dtype=v.dtype)
 
@@ -104,18 +107,20 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.stride() == x.stride() and grad.dtype == x.dtype else torch.empty_like(x).copy_(grad)
 
 
-def _widths(v: Tensor, widths: tuple[int, ...], signed: bool) -> tuple[float, list[float], list[float], list[float]]:
-    """(v, scale, step and n of each width), each number rounded as the codec rounds it."""
-    scales = [float(codec.activation_scale(v, bits, signed)) for bits in widths]
+def _widths(
+    v: Tensor, widths: tuple[int, ...], coding: codec.Coding
+) -> tuple[float, list[float], list[float], list[float], list[float]]:
+    """(v; scale, step, n and the code of 0 of each width), each number rounded as the codec rounds it."""
+    scales = [float(codec.activation_scale(v, bits, coding.kind == "signed")) for bits in widths]
     steps = [float(codec.code_step(v, bits)) for bits in widths]
-    return float(v), scales, steps, [float(codec.levels(bits)) for bits in widths]
+    zeros = [float(coding.zero_at(bits)) for bits in widths]
+    return float(v), scales, steps, [float(codec.levels(bits)) for bits in widths], zeros
 
 
-def _native_forward(x: Tensor, v: Tensor, widths: tuple[int, ...], kind: str, y: Tensor) -> list[float]:
+def _native_forward(x: Tensor, v: Tensor, widths: tuple[int, ...], coding: codec.Coding, y: Tensor) -> list[float]:
     """Fill y at the last of `widths`; sum |clip(x) - y_b| at the others."""
-    signed = kind == "signed"
     sums: list[float] = extension.require_cpu().fake_quant_forward(
-        x.data_ptr(), y.data_ptr(), x.numel(), *_widths(v, widths, signed), signed, torch.get_num_threads(),
-        _NATIVE_DTYPES[x.dtype],
+        x.data_ptr(), y.data_ptr(), x.numel(), *_widths(v, widths, coding), coding.shares, coding.kind == "signed",
+        torch.get_num_threads(), _NATIVE_DTYPES[x.dtype],
     )  # fmt: skip
     return sums

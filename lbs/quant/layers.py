@@ -17,6 +17,7 @@ from lbs.quant import codec, fake
 from lbs.quant.deployed import Affine
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs_kernels.errors import GraphError
+from lbs_kernels.program.steps import WeightGrid
 
 STANDARDIZE = ("scale", "full", "none")
 
@@ -26,6 +27,7 @@ class QuantLayer(nn.Module):
 
     weight: Tensor
     w_range: nn.Parameter  # of the layer [], or of every filter [O]; used as |w_range|
+    w_grid: WeightGrid  # of the weight codes (`codec.Coding`)
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
 
@@ -33,10 +35,11 @@ class QuantLayer(nn.Module):
         if standardize not in STANDARDIZE:
             raise GraphError(f"standardize={standardize!r} is unknown; use one of {', '.join(STANDARDIZE)}")
         self._w_bits = w_bits
+        self.w_grid = "odd"
         self.standardize = standardize
         self.quantizer = quantizer
-        self.w_range = nn.Parameter(torch.tensor(1.0))
-        self.register_buffer("output_scale", torch.tensor(1.0))
+        self.w_range = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))
+        self.register_buffer("output_scale", torch.tensor(1.0, dtype=torch.float32))
         self.kept: tuple[int, ...] | None = None  # indices among the filters before pruning; None: all
         self.total_filters = int(self.weight.shape[0])
         self.quantize = True  # False while a float model is being observed
@@ -50,6 +53,11 @@ class QuantLayer(nn.Module):
         return int(self.quantizer.bits)
 
     @property
+    def searched(self) -> bool:
+        """Whether the width of the weights is still to be chosen."""
+        return False
+
+    @property
     def range_widths(self) -> tuple[int, int]:
         """The widths (weights, activations) that ranges are set at."""
         return self.w_bits, self.a_bits
@@ -60,7 +68,7 @@ class QuantLayer(nn.Module):
 
     def weight_codes(self) -> Tensor:
         """Integer codes like `weight`, in its dtype: exactly what is packed."""
-        return codec.weight_codes(self.float_weight(), self.weight_range().abs(), self.w_bits)
+        return codec.weight_codes(self.float_weight(), self.weight_range().abs(), self.w_bits, self.w_grid)
 
     def weight_range(self) -> Tensor:
         """`w_range`, broadcastable to `weight`."""
@@ -72,15 +80,17 @@ class QuantLayer(nn.Module):
         self.w_range = nn.Parameter(spread, requires_grad=self.w_range.requires_grad)
 
     def weight_step(self) -> Tensor:
-        """Real value of one unit of 2 q - n in each filter, float64 [O]: output_scale * v_w / n."""
-        step = self.output_scale.double() * self.w_range.detach().double().abs() / codec.levels(self.w_bits)
+        """Real value of one unit of the weights (`codec.weight_units`) in each filter, float64 [O]."""
+        top = codec.weight_top(self.w_bits, self.w_grid)
+        step = self.output_scale.double() * self.w_range.detach().double().abs() / top
         return step.expand(self.weight.shape[0])
 
     def quantized_weight(self) -> Tensor:
         """Weights used by `forward`, differentiable."""
         if self.standardize == "scale":
-            return fake.standardized_weight(self.weight, self.weight_range(), self.output_scale, self.w_bits)
-        return fake.fake_weight(self.float_weight(), self.weight_range(), self.w_bits) * self.output_scale
+            scale = self.output_scale
+            return fake.standardized_weight(self.weight, self.weight_range(), scale, self.w_bits, self.w_grid)
+        return fake.fake_weight(self.float_weight(), self.weight_range(), self.w_bits, self.w_grid) * self.output_scale
 
     def adopt_scale(self) -> None:
         """Set `output_scale` to the present standard deviation, so that values keep their size."""
@@ -113,7 +123,7 @@ class QuantLayer(nn.Module):
         """
         x = codec.wide(x)
         units = self.quantizer.units(self.quantizer.codes(x))
-        weights = 2 * self.weight_codes() - codec.levels(self.w_bits)
+        weights = codec.weight_units(self.weight_codes(), self.w_bits, self.w_grid)
         bound = weights[0].numel() * codec.levels(self.w_bits) * codec.levels(self.a_bits)
         narrow = x.dtype == torch.float32 and x.device.type == "cpu" and bound < 1 << 24
         dtype = torch.float32 if narrow else torch.float64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +12,24 @@ from lbs_kernels.errors import PlanError
 
 
 class ActivationQuantizer(nn.Module):
-    """Codes of b bits over [0, v], or [-v, v] if signed; v is learned and used as |v| (LBS eq. 1, 5)."""
+    """Codes of b bits over a range of width v, which is learned and used as |v| (LBS eq. 1, 5).
 
-    def __init__(self, bits: int = 8, signed: bool = False) -> None:
+    The range is [-v z / n, v (n - z) / n], z being the code of real 0 among codes of `zero_bits` bits, the fewest that
+    are chosen from: [0, v] until data have shown negative values. `signed` is what was learned before there was a zero:
+    [-v, v], and no code for 0.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, bits: int = 8, signed: bool = False, zero_bits: int | None = None) -> None:
         super().__init__()
         self._bits = bits
         self.signed = signed
-        self.range = nn.Parameter(torch.tensor(1.0))
+        self.zero_bits = zero_bits or bits
+        self.range = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))
+        # An integer, kept as a float: averages of a model's buffers truncate integers.
+        self.register_buffer("zero_point", torch.tensor(0.0, dtype=torch.float32))
+        self._read: tuple[int, int, int] = (0, -1, 0)  # storage and version of the buffer that was read, and its value
 
     @property
     def bits(self) -> int:
@@ -24,22 +37,34 @@ class ActivationQuantizer(nn.Module):
         return self._bits
 
     @property
+    def coding(self) -> codec.Coding:
+        """How values become codes; the device is asked once for every value that `zero_point` is given."""
+        if self.signed:
+            return codec.SIGNED
+        point = self.zero_point
+        key = (point.data_ptr(), 0 if point.is_inference() else point._version)
+        if self._read[:2] != key:
+            self._read = (*key, round(float(point)))
+        zero = self._read[2]
+        return codec.Coding("unsigned", zero, codec.levels(self.zero_bits)) if zero else codec.UNSIGNED
+
+    @property
     def zero(self) -> int:
-        """The code of real 0 that padding holds (unsigned); signed activations have none."""
-        return 0
+        """The code of real 0, which padding holds; signed activations have none."""
+        return self.coding.zero_at(self.bits)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of x, computed in x's dtype (half precision: in float32)."""
         source = codec.wide(x)
-        return codec.activation_codes(source, self.range.abs().to(source.dtype), self.bits, self.signed)
+        return codec.activation_codes(source, self.range.abs().to(source.dtype), self.bits, self.coding)
 
     def values(self, codes: Tensor) -> Tensor:
         """Real values of codes."""
-        return codec.activation_values(codes, self.range.abs().to(codes.dtype), self.bits, self.signed)
+        return codec.activation_values(codes, self.range.abs().to(codes.dtype), self.bits, self.coding)
 
     def units(self, codes: Tensor) -> Tensor:
-        """What codes count as in the accumulator: q, or 2 q - n if signed."""
-        return 2 * codes - codec.levels(self.bits) if self.signed else codes
+        """What codes count as in the accumulator: q - zero, or 2 q - n if signed."""
+        return 2 * codes - codec.levels(self.bits) if self.signed else codes - self.zero
 
     def step(self) -> float:
         """Real value of one code unit of the accumulator: v / n."""
@@ -51,20 +76,34 @@ class ActivationQuantizer(nn.Module):
         return float(codec.activation_scale(v, self.bits, self.signed))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake.fake_activation(x, self.range, self.bits, self.signed)
+        return fake.fake_activation(x, self.range, self.bits, self.coding)
 
     def set_range(self, low: float, high: float) -> None:
-        """Clip at `high`, or at the larger of |low|, |high| if signed."""
-        value = max(abs(low), abs(high)) if self.signed else high
+        """Cover [low, high] with a zero among the codes; at the larger of |low|, |high| if signed."""
+        if self.signed:
+            value, zero = max(abs(low), abs(high)), 0
+        else:
+            value, zero = codec.around_zero(max(0.0, -low), max(0.0, high), codec.levels(self.zero_bits))
+        self.set_coding(value, zero)
+
+    def set_coding(self, value: float, zero: int) -> None:
+        """Give the range its width and real 0 its code among those of `zero_bits` bits.
+
+        Raises:
+            PlanError: a width that is not positive.
+        """
         if not value > 0:
-            raise PlanError(
-                f"activation range [{low}, {high}] is empty; calibrate on batches in which the layer is active"
-            )
+            raise PlanError(f"an activation range of width {value} is empty; calibrate on batches that activate it")
         with torch.no_grad():
             self.range.fill_(value)
+            self.zero_point.fill_(zero)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}zero_point", torch.zeros_like(self.zero_point))  # files from before it: 0
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, signed={self.signed}"
+        return f"bits={self.bits}, zero={self.zero}" + (", signed" if self.signed else "")
 
 
 class InputQuantizer(nn.Module):
@@ -77,9 +116,9 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.bits = 8
         self.signed = False
-        self.register_buffer("step_size", torch.tensor(1.0 / 32))
+        self.register_buffer("step_size", torch.tensor(1.0 / 32, dtype=torch.float32))
         # An integer, kept as a float: averages of a model's buffers truncate integers.
-        self.register_buffer("zero_point", torch.tensor(128.0))
+        self.register_buffer("zero_point", torch.tensor(128.0, dtype=torch.float32))
 
     @property
     def zero(self) -> int:

@@ -44,7 +44,7 @@ class NetworkCard:
 
     def example(self) -> Tensor:
         """Zeros float32 [1, C, H, W]."""
-        return torch.zeros(1, *self.input_shape)
+        return torch.zeros(1, *self.input_shape, dtype=torch.float32)
 
     def write(self, folder: RunFolder) -> None:
         """Save as network.json."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lbs.data
 from lbs.config import SearchRun
-from lbs.plan import Plan
+from lbs.plan import LayerPlan, Plan
 from lbs.quant import calibrate, estimate_norms
 from lbs.runs import network
 from lbs.runs.limits import limits
@@ -61,7 +61,7 @@ class SearchJob:
         searched = prepare(model, self.example.to(self.session.device), settings)
         for name, fate in conversion_report(searched):
             self.session.say(f"{name}: {fate}")
-        return calibrate(searched, self.images(), bits=4, statistics="estimate")
+        return calibrate(searched, self.images(), bits=4, norms="estimate")
 
     def images(self) -> list[Tensor]:
         """Images that set the ranges."""
@@ -101,7 +101,7 @@ class SearchJob:
         if plan_of(found).in_float:
             estimate_norms(found, self.images())
             return found
-        return calibrate(found, self.images(), statistics="estimate")
+        return calibrate(found, self.images(), norms="estimate")
 
     def found(self, searched: nn.Module, outcome: BudgetResult, training: dict[str, Any]) -> Found:
         """The end of a search."""
@@ -164,10 +164,13 @@ def between_stages(config: SearchRun) -> SearchRun:
 
 
 def with_bits(pruned: Plan, quantized: Plan) -> Plan:
-    """Kept filters of one plan, bits of the plan of the network it left."""
-    bits = {entry.name: (entry.w_bits, entry.a_bits) for entry in quantized.layers}
-    layers = (replace(entry, w_bits=bits[entry.name][0], a_bits=bits[entry.name][1]) for entry in pruned.layers)
-    return replace(pruned, layers=tuple(layers))
+    """Kept filters of one plan, bits and what weights are rounded to of the plan of the network it left."""
+
+    def joined(entry: LayerPlan, rounded: LayerPlan) -> LayerPlan:
+        bits = replace(entry, w_bits=rounded.w_bits, a_bits=rounded.a_bits)
+        return replace(bits, w_grid=rounded.w_grid, ranges=rounded.ranges)
+
+    return replace(pruned, layers=tuple(joined(entry, quantized.layer(entry.name)) for entry in pruned.layers))
 
 
 _SEARCHES: dict[str, Search] = {"two-stage": two_stage, "greedy": greedy}

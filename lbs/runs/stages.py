@@ -66,7 +66,9 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     model, card = network.load_network(folder)
     packed = of_run(folder).packed
     data = network.images_of(card)
-    spread = torch.linspace(0, data.test_count - 1, min(images, data.test_count)).long()  # over the whole set
+    spread = torch.linspace(
+        0, data.test_count - 1, min(images, data.test_count), dtype=torch.float32
+    ).long()  # over the whole set
     bytes_in = packed.normalize is not None
     report = lbs.verify(model, packed, _served(data, lbs.data.pixels_at(data, spread)[0], bytes_in))
     trained, served, labels, differing, identical = _predictions(model, packed, data)

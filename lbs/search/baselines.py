@@ -125,7 +125,7 @@ def two_stage(
     pruning = prepare(model, example, replace(config, bits=(FULL_BITS,), pruning=True))
     pruned = _searched(pruning, Budget(pruning, prune_bops), search)
     finetune(pruned)
-    quantizing = calibrate(prepare(pruned, example, replace(config, pruning=False)), batches, statistics="estimate")
+    quantizing = calibrate(prepare(pruned, example, replace(config, pruning=False)), batches, norms="estimate")
     return _searched(quantizing, Budget(quantizing, bops), search)
 
 

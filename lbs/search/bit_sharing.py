@@ -19,12 +19,18 @@ from lbs.search.gates import BitGate
 from lbs.train.distributed import reduce_mean
 
 
-def width_errors(x: Tensor, v: Tensor, chain: tuple[int, ...], kind: str) -> Tensor:
+def width_errors(x: Tensor, v: Tensor, chain: tuple[int, ...], coding: codec.Coding) -> Tensor:
     """mean |z - z_b| at every width of the chain but the last, [J]; z in 0..1 as in LBS eq. 1-2."""
-    low = torch.zeros_like(v) if kind == "unsigned" else -v
-    clipped = torch.minimum(torch.maximum(x, low), v)
-    errors = [(clipped - codec.round_trip(x, v, bits, kind)).abs_().mean() for bits in chain[:-1]]
-    return torch.stack(errors) / (v if kind == "unsigned" else 2 * v)
+    low, high = coding.shares
+    clipped = torch.minimum(torch.maximum(x, -low * v), high * v)
+    width = (low + high) * v
+    if not v.dim():
+        return torch.stack([_error(clipped, x, v, bits, coding).mean() for bits in chain[:-1]]) / width
+    return torch.stack([(_error(clipped, x, v, bits, coding) / width).mean() for bits in chain[:-1]])
+
+
+def _error(clipped: Tensor, x: Tensor, v: Tensor, bits: int, coding: codec.Coding) -> Tensor:
+    return (clipped - codec.round_trip(x, v, bits, coding)).abs_()
 
 
 class _Gated(torch.autograd.Function):
@@ -39,21 +45,21 @@ class _Gated(torch.autograd.Function):
         chain: tuple[int, ...],
         level: int | Tensor,
         bits: int | Tensor,
-        kind: str,
+        coding: codec.Coding,
     ) -> Tensor:
-        y = codec.round_trip(codec.wide(x), v, bits, kind).to(x.dtype)  # type: ignore[arg-type]
+        y = codec.round_trip(codec.wide(x), v, bits, coding).to(x.dtype)  # type: ignore[arg-type]
         ctx.save_for_backward(x, v, y)
-        ctx.setup = (chain, level, kind)
+        ctx.setup = (chain, level, coding)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, v, y = ctx.saved_tensors
-        chain, level, kind = ctx.setup
-        grad_x, grad_v = ste_gradients(grads[0], x, v, y, kind != "unsigned")
+        chain, level, coding = ctx.setup
+        grad_x, grad_v = ste_gradients(grads[0], x, v, y, coding)
         grad, wide_x, wide_y = codec.wide(grads[0]), codec.wide(x), codec.wide(y)
         products = [
-            (grad * (wide_y - codec.round_trip(wide_x, v, bits, kind))).sum() for bits in _compared(chain, level)
+            (grad * (wide_y - codec.round_trip(wide_x, v, bits, coding))).sum() for bits in _compared(chain, level)
         ]
         return grad_x, grad_v, _placed(torch.stack(products).to(v.dtype), chain, level), *[None] * 4
 
@@ -71,17 +77,17 @@ class _FusedGated(torch.autograd.Function):
         chain: tuple[int, ...],
         level: int | Tensor,
         bits: int | Tensor,
-        kind: str,
+        coding: codec.Coding,
     ) -> Tensor:
         ctx.save_for_backward(x, v)
-        ctx.setup = (chain, level, bits, kind)
+        ctx.setup = (chain, level, bits, coding)
         return value.pop()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, v = ctx.saved_tensors
-        chain, level, bits, kind = ctx.setup
-        grad_x, grad_v, products = fused.backward(grads[0], x, v, _compared(chain, level), bits, kind)
+        chain, level, bits, coding = ctx.setup
+        grad_x, grad_v, products = fused.backward(grads[0], x, v, _compared(chain, level), bits, coding)
         return grad_x, grad_v, _placed(products, chain, level), *[None] * 5
 
 
@@ -106,26 +112,27 @@ def _placed(products: Tensor, chain: tuple[int, ...], level: int | Tensor) -> Te
     return torch.where(places < level, products[:-1], closed)
 
 
-def gated(x: Tensor, v: Tensor, gate: BitGate, kind: str) -> Tensor:
+def gated(x: Tensor, v: Tensor, gate: BitGate, coding: codec.Coding) -> Tensor:
     """Quantize x with the gates of `gate`, which decide on this batch; differentiable in x, v and alpha.
 
     Arguments:
-        x: any shape, floating. v: positive scalar. kind: `unsigned`, `signed` or `weight`.
+        x: any shape, floating. v: positive scalar, or one range for every filter [O, 1, ..] of weights. coding: of a
+            grid that nests, all but `zero`.
     """
-    one_pass = fused.serves(x, v, kind)
+    one_pass = fused.serves(x, v, coding)
     guess: int | Tensor = gate.open_width() if x.is_cuda else gate.bits
     with torch.no_grad():
         if one_pass:  # at the width that was open last
-            y, errors = fused.forward(x, v, gate.chain[:-1], guess, kind)
+            y, errors = fused.forward(x, v, gate.chain[:-1], guess, coding)
         else:
-            errors = width_errors(codec.wide(x), v, gate.chain, kind)
-        if kind != "weight":  # weights are the same on every rank
+            errors = width_errors(codec.wide(x), v, gate.chain, coding)
+        if not coding.is_weight:  # weights are the same on every rank
             errors = reduce_mean(errors)
     gates = gate.observe(errors)
     level: int | Tensor = gate.open_level() if x.is_cuda else gate.level
     bits: int | Tensor = gate.open_width() if x.is_cuda else gate.bits
     if not one_pass:
-        return _Gated.apply(x, v, gates, gate.chain, level, bits, kind)
+        return _Gated.apply(x, v, gates, gate.chain, level, bits, coding)
     with torch.no_grad():
-        fused.correct(y, x, v, bits, guess, kind)
-    return _FusedGated.apply(x, v, gates, [y], gate.chain, level, bits, kind)
+        fused.correct(y, x, v, bits, guess, coding)
+    return _FusedGated.apply(x, v, gates, [y], gate.chain, level, bits, coding)

@@ -21,6 +21,7 @@ from lbs.search.outcome import BudgetResult, Reached
 from lbs.search.prices import Prices, renewed, sent
 from lbs.search.quantities import Quantity, Table, Target, targets_of
 from lbs.search.stacks import BitStack, PruneStack
+from lbs.wrappers import unwrapped
 from lbs_kernels.errors import PlanError
 
 
@@ -56,7 +57,7 @@ class Budget:
         table: Table | None = None,
         read_every: int | None = None,
     ) -> None:
-        self.model = model
+        self.model = model = unwrapped(model)
         self.full_precision = record_of(model).plan.full_precision_bops()
         self.ledger = Ledger(model)
         self.plan, self.layers = self.ledger.plan, self.ledger.layers
@@ -147,7 +148,7 @@ class Budget:
         """Sum of lambda * log R over the targets that are not met; zero once frozen."""
         self._hold()
         if self.frozen or not self.strength:
-            return torch.zeros((), device=next(self.model.parameters()).device)
+            return torch.zeros((), dtype=torch.float32, device=next(self.model.parameters()).device)
         self._take_in()
         if self._strengths is None or self.read_every == 1:
             self._strengths = self._renewed_strengths()

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lbs.graph import ModelRecord, record_of
-from lbs.plan import LayerPlan, Plan, check_layer
+from lbs.plan import LayerPlan, Plan, check_layer, grid_at
 from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
 from lbs.search.multi_path import settled_range
-from lbs.search.prepare import layer_arguments, layer_options, like, move_hooks, replace_layer
+from lbs.search.replace import carry, kept_like, layer_arguments, layer_options, like, replace_layer
+from lbs.wrappers import copied, unwrapped
 from lbs_kernels.errors import PlanError
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan a searchable, uniform or frozen model follows right now."""
+    model = unwrapped(model)
     plan = record_of(model).plan
     layers = []
     with torch.no_grad():
@@ -37,8 +38,16 @@ def plan_of(model: nn.Module) -> Plan:
             kept = gate.kept() if gate is not None else None
             kept = None if kept is None or len(kept) == layer.filters else kept
         w_bits, a_bits = (int(getattr(module, label, FULL_BITS)) for label in ("w_bits", "a_bits"))
-        layers.append(replace(layer, w_bits=w_bits, a_bits=a_bits, kept=kept))
+        layers.append(_rounded_as(replace(layer, w_bits=w_bits, a_bits=a_bits, kept=kept), module))
     return replace(plan, layers=tuple(layers))
+
+
+def _rounded_as(entry: LayerPlan, module: nn.Module) -> LayerPlan:
+    """The entry with what the layer's weights are rounded to; those of a searched one, to what it will be frozen to."""
+    if not isinstance(module, QuantLayer) or entry.w_bits == FULL_BITS:
+        return entry
+    grid = grid_at(entry.w_bits) if module.searched else module.w_grid
+    return replace(entry, w_grid=grid, ranges="filter" if module.w_range.dim() else "layer")
 
 
 def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
@@ -54,8 +63,9 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         raise PlanError(
             f"plan is a {type(plan).__name__}; read one with lbs.Plan.load(path) or lbs.Plan.from_json(text)"
         )
+    model = unwrapped(model)
     plan = plan or plan_of(model)
-    model = copy.deepcopy(model)
+    model = copied(model)
     record = record_of(model)
     plan = _with_through(plan, record)
     check_fit(plan, record)
@@ -82,7 +92,8 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
 def _fitted(entry: LayerPlan, own: LayerPlan) -> LayerPlan:
     """Bits and kept filters of a plan's entry, the geometry of the model."""
     kept = entry.kept if entry.kept_filters < entry.filters else None
-    return replace(own, w_bits=entry.w_bits, a_bits=entry.a_bits, kept=kept)
+    own = replace(own, w_bits=entry.w_bits, a_bits=entry.a_bits, kept=kept)
+    return replace(own, w_grid=entry.w_grid, ranges=entry.ranges)
 
 
 def _with_through(plan: Plan, record: ModelRecord) -> Plan:
@@ -156,7 +167,6 @@ def _fixed(
 ) -> nn.Module:
     """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
     new = _float_layer(old, entry) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
-    move_hooks(new, old)
     weight: Tensor = old.weight  # type: ignore[assignment]
     bias: Tensor | None = old.bias  # type: ignore[assignment]
     key = (id(weight), rows, columns)
@@ -165,17 +175,19 @@ def _fixed(
         bias = bias[torch.tensor(rows)] if bias is not None else None
     if columns is not None:
         weight = weight[:, torch.tensor(columns)]
+    if rows is not None and isinstance(new, QuantLayer) and new.w_range.dim():
+        new.w_range = nn.Parameter(new.w_range.detach()[torch.tensor(rows)].clone())
     if key not in twins:
-        twins[key] = nn.Parameter(weight.detach().clone())
+        twins[key] = kept_like(weight, old.weight)
     new.weight = twins[key]
-    new.bias = nn.Parameter(bias.detach().clone()) if bias is not None else None  # type: ignore[assignment]
+    new.bias = kept_like(bias, old.bias) if bias is not None else None  # type: ignore[assignment]
     if isinstance(new, nn.Conv2d):
         new.groups = len(rows) if entry.depthwise and rows is not None else new.groups
         new.out_channels, new.in_channels = int(weight.shape[0]), int(weight.shape[1]) * new.groups
     elif isinstance(new, nn.Linear):
         new.out_features, new.in_features = int(weight.shape[0]), int(weight.shape[1])
+    carry(new, old)
     new.kept = entry.kept  # type: ignore[assignment]
-    new.train(old.training)
     return new
 
 
@@ -194,12 +206,18 @@ def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
             )
     else:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
+        quantizer.zero_point.fill_(old.quantizer.coding.zero_at(entry.a_bits))
         quantizer.range = settled_range(old.quantizer.range, getattr(old.quantizer, "gate", None))
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
     options = layer_options(old)
     new = kind(*layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **options)
     like(new, old)
     new.w_range = settled_range(old.w_range, getattr(old, "w_gate", None))
+    if entry.ranges == "layer" and new.w_range.dim():
+        new.w_range = nn.Parameter(new.w_range.detach().abs().amax())
+    elif entry.ranges == "filter" and not new.w_range.dim():
+        new.range_by_filter()
+    new.w_grid = entry.w_grid
     new.output_scale.copy_(old.output_scale)
     new.total_filters = entry.filters
     return new
@@ -224,7 +242,7 @@ def _cut_norm(norm: nn.BatchNorm2d, kept: tuple[int, ...]) -> None:
     for name in ("weight", "bias"):
         value = getattr(norm, name)
         if value is not None:
-            setattr(norm, name, nn.Parameter(value.detach()[index].clone()))
+            setattr(norm, name, kept_like(value.detach()[index], value))
     for name in ("running_mean", "running_var"):
         value = getattr(norm, name)
         if value is not None:

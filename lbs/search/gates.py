@@ -105,9 +105,9 @@ class BitGate(nn.Module):
         super().__init__()
         self.chain = check_chain(chain)
         count = len(self.chain) - 1
-        self.alpha = nn.Parameter(torch.zeros(count))
-        self.register_buffer("statistic", torch.ones(count))
-        self.register_buffer("is_open", torch.ones(count))
+        self.alpha = nn.Parameter(torch.zeros(count, dtype=torch.float32))
+        self.register_buffer("statistic", torch.ones(count, dtype=torch.float32))
+        self.register_buffer("is_open", torch.ones(count, dtype=torch.float32))
         self.register_buffer("widths", torch.tensor(self.chain, dtype=torch.float32), persistent=False)
         self.level = count  # index of the open width in the chain; mirrors is_open
         self.active = False  # gates decide and learn in this iteration
@@ -245,13 +245,13 @@ class PruneGate(nn.Module):
         fewest = max(1, self.groups - int(max_ratio * self.groups))
         self.least = min(self.groups, -(-fewest // self.unit) * self.unit)  # that stay open whatever alpha says
         self.rule = GroupRule(self.groups, self.least, self.unit)
-        self.alpha = nn.Parameter(torch.zeros(()))
-        self.register_buffer("held", torch.zeros(self.groups))  # -1 closed, 0 free, 1 open
-        sizes = torch.tensor([float(self.group_size(group)) for group in range(self.groups)])
+        self.alpha = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.register_buffer("held", torch.zeros(self.groups, dtype=torch.float32))  # -1 closed, 0 free, 1 open
+        sizes = torch.tensor([float(self.group_size(group)) for group in range(self.groups)], dtype=torch.float32)
         self.register_buffer("sizes", sizes, persistent=False)
         if scored:
-            self.register_buffer("score", torch.zeros(filters))
-        self.statistic = torch.full((self.groups,), torch.inf)
+            self.register_buffer("score", torch.zeros(filters, dtype=torch.float32))
+        self.statistic = torch.full((self.groups,), torch.inf, dtype=torch.float32)
         self.shared: Tensor | None = None  # the mask of this iteration, one tensor for all that read it
 
     def __getstate__(self) -> dict[str, Any]:

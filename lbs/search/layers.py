@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbs.plan import grid_at
 from lbs.quant import codec, fake
 from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
@@ -15,6 +16,8 @@ from lbs.search.gates import BitGate, PruneGate
 from lbs.search.importance import IMPORTANCE, rule_of
 from lbs.search.multi_path import BranchGate
 
+# What a layer under search has and a layer of fixed bits has not.
+SEARCH_STATE = ("w_gate", "prune", "importance", "input_gate", "through_gate", "norm_behind", "watches_input")
 FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
 
 
@@ -31,7 +34,7 @@ class SearchQuantizer(ActivationQuantizer):
     """An activation quantizer whose width is searched."""
 
     def __init__(self, chain: tuple[int, ...], signed: bool = False, multi_path: bool = False) -> None:
-        super().__init__(chain[-1], signed)
+        super().__init__(chain[-1], signed, zero_bits=chain[0])
         self.gate = BranchGate(chain) if multi_path else BitGate(chain)
 
     @property
@@ -40,14 +43,14 @@ class SearchQuantizer(ActivationQuantizer):
         return self.gate.bits
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, kind = self.gate, "signed" if self.signed else "unsigned"
+        gate, coding = self.gate, self.coding
         if isinstance(gate, BranchGate):
             v = self.range.abs()
-            return gate.mix(x, v, kind) if self.training else gate.branch(x, v, kind, gate.level)
+            return gate.mix(x, v, coding) if self.training else gate.branch(x, v, coding, gate.level)
         if self.training and gate.active:
-            return gated(x, self.range.abs(), gate, kind)
+            return gated(x, self.range.abs(), gate, coding)
         if self.training and x.is_cuda:  # decided on the device, and not read back yet
-            return fake.fake_activation(x, self.range, gate.open_width(), self.signed)  # type: ignore[arg-type]
+            return fake.fake_activation(x, self.range, gate.open_width(), coding)  # type: ignore[arg-type]
         return super().forward(x)
 
 
@@ -82,6 +85,7 @@ class SearchLayer(QuantLayer):
         self._init_quant(chain[-1], quantizer, standardize if chain[-1] < FULL_BITS else "none")
         gate_type = BranchGate if multi_path else BitGate
         self.w_gate = gate_type(chain) if len(chain) > 1 else None
+        self.w_grid = "odd" if self.w_gate is not None else grid_at(chain[-1])
         self.prune = None
         self.importance = importance
         # In lists: owned, saved and trained elsewhere.
@@ -94,6 +98,10 @@ class SearchLayer(QuantLayer):
     def w_bits(self) -> int:
         """The width of the weights that is open now, or the fixed one."""
         return self._w_bits if self.w_gate is None else self.w_gate.bits
+
+    @property
+    def searched(self) -> bool:
+        return self.w_gate is not None
 
     @property
     def range_widths(self) -> tuple[int, int]:
@@ -151,16 +159,16 @@ class SearchLayer(QuantLayer):
     def quantized_weight(self) -> Tensor:
         if self.w_bits == FULL_BITS:
             return self._cut_inputs(self.weight)
-        v, w = self.w_range.abs(), self.float_weight()
-        gate = self.w_gate
+        v, w = self.weight_range().abs(), self.float_weight()
+        gate, coding = self.w_gate, codec.WEIGHTS["odd"]  # grids with a zero do not nest
         if isinstance(gate, BranchGate):
-            quantized = gate.mix(w, v, "weight") if self.training else gate.branch(w, v, "weight", gate.level)
+            quantized = gate.mix(w, v, coding) if self.training else gate.branch(w, v, coding, gate.level)
         elif self.training and gate is not None and gate.active:
-            quantized = gated(w, v, gate, "weight")
+            quantized = gated(w, v, gate, coding)
         elif self.training and gate is not None and w.is_cuda:
             quantized = fake.fake_weight(w, v, gate.open_width())  # type: ignore[arg-type]
         else:
-            quantized = fake.fake_weight(w, v, self.w_bits)
+            quantized = fake.fake_weight(w, v, self.w_bits, self.w_grid)
         return self._cut_inputs(quantized * self.output_scale)
 
     def unrounded_weight(self) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lbs.quant import fake
+from lbs.quant import codec, fake
 from lbs.search.gates import BitGate
 
 TEMPERATURE = 0.1
@@ -29,9 +29,9 @@ class BranchGate(BitGate):
     def __init__(self, chain: tuple[int, ...]) -> None:
         super().__init__(chain)
         others = (1 - FIRST_SHARE) / max(1, len(self.chain) - 1)
-        self.alpha = nn.Parameter(torch.zeros(len(self.chain)))
+        self.alpha = nn.Parameter(torch.zeros(len(self.chain), dtype=torch.float32))
         self.alpha.data[-1] = TEMPERATURE * math.log(FIRST_SHARE / others)
-        self.scale = nn.Parameter(torch.ones(len(self.chain)))
+        self.scale = nn.Parameter(torch.ones(len(self.chain), dtype=torch.float32))
 
     def open_level(self) -> Tensor:
         """The branch with the largest weight, the widest of equals: where training starts."""
@@ -47,21 +47,21 @@ class BranchGate(BitGate):
         self.statistic.copy_(tail.detach())
         return tail
 
-    def mix(self, x: Tensor, v: Tensor, kind: str) -> Tensor:
+    def mix(self, x: Tensor, v: Tensor, coding: codec.Coding) -> Tensor:
         """sum_b p_b * Q_b(x)."""
         shares = self.weights().to(x.dtype)
-        parts = [shares[level] * self.branch(x, v, kind, level) for level in range(len(self.chain))]
+        parts = [shares[level] * self.branch(x, v, coding, level) for level in range(len(self.chain))]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         return total
 
-    def branch(self, x: Tensor, v: Tensor, kind: str, level: int) -> Tensor:
+    def branch(self, x: Tensor, v: Tensor, coding: codec.Coding, level: int) -> Tensor:
         """Q_b(x; v_b) of one branch."""
         own, bits = v * self.scale[level].abs(), self.chain[level]
-        if kind == "weight":
+        if coding.is_weight:
             return fake.fake_weight(x, own, bits)
-        return fake.fake_activation(x, own, bits, kind == "signed")
+        return fake.fake_activation(x, own, bits, coding)
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -84,4 +84,4 @@ def settled_range(common: nn.Parameter, gate: BitGate | None) -> nn.Parameter:
     if not isinstance(gate, BranchGate):
         return common
     scale = gate.scale.detach()[int(gate.open_level())].abs()
-    return nn.Parameter(common.detach().abs() * scale)
+    return nn.Parameter(common.detach().abs() * scale, requires_grad=common.requires_grad)

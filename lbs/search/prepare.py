@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from lbs.channels import ChannelGroup, groups_in_training
 from lbs.cost import EDGE_BITS
-from lbs.graph import ChannelGroup, ModelRecord, observe_layers, record_of, template_plan, trace
-from lbs.plan import LayerPlan
+from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, trace
+from lbs.plan import RANGES, LayerPlan
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
 from lbs.quant.frozen_norm import adopt_frozen_norms
@@ -22,7 +22,11 @@ from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
-from lbs_kernels.errors import FormatError, GraphError, PlanError
+from lbs.search.lookalikes import as_torch_has_them
+from lbs.search.plain import has_own_forward, plain_copy
+from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
+from lbs.wrappers import unwrapped
+from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
 
@@ -33,10 +37,11 @@ class SearchConfig:
     bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
-    multiple of it. multi_path: a branch of its own for every width instead of bit sharing, the baseline of
-    lbs/search/multi_path.py. exclude: name patterns left in float, each matching a layer. trace=False (with
-    pruning=False) serves models torch.fx cannot trace; they can be searched and fine-tuned, not packed. The first
-    and the last layer stay at 8 / 8 bits and keep their filters (`lbs.cost.edge_layers`).
+    multiple of it. ranges: of weights, one for every filter, or one for the layer (as in LBS). multi_path: a branch of
+    its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py. exclude: name patterns
+    left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
+    be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
+    (`lbs.cost.edge_layers`).
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
@@ -46,6 +51,7 @@ class SearchConfig:
     importance: str = "gamma"
     filter_tile: int = 1
     standardize: str = "scale"
+    ranges: Literal["filter", "layer"] = "filter"
     multi_path: bool = False
     exclude: tuple[str, ...] = ()
     trace: bool = True
@@ -65,6 +71,8 @@ class SearchConfig:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"
             )
+        if self.ranges not in RANGES:
+            raise PlanError(f"ranges={self.ranges!r} is unknown; use {' or '.join(RANGES)}")
         if self.importance not in IMPORTANCE:
             raise PlanError(f"importance={self.importance!r} is unknown; use {', '.join(IMPORTANCE)}")
 
@@ -85,9 +93,10 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     model, record = _copy_and_trace(model, example, config)
     edges = record.plan.edges
     if config.trace and config.bits != (FULL_BITS,):  # others are never packed
-        for layer in record.plan.layers:
-            chain = (EDGE_BITS,) if layer.name in edges else config.bits
-            check_sum(layer, chain[-1], chain[-1], chain)
+        chains = [(EDGE_BITS,) if layer.name in edges else config.bits for layer in record.plan.layers]
+        check_sums(
+            [(layer, chain[-1], chain[-1], chain) for layer, chain in zip(record.plan.layers, chains, strict=True)]
+        )
     for layer in record.plan.layers:
         edge = layer.name in edges
         chain = (EDGE_BITS,) if edge and config.bits != (FULL_BITS,) else config.bits
@@ -102,6 +111,8 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
             quantizer = SearchQuantizer(chain, multi_path=config.multi_path)
         old = model.get_submodule(layer.name)
         new = _searchable(old, chain, quantizer, config)
+        if config.ranges == "filter" and chain != (FULL_BITS,):
+            new.range_by_filter()
         replace_layer(model, layer.name, new)
     if config.pruning:
         _add_prune_gates(model, record, config)
@@ -126,11 +137,12 @@ def uniform(
         check_chain((width,))
     model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
     plan = record.plan.with_bits(weight_bits, activation_bits)
+    check_sums([(layer, layer.w_bits, layer.a_bits, ()) for layer in plan.layers])
     for layer in plan.layers:
-        check_sum(layer, layer.w_bits, layer.a_bits)
         quantizer = InputQuantizer() if layer.name == plan.edges[0] else ActivationQuantizer(layer.a_bits)
         old = model.get_submodule(layer.name)
         fixed = fixed_layer(old, layer.w_bits, quantizer, "scale")
+        fixed.w_grid = layer.w_grid
         if ranges == "filter":
             fixed.range_by_filter()
         replace_layer(model, layer.name, fixed)
@@ -162,13 +174,12 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> tuple[nn.Module, ModelRecord]:
-    if any(isinstance(m, QuantLayer) for m in model.modules()):
+    if any(isinstance(m, QuantLayer) for m in unwrapped(model).modules()):
         raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
-    model = copy.deepcopy(model)
+    model = plain_copy(model)
     adopt_frozen_norms(model)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise GraphError(f"{name} holds NaN or infinite values; quantization needs finite weights, load others")
+    model = as_torch_has_them(model)
+    _check_finite(model)
     layers, found, uneven, folding = _layers_and_groups(model, example, config)
     unconverted = []
     for name, module in model.named_modules():
@@ -206,14 +217,30 @@ def _layers_and_groups(
         layers, uneven = observe_layers(model, example)
         return layers, {}, uneven, frozenset()
     graph = trace(model, example)
-    return graph.layers, graph.groups, graph.uneven, graph.folding
+    groups = groups_in_training(graph.groups, graph.module, model, example)
+    return graph.layers, groups, graph.uneven, graph.folding
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Parameters, and the statistics of norms; other buffers may hold what they like, such as a mask of -inf."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            tensors |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        verb = "holds" if len(bad) == 1 else "hold"
+        raise GraphError(
+            f"{', '.join(bad)} {verb} NaN or infinite values; quantization needs finite weights, load others"
+        )
 
 
 def _check_patterns(model: nn.Module, patterns: tuple[str, ...]) -> None:
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise PlanError(f"exclude={pattern!r} matches no layer; the layers are {', '.join(names)}")
+    lost = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    if lost:
+        what = " and ".join(f"exclude={pattern!r} matches no layer" for pattern in lost)
+        raise PlanError(f"{what}; the layers are {', '.join(names)}")
 
 
 def _without(group: ChannelGroup, skipped: set[str]) -> ChannelGroup:
@@ -258,19 +285,39 @@ def _unconvertible(
     """Why a layer stays in float; "" if it need not."""
     if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
         return "excluded by name"
+    own = has_own_forward(module)
+    if own is not None:
+        return own
     if name not in layers:
         return "the forward pass does not call it"
     if name in uneven:
         return "the forward pass calls it on inputs of different sizes, and one entry of costs cannot stand for both"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a parametrization"
-    plain = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    for method in ("forward", "_conv_forward"):
-        if getattr(type(module), method, None) is not getattr(plain, method, None):
-            return f"{type(module).__name__} has a {method} of its own"
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"padding {module.padding!r}, mode {module.padding_mode!r} has no integer form"
+        return (
+            "its weight is computed by a parametrization; torch.nn.utils.parametrize.remove_parametrizations(layer, "
+            "'weight') makes it a parameter"
+        )
+    methods = _own_methods(module)
+    if methods:
+        return f"{type(module).__name__} has methods that a quantized layer has not: {', '.join(methods)}"
     return ""
+
+
+def _own_methods(layer: nn.Conv2d | nn.Linear) -> list[str]:
+    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    added = {name for kind in type(layer).__mro__ if not issubclass(plain, kind) for name in vars(kind)}
+    return sorted(name for name in added if not name.startswith("_") and not hasattr(plain, name))
+
+
+def check_sums(rows: Iterable[tuple[LayerPlan, int, int, tuple[int, ...]]]) -> None:
+    """`check_sum` of (layer, w_bits, a_bits, chain) for every row; all that fail are told at once."""
+    told: list[LbsError] = []
+    for row in rows:
+        try:
+            check_sum(*row)
+        except GraphError as error:
+            told.append(error)
+    raise_together(told)
 
 
 def check_sum(layer: LayerPlan, w_bits: int, a_bits: int, chain: tuple[int, ...] = ()) -> None:
@@ -332,57 +379,3 @@ def fixed_layer(
     kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
     new = kind(*layer_arguments(old), w_bits=w_bits, quantizer=quantizer, standardize=standardize, **layer_options(old))
     return adopt(new, old)
-
-
-def layer_arguments(old: nn.Module) -> tuple[int, int] | tuple[int, int, object]:
-    """Positional constructor arguments that repeat `old`."""
-    if isinstance(old, nn.Conv2d):
-        return old.in_channels, old.out_channels, old.kernel_size
-    return old.in_features, old.out_features  # type: ignore[return-value]
-
-
-def layer_options(old: nn.Module) -> dict[str, object]:
-    """Keyword constructor arguments that repeat `old`."""
-    options: dict[str, object] = {"bias": old.bias is not None}
-    if isinstance(old, nn.Conv2d):
-        options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "groups": old.groups}
-        options["padding_mode"] = old.padding_mode
-    return options
-
-
-def adopt(new: QuantLayer, old: nn.Module) -> QuantLayer:
-    """Move weights, hooks and mode of `old` into `new`, and keep the size of its weights as `output_scale`."""
-    new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
-    move_hooks(new, old)
-    new.train(old.training)
-    like(new, old)
-    if new.standardize != "none" and not isinstance(old, QuantLayer):
-        new.adopt_scale()
-    return new
-
-
-def like(new: nn.Module, old: nn.Module) -> None:
-    """Move `new` to the device of `old`, and to float64 if `old` is (ranges stay float32 beside shorter weights)."""
-    weight: Tensor = old.weight  # type: ignore[assignment]
-    new.to(weight.device)
-    if weight.dtype == torch.float64:
-        new.double()
-
-
-def move_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Hooks that users put on `old` serve `new`."""
-    for kind in ("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"):
-        setattr(new, kind, getattr(old, kind))
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
-        for suffix in ("", "_with_kwargs", "_always_called"):
-            if hasattr(old, kind + suffix):
-                setattr(new, kind + suffix, getattr(old, kind + suffix))
-
-
-def replace_layer(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where `name` is, and wherever else the same module is registered."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for leaf, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, leaf, new)

@@ -106,7 +106,7 @@ def apply_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Pa
         for key in sorted(own.keys() & tensors.keys())
         if tensors[key].shape != own[key].shape
     ]
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    missing = [key for key in missing if not key.endswith(("num_batches_tracked", "quantizer.zero_point"))]
     if missing or foreign or other:
         parts = [
             f"{label}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"

@@ -103,7 +103,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether a flag is up on any process."""
-    return bool(reduce_sum(torch.tensor(float(flag), device=device)) > 0) if active() else flag
+    return bool(reduce_sum(torch.tensor(float(flag), dtype=torch.float32, device=device)) > 0) if active() else flag
 
 
 def gather(value: T) -> list[T]:

@@ -88,7 +88,7 @@ class TrainingStep:
             self._recorded = RecordedSteps(self._work, self.device)
         if on_gpu:  # rates that recorded steps read where they are
             for group in self.optimizer.param_groups:
-                group["lr"] = torch.tensor(group["lr"], device=self.device)
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=self.device)
 
     @property
     def launches(self) -> str:

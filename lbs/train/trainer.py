@@ -92,7 +92,7 @@ class Trainer:
         self.loss = float("nan")
         self._seconds = 0.0
         self._lr_factor = 1.0
-        self._images = torch.zeros(())  # the latest batch, to look for the layer that broke
+        self._images = torch.zeros((), dtype=torch.float32)  # the latest batch, to look for the layer that broke
         self._seen = [0, 0, 0, 0]  # window steps, window images, epoch steps, epoch images
 
     def fit(self, resume: bool = False) -> TrainResult:

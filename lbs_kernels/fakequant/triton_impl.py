@@ -1,13 +1,14 @@
 """The quantizers of training in Triton: one pass forward, one backward, nothing that waits for the device.
 
-    unsigned   q = clamp(rint(x * (n / v)), 0, n)                   y = q * (v / n)             range [0, v]
+    unsigned   q = clamp(rint(x * (n / v)), -z, n - z)              y = q * (v / n)             range [-low v, high v]
     signed     q = clamp(rint(x * (n / 2 v) + n / 2), 0, n)         y = (2 q - n) * (v / n)     range [-v, v]
     weight     q = rint(clamp(x / v, -1, 1) * (n / 2) + n / 2)      y = (2 q - n) * (v / n)     range [-v, v]
 
     forward    y at the open width;  errors[j] = mean |clip(x) - y_j| / (v, or 2 v) at each width compared with
     backward   gx = gy inside the range, else 0;  products[j] = sum gy * (y - y_j)
-               grad v = sum gy * ((y - x) / v inside,   1 above,   0 (signed, weight: -1) below)
+               grad v = sum gy * ((y - x) / v inside,   high above,   -low below);   signed, weight: low = high = 1
 
+z = low * n, a whole number; low = 0 and high = 1 where there are no negative values.
 The range is |v|: a v below 0 means -v, and gets the gradient's other sign.
 
 Arithmetic is float32, whatever x is, and rounds where torch rounds on a CPU: y and gx have the same bits. v, and the
@@ -51,16 +52,22 @@ def unit(x, v, KIND: tl.constexpr):
 
 
 @triton.jit
-def decoded(u, v, n, KIND: tl.constexpr):
-    """y of `unit` values at the width of n levels. Bounds are integers: clamping before rint is clamping after it."""
+def decoded(u, v, n, low, KIND: tl.constexpr):
+    """y of `unit` values at the width of n levels. Bounds are integers: clamping before rint is clamping after it.
+
+    low: the share of the range below 0; real 0 has the code rint(low * n), which is a whole number but for rounding.
+    """
     half = n * 0.5
     if KIND == "weight":
         t = u * half + half
     else:
         t = u * tl.div_rn(n, 2.0 * v if KIND == "signed" else v)
+        lowest = 0.0
         if KIND == "signed":
             t = t + half
-        t = tl.where(t < 0.0, 0.0, tl.where(t > n, n, t))
+        else:
+            lowest = -((low * n + RINT_MAGIC) - RINT_MAGIC)
+        t = tl.where(t < lowest, lowest, tl.where(t > n + lowest, n + lowest, t))
     q = (t + RINT_MAGIC) - RINT_MAGIC
     if KIND != "unsigned":
         q = 2.0 * q - n
@@ -76,7 +83,7 @@ def own_block(count, BLOCK: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, v_ptr, bits_ptr, y_ptr, parts_ptr, count,
+    x_ptr, v_ptr, bits_ptr, y_ptr, parts_ptr, count, low, high,
     OPEN: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """y [count] and, at each width of COARSE, this program's sum |clip(x) - y_b|: parts [len(COARSE), programs]."""
@@ -84,30 +91,29 @@ def forward_kernel(
     x = load_stream(x_ptr + place, mask, DTYPE)
     v = tl.abs(tl.load(v_ptr))
     u = unit(x, v, KIND)
-    store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, OPEN), KIND), mask, DTYPE)
-    low = 0.0 if KIND == "unsigned" else -v
-    clipped = tl.where(x < low, low, tl.where(x > v, v, x))
+    store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, OPEN), low, KIND), mask, DTYPE)
+    clipped = tl.where(x < -low * v, -low * v, tl.where(x > high * v, high * v, x))
     for j in tl.static_range(len(COARSE)):
-        error = tl.abs(clipped - decoded(u, v, load_levels(None, COARSE[j]), KIND))
+        error = tl.abs(clipped - decoded(u, v, load_levels(None, COARSE[j]), low, KIND))
         part = tl.sum(tl.where(mask, error, 0.0))
         tl.store(parts_ptr + j * tl.num_programs(0) + tl.program_id(0), part)
 
 
 @triton.jit
 def correct_kernel(
-    x_ptr, v_ptr, bits_ptr, guess_ptr, y_ptr, count, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, v_ptr, bits_ptr, guess_ptr, y_ptr, count, low, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """y again where it was computed at another width than the one that is open."""
     if tl.load(bits_ptr) != tl.load(guess_ptr):
         place, mask = own_block(count, BLOCK)
         v = tl.abs(tl.load(v_ptr))
         u = unit(load_stream(x_ptr + place, mask, DTYPE), v, KIND)
-        store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, None), KIND), mask, DTYPE)
+        store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, None), low, KIND), mask, DTYPE)
 
 
 @triton.jit
 def backward_kernel(
-    x_ptr, gy_ptr, v_ptr, bits_ptr, gx_ptr, parts_ptr, count,
+    x_ptr, gy_ptr, v_ptr, bits_ptr, gx_ptr, parts_ptr, count, low, high,
     OPEN: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """gx [count] and this program's sums, parts [len(COARSE) + 1, programs]: gy * (y - y_b), and the gradient of v."""
@@ -117,16 +123,14 @@ def backward_kernel(
     edge = tl.load(v_ptr)
     v = tl.abs(edge)
     u = unit(x, v, KIND)
-    y = decoded(u, v, load_levels(bits_ptr, OPEN), KIND)
-    low = 0.0 if KIND == "unsigned" else -v
-    inside = (x >= low) & (x <= v)
+    y = decoded(u, v, load_levels(bits_ptr, OPEN), low, KIND)
+    inside = (x >= -low * v) & (x <= high * v)
     store_stream(gx_ptr + place, tl.where(inside, gy, 0.0), mask, DTYPE)
-    slope = tl.where(inside, (y - x) * tl.div_rn(tl.full((), 1.0, tl.float32), v), tl.where(x > v, 1.0, 0.0))
-    if KIND != "unsigned":
-        slope = tl.where(x < low, -1.0, slope)
+    edge_slope = tl.where(x > high * v, high, tl.where(x < -low * v, -low, 0.0))  # a NaN has none
+    slope = tl.where(inside, (y - x) * tl.div_rn(tl.full((), 1.0, tl.float32), v), edge_slope)
     part = parts_ptr + tl.program_id(0)
     for j in tl.static_range(len(COARSE)):
-        product = gy * (y - decoded(u, v, load_levels(None, COARSE[j]), KIND))
+        product = gy * (y - decoded(u, v, load_levels(None, COARSE[j]), low, KIND))
         tl.store(part + j * tl.num_programs(0), tl.sum(product))
     sign = tl.where(edge < 0.0, -1.0, 1.0)
     tl.store(part + len(COARSE) * tl.num_programs(0), tl.sum(gy * slope) * sign)
@@ -161,6 +165,12 @@ def _meta(x: Tensor, kind: str) -> dict[str, Any]:
     return {"KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, "num_warps": WARPS, **LAUNCH_OPTIONS}
 
 
+def _shares(kind: str, shares: tuple[float, float] | None) -> tuple[float, float]:
+    if shares is not None:
+        return shares
+    return (0.0, 1.0) if kind == "unsigned" else (1.0, 1.0)
+
+
 def _raw(x: Tensor) -> Tensor:
     """bfloat16 as int16: the kernels round it themselves."""
     return x.view(torch.int16) if x.dtype is torch.bfloat16 else x
@@ -177,12 +187,20 @@ def totals_of(parts: Tensor, v: Tensor, count: int, mean: bool, kind: str) -> Te
     return totals
 
 
-def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor,
+    v: Tensor,
+    coarse: tuple[int, ...],
+    bits: int | Tensor,
+    kind: str,
+    shares: tuple[float, float] | None = None,
+) -> tuple[Tensor, Tensor]:
     """(y like x, mean |z - z_b| float32 [J] at the widths of `coarse`), z in 0..1 over the range.
 
     Arguments:
         x: float32, bfloat16 or float16, dense in memory in any order. v: float32 scalar on x's device, not 0. bits: the
             open width, 1 to 8, an int64 scalar there if the device has decided it. kind: unsigned, signed or weight.
+        shares: (low, high) of unsigned values, so that low * n is a whole number at every width; (0, 1) unless given.
     """
     y, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), told(bits)
     programs = triton.cdiv(count, BLOCK)
@@ -190,21 +208,38 @@ def forward(x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, k
     with device_guard(x.device):
         if count:
             forward_kernel[(programs,)](
-                _raw(x), v, bits_ptr, _raw(y), parts, count, OPEN=opened, COARSE=coarse, **_meta(x, kind)
-            )
+                _raw(x), v, bits_ptr, _raw(y), parts, count, *_shares(kind, shares),
+                OPEN=opened, COARSE=coarse, **_meta(x, kind),
+            )  # fmt: skip
         return y, totals_of(parts, v, count, True, kind)
 
 
-def correct(y: Tensor, x: Tensor, v: Tensor, bits: Tensor, guess: Tensor, kind: str) -> None:
+def correct(
+    y: Tensor,
+    x: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    guess: Tensor,
+    kind: str,
+    shares: tuple[float, float] | None = None,
+) -> None:
     """Make y, which `forward` computed at the width `guess`, that of the width `bits`: a pass where they differ."""
     count = x.numel()
     if count:
         with device_guard(x.device):
-            correct_kernel[(triton.cdiv(count, BLOCK),)](_raw(x), v, bits, guess, _raw(y), count, **_meta(x, kind))
+            correct_kernel[(triton.cdiv(count, BLOCK),)](
+                _raw(x), v, bits, guess, _raw(y), count, _shares(kind, shares)[0], **_meta(x, kind)
+            )
 
 
 def backward(
-    grad: Tensor, x: Tensor, v: Tensor, coarse: tuple[int, ...], bits: int | Tensor, kind: str
+    grad: Tensor,
+    x: Tensor,
+    v: Tensor,
+    coarse: tuple[int, ...],
+    bits: int | Tensor,
+    kind: str,
+    shares: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gx like x, grad v float32 scalar, products float32 [J]); grad has x's dtype and strides, the rest as above."""
     grad_x, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), told(bits)
@@ -213,7 +248,7 @@ def backward(
     with device_guard(x.device):
         if count:
             backward_kernel[(programs,)](
-                _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, count,
+                _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, count, *_shares(kind, shares),
                 OPEN=opened, COARSE=coarse, **_meta(x, kind),
             )  # fmt: skip
         totals = totals_of(parts, v, count, False, kind)

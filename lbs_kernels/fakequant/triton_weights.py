@@ -72,7 +72,7 @@ def forward_kernel(
         tl.store(std_ptr, std)
     v = tl.abs(tl.load(range_ptr))
     u = unit(tl.div_rn(w, tl.zeros_like(w) + std), v, "weight")
-    y = decoded(u, v, load_levels(bits_ptr, OPEN), "weight") * tl.load(scale_ptr)
+    y = decoded(u, v, load_levels(bits_ptr, OPEN), 1.0, "weight") * tl.load(scale_ptr)
     tl.store(y_ptr + place, y, mask=mask)
 
 
@@ -91,7 +91,7 @@ def backward_kernel(
     inside = (x >= -v) & (x <= v)
     gw = tl.div_rn(tl.where(inside, grad, 0.0), tl.zeros_like(w) + std)
     tl.store(gw_ptr + place, gw, mask=mask)
-    y = decoded(unit(x, v, "weight"), v, load_levels(bits_ptr, OPEN), "weight")
+    y = decoded(unit(x, v, "weight"), v, load_levels(bits_ptr, OPEN), 1.0, "weight")
     slope = tl.where(inside, (y - x) * tl.div_rn(tl.full((), 1.0, tl.float32), v), tl.where(x > v, 1.0, -1.0))
     sign = tl.where(edge < 0.0, -1.0, 1.0)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(grad * slope) * sign)

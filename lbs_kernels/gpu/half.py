@@ -1,7 +1,7 @@
 """The half-precision fallback: decode codes to float16, let torch multiply, and finish with the epilogue. NOT exact.
 
     x = qx - zero, or 2 qx - n_x if signed          exact in float16: integers of at most 8 bits
-    w = (2 qw - n_w) 2^-s                           exact too; s keeps every sum below the largest float16
+    w = (2 qw - n_w) 2^-s, or (qw - 2^(b - 1)) 2^-s exact too; s keeps every sum below the largest float16
     acc = float16(sum w x) 2^s                      summed in float32 by the tensor cores, then ROUNDED to 11 bits
     y = fma(acc, M, B); steps 3-6 as everywhere
 
@@ -25,9 +25,9 @@ from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import pixel_elements
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, fma
 from lbs_kernels.gpu.triton.emit import bind_emit, emit
-from lbs_kernels.program.planes import unpack_weights
+from lbs_kernels.program.planes import unpack_weights, weight_units
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import ConvStep, LinearStep, Program, TensorSpec
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program, TensorSpec, WeightGrid
 
 LARGEST = 65504.0  # of float16
 
@@ -85,15 +85,20 @@ def finish_kernel(
 
 
 def prepare_weights(
-    planes: Tensor, kernel: tuple[int, int], groups: int, source: TensorSpec, device: torch.device
+    planes: Tensor,
+    kernel: tuple[int, int],
+    groups: int,
+    source: TensorSpec,
+    device: torch.device,
+    grid: WeightGrid = "odd",
 ) -> HalfWeights:
     """Weights for the activations of `source`, from planes int32 [w_bits, O, T, CW]."""
     w_bits, filters, taps, _ = planes.shape
     channels = source.channels // groups
-    levels = (1 << w_bits) - 1
-    largest = taps * channels * levels * ((1 << source.bits) - 1)
+    largest = taps * channels * ((1 << w_bits) - 1) * ((1 << source.bits) - 1)
     shift = max(0, math.ceil(math.log2(largest / LARGEST)))
-    centred = (2 * unpack_weights(planes.cpu(), channels).double() - levels) * 2.0**-shift
+    scale, offset = weight_units(w_bits, grid)
+    centred = (scale * unpack_weights(planes.cpu(), channels).double() + offset) * 2.0**-shift
     weight = centred.reshape(filters, *kernel, channels).permute(0, 3, 1, 2).half()
     return HalfWeights(weight.contiguous(memory_format=torch.channels_last).to(device), shift)
 

@@ -90,7 +90,7 @@ def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
     spans: dict[int, tuple[int, int]] = {}
     for at, step in enumerate(program.steps):
         emit = step.emit
-        for index in (step.input, emit.residual):
+        for index in (step.input, emit.gate, emit.residual):
             if index is not None and index in spans:
                 spans[index] = (spans[index][0], at)
         written = [consumer.tensor for consumer in emit.consumers]

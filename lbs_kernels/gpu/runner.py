@@ -242,8 +242,8 @@ class GpuRunner:
         key = (step.name, module.__name__)
         if key not in self._weights:
             kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
-            source = self.program.tensors[step.input]
-            self._weights[key] = module.prepare_weights(self.arrays[step.planes], kernel, groups, source, self.device)
+            operands = (self.arrays[step.planes], kernel, groups, self.program.tensors[step.input])
+            self._weights[key] = module.prepare_weights(*operands, self.device, step.w_grid)
         return self._weights[key]
 
     def _bind(self, step: Step, problem: Problem, choice: Choice, buffers: dict[int, Tensor]) -> Launch:

@@ -13,15 +13,16 @@ the activations come out of their GPU form, 4 bytes to a register:
     bytes    position 4 j + i is channel 4 j + i
     planes   position 4 j + i is channel 8 i + j    ((plane >> j) & 0x01010101 holds channels j, 8 + j, 16 + j, 24 + j)
 
-A field keeps the code in its upper bits with the highest one inverted, so that one AND and one OR leave the centred
-weight times a power of two, the byte (2 q - n) << (7 - bits):
+A field keeps the code in its upper bits with the highest one inverted, so that one AND leaves the weight of the grid
+with a zero times a power of two, the byte (q - 2^(bits - 1)) << (8 - bits), and one OR makes it that of the odd grid,
+(2 q - n) << (7 - bits):
 
     word v of a row, field f = 2 or 4 bits, h = 0 .. 8 / f - 1:
     ((v << (h f)) & keep) | one,   keep = bits 7 .. 8 - bits and one = bit 7 - bits of every byte
     are the positions 32 / f * v + 4 h .. + 3
 
-A byte holds 2 q - n below 8 bits and q - 128 at 8 bits. Padding is 0 in bytes; fields have no 0, so fields need
-activations that are 0 there.
+A byte holds q - 2^(bits - 1), or 2 q - n on the odd grid below 8 bits. Padding is 0 in bytes; fields of the odd grid
+have no 0, so fields need activations that are 0 there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.program.planes import MAX_BITS, WORD, words
+from lbs_kernels.program.planes import MAX_BITS, WORD, weight_units, words
 
 FIELD_BITS = 4  # codes of more bits are kept as bytes
 
@@ -42,9 +43,9 @@ def field_width(bits: int) -> int:
     return 2 if bits <= 2 else FIELD_BITS
 
 
-def field_shift(bits: int) -> int:
+def field_shift(bits: int, grid: str) -> int:
     """A field becomes its centred weight times 2 to this power."""
-    return MAX_BITS - 1 - bits
+    return MAX_BITS - bits - (grid == "odd")
 
 
 def channel_order(a_bits: int) -> Tensor:
@@ -53,18 +54,21 @@ def channel_order(a_bits: int) -> Tensor:
     return position if a_bits == MAX_BITS else position % 4 * 8 + position // 4
 
 
-def centre_bytes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes as the signed bytes that are multiplied, viewed as uint8: 2 q - n, or q - 128 at 8 bits."""
-    values = codes.to(torch.int16)
-    centred = values - 128 if bits == MAX_BITS else 2 * values - ((1 << bits) - 1)
-    return centred.to(torch.int8).view(torch.uint8)
+def byte_units(bits: int, grid: str) -> tuple[int, int]:
+    """(scale, shift): the byte that is multiplied is scale * q + shift; 2 q - 255 would be no byte, q - 128 is."""
+    return weight_units(bits, "zero" if bits == MAX_BITS else grid)
 
 
-def uncentre_bytes(byte: Tensor, bits: int) -> Tensor:
+def centre_bytes(codes: Tensor, bits: int, grid: str) -> Tensor:
+    """uint8 codes as the signed bytes that are multiplied (`byte_units`), viewed as uint8."""
+    scale, shift = byte_units(bits, grid)
+    return (scale * codes.to(torch.int16) + shift).to(torch.int8).view(torch.uint8)
+
+
+def uncentre_bytes(byte: Tensor, bits: int, grid: str) -> Tensor:
     """The inverse of `centre_bytes`."""
-    centred = byte.contiguous().view(torch.int8).to(torch.int16)
-    values = centred + 128 if bits == MAX_BITS else (centred + (1 << bits) - 1) >> 1
-    return values.to(torch.uint8)
+    scale, shift = byte_units(bits, grid)
+    return ((byte.contiguous().view(torch.int8).to(torch.int16) - shift) // scale).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class WeightTiles:
     block_rows: int
     block_words: int
     block_taps: int = 1
+    grid: str = "odd"
 
     @property
     def width(self) -> int:
@@ -132,9 +137,9 @@ class WeightTiles:
         if self.fields:
             top = 1 << (self.bits - 1)
             return (codes ^ top) << (MAX_BITS - self.bits)
-        return centre_bytes(codes, self.bits)
+        return centre_bytes(codes, self.bits, self.grid)
 
     def _decode(self, byte: Tensor) -> Tensor:
         if self.fields:
             return (byte >> (MAX_BITS - self.bits)) ^ (1 << (self.bits - 1))
-        return uncentre_bytes(byte, self.bits)
+        return uncentre_bytes(byte, self.bits, self.grid)

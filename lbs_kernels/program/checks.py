@@ -35,7 +35,7 @@ def check_program(program: Program, blob_bytes: int | None = None) -> None:
     - has sizes that are not positive, absurd, or do not follow from the step that writes them;
     - has arrays outside the blob, unaligned, or of another shape than their step needs;
     - pads signed codes, could overflow an accumulator, or mixes tensor forms;
-    - says it is of version 1 and uses what came with version 2.
+    - says it is of a version and uses what came with a later one.
 
     Raises:
         FormatError: what, where, the value and the rule.
@@ -60,8 +60,24 @@ def check_program(program: Program, blob_bytes: int | None = None) -> None:
 
 
 def _check_version(program: Program) -> None:
-    if program.version > 1:
-        return
+    if program.version < 2:
+        _check_version_1(program)
+    for step in program.steps if program.version < 3 else ():
+        if isinstance(step, ConvStep | LinearStep) and step.w_grid != "odd":
+            raise FormatError(
+                f"step {step.name!r} has weights on grid {step.w_grid!r} in a program of version {program.version}; "
+                "write it as version 3",
+                "version-2",
+            )
+        if (step.emit.activation, step.emit.gate) != (None, None):
+            raise FormatError(
+                f"step {step.name!r} has an activation or a gate in a program of version {program.version}; write it "
+                "as version 3",
+                "version-2",
+            )
+
+
+def _check_version_1(program: Program) -> None:
     for spec in program.tensors:
         if spec.dtype != "float32":
             raise FormatError(

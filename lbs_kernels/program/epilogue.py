@@ -1,7 +1,8 @@
 """Steps 1-6 of the epilogue in plain torch: what every back end must reproduce bit for bit.
 
     f = float32(acc);  y = fma(f, M[o], B[o])                       one rounding
-    y = y + float32(residual);  y = max(y, low);  y = min(y, high)
+    y = activation(y);  y = y * float32(gate);  y = y + float32(residual);  y = max(y, low);  y = min(y, high)
+                       (the activation perhaps behind the residual)
     stream: y is rounded to the stream type, and from here on y is the STORED value
     consumer: u = fma(y, G[c], H[c]);  u = max(u, 0);  t = u * scale;  t = t + n / 2 (signed)
               q = clamp(rint(t) + zero, 0, n)
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.program.steps import STREAM_DTYPES, Consumer, Emit, Program
+from lbs_kernels.program.activations import activate, at_least, at_most
+from lbs_kernels.program.steps import STREAM_DTYPES, Activation, Consumer, Emit, Program
 
 THRESHOLD_BITS = 4
 # Accumulators lie in [-ACC_LIMIT, ACC_LIMIT] (the guard K * n_w * n_x < 2^31); one beyond stands for "never".
@@ -112,7 +114,7 @@ def encode_reference(u: Tensor, consumer: Consumer) -> Tensor:
     t = u * torch.tensor(consumer.scale, dtype=torch.float32, device=u.device)
     if consumer.signed:
         t = t + levels / 2
-    return _at_most(_at_least(t.round() + consumer.zero, 0.0), float(levels)).to(torch.uint8)
+    return at_most(at_least(t.round() + consumer.zero, 0.0), float(levels)).to(torch.uint8)
 
 
 def consume_reference(y: Tensor, consumer: Consumer, program: Program, blob: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def consume_reference(y: Tensor, consumer: Consumer, program: Program, blob: Ten
     if consumer.pre_scale is not None and consumer.pre_bias is not None:
         u = fma32(u, program.array(blob, consumer.pre_scale), program.array(blob, consumer.pre_bias))
     if consumer.relu:
-        u = _at_least(u, 0.0)
+        u = at_least(u, 0.0)
     return encode_reference(u, consumer)
 
 
@@ -132,11 +134,18 @@ def emit_reference(y: Tensor, emit: Emit, program: Program, blob: Tensor, tensor
         y: float32 [N, H, W, C].
         emit: what to write.
         program, blob: source of the stream type and of pre-norm arrays; the blob lies on y's device.
-        tensors: by index; the residual is read here (stream dtype [N, H, W, C]), the targets are stored here:
-            the stream in the stream dtype, codes as uint8, both [N, H, W, C].
+        tensors: by index; gate and residual are read here (stream dtype [N, 1, 1, C] and [N, H, W, C]), the targets
+            are stored here: the stream in the stream dtype, codes as uint8, both [N, H, W, C].
     """
+    activation = emit.activation
+    if activation is not None and activation.first:
+        y = _activated(y, activation, program, blob)
+    if emit.gate is not None:
+        y = y * tensors[emit.gate].float()
     if emit.residual is not None:
         y = y + tensors[emit.residual].float()
+    if activation is not None and not activation.first:
+        y = _activated(y, activation, program, blob)
     y = _clamp(y, emit)
     if emit.stream is not None:
         stored = y.to(STREAM_DTYPES[program.stream_dtype])
@@ -159,7 +168,8 @@ def thresholds(
 
     Args:
         multiplier, bias: float32 [O].
-        emit: of the step; no residual (it differs per element). Clamp and stream rounding are honoured.
+        emit: of the step; no gate or residual (they differ per element) and no activation (its float32 need not be
+            monotone to the last bit). Clamp and stream rounding are honoured.
         consumer: one of emit's consumers, bits <= 4.
         program, blob: source of the stream type and of pre-norm arrays.
 
@@ -167,12 +177,15 @@ def thresholds(
         (T int32 [O, n], flip bool [O]).
 
     Raises:
-        FormatError: more than 4 bits, or a residual.
+        FormatError: more than 4 bits, or an activation, a gate or a residual.
     """
     if consumer.bits > THRESHOLD_BITS:
         raise FormatError(f"consumer has {consumer.bits} bits; thresholds serve up to {THRESHOLD_BITS}, use the floats")
-    if emit.residual is not None:
-        raise FormatError("emit adds a residual; thresholds depend on the accumulator alone, use the floats")
+    if (emit.activation, emit.gate, emit.residual) != (None, None, None):
+        raise FormatError(
+            "emit has an activation, a gate or a residual; thresholds are for a monotone function of the accumulator, "
+            "use the floats"
+        )
     levels = (1 << consumer.bits) - 1
     filters = multiplier.shape[0]
 
@@ -197,17 +210,14 @@ def thresholds(
     return (sign * high).to(torch.int32), flip
 
 
+def _activated(y: Tensor, activation: Activation, program: Program, blob: Tensor) -> Tensor:
+    slope = None if activation.slope is None else program.array(blob, activation.slope)
+    return activate(y, activation.kind, activation.value, slope)
+
+
 def _clamp(y: Tensor, emit: Emit) -> Tensor:
     if emit.low is not None:
-        y = _at_least(y, emit.low)
+        y = at_least(y, emit.low)
     if emit.high is not None:
-        y = _at_most(y, emit.high)
+        y = at_most(y, emit.high)
     return y
-
-
-def _at_least(y: Tensor, low: float) -> Tensor:
-    return torch.fmax(y, torch.tensor(low, dtype=y.dtype, device=y.device))
-
-
-def _at_most(y: Tensor, high: float) -> Tensor:
-    return torch.fmin(y, torch.tensor(high, dtype=y.dtype, device=y.device))

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.planes import MAX_BITS, pack_weights
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import (
     Consumer,
@@ -22,6 +22,7 @@ from lbs_kernels.program.steps import (
     QuantPackStep,
     Step,
     TensorSpec,
+    WeightGrid,
     build_blob,
 )
 
@@ -67,23 +68,24 @@ def _weights(problem: Problem, seed: int) -> dict[str, Tensor]:
     shape = (problem.out_channels, *problem.kernel, problem.in_channels // problem.groups)
     codes = torch.randint(0, _top(problem.w_bits) + 1, shape, generator=generator, dtype=torch.uint8)
     # Products of uniform codes: this spread puts most outputs between the first and the last code.
-    multiplier = 1.0 / (0.33 * problem.reduction**0.5 * _top(problem.w_bits) * _top(problem.a_bits))
+    largest = _top(problem.w_bits) if _grid(problem) == "odd" else 1 << (problem.w_bits - 1)
+    multiplier = 1.0 / (0.33 * problem.reduction**0.5 * largest * _top(problem.a_bits))
     return {
         "planes": pack_weights(codes, problem.w_bits),
-        "multiplier": torch.full((problem.out_channels,), multiplier),
-        "bias": torch.ones(problem.out_channels),
+        "multiplier": torch.full((problem.out_channels,), multiplier, dtype=torch.float32),
+        "bias": torch.ones(problem.out_channels, dtype=torch.float32),
     }
 
 
 def _weighted(problem: Problem, tensors: list[TensorSpec]) -> Step:
     size = (problem.out_channels, problem.out_height, problem.out_width)
-    names = ("planes", "multiplier", "bias")
+    weights = ("planes", "multiplier", "bias", _grid(problem))
     if problem.op == "bitlinear":
         tensors.append(TensorSpec("y", "stream", *size, flat=True))
-        return LinearStep(LAYER, 1, Emit(stream=RESULT), problem.w_bits, problem.out_channels, *names)
+        return LinearStep(LAYER, 1, Emit(stream=RESULT), problem.w_bits, problem.out_channels, *weights)
     tensors.append(TensorSpec("y", "codes", *size, bits=problem.a_bits))
     emit = Emit(consumers=(Consumer(RESULT, problem.a_bits, _top(problem.a_bits) / 2),))
-    return ConvStep(LAYER, 1, emit, problem.w_bits, *problem.window.fields(), problem.out_channels, *names)
+    return ConvStep(LAYER, 1, emit, problem.w_bits, *problem.window.fields(), problem.out_channels, *weights)
 
 
 def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
@@ -98,6 +100,11 @@ def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
     if problem.kernel == (problem.height, problem.width):
         return PoolStep(LAYER, 1, Emit(stream=RESULT), "mean")
     return PoolStep(LAYER, 1, Emit(stream=RESULT), "max", *window)
+
+
+def _grid(problem: Problem) -> WeightGrid:
+    """What networks are made with: a zero at 8 bits."""
+    return "zero" if problem.w_bits == MAX_BITS else "odd"
 
 
 def _top(bits: int) -> int:

@@ -2,9 +2,8 @@
 
 bitconv2d, an exact integer convolution, then one fused multiply-add per output:
 
-    unsigned:       acc = sum_k (2 qw - n_w) qx
-    signed:         acc = sum_k (2 qw - n_w) (2 qx - n_x)
-    network input:  acc = sum_k (2 qw - n_w) (qx - zero)          padding is the code `zero`, a real 0
+    acc = sum_k w x    w = 2 qw - n_w on the grid `odd`, qw - 2^(w_bits - 1) on the grid `zero`
+                       x = qx - zero, or 2 qx - n_x if signed; padding is the code `zero`, a real 0
     y = fma(float32(acc), multiplier[o], bias[o])
 
 bitlinear is bitconv2d of one pixel by a window of one. quantpack makes the float32 values that the epilogue encodes.
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.epilogue import fma32
-from lbs_kernels.program.planes import check_accumulator, unpack_weights
+from lbs_kernels.program.planes import check_accumulator, unpack_weights, weight_units
 from lbs_kernels.program.window import Window
 
 LINEAR = Window()
@@ -32,6 +31,7 @@ def accumulate(
     a_bits: int,
     zero: int = 0,
     signed: bool = False,
+    grid: str = "odd",
 ) -> Tensor:
     """The accumulator of bitconv2d, and of bitlinear with H = W = 1 and the window left out.
 
@@ -42,6 +42,7 @@ def accumulate(
         x_codes: uint8 [N, H, W, C], values below 2^a_bits.
         w_planes: int32 [w_bits, O, kh * kw, CW], CW over the C / groups channels of one group.
         a_bits, zero, signed: how codes are read; signed codes have no zero and cannot be padded.
+        grid: how weight codes are read, `odd` or `zero`.
 
     Returns:
         int32 [N, H', W', O].
@@ -55,7 +56,8 @@ def accumulate(
     w_bits, filters, taps, _ = w_planes.shape
     channels = x_codes.shape[3] // window.groups
     check_accumulator(taps * channels, w_bits, a_bits, "the definition")
-    weight = unpack_weights(w_planes, channels).double() * 2 - ((1 << w_bits) - 1)
+    scale, shift = weight_units(w_bits, grid)
+    weight = unpack_weights(w_planes, channels).double() * scale + shift
     weight = weight.reshape(filters, *window.kernel, channels).permute(0, 3, 1, 2)
     x = x_codes.double() * 2 - ((1 << a_bits) - 1) if signed else x_codes.double() - zero
     # Plain im2col and matrix product: cuDNN might pick a transform (FFT, Winograd) that is not exact.

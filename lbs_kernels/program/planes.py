@@ -113,6 +113,14 @@ def unpack_weights(planes: Tensor, channels: int) -> Tensor:
     return unpack_planes(planes.permute(1, 2, 0, 3), planes.shape[0], channels)
 
 
+def weight_units(bits: int, grid: str) -> tuple[int, int]:
+    """(scale, shift): a weight code q counts as scale * q + shift in the accumulator.
+
+    2 q - n on the grid `odd`, which has no zero; q - 2^(bits - 1) on the grid `zero`.
+    """
+    return (2, 1 - (1 << bits)) if grid == "odd" else (1, -(1 << (bits - 1)))
+
+
 def accumulator_fits(reduction: int, w_bits: int, a_bits: int) -> bool:
     """Whether K products always fit an int32: K * n_w * n_x < 2^31, n = 2^bits - 1."""
     return reduction * ((1 << w_bits) - 1) * ((1 << a_bits) - 1) < 1 << 31

@@ -25,8 +25,10 @@ from torch import Tensor
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
-PROGRAM_VERSION = 2  # 2: images of bytes, and quantpack steps with a multiplier and a bias
+# 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates.
+PROGRAM_VERSION = 3
 BLOB_ALIGNMENT = 64
+WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
 IMAGE_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 STREAM_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ARRAY_DTYPES = {"float32": torch.float32, "int32": torch.int32}
@@ -70,14 +72,45 @@ class Consumer:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A function of y, in float32 as `program/activations.py` defines it. ReLU and clamps are `low` and `high`."""
+
+    kind: Literal[
+        "elu",
+        "gelu",
+        "gelu_tanh",
+        "hardsigmoid",
+        "hardswish",
+        "leaky_relu",
+        "mish",
+        "prelu",
+        "sigmoid",
+        "silu",
+        "tanh",
+    ]
+    value: float = 0.0  # alpha of elu, slope of leaky_relu
+    slope: str | None = None  # prelu: float32 [C], key of an array
+    first: bool = False  # before the gate and the residual, else behind them
+
+
+@dataclass(frozen=True)
 class Emit:
-    """What becomes of a float value y (steps 3-6): residual, clamp, stream, consumers."""
+    """What becomes of a float value y (steps 3-6): activation, gate, residual, clamp, stream, consumers.
+
+    y = activation(y)          if it comes first
+    y = y * gate[n, c]         if gate
+    y = y + residual           if residual
+    y = activation(y)          if it comes behind
+    y = min(max(y, low), high)
+    """
 
     residual: int | None = None
     low: float | None = None  # 0.0 for ReLU
     high: float | None = None  # 6.0 for ReLU6
     stream: int | None = None  # y is stored here; consumers read the stored value
     consumers: tuple[Consumer, ...] = ()
+    activation: Activation | None = None
+    gate: int | None = None  # a stream of one pixel
 
 
 @dataclass(frozen=True)
@@ -110,6 +143,7 @@ class ConvStep:
     planes: str  # int32 [w_bits, O, T, CW], CW over the channels of ONE group
     multiplier: str  # float32 [O]
     bias: str  # float32 [O]
+    w_grid: WeightGrid = "odd"
 
     @property
     def window(self) -> Window:
@@ -129,6 +163,7 @@ class LinearStep:
     planes: str  # int32 [w_bits, O, 1, CW]
     multiplier: str
     bias: str
+    w_grid: WeightGrid = "odd"
 
 
 @dataclass(frozen=True)
@@ -191,8 +226,7 @@ class Program:
         """The canonical JSON text (sorted keys, no spaces)."""
         body = asdict(self)
         body["steps"] = [{"op": step.op, **asdict(step)} for step in self.steps]
-        if self.version == 1:
-            _drop_additions(body)
+        _drop_additions(body, self.version)
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def array(self, blob: Tensor, key: str) -> Tensor:
@@ -202,13 +236,18 @@ class Program:
         return raw.view(ARRAY_DTYPES[spec.dtype]).view(spec.shape)
 
 
-def _drop_additions(body: dict[str, Any]) -> None:
-    """Leave out what version 1 does not know; a valid program of that version holds the defaults there."""
-    for spec in body["tensors"]:
-        del spec["dtype"]
-    for step in body["steps"]:
-        if step["op"] == QuantPackStep.op:
-            del step["multiplier"], step["bias"]
+def _drop_additions(body: dict[str, Any], version: int) -> None:
+    """Leave out what a version does not know; a valid program of that version holds the defaults there."""
+    if version < 3:
+        for step in body["steps"]:
+            step.pop("w_grid", None)
+            del step["emit"]["activation"], step["emit"]["gate"]
+    if version < 2:
+        for spec in body["tensors"]:
+            del spec["dtype"]
+        for step in body["steps"]:
+            if step["op"] == QuantPackStep.op:
+                del step["multiplier"], step["bias"]
 
 
 def build_blob(arrays: dict[str, Tensor]) -> tuple[dict[str, ArraySpec], Tensor, str]:

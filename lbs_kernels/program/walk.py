@@ -12,6 +12,7 @@ from lbs_kernels.errors import FormatError
 from lbs_kernels.program.planes import MAX_BITS, check_accumulator, words
 from lbs_kernels.program.rules import MAX_ELEMENTS, MAX_SIZE
 from lbs_kernels.program.steps import (
+    Activation,
     Consumer,
     ConvStep,
     Emit,
@@ -174,10 +175,10 @@ class Walk:
             )
 
     def _check_emit(self, emit: Emit, shape: Shape, place: str, scaled: bool) -> None:
-        if emit.residual is not None:
-            residual = self._read(emit.residual, f"{place} (residual)")
-            _expect_form(residual, ("stream",), f"{place} (residual)")
-            _expect_shape(residual, shape, f"{place} (residual)")
+        if emit.activation is not None:
+            self._check_activation(emit.activation, shape, place)
+        self._check_operand(emit.gate, (1, 1, shape[2]), f"{place} (gate)")
+        self._check_operand(emit.residual, shape, f"{place} (residual)")
         for name, bound in (("low", emit.low), ("high", emit.high)):
             if bound is not None and not is_float32(bound):
                 raise FormatError(
@@ -193,6 +194,28 @@ class Walk:
             _expect_shape(target, shape, place)
         for consumer in emit.consumers:
             self._check_consumer(consumer, shape, place, scaled)
+
+    def _check_activation(self, activation: Activation, shape: Shape, place: str) -> None:
+        valued = activation.kind in ("elu", "leaky_relu")
+        if not (is_float32(activation.value) if valued else activation.value == 0):
+            raise FormatError(
+                f"{place} has {activation.kind} of value {activation.value!r}; elu and leaky_relu have one, exact in "
+                "float32, the others 0",
+                "activation-value",
+            )
+        if (activation.slope is not None) != (activation.kind == "prelu"):
+            raise FormatError(
+                f"{place} has {activation.kind} of slope {activation.slope!r}; prelu has one, the others none",
+                "activation-slope",
+            )
+        if activation.slope is not None:
+            self._check_array(activation.slope, "float32", (shape[2],), place)
+
+    def _check_operand(self, index: int | None, shape: Shape, place: str) -> None:
+        if index is not None:
+            spec = self._read(index, place)
+            _expect_form(spec, ("stream",), place)
+            _expect_shape(spec, shape, place)
 
     def _check_consumer(self, consumer: Consumer, shape: Shape, place: str, scaled: bool) -> None:
         target = self._write(consumer.tensor, place)
@@ -256,7 +279,8 @@ def _check_padded(source: TensorSpec, padding: tuple[int, int], place: str) -> N
 
 def _check_code_pool(emit: Emit, source: TensorSpec, place: str) -> None:
     """Codes pass a maximum unchanged: exactly one consumer of the same kind, and nothing else."""
-    plain = emit.residual is None and emit.low is None and emit.high is None and emit.stream is None
+    floats = (emit.activation, emit.gate, emit.residual, emit.low, emit.high, emit.stream)
+    plain = all(item is None for item in floats)
     if not plain or len(emit.consumers) != 1 or emit.consumers[0].pre_scale is not None or emit.consumers[0].relu:
         raise FormatError(
             f"{place} is a maximum of codes; it has one plain consumer and nothing else to emit", "code-pool"

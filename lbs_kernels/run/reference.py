@@ -59,7 +59,8 @@ class ReferenceRunner:
     def _accumulator(self, step: ConvStep | LinearStep, x: Tensor) -> Tensor:
         source, planes = self.program.tensors[step.input], self.program.array(self.blob, step.planes)
         window = step.window if isinstance(step, ConvStep) else operations.LINEAR
-        return operations.accumulate(x, planes, window, a_bits=source.bits, zero=source.zero, signed=source.signed)
+        coding = {"a_bits": source.bits, "zero": source.zero, "signed": source.signed, "grid": step.w_grid}
+        return operations.accumulate(x, planes, window, **coding)  # type: ignore[arg-type]
 
     def _output(self, index: int, stream: Tensor) -> Tensor:
         spec = self.program.tensors[index]

@@ -61,7 +61,7 @@ class Layer:
         self.problem, self.device = problem, device
         self.program, self.blob = layer_program(problem)
         shape = (problem.batch, problem.in_channels, problem.height, problem.width)
-        self.image = torch.rand(shape, device=device)
+        self.image = torch.rand(shape, dtype=torch.float32, device=device)
         self.step = [step.name for step in self.program.steps].index(LAYER)
         self.result = result_of(problem)
         self.checked = sorted({0, problem.batch - 1})

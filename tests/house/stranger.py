@@ -101,12 +101,88 @@ def run_file(path: Path, images: np.ndarray) -> np.ndarray:
     raise AssertionError("a graph without an output")
 
 
+def power(h: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    k = np.rint((h + low) * F32(1.44269504))
+    r = ((h - k * F32(0.693359375)) - k * F32(-0.000212194442)) + low
+    e = np.polyval([F32(c) for c in (0.00139463006, 0.00836651865, 0.0416662879, 0.166665435, 0.5)], r)
+    return ((k.astype(np.int32) + 127) << 23).view(F32), (r * r) * e + r
+
+
+def exp(h: np.ndarray, low: np.ndarray | float = 0) -> np.ndarray:
+    s, p = power(h, F32(low))
+    return s * p + s
+
+
+def expm1(h: np.ndarray) -> np.ndarray:
+    s, p = power(h, F32(0))
+    return s * p + (s - F32(1))
+
+
+def gelu(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    a = np.fmin(np.fmax(x, -x), F32(12.5))
+    c = np.rint(a * F32(16)) * F32(0.0625)
+    t = F32(1) / (a * F32(0.25) + F32(1))
+    tail = [0.0997532234, 0.0993970037, 0.0962540731, 0.0687736273, 0.0954482481, -0.00280956761, 0.0462159291]
+    tail = np.polyval([F32(c) for c in [*tail, 0.0388888195, -0.0575736649, 0.0156523045][::-1]], t)
+    return np.fmax(x, F32(0)) - a * (exp((c * c) * F32(-0.5), ((a - c) * (a + c)) * F32(-0.5)) * (t * tail))
+
+
+def gelu_tanh(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    x = np.fmax(x, F32(-9.5))
+    c = np.fmin(x, F32(9.5))
+    return x / (exp(-(c * ((c * c) * F32(0.0713548163) + F32(1.59576912)))) + F32(1))
+
+
+def mish(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    x = np.fmax(x, F32(-80))
+    e = exp(np.fmin(x, F32(20)))
+    n = e * (e + F32(2))
+    return x * (n / (n + F32(2)))
+
+
+def leaky_relu(x: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    return np.fmax(x, F32(0)) + slope * np.fmax(np.fmin(x, F32(0)), np.finfo(F32).min)
+
+
+def tanh(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    x = np.fmin(np.fmax(x, F32(-10)), F32(10))
+    e = expm1(x + x)
+    return e / (e + F32(2))
+
+
+def elu(x: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return np.fmax(x, F32(0)) + alpha * expm1(np.fmax(np.fmin(x, F32(0)), F32(-20)))
+
+
+def sigmoid(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return F32(1) / (exp(-np.fmin(np.fmax(x, F32(-80)), F32(80))) + F32(1))
+
+
+def silu(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    x = np.fmax(x, F32(-80))
+    return x / (exp(-np.fmin(x, F32(80))) + F32(1))
+
+
+def hardsigmoid(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    return np.fmin(np.fmax(x + F32(3), F32(0)), F32(6)) * F32(0.166666672)
+
+
+def hardswish(x: np.ndarray, value: np.ndarray) -> np.ndarray:
+    x = np.fmax(x, F32(-3))
+    return x * (np.fmin(x + F32(3), F32(6)) * F32(0.166666672))
+
+
+FUNCTIONS = {
+    f.__name__: f for f in (elu, gelu, gelu_tanh, hardsigmoid, hardswish, leaky_relu, mish, sigmoid, silu, tanh)
+}
+
+
 class Stranger:
     """One program: `Stranger(text, blob)(images)` gives its outputs; `tensors` holds everything computed."""
 
     def __init__(self, text: str, blob: bytes) -> None:
         self.program: dict[str, Any] = json.loads(text)
-        assert self.program["version"] in (1, 2)
+        assert self.program["version"] in (1, 2, 3)
         digest = self.program.get("digest", "")
         assert digest in ("", hashlib.sha256(blob).hexdigest())
         self.blob = blob
@@ -147,7 +223,11 @@ class Stranger:
         kernel, stride = step.get("kernel", [1, 1]), step.get("stride", [1, 1])
         padding, dilation, groups = step.get("padding", [0, 0]), step.get("dilation", [1, 1]), step.get("groups", 1)
         depth = spec["channels"] // groups
-        weight = 2 * unpack(self.array(step["planes"]), depth) - (2 ** step["w_bits"] - 1)  # [O, T, C]
+        weight = unpack(self.array(step["planes"]), depth)  # [O, T, C]
+        if step.get("w_grid", "odd") == "odd":
+            weight = 2 * weight - (2 ** step["w_bits"] - 1)
+        else:
+            weight = weight - 2 ** (step["w_bits"] - 1)
         if spec.get("signed"):
             value = 2 * x.astype(np.int64) - (2 ** spec["bits"] - 1)
         else:
@@ -183,9 +263,24 @@ class Stranger:
             total += pixels[:, index]
         return (total * F32(1 / pixels.shape[1]))[:, None, None]
 
+    def activate(self, activation: dict[str, Any], y: np.ndarray) -> np.ndarray:
+        kind = activation["kind"]
+        if kind is None:
+            return y
+        if kind == "prelu":
+            return FUNCTIONS["leaky_relu"](y, self.array(activation["slope"]))
+        return FUNCTIONS[kind](y, F32(activation.get("value", 0.0)))
+
     def emit(self, emit: dict[str, Any], y: np.ndarray) -> None:
+        activation = emit.get("activation") or {"kind": None}
+        if activation.get("first"):
+            y = self.activate(activation, y)
+        if emit.get("gate") is not None:
+            y = y * self.tensors[emit["gate"]]
         if emit.get("residual") is not None:
             y = y + self.tensors[emit["residual"]]
+        if not activation.get("first"):
+            y = self.activate(activation, y)
         if emit.get("low") is not None:
             y = np.fmax(y, F32(emit["low"]))
         if emit.get("high") is not None:

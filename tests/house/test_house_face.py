@@ -45,6 +45,11 @@ def test_errors_are_one_family() -> None:
     family = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert len(family) > 5
     assert all(issubclass(kind, lbs.errors.LbsError) for kind in family)
+    assert {kind.__name__ for kind in family} == set(lbs.errors.__all__)
+
+
+def test_errors_are_imported_by_their_public_name() -> None:
+    assert _run("from lbs.errors import GraphError, LbsError; print(issubclass(GraphError, LbsError))") == "True"
 
 
 def test_packed_network_runs_without_triton_and_native_module() -> None:

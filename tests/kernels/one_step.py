@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbs_kernels.program.steps import (
     IMAGE_DTYPES,
+    Activation,
     Consumer,
     ConvStep,
     Emit,
@@ -25,12 +26,14 @@ from lbs_kernels.program.steps import (
     QuantPackStep,
     Step,
     TensorSpec,
+    WeightGrid,
     build_blob,
 )
 from lbs_kernels.program.window import Window
 from lbs_kernels.run.loaded import run_program
 
 STEP, INPUT = "step", "input"  # names of the operation and of what makes its input
+_KEYS = ("planes", "m", "b")
 Size = tuple[int, int, int]  # height, width, channels
 
 
@@ -121,6 +124,7 @@ def conv(
     groups: int = 1,
     zero: int = 0,
     signed: bool = False,
+    grid: WeightGrid = "odd",
 ) -> OneStep:
     """bitconv2d of codes uint8 [N, H, W, C]."""
     parts = _Parts()
@@ -129,7 +133,7 @@ def conv(
     window = Window(kernel, stride, padding, dilation, groups)
     y = parts.stream((*window.output(*size[:2]), planes.shape[1]))
     geometry = (*window.fields(), planes.shape[1])
-    parts.steps.append(ConvStep(STEP, codes, Emit(stream=y), planes.shape[0], *geometry, "planes", "m", "b"))
+    parts.steps.append(ConvStep(STEP, codes, Emit(stream=y), planes.shape[0], *geometry, *_KEYS, grid))
     return parts.build(_arrays(planes, multiplier, bias), code_image(x_codes, a_bits, zero, signed), y)
 
 
@@ -142,12 +146,13 @@ def linear(
     a_bits: int,
     zero: int = 0,
     signed: bool = False,
+    grid: WeightGrid = "odd",
 ) -> OneStep:
     """bitlinear of codes uint8 [N, C]."""
     parts = _Parts()
     codes = parts.code_input((1, 1, x_codes.shape[1]), a_bits, zero, signed)
     y = parts.stream((1, 1, planes.shape[1]))
-    parts.steps.append(LinearStep(STEP, codes, Emit(stream=y), planes.shape[0], planes.shape[1], "planes", "m", "b"))
+    parts.steps.append(LinearStep(STEP, codes, Emit(stream=y), *planes.shape[:2], *_KEYS, grid))
     image = code_image(x_codes[:, None, None], a_bits, zero, signed)
     return parts.build(_arrays(planes, multiplier, bias), image, y)
 
@@ -176,6 +181,15 @@ def pool(
     y = parts.stream(out)
     parts.steps.append(PoolStep(STEP, values, Emit(stream=y), *window))  # type: ignore[arg-type]
     return parts.build({}, x.permute(0, 3, 1, 2).contiguous(), y)
+
+
+def activation(x: Tensor, activation: Activation, slope: Tensor | None = None) -> OneStep:
+    """An activation of an image float32 [N, C, H, W], stored; `slope` is the array "slope"."""
+    parts = _Parts()
+    size = (x.shape[2], x.shape[3], x.shape[1])
+    image, y = parts.image(size), parts.stream(size)
+    parts.steps.append(QuantPackStep(STEP, image, Emit(stream=y, activation=activation)))
+    return parts.build({} if slope is None else {"slope": slope}, x, y)
 
 
 _DTYPES = {dtype: name for name, dtype in IMAGE_DTYPES.items()}

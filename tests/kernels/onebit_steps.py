@@ -58,7 +58,7 @@ def bound(
     """The launch of one step on buffers in their GPU form, by tensor index."""
     groups = step.groups if isinstance(step, ConvStep) else 1
     source = program.tensors[step.input]
-    weights = gemm.prepare_weights(arrays[step.planes], problem.kernel, groups, source, problem.device)
+    weights = gemm.prepare_weights(arrays[step.planes], problem.kernel, groups, source, problem.device, step.w_grid)
     return gemm.bind(step, problem, config, program, arrays, weights, buffers)
 
 

@@ -57,6 +57,14 @@ def quantpack(body: Body) -> Body:
     return body["steps"][0]
 
 
+def activation(body: Body) -> Body:
+    return next(step["emit"]["activation"] for step in body["steps"] if step["emit"]["activation"])
+
+
+def gated_emit(body: Body) -> Body:
+    return next(step["emit"] for step in body["steps"] if step["emit"]["gate"] is not None)
+
+
 def consumer(body: Body) -> Body:
     return body["steps"][0]["emit"]["consumers"][0]
 
@@ -109,7 +117,7 @@ def wide_linear(body: Body) -> None:
 
 # rule, program, the object that is changed, and what is put into it: one mutant for each.
 VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
-    ("version", "chain", top, [{"version": v} for v in (0, 3, -1, True, "2", None, 2.0, 10**30)]),
+    ("version", "chain", top, [{"version": v} for v in (0, 4, -1, True, "2", None, 2.0, 10**30)]),
     ("type", "chain", codes, [{"channels": c} for c in (3.0, True, "3", None, [], {})]),
     ("type", "chain", top, [{"inputs": {}}, {"arrays": []}, {"digest": None}, {"steps": [1]}]),
     ("type", "chain", consumer, [{"scale": True}, {"scale": "1"}, {"relu": 0}, {"pre_scale": 1}]),
@@ -134,6 +142,8 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("flat", "chain", stream, [{"flat": True}]),
     ("version-1", "byte_image", top, [{"version": 1}]),
     ("version-1", "normed_stream", top, [{"version": 1}]),
+    ("version-2", "weights_with_a_zero", top, [{"version": 2}, {"version": 1}]),
+    ("version-2", "gated", top, [{"version": v} for v in (1, 2)]),
     ("array-dtype", "chain", planes, [{"dtype": "object"}]),
     ("array-shape", "chain", bias, [{"shape": s} for s in ([], [1] * 5, [0], [-1], [MAX_SIZE + 1])]),
     ("array-place", "chain", bias, [{"offset": o} for o in (-64, 4, 2**40, 2**62, 2**63, 2**70)]),
@@ -145,7 +155,8 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("written-twice", "chain", consumer, [{"tensor": 0}]),
     ("read-unwritten", "chain", conv, [{"input": 3}]),
     ("form", "chain", second_conv, [{"input": 0}]),
-    ("form", "chain", conv_emit, [{"residual": 1}]),
+    ("form", "chain", conv_emit, [{"residual": 1}, {"gate": 1}]),
+    ("shape", "gated", gated_emit, [{"gate": 2}]),
     ("shape", "chain", conv, [{"stride": [2, 2]}]),
     ("affine-pair", "byte_image", quantpack, [{"bias": None}, {"multiplier": None}]),
     ("array-missing", "chain", conv, [{"planes": "nothing"}, {"planes": ""}, {"bias": "nothing"}]),
@@ -167,6 +178,12 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("mean-window", "chain", mean, [{"kernel": [2, 2]}, {"padding": [1, 0]}]),
     ("code-pool", "imagenet_stem", max_emit, [{"low": 0.0}, {"high": 1.0}, {"consumers": []}]),
     ("code-pool", "imagenet_stem", max_consumer, [{"relu": True}, {"bits": 3}, {"pre_scale": "bias1"}]),
+    ("code-pool", "imagenet_stem", max_emit, [{"activation": {"kind": "silu"}}, {"gate": 0}]),
+    ("choice", "gated", activation, [{"kind": k} for k in ("relu", "SiLU", None, 1)]),
+    ("missing-key", "chain", conv_emit, [{"activation": {"value": 1.0}}]),
+    ("activation-value", "gated", activation, [{"value": 1}, {"kind": "elu", "value": 0.1}]),
+    ("activation-slope", "gated", activation, [{"slope": "bias3"}, {"kind": "prelu"}]),
+    ("array-missing", "gated", activation, [{"kind": "prelu", "slope": "nothing"}]),
     ("bound", "chain", conv_emit, [{"low": low} for low in (0.1, 1e300, 16777217)]),
     ("clamp", "chain", conv_emit, [{"low": 2.0, "high": 1.0}]),
     ("writes-nothing", "chain", conv_emit, [{"consumers": []}]),

@@ -27,6 +27,8 @@ SOURCES = (
     "depthwise",
     "imagenet_stem",
     "normed_stream",
+    "weights_with_a_zero",
+    "gated",
 )
 
 
@@ -215,9 +217,8 @@ def _replace(value: Any, old: Any, new: Any) -> None:
 
 def swap(body: dict[str, Any], choice: random.Random) -> str:
     """Two values of one kind exchanged: numbers of tensors, keys of arrays, steps, specs."""
-    numbers = [
-        (p.holder, p.field.name) for p in places(body) if p.field.name in ("input", "tensor", "stream", "residual")
-    ]
+    tensor_fields = ("input", "tensor", "stream", "residual", "gate")
+    numbers = [(p.holder, p.field.name) for p in places(body) if p.field.name in tensor_fields]
     keys = [
         (p.holder, p.field.name) for p in places(body) if p.field.name in ("planes", "multiplier", "bias", "pre_scale")
     ]
@@ -264,7 +265,7 @@ def random_mutants(seed: int, count: int) -> Iterator[Mutant]:
     """Valid programs with one to three things changed."""
     choice = random.Random(seed)
     for _ in range(count):
-        text, blob = source(choice.choice([0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]))
+        text, blob = source(choice.choice([0, 0, 0, *range(1, len(SOURCES) + 2)]))
         body, done = json.loads(text), []
         for _ in range(choice.choice([1, 1, 1, 2, 3])):
             change = choice.choices([change_field, change_keys, swap], [8, 2, 2])[0]

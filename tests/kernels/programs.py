@@ -15,8 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.steps import (
+    Activation,
     Consumer,
     ConvStep,
     Emit,
@@ -26,6 +28,7 @@ from lbs_kernels.program.steps import (
     QuantPackStep,
     Step,
     TensorSpec,
+    WeightGrid,
     build_blob,
 )
 from lbs_kernels.program.window import Window
@@ -108,6 +111,11 @@ class Builder:
         bias_key = self.floats("norm.bias", shape[2], -0.2, 0.8) if norm else None
         return Consumer(tensor, bits, scale, zero, signed, scale_key, bias_key, relu)
 
+    def activation(self, kind: str, channels: int, first: bool = False) -> Activation:
+        value = {"elu": 0.75, "leaky_relu": 0.125}.get(kind, 0.0)
+        slope = self.floats("slope", channels, -0.2, 0.4) if kind == "prelu" else None
+        return Activation(kind, value, slope, first)  # type: ignore[arg-type]
+
     def quantize(self, source: int, emit: Emit, affine: bool = False) -> None:
         """`affine`: a multiplier and a bias that turn bytes, or values near 1, into values near 1."""
         spec, keys = self.tensors[source], ()
@@ -154,19 +162,22 @@ class Builder:
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
         total_filters: int | None = None,
+        grid: WeightGrid = "odd",
     ) -> None:
         planes, multiplier, bias = self._weights(source, filters, kernel, groups, w_bits)
         name = f"step{len(self.steps)}"
         total = filters if total_filters is None else total_filters
         self.steps.append(
             ConvStep(
-                name, source, emit, w_bits, kernel, stride, padding, dilation, groups, total, planes, multiplier, bias
+                name, source, emit, w_bits, kernel, stride, padding, dilation, groups, total, planes, multiplier, bias,
+                grid,
             )
-        )
+        )  # fmt: skip
 
-    def linear(self, source: int, emit: Emit, filters: int, *, w_bits: int) -> None:
+    def linear(self, source: int, emit: Emit, filters: int, *, w_bits: int, grid: WeightGrid = "odd") -> None:
         planes, multiplier, bias = self._weights(source, filters, (1, 1), 1, w_bits)
-        self.steps.append(LinearStep(f"step{len(self.steps)}", source, emit, w_bits, filters, planes, multiplier, bias))
+        keys = (planes, multiplier, bias)
+        self.steps.append(LinearStep(f"step{len(self.steps)}", source, emit, w_bits, filters, *keys, grid))
 
     def pool(
         self,
@@ -221,6 +232,7 @@ def one_conv(
     signed: bool = False,
     out_bits: int = 4,
     stream_dtype: str = "float32",
+    grid: WeightGrid = "odd",
 ) -> tuple[Program, Tensor]:
     """image -> codes -> one convolution -> a stream (returned) and codes: every form an epilogue writes."""
     b = Builder(seed, stream_dtype)
@@ -239,6 +251,7 @@ def one_conv(
         padding=padding,
         dilation=dilation,
         groups=groups,
+        grid=grid,
     )
     return b.build()
 
@@ -273,6 +286,21 @@ def chain(seed: int) -> tuple[Program, Tensor]:
     shape = b.conv_shape(x, 44, (1, 1), padding=(0, 0))
     stream = b.stream(shape)
     b.conv(x, Emit(low=0.0, high=6.0, stream=stream), 44, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    _head(b, stream, 10)
+    return b.build()
+
+
+def weights_with_a_zero(seed: int) -> tuple[Program, Tensor]:
+    """The grid with a zero at 8, 4 and 2 bits, depthwise among them, between layers of the odd one."""
+    b = Builder(seed)
+    x = _stem(b, 3, (9, 7))
+    for filters, w_bits, out_bits, groups in ((33, 8, 8, 1), (33, 8, 4, 33), (13, 4, 2, 1), (16, 2, 8, 1)):
+        shape = b.conv_shape(x, filters)
+        codes = b.consumer(shape, out_bits)
+        b.conv(x, Emit(low=0.0, consumers=(codes,)), filters, w_bits=w_bits, groups=groups, grid="zero")
+        x = codes.tensor
+    stream = b.stream(shape)
+    b.conv(x, Emit(stream=stream), 16, w_bits=8)
     _head(b, stream, 10)
     return b.build()
 
@@ -418,6 +446,54 @@ def normed_stream(seed: int, stream_dtype: str = "float32") -> tuple[Program, Te
     return b.build()
 
 
+def activated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Every activation behind a convolution of 13 filters: in front of a sum or behind it, beside codes with a zero."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (5, 4))
+    shape = b.conv_shape(x, 13)
+    entry = b.stream(shape)
+    codes = b.consumer(shape, 8, zero=40)
+    b.conv(x, Emit(stream=entry, consumers=(codes,), activation=b.activation("silu", 13)), 13, w_bits=8)
+    x, residual = codes.tensor, entry
+    for place, kind in enumerate(KINDS):
+        first, joined = place % 2 == 0, b.stream(shape)
+        codes = b.consumer(shape, (4, 8)[place % 2], zero=(3, 40)[place % 2], top=2.0)
+        emit = Emit(residual, -1.5 if first else None, stream=joined, consumers=(codes,))
+        emit = replace(emit, activation=b.activation(kind, 13, first))
+        b.conv(x, emit, 13, w_bits=(8, 4)[place % 2], kernel=(1, 1), padding=(0, 0))
+        x, residual = codes.tensor, joined
+    _head(b, residual, 5)
+    return b.build()
+
+
+def gated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Squeeze and excite: a mean, two layers and a sigmoid gate a stream, behind an activation, before a sum; 37
+    channels of 7 x 3 pixels. The gate is returned as well, and gates itself."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (7, 3))
+    shape = b.conv_shape(x, 37)
+    entry, squeezed = b.stream(shape), b.consumer((1, 1, 37), 8, zero=20)
+    b.conv(x, Emit(stream=entry, activation=b.activation("hardswish", 37)), 37, w_bits=8)
+    b.pool(entry, Emit(consumers=(squeezed,)), "mean")
+    inner = b.consumer((1, 1, 9), 8, zero=30)
+    b.conv(
+        squeezed.tensor, Emit(consumers=(inner,), activation=b.activation("silu", 9)), 9, w_bits=8,
+        kernel=(1, 1), padding=(0, 0),
+    )  # fmt: skip
+    gate = b.stream((1, 1, 37), output=True)
+    sigmoid = Emit(stream=gate, activation=b.activation("sigmoid", 37))
+    b.conv(inner.tensor, sigmoid, 37, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    again = b.stream((1, 1, 37))
+    b.quantize(gate, Emit(gate, stream=again, gate=gate))
+    scaled, codes = b.stream(shape), b.consumer(shape, 4, zero=2)
+    b.quantize(entry, Emit(stream=scaled, consumers=(codes,), gate=gate))
+    joined = b.stream(shape)
+    emit = Emit(scaled, 0.0, 6.0, joined, gate=again, activation=b.activation("tanh", 37, first=True))
+    b.conv(codes.tensor, emit, 37, w_bits=4)
+    _head(b, joined, 5)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -433,6 +509,7 @@ def one_pixel(seed: int) -> tuple[Program, Tensor]:
 
 CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "chain": chain,
+    "weights_with_a_zero": weights_with_a_zero,
     "preact_residual": preact_residual,
     "preact_residual_bfloat16": lambda seed: preact_residual(seed, "bfloat16"),
     "preact_residual_float16": lambda seed: preact_residual(seed, "float16"),
@@ -443,6 +520,10 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "byte_image_of_five_channels": lambda seed: byte_image(seed, 5, (4, 8)),  # two groups, whole vectors only
     "normed_stream": normed_stream,
     "normed_stream_bfloat16": lambda seed: normed_stream(seed, "bfloat16"),
+    "activated": activated,
+    "activated_float16": lambda seed: activated(seed, "float16"),
+    "gated": gated,
+    "gated_bfloat16": lambda seed: gated(seed, "bfloat16"),
     "one_pixel": one_pixel,
 }
 
@@ -469,6 +550,9 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     def bits() -> int:
         return choice.choice([2, 4, 8])
 
+    def grid() -> WeightGrid:
+        return choice.choice(["odd", "zero"])
+
     shape = b.shape(stream)
     entry = b.consumer(shape, bits(), norm=choice.random() < 0.7, relu=True)
     b.quantize(stream, Emit(consumers=(entry,)), affine=choice.random() < 0.3)
@@ -479,7 +563,8 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     middle_shape = b.conv_shape(entry.tensor, hidden, kernel, stride, padding)
     middle = b.consumer(middle_shape, bits())
     emit = Emit(low=0.0, high=choice.choice([None, 6.0]), consumers=(middle,))
-    b.conv(entry.tensor, emit, hidden, w_bits=bits(), kernel=kernel, stride=stride, padding=padding, total_filters=80)
+    window = {"kernel": kernel, "stride": stride, "padding": padding}
+    b.conv(entry.tensor, emit, hidden, w_bits=bits(), **window, total_filters=80, grid=grid())  # type: ignore[arg-type]
     filters = shape[2] if choice.random() < 0.7 else choice.choice([16, 24, 47])
     last_shape = (*middle_shape[:2], filters)
     residual: int | None = None
@@ -488,10 +573,11 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     elif choice.random() < 0.7:
         residual = b.stream(last_shape)
         shortcut = Emit(stream=residual)
-        b.conv(entry.tensor, shortcut, filters, w_bits=bits(), kernel=(1, 1), stride=stride, padding=(0, 0))
+        window = {"kernel": (1, 1), "stride": stride, "padding": (0, 0)}
+        b.conv(entry.tensor, shortcut, filters, w_bits=bits(), **window, grid=grid())  # type: ignore[arg-type]
     joined = b.stream(last_shape)
     emit = Emit(residual=residual, low=choice.choice([None, 0.0]), stream=joined)
-    b.conv(middle.tensor, emit, filters, w_bits=bits())
+    b.conv(middle.tensor, emit, filters, w_bits=bits(), grid=grid())
     return joined
 
 

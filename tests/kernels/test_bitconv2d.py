@@ -12,6 +12,7 @@ from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.program import operations
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.steps import WeightGrid
 from lbs_kernels.program.window import Window
 
 
@@ -33,12 +34,13 @@ class Case:
     a_bits: int = 4
     zero: int = 0
     signed: bool = False
+    grid: WeightGrid = "odd"
 
     def window(self) -> Window:
         return Window(self.kernel, self.stride, self.padding, self.dilation, self.groups)
 
     def reading(self) -> dict[str, object]:
-        return {"a_bits": self.a_bits, "zero": self.zero, "signed": self.signed}
+        return {"a_bits": self.a_bits, "zero": self.zero, "signed": self.signed, "grid": self.grid}
 
     def geometry(self) -> dict[str, object]:
         return {**vars(self.window()), **self.reading()}
@@ -72,6 +74,13 @@ CASES = [
     Case("depthwise with a multiplier", 7, 21, (6, 5), groups=7),
     Case("network input", 3, 16, (8, 8), w_bits=8, a_bits=8, zero=128),
     Case("network input, zero at the end", 3, 16, (8, 8), w_bits=8, a_bits=8, zero=255),
+    Case("a zero at 8 bits", 33, 17, (5, 4), w_bits=8, a_bits=8, grid="zero"),
+    Case("a zero at 4 bits", 31, 16, (5, 4), w_bits=4, a_bits=8, zero=9, grid="zero"),
+    Case("a zero at 2 bits", 33, 8, (5, 4), w_bits=2, a_bits=2, grid="zero"),
+    Case("a zero at 1 bit", 33, 8, (5, 4), w_bits=1, a_bits=4, grid="zero"),
+    Case("a zero, depthwise", 20, 20, (6, 5), groups=20, w_bits=8, a_bits=8, zero=3, grid="zero"),
+    Case("a zero, grouped", 24, 12, (5, 5), groups=3, w_bits=4, a_bits=4, grid="zero"),
+    Case("a zero, signed", 19, 8, (5, 5), padding=(0, 0), w_bits=8, signed=True, grid="zero"),
     Case("signed", 19, 8, (5, 5), padding=(0, 0), signed=True),
     Case("signed 8 bits", 19, 8, (5, 5), kernel=(1, 1), padding=(0, 0), w_bits=8, a_bits=8, signed=True),
 ]
@@ -91,7 +100,7 @@ def operands(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor,
 def slow_accumulator(case: Case, x: Tensor, w: Tensor) -> Tensor:
     """int64 [N, H', W', O], pixel by pixel in plain integer arithmetic: nothing shared with the reference."""
     n_w, n_x = (1 << case.w_bits) - 1, (1 << case.a_bits) - 1
-    weight = 2 * w.to(torch.int64) - n_w
+    weight = 2 * w.to(torch.int64) - n_w if case.grid == "odd" else w.to(torch.int64) - (n_w + 1) // 2
     value = 2 * x.to(torch.int64) - n_x if case.signed else x.to(torch.int64) - case.zero
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = case.kernel, case.stride, case.padding, case.dilation
     batch, height, width, channels = x.shape

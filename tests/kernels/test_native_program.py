@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from programs import CASES, Builder, one_conv, random_inputs, random_program, share_unsaturated
+from test_activations import one_activation
 from torch import Tensor
 
 from lbs_kernels import extension
+from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.steps import STREAM_DTYPES, Emit, Program
 from lbs_kernels.run.reference import ReferenceRunner
 
@@ -79,6 +81,14 @@ def check(
 @pytest.mark.parametrize("case", CASES)
 def test_cases(case: str, isa: str) -> None:
     check(*CASES[case](11), isa, share=0.0 if case == "one_pixel" else 0.15)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_any_bits(kind: str, isa: str) -> None:
+    step, expected = one_activation(kind)
+    (output,), _ = run_native(step.program, step.blob, [step.image], isa, threads=1, traced=False)
+    assert torch.equal(output.permute(0, 2, 3, 1), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)

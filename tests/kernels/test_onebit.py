@@ -97,6 +97,13 @@ def test_signed_codes_and_zero_points_are_an_offset() -> None:
     check_accumulator(x, planes, HOPPER, 4, kernel=(3, 3), zero=5)
 
 
+@pytest.mark.parametrize(("w_bits", "a_bits", "reading"), [(2, 4, {}), (4, 2, {"zero": 3}), (4, 4, {"signed": True})])
+def test_weights_with_a_zero(w_bits: int, a_bits: int, reading: dict[str, object]) -> None:
+    x, planes = random_case(w_bits, (2, 4, 4, 70), 9, (3, 3), w_bits, a_bits)
+    for config in (HOPPER, AMPERE):
+        check_accumulator(x, planes, config, a_bits, kernel=(3, 3), grid="zero", **reading)
+
+
 @pytest.mark.parametrize(("rows", "channels", "filters"), [(1, 512, 10), (65, 100, 33), (0, 64, 8)])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 2), (4, 4)])
 def test_linear(rows: int, channels: int, filters: int, w_bits: int, a_bits: int) -> None:

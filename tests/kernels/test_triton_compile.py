@@ -38,6 +38,7 @@ from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.program.steps import Emit, QuantPackStep
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
+DIVISION_FREE = ("elu", "hardsigmoid", "hardswish", "leaky_relu", "prelu")
 HOPPER_FIRST = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
 
 
@@ -109,6 +110,20 @@ def test_other_programs_compile(case: str, target: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)
     for kernel in compile_steps(program, blob, 2, target, tmp_path):
         check_exact(kernel)
+
+
+@HOPPER_FIRST
+@pytest.mark.parametrize("case", ["activated", "gated"])
+def test_activations_divide_correctly_rounded(case: str, target: str, tmp_path: Path) -> None:
+    program, blob = programs.CASES[case](0)
+    divides = 0
+    for step, kernel in zip(program.steps, compile_steps(program, blob, 2, target, tmp_path), strict=True):
+        check_exact(kernel)
+        assert not re.search(r"div\.(full|approx)|\b(ex2|rcp|tanh)\.", kernel.ptx), kernel.name
+        dividing = step.emit.activation is not None and step.emit.activation.kind not in DIVISION_FREE
+        assert ("div.rn.f32" in kernel.ptx) is dividing
+        divides += dividing
+    assert divides > 1
 
 
 def test_nothing_is_contracted_that_the_epilogue_rounds_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from ahead_of_time import TARGETS, Compiled, compiling
 from test_triton_interpreted import HERE, run_interpreted
 
 from lbs.quant import fused
+from lbs.quant.codec import CODINGS
 from lbs.quant.fake import fake_activation, fake_weight, standardized_weight
 from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.gates import BitGate
@@ -118,7 +119,7 @@ def test_a_gpu_takes_the_kernels_and_equals_the_cpu(kind: str, dtype: torch.dtyp
     for device in ("cuda", "cpu"):
         x, grad = sample(1, dtype).to(device).requires_grad_(), sample(2, dtype).to(device)
         v = torch.tensor(1.3, device=device, requires_grad=True)
-        assert device == "cpu" or fused.serves(x, v, kind)
+        assert device == "cpu" or fused.serves(x, v, CODINGS[kind])
         y = fake_weight(x, v, 4) if kind == "weight" else fake_activation(x, v, 4, kind == "signed")
         assert device == "cpu" or y.grad_fn.fused  # type: ignore[union-attr]
         results.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, (x, v), grad))])
@@ -156,8 +157,8 @@ def test_a_gpu_decides_as_the_cpu(level: int, kind: str) -> None:
         v, gate = torch.tensor(1.3, device=device, requires_grad=True), BitGate(CHAIN).to(device)
         with torch.no_grad():
             opened = torch.arange(len(CHAIN) - 1, device=device) < level
-            gate.alpha.copy_(width_errors(x, v, CHAIN, kind) * torch.where(opened, 0.5, 1.01))
-        y = gated(x, v, gate, kind)
+            gate.alpha.copy_(width_errors(x, v, CHAIN, CODINGS[kind]) * torch.where(opened, 0.5, 1.01))
+        y = gated(x, v, gate, CODINGS[kind])
         gate.refresh()
         assert gate.bits == CHAIN[level]
         found = (y.detach(), *torch.autograd.grad(y, (x, v, gate.alpha), grad), gate.statistic)

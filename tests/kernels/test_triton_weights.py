@@ -25,11 +25,12 @@ def random_codes(*shape: int, bits: int) -> torch.Tensor:
 def test_tiles_have_an_exact_inverse(bits: int, fields: bool, filters: int, taps: int, channels: int) -> None:
     codes = random_codes(filters, taps, channels, bits=bits)
     for a_bits, words, together in ((4, 1, 1), (8, 4, 1), (4, 2, 4), (8, 1, 2)):
-        layout = WeightTiles(bits, a_bits, fields, block_rows=32, block_words=words, block_taps=together)
-        tiles = layout.tiles(codes)
-        steps = -(-channels // (32 * words)) * -(-taps // together)
-        assert tuple(tiles.shape) == (steps, -(-filters // 32) * 32, together * words * layout.width)
-        assert torch.equal(layout.codes(tiles, filters, taps, channels), codes)
+        for grid in ("odd", "zero"):
+            layout = WeightTiles(bits, a_bits, fields, 32, words, together, grid)
+            tiles = layout.tiles(codes)
+            steps = -(-channels // (32 * words)) * -(-taps // together)
+            assert tuple(tiles.shape) == (steps, -(-filters // 32) * 32, together * words * layout.width)
+            assert torch.equal(layout.codes(tiles, filters, taps, channels), codes)
 
 
 def test_taps_of_a_step_lie_side_by_side() -> None:
@@ -40,18 +41,19 @@ def test_taps_of_a_step_lie_side_by_side() -> None:
         assert torch.equal(four[tap // 4, :, tap % 4 * 8 : tap % 4 * 8 + 8], one[tap])
 
 
+@pytest.mark.parametrize("grid", ["odd", "zero"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_fields_become_weights_times_a_power_of_two(bits: int) -> None:
-    """One AND and one OR for each register, as the kernel does it, give the bytes of the other layout."""
+def test_fields_become_weights_times_a_power_of_two(bits: int, grid: str) -> None:
+    """One AND and, on the odd grid, one OR for each register, as the kernel does it: the bytes of the other layout."""
     codes = random_codes(32, 9, 64, bits=bits)
-    fields = WeightTiles(bits, 8, True, 32, 2)
+    fields = WeightTiles(bits, 8, True, 32, 2, grid=grid)
     words = fields.tiles(codes)  # [9, 32, V]
     keep = int.from_bytes(bytes([256 - (1 << (8 - bits))] * 4), "little")
-    one = int.from_bytes(bytes([1 << (7 - bits)] * 4), "little")
+    one = int.from_bytes(bytes([1 << (7 - bits)] * 4), "little") if grid == "odd" else 0
     registers = [((words.long() << (h * fields.width)) & keep) | one for h in range(8 // fields.width)]
     actual = torch.stack(registers, dim=-1).to(torch.int32).contiguous().view(torch.int8).reshape(9, 32, 64)
-    plain = WeightTiles(bits, 8, False, 32, 2).tiles(codes).view(torch.int8)
-    assert torch.equal(actual.int(), plain.int() << field_shift(bits))
+    plain = WeightTiles(bits, 8, False, 32, 2, grid=grid).tiles(codes).view(torch.int8)
+    assert torch.equal(actual.int(), plain.int() << field_shift(bits, grid))
 
 
 @pytest.mark.parametrize("a_bits", [4, 8])
@@ -69,10 +71,11 @@ def test_channels_follow_the_activations(a_bits: int) -> None:
 def test_tap_registers_have_an_exact_inverse(bits: int, channels: int, taps: int) -> None:
     codes = random_codes(channels, taps, bits=bits)
     for a_bits in (2, 8):
-        layout = TapRegisters(bits, a_bits)
-        registers = layout.registers(codes)
-        assert tuple(registers.shape) == (-(-taps // 4), 4, 8 * (-(-channels // 32)))
-        assert torch.equal(layout.codes(registers, channels, taps), codes)
+        for grid in ("odd", "zero"):
+            layout = TapRegisters(bits, a_bits, grid)
+            registers = layout.registers(codes)
+            assert tuple(registers.shape) == (-(-taps // 4), 4, 8 * (-(-channels // 32)))
+            assert torch.equal(layout.codes(registers, channels, taps), codes)
 
 
 def test_other_sizes_are_refused() -> None:

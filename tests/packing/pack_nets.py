@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lbs
 import lbs.models
@@ -39,7 +40,7 @@ def quantized(model: nn.Module, shape: tuple[int, ...], w_bits: int = 4, a_bits:
     """Uniform bits, calibrated; a net of one layer has 8-bit edges only."""
     calibration = images(8, shape, seed + 100)
     frozen = lbs.uniform(unsettle(model.eval(), seed), calibration, w_bits, a_bits)
-    return lbs.calibrate(frozen, [calibration], bits=None, statistics="keep").eval()
+    return lbs.calibrate(frozen, [calibration], bits=None, norms="keep").eval()
 
 
 @functools.cache
@@ -73,7 +74,7 @@ def mixed_network() -> nn.Module:
 
 
 class TwoRegions(nn.Module):
-    """Packed layers, a sigmoid gate no program has, packed layers again."""
+    """Packed layers, a function and a product no program has, packed layers again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class TwoRegions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
-        x = x * torch.sigmoid(self.conv(x))
+        x = x * F.softplus(self.conv(x))
         x = torch.relu(self.last(x))
         return self.fc(x.mean((2, 3)))
 

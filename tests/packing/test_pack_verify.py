@@ -164,6 +164,38 @@ def test_pack_raises_where_verification_fails(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(pack(model, verify=False), PackedModel)
 
 
+def test_the_model_itself_is_compared_not_its_trace() -> None:
+    """A hook that changes what loud images give is none that quiet ones show, and this one cannot be traced."""
+    model = copy.deepcopy(pack_nets.network("digits_resnet8", 4, 4, classes=10))
+    handle = model.register_forward_hook(lambda m, args, y: y + 1 if float(args[0].max()) > 9 else y)
+    packed, x = pack(model), pack_nets.images(4, DIGITS)
+    assert verify(model, packed, x).ok
+    for count in (4, 2):
+        loud = x.clone()
+        loud[-count:] *= 10
+        report = verify(model, packed, loud)
+        assert not report.ok
+        assert report.first_layer == "the model itself"
+        assert str(report.first_difference).startswith("the model itself: output 0 against its trace: 40 of 40 DIFFER")
+    handle.remove()
+    assert verify(model, packed, loud).ok
+
+
+def test_packing_refuses_a_model_that_is_not_its_trace() -> None:
+    class Asking(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return y * 2 if isinstance(y, Tensor) else y
+
+    model = Asking(pack_nets.network("digits_resnet8", 4, 4, classes=10))
+    with pytest.raises(GraphError, match=r"Asking computes something else than its torch\.fx trace"):
+        pack(model, example=pack_nets.images(2, DIGITS))
+
+
 def test_report_is_rows_and_text() -> None:
     model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
     report = verify(model, pack_nets.packed_digits(), pack_nets.images(4, DIGITS))
@@ -171,3 +203,34 @@ def test_report_is_rows_and_text() -> None:
     assert {row["layer"] for row in rows if row["what"] == "weight codes"} == set(pack_nets.layers_of(model))
     assert "same class on 4 of 4 images" in str(report)
     assert all(row["wrong"] == 0 for row in rows)
+
+
+class _FloatPart(torch.nn.Module):
+    """A branch in front of an activation in place that no program has, and hooks on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.GroupNorm(2, 8)
+        self.b, self.c = torch.nn.Conv2d(8, 8, 1), torch.nn.Conv2d(8, 8, 1)
+        self.act = torch.nn.Threshold(0.1, -0.2, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x))
+        return self.b(x) + self.c(self.act(x)) + x
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_float_parts_keep_hooks_and_order(hooks: bool) -> None:
+    torch.manual_seed(0)
+    model = _FloatPart()
+    if hooks:
+        model.act.register_forward_pre_hook(lambda m, args: args[0] * 2)
+        model.act.register_forward_hook(lambda m, args, y: y + 1)
+    shape = (3, 8, 8)
+    packed = pack_nets.check_equal(pack_nets.quantized(model, shape), shape)
+    assert {"norm", "act"} <= {name for name, _ in packed.kept_float}
+    x = pack_nets.images(2, shape)
+    before = x.clone()
+    packed(x)
+    assert torch.equal(x, before)
+    assert not any(getattr(module, "inplace", False) for module in packed.modules())

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lbs
 import lbs.models
 from lbs.quant import codec, norms
-from lbs.quant.calibrate import _Images, _observe, _stride, calibrate, estimate_norms
+from lbs.quant.calibrate import _best_affine, _Images, _observe, _stride, calibrate, estimate_norms
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.search.freeze import plan_of
 from lbs.search.prepare import SearchConfig, prepare, uniform
 from lbs_kernels.errors import GraphError, PlanError
 
@@ -70,8 +72,8 @@ def test_ranges_have_the_least_squared_error(bits: int) -> None:
 
     def errors(v: float) -> tuple[float, float]:
         r = torch.tensor(v)
-        a = codec.activation_values(codec.activation_codes(x, r, bits), r, bits)
-        w = codec.weight_values(codec.weight_codes(weights, r, bits), r, bits)
+        a = codec.round_trip(x, r, bits, codec.UNSIGNED)
+        w = codec.round_trip(weights, r, bits, codec.WEIGHTS[layer.w_grid])
         return float(((a - x) ** 2).mean()), float(((w - weights) ** 2).mean())
 
     assert isinstance(layer.quantizer, ActivationQuantizer)
@@ -105,7 +107,7 @@ def test_network_input_covers_its_extremes() -> None:
 def test_norms_are_estimated_again() -> None:
     model = uniform(small_model(), images()[:1], 4, 4)
     batches = [images(1), images(2)]
-    calibrate(model, batches, statistics="keep")
+    calibrate(model, batches, norms="keep")
     before = copy.deepcopy(model.state_dict())
     momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     estimate_norms(model, batches)
@@ -148,8 +150,9 @@ def test_not_a_number_names_the_layer_and_leaves_quantization_on() -> None:
     model = uniform(small_model(), images()[:1])
     bad = images()
     bad[1, 0, 2, 2] = float("nan")
-    with pytest.raises(GraphError, match="input of conv1 holds NaN"):
+    with pytest.raises(GraphError, match=r"^the input of conv1 holds NaN") as seen:
         calibrate(model, [images(), bad])
+    assert len(str(seen.value).splitlines()) == len(quant_layers(model))  # all layers behind it are told as well
     with torch.no_grad():
         model.bn1.weight[0] = float("inf")  # type: ignore[union-attr,index]
     with pytest.raises(GraphError, match=r"input of layer1\.0\.conv1 holds NaN or infinite"):
@@ -205,19 +208,56 @@ class _Signed(nn.Module):
         return self.head(self.body(self.stem(x)).relu())
 
 
-def test_signed_activations_in_front_of_padding_are_refused_by_name() -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+def test_negative_inputs_get_a_code_for_zero(padding: int) -> None:
     torch.manual_seed(0)
-    with pytest.raises(GraphError, match=r"body reads values down to -.* pads with zeros"):
-        calibrate(uniform(_Signed(padding=1), images()[:1]), [images()])
+    model = calibrate(uniform(_Signed(padding), images()[:1]), [images()])
+    _, body, head = quant_layers(model)
+    assert 0 < body.quantizer.zero < 255
+    assert float(body.quantizer(torch.zeros(1))) == 0
+    assert head.quantizer.zero == 0
+    assert lbs.verify(model.eval(), lbs.pack(model.eval()), images()).ok
 
 
-def test_signed_activations_without_padding_become_signed() -> None:
+def test_a_searched_zero_is_one_at_every_width() -> None:
     torch.manual_seed(0)
-    model = calibrate(uniform(_Signed(padding=0), images()[:1]), [images()])
-    stem, body, head = quant_layers(model)
-    assert not stem.quantizer.signed
-    assert body.quantizer.signed
-    assert not head.quantizer.signed
+    model = calibrate(prepare(_Signed(1), images()[:1], SearchConfig(pruning=False)), [images()])
+    quantizer = model.get_submodule("body").quantizer
+    assert quantizer.coding.levels == 3
+    assert [quantizer.coding.zero_at(bits) for bits in (2, 4, 8)] == [z * quantizer.coding.zero for z in (1, 5, 85)]
+
+
+def test_four_bits_take_the_better_grid_and_the_plan_says_which() -> None:
+    """Weights of a few sizes around 0, many of them exactly 0, against weights of two sizes and nothing between."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    model.append(nn.ReLU()).append(nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        model[2].weight.mul_(torch.rand_like(model[2].weight) < 0.3)  # type: ignore[operator,arg-type]
+        model[4].weight.copy_(torch.randn(8, 8, 3, 3).sign())  # type: ignore[operator]
+    quantized = calibrate(uniform(model, images()[:1], 4, 8), [images()])
+    grids = [layer.w_grid for layer in quant_layers(quantized)]
+    assert grids == ["zero", "zero", "odd", "zero"]
+    assert [entry.w_grid for entry in plan_of(quantized).layers] == grids
+    zeros = model[2].weight == 0  # type: ignore[comparison-overlap]
+    assert (quant_layers(quantized)[1].quantized_weight()[zeros] == 0).all()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.28, 8.0), (3.0, 3.0), (1.0, 0.0), (0.001, 6.0)])
+def test_ranges_around_zero_have_the_least_squared_error(low: float, high: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(20000, generator=generator)
+    values = torch.where(values < 0, values * low / 3, values * high / 3)
+    for bits, zero_bits in ((4, 4), (8, 8), (4, 2)):
+        v, zero = _best_affine(values, bits, zero_bits)
+        n = codec.levels(zero_bits)
+
+        def error(v: float, zero: int, bits: int = bits, n: int = n) -> float:
+            rounded = codec.round_trip(values, torch.tensor(v), bits, codec.Coding("unsigned", zero, n))
+            return float(((rounded - values) ** 2).mean())
+
+        every = [error(float(w), z) for z in range(0, n + 1, max(1, n // 15)) for w in torch.linspace(0.1, 1.5, 60) * 4]
+        assert error(v, zero) <= 1.15 * min(every)
 
 
 def test_a_layer_that_is_never_called_is_named() -> None:
@@ -268,9 +308,7 @@ def test_biases_of_layers_without_a_norm_are_corrected() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     x = torch.randn(16, 3, 12, 12)
-    kept, corrected = (
-        calibrate(uniform(model, x[:1], 2, 2), [x], statistics=how).eval() for how in ("keep", "correct")
-    )
+    kept, corrected = (calibrate(uniform(model, x[:1], 2, 2), [x], norms=how).eval() for how in ("keep", "correct"))
     with torch.no_grad():
         plain, before, after = (net(x).mean((0, 2, 3)) for net in (model, kept, corrected))
     assert (after - plain).abs().max() < 1e-4 < (before - plain).abs().max()
@@ -343,7 +381,7 @@ class _Sizeless:
 @pytest.mark.parametrize("statistics", ["correct", "estimate"])
 def test_statistics_are_what_they_were_where_a_batch_cannot_be_read(statistics: str) -> None:
     model = uniform(small_model(), images()[:1], 4, 4)
-    calibrate(model, [images(1)], statistics="keep")
+    calibrate(model, [images(1)], norms="keep")
     before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
     arguments = _Images([images(1), images(2)[:0]]), model
     work = {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lbs.quant import codec
+from lbs.quant.codec import CODINGS
 from lbs.quant.fake import fake_activation, fake_weight
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs_kernels.errors import PlanError
@@ -41,13 +42,13 @@ def exact_code(x: float, v: float, bits: int, kind: str) -> tuple[int, Fraction]
 def encode(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
     if kind == "weight":
         return codec.weight_codes(x, v, bits)
-    return codec.activation_codes(x, v, bits, kind == "signed")
+    return codec.activation_codes(x, v, bits, CODINGS[kind])
 
 
 def decode(codes: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
     if kind == "weight":
         return codec.weight_values(codes, v, bits)
-    return codec.activation_values(codes, v, bits, kind == "signed")
+    return codec.activation_values(codes, v, bits, CODINGS[kind])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -105,9 +106,53 @@ def test_every_code_survives_decoding(kind: str, bits: int) -> None:
 def test_training_forward_is_the_decoded_code(bits: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(bits)).to(dtype)
     v = torch.tensor(0.93, dtype=dtype)
-    for signed, kind in ((False, "unsigned"), (True, "signed")):
-        assert torch.equal(fake_activation(x, v, bits, signed), decode(encode(x, v, bits, kind), v, bits, kind))
+    for kind in ("unsigned", "signed"):
+        expected = decode(encode(x, v, bits, kind), v, bits, kind)
+        assert torch.equal(fake_activation(x, v, bits, CODINGS[kind]), expected)
     assert torch.equal(fake_weight(x, v, bits), decode(encode(x, v, bits, "weight"), v, bits, "weight"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_with_a_zero_are_symmetric_integers(bits: int) -> None:
+    """value = v m / (2^(b-1) - 1), m the nearest integer: 0 stays 0, the range's ends are codes, and -x mirrors x."""
+    x = torch.randn(400, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    x[::4] = 0
+    v, top = torch.tensor(1.21, dtype=torch.float64), 2 ** (bits - 1) - 1
+    codes = codec.weight_codes(x, v, bits, "zero")
+    expected = [round_half_even(clip(Fraction(value) / Fraction(v.item()), -1, 1) * top) for value in x.tolist()]
+    assert codec.weight_units(codes, bits, "zero").tolist() == expected
+    assert codes.min() == 1
+    assert codes.max() == 2**bits - 1
+    values = codec.weight_values(codes, v, bits, "zero")
+    assert (values[::4] == 0).all()
+    assert torch.equal(codec.weight_codes(values, v, bits, "zero"), codes)
+    assert torch.equal(fake_weight(-x, v, bits, "zero"), -fake_weight(x, v, bits, "zero"))
+    assert float(values.max()) == float(v)
+
+
+@pytest.mark.parametrize(("zero", "chain"), [(1, (2, 4, 8)), (2, (2, 4, 8)), (3, (2, 4, 8)), (5, (4, 8)), (117, (8,))])
+def test_a_zero_among_the_codes_is_real_zero_at_every_width(zero: int, chain: tuple[int, ...]) -> None:
+    coding = codec.Coding("unsigned", zero, codec.levels(chain[0]))
+    x = torch.randn(500, generator=torch.Generator().manual_seed(zero), dtype=torch.float64)
+    x[0] = 0
+    v = torch.tensor(1.9, dtype=torch.float64)
+    coarse: set[float] = set()
+    for bits in chain:
+        n, z = codec.levels(bits), coding.zero_at(bits)
+        assert Fraction(z, n) == Fraction(zero, codec.levels(chain[0]))
+        codes = codec.activation_codes(x, v, bits, coding)
+        wanted = [round_half_even(Fraction(value) * n / Fraction(v.item())) + z for value in x.tolist()]
+        blurred = sum(code != min(max(want, 0), n) for code, want in zip(codes.tolist(), wanted, strict=True))
+        assert blurred == 0
+        values = codec.activation_values(codes, v, bits, coding)
+        assert codes[0] == z
+        assert values[0] == 0
+        every = codec.activation_values(torch.arange(n + 1.0, dtype=torch.float64), v, bits, coding)
+        assert coarse <= {round(value, 12) for value in every.tolist()}  # widths nest
+        coarse = {round(value, 12) for value in every.tolist()}
+        low, high = coding.shares
+        assert float(values.min()) >= -low * float(v) - 1e-12
+        assert float(values.max()) <= high * float(v) + 1e-12
 
 
 def test_scale_is_the_nearest_float() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lbs.quant import codec, fused
+from lbs.quant.codec import CODINGS, SIGNED, UNSIGNED, Coding
 from lbs.quant.fake import fake_activation, fake_weight, ste_gradients
 from lbs_kernels import extension
 
@@ -89,16 +90,16 @@ def test_which_tensors_one_pass_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {dtype: torch.zeros(2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
     def served(kind: str) -> list[torch.dtype]:
-        return [dtype for dtype, x in tensors.items() if fused.serves(x, v, kind)]
+        return [dtype for dtype, x in tensors.items() if fused.serves(x, v, CODINGS[kind])]
 
     native = [torch.float32, torch.bfloat16] if extension.cpu is not None else []
     assert (served("unsigned"), served("weight")) == (native, [])
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(fused, "_has_triton", lambda: True)
     assert (served("unsigned"), served("signed"), served("weight")) == ([*tensors], [*tensors], [torch.float32])
-    assert not fused.serves(torch.zeros(2, dtype=torch.float64), v, "unsigned")
-    assert not fused.serves(tensors[torch.float32], v.double(), "unsigned")
-    assert not fused.serves(torch.zeros(4, 6)[:, ::2], v, "unsigned")
+    assert not fused.serves(torch.zeros(2, dtype=torch.float64), v, UNSIGNED)
+    assert not fused.serves(tensors[torch.float32], v.double(), UNSIGNED)
+    assert not fused.serves(torch.zeros(4, 6)[:, ::2], v, UNSIGNED)
     monkeypatch.setattr(fused, "_has_triton", lambda: False)
     assert (served("unsigned"), served("weight")) == ([], [])
 
@@ -107,7 +108,7 @@ def test_which_tensors_one_pass_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bfloat16_values_are_compared_with_the_unrounded_range(signed: bool) -> None:
     v = torch.tensor(1.006)  # 1.0078125 in bfloat16
     x = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125]).bfloat16()
-    grad_x, _ = ste_gradients(torch.ones_like(x), x, v, x, signed)
+    grad_x, _ = ste_gradients(torch.ones_like(x), x, v, x, SIGNED if signed else UNSIGNED)
     assert grad_x.tolist() == [1.0, 0.0, float(signed), 0.0]
 
 
@@ -120,16 +121,25 @@ def autograd_formula(x: Tensor, v: Tensor, bits: int, kind: str) -> Tensor:
 
     if kind == "unsigned":
         return v * straight(n * (x / v).clamp(0, 1)) / n
+    if kind == "affine":
+        z = n // 3
+        return v * straight(n * (x / v).clamp(-z / n, (n - z) / n)) / n
+    if kind == "zero":
+        top = 2 ** (bits - 1) - 1
+        return v * straight(top * (x / v).clamp(-1, 1)) / top
     return v * (2 * straight(n * ((x / v).clamp(-1, 1) + 1) / 2) / n - 1)
 
 
-@pytest.mark.parametrize("kind", ["unsigned", "signed", "weight"])
+@pytest.mark.parametrize("kind", ["unsigned", "affine", "signed", "weight", "zero"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_straight_through_gradients_equal_autograd(bits: int, kind: str) -> None:
     x = batch(torch.float64, (6, 50), bits).requires_grad_()
     v = torch.tensor(0.83, dtype=torch.float64, requires_grad=True)
     grad = batch(torch.float64, (6, 50), 77)
-    y = fake_weight(x, v, bits) if kind == "weight" else fake_activation(x, v, bits, kind == "signed")
+    if kind in ("weight", "zero"):
+        y = fake_weight(x, v, bits, "odd" if kind == "weight" else "zero")
+    else:
+        y = fake_activation(x, v, bits, Coding("unsigned", 1, 3) if kind == "affine" else CODINGS[kind])
     expected = autograd_formula(x, v, bits, kind)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     for got, wanted in zip(
@@ -141,17 +151,17 @@ def test_straight_through_gradients_equal_autograd(bits: int, kind: str) -> None
 @pytest.mark.parametrize("kind", ["unsigned", "signed"])
 def test_range_gradient_by_differences(kind: str) -> None:
     """With codes and clipping held, y = v * f(codes) + STE: dy/dv is f - x/v inside, 1 or -1 outside."""
-    v, bits, signed = torch.tensor(0.7, dtype=torch.float64), 4, kind == "signed"
+    v, bits, signed, coding = torch.tensor(0.7, dtype=torch.float64), 4, kind == "signed", CODINGS[kind]
     x = batch(torch.float64, (200,), 5)
-    codes = codec.activation_codes(x, v, bits, signed)
-    residual = codec.activation_values(codes, v, bits, signed) / v - (x / v).clamp(-1 if signed else 0, 1)
+    codes = codec.activation_codes(x, v, bits, coding)
+    residual = codec.activation_values(codes, v, bits, coding) / v - (x / v).clamp(-1 if signed else 0, 1)
 
     def value(scale: Tensor) -> Tensor:
         return (scale * ((x / scale).clamp(-1 if signed else 0, 1) + residual)).sum()
 
     h = 1e-6
     difference = (value(v + h) - value(v - h)) / (2 * h)
-    _, grad_v = ste_gradients(torch.ones_like(x), x, v, codec.activation_values(codes, v, bits, signed), signed)
+    _, grad_v = ste_gradients(torch.ones_like(x), x, v, codec.activation_values(codes, v, bits, coding), coding)
     torch.testing.assert_close(grad_v, difference, rtol=1e-6, atol=1e-6)
 
 
@@ -159,7 +169,7 @@ def test_scalars_and_vectors_of_one() -> None:
     for shape in ((), (1,)):
         x = torch.full(shape, 0.4, dtype=torch.float64, requires_grad=True)
         v = torch.ones((), dtype=torch.float64, requires_grad=True)
-        fake_activation(x, v, 2, signed=True).sum().backward()
+        fake_activation(x, v, 2, SIGNED).sum().backward()
         assert x.grad is not None
         assert x.grad.shape == shape
         assert v.grad is not None

@@ -310,10 +310,8 @@ def test_patterns_exclude_layers_and_the_rest_is_searched() -> None:
 def test_one_width_is_the_uniform_baseline(bits: int, pruning: bool) -> None:
     torch.manual_seed(0)
     x, float_model = images(4, 1), lbs.models.create("digits_resnet8")
-    searched = lbs.calibrate(
-        prepare(float_model, x, SearchConfig(bits=(bits,), pruning=pruning)), [x], statistics="keep"
-    )
-    plain = lbs.calibrate(uniform(float_model, x, bits, bits, ranges="layer"), [x], statistics="keep")
+    searched = lbs.calibrate(prepare(float_model, x, SearchConfig(bits=(bits,), pruning=pruning)), [x], norms="keep")
+    plain = lbs.calibrate(uniform(float_model, x, bits, bits, ranges="layer"), [x], norms="keep")
     assert not any(layer.w_gate for layer in searched.modules() if isinstance(layer, SearchLayer))
     assert plan_of(searched).bops() == plan_of(plain).bops()
     # Norms of a network without gates round as deployed while ranges are looked for: those differ in their last bit.

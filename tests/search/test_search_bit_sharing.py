@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lbs.quant import codec, fused
+from lbs.quant.codec import CODINGS, UNSIGNED, Coding
+from lbs.quant.fake import fake_activation, fake_weight
 from lbs.search import bit_sharing
 from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.budget import parameter_groups
@@ -16,13 +18,20 @@ from lbs.search.gates import BitGate
 from lbs.search.layers import SearchConv2d, SearchQuantizer
 from lbs_kernels import extension
 
-KINDS = ["unsigned", "signed", "weight"]
+KINDS = ["unsigned", "affine", "signed", "weight"]
 CHAINS = [(2, 4, 8), (2, 6), (3, 6), (1, 2, 4, 8), (4, 8)]
 
 
-def unit(x: Tensor, v: Tensor, kind: str) -> Tensor:
+def coding_of(kind: str, chain: tuple[int, ...]) -> Coding:
+    """`affine`: real 0 is code 1 of the narrowest width."""
+    return Coding("unsigned", 1, codec.levels(chain[0])) if kind == "affine" else CODINGS[kind]
+
+
+def unit(x: Tensor, v: Tensor, coding: Coding) -> Tensor:
     """z in [0, 1] of LBS eq. 1-2."""
-    return (x / v).clamp(0, 1) if kind == "unsigned" else ((x / v).clamp(-1, 1) + 1) / 2
+    if coding.kind == "unsigned":
+        return (x / v + coding.zero / coding.levels).clamp(0, 1)
+    return ((x / v).clamp(-1, 1) + 1) / 2
 
 
 class _Step(torch.autograd.Function):
@@ -40,8 +49,8 @@ class _Step(torch.autograd.Function):
         return None, -grad * e / (1 + e) ** 2
 
 
-def decode(z: Tensor, v: Tensor, kind: str) -> Tensor:
-    return v * z if kind == "unsigned" else v * (2 * z - 1)
+def decode(z: Tensor, v: Tensor, coding: Coding) -> Tensor:
+    return v * (z - coding.zero / coding.levels) if coding.kind == "unsigned" else v * (2 * z - 1)
 
 
 def discrete(z: Tensor, bits: int) -> Tensor:
@@ -49,13 +58,15 @@ def discrete(z: Tensor, bits: int) -> Tensor:
     return (n * z).round() / n
 
 
-def explicit(x: Tensor, v: Tensor, alpha: Tensor, chain: tuple[int, ...], kind: str) -> tuple[Tensor, list[Tensor]]:
+def explicit(
+    x: Tensor, v: Tensor, alpha: Tensor, chain: tuple[int, ...], coding: Coding
+) -> tuple[Tensor, list[Tensor]]:
     """z_b1 + g_2 (r_b2 + g_3 (r_b3 + ...)) (LBS eq. 12-13), gates one after the other; value and statistics.
 
     x and v count as constants here: the straight-through estimator cancels their path through the residuals. A gate
     behind a closed one counts as closed.
     """
-    z = unit(x, v, kind).detach()
+    z = unit(x, v, coding).detach()
     partial = discrete(z, chain[0])
     total: Tensor = partial
     product = torch.ones((), dtype=x.dtype)
@@ -70,7 +81,7 @@ def explicit(x: Tensor, v: Tensor, alpha: Tensor, chain: tuple[int, ...], kind: 
         if not gate:
             break
         partial = partial + residual
-    return decode(total, v.detach(), kind), statistics
+    return decode(total, v.detach(), coding), statistics
 
 
 def sample(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -80,7 +91,7 @@ def sample(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def gate_at(chain: tuple[int, ...], level: int, x: Tensor, v: Tensor, kind: str) -> BitGate:
     """A gate whose thresholds leave chain[level] open on x."""
     gate = BitGate(chain).double()
-    statistics = width_errors(x, v, chain, kind)
+    statistics = width_errors(x, v, chain, coding_of(kind, chain))
     with torch.no_grad():
         gate.alpha.copy_(statistics * 0.5)
         if level < len(chain) - 1:
@@ -94,8 +105,8 @@ def test_value_equals_the_nested_residuals(chain: tuple[int, ...], kind: str) ->
     x, v = sample(1), torch.tensor(1.3, dtype=torch.float64)
     for level, bits in enumerate(chain):
         gate = gate_at(chain, level, x, v, kind)
-        y = gated(x, v, gate, kind)
-        expected, statistics = explicit(x, v, gate.alpha, chain, kind)
+        y = gated(x, v, gate, coding_of(kind, gate.chain))
+        expected, statistics = explicit(x, v, gate.alpha, chain, coding_of(kind, chain))
         assert gate.bits == bits
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gate.statistic[: len(statistics)], torch.stack(statistics), rtol=1e-9, atol=1e-12)
@@ -108,21 +119,19 @@ def test_alpha_gradients_equal_the_explicit_formulation(chain: tuple[int, ...], 
     x, v, weight = sample(2), torch.tensor(1.1, dtype=torch.float64), sample(3)
     for level in range(len(chain)):
         gate = gate_at(chain, level, x, v, kind)
-        (got,) = torch.autograd.grad(gated(x, v, gate, kind), gate.alpha, weight)
+        (got,) = torch.autograd.grad(gated(x, v, gate, coding_of(kind, gate.chain)), gate.alpha, weight)
         twin = gate.alpha.detach().clone().requires_grad_()
-        (expected,) = torch.autograd.grad(explicit(x, v, twin, chain, kind)[0], twin, weight)
+        (expected,) = torch.autograd.grad(explicit(x, v, twin, chain, coding_of(kind, chain))[0], twin, weight)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
         assert got[min(level, len(chain) - 2)] != 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_x_and_v_see_the_straight_through_gradient_of_the_open_width(kind: str) -> None:
-    from lbs.quant.fake import fake_activation, fake_weight
-
     x, v = sample(4).requires_grad_(), torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     gate = gate_at((2, 4, 8), 1, x.detach(), v.detach(), kind)
-    plain = fake_weight(x, v, 4) if kind == "weight" else fake_activation(x, v, 4, kind == "signed")
-    y = gated(x, v, gate, kind)
+    plain = fake_weight(x, v, 4) if kind == "weight" else fake_activation(x, v, 4, coding_of(kind, (2, 4, 8)))
+    y = gated(x, v, gate, coding_of(kind, gate.chain))
     assert torch.equal(y, plain)
     for got, wanted in zip(
         torch.autograd.grad(y, (x, v), sample(5)), torch.autograd.grad(plain, (x, v), sample(5)), strict=True
@@ -141,16 +150,15 @@ def test_any_chain_any_range(chain: tuple[int, ...], kind: str, seed: int, v: fl
     """Value and statistics of open gates; ties of a coarse step have measure zero in random data."""
     x, scale = sample(seed), torch.tensor(v, dtype=torch.float64)
     gate = BitGate(chain).double()
-    y = gated(x, scale, gate, kind)
-    expected, _ = explicit(x, scale, gate.alpha, chain, kind)
+    y = gated(x, scale, gate, coding_of(kind, chain))
+    expected, _ = explicit(x, scale, gate.alpha, chain, coding_of(kind, chain))
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
-    signed = kind != "unsigned"
     assert y.detach().abs().max() <= v * (1 + 1e-12)
     if kind == "weight":
         assert torch.equal(y, codec.weight_values(codec.weight_codes(x, scale, gate.bits), scale, gate.bits))
     else:
-        codes = codec.activation_codes(x, scale, gate.bits, signed)
-        assert torch.equal(y, codec.activation_values(codes, scale, gate.bits, signed))
+        codes = codec.activation_codes(x, scale, gate.bits, coding_of(kind, chain))
+        assert torch.equal(y, codec.activation_values(codes, scale, gate.bits, coding_of(kind, chain)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +170,7 @@ def test_decisions_that_stay_on_the_device_are_the_same(level: int, kind: str) -
     for place, bits in ((level, (2, 4, 8)[level]), (torch.tensor(level), torch.tensor((2, 4, 8)[level]))):
         x, scale = sample(7).requires_grad_(), v.clone().requires_grad_()
         gates = torch.ones(2, dtype=torch.float64, requires_grad=True)
-        y = bit_sharing._Gated.apply(x, scale, gates, (2, 4, 8), place, bits, kind)
+        y = bit_sharing._Gated.apply(x, scale, gates, (2, 4, 8), place, bits, coding_of(kind, (2, 4, 8)))
         results.append((y, *torch.autograd.grad(y, (x, scale, gates), weight)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -171,7 +179,7 @@ def test_decisions_that_stay_on_the_device_are_the_same(level: int, kind: str) -
 @pytest.mark.skipif(extension.cpu is None, reason="the compiled extension is not built")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["unsigned", "signed"])
+@pytest.mark.parametrize("kind", ["unsigned", "affine", "signed"])
 @pytest.mark.parametrize("chain", CHAINS, ids=str)
 def test_native_passes_equal_the_torch_path(
     chain: tuple[int, ...], kind: str, dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
@@ -187,13 +195,13 @@ def test_native_passes_equal_the_torch_path(
             x, v = data.clone().requires_grad_(), torch.tensor(1.3, requires_grad=True)
             gate = BitGate(chain)
             with torch.no_grad():
-                statistics = width_errors(data.float(), v, chain, kind)
+                statistics = width_errors(data.float(), v, chain, coding_of(kind, chain))
                 gate.alpha.copy_(statistics * torch.where(torch.arange(len(chain) - 1) < level, 0.5, 1.01))
             with monkeypatch.context() as patch:
                 if not native:
                     patch.setattr(fused, "serves", lambda *_: False)
                 for _ in range(2):  # the second pass guesses right
-                    y = gated(x, v, gate, kind)
+                    y = gated(x, v, gate, coding_of(kind, gate.chain))
                     grads = torch.autograd.grad(y, (x, v, gate.alpha), weight)
             assert gate.bits == chain[level]
             results.append((y, *grads, gate.statistic.clone()))
@@ -215,7 +223,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     for threads in (1, 2):
         torch.set_num_threads(threads)
         gate = BitGate((2, 4, 8))
-        y = gated(x.clone().requires_grad_(), v, gate, "unsigned")
+        y = gated(x.clone().requires_grad_(), v, gate, UNSIGNED)
         (grad,) = torch.autograd.grad(y, gate.alpha, torch.ones_like(y))
         seen.append((gate.statistic.clone(), grad))
     torch.set_num_threads(before)
@@ -227,8 +235,8 @@ def test_bfloat16_activations_decide_in_float32() -> None:
     x = sample(6, torch.float32).relu().bfloat16()
     v = torch.tensor(1.7)
     gate, reference = BitGate((2, 4, 8)), BitGate((2, 4, 8))
-    y = gated(x, v, gate, "unsigned")
-    wide = gated(x.float(), v, reference, "unsigned")
+    y = gated(x, v, gate, UNSIGNED)
+    wide = gated(x.float(), v, reference, UNSIGNED)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, wide.bfloat16())
     assert torch.equal(gate.statistic, reference.statistic)
@@ -269,3 +277,20 @@ def test_evaluation_neither_looks_nor_decides() -> None:
     quantizer(torch.rand(3, 3))
     assert torch.equal(quantizer.gate.statistic, before)
     assert quantizer.bits == 4
+
+
+def test_ranges_of_filters_share_a_gate() -> None:
+    """Weights with a range for every filter: each row as with a range of its own, errors in units of its range."""
+    w, ranges = sample(5).reshape(8, 5, 11), torch.linspace(0.5, 1.9, 8, dtype=torch.float64).reshape(8, 1, 1)
+    rows = [width_errors(row, v.reshape(()), (2, 4, 8), CODINGS["weight"]) for row, v in zip(w, ranges, strict=True)]
+    gate = BitGate((2, 4, 8)).double()
+    ours = [t.clone().requires_grad_() for t in (w, ranges)]
+    y = gated(*ours, gate, CODINGS["weight"])
+    torch.testing.assert_close(gate.statistic, torch.stack(rows).mean(0))
+    plain = [t.clone().requires_grad_() for t in (w, ranges)]
+    expected = torch.stack([fake_weight(row, v.reshape(()), gate.bits) for row, v in zip(*plain, strict=True)])
+    assert torch.equal(y, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(y, ours, torch.cos(w)), torch.autograd.grad(expected, plain, torch.cos(w)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)

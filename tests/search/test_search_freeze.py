@@ -60,8 +60,8 @@ def test_masked_equals_cut(name: str) -> None:
     model = searchable(name, torch.float64, group_size=3).eval()
     for seed in range(2):
         decide(model, seed)
-        frozen = freeze(model)
-        plan = plan_of(model)
+        plan = as_searched(model)
+        frozen = freeze(model, plan)
         assert any(entry.kept is not None for entry in plan.layers)
         for entry in plan.layers:
             layer = frozen.get_submodule(entry.name)
@@ -76,10 +76,45 @@ def test_masked_equals_cut(name: str) -> None:
         assert sum(p.numel() for p in frozen.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-def test_masked_equals_cut_in_float32() -> None:
+def as_searched(model: nn.Module) -> Plan:
+    """The plan on the grids of the search, which has the odd one at every width that is still chosen from."""
+    plan = plan_of(model)
+    searched = {name for name, module in model.named_modules() if isinstance(module, QuantLayer) and module.searched}
+    grids = (replace(entry, w_grid="odd") if entry.name in searched else entry for entry in plan.layers)
+    return replace(plan, layers=tuple(grids))
+
+
+def test_layers_of_8_bits_get_a_zero_and_cut_filters_take_their_ranges_along() -> None:
     model = searchable("preresnet20").eval()
     decide(model, 4)
     frozen = freeze(model)
+    assert {entry.w_bits for entry in plan_of(frozen).layers} == {2, 4, 8}
+    for entry in plan_of(frozen).layers:
+        cut, masked = frozen.get_submodule(entry.name), model.get_submodule(entry.name)
+        assert isinstance(cut, QuantLayer)
+        assert isinstance(masked, QuantLayer)
+        assert entry.w_grid == cut.w_grid == ("zero" if cut.w_bits == 8 else "odd")
+        assert entry.ranges == "filter"
+        assert torch.equal(cut.w_range, masked.w_range[torch.tensor(entry.kept or range(entry.filters))])
+
+
+def test_a_plan_says_whose_the_ranges_are() -> None:
+    model = searchable().eval()
+    layers = tuple(replace(entry, ranges="layer") for entry in plan_of(model).layers)
+    frozen = freeze(model, replace(plan_of(model), layers=layers))
+    for entry in layers:
+        own, whole = model.get_submodule(entry.name), frozen.get_submodule(entry.name)
+        assert isinstance(own, QuantLayer)
+        assert isinstance(whole, QuantLayer)
+        assert float(whole.w_range) == float(own.w_range.abs().max())
+    again = freeze(frozen, plan_of(model))
+    assert all(m.w_range.dim() for m in again.modules() if isinstance(m, QuantLayer))
+
+
+def test_masked_equals_cut_in_float32() -> None:
+    model = searchable("preresnet20").eval()
+    decide(model, 4)
+    frozen = freeze(model, as_searched(model))
     for entry in plan_of(frozen).layers:
         cut, masked = frozen.get_submodule(entry.name), model.get_submodule(entry.name)
         rows = torch.tensor(entry.kept or range(entry.filters))

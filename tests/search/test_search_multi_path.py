@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import lbs
 import lbs.models
 from lbs.quant import codec
+from lbs.quant.codec import CODINGS
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.multi_path import BranchGate
@@ -36,10 +37,10 @@ def test_the_mix_is_the_sum_over_separate_quantizers(kind: str) -> None:
         gate.alpha.copy_(torch.tensor([0.03, -0.02, 0.09], dtype=torch.float64))
         gate.scale.copy_(torch.tensor([1.4, 1.0, 0.7], dtype=torch.float64))
     x, v = torch.randn(50, dtype=torch.float64), torch.tensor(1.1, dtype=torch.float64)
-    y = gate.mix(x, v, kind)
+    y = gate.mix(x, v, CODINGS[kind])
     p = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64).exp()
     p /= p.sum()
-    branches = [codec.round_trip(x, v * s, b, kind) for s, b in zip((1.4, 1.0, 0.7), (2, 4, 8), strict=True)]
+    branches = [codec.round_trip(x, v * s, b, CODINGS[kind]) for s, b in zip((1.4, 1.0, 0.7), (2, 4, 8), strict=True)]
     torch.testing.assert_close(y, sum(pi * yi for pi, yi in zip(p, branches, strict=True)))
     weight = torch.randn(50, dtype=torch.float64)
     of_alpha, of_scale = torch.autograd.grad(y, (gate.alpha, gate.scale), weight)

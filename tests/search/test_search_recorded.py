@@ -39,7 +39,7 @@ def network(kind: str, importance: str = "gamma") -> nn.Module:
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.num_batches_tracked.fill_(1)  # type: ignore[union-attr]  # not fresh: the budget is met midway from here
     options = lbs.SearchConfig(importance=importance, multi_path=kind == "multi-path")
-    return lbs.calibrate(lbs.prepare(model, images, options), [images], bits=4, statistics="estimate")
+    return lbs.calibrate(lbs.prepare(model, images, options), [images], bits=4, norms="estimate")
 
 
 def trainer(kind: str, device: str = "cpu", folder: Path | None = None, bops: float = 0.045, **changes: Any) -> Trainer:

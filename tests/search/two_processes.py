@@ -18,6 +18,7 @@ from torch import nn
 
 import lbs.data
 from lbs.quant import calibrate
+from lbs.quant.codec import SIGNED
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
 from lbs.search import Budget, SearchConfig, parameter_groups, prepare
@@ -114,7 +115,7 @@ def statistics_of_halves() -> list[list[float]]:
     v = torch.tensor(1.0)
 
     def seen(images: torch.Tensor) -> list[float]:
-        gated(images, v, gate, "signed")
+        gated(images, v, gate, SIGNED)
         return gate.statistic.tolist()
 
     with distributed.alone():

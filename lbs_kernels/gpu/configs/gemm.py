@@ -10,7 +10,7 @@ from lbs_kernels.device import GPUS
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.direct import BLOCKS, power_at_least
 from lbs_kernels.gpu.configs.text import match_text
-from lbs_kernels.gpu.weights import FIELD_BITS, field_shift
+from lbs_kernels.gpu.weights import FIELD_BITS
 from lbs_kernels.program.planes import MAX_BITS, WORD, words
 from lbs_kernels.program.problem import Problem
 
@@ -121,12 +121,10 @@ class GemmConfig:
                 f"{self}: {problem.in_channels} channels of bytes, whose rest holds anything, in blocks of "
                 f"{WORD * self.block_words}; fields have no 0 for it, take bytes"
             )
-        largest = problem.reduction * ((1 << problem.w_bits) - 1) * ((1 << problem.a_bits) - 1)
-        if largest << field_shift(problem.w_bits) >= 1 << 31:
-            return (
-                f"{self}: sums of up to {largest}; fields multiply them by {1 << field_shift(problem.w_bits)}, beyond "
-                "32 bits, take bytes"
-            )
+        # A field is at most 128 in magnitude, on either grid.
+        largest = problem.reduction * 128 * ((1 << problem.a_bits) - 1)
+        if largest >= 1 << 31:
+            return f"{self}: sums of up to {largest} while weights are fields, beyond 32 bits; take bytes"
         return None
 
 

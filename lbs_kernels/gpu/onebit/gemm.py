@@ -23,9 +23,9 @@ from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import pixel_elements
 from lbs_kernels.gpu.onebit.layout import OneBitLayout
 from lbs_kernels.program.epilogue import thresholds
-from lbs_kernels.program.planes import check_accumulator, unpack_weights
+from lbs_kernels.program.planes import check_accumulator, unpack_weights, weight_units
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import Consumer, ConvStep, Emit, LinearStep, Program, TensorSpec, build_blob
+from lbs_kernels.program.steps import Consumer, ConvStep, Emit, LinearStep, Program, TensorSpec, WeightGrid, build_blob
 
 MAX_CONSUMERS = 8
 
@@ -37,6 +37,7 @@ class OneBitWeights:
     planes: Tensor  # int32 [w_bits, O, T, CW], on the processor
     offset: Tensor  # int32 [O]
     device: torch.device
+    grid: WeightGrid = "odd"
     made: dict[int, tuple[OneBitLayout, Tensor, Tensor]] = field(default_factory=dict)
 
     def laid_out(self, block_o: int) -> tuple[OneBitLayout, Tensor, Tensor]:
@@ -53,13 +54,20 @@ def step_why_not(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
     """Why the kernels cannot serve a step that reads `source`, beyond what its Problem says, or None."""
     if len(step.emit.consumers) > MAX_CONSUMERS:
         return f"{len(step.emit.consumers)} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
+    if (step.emit.activation, step.emit.gate) != (None, None):
+        return "it has an activation or a gate; the one-bit kernels have clamps and residuals"
     if source.zero and isinstance(step, ConvStep) and step.padding != (0, 0):
         return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
     return None
 
 
 def prepare_weights(
-    planes: Tensor, kernel: tuple[int, int], groups: int, source: TensorSpec, device: torch.device | str
+    planes: Tensor,
+    kernel: tuple[int, int],
+    groups: int,
+    source: TensorSpec,
+    device: torch.device | str,
+    grid: WeightGrid = "odd",
 ) -> OneBitWeights:
     """Weights for the activations of `source`, and what they add to every accumulator.
 
@@ -69,6 +77,7 @@ def prepare_weights(
         groups: of the convolution; 1.
         source: channels, bits, zero and sign of the activations.
         device: where the kernels run.
+        grid: of the weights.
 
     Raises:
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
@@ -85,9 +94,10 @@ def prepare_weights(
     if reason is not None:
         raise BackendError(f"one-bit kernels cannot read {source.name}: {reason}")
     check_accumulator(taps * source.channels, w_bits, source.bits, source.name)
-    sums = (unpack_weights(planes.cpu(), source.channels).long() * 2 - ((1 << w_bits) - 1)).sum(dim=(1, 2))
+    scale, shift = weight_units(w_bits, grid)
+    sums = (scale * unpack_weights(planes.cpu(), source.channels).long() + shift).sum(dim=(1, 2))
     centre = (1 << source.bits) - 1 if source.signed else source.zero
-    return OneBitWeights(planes.cpu().contiguous(), (-centre * sums).to(torch.int32), torch.device(device))
+    return OneBitWeights(planes.cpu().contiguous(), (-centre * sums).to(torch.int32), torch.device(device), grid)
 
 
 def bind(
@@ -132,7 +142,7 @@ def bind(
             "relu": consumer.relu,
         }
 
-    task = _operands(problem, source, buffers[step.input], w, offset)
+    task = _operands(problem, source, step.w_grid, buffers[step.input], w, offset)
     task.update(multiplier=slots(step.multiplier), bias=slots(step.bias), low=emit.low, high=emit.high)
     task.update(stream_type=program.stream_dtype, consumers=[target(consumer) for consumer in emit.consumers])
     if emit.residual is not None:
@@ -178,7 +188,7 @@ def _kept(tensor: Tensor, kept: list[Tensor]) -> int:
     return tensor.data_ptr()
 
 
-def _operands(problem: Problem, source: TensorSpec, x: Tensor, w: Tensor, offset: Tensor) -> dict[str, Any]:
+def _operands(problem: Problem, source: TensorSpec, grid: str, x: Tensor, w: Tensor, offset: Tensor) -> dict[str, Any]:
     """The fields that csrc/onebit/task_python.h lists, with an epilogue that writes nothing."""
     return {
         "x": x.data_ptr(),
@@ -195,6 +205,7 @@ def _operands(problem: Problem, source: TensorSpec, x: Tensor, w: Tensor, offset
         "padding": problem.padding,
         "dilation": problem.dilation,
         "w_bits": problem.w_bits,
+        "w_odd": grid == "odd",
         "a_bits": problem.a_bits,
         "signed": source.signed,
         "stream_type": "float32",

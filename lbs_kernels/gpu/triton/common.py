@@ -17,6 +17,9 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 WORD = tl.constexpr(32)
+# 1.5 * 2^23: adding it to |t| < 2^22 leaves rint(t), half to even, in the low bits of the float.
+RINT_MAGIC = tl.constexpr(12582912.0)
+RINT_MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit

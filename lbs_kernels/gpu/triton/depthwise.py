@@ -43,13 +43,14 @@ class TapRegisters:
 
     bits: int
     a_bits: int
+    grid: str = "odd"
 
     def registers(self, codes: Tensor) -> Tensor:
         """int32 [ceil(T / 4), 4, 8 CW]; taps and channels beyond the last weigh 0."""
         channels, taps = codes.shape
         groups, size = -(-taps // TAPS_PER_REGISTER), words(channels) * WORD
         byte = torch.zeros(size, groups * TAPS_PER_REGISTER, dtype=torch.uint8)
-        byte[:channels, :taps] = centre_bytes(codes, self.bits)
+        byte[:channels, :taps] = centre_bytes(codes, self.bits, self.grid)
         byte = byte.reshape(-1, WORD, groups, TAPS_PER_REGISTER)[:, channel_order(self.a_bits)]
         byte = byte.reshape(-1, 4, groups, TAPS_PER_REGISTER).permute(2, 1, 0, 3)
         return byte.contiguous().view(torch.int32).squeeze(-1)
@@ -69,7 +70,7 @@ class TapRegisters:
         byte = registers.contiguous().view(torch.uint8).reshape(groups, 4, -1, TAPS_PER_REGISTER)
         byte = byte.permute(2, 1, 0, 3).reshape(-1, WORD, groups, TAPS_PER_REGISTER)
         byte = byte[:, channel_order(self.a_bits).argsort()].reshape(-1, groups * TAPS_PER_REGISTER)
-        return uncentre_bytes(byte[:channels, :taps], self.bits)
+        return uncentre_bytes(byte[:channels, :taps], self.bits, self.grid)
 
 
 @triton.jit
@@ -209,12 +210,12 @@ def bind_depthwise(
 ) -> Launch:
     """A launch of `depthwise_kernel` on activations x in their GPU form, everything fixed."""
     a_bits = weights.source.bits
-    taps = TapRegisters(weights.bits, a_bits).registers(weights.codes.squeeze(-1)).to(x.device)
+    taps = TapRegisters(weights.bits, a_bits, weights.grid).registers(weights.codes.squeeze(-1)).to(x.device)
     pixel = (x, weights.padding) if a_bits < BYTE_BITS else (x.view(torch.int32), weights.padding.view(torch.int32))
     block_words, count = config.block_c // WORD, words(shape.channels)
     dot_scale, sum_scale = operand_scales(weights)
     meta = GemmMeta(
-        weights.kernel, weights.bits, a_bits, 0, dot_scale, sum_scale,
+        weights.kernel, weights.bits, weights.grid == "odd", a_bits, 0, dot_scale, sum_scale,
         padded=shape.pad_h > 0 or shape.pad_w > 0, tail=shape.channels % config.block_c != 0,
         run=min(block_words, count & -count),
     )  # fmt: skip

@@ -11,12 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.layout import pixel_elements
-from lbs_kernels.gpu.triton.common import at_least, at_most, fma, load_stream, store_planes, store_stream
+from lbs_kernels.gpu.triton.activation import activate
+from lbs_kernels.gpu.triton.common import (
+    RINT_MAGIC,
+    RINT_MAGIC_BITS,
+    at_least,
+    at_most,
+    fma,
+    load_stream,
+    store_planes,
+    store_stream,
+)
 from lbs_kernels.program.steps import Consumer, Emit, Program
-
-# 1.5 * 2^23: adding it to |t| < 2^22 leaves rint(t), half to even, in the low bits of the float.
-RINT_MAGIC = tl.constexpr(12582912.0)
-RINT_MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 class ConsumerMeta(NamedTuple):
@@ -38,6 +44,9 @@ class EmitMeta(NamedTuple):
     stream: bool
     stream_dtype: str
     consumers: tuple[ConsumerMeta, ...]
+    activation: str | None  # of these two at most one: in front of gate and residual,
+    activation_behind: str | None  # or behind them
+    gate: bool
 
 
 class ConsumerTarget(NamedTuple):
@@ -50,12 +59,21 @@ class ConsumerTarget(NamedTuple):
     pre_bias: Tensor | None
 
 
+class Gate(NamedTuple):
+    """A stream [N, C] that every pixel of an image is multiplied with."""
+
+    stream: Tensor  # not `values`, which a tuple has in kernels
+    pixels: int  # of an image
+
+
 class EmitTarget(NamedTuple):
     """Pointers of steps 3-6. Streams are [M, C]; bfloat16 is passed as int16, so that the rounding is ours."""
 
     residual: Tensor | None
     stream: Tensor | None
     consumers: tuple[ConsumerTarget, ...]
+    gate: Gate | None
+    value: Tensor | float  # alpha of elu, slope of leaky_relu, slopes float32 [C] of prelu
 
 
 @triton.jit
@@ -88,6 +106,17 @@ def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, I
 
 
 @triton.jit
+def activated(y, column, columns, target, KIND: tl.constexpr):
+    """The activation KIND of a tile; prelu loads the slopes of its channels."""
+    if KIND == "prelu":
+        slope = tl.load(target.value + column, mask=column < columns, other=0.0)
+        y = activate(y, slope[None, :], KIND)
+    else:
+        y = activate(y, target.value, KIND)
+    return y
+
+
+@triton.jit
 def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
     """Steps 3-6 of the epilogue for a tile.
 
@@ -101,8 +130,17 @@ def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
     column = first + tl.arange(0, y.shape[1])
     mask = row_mask[:, None] & (column < columns)[None, :]
     index = row[:, None] * columns + column[None, :]
+    BEFORE: tl.constexpr = META.activation
+    BEHIND: tl.constexpr = META.activation_behind
+    if BEFORE is not None:
+        y = activated(y, column, columns, target, BEFORE)
+    if META.gate:
+        image = row // target.gate.pixels
+        y = y * load_stream(target.gate.stream + (image[:, None] * columns + column[None, :]), mask, DTYPE)
     if META.residual:
         y = y + load_stream(target.residual + index, mask, DTYPE)
+    if BEHIND is not None:
+        y = activated(y, column, columns, target, BEHIND)
     if LOW is not None:
         y = at_least(y, LOW)
     if HIGH is not None:
@@ -138,10 +176,20 @@ def bind_emit(
         pre_norm = consumer.pre_scale is not None
         return ConsumerMeta(consumer.bits, consumer.zero, consumer.signed, consumer.relu, pre_norm)
 
+    written = emit.consumers[0].tensor if emit.stream is None else emit.stream
+    pixels = program.tensors[written].height * program.tensors[written].width
+    activation = emit.activation
+    kind = None if activation is None else activation.kind
+    first = activation is not None and activation.first
+    value: Tensor | float = 0.0
+    if activation is not None:
+        value = activation.value if activation.slope is None else arrays[activation.slope]
     target = EmitTarget(
         None if emit.residual is None else kernel_view(buffers[emit.residual]),
         None if emit.stream is None else kernel_view(buffers[emit.stream]),
         tuple(pointers(consumer) for consumer in emit.consumers),
+        None if emit.gate is None else Gate(kernel_view(buffers[emit.gate]), pixels),
+        value,
     )
     meta = EmitMeta(
         emit.residual is not None,
@@ -150,5 +198,8 @@ def bind_emit(
         emit.stream is not None,
         program.stream_dtype,
         tuple(facts(consumer) for consumer in emit.consumers),
+        kind if first else None,
+        None if first else kind,
+        emit.gate is not None,
     )
     return target, meta

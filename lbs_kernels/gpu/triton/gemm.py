@@ -23,10 +23,10 @@ from lbs_kernels.gpu.triton.gemm_kernel import (
     SplitTarget,
     gemm_kernel,
 )
-from lbs_kernels.gpu.weights import WeightTiles, field_shift
+from lbs_kernels.gpu.weights import WeightTiles, byte_units, field_shift
 from lbs_kernels.program.planes import check_accumulator, unpack_weights, words
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import TensorSpec
+from lbs_kernels.program.steps import TensorSpec, WeightGrid
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class GemmWeights:
     padding: Tensor  # a pixel of the code that padding holds and one of code 0, in their GPU form, on the device
     kernel: tuple[int, int]
     source: TensorSpec  # of the activations
+    grid: WeightGrid = "odd"
     _tiles: dict[WeightTiles, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -48,7 +49,8 @@ class GemmWeights:
     def tiles(self, config: GemmConfig) -> Tensor:
         """The operand of one configuration: int32 fields, or int8 bytes; made on first use and kept."""
         fields = config.weights == "fields"
-        layout = WeightTiles(self.bits, self.source.bits, fields, config.block_o, config.block_words, config.block_taps)
+        blocks = (config.block_o, config.block_words, config.block_taps)
+        layout = WeightTiles(self.bits, self.source.bits, fields, *blocks, self.grid)
         if layout not in self._tiles:
             tiles = layout.tiles(self.codes)
             self._tiles[layout] = (tiles if fields else tiles.view(torch.int8)).to(self.planes.device)
@@ -56,7 +58,12 @@ class GemmWeights:
 
 
 def prepare_weights(
-    planes: Tensor, kernel: tuple[int, int], groups: int, source: TensorSpec, device: torch.device
+    planes: Tensor,
+    kernel: tuple[int, int],
+    groups: int,
+    source: TensorSpec,
+    device: torch.device,
+    grid: WeightGrid = "odd",
 ) -> GemmWeights:
     """Weights for the activations of `source`; sums over k are taken once, here.
 
@@ -66,6 +73,7 @@ def prepare_weights(
         groups: of the convolution.
         source: channels, bits, zero and sign of the activations.
         device: where the kernels run.
+        grid: of the weights.
 
     Raises:
         FormatError: the accumulator could overflow, or the planes do not fit the channels.
@@ -74,22 +82,23 @@ def prepare_weights(
     channels = source.channels // groups
     check_accumulator(taps * channels, w_bits, source.bits, source.name)
     codes = unpack_weights(planes.cpu(), channels)
-    w_scale, w_shift = _weight_scale(w_bits)
+    w_scale, w_shift = _weight_scale(w_bits, grid)
     _, x_shift = _activation_scale(source)
-    w = codes.long() - 128 if w_bits == BYTE_BITS else 2 * codes.long() - ((1 << w_bits) - 1)
+    scale, shift = byte_units(w_bits, grid)
+    w = scale * codes.long() + shift
     # int64 here, int32 on the device: only the sum with the dot product has to fit, the rest wraps around.
     offset = w_scale * x_shift * w.sum(dim=(1, 2)) + w_shift * x_shift * taps * channels
     code = torch.full((1, 1, 1, source.channels), source.zero, dtype=torch.uint8)
     pixel = from_logical(code, source)
     padding = torch.cat([pixel, torch.zeros_like(pixel)]).to(device)
     return GemmWeights(
-        planes.contiguous().to(device), codes, offset.to(torch.int32).to(device), padding, kernel, source
+        planes.contiguous().to(device), codes, offset.to(torch.int32).to(device), padding, kernel, source, grid
     )
 
 
-def _weight_scale(bits: int) -> tuple[int, int]:
-    """(scale, shift): 2 q - n = scale * w + shift."""
-    return (2, 1) if bits == BYTE_BITS else (1, 0)
+def _weight_scale(bits: int, grid: str) -> tuple[int, int]:
+    """(scale, shift): what a code counts as is scale * w + shift, w being the byte that is multiplied."""
+    return (2, 1) if bits == BYTE_BITS and grid == "odd" else (1, 0)
 
 
 def _activation_scale(source: TensorSpec) -> tuple[int, int]:
@@ -100,7 +109,7 @@ def _activation_scale(source: TensorSpec) -> tuple[int, int]:
 
 def operand_scales(weights: GemmWeights) -> tuple[int, int]:
     """(dot_scale, sum_scale) of gpu/triton/gemm_kernel.py."""
-    w_scale, w_shift = _weight_scale(weights.bits)
+    w_scale, w_shift = _weight_scale(weights.bits, weights.grid)
     x_scale, _ = _activation_scale(weights.source)
     return w_scale * x_scale, w_shift * x_scale
 
@@ -135,8 +144,9 @@ def gemm_meta(weights: GemmWeights, shape: GemmShape, config: GemmConfig) -> Gem
     return GemmMeta(
         weights.kernel,
         weights.bits,
+        weights.grid == "odd",
         weights.source.bits,
-        dot_shift=field_shift(weights.bits) if config.weights == "fields" else 0,
+        dot_shift=field_shift(weights.bits, weights.grid) if config.weights == "fields" else 0,
         dot_scale=dot_scale,
         sum_scale=sum_scale,
         padded=shape.pad_h > 0 or shape.pad_w > 0,

@@ -2,16 +2,18 @@
 
 Operands. The tensor cores multiply int8 by int8. With w and x what they are given,
 
-    2 qw - n = w_scale * w + w_shift     w = 2 qw - n below 8 bits;  w = qw - 128, scale 2, shift 1 at 8 bits
+    w_true   = w_scale * w + w_shift     w_true = 2 qw - n on the odd grid, qw - 2^(bits - 1) on the one with a zero;
+                                         w = w_true, but on the odd grid at 8 bits w = qw - 128, scale 2, shift 1
     x_true   = x_scale * x + x_shift     x_true = qx - zero, or 2 qx - n if signed, so scale 1 or 2;
                                          x = qx below 8 bits; x = qx - 128 at 8 bits
 
-    acc = sum (2 qw - n) x_true = DOT_SCALE * sum w x + SUM_SCALE * sum x + offset[o]
+    acc = sum w_true x_true = DOT_SCALE * sum w x + SUM_SCALE * sum x + offset[o]
     offset[o] = w_scale * x_shift * sum_k w[o] + w_shift * x_shift * K
 
 Padding is the code `zero` (x_true = 0), read from a pixel of its own, so sums over k always run over all K. `sum x` is
-needed for 8-bit weights only. Fields (gpu/weights.py) give w * 2^DOT_SHIFT, and the sum is shifted back, exactly, which
-takes room in the accumulator (configs/gemm.py). All else is exact modulo 2^32, and the guard K n_w n_x < 2^31 holds.
+needed for 8-bit weights on the odd grid only. Fields (gpu/weights.py) give w * 2^DOT_SHIFT, and the sum is shifted
+back, exactly, which takes room in the accumulator (configs/gemm.py). All else is exact modulo 2^32, and the guard
+K n_w n_x < 2^31 holds.
 
 Split-K. Programs that share a tile add their sums to one workspace; integers add in any order. The last of them to
 arrive, counted by an atomic, takes the total, leaves zeros behind for the next launch, and emits.
@@ -42,6 +44,7 @@ class GemmMeta(NamedTuple):
 
     kernel: tuple[int, int]
     w_bits: int
+    odd: bool  # the grid of the weights
     a_bits: int
     dot_shift: int
     dot_scale: int
@@ -103,7 +106,7 @@ def load_weights(w_ptr, step, rows, first, META: tl.constexpr, CONFIG: tl.conste
         SIZE: tl.constexpr = STEP_WORDS * FIELD
         words = tl.load(w_ptr + row[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
         FULL: tl.constexpr = 32 * CONFIG.warps <= BLOCK_O * SIZE
-        w = split_bytes(field_registers(words, META.w_bits), BLOCK_O, BLOCK_K, FULL)
+        w = split_bytes(field_registers(words, META.w_bits, META.odd), BLOCK_O, BLOCK_K, FULL)
     return w
 
 

@@ -2,7 +2,9 @@
 
 Groups leave the tensor core too little to multiply, so this is the plain sum of numerics, on integers:
 
-    acc[o] = sum over taps and channels c of o's group of (2 qw - n) * x,     x = qx - zero, or 2 qx - n if signed
+    acc[o] = sum over taps and channels c of o's group of w x
+
+    w = 2 qw - n on the odd grid, qw - 2^(w_bits - 1) on the one with a zero;  x = qx - zero, or 2 qx - n if signed
 
 with x = 0 outside the image.
 """
@@ -22,6 +24,7 @@ from lbs_kernels.gpu.triton.common import fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options
 from lbs_kernels.gpu.triton.gemm_kernel import GemmShape, tile
+from lbs_kernels.program.planes import weight_units
 
 
 class GroupedMeta(NamedTuple):
@@ -29,6 +32,8 @@ class GroupedMeta(NamedTuple):
 
     kernel: tuple[int, int]
     w_bits: int
+    w_scale: int  # a weight code counts as w_scale * q + w_shift
+    w_shift: int
     a_bits: int
     zero: int
     signed: bool
@@ -61,7 +66,6 @@ def grouped_kernel(
     TAPS: tl.constexpr = META.kernel[0] * META.kernel[1]
     W_BITS: tl.constexpr = META.w_bits
     A_BITS: tl.constexpr = META.a_bits
-    W_LEVELS: tl.constexpr = (1 << W_BITS) - 1
     A_LEVELS: tl.constexpr = (1 << A_BITS) - 1
     row, first = tile(shape, CONFIG)
     row_mask = row < shape.rows
@@ -92,7 +96,7 @@ def grouped_kernel(
         x = 2 * codes - A_LEVELS if META.signed else codes - META.zero
         w_word = w_ptr + (column * TAPS + tap) * group_words + member // 32
         w_codes = load_code_bits(w_word, shape.filters * TAPS * group_words, member % 32, column_mask, W_BITS)
-        acc += tl.where(mask, x, 0) * (2 * w_codes - W_LEVELS)[None, :]
+        acc += tl.where(mask, x, 0) * (META.w_scale * w_codes + META.w_shift)[None, :]
     multiplier = tl.load(multiplier_ptr + column, mask=column_mask, other=0.0)
     bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0)
     y = fma(acc.to(tl.float32), multiplier[None, :], bias[None, :])
@@ -111,7 +115,8 @@ def bind_grouped(
 ) -> Launch:
     """A launch of `grouped_kernel` on activations x in their GPU form, everything fixed."""
     source = weights.source
-    meta = GroupedMeta(weights.kernel, weights.bits, source.bits, source.zero, source.signed)
+    units = weight_units(weights.bits, weights.grid)
+    meta = GroupedMeta(weights.kernel, weights.bits, *units, source.bits, source.zero, source.signed)
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.filters, config.block_o),)
     run = functools.partial(
         grouped_kernel[grid], x, weights.planes, multiplier, bias, target, shape,

@@ -135,9 +135,12 @@ def plane_registers(pointer, stride, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def field_registers(v, BITS: tl.constexpr):
-    """Weights times 2^(7 - BITS) of words v [R, V] of fields, as [R, V, 8 / field] registers of 4 bytes."""
-    ONE: tl.constexpr = 0x01010101 << (7 - BITS)
+def field_registers(v, BITS: tl.constexpr, HALF: tl.constexpr):
+    """Words v [R, V] of fields as [R, V, 8 / field] registers of 4 bytes: code - 2^(BITS - 1) times 2^(8 - BITS).
+
+    HALF adds one half to the code, which makes it 2 q - n times 2^(7 - BITS).
+    """
+    ONE: tl.constexpr = (0x01010101 << (7 - BITS)) if HALF else 0
     KEEP: tl.constexpr = ((0x01010101 * (256 - (1 << (8 - BITS)))) ^ 0x80000000) - 0x80000000  # as int32
     if BITS <= 2:
         low = tl.join((v & KEEP) | ONE, ((v << 4) & KEEP) | ONE)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lbs.quant import codec
+from lbs.quant.codec import CODINGS
 from lbs.quant.fake import fake_weight
 from lbs_kernels.fakequant import triton_impl, triton_weights
 from lbs_kernels.fakequant.triton_impl import BLOCK, CHUNK, DTYPES
@@ -23,6 +24,7 @@ from lbs_kernels.gpu.triton.common import INTERPRETED
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
 KINDS = ["unsigned", "signed", "weight"]
+ZERO = codec.Coding("unsigned", 1, 3)  # real 0 is code 1 of 2 bits
 COUNTS = [0, 1, 17, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 77]  # empty, one, odd, a block and its neighbours, several
 CHAINS = [(4,), (2, 4), (2, 4, 8), (8, 4, 2), (1, 2, 4, 8), (2, 4, 8, 4)]  # the last width is the value's
 V = torch.tensor(1.37)
@@ -64,14 +66,14 @@ def rounding(terms: Tensor) -> float:
 def check_forward(x: Tensor, chain: tuple[int, ...], kind: str, v: Tensor = V) -> None:
     y, errors = triton_impl.forward(x, v, chain[:-1], chain[-1], kind)
     wide = x.float()
-    same(y, codec.round_trip(wide, v, chain[-1], kind).to(x.dtype))
+    same(y, codec.round_trip(wide, v, chain[-1], CODINGS[kind]).to(x.dtype))
     assert y.stride() == x.stride()
     assert errors.dtype == torch.float32
     assert errors.shape == (len(chain) - 1,)
     clipped = wide.double().clamp(low(kind), float(v))
     span = float(v) * (1 if kind == "unsigned" else 2) * max(1, x.numel())
     for got, bits in zip(errors.tolist(), chain, strict=False):
-        terms = (clipped - codec.round_trip(wide, v, bits, kind).double()).abs()
+        terms = (clipped - codec.round_trip(wide, v, bits, CODINGS[kind]).double()).abs()
         # a difference of float32 numbers up to v is rounded by 2^-24 v; the quotient is rounded to float32
         allowed = (rounding(terms) + 2**-24 * float(v) * x.numel()) / span
         assert abs(got - float(terms.sum()) / span) <= allowed + 2**-24 * got
@@ -82,7 +84,7 @@ def check_backward(grad: Tensor, x: Tensor, chain: tuple[int, ...], kind: str) -
     inside = (x.float() >= low(kind)) & (x.float() <= V)
     same(gx, torch.where(inside, grad, torch.zeros_like(grad)))
     assert gx.stride() == x.stride()
-    values = [codec.round_trip(x.float(), V, bits, kind).double() for bits in chain]
+    values = [codec.round_trip(x.float(), V, bits, CODINGS[kind]).double() for bits in chain]
     wide, gy = x.double(), grad.double()
     below = -1.0 if kind != "unsigned" else 0.0
     slope = torch.where(inside, (values[-1] - wide) / float(V), torch.where(wide > V, 1.0, below).double())
@@ -102,6 +104,33 @@ def test_sizes(kind: str) -> None:
         x, grad = sample(count, torch.float32, seed), sample(count, torch.float32, seed + 100)
         check_forward(x, (2, 4, 8), kind)
         check_backward(grad, x, (2, 4, 8), kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_zero_among_the_codes(dtype: torch.dtype) -> None:
+    """Values, gradients, and a corrected guess, of a range that reaches a third below 0."""
+    x, grad, chain = sample(BLOCK + 1, dtype, 1), sample(BLOCK + 1, dtype, 2), (2, 4, 8)
+    y, errors = triton_impl.forward(x, V, chain[:-1], chain[-1], "unsigned", ZERO.shares)
+    values = [codec.round_trip(x.float(), V, bits, ZERO) for bits in chain]
+    same(y, values[-1].to(dtype))
+    low, high = (share * V for share in (-ZERO.shares[0], ZERO.shares[1]))
+    clipped, span = x.double().clamp(float(low), float(high)), float(V) * x.numel()
+    for got, value in zip(errors.tolist(), values, strict=False):
+        terms = (clipped - value.double()).abs()
+        assert abs(got - float(terms.sum()) / span) <= (rounding(terms) + 2**-24 * span) / span + 2**-24 * got
+    gx, grad_v, products = triton_impl.backward(grad, x, V, chain[:-1], chain[-1], "unsigned", ZERO.shares)
+    inside, wide, gy = (x.float() >= low) & (x.float() <= high), x.double(), grad.double()
+    same(gx, torch.where(inside, grad, torch.zeros_like(grad)))
+    outside = torch.where(wide > float(high), 2 / 3, -1 / 3)
+    terms = gy * torch.where(inside, (values[-1].double() - wide) / float(V), outside)
+    cancelled = 2**-22 * float(gy.abs().sum())
+    assert abs(float(grad_v) - float(terms.sum())) <= rounding(terms) + cancelled + 2**-24 * abs(float(grad_v))
+    for got, value in zip(products.tolist(), values[:-1], strict=True):
+        terms = gy * (values[-1].double() - value.double())
+        assert abs(got - float(terms.sum())) <= rounding(terms) + float(V) * cancelled + 2**-24 * abs(got)
+    guessed, _ = triton_impl.forward(x, V, (), torch.tensor(2), "unsigned", ZERO.shares)
+    triton_impl.correct(guessed, x, V, torch.tensor(8), torch.tensor(2), "unsigned", ZERO.shares)
+    same(guessed, y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -144,7 +173,7 @@ def test_exact_ties_round_to_even_and_ends_belong_to_the_range(kind: str) -> Non
 def test_not_a_number_goes_through_and_infinities_are_clipped(kind: str, dtype: torch.dtype) -> None:
     x = torch.tensor([math.nan, -math.inf, math.inf, 0.3, -0.3] * 3).to(dtype)
     y, errors = triton_impl.forward(x, V, (2,), 8, kind)
-    same(y, codec.round_trip(x.float(), V, 8, kind).to(dtype))
+    same(y, codec.round_trip(x.float(), V, 8, CODINGS[kind]).to(dtype))
     assert y[::5].isnan().all()
     assert errors.isnan().all()
     gx, _, _ = triton_impl.backward(torch.ones_like(x), x, V, (), 8, kind)
@@ -204,7 +233,7 @@ def test_standardised_weights(count: int, edge: float) -> None:
         x = codec.standardize(w, "scale")
         y, std = triton_weights.forward(w, v, scale, bits)
         assert float(std) == float(codec.weight_statistics(w)[1])
-        assert torch.equal(y, codec.round_trip(x, v.abs(), int(bits), "weight") * scale)
+        assert torch.equal(y, codec.round_trip(x, v.abs(), int(bits), CODINGS["weight"]) * scale)
         gw, edge_grad = triton_weights.backward(grad, w, v, scale, std, bits)
         with torch.enable_grad():
             expected = fake_weight(codec.standardize(source, "scale"), size, int(bits)) * scale
@@ -220,7 +249,7 @@ def test_many_programs_share_one_deviation(monkeypatch: pytest.MonkeyPatch) -> N
     w, scale, _ = weights(BLOCK * (16 + 3) + 5, 1)
     y, std = triton_weights.forward(w, V, scale, 4)
     assert float(std) == float(codec.weight_statistics(w)[1])
-    assert torch.equal(y, codec.round_trip(codec.standardize(w, "scale"), V, 4, "weight") * scale)
+    assert torch.equal(y, codec.round_trip(codec.standardize(w, "scale"), V, 4, CODINGS["weight"]) * scale)
 
 
 def test_equal_weights_have_deviation_one() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import one_step
 import pack_nets
 import programs
 import pytest
@@ -18,8 +19,9 @@ from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.half import HalfConfig
 from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import ConvStep, LinearStep
+from lbs_kernels.program.steps import ConvStep, Emit, LinearStep
 from lbs_kernels.run import backends
 from lbs_kernels.run.loaded import clear_runners
 from lbs_kernels.run.reference import ReferenceRunner
@@ -77,6 +79,27 @@ def test_codes_differ_by_one_at_most(geometry: dict[str, object]) -> None:
     assert programs.share_unsaturated(program, expected) > 0.3
 
 
+# 40 filters and 40 pixels: more than a tile of 32 x 32.
+def test_the_whole_epilogue_follows_the_sum() -> None:
+    b = programs.Builder(7)
+    shape = (5, 4, 40)
+    codes, residual, output = b.consumer(shape, 4), b.stream(shape), b.stream(shape, output=True)
+    b.quantize(b.image(40, 5, 4), Emit(stream=residual, consumers=(codes,)))
+    consumers = (b.consumer(shape, 4), b.consumer(shape, 8, zero=40, norm=True, relu=True))
+    b.conv(codes.tensor, Emit(residual, -0.5, 2.0, output, consumers), 40, w_bits=4)
+    program, blob = b.build()
+    images = programs.random_inputs(program, batch=2, seed=8)
+    expected: dict[int, torch.Tensor] = {}
+    actual: dict[int, torch.Tensor] = {}
+    ReferenceRunner(program, blob).run(images, expected)
+    GpuRunner(program, blob, "cpu", {"step1": HALF}).run(images, actual)
+    torch.testing.assert_close(actual[output], expected[output], rtol=0, atol=2.0**-8)
+    for consumer in consumers:
+        difference = (actual[consumer.tensor].int() - expected[consumer.tensor].int()).abs()
+        assert int(difference.max()) <= 1
+    assert programs.share_unsaturated(program, expected) > 0.3
+
+
 def test_a_sum_is_rounded_to_float16_and_no_more() -> None:
     program, blob = programs.chain(3)
     images = programs.random_inputs(program, 2, 0)
@@ -88,6 +111,16 @@ def test_a_sum_is_rounded_to_float16_and_no_more() -> None:
     spread = float(wanted[-1].abs().max())
     assert float((found[-1] - wanted[-1]).abs().max()) <= 2.0**-9 * spread
     assert not torch.equal(found[-1], wanted[-1])  # it is not exact, whoever thinks so
+
+
+def test_the_largest_sums_fit_in_float16() -> None:
+    """Of codes at their ends: one bit less of shift would make infinities of them."""
+    channels = 500
+    codes = torch.zeros(2, 1, 1, channels, dtype=torch.uint8)
+    codes[1] = 255
+    step = one_step.linear(torch.full((1, channels), 255, dtype=torch.uint8), pack_weights(codes, 8), a_bits=8)
+    (found,) = GpuRunner(step.program, step.blob, "cpu", {one_step.STEP: HALF}).run([step.image])
+    torch.testing.assert_close(found, step.run("reference").view_as(found), rtol=2.0**-11, atol=0)
 
 
 def test_it_is_never_chosen_unless_allowed() -> None:

@@ -161,6 +161,8 @@ def test_the_measured_configuration_runs(net: tuple[Program, Tensor]) -> None:
     choices = {step.name: choice for step, choice in zip(net[0].steps, runner.choices(2), strict=True)}
     assert choices["step1"].config == OTHER
     assert choices["step1"].seconds == 1e-5
+    assert [kernel.name for kernel in runner.kernels(2)] == [choice.name for choice in runner.choices(2)]
+    assert f"triton:{OTHER}" not in [kernel.name for kernel in runner.kernels(256)]  # another bucket: nothing measured
     check(runner, net[1], 2, 0)
     assert runner.plan(2).choices == tuple(runner.choices(2))
 

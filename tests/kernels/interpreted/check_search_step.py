@@ -14,6 +14,7 @@ from test_search_device import trained
 from torch import Tensor
 
 from lbs.quant import fused
+from lbs.quant.codec import CODINGS
 from lbs.quant.fake import fake_activation, fake_weight
 from lbs.search.bit_sharing import gated, width_errors
 from lbs.search.gates import BitGate
@@ -105,10 +106,10 @@ def test_a_searched_width(
         def call(x: Tensor, v: Tensor, level: int = level, seen: list[tuple[Tensor, BitGate]] = seen) -> Tensor:
             gate = BitGate(chain)  # opens everything at first
             with torch.no_grad():
-                statistics = width_errors(x.float(), v, chain, kind)
+                statistics = width_errors(x.float(), v, chain, CODINGS[kind])
                 gate.alpha.copy_(statistics * torch.where(torch.arange(len(chain) - 1) < level, 0.5, 1.01))
-            before = gated(x, v, gate, kind)
-            y = gated(x, v, gate, kind)
+            before = gated(x, v, gate, CODINGS[kind])
+            y = gated(x, v, gate, CODINGS[kind])
             assert torch.equal(before, y)
             assert torch.equal(gate.open_width(), torch.tensor(chain[level]))
             (slope,) = torch.autograd.grad(before, gate.alpha, sample(2, dtype), retain_graph=True)
@@ -124,10 +125,12 @@ def test_a_searched_width(
 
 
 def test_a_search_step_waits_for_nothing(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program for every tensor, as each takes the interpreter as long as numpy takes for hundreds of them."""
-    monkeypatch.setattr(triton_impl, "BLOCK", 1 << 16)
-    monkeypatch.setitem(triton_weights._META, "BLOCK", 1 << 16)
-    monkeypatch.setattr(triton_weights, "BLOCK", 1 << 16)
+    """Two programs for the weights of one layer and one for all else, as each takes the interpreter as long as numpy
+    takes for hundreds of them.
+    """
+    monkeypatch.setattr(triton_impl, "BLOCK", 1 << 15)
+    monkeypatch.setitem(triton_weights._META, "BLOCK", 1 << 15)
+    monkeypatch.setattr(triton_weights, "BLOCK", 1 << 15)
     _, waits, _ = trained(2, 2, "gamma")
     assert waits == [0, 1]
     assert launches["forward"] >= 2 * 2 * 8  # weights and activations of every layer but the first and the last

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from contenders import assert_same
+from test_activations import one_activation
 from torch import Tensor
 
 from lbs_kernels.errors import BackendError
@@ -25,9 +26,10 @@ from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.steps import Program
+from lbs_kernels.program.steps import Program, WeightGrid
 from lbs_kernels.run.reference import ReferenceRunner
 
 BITS = (2, 4, 8)
@@ -88,6 +90,19 @@ def test_more_named_programs(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
+@pytest.mark.parametrize("name", ["activated", "gated", "activated_float16", "gated_bfloat16"])
+def test_activations_and_gates(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_any_bits(kind: str) -> None:
+    step, expected = one_activation(kind)
+    assert_same(step.run("triton"), expected, kind)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_random_programs(seed: int) -> None:
@@ -122,6 +137,10 @@ def test_every_pair_of_bits(w_bits: int, a_bits: int) -> None:
         {"size": (4, 4), "a_bits": 8, "signed": True, "w_bits": 8, "padding": (0, 0)},
         {"size": (4, 4), "a_bits": 8, "signed": True, "w_bits": 2, "padding": (0, 0)},
         {"size": (4, 4), "a_bits": 2, "signed": True, "w_bits": 8, "padding": (0, 0)},
+        {"size": (4, 4), "a_bits": 8, "zero": 9, "w_bits": 8, "grid": "zero"},
+        {"size": (4, 4), "a_bits": 4, "w_bits": 4, "grid": "zero"},
+        {"size": (4, 4), "groups": 7, "channels": 7, "a_bits": 8, "zero": 9, "w_bits": 8, "grid": "zero"},
+        {"size": (4, 4), "groups": 4, "channels": 8, "filters": 12, "a_bits": 4, "w_bits": 2, "grid": "zero"},
         {"size": (4, 4), "a_bits": 1, "w_bits": 7, "out_bits": 7},
         {"size": (4, 4), "a_bits": 7, "w_bits": 3, "out_bits": 1},
         {"size": (4, 4), "groups": 4, "channels": 8, "filters": 12, "a_bits": 8, "zero": 3, "w_bits": 8},
@@ -156,14 +175,20 @@ def check_sums(step: one_step.OneStep, config: GemmConfig, quantizer: Elementwis
 
 
 def check_accumulator(
-    config: GemmConfig, w_bits: int, a_bits: int, channels: int, zero: int = 0, filters: int = 33
+    config: GemmConfig,
+    w_bits: int,
+    a_bits: int,
+    channels: int,
+    zero: int = 0,
+    filters: int = 33,
+    grid: WeightGrid = "odd",
 ) -> None:
     """A strided 3 x 3 window over 4 x 5 pixels: every window touches a border."""
     generator = torch.Generator().manual_seed(w_bits + a_bits)
     x = torch.randint(0, 1 << a_bits, (2, 4, 5, channels), generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 1 << w_bits, (filters, 3, 3, channels), generator=generator, dtype=torch.uint8)
     planes = pack_weights(codes, w_bits)
-    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": zero}
+    window = {"a_bits": a_bits, "kernel": (3, 3), "stride": (2, 1), "padding": (1, 1), "zero": zero, "grid": grid}
     check_sums(one_step.conv(x, planes, **window), config)  # type: ignore[arg-type]
 
 
@@ -188,6 +213,12 @@ def test_every_order_of_operands_and_word_block(words: int, weights_first: bool)
 def test_fields(w_bits: int, a_bits: int, channels: int) -> None:
     config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
     check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 8), (4, 4)])
+def test_fields_with_a_zero(w_bits: int, a_bits: int) -> None:
+    config = GemmConfig(16, 32, 4, warps=4, stages=3, weights_first=True, weights="fields")
+    check_accumulator(config, w_bits, a_bits, 128, zero=1, filters=13, grid="zero")
 
 
 # 9 taps in steps of 2 and 4, the last with one tap and what lies behind the window: fields have no 0 for it, sums of x
@@ -262,15 +293,16 @@ def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedCo
 
 
 # K * 255 * 255 is the largest multiple below 2^31; codes at the ends reach +-(2^31 - 65536), of which float32 keeps 24
-# bits, and half of either cancel down to 255 * 255, of which it keeps all.
+# bits, and half of either cancel down to 255 * 255, of which it keeps all. Where activations are 1, what is summed and
+# what is added to it are about 2^30 and odd, and all of their difference is kept: nothing may be rounded on the way.
 def test_accumulator_at_the_overflow_corner() -> None:
     channels, ones = (2**31 - 1) // (255 * 255), (0, 16513, 33025)
-    x = torch.full((1, channels), 255, dtype=torch.uint8)
+    x = torch.tensor([[255], [1]], dtype=torch.uint8).expand(-1, channels)
     codes = torch.zeros(len(ones), 1, 1, channels, dtype=torch.uint8)
     for filter_codes, count in zip(codes, ones, strict=True):
         filter_codes[..., :count] = 255
     step = one_step.linear(x, pack_weights(codes, 8), a_bits=8)
-    expected = torch.tensor([(2 * count - channels) * 255 * 255 for count in ones])
+    expected = torch.tensor([(2 * count - channels) * 255 * value for value in (255, 1) for count in ones])
     assert step.run("reference").flatten().tolist() == expected.float().tolist()
     # Few steps, and few programs that make the input: each is slow here.
     sums = GemmConfig(32, 16, block_words=16, warps=4, stages=2, weights_first=True)
@@ -358,7 +390,7 @@ def test_the_maximum_of_codes(bits: int, channels: int) -> None:
     image = b.image(channels, 5, 6)
     codes = b.consumer((5, 6, channels), bits)
     b.quantize(image, programs.Emit(consumers=(codes,)))
-    b.pool(codes.tensor, programs.Emit(consumers=(b.consumer((3, 3, channels), bits),)), "max", (3, 3), (2, 2), (1, 1))
+    b.pool(codes.tensor, programs.Emit(consumers=(b.consumer((3, 6, channels), bits),)), "max", (3, 3), (2, 1), (1, 1))
     program, blob = b.build()
     check(program, blob, programs.random_inputs(program, 2, 1))
 
