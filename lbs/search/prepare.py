@@ -187,7 +187,7 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             reason = _unconvertible(name, module, layers, config.exclude, uneven)
             if reason:
                 unconverted.append((name, reason))
-        elif _is_other_layer(module):
+        elif _is_other_layer(module) and ".parametrizations." not in f".{name}.":
             unconverted.append((name, f"{type(module).__name__} has no quantized form"))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}

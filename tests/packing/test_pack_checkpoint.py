@@ -227,7 +227,7 @@ LIES: dict[str, tuple[Callable[[Header], None], str]] = {
     "graph_of_nothing": (change_metadata("graph", "{}"), "damaged"),
     "graph_not_json": (change_metadata("graph", "{"), "damaged"),
     "input_size": (change_json("model", "[1, 8, 8]", "[1, 8, -8]"), "input size -8"),
-    "plan": (change_json("plan", '"version": 1', '"version": 9'), "plan version 9 is newer"),
+    "plan": (change_json("plan", '"version": 2', '"version": 9'), "plan version 9 is newer"),
 }
 
 

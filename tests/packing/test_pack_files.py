@@ -247,9 +247,9 @@ class Standardized(nn.Conv2d):
         return F.conv2d(input, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, padding=1)
 
 
-class Circular(nn.Conv2d):
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1, padding_mode="circular")
+class Halving(nn.AvgPool2d):
+    def __init__(self) -> None:
+        super().__init__(2)
 
 
 class AskedRelu(nn.ReLU):
@@ -266,12 +266,12 @@ def halved(x: Tensor, times: int) -> Tensor:
 
 def test_modules_and_functions_of_the_users_own_become_torchs(tmp_path: Path) -> None:
     model = Net(
-        lambda n, y: n.last(n.own(y)) + halved(n.shaped(y), 1).mean(), own=Standardized(8, 8, 3), shaped=Circular(8)
+        lambda n, y: n.last(n.own(y)) + halved(n.shaped(y), 1).mean(), own=Standardized(8, 8, 3), shaped=Halving()
     )
     loaded = comes_back(model, tmp_path)
     kinds = {type(module) for module in loaded.body.children()}
-    assert nn.Conv2d in kinds
-    assert not kinds & {Standardized, Circular}
+    assert nn.AvgPool2d in kinds
+    assert not kinds & {Standardized, Halving}
     assert any(node.target is torch.std or node.target == "std" for node in loaded.body.graph.nodes)
 
 
@@ -298,7 +298,7 @@ def test_parts_that_no_file_holds_are_told_by_pack_and_all_at_once_by_save(
 
 
 def test_a_layer_whose_weight_is_read_beside_it(tmp_path: Path) -> None:
-    tied = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+    tied = nn.ConvTranspose2d(8, 8, 3, padding=1)
     loaded = comes_back(Net(lambda n, y: F.conv2d(n.tied(y).sigmoid(), n.tied.weight, padding=1), tied=tied), tmp_path)
     assert loaded.body.tied.weight.data_ptr() == loaded.body.get_parameter("tied.weight").data_ptr()
 
@@ -335,7 +335,7 @@ def test_frozen_norms_are_norms(tmp_path: Path) -> None:
     )
     before = searched.train().norm.running_mean.clone()
     searched(x)
-    lbs.calibrate(searched, [x], statistics="estimate")
+    lbs.calibrate(searched, [x], norms="estimate")
     assert torch.equal(searched.norm.running_mean, before)
     assert pack(quantized).kept_float == ()
     with torch.no_grad():
