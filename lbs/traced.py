@@ -108,7 +108,7 @@ class _Shapes(Evaluation):
         elif isinstance(result, int | torch.Size):
             n.meta["number"] = result
         if n.op == "call_function" and getattr(n.target, "__module__", None) not in _TORCHS_OWN:
-            # A function that torch.fx was told to leave alone and that does nothing in evaluation, such as stochastic depth.
+            # A function that torch.fx leaves alone and that does nothing in evaluation, such as stochastic depth.
             n.meta["given"] = next((node for node in n.all_input_nodes if self.env[node] is result), None)
         own = {t.untyped_storage()._cdata for t in tensors_of(result)}
         n.meta["memory"] = n

@@ -85,13 +85,22 @@ def pack(
         normalize=pixels,
     ).to(device)
     packed.fallback = fallback
-    for label, reason in packed.kept_float:
-        _log.warning("%s: %s stays in float: %s", name, label, reason)
+    _tell_kept(name, packed.kept_float)
     for label, reason in unsaved(packed.body).items():
         _log.warning("%s: the packed model cannot be saved: %s %s", name, label, reason)
     if verify:
         _verify(model, packed, example)
     return packed
+
+
+def _tell_kept(name: str, kept: tuple[tuple[str, str], ...]) -> None:
+    """One line for each reason, not for each of the hundreds of operations that may share it."""
+    by_reason: dict[str, list[str]] = {}
+    for label, reason in kept:
+        by_reason.setdefault(reason, []).append(label)
+    for reason, labels in by_reason.items():
+        listed = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+        _log.warning("%s: %s %s in float: %s", name, listed, "stays" if len(labels) == 1 else "stay", reason)
 
 
 def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:
