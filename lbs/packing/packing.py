@@ -15,6 +15,7 @@ from lbs.packing.outer import outer_graph
 from lbs.packing.pixels import Normalization
 from lbs.packing.tracing import trace_model
 from lbs.packing.verify import verify as compare
+from lbs.quant.layers import still
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError
 from lbs_kernels.program.steps import STREAM_DTYPES
@@ -67,28 +68,32 @@ def pack(
     quantized_layers(model)
     pixels = None if normalize is None else Normalization.of(normalize)
     floats = example if example is None or pixels is None else pixels.values(example[:2]).float()
+    with still(model):
+        packed = _packed(model, floats, stream_dtype, pixels)
+        packed.fallback = fallback
+        for label, reason in packed.kept_float:
+            _log.warning("%s: %s stays in float: %s", packed.name, label, reason)
+        if verify:
+            _verify(model, packed, example)
+    return packed
+
+
+def _packed(model: nn.Module, floats: Tensor | None, stream_dtype: str, pixels: Normalization | None) -> PackedModel:
     graph, shape = trace_model(model, floats)
     if pixels is not None:
         pixels.check_channels(shape[0])
     lowered = lower(graph, stream_dtype, None if pixels is None else pixels.affine)
     record = getattr(model, "lbs_record", None)
     left_out = dict(record.unconverted) if record is not None else {}  # layers that were never quantized, and why
-    name = type(model).__name__
     device = next(iter(model.parameters())).device
-    packed = PackedModel(
+    return PackedModel(
         outer_graph(graph, lowered),
         input_shape=shape,
         kept_float=tuple((label, left_out.get(label, reason)) for label, reason in lowered.kept_float),
         plan=record.plan if record is not None else None,
-        name=name,
+        name=type(model).__name__,
         normalize=pixels,
     ).to(device)
-    packed.fallback = fallback
-    for label, reason in packed.kept_float:
-        _log.warning("%s: %s stays in float: %s", name, label, reason)
-    if verify:
-        _verify(model, packed, example)
-    return packed
 
 
 def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:
