@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lbs.packing.checks import quantized_layers
+from lbs.packing.checks import check_calibrated, quantized_layers
 from lbs.packing.lower import lower
 from lbs.packing.model import PackedModel
 from lbs.packing.outer import outer_graph
@@ -51,11 +51,11 @@ def pack(
         PackedModel on the model's device.
 
     Raises:
-        GraphError: still searchable, nothing to pack, untraceable, a trace that computes something else than the model
-            itself, values that are not finite, signed activations that are padded with zeros, bytes that a float part
-            would read, or a verification that failed (the layer is named). FormatError: an accumulator that could
-            overflow, or means and deviations that are not finite and positive. ShapeError: an example of another form,
-            or another number of channels.
+        GraphError: still searchable, never calibrated, nothing to pack, untraceable, a trace that computes something
+            else than the model itself, values that are not finite, signed activations that are padded with zeros, bytes
+            that a float part would read, or a verification that failed (the layer is named). FormatError: an
+            accumulator that could overflow, or means and deviations that are not finite and positive. ShapeError: an
+            example of another form, or another number of channels.
 
     Example:
         packed = lbs.pack(lbs.freeze(model))
@@ -65,7 +65,7 @@ def pack(
     if stream_dtype not in STREAM_DTYPES:
         raise FormatError(f"stream_dtype is {stream_dtype!r}; choose one of {', '.join(STREAM_DTYPES)}")
     model = unwrapped(model)
-    quantized_layers(model)
+    check_calibrated(quantized_layers(model))
     pixels = None if normalize is None else Normalization.of(normalize)
     floats = example if example is None or pixels is None else pixels.values(example[:2]).float()
     with still(model):
