@@ -202,7 +202,7 @@ def _observe(
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
-        with torch.no_grad(), statistics.observing(layers.values()):
+        with torch.no_grad(), statistics.observing(layers.values()), statistics.in_torch_arithmetic(model):
             for batch in batches:
                 run(batch)
     finally:

@@ -184,7 +184,9 @@ class Asked(nn.Linear):
 
 
 def test_layers_that_only_call_torchs_are_converted_and_no_others() -> None:
-    model = nn.Sequential(nn.Conv2d(images().shape[1], 8, 1), nn.ReLU(), NoisyConv(8, 8, 1), nn.ReLU(), Standardized(8, 8, 1))
+    model = nn.Sequential(
+        nn.Conv2d(images().shape[1], 8, 1), nn.ReLU(), NoisyConv(8, 8, 1), nn.ReLU(), Standardized(8, 8, 1)
+    )
     model.extend([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Asked(8, 8), nn.ReLU(), CastingLinear(8, 4)])
     made = as_torch_has_them(copy.deepcopy(model))
     assert [type(made[index]) for index in (2, 4, 8, 10)] == [NoisyConv, Standardized, Asked, nn.Linear]
