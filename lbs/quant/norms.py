@@ -93,7 +93,7 @@ class _Moments:
 def _sums(rows: Tensor) -> Tensor:
     """Sums and sums of squares of rows [C, N, ...], float64 [2, C]: part by part, each of which stays in cache."""
     if rows.numel() <= _CACHED or rows.dim() < 3:
-        wide = rows.flatten(1).double()
+        wide = rows.reshape(len(rows), -1).double()
         return torch.stack([wide.sum(1), (wide * wide).sum(1)])
     sums = rows.new_zeros(2, len(rows), dtype=torch.float64)
     images = max(1, _CACHED * rows.shape[1] // rows.numel())

@@ -37,6 +37,15 @@ def test_float_model_is_told_how_to_become_quantized() -> None:
         pack(lbs.models.create("digits_resnet8"), example=pack_nets.images(2, DIGITS))
 
 
+def test_a_model_that_was_never_calibrated() -> None:
+    images = pack_nets.images(2, DIGITS)
+    model = lbs.uniform(lbs.models.create("digits_resnet8"), images)
+    with pytest.raises(GraphError, match=r"^conv1, .* and \d+ more: the range .* is 1 in every layer .*lbs.calibrate"):
+        pack(model)
+    model.get_submodule("fc").w_range.data[0] = 2.0  # trained: one range that has moved
+    pack(model)
+
+
 def test_no_layer_left_that_can_be_packed() -> None:
     class Sequence(nn.Module):
         def __init__(self) -> None:
@@ -46,7 +55,8 @@ def test_no_layer_left_that_can_be_packed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x.mean((0, 1, 2)))
 
-    model = lbs.uniform(Sequence(), pack_nets.images(2, DIGITS))
+    images = pack_nets.images(2, DIGITS)
+    model = lbs.calibrate(lbs.uniform(Sequence(), images), [images])
     with pytest.raises(
         GraphError, match=r"no layer can be packed \(fc: it is applied at several positions of a tensor of 1"
     ):
