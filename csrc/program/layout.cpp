@@ -116,7 +116,7 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
     }
     for (const StepSpec& step : program.steps) {
         const auto input = static_cast<size_t>(step.input);
-        if (program.tensors[input].form != Form::kCodes) continue;
+        if (program.tensors[input].form != Form::kCodes || step.kind == StepKind::kSelect) continue;  // no window
         widen(layouts[input], step);
         if (strides[input] == 0) strides[input] = step.stride.x;
         else if (strides[input] != step.stride.x) strides[input] = -1;
@@ -162,6 +162,21 @@ PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width,
     const int pieces = split ? supported_pieces(most, 4) : 0;
     if (pieces == 0) return keep_lanes(store, height, width, lanes, offset);
     return keep_pieces(store, vectors, pieces, false);
+}
+
+PixelMap repeat_map(Store& store, const CodeLayout& layout, int height, int width, int lanes) {
+    if (layout.phases == 1 && height == layout.height && width == layout.width)
+        return load_map(store, layout, height, width, {1, 1}, lanes);
+    const int rows = height / layout.height, columns = width / layout.width;
+    const int64_t first = layout.offset(0, 0);
+    return keep_lanes(store, height, width, lanes,
+                      [&](int y, int x) { return layout.offset(y / rows, x / columns) - first; });
+}
+
+PixelMap repeat_map(Store& store, const TensorSpec& stream, int height, int width, int lanes) {
+    const int rows = height / stream.height, columns = width / stream.width;
+    return keep_lanes(store, height, width, lanes,
+                      [&](int y, int x) { return 4 * (int64_t{y / rows} * stream.width + x / columns); });
 }
 
 PixelMap store_map(Store& store, const CodeLayout& layout, int lanes) {

@@ -151,6 +151,28 @@ struct PoolCodesPlan {  // maximum of codes whose padding (code 0) never wins
     PixelMap in_map, out_map;
 };
 
+// One input of a selection: pixel (0, 0) of its channel 0 or group 0, and how output pixels meet it.
+struct SelectSource {
+    int tensor = 0;
+    int32_t first = 0;      // bytes, of codes
+    int64_t pitch = 0;      // bytes from one group (codes) or channel (streams) to the next
+    bool is_whole = false;  // of streams: output pixels lie as in the input, and there is no map
+    PixelMap map;
+};
+
+struct SelectPlace {
+    int source = 0, channel = 0;
+};
+
+struct SelectPlan {
+    const SelectSource* sources = nullptr;
+    const SelectPlace* places = nullptr;  // of every channel that is written, continued with the last to whole groups
+    int groups = 0;
+    int output = 0;  // of codes
+    int32_t out_pitch = 0;
+    PixelMap out_map;
+};
+
 // Where the tensors of one image are, and working memory of one thread.
 struct RunContext {
     unsigned char* const* tensors;
