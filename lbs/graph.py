@@ -28,7 +28,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """A traced model: node.meta["shape"] holds the shape of each node's output."""
+    """A traced model: node.meta["shape"] and node.meta["dtype"] tell each node's output."""
 
     module: fx.GraphModule
     layers: dict[str, LayerPlan]

@@ -187,21 +187,21 @@ private:
     alignas(64) std::atomic<int> spinning_{0};
 };
 
-Pool* g_pool = nullptr;
+// Made before any thread could fork; it has no threads yet.
+Pool* g_pool = new Pool;
+std::atomic<unsigned> g_forks{0};
 
-Pool& pool() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        g_pool = new Pool;
-        // The threads of a parent do not exist in its child: forget them (the old object is leaked on purpose).
-        pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
-    });
-    return *g_pool;
-}
+// The threads of a parent do not exist in its child: forget them (the old object is leaked on purpose).
+[[maybe_unused]] const int g_watched = pthread_atfork(nullptr, nullptr, [] {
+    g_pool = new Pool;
+    g_forks.fetch_add(1, std::memory_order_release);
+});
 
 }  // namespace
 
 int max_threads() { return 256; }
+
+unsigned fork_count() { return g_forks.load(std::memory_order_acquire); }
 
 void parallel(int threads, const std::function<void(int, int)>& job) {
     threads = std::min(threads, max_threads());
@@ -209,7 +209,7 @@ void parallel(int threads, const std::function<void(int, int)>& job) {
         job(0, 0);
         return;
     }
-    pool().run(threads, job);
+    g_pool->run(threads, job);
 }
 
 void Team::expect(int others) const {

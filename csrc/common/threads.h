@@ -15,9 +15,12 @@ int max_threads();
 // its own below `threads`, from when each arrives: about `awake` of them at once, those asleep late or, when job(0, ...)
 // returned before, not at all. Returns when all that came are done. A job therefore shares out its work as it goes and is
 // complete with rank 0 alone, which is all it gets when another call holds the pool. The first exception of a rank is
-// thrown again here. A child of fork() gets a fresh pool on its first call (no call may be under way in another thread
-// at the moment of the fork).
+// thrown again here. A child of fork() has a fresh pool, whatever other threads of its parent were doing.
 void parallel(int threads, const std::function<void(int rank, int awake)>& job);
+
+// How many forks lie between this process and the one that loaded the library. What was locked, or half written, by other
+// threads at the time of a fork stays so in the child: whoever holds such things makes them anew when this has changed.
+unsigned fork_count();
 
 // Threads that work together step by step, and meet in between. All members follow the same steps; a thread that comes
 // late is let in at the next meeting and begins at the place the others have reached.

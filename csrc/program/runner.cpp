@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 
 #include "common/check.h"
@@ -92,6 +93,12 @@ struct Runner::Memory {
     }
 };
 
+struct Runner::Turn {
+    const unsigned forks = fork_count();
+    std::mutex lock;
+    std::vector<std::unique_ptr<Memory>> memories;  // of each thread
+};
+
 // A thread of a call: its own memory, and where its tensors lie.
 struct Runner::Worker {
     Memory& own;
@@ -110,15 +117,24 @@ struct Runner::Call {
 };
 
 Runner::Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa)
-    : isa_(resolve_isa(isa)), plan_(std::make_unique<ProgramPlan>(text, blob, blob_bytes, kernels_for(isa_))) {}
+    : isa_(resolve_isa(isa)),
+      plan_(std::make_unique<ProgramPlan>(text, blob, blob_bytes, kernels_for(isa_))),
+      turn_(new Turn) {}
 
-Runner::~Runner() = default;
+Runner::~Runner() { delete &turn(); }
 
-Runner::Memory& Runner::memory(int rank) { return *memories_[static_cast<size_t>(rank)]; }
+// A thread of the parent may have held the lock when this process was forked, and left the memory half made.
+Runner::Turn& Runner::turn() const {
+    Turn* found = turn_.load(std::memory_order_acquire);
+    if (found->forks == fork_count()) return *found;
+    auto fresh = std::make_unique<Turn>();
+    if (turn_.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
+    return *found;
+}
 
 int64_t Runner::held_bytes() const {
     int64_t total = 0;
-    for (const auto& memory : memories_) total += memory->bytes;
+    for (const auto& memory : turn().memories) total += memory->bytes;
     return total;
 }
 
@@ -134,9 +150,11 @@ void Runner::run(const std::vector<const void*>& inputs, const std::vector<bool>
                 std::to_string(inputs.size()) + " inputs; give one for each, or none");
     require(batch >= 0 && threads >= 1, "batch is " + std::to_string(batch) + " with " + std::to_string(threads) +
                                             " threads; a batch is not negative and needs a thread");
-    std::lock_guard<std::mutex> lock(turn_);
+    Turn& mine = turn();
+    std::lock_guard<std::mutex> lock(mine.lock);
     threads = std::min(threads, max_threads());
-    while (static_cast<int>(memories_.size()) < threads) memories_.push_back(std::make_unique<Memory>(*plan_));
+    while (static_cast<int>(mine.memories.size()) < threads) mine.memories.push_back(std::make_unique<Memory>(*plan_));
+    const auto memory = [&mine](int rank) -> Memory& { return *mine.memories[static_cast<size_t>(rank)]; };
     std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0,
                                             std::vector<double>(plan_->steps.size(), 0.0));
     const Call call{inputs, channels_last, outputs, traces};

@@ -1,9 +1,9 @@
 // Runs a program: whole images per thread for a batch, threads together on one image for the rest.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -36,17 +36,17 @@ public:
 
 private:
     struct Memory;  // of one thread
+    struct Turn;    // whose turn it is, and what calls work in
     struct Call;
     struct Worker;
-    Memory& memory(int rank);
+    Turn& turn() const;
     void run_image(const Call& call, Team::Place from, Worker& worker);
     void run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team::Member& self,
                   const RunContext& context, float* floats) const;
 
     const Isa isa_;
     std::unique_ptr<ProgramPlan> plan_;
-    std::mutex turn_;
-    std::vector<std::unique_ptr<Memory>> memories_;
+    mutable std::atomic<Turn*> turn_;  // of this process; that of its parent before it was forked is left behind
 };
 
 }  // namespace lbs

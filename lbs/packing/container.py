@@ -39,6 +39,10 @@ _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -49,7 +53,8 @@ def write_container(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     Raises:
         CheckpointError: a dtype the layout does not have, or a disk that is full or not writable; an old file stays.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # every tensor lies aligned
+    # By size, so that every tensor lies aligned, then by name, so that a network has one file.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {_META: {**metadata, "digest": _NO_DIGEST}}
     chunks: list[bytes] = []
     offset = 0

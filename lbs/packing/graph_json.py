@@ -1,137 +1,96 @@
-"""The outer graph as JSON: nodes, and the constructor arguments of float modules. Only what is listed here is known.
+"""The outer graph as JSON: nodes, and the constructor arguments of float modules. Only what is listed is known.
 
 A file may come from anywhere, so nothing in it is looked up by an arbitrary name: functions, methods and module classes
-come from the tables below, and every name that torch.fx writes into Python code must be an identifier.
+come from lbs/packing/vocabulary.py, and every name that torch.fx writes into Python code stays what it is there.
 """
 
 from __future__ import annotations
 
 import keyword
-import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx
 
+from lbs.packing.float_modules import module_from_json, module_to_json
 from lbs.packing.region import PackedRegion
+from lbs.packing.values import NoForm, decode, encode
+from lbs.packing.vocabulary import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from lbs_kernels.errors import CheckpointError
 
-_OPERATORS = "add iadd sub mul imul truediv neg getitem"
-_TORCH = """
-    add sub mul div neg exp sqrt cat stack flatten reshape permute mean sum amax relu sigmoid tanh softmax log_softmax
-    clamp chunk split squeeze unsqueeze transpose matmul maximum minimum
-"""
-_FUNCTIONAL = """
-    relu relu6 hardtanh leaky_relu elu gelu silu hardswish hardsigmoid sigmoid tanh softmax log_softmax softplus dropout
-    max_pool2d avg_pool2d adaptive_avg_pool2d interpolate pad normalize
-"""
-_METHOD_NAMES = """
-    add sub mul div neg mean sum amax relu sigmoid tanh softmax clamp flatten view reshape permute transpose contiguous
-    squeeze unsqueeze chunk split size exp sqrt
-"""
-_METHODS = frozenset(_METHOD_NAMES.split())
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f"{label}.{name}": getattr(home, name)
-    for label, home, names in (
-        ("operator", operator, _OPERATORS),
-        ("torch", torch, _TORCH),
-        ("torch.nn.functional", nn.functional, _FUNCTIONAL),
-    )
-    for name in names.split()
-}
-_FUNCTION_NAMES = {function: name for name, function in reversed(_FUNCTIONS.items())}
-# Class -> the attributes that are also its constructor's arguments.
-_MODULES: dict[type[nn.Module], str] = {
-    nn.Conv2d: "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode",
-    nn.Linear: "in_features out_features bias",
-    nn.BatchNorm2d: "num_features eps momentum affine track_running_stats",
-    nn.GroupNorm: "num_groups num_channels eps affine",
-    nn.LayerNorm: "normalized_shape eps elementwise_affine",
-    nn.ReLU: "inplace",
-    nn.ReLU6: "inplace",
-    nn.Hardtanh: "min_val max_val inplace",
-    nn.LeakyReLU: "negative_slope inplace",
-    nn.ELU: "alpha inplace",
-    nn.GELU: "approximate",
-    nn.SiLU: "inplace",
-    nn.Hardswish: "inplace",
-    nn.Hardsigmoid: "inplace",
-    nn.Sigmoid: "",
-    nn.Tanh: "",
-    nn.Softmax: "dim",
-    nn.LogSoftmax: "dim",
-    nn.Identity: "",
-    nn.Dropout: "p inplace",
-    nn.Flatten: "start_dim end_dim",
-    nn.MaxPool2d: "kernel_size stride padding dilation return_indices ceil_mode",
-    nn.AvgPool2d: "kernel_size stride padding ceil_mode count_include_pad divisor_override",
-    nn.AdaptiveAvgPool2d: "output_size",
-    nn.Upsample: "size scale_factor mode align_corners",
-    nn.PixelShuffle: "upscale_factor",
-}
-_CLASSES = {kind.__name__: kind for kind in _MODULES}
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
+_GETATTR = "builtins.getattr"
+
+
+def unsaved(graph: fx.GraphModule) -> dict[str, str]:
+    """Parts that no file can hold, and why: a module's path or a node's name -> reason."""
+    found: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        reason = why_unsaved(node, _called(graph, node))
+        if reason:
+            found.setdefault(str(node.target) if node.op == "call_module" else node.name, reason)
+    return found
+
+
+def why_unsaved(node: fx.Node, called: Any) -> str:
+    """Why no file can hold a node and what it calls; "" where one can."""
+    try:
+        _node_to_json(node, called)
+    except NoForm as reason:
+        return str(reason)
+    return ""
+
+
+def _called(graph: fx.GraphModule, node: fx.Node) -> Any:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
 
 def graph_to_json(graph: fx.GraphModule) -> dict[str, Any]:
     """Nodes and float modules as JSON values.
 
     Raises:
-        CheckpointError: a node or module outside the tables; it is named, with the way out.
+        CheckpointError: nodes or modules outside the tables; all of them are named, with the way out.
     """
-    nodes, modules = [], {}
-    for node in graph.graph.nodes:
-        op, args, target = node.op, node.args, str(node.target)
-        if node.target is getattr and node.args[1:] == ("shape",):
-            op, args, target = "call_method", node.args[:1], "size"
-        elif op == "call_function":
-            target = _FUNCTION_NAMES.get(node.target, "")
-        if not target or (op == "call_method" and target not in _METHODS):
-            raise _unsaved(node.name, f"calls {getattr(node.target, '__name__', node.target)}")
-        if node.op == "call_module" and not isinstance(graph.get_submodule(target), PackedRegion):
-            modules[target] = _module_to_json(target, graph.get_submodule(target))
-        body = {"name": node.name, "op": op, "target": target, "args": _encode(args, node.name)}
-        if node.kwargs:
-            body["kwargs"] = _encode(dict(node.kwargs), node.name)
-        nodes.append(body)
-    return {"nodes": nodes, "modules": modules}
+    left = unsaved(graph)
+    if left:
+        listed = "; ".join(f"{name} {reason}" for name, reason in left.items())
+        raise CheckpointError(
+            f"the model cannot be saved, a file has no form without pickle for: {listed}. Replace these parts by "
+            "torch's own layers and functions, or keep the model in memory"
+        )
+    pairs = [_node_to_json(node, _called(graph, node)) for node in graph.graph.nodes]
+    modules = {body["target"]: module for body, module in pairs if module is not None}
+    return {"nodes": [body for body, _ in pairs], "modules": modules}
 
 
-def _unsaved(name: str, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} {what}, which has no form without pickle, so the model cannot be saved; replace that part by torch's "
-        "own layers, or keep the model in memory"
-    )
+def _node_to_json(node: fx.Node, called: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A node, and the module it calls where that is a float one. Raises NoForm."""
+    op, args, target, module = node.op, node.args, str(node.target), None
+    if op == "call_function":
+        op, target, args = _function(node)
+    elif op == "call_method" and target not in METHODS:
+        raise NoForm(f"calls the method {target}")
+    if op == "call_module" and not isinstance(called, PackedRegion):
+        module = module_to_json(called)
+    body = {"name": node.name, "op": op, "target": target, "args": encode(args)}
+    if node.kwargs:
+        body["kwargs"] = encode(dict(node.kwargs))
+    return body, module
 
 
-def _module_to_json(path: str, module: nn.Module) -> dict[str, Any]:
-    if type(module) not in _MODULES:
-        raise _unsaved(path, f"is a {type(module).__name__}")
-    arguments = {name: getattr(module, name) for name in _MODULES[type(module)].split()}
-    if "bias" in arguments:
-        arguments["bias"] = arguments["bias"] is not None
-    return {"class": type(module).__name__, "arguments": _encode(arguments, path)}
+def _function(node: fx.Node) -> tuple[str, str, tuple[Any, ...]]:
+    """(op, target, args) of a function call."""
+    if node.target is getattr and node.args[1:] == ("shape",):
+        return "call_method", "size", node.args[:1]
+    if node.target is getattr and node.args[1:2] and node.args[1] in ATTRIBUTES:
+        return "call_function", _GETATTR, node.args
+    name = FUNCTION_NAMES.get(node.target)  # type: ignore[arg-type]
+    if name is None:
+        raise NoForm(f"calls {getattr(node.target, '__name__', node.target)}")
+    return "call_function", name, node.args
 
 
-def _encode(value: Any, owner: str) -> Any:
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, torch.Size | tuple):
-        return {"tuple": [_encode(item, owner) for item in value]}
-    if isinstance(value, list):
-        return {"list": [_encode(item, owner) for item in value]}
-    if isinstance(value, Mapping):
-        return {"dict": {str(key): _encode(item, owner) for key, item in value.items()}}
-    if isinstance(value, slice):
-        return {"slice": [_encode(item, owner) for item in (value.start, value.stop, value.step)]}
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise _unsaved(owner, f"has an argument {value!r}")
-
-
-def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     """The GraphModule of `graph_to_json`'s value.
 
     Args:
@@ -144,7 +103,9 @@ def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str
     root: dict[str, Any] = {f"region{index}": region for index, region in enumerate(regions)}
     try:
         for path, entry in body["modules"].items():
-            root[_path(path)] = _module_from_json(path, entry, tensors)
+            prefix = f"{_path(path)}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            root[path] = module_from_json(path, entry, own).eval()
         graph = fx.Graph()
         made: dict[str, fx.Node] = {}
         for entry in body["nodes"]:
@@ -160,63 +121,52 @@ def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str
         raise CheckpointError(f"its graph is damaged ({type(error).__name__}: {error}); write it again") from error
 
 
-def _module_from_json(path: str, entry: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    kind = _CLASSES.get(entry["class"])
-    if kind is None:
-        raise CheckpointError(f"{path} is a {entry['class']!r}, which this release does not know: upgrade lbs")
-    arguments = _decode(entry["arguments"], {})
-    if set(arguments) != set(_MODULES[kind].split()):
-        raise CheckpointError(f"{path}: a {kind.__name__} takes {_MODULES[kind]}; the file gives {list(arguments)}")
-    with torch.device("meta"):
-        module = kind(**arguments)
-    prefix = f"{path}."
-    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    module.load_state_dict(own, strict=True, assign=True)
-    return module.eval()
-
-
 def _add_node(
     graph: fx.Graph,
     made: dict[str, fx.Node],
     entry: dict[str, Any],
     root: dict[str, Any],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     op, target, name = entry["op"], entry["target"], _identifier(entry["name"])
     if op not in _OPS:
         raise CheckpointError(f"node {name} has op {op!r}; known are {', '.join(_OPS)}")
+    args, kwargs = decode(entry["args"], made), decode(entry.get("kwargs", {"dict": {}}), made)
     if op == "call_function":
-        if target not in _FUNCTIONS:
-            raise CheckpointError(f"node {name} calls {target!r}, which this release does not know: upgrade lbs")
-        target = _FUNCTIONS[target]
-    elif op == "call_method" and target not in _METHODS:
+        target = _known_function(name, target, args, kwargs)
+    elif op == "call_method" and target not in METHODS:
         raise CheckpointError(f"node {name} calls the method {target!r}, which this release does not know: upgrade lbs")
     elif op == "call_module" and target not in root:
         raise CheckpointError(f"node {name} calls module {target!r}, which the file does not have")
     elif op == "get_attr":
-        root.setdefault(_path(target), tensors[target])
+        root.setdefault(_path(target), _attribute(target, root, tensors))
     elif op in ("placeholder", "output"):
         _identifier(target)
-    kwargs = _decode(entry.get("kwargs", {"dict": {}}), made)
     for key in kwargs:
         _identifier(key)
-    made[entry["name"]] = graph.create_node(op, target, _decode(entry["args"], made), kwargs, name=name)
+    made[entry["name"]] = graph.create_node(op, target, args, kwargs, name=name)
 
 
-def _decode(value: Any, made: Mapping[str, fx.Node]) -> Any:
-    if not isinstance(value, dict):
-        if isinstance(value, list):
-            raise CheckpointError("the file's graph holds a bare list; it is damaged")
-        return value
-    ((kind, body),) = value.items()
-    if kind == "node":
-        return made[body]
-    if kind == "dict":
-        return {key: _decode(item, made) for key, item in body.items()}
-    items = [_decode(item, made) for item in body]
-    if kind == "slice":
-        return slice(*items)
-    return {"tuple": tuple, "list": list}[kind](items)
+def _known_function(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if target == _GETATTR:
+        if len(args) != 2 or not isinstance(args[0], fx.Node) or args[1] not in ATTRIBUTES or kwargs:
+            raise CheckpointError(f"node {name} reads {args[1:]!r} of a tensor; known are {', '.join(ATTRIBUTES)}")
+        return getattr
+    if target not in FUNCTIONS:
+        raise CheckpointError(f"node {name} calls {target!r}, which this release does not know: upgrade lbs")
+    return FUNCTIONS[target]
+
+
+def _attribute(path: str, root: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """A tensor by its path; that of a module which is called as well is the module's own."""
+    parts = path.split(".")
+    for count in range(1, len(parts)):
+        owner = root.get(".".join(parts[:count]))
+        if owner is not None:
+            *places, leaf = parts[count:]
+            found: Tensor = getattr(owner.get_submodule(".".join(places)), leaf)
+            return found
+    return tensors[path]
 
 
 def _identifier(name: str) -> str:
@@ -225,9 +175,14 @@ def _identifier(name: str) -> str:
     return name
 
 
+def _is_path(path: str) -> bool:
+    """Whether torch.fx writes the parts of a dotted path into code as they are: each is an identifier, or stands
+    between double quotes, where all but these characters stand for themselves.
+    """
+    return all(path.split(".")) and not any(letter in '"\\\n\r\0' or "\ud800" <= letter <= "\udfff" for letter in path)
+
+
 def _path(path: str) -> str:
-    """Dotted module path; parts are identifiers or numbers."""
-    for part in path.split("."):
-        if not part.isdecimal():
-            _identifier(part)
+    if not isinstance(path, str) or not _is_path(path):
+        raise CheckpointError(f"the file's graph holds the path {path!r}, which names no module; it is damaged")
     return path

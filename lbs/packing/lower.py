@@ -133,7 +133,7 @@ def _kept(
     for node, op in ops.items():
         if op.kind == "shape" and node not in parts.free:
             left[node] = "its sizes are read by float operations"
-    ordered = [node for node in module.graph.nodes if node in left]
+    ordered = [node for node in module.graph.nodes if node in left and "layout" not in node.meta]
     return tuple((_label(node), left[node]) for node in ordered)
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lbs.graph import ModelGraph
+from lbs.packing.graph_json import why_unsaved
+from lbs.packing.inlined import PART, settled, traced_through
 from lbs.packing.lower import Lowered
 from lbs.packing.region import PackedRegion
-from lbs.quant.deployed import undeploy
 from lbs_kernels.errors import GraphError
+
+# torch.fx writes names between double quotes, where these characters would not stand for themselves.
+_HEX = {code: f"_{code:x}_" for code in (0, 10, 13, 34, 92, *range(0xD800, 0xE000))}
 
 
 def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     """A GraphModule that computes what the traced model does, regions as modules `region0`, `region1`, ...
 
-    Float modules are copied; the model given stays as it is.
+    Float modules are copied; the model given stays as it is. Those of the user's own are traced through where that is
+    possible, see lbs/packing/inlined.py.
 
     Raises:
         GraphError: a float module has a name that packed parts have.
@@ -33,26 +40,69 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
         if isinstance(unit, int):
             _call_region(result, lowered, unit, made)
             continue
-        made[unit] = result.node_copy(unit, lambda node: made[node])
+        if unit.op in ("call_module", "get_attr") and str(unit.target).partition(".")[0] in regions:
+            raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
+        made[unit] = _float_node(graph.module, unit, result, made, modules)
         made[unit].type = None  # an annotation of the model, perhaps a string, which torch.fx cannot pickle
-        if unit.op in ("call_module", "get_attr"):
-            if str(unit.target).partition(".")[0] in regions:
-                raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
-            kept = copy.deepcopy(_attribute(graph.module, str(unit.target)))
-            if isinstance(kept, nn.Module):
-                _as_in_graph(kept)
-            modules[str(unit.target)] = kept
     result.lint()
     return fx.GraphModule(modules, result, class_name="PackedGraph")
 
 
-def _as_in_graph(module: nn.Module) -> None:
-    """A copy that computes what its node stands for: hooks are nodes of their own, and nothing is changed in place."""
-    undeploy(module)
-    module._forward_hooks.clear()
-    module._forward_pre_hooks.clear()
-    if getattr(module, "inplace", False):
-        module.inplace = False  # type: ignore[assignment]
+def _float_node(
+    module: fx.GraphModule, node: fx.Node, result: fx.Graph, made: dict[fx.Node, fx.Node], modules: dict[str, Any]
+) -> fx.Node:
+    """What a node becomes: a copy of it, or the operations it consists of."""
+    target = str(node.target)
+    part: Callable[..., Any] | None = node.target if node.op == "call_function" else None  # type: ignore[assignment]
+    place = target.translate(_HEX)
+    if node.op == "get_attr":
+        modules[place] = copy.deepcopy(_attribute(module, target))
+    elif node.op == "call_module":
+        part = modules[place] = settled(module.get_submodule(target))
+    if part is not None and why_unsaved(node, part):
+        traced = _inside(node, part)
+        if traced is not None:
+            modules.pop(place, None)
+            return _inlined(traced, place, made[node.all_input_nodes[0]], result, modules)
+    copied = result.node_copy(node, lambda read: made[read])
+    if node.op in ("get_attr", "call_module"):
+        copied.target = place
+    return copied
+
+
+def _inside(node: fx.Node, part: Callable[..., Any]) -> fx.GraphModule | None:
+    """The operations of a call that reads one tensor, whose other arguments are constants."""
+    source, *others = node.all_input_nodes or [node]
+    dtype = source.meta.get("dtype", torch.int64)
+    if source is node or others or not dtype.is_floating_point:
+        return None
+
+    def call(value: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: value)
+        return part(*args, **kwargs)
+
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(source.meta["shape"], dtype=dtype, generator=generator, device="cpu")
+    if not isinstance(part, nn.Module) or node.args != (source,) or node.kwargs:
+        return traced_through(call, example)
+    weight = next(part.parameters(), example)
+    return traced_through(part, example.to(weight.device))
+
+
+def _inlined(traced: fx.GraphModule, path: str, source: fx.Node, result: fx.Graph, modules: dict[str, Any]) -> fx.Node:
+    """Copy a small graph into the large one; its modules and tensors lie at `path`."""
+    *nodes, output = traced.graph.nodes
+    made: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node.op == "placeholder":
+            made[node] = source
+            continue
+        made[node] = result.node_copy(node, lambda read: made[read])
+        if node.op in ("call_module", "get_attr"):
+            place = path + str(node.target).removeprefix(PART)
+            made[node].target = place
+            modules[place] = _attribute(traced, str(node.target))
+    return made[output.args[0]]
 
 
 def _attribute(module: Any, path: str) -> Any:

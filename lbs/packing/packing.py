@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.packing.checks import quantized_layers
+from lbs.packing.graph_json import unsaved
 from lbs.packing.lower import lower
 from lbs.packing.model import PackedModel
 from lbs.packing.outer import outer_graph
@@ -86,6 +87,8 @@ def pack(
     packed.fallback = fallback
     for label, reason in packed.kept_float:
         _log.warning("%s: %s stays in float: %s", name, label, reason)
+    for label, reason in unsaved(packed.body).items():
+        _log.warning("%s: the packed model cannot be saved: %s %s", name, label, reason)
     if verify:
         _verify(model, packed, example)
     return packed

@@ -233,12 +233,12 @@ class _Judge(Evaluation):
     def _image(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
         """What a later region is given by float modules."""
         given = self.tensors.images[node.name].double().reshape(value.shape)
-        tolerance = torch.full_like(value, OUTER_TOLERANCE) * value.abs().amax() if value.numel() else value
+        tolerance = torch.full_like(value, OUTER_TOLERANCE * finite_peak(value))
         self._compare_floats(node.name, "float input of a region", value, given, tolerance)
         return given, torch.zeros_like(given)
 
     def _compare_floats(self, writer: str, what: str, value: Tensor, actual: Tensor, tolerance: Tensor) -> None:
-        error = (value - actual).abs()
+        error = torch.where(value == actual, 0.0, (value - actual).abs())  # also where both are the same infinity
         wrong = int((~(error <= tolerance)).sum())  # a NaN counts
         largest = float(error.max()) if error.numel() else 0.0
         limit = float(tolerance.max()) if error.numel() else 0.0

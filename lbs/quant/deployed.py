@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lbs.quant import fold
 from lbs.quant.activations import function_of
+from lbs.quant.frozen_norm import FrozenNorm
 from lbs_kernels.program.epilogue import fma_channels
 from lbs_kernels.program.operations import average_pool, mean_pool
 from lbs_kernels.program.window import Window
@@ -63,6 +64,10 @@ class DeployedNorm(nn.BatchNorm2d):
         before = getattr(input, "lbs_affine", None) if self.folds else None
         found = before.behind(gain, offset) if before is not None else Affine(input, None, gain, offset)
         return found.value()
+
+
+class DeployedFrozenNorm(FrozenNorm, DeployedNorm):
+    """The same of a norm that was frozen before."""
 
 
 class DeployedMean(nn.AdaptiveAvgPool2d):
@@ -129,6 +134,7 @@ class DeployedTanh(_DeployedActivation, nn.Tanh): ...
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: DeployedNorm,
+    FrozenNorm: DeployedFrozenNorm,
     nn.AdaptiveAvgPool2d: DeployedMean,
     nn.AvgPool2d: DeployedWindow,
     nn.ELU: DeployedELU,
@@ -166,7 +172,8 @@ def computes_as(module: object, kind: type[nn.Module]) -> bool:
 
 def undeploy(module: nn.Module) -> None:
     """Make one module, in place, torch's own again: what stays a float module beside packed ones."""
-    module.__class__ = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
+    plain = next((plain for plain, kind in _KINDS.items() if type(module) is kind), type(module))
+    module.__class__ = nn.BatchNorm2d if plain is FrozenNorm else plain
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

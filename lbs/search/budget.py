@@ -263,7 +263,8 @@ class Budget:
         for target in self.targets:
             step = projection.smallest_step(self.ledger, target.quantity)
             rows.append(Reached(target.quantity, target.limit, self.ledger.total(target.quantity), step))
-        return BudgetResult(tuple(rows), self.full_precision)
+        left = tuple(name for name, _ in record_of(self.model).unconverted)
+        return BudgetResult(tuple(rows), self.full_precision, left)
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs besides the model's own state."""

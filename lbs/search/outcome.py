@@ -57,10 +57,14 @@ class Reached:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """Targets and what was reached, of one image. `target` and `value` are those of the first quantity."""
+    """Targets and what was reached, of one image. `target` and `value` are those of the first quantity.
+
+    uncounted: layers that stay in float, whose cost is part of neither.
+    """
 
     reached: tuple[Reached, ...]
     full_precision: int
+    uncounted: tuple[str, ...] = ()
 
     @property
     def target(self) -> float:
@@ -76,4 +80,7 @@ class BudgetResult:
         return all(row.met for row in self.reached)
 
     def __str__(self) -> str:
-        return "budget " + "\n       ".join(str(row) for row in self.reached)
+        rows = [str(row) for row in self.reached]
+        if self.uncounted:
+            rows.append(f"not counted, in float: {', '.join(self.uncounted)}")
+        return "budget " + "\n       ".join(rows)

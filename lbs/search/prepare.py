@@ -16,6 +16,7 @@ from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, tra
 from lbs.plan import RANGES, LayerPlan
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
+from lbs.quant.frozen_norm import adopt_frozen_norms
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
@@ -175,7 +176,9 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
 def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> tuple[nn.Module, ModelRecord]:
     if any(isinstance(m, QuantLayer) for m in unwrapped(model).modules()):
         raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
-    model = as_torch_has_them(plain_copy(model))
+    model = plain_copy(model)
+    adopt_frozen_norms(model)
+    model = as_torch_has_them(model)
     _check_finite(model)
     layers, found, uneven, folding = _layers_and_groups(model, example, config)
     unconverted = []
@@ -184,6 +187,8 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             reason = _unconvertible(name, module, layers, config.exclude, uneven)
             if reason:
                 unconverted.append((name, reason))
+        elif _is_other_layer(module) and ".parametrizations." not in f".{name}.":
+            unconverted.append((name, f"{type(module).__name__} has no quantized form"))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
     groups = {
@@ -197,6 +202,12 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
     record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding)
     return model, record
+
+
+def _is_other_layer(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights of its own, as layers of torch's do, and those without parts."""
+    layer = type(module).__module__.startswith("torch.nn") or next(module.children(), None) is None
+    return layer and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _layers_and_groups(

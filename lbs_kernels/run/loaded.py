@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 import weakref
 from typing import Any
@@ -32,6 +33,16 @@ MAX_BUILT = 4  # back ends times devices that one loaded program stays built for
 _handles = itertools.count(1)  # never used twice: a graph may outlive its program
 _loaded: weakref.WeakValueDictionary[int, LoadedProgram] = weakref.WeakValueDictionary()
 _building = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a child: a thread of the parent may have held the lock."""
+    global _building
+    _building = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class LoadedProgram:

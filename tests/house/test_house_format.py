@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import lbs
 import lbs.models
 import lbs.zoo
+from lbs.packing import vocabulary
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run.reference import ReferenceRunner
 
@@ -70,6 +73,36 @@ def test_reader_runs_a_packed_file_on_bytes(tmp_path: Path) -> None:
     result = stranger.run_file(path, images.numpy())
     assert np.array_equal(lbs.load(path)(images).numpy(), result)
     assert result.std() > 0
+
+
+def test_the_page_lists_what_a_file_may_name() -> None:
+    """Classes with their arguments, functions and methods: the same words in the same order."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    section = page.partition("## 8. Modules, functions and methods")[2]
+    rows = re.findall(r"^\| (`[^|]*) \| ([^|]*) \|$", section, re.MULTILINE)
+    listed = {
+        name: re.findall(r"`(\w+)`", arguments) for names, arguments in rows for name in re.findall(r"`(\w+)`", names)
+    }
+    assert listed == {kind.__name__: list(arguments) for kind, arguments in vocabulary.MODULES.items()}
+    blocks = {
+        title: words.split()
+        for title, words in re.findall(r"^(\w+ of [^:]*):\n\n((?:    .*\n)+)", section, re.MULTILINE)
+    }
+    functions = {f"{home}.{name}" for home in HOMES for name in blocks[f"Functions of `{home}`"]}
+    assert set(vocabulary.FUNCTIONS) <= functions
+    assert all(name in vocabulary.FUNCTIONS for name in functions if _is_there(name))
+    assert set(blocks["Methods of tensors"]) == vocabulary.METHODS
+    (attributes,) = (words for title, words in blocks.items() if title.startswith("Attributes of tensors"))
+    assert set(attributes) == vocabulary.ATTRIBUTES
+
+
+HOMES = ("operator", "torch", "torch.nn.functional", "torch.fft", "torch.linalg")
+
+
+def _is_there(name: str) -> bool:
+    """Whether this release of torch has a function."""
+    home, _, leaf = name.rpartition(".")
+    return hasattr(importlib.import_module(home), leaf)
 
 
 def test_reader_runs_the_shipped_network(tmp_path: Path) -> None:

@@ -123,6 +123,40 @@ assert equal(call(runner, program, inputs, threads=2), before)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_child_forked_while_another_thread_calls_is_free_of_it(threads: int) -> None:
+    code = """
+import os, signal, sys, threading, torch
+sys.path.insert(0, {tests!r})
+from programs import CASES, random_inputs
+from test_native_runner import call, equal, native
+program, blob = CASES["chain"](1)
+inputs = random_inputs(program, 64, seed=0)
+runner = native(program, blob)
+before = call(runner, program, inputs, threads={threads})
+stop = []
+
+def busy():
+    while not stop:
+        call(runner, program, inputs, threads={threads})
+
+other = threading.Thread(target=busy, daemon=True)
+other.start()
+for _ in range(12):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # kills one that waits for ever
+        os._exit(0 if equal(call(runner, program, inputs, threads={threads}), before) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop.append(True)
+other.join()
+assert equal(call(runner, program, inputs, threads={threads}), before)
+"""
+    code = code.format(tests=str(Path(__file__).parent), threads=threads)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_working_memory_is_reused() -> None:
     program, blob = CASES["chain"](0)
     runner = native(program, blob)

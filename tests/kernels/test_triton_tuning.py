@@ -66,7 +66,7 @@ def test_rules_of_the_gemm(change: dict[str, int], reason: str) -> None:
         ({"w_bits": 5}, "5-bit weights; fields hold at most 4 bits"),
         ({"a_bits": 8, "in_channels": 96}, "96 channels of bytes, whose rest holds anything, in blocks of 64"),
         # 9 * 16384 * 3 * 255 = 112 M fits in 32 bits, 32 times as much does not.
-        ({"w_bits": 2, "a_bits": 8, "in_channels": 16384}, "fields multiply them by 32, beyond 32 bits"),
+        ({"w_bits": 2, "a_bits": 8, "in_channels": 16384}, "while weights are fields, beyond 32 bits"),
         ({"groups": 4}, "4 groups leave a tensor core too little"),
     ],
 )

@@ -13,11 +13,12 @@ from typing import Any
 import pack_nets
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbs.packing.model import PackedModel
+from lbs.packing.packing import pack
 from lbs.packing.region import PackedRegion
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.run import loaded
@@ -262,6 +263,45 @@ def test_threads_that_come_first_together_build_one_runner(monkeypatch: pytest.M
     in_threads(4, call)
     assert len(built) == 1
     assert all(torch.equal(one, expected) for one in found)
+
+
+class Deep(nn.Module):
+    """Layers with a sigmoid between any two, which makes each a region of its own."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.sin(layer(x))
+        return x
+
+
+def test_however_many_regions_each_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = pack(pack_nets.quantized(Deep(300), (3, 2, 2)), verify=False), pack_nets.images(1, (3, 2, 2))
+    assert len(packed.regions) == 300
+    built, build = [], loaded.CompiledProgram
+    monkeypatch.setattr(loaded, "CompiledProgram", lambda *args: built.append(args) or build(*args))
+    expected = packed(x)
+    assert len(built) == 300
+    assert torch.equal(packed(x), expected)
+    assert len(built) == 300
+
+
+def test_what_a_network_was_built_into_goes_with_it() -> None:
+    kept, x = net("digits")
+    kept(x)
+    gc.collect()
+    count, built = len(loaded._loaded), []
+    for _ in range(20):
+        other = copy.deepcopy(kept)
+        other(x)
+        built.append(weakref.ref(other.regions[0].compiled()))
+        del other
+    gc.collect()
+    assert len(loaded._loaded) == count
+    assert not any(reference() for reference in built)
 
 
 def test_copies_share_nothing() -> None:

@@ -74,12 +74,14 @@ def test_imagenet_resnet_pools_its_stem() -> None:
     assert [step.op for step in packed.programs[0].steps[:3]] == ["quantpack", "bitconv2d", "pool"]
 
 
-def test_mobilenet_with_depthwise_layers_and_signed_codes() -> None:
+def test_mobilenet_with_depthwise_layers_and_negative_activations() -> None:
     model = pack_nets.network("mobilenet_v2", 4, 4, size=32)
     packed = pack_nets.check_equal(model, (3, 32, 32), batch=2)
     steps = layer_steps(packed.programs[0])
     assert any(isinstance(step, ConvStep) and step.groups > 1 for step in steps.values())
-    assert any(spec.signed for spec in packed.programs[0].tensors)
+    codes = [spec for spec in packed.programs[0].tensors[2:] if spec.form == "codes"]
+    assert any(spec.zero for spec in codes)
+    assert not any(spec.signed for spec in codes)
 
 
 @pytest.mark.parametrize("stream_dtype", ["float16", "bfloat16"])

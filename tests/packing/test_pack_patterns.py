@@ -231,8 +231,8 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
     "relu_no_layer_reads": (lambda n, x: torch.relu(F.softplus(head(n, n.inner(x)))), 1, ["softplus", "relu_1"]),
     "linear_on_positions": (
         lambda n, x: n.fc(n.inner(x).flatten(2).transpose(1, 2)).mean(1),
-        1,
-        ["flatten", "transpose", "fc", "mean"],
+        2,
+        ["flatten", "transpose", "mean"],
     ),
 }
 
@@ -412,13 +412,21 @@ def test_float_stem_gives_the_region_an_image() -> None:
     assert [name for name, _ in packed.kept_float] == ["norm", "softplus"]
 
 
-def test_value_changed_in_place_and_read_again_is_what_it_became() -> None:
-    def shared(n: Net, x: Tensor) -> Tensor:
-        y = n.inner(x)
-        return head(n, F.relu(y, inplace=True) + y)
+CHANGED: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "packed_and_read_again": lambda n, y: F.relu(y, inplace=True) + y,
+    "method_and_read_again": lambda n, y: y.clamp_(0.0, 0.5) + y,
+    "branch_before": lambda n, y: n.other(y) + n.other(F.leaky_relu_(y, 0.1)),
+    "sum_in_place": lambda n, y: (y.relu(), y.add_(torch.tanh(y)))[0] + y,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_reads_a_value_before_and_after_it_is_changed_in_place(name: str) -> None:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        return head(n, CHANGED[name](n, torch.sin(n.inner(x))))
 
     torch.manual_seed(3)
-    model = pack_nets.quantized(Net(shared), SHAPE)
+    model = pack_nets.quantized(Net(forward), SHAPE)
     packed = pack_nets.check_equal(model, SHAPE)
     x = pack_nets.images(3, SHAPE)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from search_grids import as_searched
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -249,7 +250,7 @@ def test_an_average_follows_the_gates_of_a_search(buffers: bool) -> None:
         average.update_parameters(model)
     average.eval()
     assert plan_of(average.module) == plan_of(model)
-    frozen = freeze(average.module).eval()
+    frozen = freeze(average.module, as_searched(average.module)).eval()
     torch.testing.assert_close(frozen(images(4, 1)), average(images(4, 1)), rtol=1e-4, atol=1e-5)
     assert lbs.verify(frozen, lbs.pack(frozen), images(4, 1)).ok
 
@@ -311,7 +312,7 @@ def test_one_width_is_the_uniform_baseline(bits: int, pruning: bool) -> None:
     torch.manual_seed(0)
     x, float_model = images(4, 1), lbs.models.create("digits_resnet8")
     searched = lbs.calibrate(prepare(float_model, x, SearchConfig(bits=(bits,), pruning=pruning)), [x], norms="keep")
-    plain = lbs.calibrate(uniform(float_model, x, bits, bits, ranges="layer"), [x], norms="keep")
+    plain = lbs.calibrate(uniform(float_model, x, bits, bits), [x], norms="keep")
     assert not any(layer.w_gate for layer in searched.modules() if isinstance(layer, SearchLayer))
     assert plan_of(searched).bops() == plan_of(plain).bops()
     # Norms of a network without gates round as deployed while ranges are looked for: those differ in their last bit.

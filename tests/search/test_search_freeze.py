@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from search_grids import as_searched
 from torch import Tensor, nn
 
 import lbs.models
@@ -74,14 +75,6 @@ def test_masked_equals_cut(name: str) -> None:
             torch.testing.assert_close(frozen(x), model(x), rtol=1e-9, atol=1e-9)
         assert plan_of(frozen) == plan
         assert sum(p.numel() for p in frozen.parameters()) < sum(p.numel() for p in model.parameters())
-
-
-def as_searched(model: nn.Module) -> Plan:
-    """The plan on the grids of the search, which has the odd one at every width that is still chosen from."""
-    plan = plan_of(model)
-    searched = {name for name, module in model.named_modules() if isinstance(module, QuantLayer) and module.searched}
-    grids = (replace(entry, w_grid="odd") if entry.name in searched else entry for entry in plan.layers)
-    return replace(plan, layers=tuple(grids))
 
 
 def test_layers_of_8_bits_get_a_zero_and_cut_filters_take_their_ranges_along() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from search_grids import as_searched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ def test_training_meets_the_target_and_leaves_one_branch() -> None:
     assert (layer.w_gate.scale != 1).any()  # every branch learns a range of its own
     result = budget.finish()
     assert result.met
-    frozen = freeze(model).eval()
+    frozen = freeze(model, as_searched(model)).eval()
     assert plan_of(frozen).bops() == result.value
     torch.testing.assert_close(frozen(images()), model.eval()(images()), rtol=1e-3, atol=1e-4)
     assert lbs.verify(frozen, lbs.pack(frozen), images()).ok

@@ -157,7 +157,7 @@ def test_every_padding_is_packed(kind: str, tmp_path: Any) -> None:
     model[3] = nn.Conv2d(16, 8, **PADDED[kind])  # type: ignore[arg-type]
     names, expected = set(model.state_dict()), model(x)
     assert torch.equal(plain_copy(model)(x), expected)
-    fixed = lbs.calibrate(uniform(model, x), [x], statistics="keep")
+    fixed = lbs.calibrate(uniform(model, x), [x], norms="keep")
     assert isinstance(fixed[3], QuantConv2d)  # type: ignore[index]
     assert names <= set(fixed.state_dict())
     packed = lbs.pack(fixed)

@@ -359,3 +359,27 @@ def test_norms_without_gamma_are_ranked_by_magnitude() -> None:
     weight = searched[2].weight.detach()  # type: ignore[index]
     expected = weight.abs().flatten(1).mean(1).view(2, 4).mean(1) / weight.abs().max()
     torch.testing.assert_close(searched[2].prune.statistic.detach(), expected)  # type: ignore[index]
+
+
+def test_other_layers_are_told_by_every_report() -> None:
+    class Sounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ear, self.place = nn.Conv1d(1, 8, 9, 4), nn.Parameter(torch.zeros(1, 8))
+            self.words, self.one, self.two = nn.Embedding(4, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(torch.relu(self.ear(x)).mean(2) + self.place + self.words((x[:, 0, 0] > 0).long()))
+            return self.two(torch.relu(self.one(y)))
+
+    x = torch.randn(4, 1, 60)
+    searched = lbs.calibrate(lbs.prepare(Sounds(), x), [x])
+    left = dict(conversion_report(searched))
+    assert left["ear"] == "left in float: Conv1d has no quantized form"
+    assert left["words"] == "left in float: Embedding has no quantized form"
+    assert set(left) == {"ear", "words", "one", "two"}
+    assert "not counted, in float: ear, words" in str(lbs.Budget(searched, bops=0.5).result())
+    packed = lbs.pack(lbs.freeze(searched).eval())
+    assert dict(packed.kept_float)["ear"] == "Conv1d has no quantized form"
+    assert "in float: ear: Conv1d has no quantized form" in str(lbs.explain(packed))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from search_grids import as_searched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -243,7 +244,7 @@ def test_hidden_channels_go_together() -> None:
     model.same.conv[0][0].prune.hold((2,), -1)
     plan = plan_of(model)
     assert plan.layer("down.conv.1.0").kept == plan.layer("down.conv.0.0").kept
-    frozen = freeze(model)
+    frozen = freeze(model, as_searched(model))
     assert frozen.down.conv[1][0].weight.shape == (16, 1, 3, 3)  # type: ignore[union-attr,index]
     assert frozen.down.conv[1][0].groups == 16  # type: ignore[union-attr,index]
     assert frozen.down.conv[1][1].num_features == 16  # type: ignore[union-attr,index]
