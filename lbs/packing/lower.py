@@ -323,7 +323,12 @@ class _Walk:
             return False
         parts = set(self.channels[draft])
         whole = len(parts) == sum(step.shape[0] for step in {step for step, _ in parts})
-        return whole and all(self._kind(reader) in ("layer", "max_pool", "select") for reader in self._readers(draft.value))
+        return whole and not any(self._reads_floats(reader) for reader in self._readers(draft.value))
+
+    def _reads_floats(self, reader: fx.Node) -> bool:
+        kind = self._kind(reader)
+        of_codes = kind == "max_pool" and all(self._kind(behind) == "layer" for behind in self._readers(reader))
+        return not of_codes and kind not in ("layer", "select")
 
     def _add_draft(self, node: fx.Node, draft: Draft) -> None:
         self.drafts.append(draft)

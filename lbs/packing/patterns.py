@@ -327,7 +327,9 @@ def _cat_call(node: fx.Node) -> Op | None:
     tensors = argument(node, 0, "tensors")
     dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
     ranks = {len(shape_of(tensor)) for tensor in tensors} if isinstance(tensors, list | tuple) else set()
-    return Op("select") if ranks in ({2}, {4}) and dim in (1, 1 - max(ranks)) else None
+    if ranks not in ({2}, {4}) or dim not in (1, 1 - max(ranks)):
+        return None
+    return Op("select" if len(tensors) > 1 else "alias")
 
 
 def _shape_call(node: fx.Node) -> Op | None:
