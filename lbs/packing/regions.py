@@ -64,7 +64,9 @@ def _needless(graph: fx.Graph, ops: Mapping[fx.Node, Op]) -> frozenset[fx.Node]:
             continue
         readers = [user for user in node.users if user not in free]
         if ops[node].kind == "shape":
-            readers = [user for user in readers if not (user in ops and ops[user].kind in ("alias", "mean_pool", "select"))]
+            readers = [
+                user for user in readers if not (user in ops and ops[user].kind in ("alias", "mean_pool", "select"))
+            ]
         if not readers:
             free.add(node)
     return frozenset(free)

@@ -140,9 +140,7 @@ def select(inputs: Sequence[Tensor], channels: Sequence[int], repeat: tuple[int,
         The same dtype for codes, float32 for streams; [N, H, W, C].
     """
     height, width = inputs[0].shape[1] * repeat[0], inputs[0].shape[2] * repeat[1]
-    parts = [
-        x.repeat_interleave(height // x.shape[1], 1).repeat_interleave(width // x.shape[2], 2) for x in inputs
-    ]
+    parts = [x.repeat_interleave(height // x.shape[1], 1).repeat_interleave(width // x.shape[2], 2) for x in inputs]
     whole = torch.cat(parts, 3)
     chosen = whole[..., list(channels)] if channels else whole
     return chosen if chosen.dtype == torch.uint8 else chosen.float()

@@ -197,8 +197,8 @@ class SelectStep:
 
     y[h, w, c] = x[h // (H / H_x), w // (W / W_x), k]   x, k: the input that holds channel `channels[c]` of all inputs
                                                         side by side, and its number there
-    (H, W) = repeat * the size of the first input, whole multiples of the sizes of all. Streams are emitted; codes of one
-    kind give codes out unchanged (one consumer, scale ignored).
+    (H, W) = repeat * the size of the first input, whole multiples of the sizes of all. Streams are emitted; codes of
+    one kind give codes out unchanged (one consumer, scale ignored).
     """
 
     op: ClassVar[str] = "select"

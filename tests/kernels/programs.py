@@ -536,7 +536,7 @@ def averaged(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]
 
 def concatenated(seed: int, bits: int = 4, zero: int = 1) -> tuple[Program, Tensor]:
     """Codes side by side: 13 and 33 channels that share groups and words, whole groups that are copied, a channel
-    taken twice, a shuffle, half the image repeated; one input is read with a stride besides, which moves its columns."""
+    taken twice, a shuffle, a small image repeated; one input is read with a stride besides, which moves its columns."""
     b = Builder(seed)
     x = _stem(b, 3, (8, 6))
     parts = []

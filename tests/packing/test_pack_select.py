@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pack_nets
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbs
-from lbs.packing.model import PackedModel
-from lbs_kernels.program.steps import SelectStep
 
 SHAPE = (3, 12, 8)
 

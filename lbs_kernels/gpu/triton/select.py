@@ -1,4 +1,4 @@
-"""select in Triton: channels of several tensors as one, pixels repeated by whole factors; codes pass, streams are emitted.
+"""select in Triton: channels of several tensors as one, pixels repeated; codes pass unchanged, streams are emitted.
 
 All tensors of a program lie in one arena, so a table of addresses, one for each channel, serves any number of inputs.
 """
@@ -40,7 +40,7 @@ class SelectShape(NamedTuple):
 
 @triton.jit
 def select_tile(table_ptr, shape, REPEAT: tl.constexpr, CONFIG: tl.constexpr):
-    """Pixels [BLOCK_M], first channel and channels [BLOCK_C] of this program; elements [BLOCK_M, BLOCK_C] from the base."""
+    """Pixels [M], first channel and channels [C] of this program's tile, and elements [M, C] from the base to each."""
     channels = shape.channels
     channel_blocks = (channels + CONFIG.block_c - 1) // CONFIG.block_c
     program = tl.program_id(0)
@@ -62,7 +62,7 @@ def select_tile(table_ptr, shape, REPEAT: tl.constexpr, CONFIG: tl.constexpr):
 @triton.jit
 def select_bytes_kernel(x_ptr, out_ptr, table_ptr, shape, REPEAT: tl.constexpr, CONFIG: tl.constexpr):
     """Codes of 8 bits."""
-    row, first, channel, offset = select_tile(table_ptr, shape, REPEAT, CONFIG)
+    row, _, channel, offset = select_tile(table_ptr, shape, REPEAT, CONFIG)
     mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
     codes = tl.load(x_ptr + offset, mask=mask, other=0)
     tl.store(out_ptr + row[:, None] * shape.out_pitch + channel[None, :], codes, mask=mask)
