@@ -121,6 +121,19 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
         if (strides[input] == 0) strides[input] = step.stride.x;
         else if (strides[input] != step.stride.x) strides[input] = -1;
     }
+    // Rows of what a selection reads lie as those it writes, so that whole groups are copied.
+    for (auto step = program.steps.rbegin(); step != program.steps.rend(); ++step) {
+        if (step->kind != StepKind::kSelect || step->emit.consumers.empty()) continue;
+        const auto output = static_cast<size_t>(step->emit.consumers[0].tensor);
+        for (int input : step->inputs) {
+            const auto i = static_cast<size_t>(input);
+            const bool same = layouts[i].height == layouts[output].height && layouts[i].width == layouts[output].width;
+            if (program.tensors[i].form != Form::kCodes || !same) continue;
+            layouts[i].left = std::max(layouts[i].left, layouts[output].left);
+            layouts[i].right = std::max(layouts[i].right, layouts[output].right);
+            if (strides[i] == 0) strides[i] = strides[output];
+        }
+    }
     for (size_t i = 0; i < layouts.size(); ++i) {
         if (strides[i] > 1 && strides[i] <= layouts[i].width) layouts[i].phases = strides[i];
         if (program.tensors[i].form != Form::kCodes) continue;

@@ -35,6 +35,12 @@ struct CodeLayout {
     int phase_width() const { return (left + width + right + phases - 1) / phases; }
     int64_t group_pitch() const { return int64_t{4} * phases * phase_width(); }
     int64_t row_pitch() const { return groups * group_pitch(); }
+    // Where a row begins, with its padding.
+    int64_t row(int y) const { return (top + y) * row_pitch(); }
+    bool has_rows_of(const CodeLayout& other) const {
+        return width == other.width && left == other.left && right == other.right && phases == other.phases &&
+               height == other.height;
+    }
     int64_t bytes() const { return (top + height + bottom) * row_pitch(); }
     // Byte of channel 0 of pixel (y, x); negative coordinates reach into the padding.
     int64_t offset(int y, int x) const {

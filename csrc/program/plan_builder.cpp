@@ -180,13 +180,16 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
         SelectSource source;
         source.tensor = step.inputs[i];
         if (codes) {
+            source.is_alike = layout.has_rows_of(layouts[static_cast<size_t>(step.emit.consumers[0].tensor)]);
+            source.row = layout.row(0);
+            source.row_pitch = layout.row_pitch();
             source.first = static_cast<int32_t>(layout.offset(0, 0));
             source.pitch = layout.group_pitch();
             source.map = repeat_map(store, layout, target.height, target.width, kernels.lanes);
         } else {
             source.pitch = 4 * tensor.pixels();
-            source.is_whole = tensor.height == target.height && tensor.width == target.width;
-            if (!source.is_whole) source.map = repeat_map(store, tensor, target.height, target.width, kernels.lanes);
+            source.is_alike = tensor.height == target.height && tensor.width == target.width;
+            if (!source.is_alike) source.map = repeat_map(store, tensor, target.height, target.width, kernels.lanes);
         }
         sources[i] = source;
         for (int channel = 0; channel < tensor.channels; ++channel) all.push_back({static_cast<int>(i), channel});
@@ -203,6 +206,9 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
     if (!codes) return;
     select.output = step.emit.consumers[0].tensor;
     const CodeLayout& out = layouts[static_cast<size_t>(select.output)];
+    select.rows = out.height;
+    select.out_row = out.row(0);
+    select.out_row_pitch = out.row_pitch();
     select.out_pitch = static_cast<int32_t>(out.group_pitch());
     select.out_map = store_map(store, out, kernels.lanes);
 }

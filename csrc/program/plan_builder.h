@@ -11,7 +11,17 @@
 namespace lbs {
 
 struct StepPlan {
-    enum class Run { kQuantPack, kConv, kLinear, kMaxStream, kAverageStream, kMeanStream, kMaxCodes, kMaxCodesAnyZero, kSelect };
+    enum class Run {
+        kQuantPack,
+        kConv,
+        kLinear,
+        kMaxStream,
+        kAverageStream,
+        kMeanStream,
+        kMaxCodes,
+        kMaxCodesAnyZero,
+        kSelect
+    };
 
     Run run = Run::kQuantPack;
     ConvPlan conv;

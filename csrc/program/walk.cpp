@@ -160,10 +160,12 @@ private:
             for (int index : step.inputs) check_unchanged(step.emit, spec(index));
         const auto exists = [&](int channel) { return channel >= 0 && channel < total; };
         if (total > kMaxSize || !std::all_of(step.channels.begin(), step.channels.end(), exists))
-            refuse_here(rule::kSelectChannels, "there are " + std::to_string(total) + " channels to select of, at most " +
-                                                   std::to_string(kMaxSize));
+            refuse_here(rule::kSelectChannels, "the inputs have " + std::to_string(total) + " channels, at most " +
+                                                   std::to_string(kMaxSize) + ", to select of");
         const int64_t height = int64_t{first.height} * step.repeat.y, width = int64_t{first.width} * step.repeat.x;
-        const auto divides = [&](int index) { return height % spec(index).height == 0 && width % spec(index).width == 0; };
+        const auto divides = [&](int index) {
+            return height % spec(index).height == 0 && width % spec(index).width == 0;
+        };
         if (!is_size(height) || !is_size(width) || !std::all_of(step.inputs.begin(), step.inputs.end(), divides))
             refuse_here(rule::kRepeat, "the size that is written is a whole multiple of every input's");
         const auto count = static_cast<int64_t>(step.channels.size());

@@ -536,17 +536,18 @@ def averaged(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]
 
 def concatenated(seed: int, bits: int = 4, zero: int = 1) -> tuple[Program, Tensor]:
     """Codes side by side: 13 and 33 channels that share groups and words, whole groups that are copied, a channel
-    taken twice, a shuffle, a small image repeated; one input is read with a stride besides, which moves its columns."""
+    taken twice, a shuffle, a small image repeated; an input and a whole are read with a stride, which moves columns."""
     b = Builder(seed)
     x = _stem(b, 3, (8, 6))
     parts = []
-    for filters, stride in ((13, 1), (33, 1), (20, 2)):
+    for filters, stride in ((13, 1), (33, 1), (20, 2), (16, 1)):
         codes = b.consumer(b.conv_shape(x, filters, stride=(stride, stride)), bits, zero=zero)
         b.conv(x, Emit(consumers=(codes,)), filters, w_bits=8, stride=(stride, stride))
         parts.append(codes.tensor)
-    thin, wide, small = parts
-    strided = b.stream(b.conv_shape(wide, 8, stride=(2, 2)), output=True)
-    b.conv(wide, Emit(stream=strided), 8, w_bits=4, stride=(2, 2))
+    thin, wide, small, even = parts
+    for source in (wide, b.selected((even, even), channels=(*range(16), *range(20, 29)))):
+        strided = b.stream(b.conv_shape(source, 8, (5, 5), (2, 2), (2, 2)), output=True)
+        b.conv(source, Emit(stream=strided), 8, w_bits=4, kernel=(5, 5), stride=(2, 2), padding=(2, 2))
     total = None
     for place, whole in enumerate(
         (
