@@ -3,8 +3,8 @@
 //     y[channel c, pixel] = x[places[c].channel, the pixel it repeats],   x = sources[places[c].source]
 //
 // Codes pass as they are: groups of four channels that follow each other in an input are copied row by row (28 x 28
-// pixels of 256 channels in 2.2 us, 12.8 us vector by vector, on a core of a Zen 5), repeated ones vector by vector, others
-// are put together byte by byte. Streams are emitted.
+// pixels of 256 channels in 2.2 us, 12.8 us vector by vector, on one core of a Zen 5), repeated ones vector by vector,
+// others are put together byte by byte. Streams are emitted.
 #pragma once
 
 #include "bitconv2d/bitconv2d_kernel.h"

@@ -7,10 +7,12 @@ from pathlib import Path
 import pack_nets
 import pytest
 import torch
+from test_pack_exact import frozen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbs
+from lbs_kernels.program.steps import SelectStep
 
 SHAPE = (3, 12, 8)
 
@@ -188,3 +190,38 @@ def test_a_family_is_one_region(make: type[Family], tmp_path: Path) -> None:
         assert torch.equal(packed(x), model(x))
     packed.save(tmp_path / "family.lbs.safetensors")
     assert torch.equal(lbs.load(tmp_path / "family.lbs.safetensors")(x), packed(x))
+
+
+def forms(make: type[Family]) -> list[set[str]]:
+    """Of every selection, the forms of what it reads."""
+    (program,) = lbs.pack(quantized(make), verify=False).programs
+    steps = [step for step in program.steps if isinstance(step, SelectStep)]
+    return [{program.tensors[index].form for index in step.inputs} for step in steps]
+
+
+@pytest.mark.parametrize("make", [Fire, UNet])
+def test_codes_pass_where_layers_alone_read_them(make: type[Family]) -> None:
+    assert forms(make) == [{"codes"}] * 2
+
+
+def test_streams_are_read_where_norms_or_parts_of_them_are() -> None:
+    assert forms(Dense) == [{"stream"}] * 3
+    assert forms(Shuffle) == [{"stream"}] * 4  # one for each branch's half, and the last
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_any_widths_and_filters_that_are_cut(make: type[Family]) -> None:
+    torch.manual_seed(4)
+    model = make()
+    model(torch.zeros(1, *SHAPE))
+    model = frozen(model, SHAPE, 3)
+    packed = pack_nets.check_equal(model, SHAPE)
+    assert len(packed.programs) == 1
+    x = pack_nets.images(5, SHAPE, 9)
+    with torch.no_grad():
+        assert torch.equal(packed(x), model(x))
+
+
+@pytest.mark.parametrize("make", [Dense, Shuffle, UNet])
+def test_streams_in_half_precision(make: type[Family]) -> None:
+    pack_nets.check_equal(quantized(make), SHAPE, stream_dtype="bfloat16")
