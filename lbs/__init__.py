@@ -23,10 +23,12 @@ _FACE = {
     "bench": "lbs.benchmark",
     "calibrate": "lbs.quant.calibrate",
     "explain": "lbs.packing.explain",
+    "fidelity": "lbs.post_training",
     "freeze": "lbs.search.freeze",
     "load": "lbs.packing.checkpoint",
     "pack": "lbs.packing.packing",
     "prepare": "lbs.search.prepare",
+    "quantize": "lbs.post_training",
     "report": "lbs.reporting.page",
     "uniform": "lbs.search.prepare",
     "verify": "lbs.packing.verify",
@@ -42,10 +44,12 @@ __all__ = [
     "calibrate",
     "errors",
     "explain",
+    "fidelity",
     "freeze",
     "load",
     "pack",
     "prepare",
+    "quantize",
     "report",
     "uniform",
     "verify",
@@ -76,6 +80,8 @@ if TYPE_CHECKING:
     from lbs.packing.packing import pack as pack
     from lbs.packing.verify import verify as verify
     from lbs.plan import Plan as Plan
+    from lbs.post_training import fidelity as fidelity
+    from lbs.post_training import quantize as quantize
     from lbs.quant.calibrate import calibrate as calibrate
     from lbs.reporting.page import report as report
     from lbs.search.budget import Budget as Budget

@@ -99,6 +99,7 @@ class SearchRun(RunConfig):
     latency_ms: float = 0.0  # of one image, by the times `lbs tune` measured; 0: no target
     latency_device: str = "cpu"  # whose times
     bits: tuple[int, ...] = (2, 4, 8)
+    ranges: str = "layer"  # of the weights; the committed rows have one for every layer, as the paper's
     pruning: bool = True
     exclude: tuple[str, ...] = ()  # name patterns of layers that stay in float
     group_size: int = 0  # filters pruned together; 0: the model's own

@@ -19,6 +19,16 @@ AUGMENTED = {
     getattr(operator, f"i{name}"): getattr(operator, f"__{name}__")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 }
+_TORCHS_OWN = (
+    "torch",
+    "torch._C._nn",
+    "torch.nn.functional",
+    "torch.functional",
+    "_operator",
+    "builtins",
+    "math",
+    None,
+)
 
 
 @contextmanager
@@ -76,6 +86,8 @@ def settle(module: fx.GraphModule, example: Tensor) -> Any:
     for node in reversed(module.graph.nodes):
         for key in ("memory", "view"):
             node.meta.pop(key, None)
+        if (given := node.meta.pop("given", None)) is not None:
+            node.replace_all_uses_with(given)
         if _is_dead(node):
             module.graph.erase_node(node)
     module.recompile()
@@ -95,6 +107,9 @@ class _Shapes(Evaluation):
             n.meta["view"] = (tuple(result.shape), result.stride(), result.storage_offset())
         elif isinstance(result, int | torch.Size):
             n.meta["number"] = result
+        if n.op == "call_function" and getattr(n.target, "__module__", None) not in _TORCHS_OWN:
+            # A function that torch.fx leaves alone and that does nothing in evaluation, such as stochastic depth.
+            n.meta["given"] = next((node for node in n.all_input_nodes if self.env[node] is result), None)
         own = {t.untyped_storage()._cdata for t in tensors_of(result)}
         n.meta["memory"] = n
         for node, tensors in sources.items():

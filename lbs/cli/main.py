@@ -20,6 +20,7 @@ COMMANDS = {
     "search": "find bits and filters of every layer within a budget",
     "finetune": "train the searched network at its fixed bits",
     "reproduce": "make one row of the published results: float network, search, fine-tune, pack, verify, record",
+    "quantize": "pack a trained network without training it: a folder of images, no labels",
     "pack": "write the network of a run as bit-planes, and check the file",
     "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
     "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",

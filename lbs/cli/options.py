@@ -60,7 +60,7 @@ def bit_operations(text: str) -> float:
     return value
 
 
-def add_exclude(parser: argparse.ArgumentParser) -> None:
+def add_exclude(parser: argparse._ActionsContainer) -> None:
     """--exclude, of commands that choose which layers have bits."""
     parser.add_argument(
         "--exclude",

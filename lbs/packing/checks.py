@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -28,6 +31,30 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
             "lbs.freeze, or with lbs.uniform and lbs.calibrate"
         )
     return layers
+
+
+def check_calibrated(layers: Mapping[str, QuantLayer]) -> None:
+    """Refuse a model that was never calibrated nor trained: every range of it is the one it was made with.
+
+    Raises:
+        GraphError: names the layers.
+    """
+    if not all(_as_made(layer) for layer in layers.values()):
+        return
+    names = ", ".join(list(layers)[:4]) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+    raise GraphError(
+        f"{names}: the range of weights and activations is 1 in every layer (a step of 1/32 for images), as they were "
+        "made; set them from data first: lbs.calibrate(model, batches)"
+    )
+
+
+def _as_made(layer: QuantLayer) -> bool:
+    quantizer = layer.quantizer
+    made = type(quantizer)()
+    untouched = all(
+        torch.equal(value, made.state_dict()[key].to(value)) for key, value in quantizer.state_dict().items()
+    )
+    return untouched and bool((layer.w_range == 1).all())
 
 
 def check_layer(name: str, layer: QuantLayer) -> None:

@@ -271,8 +271,7 @@ def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays
 
 def weight_codes(layer: QuantLayer, shape: Shape) -> Tensor:
     """Codes uint8 [O, kh, kw, C] on the CPU; a linear layer reads an image of `shape` [C, H, W] as one window."""
-    with torch.no_grad():
-        codes = layer.weight_codes().to(torch.uint8).cpu()
+    codes = layer.code_bytes().cpu()
     if codes.dim() == 2:
         codes = codes.reshape(codes.shape[0], *shape)
     return codes.permute(0, 2, 3, 1).contiguous()

@@ -30,7 +30,10 @@ class PackedModel(nn.Module):
 
     `body` is a torch.fx GraphModule in which every region of packed layers is one call. `kept_float` lists what was
     not packed, each with its reason. `plan` holds the bits and kept filters it was made from, if there was a record.
+    `report` is what `lbs.quantize` says of it; it is not saved.
     """
+
+    report: Any = None
 
     def __init__(
         self,

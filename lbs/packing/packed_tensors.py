@@ -54,12 +54,12 @@ class PackedTensors:
         return self._writers[region][step.input]
 
     def weight_codes(self, name: str, shape: torch.Size) -> Tensor:
-        """float32 codes in the planes of the layer `name`, as `shape` [O, C, kh, kw] or [O, C]."""
+        """uint8 codes in the planes of the layer `name`, as `shape` [O, C, kh, kw] or [O, C]."""
         region, step = self.steps[name]
         source = self._programs[region].tensors[step.input]
         groups = step.groups if isinstance(step, ConvStep) else 1
         planes = self._programs[region].array(self._blobs[region], step.planes)
-        codes = unpack_weights(planes, source.channels // groups).float()
+        codes = unpack_weights(planes, source.channels // groups)
         kernel = step.kernel if isinstance(step, ConvStep) else (1, 1)
         codes = codes.reshape(codes.shape[0], *kernel, codes.shape[2])
         return _logical(codes, shape, name)

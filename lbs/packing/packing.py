@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lbs.packing.checks import quantized_layers
+from lbs.packing.checks import check_calibrated, quantized_layers
 from lbs.packing.graph_json import unsaved
 from lbs.packing.lower import lower
 from lbs.packing.model import PackedModel
@@ -16,6 +16,7 @@ from lbs.packing.outer import outer_graph
 from lbs.packing.pixels import Normalization
 from lbs.packing.tracing import trace_model
 from lbs.packing.verify import verify as compare
+from lbs.quant.layers import still
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError
 from lbs_kernels.program.steps import STREAM_DTYPES
@@ -51,11 +52,11 @@ def pack(
         PackedModel on the model's device.
 
     Raises:
-        GraphError: still searchable, nothing to pack, untraceable, a trace that computes something else than the model
-            itself, values that are not finite, signed activations that are padded with zeros, bytes that a float part
-            would read, or a verification that failed (the layer is named). FormatError: an accumulator that could
-            overflow, or means and deviations that are not finite and positive. ShapeError: an example of another form,
-            or another number of channels.
+        GraphError: still searchable, never calibrated, nothing to pack, untraceable, a trace that computes something
+            else than the model itself, values that are not finite, signed activations that are padded with zeros, bytes
+            that a float part would read, or a verification that failed (the layer is named). FormatError: an
+            accumulator that could overflow, or means and deviations that are not finite and positive. ShapeError: an
+            example of another form, or another number of channels.
 
     Example:
         packed = lbs.pack(lbs.freeze(model))
@@ -65,33 +66,46 @@ def pack(
     if stream_dtype not in STREAM_DTYPES:
         raise FormatError(f"stream_dtype is {stream_dtype!r}; choose one of {', '.join(STREAM_DTYPES)}")
     model = unwrapped(model)
-    quantized_layers(model)
+    check_calibrated(quantized_layers(model))
     pixels = None if normalize is None else Normalization.of(normalize)
     floats = example if example is None or pixels is None else pixels.values(example[:2]).float()
+    with still(model):
+        packed = _packed(model, floats, stream_dtype, pixels)
+        packed.fallback = fallback
+        _tell_kept(packed.name, packed.kept_float)
+        for label, reason in unsaved(packed.body).items():
+            _log.warning("%s: the packed model cannot be saved: %s %s", packed.name, label, reason)
+        if verify:
+            _verify(model, packed, example)
+    return packed
+
+
+def _packed(model: nn.Module, floats: Tensor | None, stream_dtype: str, pixels: Normalization | None) -> PackedModel:
     graph, shape = trace_model(model, floats)
     if pixels is not None:
         pixels.check_channels(shape[0])
     lowered = lower(graph, stream_dtype, None if pixels is None else pixels.affine)
     record = getattr(model, "lbs_record", None)
     left_out = dict(record.unconverted) if record is not None else {}  # layers that were never quantized, and why
-    name = type(model).__name__
     device = next(iter(model.parameters())).device
-    packed = PackedModel(
+    return PackedModel(
         outer_graph(graph, lowered),
         input_shape=shape,
         kept_float=tuple((label, left_out.get(label, reason)) for label, reason in lowered.kept_float),
         plan=record.plan if record is not None else None,
-        name=name,
+        name=type(model).__name__,
         normalize=pixels,
     ).to(device)
-    packed.fallback = fallback
-    for label, reason in packed.kept_float:
-        _log.warning("%s: %s stays in float: %s", name, label, reason)
-    for label, reason in unsaved(packed.body).items():
-        _log.warning("%s: the packed model cannot be saved: %s %s", name, label, reason)
-    if verify:
-        _verify(model, packed, example)
-    return packed
+
+
+def _tell_kept(name: str, kept: tuple[tuple[str, str], ...]) -> None:
+    """One line for each reason, not for each of the hundreds of operations that may share it."""
+    by_reason: dict[str, list[str]] = {}
+    for label, reason in kept:
+        by_reason.setdefault(reason, []).append(label)
+    for reason, labels in by_reason.items():
+        listed = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+        _log.warning("%s: %s %s in float: %s", name, listed, "stays" if len(labels) == 1 else "stay", reason)
 
 
 def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:

@@ -39,7 +39,7 @@ from lbs.packing.tracing import trace_model
 from lbs.packing.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
 from lbs.quant.activations import Function
-from lbs.quant.layers import QuantLayer
+from lbs.quant.layers import QuantLayer, still
 from lbs.traced import Evaluation, evaluating, run, tensors_of
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import GraphError
@@ -75,6 +75,11 @@ def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> V
     need_packed(packed, "verify")
     packed.check_input(x)
     model = unwrapped(model)
+    with still(model):
+        return _compared(model, packed, x, backend)
+
+
+def _compared(model: nn.Module, packed: Any, x: Tensor, backend: str) -> VerifyReport:
     graph, _ = trace_model(model, packed.float_images(x[:2]).float() if len(x) else None, strict=False)
     checks, agreeing, identical = [], [], []
     with evaluating(model):
@@ -172,7 +177,7 @@ class _Judge(Evaluation):
         weights = self._weights(name, layer)
         # In units of the two steps every sum is an exact integer, so that what is 0 stays 0.
         units = (layer.quantizer.values(codes) / layer.quantizer.step()).round()
-        sums = layer.product(units, weights, None)
+        sums = layer.sums(units, weights)
         product = sums * self._steps(layer, sums)
         y = product
         if isinstance(layer.bias, Tensor):
@@ -183,7 +188,8 @@ class _Judge(Evaluation):
 
     def _half_bound(self, layer: QuantLayer, units: Tensor, weights: Tensor, product: Tensor) -> Tensor:
         """Of a layer in half precision: the sum in float32, in any order, then rounded to float16."""
-        terms = weights[0].numel() * layer.product(units.abs(), weights.abs(), None) * self._steps(layer, product)
+        magnitudes = codec.weight_units(weights.double(), layer.w_bits, layer.w_grid).abs()
+        terms = weights[0].numel() * layer.product(units.abs(), magnitudes, None) * self._steps(layer, product)
         return HALF * product.abs() + UNIT * terms
 
     @staticmethod
@@ -215,13 +221,14 @@ class _Judge(Evaluation):
         )
 
     def _weights(self, name: str, layer: QuantLayer) -> Tensor:
-        """Units of the model's own weight codes, which are compared with the stored planes."""
-        codes = layer.weight_codes()
-        stored = self.tensors.weight_codes(name, codes.shape)
-        differ = int((codes != stored).sum())
-        largest = float((codes - stored).abs().max())
+        """The model's own weight codes, which are compared with the stored planes."""
+        codes = layer.code_bytes()
+        stored = self.tensors.weight_codes(name, codes.shape).to(codes.device)
+        wrong = codes != stored
+        differ = int(wrong.sum())
+        largest = float((codes[wrong].int() - stored[wrong].int()).abs().max()) if differ else 0.0
         self.checks.append(Check(name, "weight codes", codes.numel(), differ, 0, largest, 0.0))
-        return codec.weight_units(codes.double(), layer.w_bits, layer.w_grid)
+        return codes
 
     # Floats.
 

@@ -21,7 +21,8 @@ from lbs_kernels.program.steps import WeightGrid
 _SHARES = 80  # of the largest magnitude, among which a range is looked for: every fifth, then between the best two
 _SAMPLES = 65536
 _COLUMNS = 1024  # weights of one filter that are looked at; its largest always counts
-_AFFINE_SAMPLES = 16384
+_FIRST_LOOK = 8192  # values that sort the candidates for a range around 0; the best of them see the whole sample
+_FINALISTS = 8
 _KEPT = 1024  # images of an iterator, which can be read once only
 _IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x", "img", "data")  # keys of a batch
 
@@ -201,7 +202,7 @@ def _observe(
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
-        with torch.no_grad(), statistics.observing(layers.values()):
+        with torch.no_grad(), statistics.observing(layers.values()), statistics.in_torch_arithmetic(model):
             for batch in batches:
                 run(batch)
     finally:
@@ -290,18 +291,20 @@ def _best_affine(values: Tensor, bits: int, zero_bits: int) -> tuple[float, int]
     """(width of the range, code of 0 among `zero_bits` bits) of least squared error at `bits`, where some are negative.
 
     Both ends are drawn in together, or each by itself; where they are few against the rest, negative values are cut.
+    Outliers are few and weigh much, so the whole sample has the last word.
     """
     n = codec.levels(zero_bits)
     low, high = -float(values.min()), max(0.0, float(values.max()))
-    sample = values[:: _stride(len(values), _AFFINE_SAMPLES)]
     shares = [count / 20 for count in range(1, 21)]
     ends = [(low * share, high * share) for share in shares]
     ends += [(low * part / 4, high * share) for part in range(5) for share in shares]
-    tried = {codec.around_zero(a, b, n) for a, b in ends if a + b > 0}
+    tried = sorted({codec.around_zero(a, b, n) for a, b in ends if a + b > 0})
 
-    def error(candidate: tuple[float, int]) -> float:
-        coding = codec.Coding("unsigned", candidate[1], n)
-        v = sample.new_tensor(candidate[0])
-        return float((codec.round_trip(sample, v, bits, coding) - sample).square_().mean())
+    def errors(sample: Tensor, candidates: list[tuple[float, int]]) -> list[float]:
+        codings = [(sample.new_tensor(v), codec.Coding("unsigned", zero, n)) for v, zero in candidates]
+        return [float((codec.round_trip(sample, v, bits, c) - sample).square_().mean()) for v, c in codings]
 
-    return min(sorted(tried), key=error)
+    rough = errors(values[:: _stride(len(values), _FIRST_LOOK)], tried)
+    finalists = [candidate for _, candidate in sorted(zip(rough, tried, strict=True))[:_FINALISTS]]
+    finalists.append(codec.around_zero(low, high, n))
+    return min(zip(errors(values, finalists), finalists, strict=True))[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import PlanError
 
+PART = 1 << 22  # weights worked on at once: 32 MB of float64
 _ABOVE_ONE = "each width must be an integer multiple of the one before"
 
 
@@ -185,16 +186,19 @@ def input_values(codes: Tensor, step: Tensor, zero: Tensor | int) -> Tensor:
     return (codes - zero) * step
 
 
-def standardize(w: Tensor, mode: str, kept: Tensor | None = None) -> Tensor:
+def standardize(
+    w: Tensor, mode: str, kept: Tensor | None = None, statistics: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Divide weights by their standard deviation over the kept entries (detached), `full` also subtracts the mean.
 
     Arguments:
-        w: weights of one layer. mode: `scale`, `full` or `none`. kept: 1 for entries that live, broadcastable to w.
+        w: weights of one layer, or some of them. mode: `scale`, `full` or `none`. kept: 1 for entries that live,
+            broadcastable to w. statistics: `weight_statistics` of the whole layer, where w is a part of it.
     """
     if mode == "none":
         return w
     with torch.no_grad():
-        mean, std = weight_statistics(w, kept)
+        mean, std = statistics or weight_statistics(w, kept)
     return (w - mean) / std if mode == "full" else w / std
 
 
@@ -204,6 +208,11 @@ def weight_statistics(w: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Te
     Sums run in float64, so that neither the threads, nor the instruction set, nor whether dead filters are masked or
     cut decide a code. Entries that are all equal (a single weight, say) have deviation 1: they stay as they are.
     """
+    if kept is None and w.numel() > PART:
+        parts = w.split(part_rows(w))
+        mean = sum(part.double().sum() for part in parts) / w.numel()
+        variance = sum((part.double() - mean).square_().sum() for part in parts) / w.numel()
+        return _as_deviation(mean, variance, w.dtype)
     values = w.double()
     if kept is None:
         mean, variance = values.mean(), values.var(unbiased=False)
@@ -212,5 +221,14 @@ def weight_statistics(w: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Te
         count = mask.sum(dtype=torch.float64)
         mean = (values * mask).sum() / count
         variance = ((values - mean) ** 2 * mask).sum() / count
-    std = variance.sqrt().to(w.dtype)
-    return mean.to(w.dtype), torch.where(std > 0, std, torch.ones_like(std))
+    return _as_deviation(mean, variance, w.dtype)
+
+
+def _as_deviation(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    std = variance.sqrt().to(dtype)
+    return mean.to(dtype), torch.where(std > 0, std, torch.ones_like(std))
+
+
+def part_rows(w: Tensor) -> int:
+    """Filters of w that are worked on at once, so that temporary float64 copies of large layers stay small."""
+    return max(1, PART * len(w) // max(w.numel(), 1))

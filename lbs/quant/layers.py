@@ -7,6 +7,8 @@ without a norm behind the layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class QuantLayer(nn.Module):
     w_grid: WeightGrid  # of the weight codes (`codec.Coding`)
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
+    _held: list[Tensor] | None = None  # while `still`, the codes once they were asked for
 
     def _init_quant(self, w_bits: int, quantizer: Any, standardize: str) -> None:
         if standardize not in STANDARDIZE:
@@ -70,6 +73,22 @@ class QuantLayer(nn.Module):
         """Integer codes like `weight`, in its dtype: exactly what is packed."""
         return codec.weight_codes(self.float_weight(), self.weight_range().abs(), self.w_bits, self.w_grid)
 
+    @torch.no_grad()
+    def code_bytes(self) -> Tensor:
+        """`weight_codes` of a layer of fixed bits as uint8: part by part, without a second copy of large weights."""
+        if self._held:
+            return self._held[0]
+        weight, ranges = self.weight, self.weight_range().abs().expand(len(self.weight), *[1] * (self.weight.dim() - 1))
+        statistics = codec.weight_statistics(weight) if self.standardize != "none" else None
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+        rows = codec.part_rows(weight)
+        for part, v, target in zip(weight.split(rows), ranges.split(rows), codes.split(rows), strict=True):
+            units = codec.standardize(part, self.standardize, statistics=statistics)
+            target.copy_(codec.weight_codes(units, v, self.w_bits, self.w_grid))
+        if self._held is not None:
+            self._held.append(codes)
+        return codes
+
     def weight_range(self) -> Tensor:
         """`w_range`, broadcastable to `weight`."""
         return self.w_range.view(-1, *[1] * (self.weight.dim() - 1)) if self.w_range.dim() else self.w_range
@@ -87,6 +106,9 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Weights used by `forward`, differentiable."""
+        if self._held is not None:
+            units = codec.weight_units(self.code_bytes().to(self.weight.dtype), self.w_bits, self.w_grid)
+            return units.mul_(self.weight_step().to(units.dtype).view(-1, *[1] * (units.dim() - 1)))
         if self.standardize == "scale":
             scale = self.output_scale
             return fake.standardized_weight(self.weight, self.weight_range(), scale, self.w_bits, self.w_grid)
@@ -102,7 +124,9 @@ class QuantLayer(nn.Module):
 
     def unrounded_weight(self) -> Tensor:
         """The weights that `quantized_weight` rounds: what a layer computes with while it is observed."""
-        return self.float_weight() * self.output_scale
+        weight = self.float_weight()
+        fresh = weight is not self.weight and not weight.requires_grad
+        return weight.mul_(self.output_scale) if fresh else weight * self.output_scale
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(input, weight) of the float operation: quantized, or unrounded while observing."""
@@ -123,16 +147,24 @@ class QuantLayer(nn.Module):
         """
         x = codec.wide(x)
         units = self.quantizer.units(self.quantizer.codes(x))
-        weights = codec.weight_units(self.weight_codes(), self.w_bits, self.w_grid)
-        bound = weights[0].numel() * codec.levels(self.w_bits) * codec.levels(self.a_bits)
+        bound = self.weight[0].numel() * codec.levels(self.w_bits) * codec.levels(self.a_bits)
         narrow = x.dtype == torch.float32 and x.device.type == "cpu" and bound < 1 << 24
         dtype = torch.float32 if narrow else torch.float64
         with torch.autocast(x.device.type, enabled=False):
-            acc = self.product(units.to(dtype), weights.to(dtype), None)
+            acc = self.sums(units.to(dtype), self.code_bytes())
         scale, shift = (part.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else part for part in self.affine())
         if x.dtype == torch.float64:
             return acc * scale + shift
         return Affine(acc, bound, scale, shift).value()
+
+    def sums(self, units: Tensor, codes: Tensor) -> Tensor:
+        """The accumulator of input units and weight codes, in the dtype of the units; large layers in parts."""
+        parts = (codes,) if getattr(self, "groups", 1) > 1 else codes.split(codec.part_rows(codes))
+        found = [
+            self.product(units, codec.weight_units(part.to(units.dtype), self.w_bits, self.w_grid), None)
+            for part in parts
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, 1 if isinstance(self, nn.Conv2d) else -1)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) float64 [O]: the layer's output is scale * acc + shift."""
@@ -155,6 +187,19 @@ class QuantLayer(nn.Module):
         return (
             f"{base}, w_bits={self.w_bits}, a_bits={self.a_bits}, filters={self.weight.shape[0]}/{self.total_filters}"
         )
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Weights and ranges of a model of fixed bits do not change meanwhile: their codes are computed once."""
+    opened = [layer for layer in model.modules() if isinstance(layer, QuantLayer) and layer._held is None]
+    for layer in opened:
+        layer._held = []
+    try:
+        yield
+    finally:
+        for layer in opened:
+            layer._held = None
 
 
 class ConvProduct(QuantLayer, nn.Conv2d):

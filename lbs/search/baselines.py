@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,13 @@ from lbs.search.projection import project as project_choices
 from lbs.search.quantities import Table
 from lbs_kernels.errors import PlanError
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-Batches = Sequence[tuple[Tensor, Tensor]]
+Loss = Callable[[Any, Any], Tensor]  # of what the model returns and what a batch says it should
+Batches = Sequence[tuple[Tensor, Any]]
 
 
 def project(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Any]],
     bops: float | None = None,
     *,
     size_mb: float | None = None,
@@ -48,7 +49,7 @@ def project(
 
     Arguments:
         model: calibrated, searchable; its gates are closed in place and held, `freeze` follows. batches: (images,
-            labels). bops, size_mb, latency_ms, table: as in `Budget`.
+            labels), or whatever else `loss` compares outputs with. bops, size_mb, latency_ms, table: as in `Budget`.
 
     Raises:
         PlanError: no batch, or a target the gates cannot reach.
@@ -56,9 +57,7 @@ def project(
     return project_budget(Budget(model, bops, size_mb=size_mb, latency_ms=latency_ms, table=table), batches, loss)
 
 
-def project_budget(
-    budget: Budget, batches: Iterable[tuple[Tensor, Tensor]], loss: Loss = F.cross_entropy
-) -> BudgetResult:
+def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: Loss = F.cross_entropy) -> BudgetResult:
     """`project` towards the targets of a budget, which is frozen from then on."""
     stored = list(batches)
     if not stored:

@@ -105,9 +105,13 @@ class SearchLayer(QuantLayer):
 
     @property
     def range_widths(self) -> tuple[int, int]:
-        """The middle of what is still searched: a search begins at the widest and mostly ends near there."""
+        """The middle of what is still searched, of two widths the narrower: wider codes lose less by its range than
+        narrower ones by theirs.
+        """
         open_gates = (self.w_gate, self.w_bits), (searched_gate(self.quantizer), self.a_bits)
-        w_bits, a_bits = (width if gate is None else gate.chain[len(gate.chain) // 2] for gate, width in open_gates)
+        w_bits, a_bits = (
+            width if gate is None else gate.chain[(len(gate.chain) - 1) // 2] for gate, width in open_gates
+        )
         return w_bits, a_bits
 
     def own_gate(self) -> PruneGate | None:

@@ -1,9 +1,9 @@
 """Modules of other libraries that compute what torch's own do: in a copy of a model they become those.
 
 A norm with an activation in it becomes the norm and its parts, one after the other (`bn` -> `bn.norm`, `bn.act`); an
-activation written anew becomes torch's; squeeze and excite takes its mean by a module, which a frozen network evaluates
-as a packed one does. What a module computes is not guessed from its name: both must give the same bits on an example,
-or, where the order of a mean is another, the same values.
+activation written anew becomes torch's, and so does a layer whose own forward only calls torch's; squeeze and excite
+takes its mean by a module, which a frozen network evaluates as a packed one does. What a module computes is not guessed
+from its name: both must give the same bits on an example, or, where the order of a mean is another, the same values.
 """
 
 from __future__ import annotations
@@ -69,10 +69,12 @@ def _known(module: nn.Module) -> nn.Module:
     kind = type(module)
     if kind.__module__.startswith("torch.nn.") or module._forward_hooks or module._forward_pre_hooks:
         return module
-    bases: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, *FUNCTIONS)
+    bases: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, *FUNCTIONS)
     base = next((one for one in bases if isinstance(module, one)), None)
     candidate: nn.Module | None = None
-    if base is not None and kind.forward is not base.forward:
+    if base in (nn.Conv2d, nn.Linear):
+        candidate = _plain(module, base) if _own_methods(kind, base) == {"forward"} else None
+    elif base is not None and kind.forward is not base.forward:
         candidate = _plain(module, base)
     elif base is None and _may_excite(module):
         candidate = Excite(dict(module.named_children()))
@@ -81,6 +83,14 @@ def _known(module: nn.Module) -> nn.Module:
         made = _NAMED.get("".join(filter(str.isalpha, kind.__name__)).lower())
         candidate = None if made is None else made().train(module.training)
     return candidate if candidate is not None and _same(module, candidate) else module
+
+
+def _own_methods(kind: type, base: type) -> set[str]:
+    """What classes derived from torch's define besides how they are made."""
+    own = {
+        name for one in kind.__mro__[: kind.__mro__.index(base)] for name, value in vars(one).items() if callable(value)
+    }
+    return own - {"__init__", "extra_repr", "__repr__", "reset_parameters"}
 
 
 def _plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
@@ -102,14 +112,17 @@ def _may_excite(module: nn.Module) -> bool:
 
 
 def _same(module: nn.Module, candidate: nn.Module) -> bool:
-    """Whether both compute the same in evaluation mode."""
+    """Whether both compute the same in evaluation mode; layers, also while they are trained."""
     like = next(module.parameters(), torch.zeros(1))
-    first = next(module.children(), None)
+    first = module if isinstance(module, nn.Conv2d | nn.Linear) else next(module.children(), None)
     channels = first.in_channels if isinstance(first, nn.Conv2d) else int(getattr(module, "num_features", 3))
-    x = torch.randn(2, channels, 5, 5, generator=torch.Generator().manual_seed(0))
+    shape = (2, first.in_features) if isinstance(first, nn.Linear) else (2, channels, 5, 5)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     modes = [(one, one.training) for both in (module, candidate) for one in both.modules()]
     try:
         with torch.no_grad():
+            if first is module and not torch.equal(*(made.train()((3 * x).to(like)) for made in (module, candidate))):
+                return False
             one, other = (made.eval()((3 * x).to(like)) for made in (module, candidate))
         if isinstance(candidate, Excite):
             return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)

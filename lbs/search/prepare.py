@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbs.channels import ChannelGroup, groups_in_training
 from lbs.cost import EDGE_BITS
 from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, trace
-from lbs.plan import RANGES, LayerPlan
+from lbs.plan import RANGES, LayerPlan, Plan, grid_at
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
 from lbs.quant.frozen_norm import adopt_frozen_norms
@@ -136,7 +136,23 @@ def uniform(
     for width in (weight_bits, activation_bits):
         check_chain((width,))
     model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
-    plan = record.plan.with_bits(weight_bits, activation_bits)
+    return _at_widths(model, record, record.plan.with_bits(weight_bits, activation_bits), ranges)
+
+
+def at_widths(model: nn.Module, example: Tensor, plan: Plan, exclude: tuple[str, ...] = ()) -> nn.Module:
+    """A copy of a float `model` at the widths of a plan that `prepare` and `plan_of` made for it; then calibrate.
+
+    Unlike a frozen copy of the searched model it knows nothing of the search: no range and no statistics. All filters
+    stay. Raises GraphError as `prepare`, PlanError for a plan of other layers.
+    """
+    model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
+    asked = ((entry, plan.layer(entry.name)) for entry in record.plan.layers)
+    layers = (replace(own, w_bits=one.w_bits, a_bits=one.a_bits, w_grid=grid_at(one.w_bits)) for own, one in asked)
+    return _at_widths(model, record, replace(record.plan, layers=tuple(layers)), "filter")
+
+
+def _at_widths(model: nn.Module, record: ModelRecord, plan: Plan, ranges: str) -> nn.Module:
+    """The plain copy `model` itself, its layers at the widths of the plan."""
     check_sums([(layer, layer.w_bits, layer.a_bits, ()) for layer in plan.layers])
     for layer in plan.layers:
         quantizer = InputQuantizer() if layer.name == plan.edges[0] else ActivationQuantizer(layer.a_bits)

@@ -9,6 +9,8 @@ same numbers in another order; this is the only order that is stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from lbs_kernels.errors import FormatError
 FORMAT_VERSION = 1
 WORD = 32
 MAX_BITS = 8
+_CACHED = 1 << 15  # codes worked on at once: 8 planes of int32 are 1 MB
 
 
 def words(channels: int) -> int:
@@ -43,13 +46,27 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
     """
     _check_codes(codes, bits)
     channels = codes.shape[-1]
-    padding = words(channels) * WORD - channels
-    padded = torch.nn.functional.pad(codes, (0, padding)).to(torch.int32)
-    lanes = padded.reshape(*codes.shape[:-1], 1, words(channels), WORD)
+    planes = torch.empty(*codes.shape[:-1], bits, words(channels), dtype=torch.int32, device=codes.device)
+    if planes.numel():
+        for part, target in _parts(codes.reshape(-1, channels), planes.view(-1, bits, words(channels))):
+            target.copy_(_packed(part, bits))
+    return planes
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """int32 [R, bits, CW] of codes uint8 [R, C]."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % WORD)).to(torch.int32)
+    lanes = padded.reshape(len(codes), 1, -1, WORD)
     planes = torch.arange(bits, dtype=torch.int32, device=codes.device).reshape(bits, 1, 1)
     lane = torch.arange(WORD, dtype=torch.int32, device=codes.device)
     # The bits of one word are disjoint, so the sum is an OR; bit 31 makes the word negative without overflowing.
     return (((lanes >> planes) & 1) << lane).sum(dim=-1, dtype=torch.int32)
+
+
+def _parts(codes: Tensor, planes: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Rows of codes [R, C] and of planes [R, bits, CW] side by side: so many that one word per bit stays in cache."""
+    rows = max(1, _CACHED // codes.shape[1]) if codes.device.type == "cpu" else len(codes)
+    return zip(codes.split(rows), planes.split(rows), strict=True)
 
 
 def unpack_planes(planes: Tensor, bits: int, channels: int) -> Tensor:
@@ -74,12 +91,19 @@ def unpack_planes(planes: Tensor, bits: int, channels: int) -> Tensor:
             f"planes have shape {tuple(planes.shape)}; {bits}-bit codes of {channels} channels need "
             f"[..., {bits}, {words(channels)}]"
         )
+    codes = torch.empty(*planes.shape[:-2], channels, dtype=torch.uint8, device=planes.device)
+    if not codes.numel():
+        return codes
     lane = torch.arange(WORD, dtype=torch.int32, device=planes.device)
-    lanes = ((planes.unsqueeze(-1) >> lane) & 1).flatten(-2)  # [..., bits, CW * 32]
-    if bool(lanes[..., channels:].any()):
-        raise FormatError(f"bits are set beyond channel {channels - 1}; unused bits must be 0, the planes are damaged")
     weights = (1 << torch.arange(bits, dtype=torch.int32, device=planes.device)).unsqueeze(-1)
-    return (lanes[..., :channels] * weights).sum(dim=-2, dtype=torch.int32).to(torch.uint8)
+    for target, part in _parts(codes.view(-1, channels), planes.reshape(-1, bits, words(channels))):
+        lanes = ((part.unsqueeze(-1) >> lane) & 1).flatten(-2)  # [R, bits, CW * 32]
+        if bool(lanes[..., channels:].any()):
+            raise FormatError(
+                f"bits are set beyond channel {channels - 1}; unused bits must be 0, the planes are damaged"
+            )
+        target.copy_((lanes[..., :channels] * weights).sum(dim=-2, dtype=torch.int32))
+    return codes
 
 
 def pack_weights(codes: Tensor, bits: int) -> Tensor:

@@ -299,7 +299,7 @@ def build_blob(arrays: dict[str, Tensor]) -> tuple[dict[str, ArraySpec], Tensor,
 
 def blob_digest(blob: Tensor) -> str:
     """sha256 of the blob's bytes, hex."""
-    return hashlib.sha256(blob.cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(blob.cpu().numpy().data).hexdigest()
 
 
 def describe(program: Program) -> list[dict[str, Any]]:

@@ -249,7 +249,7 @@ class Standardized(nn.Conv2d):
 
 class Halving(nn.AvgPool2d):
     def __init__(self) -> None:
-        super().__init__(2)
+        super().__init__(2, divisor_override=3)  # of no packed form
 
 
 class AskedRelu(nn.ReLU):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pack_nets
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lbs
@@ -477,3 +477,16 @@ def test_what_reads_a_value_before_and_after_it_is_changed_in_place(name: str) -
     x = pack_nets.images(3, SHAPE)
     with torch.no_grad():
         assert torch.equal(packed(x), model(x))
+
+
+@fx.wrap
+def depth(x: Tensor, p: float, training: bool) -> Tensor:
+    """Drops whole images of a branch while a network is trained; what torch.fx is told to leave alone."""
+    return x * (torch.rand(len(x), 1, 1, 1) > p) if training and p else x
+
+
+def test_functions_that_do_nothing_in_evaluation_leave_the_graph() -> None:
+    model = Net(lambda net, y: net.other(y + depth(net.inner(y), 0.2, net.training)))
+    packed = pack_nets.check_equal(pack_nets.quantized(model, SHAPE), SHAPE)
+    assert packed.kept_float == ()
+    assert len(packed.programs) == 1

@@ -210,3 +210,20 @@ def test_float_parts_are_logged_and_listed(caplog: pytest.LogCaptureFixture) -> 
         packed = pack(pack_nets.two_regions())
     assert [name for name, _ in packed.kept_float] == ["softplus", "mul"]
     assert "TwoRegions: softplus stays in float: softplus has no packed form" in caplog.text
+
+
+def test_operations_that_share_a_reason_are_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv2d(3, 3, 1) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = nn.functional.softplus(layer(x))
+            return x
+
+    with caplog.at_level("WARNING", logger="lbs"):
+        pack(pack_nets.quantized(Many(), (3, 4, 4)))
+    told = "softplus, softplus_1, softplus_2 and 3 more stay in float: softplus has no packed form"
+    assert [record.message for record in caplog.records if "float" in record.message] == [f"Many: {told}"]

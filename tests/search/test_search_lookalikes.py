@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbs
+from lbs.graph import record_of
 from lbs.search.lookalikes import as_torch_has_them
 
 
@@ -156,3 +157,39 @@ def test_what_computes_something_else_stays(name: str) -> None:
         model = nn.Sequential(NormAct(8, nn.ReLU(), scale=0.5))
     kind = type(model[0])
     assert type(as_torch_has_them(model)[0]) is kind
+
+
+class CastingLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+class NoisyConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        y = nn.functional.conv2d(input, self.weight, self.bias, self.stride, self.padding)
+        return y + 0.1 * torch.randn_like(y) if self.training else y
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.conv2d(input, self.weight / self.weight.std(), self.bias)
+
+
+class Asked(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+    def size(self) -> int:
+        return self.out_features
+
+
+def test_layers_that_only_call_torchs_are_converted_and_no_others() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(images().shape[1], 8, 1), nn.ReLU(), NoisyConv(8, 8, 1), nn.ReLU(), Standardized(8, 8, 1)
+    )
+    model.extend([nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Asked(8, 8), nn.ReLU(), CastingLinear(8, 4)])
+    made = as_torch_has_them(copy.deepcopy(model))
+    assert [type(made[index]) for index in (2, 4, 8, 10)] == [NoisyConv, Standardized, Asked, nn.Linear]
+    left = dict(record_of(lbs.uniform(model.eval(), images())).unconverted)
+    assert set(left) == {"2", "4", "8"}
+    assert made[10].training

@@ -79,7 +79,7 @@ def test_a_fixed_width(kind: str, dtype: torch.dtype, launches: Counter[str], mo
     for bits in (4, torch.tensor(4)) if dtype == torch.float32 else (torch.tensor(4),):
 
         def call(x: Tensor, v: Tensor, bits: int = bits) -> Tensor:  # type: ignore[assignment]
-            return fake_weight(x, v, bits) if kind == "weight" else fake_activation(x, v, bits, kind == "signed")
+            return fake_weight(x, v, bits) if kind == "weight" else fake_activation(x, v, bits, CODINGS[kind])
 
         launches.clear()
         ours, theirs = both(call, dtype, monkeypatch)

@@ -1,0 +1,63 @@
+"""`lbs quantize`: a trained network and a folder of images become a packed file, without training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lbs.cli.console import console
+from lbs.cli.options import add_exclude, bit_operations, decimal, decimals, numbers, set_threads
+from lbs.reporting.units import size
+from lbs.runs.quantized import quantize_files
+
+_OWN = ("command", "json", "threads")
+_UNSET = argparse.SUPPRESS  # an option that was not named is not in the namespace: `quantize_files` decides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The network, its images, the file, and how narrow it shall be."""
+    parser.add_argument("--model", dest="name", required=True, help="a name of lbs.models, or module:function")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="float weights: .safetensors or .pth")
+    parser.add_argument("--images", required=True, metavar="DIR", help="images in any folders of it; no classes needed")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the packed network, a .lbs.safetensors file")
+    widths = parser.add_argument_group("widths", "8 bits, or one of")
+    widths.add_argument(
+        "--bits", type=numbers, default=_UNSET, metavar="W,A", help="of weights and activations, such as 4,8"
+    )
+    widths.add_argument("--bops", type=bit_operations, default=_UNSET, help="budget: 0.03 (share), 650M, 34.7G")
+    widths.add_argument(
+        "--size-mb", type=decimal, default=_UNSET, metavar="X", help="budget: packed weights, 10^6 bytes"
+    )
+    widths.add_argument(
+        "--latency-ms", type=decimal, default=_UNSET, metavar="X", help="budget: one image, by what lbs tune measured"
+    )
+    add_exclude(widths)
+    pictures = parser.add_argument_group("images")
+    pictures.add_argument("--count", type=int, default=_UNSET, metavar="N", help="how many are used (default 256)")
+    pictures.add_argument("--size", type=int, default=_UNSET, metavar="N", help="sides after scaling and cropping")
+    pictures.add_argument(
+        "--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1 (ImageNet's)"
+    )
+    pictures.add_argument(
+        "--std", type=decimals, default=_UNSET, metavar="S,..", help="pixel deviation per channel (ImageNet's)"
+    )
+    pictures.add_argument(
+        "--uint8", action="store_true", help="the packed network is given bytes and normalises them itself"
+    )
+    parser.add_argument("--classes", type=int, default=_UNSET, metavar="N", help="classes (default: as the weights)")
+    parser.add_argument("--measure", action="store_true", help="time one image beside torch float and uniform 8 bits")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize, print the report, name the file."""
+    out = console(args)
+    set_threads(args.threads)
+    options = {key: value for key, value in vars(args).items() if key not in _OWN}
+    if "exclude" in options:
+        options["exclude"] = tuple(options["exclude"])
+    packed, section = quantize_files(**options, say=lambda line: print(line, file=sys.stderr, flush=True))
+    out.say(str(packed.report))
+    out.say(f"{section['file']}: {size(section['bytes'])}; next: lbs explain or lbs bench {section['file']}")
+    out.finish(section)
+    return 0

@@ -1,0 +1,392 @@
+"""`lbs.quantize`: a trained network and some images in, a packed network and a report out; no training, no labels."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbs.benchmark import PACKED, BenchReport, bench
+from lbs.packing.model import PackedModel
+from lbs.packing.packing import pack
+from lbs.packing.pixels import Normalization
+from lbs.plan import Plan
+from lbs.quant.calibrate import calibrate, images_of
+from lbs.reporting import units
+from lbs.search.baselines import project
+from lbs.search.budget import Budget
+from lbs.search.freeze import plan_of
+from lbs.search.outcome import BudgetResult
+from lbs.search.prepare import SearchConfig, at_widths, prepare, uniform
+from lbs.search.quantities import Table
+from lbs.traced import evaluating, run, tensors_of
+from lbs.wrappers import unwrapped
+from lbs_kernels.errors import DataError, GraphError, PlanError, ShapeError
+
+CHAINS = ((4, 8), (2, 4, 8))  # widths a budget chooses from; two bits, which cost most, only where it needs them
+LEAST_AGREEMENT = (
+    0.9  # of the images keep their class: 8-bit networks lie above, uniform 4-bit ones without training below
+)
+MOST_ERROR = 0.2  # of what returns no classes, relative to the float outputs
+_KEPT = 256  # images taken of a loader
+_PLANNED = 32  # images that losses are measured on: one pass for each width of each layer
+_VALUES = 1 << 21  # of images computed at once: 13 images of 224 x 224
+
+_log = logging.getLogger("lbs")
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near the outputs of a network lie to those of its float original.
+
+    agreement: share of the images whose largest output is the same one; None where outputs are no [N, classes].
+    error: |difference| / |float outputs|, both as Euclidean norms over all images.
+    """
+
+    images: int
+    agreement: float | None
+    error: float
+
+    @property
+    def warning(self) -> str | None:
+        """What a user must be told: under 90 % of the classes kept, or (of other outputs) over 20 % error."""
+        if self.agreement is not None:
+            low, told = self.agreement < LEAST_AGREEMENT, f"the class of {self.kept} of {self.images} images is kept"
+            rule = f"at least {units.percent(LEAST_AGREEMENT)} are expected"
+        else:
+            low, told = not self.error <= MOST_ERROR, f"outputs are off by {units.percent(self.error)}"
+            rule = f"at most {units.percent(MOST_ERROR)} is expected"
+        return f"{told}, {rule}; allow more bits, give more images, or train it: lbs.prepare" if low else None
+
+    @property
+    def kept(self) -> int | None:
+        """Images whose class is kept."""
+        return None if self.agreement is None else round(self.agreement * self.images)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `lbs.quantize` did. Printing it gives a table.
+
+    float_bytes, packed_bytes: parameters and buffers. bops: bit operations of one image; full_precision_bops: at 32 x
+    32 bits. widths: (weight bits, activation bits, layers). kept_float: (name, reason). seconds: of each step.
+    """
+
+    model: str
+    fidelity: Fidelity
+    float_bytes: int
+    packed_bytes: int
+    bops: int
+    full_precision_bops: int
+    widths: tuple[tuple[int, int, int], ...]
+    kept_float: tuple[tuple[str, str], ...]
+    seconds: dict[str, float]
+    outcome: BudgetResult | None = None
+    times: BenchReport | None = field(default=None, repr=False)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table's rows."""
+        near, steps = self.fidelity, ", ".join(f"{step} {units.seconds(took)}" for step, took in self.seconds.items())
+        rows = [] if self.outcome is None else [("budget", str(row)) for row in self.outcome.reached]
+        if near.agreement is not None:
+            rows.append(("same class", f"{near.kept} of {near.images} images ({units.percent(near.agreement)})"))
+        rows += [
+            ("output error", f"{units.percent(near.error)} of the float outputs on {near.images} images"),
+            ("bytes", f"{units.size(self.packed_bytes)}, float {units.size(self.float_bytes)}"),
+            ("bit operations", f"{units.bops(self.bops)}, float {units.bops(self.full_precision_bops)}"),
+            ("layers", ", ".join(f"{count} at {w}/{a} bits" for w, a, count in self.widths)),
+            *(("in float", f"{name}: {reason}") for name, reason in self.kept_float),
+            ("seconds", steps),
+        ]
+        for row in () if self.times is None else self.times.rows:
+            slower = f", packed is {units.times(1 / row.ratios[PACKED])} as fast" if row.contender != PACKED else ""
+            rows.append(("one image", f"{row.contender} {units.seconds(row.median)}{slower}"))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, in base units."""
+        return {
+            "model": self.model,
+            "images": self.fidelity.images,
+            "agreement": self.fidelity.agreement,
+            "output_error": self.fidelity.error,
+            "warning": self.fidelity.warning,
+            "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes,
+            "bops": self.bops,
+            "full_precision_bops": self.full_precision_bops,
+            "widths": [list(row) for row in self.widths],
+            "kept_float": [list(row) for row in self.kept_float],
+            "seconds": self.seconds,
+            "bench": None if self.times is None else self.times.to_json(),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.model}, packed", *(f"  {name:14s}  {value}" for name, value in self.rows())])
+
+
+def quantize(
+    model: nn.Module,
+    images: Any,
+    *,
+    bits: int | tuple[int, int] | None = None,
+    bops: float | None = None,
+    size_mb: float | None = None,
+    latency_ms: float | None = None,
+    table: Table | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    exclude: tuple[str, ...] = (),
+    measure: bool = False,
+    progress: Callable[[str], None] = _log.info,
+) -> PackedModel:
+    """Pack a trained float network without training it; `report` of the result says how near to it that came.
+
+    Convert, set ranges from the images, correct norms and biases for the rounding, pack, verify, and compare with the
+    float network on the images. With a budget the width of every layer is chosen first, by how far the outputs move
+    where it alone is narrower; then the float network is converted anew at these widths.
+
+    Arguments:
+        model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W] such as it
+            is trained on, or bytes with `normalize`; a tensor, a list of batches, or a loader, of which the first 256
+            are taken. A batch may be a tuple or dictionary that holds images. A few hundred do; labels are not read.
+        bits: of all layers but the first and the last: (weights, activations), or one number; 8 unless there is a
+            budget. bops, size_mb, latency_ms, table: a budget, as in `lbs.Budget`.
+        normalize: see `lbs.pack`. exclude: name patterns left in float. measure: time one image beside float and
+            uniform 8 bits. progress: is told what begins.
+
+    Raises:
+        ShapeError: images of several sizes, of another rank or dtype. DataError: no images, or values that are not
+            finite. GraphError: as `lbs.uniform`, `lbs.calibrate` and `lbs.pack`. PlanError: bits and a budget at once,
+            widths that do not exist, or a budget out of reach.
+
+    Example:
+        packed = lbs.quantize(model, loader, bops=0.03)
+        print(packed.report)
+    """
+    pixels = None if normalize is None else Normalization.of(normalize)
+    model = unwrapped(model)
+    targets = {name: value for name, value in (("bops", bops), ("size_mb", size_mb)) if value is not None}
+    if latency_ms is not None:
+        targets["latency_ms"] = latency_ms
+    if bits is not None and targets:
+        raise PlanError(f"bits={bits!r} and a budget ({', '.join(targets)}) both name widths; leave one of them out")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    given = _batches(images, pixels, device)
+    floats = given if pixels is None else [pixels.values(batch).float() for batch in given]
+    clock = _Clock(progress)
+    outcome = None
+    if targets:
+        with clock.step("plan"):
+            plan, outcome = _planned(model, floats, exclude, table, targets)
+            network = at_widths(model, floats[0][:2], plan, exclude)
+    else:
+        with clock.step("convert"):
+            network = uniform(model, floats[0][:2], *_pair(bits), exclude=exclude)
+    with clock.step("calibrate"):
+        calibrate(network.eval(), floats)
+    with clock.step("pack and verify"):
+        packed = pack(network, example=given[0][:2], normalize=normalize)
+    with clock.step("compare"):
+        near = fidelity(model, packed, given)
+    times = None
+    if measure:
+        with clock.step("measure"):
+            times = bench(packed, batches=(1,), model=model, baselines=("float32", "uniform8"))
+    packed.report = _report(model, packed, near, clock.seconds, outcome, times)
+    if near.warning is not None:
+        _log.warning("%s: %s", packed.name, near.warning)
+    return packed
+
+
+def fidelity(model: nn.Module, network: nn.Module, images: Any) -> Fidelity:
+    """How near a quantized or packed network comes to its float original on images, labels aside.
+
+    Arguments:
+        model: the float network. network: what `lbs.calibrate`, `lbs.freeze` or `lbs.pack` made of it. images: as in
+            `quantize`, of the dtype the network takes.
+
+    Raises:
+        ShapeError, DataError: as `quantize`. GraphError: float outputs that are not finite.
+    """
+    model, network = unwrapped(model), unwrapped(network)
+    packed = network if isinstance(network, PackedModel) else None
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    count, same, off, size = 0, 0, 0.0, 0.0
+    classes = True
+    with evaluating(model), evaluating(network):
+        for batch in _batches(images, packed.normalize if packed else None, device):
+            expected = run(model, packed.float_images(batch).float() if packed else batch)
+            found = network(batch)
+            count += len(batch)
+            classes = classes and isinstance(expected, Tensor) and expected.dim() == 2 and expected.shape[1] > 1
+            same += int((expected.argmax(1) == found.argmax(1)).sum()) if classes else 0
+            parts = _squares(found, expected)
+            off, size = off + float(parts[0]), size + float(parts[1])
+    if not size < float("inf"):
+        raise GraphError(
+            f"{type(model).__name__} returns NaN or infinite values on the images; check its weights, and that images "
+            "are normalised as it is trained"
+        )
+    return Fidelity(count, same / count if classes else None, (off / size) ** 0.5 if size else off**0.5)
+
+
+def _squares(found: Any, expected: Any) -> tuple[Tensor, Tensor]:
+    """Squared distance of all outputs, and what it is relative to."""
+    pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
+    wide = [(one.double(), other.double()) for one, other in pairs]
+    return (
+        torch.stack([(one - other).square().sum() for one, other in wide]).sum(),
+        torch.stack([other.square().sum() for _, other in wide]).sum(),
+    )
+
+
+def _distance(found: Any, expected: Any) -> Tensor:
+    """Loss without labels: the relative squared distance of the outputs from those in float."""
+    off, size = _squares(found, expected)
+    return off / size if size else off
+
+
+def _planned(
+    model: nn.Module, floats: list[Tensor], exclude: tuple[str, ...], table: Table | None, targets: dict[str, Any]
+) -> tuple[Plan, BudgetResult]:
+    """Widths of every layer from measured losses, and what the budget reached."""
+    for chain in CHAINS:
+        searched = prepare(model, floats[0][:2], SearchConfig(bits=chain, pruning=False, exclude=exclude))
+        try:
+            Budget(searched, table=table, **targets)
+            break
+        except PlanError:  # out of reach
+            if chain is CHAINS[-1]:
+                raise
+    calibrate(searched.eval(), floats)
+    chosen = list(torch.cat(floats)[:_PLANNED].split(len(floats[0])))
+    with evaluating(model):
+        pairs = [(batch, run(model, batch)) for batch in chosen]
+    outcome = project(searched, pairs, table=table, loss=_distance, **targets)
+    return plan_of(searched), outcome
+
+
+def _pair(bits: int | tuple[int, int] | None) -> tuple[int, int]:
+    pair = (8, 8) if bits is None else (bits, bits) if isinstance(bits, int) else tuple(bits)
+    if len(pair) != 2:
+        raise PlanError(f"bits={bits!r}; give one width, or (weights, activations) such as (4, 8)")
+    return pair
+
+
+# Images.
+
+
+def _batches(images: Any, pixels: Normalization | None, device: torch.device) -> list[Tensor]:
+    """Checked batches on the device, as the packed network is given them, small enough to be computed at once.
+
+    Raises ShapeError, DataError.
+    """
+    found = list(_tensors(images))
+    if not found:
+        raise DataError("there are no images; give a tensor float32 [N, C, H, W], a list of batches or a loader")
+    dtype = torch.float32 if pixels is None else torch.uint8
+    first = found[0].shape[1:]
+    for index, batch in enumerate(found):
+        _check_batch(batch, index, dtype)
+        if batch.shape[1:] != first:
+            raise ShapeError(
+                f"images of batch {index} are {list(batch.shape[1:])}, those of batch 0 {list(first)}; a packed "
+                "network takes one size: resize or crop them to it"
+            )
+        bad = (~batch.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise DataError(
+                f"images {bad[:5]} of batch {index} hold NaN or infinite values ({len(bad)} of {len(batch)} images); "
+                "leave them out, or mend how they are read"
+            )
+    rows = max(1, _VALUES // max(first.numel(), 1))
+    return [part.to(device) for batch in found for part in batch.split(rows) if len(part)]
+
+
+def _check_batch(batch: Tensor, index: int, dtype: torch.dtype) -> None:
+    if batch.dim() != 4 or not batch.numel():
+        way = "images[None] makes one image a batch" if batch.dim() == 3 else "give images of at least one pixel"
+        raise ShapeError(f"batch {index} has shape {list(batch.shape)}; images are [N, C, H, W]: {way}")
+    if batch.dtype == dtype:
+        return
+    if dtype == torch.uint8:
+        way = "give the bytes of images, or leave normalize= out and give normalised float32 images"
+    elif batch.dtype == torch.uint8:
+        way = "give normalize=(mean, std) of pixels scaled to 0..1, or normalise them: float32"
+    else:
+        way = "convert them with images.float()"
+    raise ShapeError(f"images of batch {index} are {batch.dtype}, {dtype} is expected; {way}")
+
+
+def _tensors(images: Any) -> Iterator[Tensor]:
+    """The image tensor of every batch. A tuple is one batch, as loaders make them; a list holds batches."""
+    if isinstance(images, Tensor | Mapping | tuple):
+        images = [images]
+    if not isinstance(images, Iterable):
+        raise DataError(
+            f"images are a {type(images).__name__}; give a tensor float32 [N, C, H, W], a list of batches or a loader"
+        )
+    count = 0
+    for index, batch in enumerate(images):
+        if count >= _KEPT and not isinstance(images, list):
+            _log.info("the first %d images of the loader are used; give a list of batches to use more", count)
+            return
+        found = images_of(batch, index)
+        yield found
+        count += len(found) if found.dim() else 0
+
+
+# The report.
+
+
+class _Clock:
+    """Says which step begins, and keeps how long each took."""
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.progress(name)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def _report(
+    model: nn.Module,
+    packed: PackedModel,
+    near: Fidelity,
+    seconds: dict[str, float],
+    outcome: BudgetResult | None,
+    times: BenchReport | None,
+) -> QuantizationReport:
+    plan = packed.plan
+    assert plan is not None  # `uniform` and `at_widths` give every network one
+    widths = Counter((layer.w_bits, layer.a_bits) for layer in plan.layers)
+    return QuantizationReport(
+        packed.name,
+        near,
+        _bytes(model),
+        _bytes(packed),
+        plan.bops(),
+        plan.full_precision_bops(),
+        tuple((*pair, count) for pair, count in sorted(widths.items())),
+        packed.kept_float,
+        seconds,
+        outcome,
+        times,
+    )
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, each counted once."""
+    return sum(value.numel() * value.element_size() for value in {*model.parameters(), *model.buffers()})
