@@ -47,7 +47,9 @@ def index_map(module: fx.GraphModule, node: fx.Node) -> IndexMap | None:
         chain.insert(0, source)
     if source is None or not _is_images(node):
         return None
-    shape = source.meta["shape"]
+    shape, result = source.meta["shape"], node.meta["shape"]
+    if result[0] != shape[0] or result[2] % shape[2] or result[3] % shape[3]:
+        return None
     numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device="cpu").view(shape)
     values: dict[fx.Node, Any] = {source: numbers}
     try:
@@ -91,14 +93,12 @@ def _applied(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) 
     return target(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
 
-def _read(numbers: Tensor, moved: Any) -> IndexMap | None:
-    (batch, count, height, width), result = numbers.shape, tuple(getattr(moved, "shape", ()))
-    if len(result) != 4 or result[0] != batch or result[2] % height or result[3] % width:
-        return None
+def _read(numbers: Tensor, moved: Tensor) -> IndexMap | None:
+    _, count, height, width = numbers.shape
     channels = (moved[0, :, 0, 0] // (height * width)).long()
     if (channels >= count).any():
         return None  # of another image
-    rows = numbers[:, channels].repeat_interleave(result[2] // height, 2)
-    if not torch.equal(rows.repeat_interleave(result[3] // width, 3), moved):
+    rows = numbers[:, channels].repeat_interleave(moved.shape[2] // height, 2)
+    if not torch.equal(rows.repeat_interleave(moved.shape[3] // width, 3), moved):
         return None
     return IndexMap(tuple(channels.tolist()), torch.equal(numbers, moved))

@@ -274,11 +274,11 @@ class _Judge(Evaluation):
     def _bound(self, node: fx.Node, value: Tensor) -> Tensor:
         """How far float32 arithmetic of the packed program may lie from `value`, element by element."""
         op = classify(self.traced, node)
-        sources = [source for source in node.all_input_nodes if source in self.bounds]
-        if not isinstance(op, Op) or not sources:
-            return torch.zeros_like(value)
         if self._is_moved(node):
             return self._moved(node)
+        sources = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.bounds]
+        if not isinstance(op, Op) or not sources:
+            return torch.zeros_like(value)
         bound: Tensor = self.bounds[sources[0]]
         if op.kind == "norm":
             return self._norm_bound(node, value, bound, self.env[sources[0]])

@@ -78,7 +78,9 @@ def select_planes_kernel(
     mask = (row < shape.rows)[:, None] & there[None, :]
     plane_step = tl.load(table_ptr + PLANE * shape.channels + channel, mask=there, other=0)[None, :]
     bit = tl.load(table_ptr + BIT * shape.channels + channel, mask=there, other=0).to(tl.int32)[None, :]
-    codes = tl.zeros([CONFIG.block_m, CONFIG.block_c], dtype=tl.int32)
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    codes = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.int32)
     for plane in tl.static_range(BITS):
         word = tl.load(x_ptr + offset + plane * plane_step, mask=mask, other=0)
         codes += ((word >> bit) & 1) << plane
