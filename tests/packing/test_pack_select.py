@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pack_nets
 import pytest
 import torch
 from test_pack_exact import frozen
+from test_pack_verify import damaged
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lbs
-from lbs_kernels.program.steps import SelectStep
+from lbs_kernels.program.steps import Program, SelectStep
 
 SHAPE = (3, 12, 8)
 
@@ -225,3 +227,28 @@ def test_any_widths_and_filters_that_are_cut(make: type[Family]) -> None:
 @pytest.mark.parametrize("make", [Dense, Shuffle, UNet])
 def test_streams_in_half_precision(make: type[Family]) -> None:
     pack_nets.check_equal(quantized(make), SHAPE, stream_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("make", "name"), [(Shuffle, "getitem_7"), (UNet, "cat_1@last.0.input")])
+def test_a_channel_that_is_taken_for_another_is_found(make: type[Family], name: str) -> None:
+    def change(program: Program, blob: Tensor) -> Program:
+        steps = list(program.steps)
+        place = next(index for index, step in enumerate(steps) if step.name == name)
+        step = steps[place]
+        assert isinstance(step, SelectStep)
+        channels = list(step.channels or range(sum(program.tensors[index].channels for index in step.inputs)))
+        channels[1], channels[2] = channels[2], channels[1]
+        steps[place] = replace(step, channels=tuple(channels))
+        return replace(program, steps=tuple(steps))
+
+    model = quantized(make)
+    report = lbs.verify(model, damaged(lbs.pack(model), change), pack_nets.images(4, SHAPE))
+    assert report.first_layer == name
+
+
+def test_bytes_of_an_image_are_normalised_among_other_channels() -> None:
+    model = quantized(UNet)
+    packed = lbs.pack(model, normalize=((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
+    assert packed.kept_float == ()
+    images = torch.randint(0, 256, (3, *SHAPE), generator=torch.Generator().manual_seed(6), dtype=torch.uint8)
+    assert lbs.verify(model, packed, images).ok
