@@ -52,7 +52,7 @@ constexpr char kImageDtype[] = "image-dtype";
 constexpr char kFlat[] = "flat";
 // version 1 has neither images of bytes nor a multiplier of quantpack
 constexpr char kVersion1[] = "version-1";
-// versions 1 and 2 have the odd grid of weights only, and neither activations nor gates nor averages
+// versions 1 and 2 have the odd grid of weights only, and no activations, gates, averages, selections
 constexpr char kVersion2[] = "version-2";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
@@ -102,8 +102,14 @@ constexpr char kAccumulator[] = "accumulator";
 constexpr char kOutputPixels[] = "output-pixels";
 // a mean is global and unpadded
 constexpr char kMeanWindow[] = "mean-window";
-// a maximum of codes has one consumer, of its own kind and without a norm, and nothing else to emit
-constexpr char kCodePool[] = "code-pool";
+// a selection has an input, and inputs of one form
+constexpr char kSelectInputs[] = "select-inputs";
+// a selection takes channels that its inputs have, of at most MAX_SIZE
+constexpr char kSelectChannels[] = "select-channels";
+// the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's
+constexpr char kRepeat[] = "repeat";
+// codes that pass unchanged have one consumer, of their kind and without a norm, nothing else
+constexpr char kCodesUnchanged[] = "codes-unchanged";
 // the value of elu and leaky_relu is exact in float32, other activations have 0
 constexpr char kActivationValue[] = "activation-value";
 // prelu has a slope, other activations have none

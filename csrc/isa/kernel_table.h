@@ -6,6 +6,7 @@
 #include "isa/kernels.h"
 #include "pool/pool_kernel.h"
 #include "quantpack/quantpack_kernel.h"
+#include "select/select_kernel.h"
 
 namespace lbs {
 namespace {  // the same names stand for other instructions in every file
@@ -21,6 +22,8 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         emit_planes_kernel,
         quantpack_kernel,
         pool_codes_kernel,
+        select_codes_kernel,
+        select_streams_kernel,
         fake_quant_forward_kernel,
         fake_quant_backward_kernel,
     };

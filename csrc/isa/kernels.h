@@ -30,6 +30,11 @@ struct KernelTable {
     void (*quantpack)(const ReadPlan& read, const EmitPlan& plan, const RunContext& run, const void* values,
                       bool channels_last, int first_vector, int last_vector);
     void (*pool_codes)(const PoolCodesPlan& plan, const RunContext& run, int first_group, int last_group);
+    // Channel groups [first_group, last_group) of what is written.
+    void (*select_codes)(const SelectPlan& plan, const EmitPlan& emit, const RunContext& run, int first_group,
+                         int last_group);
+    void (*select_streams)(const SelectPlan& plan, const EmitPlan& emit, const RunContext& run, int first_group,
+                           int last_group);
 
     FakeQuantForwardKernel fake_quant_forward;
     FakeQuantBackwardKernel fake_quant_backward;

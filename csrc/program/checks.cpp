@@ -82,8 +82,8 @@ void check_version(const ProgramSpec& program) {
         if (step.emit.activation || step.emit.gate != kNoTensor)
             refuse(rule::kVersion2, "step '" + step.name + "' has an activation or a gate in a program of version " +
                                         std::to_string(program.version));
-        else if (step.kind == StepKind::kAveragePool)
-            refuse(rule::kVersion2, "step '" + step.name + "' is an average in a program of version " +
+        if (step.kind == StepKind::kAveragePool || step.kind == StepKind::kSelect)
+            refuse(rule::kVersion2, "step '" + step.name + "' is an average or a selection in a program of version " +
                                         std::to_string(program.version));
     }
 }

@@ -116,10 +116,23 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
     }
     for (const StepSpec& step : program.steps) {
         const auto input = static_cast<size_t>(step.input);
-        if (program.tensors[input].form != Form::kCodes) continue;
+        if (program.tensors[input].form != Form::kCodes || step.kind == StepKind::kSelect) continue;  // no window
         widen(layouts[input], step);
         if (strides[input] == 0) strides[input] = step.stride.x;
         else if (strides[input] != step.stride.x) strides[input] = -1;
+    }
+    // Rows of what a selection reads lie as those it writes, so that whole groups are copied.
+    for (auto step = program.steps.rbegin(); step != program.steps.rend(); ++step) {
+        if (step->kind != StepKind::kSelect || step->emit.consumers.empty()) continue;
+        const auto output = static_cast<size_t>(step->emit.consumers[0].tensor);
+        for (int input : step->inputs) {
+            const auto i = static_cast<size_t>(input);
+            const bool same = layouts[i].height == layouts[output].height && layouts[i].width == layouts[output].width;
+            if (program.tensors[i].form != Form::kCodes || !same) continue;
+            layouts[i].left = std::max(layouts[i].left, layouts[output].left);
+            layouts[i].right = std::max(layouts[i].right, layouts[output].right);
+            if (strides[i] == 0) strides[i] = strides[output];
+        }
     }
     for (size_t i = 0; i < layouts.size(); ++i) {
         if (strides[i] > 1 && strides[i] <= layouts[i].width) layouts[i].phases = strides[i];
@@ -162,6 +175,21 @@ PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width,
     const int pieces = split ? supported_pieces(most, 4) : 0;
     if (pieces == 0) return keep_lanes(store, height, width, lanes, offset);
     return keep_pieces(store, vectors, pieces, false);
+}
+
+PixelMap repeat_map(Store& store, const CodeLayout& layout, int height, int width, int lanes) {
+    if (layout.phases == 1 && height == layout.height && width == layout.width)
+        return load_map(store, layout, height, width, {1, 1}, lanes);
+    const int rows = height / layout.height, columns = width / layout.width;
+    const int64_t first = layout.offset(0, 0);
+    return keep_lanes(store, height, width, lanes,
+                      [&](int y, int x) { return layout.offset(y / rows, x / columns) - first; });
+}
+
+PixelMap repeat_map(Store& store, const TensorSpec& stream, int height, int width, int lanes) {
+    const int rows = height / stream.height, columns = width / stream.width;
+    return keep_lanes(store, height, width, lanes,
+                      [&](int y, int x) { return 4 * (int64_t{y / rows} * stream.width + x / columns); });
 }
 
 PixelMap store_map(Store& store, const CodeLayout& layout, int lanes) {

@@ -35,6 +35,12 @@ struct CodeLayout {
     int phase_width() const { return (left + width + right + phases - 1) / phases; }
     int64_t group_pitch() const { return int64_t{4} * phases * phase_width(); }
     int64_t row_pitch() const { return groups * group_pitch(); }
+    // Where a row begins, with its padding.
+    int64_t row(int y) const { return (top + y) * row_pitch(); }
+    bool has_rows_of(const CodeLayout& other) const {
+        return width == other.width && left == other.left && right == other.right && phases == other.phases &&
+               height == other.height;
+    }
     int64_t bytes() const { return (top + height + bottom) * row_pitch(); }
     // Byte of channel 0 of pixel (y, x); negative coordinates reach into the padding.
     int64_t offset(int y, int x) const {
@@ -58,6 +64,10 @@ std::vector<int32_t> window_offsets(const CodeLayout& layout, const StepSpec& st
 
 // Vectors of output pixels [height, width] as read by a step of this stride, and as written to the tensor itself.
 PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width, Pair stride, int lanes);
+// Of an image whose pixels are repeated by whole factors to [height, width]; offsets from pixel (0, 0) of the codes, or
+// of a plane of floats.
+PixelMap repeat_map(Store& store, const CodeLayout& layout, int height, int width, int lanes);
+PixelMap repeat_map(Store& store, const TensorSpec& stream, int height, int width, int lanes);
 PixelMap store_map(Store& store, const CodeLayout& layout, int lanes);
 
 inline int vector_count(int64_t pixels, int lanes) { return static_cast<int>((pixels + lanes - 1) / lanes); }

@@ -151,6 +151,31 @@ struct PoolCodesPlan {  // maximum of codes whose padding (code 0) never wins
     PixelMap in_map, out_map;
 };
 
+// One input of a selection: pixel (0, 0) of its channel 0 or group 0, and how output pixels meet it.
+struct SelectSource {
+    int tensor = 0;
+    int32_t first = 0;      // bytes, of codes
+    int64_t pitch = 0;      // bytes from one group (codes) or channel (streams) to the next
+    bool is_alike = false;  // output pixels of a row, or of a stream, lie as in the input, padding included
+    int64_t row = 0, row_pitch = 0;  // of codes: bytes to the first row, with its padding, and from row to row
+    PixelMap map;                    // of codes, and of streams that are not alike
+};
+
+struct SelectPlace {
+    int source = 0, channel = 0;
+};
+
+struct SelectPlan {
+    const SelectSource* sources = nullptr;
+    const SelectPlace* places = nullptr;  // of every channel that is written, continued with the last to whole groups
+    int groups = 0;
+    int output = 0;  // of codes, from here on
+    int rows = 0;
+    int64_t out_row = 0, out_row_pitch = 0;
+    int32_t out_pitch = 0;
+    PixelMap out_map;
+};
+
 // Where the tensors of one image are, and working memory of one thread.
 struct RunContext {
     unsigned char* const* tensors;

@@ -27,7 +27,7 @@ bool is_matrix(const StepSpec& step, const TensorSpec& source) {
 }
 
 std::vector<int> tensors_read(const StepSpec& step) {
-    std::vector<int> reads{step.input};
+    std::vector<int> reads = step.inputs;
     for (int tensor : {step.emit.gate, step.emit.residual})
         if (tensor >= 0) reads.push_back(tensor);
     return reads;
@@ -66,6 +66,7 @@ void ProgramPlan::plan_steps() {
         } else {
             plan.emit = emit;
             if (step.kind == StepKind::kQuantPack) plan_quantpack(step, plan);
+            else if (step.kind == StepKind::kSelect) plan_select(step, plan);
             else plan_pool(step, plan);
         }
     }
@@ -165,6 +166,53 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
     }
 }
 
+void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
+    plan.run = StepPlan::Run::kSelect;
+    SelectPlan& select = plan.select;
+    const TensorSpec& target = target_of(spec, step);
+    const bool codes = spec.tensors[static_cast<size_t>(step.input)].form == Form::kCodes;
+    SelectSource* sources = store.make<SelectSource>(step.inputs.size());
+    std::vector<SelectPlace> all;  // the channels of the inputs side by side
+    for (size_t i = 0; i < step.inputs.size(); ++i) {
+        const auto index = static_cast<size_t>(step.inputs[i]);
+        const TensorSpec& tensor = spec.tensors[index];
+        const CodeLayout& layout = layouts[index];
+        SelectSource source;
+        source.tensor = step.inputs[i];
+        if (codes) {
+            source.is_alike = layout.has_rows_of(layouts[static_cast<size_t>(step.emit.consumers[0].tensor)]);
+            source.row = layout.row(0);
+            source.row_pitch = layout.row_pitch();
+            source.first = static_cast<int32_t>(layout.offset(0, 0));
+            source.pitch = layout.group_pitch();
+            source.map = repeat_map(store, layout, target.height, target.width, kernels.lanes);
+        } else {
+            source.pitch = 4 * tensor.pixels();
+            source.is_alike = tensor.height == target.height && tensor.width == target.width;
+            if (!source.is_alike) source.map = repeat_map(store, tensor, target.height, target.width, kernels.lanes);
+        }
+        sources[i] = source;
+        for (int channel = 0; channel < tensor.channels; ++channel) all.push_back({static_cast<int>(i), channel});
+    }
+    select.groups = (target.channels + 3) / 4;
+    const size_t count = 4 * static_cast<size_t>(select.groups);
+    SelectPlace* places = store.make<SelectPlace>(count);
+    for (size_t c = 0; c < count; ++c) {
+        const size_t chosen = std::min(c, static_cast<size_t>(target.channels) - 1);
+        places[c] = all[step.channels.empty() ? chosen : static_cast<size_t>(step.channels[chosen])];
+    }
+    select.sources = sources;
+    select.places = places;
+    if (!codes) return;
+    select.output = step.emit.consumers[0].tensor;
+    const CodeLayout& out = layouts[static_cast<size_t>(select.output)];
+    select.rows = out.height;
+    select.out_row = out.row(0);
+    select.out_row_pitch = out.row_pitch();
+    select.out_pitch = static_cast<int32_t>(out.group_pitch());
+    select.out_map = store_map(store, out, kernels.lanes);
+}
+
 void ProgramPlan::assign_slots() {
     const size_t count = spec.tensors.size();
     std::vector<int> last_use(count, -1);
@@ -206,9 +254,10 @@ void ProgramPlan::assign_slots() {
         for (int tensor : steps[i].writes) {
             const TensorSpec& target = spec.tensors[static_cast<size_t>(tensor)];
             if (external[static_cast<size_t>(tensor)]) continue;
-            // Each element of the residual is read just before the stream's is written, so they may share.
-            const bool in_place = tensor == emit.stream && emit.residual >= 0 && emit.residual != spec.steps[i].input &&
-                                  emit.residual != emit.gate &&
+            // Each element of the residual is read just before the stream's is written, so they may share where nothing
+            // else of the step reads it.
+            const bool in_place = tensor == emit.stream && emit.residual >= 0 &&
+                                  std::count(reads.begin(), reads.end(), emit.residual) == 1 &&
                                   last_use[static_cast<size_t>(emit.residual)] == static_cast<int>(i) &&
                                   slot_of[static_cast<size_t>(emit.residual)] >= 0;
             if (in_place) {

@@ -11,12 +11,23 @@
 namespace lbs {
 
 struct StepPlan {
-    enum class Run { kQuantPack, kConv, kLinear, kMaxStream, kAverageStream, kMeanStream, kMaxCodes, kMaxCodesAnyZero };
+    enum class Run {
+        kQuantPack,
+        kConv,
+        kLinear,
+        kMaxStream,
+        kAverageStream,
+        kMeanStream,
+        kMaxCodes,
+        kMaxCodesAnyZero,
+        kSelect
+    };
 
     Run run = Run::kQuantPack;
     ConvPlan conv;
     LinearPlan linear;
     PoolCodesPlan pool;
+    SelectPlan select;
     EmitPlan emit;             // of the steps that emit planes of floats
     ReadPlan read;             // of a quantpack step
     int place = -1;            // of the image it reads among the program's inputs; -1: a stream
@@ -52,6 +63,7 @@ private:
     EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
     void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);
+    void plan_select(const StepSpec& step, StepPlan& plan);
     void assign_slots();
     void place_meetings();
 };

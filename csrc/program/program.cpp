@@ -119,9 +119,18 @@ EmitSpec read_emit(const Json& value) {
 StepSpec read_step(const Json& value) {
     StepSpec step;
     step.name = text(value, "name");
-    step.input = whole(value, "input");
     step.emit = read_emit(at(value, "emit"));
     const std::string& op = text(value, "op");
+    if (op == "select") {
+        step.kind = StepKind::kSelect;
+        step.inputs = numbers(value, "inputs");
+        step.input = step.inputs.empty() ? kNoTensor : step.inputs.front();
+        step.channels = numbers(value, "channels");
+        step.repeat = pair(value, "repeat");
+        return step;
+    }
+    step.input = whole(value, "input");
+    step.inputs = {step.input};
     if (op == "pool") {
         const std::string& kind = text(value, "kind");
         step.kind = kind == "max"    ? StepKind::kMaxPool

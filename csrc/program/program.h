@@ -52,16 +52,18 @@ struct Pair {
     int y = 1, x = 1;
 };
 
-enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAveragePool };
+enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAveragePool, kSelect };
 
 struct StepSpec {
     StepKind kind = StepKind::kQuantPack;
     std::string name;
-    int input = 0;
+    int input = 0;              // the first of a selection
+    std::vector<int> inputs;    // all of them
+    std::vector<int> channels;  // of a selection; empty: all, in order
     EmitSpec emit;
     int w_bits = 0, groups = 1, total_filters = 0;
     bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
-    Pair kernel, stride, padding{0, 0}, dilation;
+    Pair kernel, stride, padding{0, 0}, dilation, repeat;
     std::string planes;
     std::optional<std::string> multiplier, bias;
 };

@@ -277,6 +277,12 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             kernels.pool_codes(step.pool, context, groups.first, groups.last);
             return;
         }
+        case StepPlan::Run::kSelect: {
+            const Share groups = share(step.select.groups, self);
+            const auto select = source.form == Form::kCodes ? kernels.select_codes : kernels.select_streams;
+            select(step.select, step.emit, context, groups.first, groups.last);
+            return;
+        }
         case StepPlan::Run::kMaxCodesAnyZero: {
             const Share groups = share(step.pool.groups, self);
             const size_t output = static_cast<size_t>(step.pool.output);

@@ -137,6 +137,15 @@ constexpr Field kPoolStepFields[] = {
 };
 constexpr Record kPoolStep = {"PoolStep", kPoolStepFields, 7};
 
+constexpr Field kSelectStepFields[] = {
+    {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"inputs", Kind::kInt, Count::kList, false, nullptr, nullptr, nullptr},
+    {"emit", Kind::kRecord, Count::kOne, false, nullptr, nullptr, &kEmit},
+    {"channels", Kind::kInt, Count::kList, false, "[]", nullptr, nullptr},
+    {"repeat", Kind::kInt, Count::kPair, false, "[1, 1]", nullptr, nullptr},
+};
+constexpr Record kSelectStep = {"SelectStep", kSelectStepFields, 5};
+
 constexpr Field kArraySpecFields[] = {
     {"dtype", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"shape", Kind::kInt, Count::kList, false, nullptr, nullptr, nullptr},
@@ -162,6 +171,7 @@ constexpr StepRecord kSteps[] = {
     {"bitconv2d", &kConvStep},
     {"bitlinear", &kLinearStep},
     {"pool", &kPoolStep},
+    {"select", &kSelectStep},
 };
 
 }  // namespace schema

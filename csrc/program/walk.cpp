@@ -90,6 +90,7 @@ private:
 
     void check_step(const StepSpec& step) {
         step_ = &step;
+        if (step.inputs.empty()) refuse_here(rule::kSelectInputs, "a selection has at least one input");
         const TensorSpec& source = read(step.input);
         Shape shape{source.height, source.width, source.channels};
         bool scaled = true;
@@ -109,7 +110,11 @@ private:
                 expect_form(source, {Form::kCodes, Form::kStream});
                 shape = check_window(step, source);
                 scaled = source.form != Form::kCodes;
-                if (!scaled) check_code_pool(step.emit, source);
+                if (!scaled) check_unchanged(step.emit, source);
+                break;
+            case StepKind::kSelect:
+                shape = check_select(step, source);
+                scaled = source.form != Form::kCodes;
         }
         check_emit(step.emit, shape, scaled);
     }
@@ -142,6 +147,29 @@ private:
         expect_form(source, {Form::kCodes});
         if (source.pixels() != 1) refuse_here(rule::kOnePixel, "a linear step reads one pixel, pool first");
         return {1, 1, check_weights(step, source, 1, 1)};
+    }
+
+    Shape check_select(const StepSpec& step, const TensorSpec& first) const {
+        int64_t total = 0;
+        for (int index : step.inputs) total += read(index).channels;
+        expect_form(first, {Form::kCodes, Form::kStream});
+        for (int index : step.inputs)
+            if (spec(index).form != first.form)
+                refuse_here(rule::kSelectInputs, "the inputs of a selection have one form");
+        if (first.form == Form::kCodes)
+            for (int index : step.inputs) check_unchanged(step.emit, spec(index));
+        const auto exists = [&](int channel) { return channel >= 0 && channel < total; };
+        if (total > kMaxSize || !std::all_of(step.channels.begin(), step.channels.end(), exists))
+            refuse_here(rule::kSelectChannels, "the inputs have " + std::to_string(total) + " channels, at most " +
+                                                   std::to_string(kMaxSize) + ", to select of");
+        const int64_t height = int64_t{first.height} * step.repeat.y, width = int64_t{first.width} * step.repeat.x;
+        const auto divides = [&](int index) {
+            return height % spec(index).height == 0 && width % spec(index).width == 0;
+        };
+        if (!is_size(height) || !is_size(width) || !std::all_of(step.inputs.begin(), step.inputs.end(), divides))
+            refuse_here(rule::kRepeat, "the size that is written is a whole multiple of every input's");
+        const auto count = static_cast<int64_t>(step.channels.size());
+        return {static_cast<int>(height), static_cast<int>(width), static_cast<int>(count ? count : total)};
     }
 
     // Bits, groups, planes, multiplier and bias of a step; returns the number of filters.
@@ -259,13 +287,13 @@ private:
         return {height, width, channels};
     }
 
-    // Codes pass a maximum unchanged: exactly one consumer of the same kind, and nothing else.
-    void check_code_pool(const EmitSpec& emit, const TensorSpec& source) const {
+    // Codes pass a maximum or a selection unchanged: exactly one consumer of the same kind, and nothing else.
+    void check_unchanged(const EmitSpec& emit, const TensorSpec& source) const {
         const bool plain = !emit.activation && emit.gate == kNoTensor && emit.residual == kNoTensor && !emit.low &&
                            !emit.high && emit.stream == kNoTensor;
         if (!plain || emit.consumers.size() != 1 || emit.consumers[0].pre_scale || emit.consumers[0].relu ||
             !same_codes(emit.consumers[0], source))
-            refuse_here(rule::kCodePool, "a maximum of codes has one plain consumer of the kind of its input");
+            refuse_here(rule::kCodesUnchanged, "codes are passed on to one plain consumer of the kind of the inputs");
     }
 
     void expect_form(const TensorSpec& tensor, std::initializer_list<Form> forms) const {

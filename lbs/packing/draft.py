@@ -23,6 +23,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    SelectStep,
     Step,
     TensorSpec,
     build_blob,
@@ -60,19 +61,29 @@ class Target:
     relu: bool = False
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Channels of the sources side by side (none mean all), and how often pixels of the first one are repeated."""
+
+    channels: tuple[int, ...] = ()
+    repeat: tuple[int, int] = (1, 1)
+
+
 @dataclass(eq=False)
 class Draft:
     """One step. `value` is the node whose float value the step produces; it moves on while nodes are absorbed.
 
-    pixels: (scale, shift) float64 [C] that turn the bytes of an image into the values of its node.
+    sources: several of a selection. pixels: (scale, shift) float64 [C] that turn the bytes of an image into the values
+    of its node.
     """
 
     name: str
     value: fx.Node
-    source: Slot
+    sources: tuple[Slot, ...]
     shape: Shape
     layer: QuantLayer | None = None
     pool: Op | None = None
+    selection: Selection | None = None
     pixels: tuple[Tensor, Tensor] | None = None
     norms: list[Norm] = field(default_factory=list)
     function: Function | None = None
@@ -85,9 +96,18 @@ class Draft:
     stream: Slot | None = None
     targets: list[Target] = field(default_factory=list)
 
+    @property
+    def source(self) -> Slot:
+        """The tensor that every step but a selection reads."""
+        return self.sources[0]
+
     def takes_norm(self) -> bool:
-        """Whether a norm of the value can become part of the step: nothing but norms is absorbed, and it is no pool."""
-        return self.pool is None and self.takes_gate() and self.function is None
+        """Whether a norm of the value can become part of the step: one with a multiplier, and only norms absorbed."""
+        return self.pool is None and self.selection is None and self.takes_gate() and self.function is None
+
+    def moves_only(self) -> bool:
+        """Whether it is a selection that has absorbed nothing."""
+        return self.selection is not None and self.takes_gate() and self.function is None
 
     def takes_function(self) -> bool:
         """Whether an activation of the value can become part of the step."""
@@ -158,13 +178,13 @@ def assemble(
 
 
 def _ordered(drafts: list[Draft]) -> list[Draft]:
-    """Steps in the given order, but none before the steps that write its gate and its residual."""
+    """Steps in the given order, but none before the steps that write what it reads."""
     writer = {slot: draft for draft in drafts for slot in draft.written()}
     done: dict[Draft, None] = {}
     stack = list(reversed(drafts))
     while stack:
         draft = stack[-1]
-        reads = (draft.source, draft.gate, draft.residual)
+        reads = (*draft.sources, draft.gate, draft.residual)
         needed = [writer[s] for s in reads if s in writer and writer[s] not in done]
         if needed:
             stack.extend(needed)
@@ -174,7 +194,6 @@ def _ordered(drafts: list[Draft]) -> list[Draft]:
 
 
 def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> Step:
-    source = number[draft.source]
     emit = Emit(
         number[draft.residual] if draft.residual is not None else None,
         draft.low,
@@ -184,6 +203,10 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
         _activation(draft, arrays),
         number[draft.gate] if draft.gate is not None else None,
     )
+    if draft.selection is not None:
+        inputs = tuple(number[slot] for slot in draft.sources)
+        return SelectStep(draft.name, inputs, emit, draft.selection.channels, draft.selection.repeat)
+    source = number[draft.source]
     if draft.pool is not None:
         op = draft.pool
         kind = op.kind.removesuffix("_pool")

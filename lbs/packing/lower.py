@@ -9,12 +9,13 @@ needs floats. What no step can absorb becomes a step of its own that reads a str
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import Tensor, fx, nn
 
 from lbs.graph import ModelGraph, called_module
 from lbs.packing.checks import check_layer
-from lbs.packing.draft import Draft, Norm, Slot, Target, assemble
+from lbs.packing.draft import Draft, Norm, Selection, Slot, Target, assemble
 from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
 from lbs.quant.layers import QuantLayer
@@ -179,9 +180,15 @@ class _Walk:
         self.images: dict[fx.Node, Slot] = {}
         self.values: dict[fx.Node, _Value] = {}
         self.codes: dict[tuple[object, ...], Slot] = {}
+        self.channels: dict[Draft, list[tuple[Draft, int]]] = {}  # selections: the step and the channel of each
         for node in region:
             getattr(self, f"_{ops[node].kind}")(node, ops[node])
         self.results = self._results(region)
+        for draft in reversed(self.drafts):  # what a selection reads is stored where somebody reads the selection
+            if draft in self.channels and draft.written():
+                steps = list(dict.fromkeys(step for step, _ in self.channels[draft]))
+                draft.sources = tuple(step.stored() for step in steps)
+                draft.selection = self._selection(draft, steps)
 
     def finish(self, stream_dtype: str) -> LoweredRegion:
         """Assemble the program."""
@@ -199,7 +206,7 @@ class _Walk:
         source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
         shape = shape_of(node)
         size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)
-        self._add_draft(node, Draft(name, node, source, size, layer=layer))
+        self._add_draft(node, Draft(name, node, (source,), size, layer=layer))
 
     def _norm(self, node: fx.Node, op: Op) -> None:
         norm, label = called_module(self.module, node), _label(node)
@@ -282,12 +289,46 @@ class _Walk:
     def _pool(self, node: fx.Node, op: Op) -> None:
         stream = self._floats(self._source(node), node)
         shape = (*shape_of(node), 1, 1)
-        self._add_draft(node, Draft(node.name, node, stream, (shape[1], shape[2], shape[3]), pool=op))
+        self._add_draft(node, Draft(node.name, node, (stream,), (shape[1], shape[2], shape[3]), pool=op))
+
+    def _select(self, node: fx.Node, op: Op) -> None:
+        found: list[tuple[Draft, int]] = []
+        for source in operands(node, op):
+            draft = self._read(source).draft
+            if len(shape_of(source)) == 2 and draft.shape[1:] != (1, 1):
+                raise _NotPackable(node, f"it reads pixels of {draft.shape}, flattened")
+            parts = [(draft, channel) for channel in range(draft.shape[0])]
+            found.extend(self.channels[draft] if draft.moves_only() else parts)
+        shape = (*shape_of(node), 1, 1)
+        draft = Draft(node.name, node, (), (shape[1], shape[2], shape[3]), selection=Selection())
+        self.channels[draft] = found if op.channels is None else [found[channel] for channel in op.channels]
+        self._add_draft(node, draft)
 
     def _alias(self, node: fx.Node, op: Op) -> None:
         self.values[node] = self._operand(node)
 
     # Helpers.
+
+    def _selection(self, draft: Draft, steps: list[Draft]) -> Selection:
+        """The channels of a selection among those that `steps` compute."""
+        first = dict(zip(steps, accumulate((step.shape[0] for step in steps), initial=0), strict=False))
+        channels = tuple(first[step] + channel for step, channel in self.channels[draft])
+        same = channels == tuple(range(sum(step.shape[0] for step in steps)))
+        (_, height, width), (_, rows, columns) = draft.shape, steps[0].shape
+        return Selection(() if same else channels, (height // rows, width // columns))
+
+    def _is_of_codes(self, draft: Draft) -> bool:
+        """Whether the steps a selection reads encode for its readers: only layers are, and they read all of it."""
+        if not draft.moves_only():
+            return False
+        parts = set(self.channels[draft])
+        whole = len(parts) == sum(step.shape[0] for step in {step for step, _ in parts})
+        return whole and not any(self._reads_floats(reader) for reader in self._readers(draft.value))
+
+    def _reads_floats(self, reader: fx.Node) -> bool:
+        kind = self._kind(reader)
+        of_codes = kind == "max_pool" and all(self._kind(behind) == "layer" for behind in self._readers(reader))
+        return not of_codes and kind not in ("layer", "select")
 
     def _add_draft(self, node: fx.Node, draft: Draft) -> None:
         self.drafts.append(draft)
@@ -295,7 +336,7 @@ class _Walk:
 
     def _copy(self, node: fx.Node, source: _Value) -> Draft:
         """A step that reads a stored value and emits it anew."""
-        draft = Draft(node.name, node, self._stored(source, node), source.draft.shape)
+        draft = Draft(node.name, node, (self._stored(source, node),), source.draft.shape)
         self.drafts.append(draft)
         return draft
 
@@ -315,7 +356,7 @@ class _Walk:
             size = (shape[1], shape[2], shape[3]) if len(shape) == 4 else (shape[1], 1, 1)
             pixels = self.pixels if node.op == "placeholder" else None
             self.images[node] = Slot(node.name, "image", size, dtype="float32" if pixels is None else "uint8")
-            self._add_draft(node, Draft(f"{node.name}.quantize", node, self.images[node], size, pixels=pixels))
+            self._add_draft(node, Draft(f"{node.name}.quantize", node, (self.images[node],), size, pixels=pixels))
         return self.values[node]
 
     def _age(self, node: fx.Node) -> int:
@@ -377,7 +418,13 @@ class _Walk:
             node, op = value.pool
             before = self._encode(replace(value, pool=None), quantizer, f"{node.name}.input")
             shape = (draft.shape[0], *shape_of(node)[2:])
-            draft = Draft(f"{node.name}@{name}", node, before, (shape[0], shape[1], shape[2]), pool=op)
+            draft = Draft(f"{node.name}@{name}", node, (before,), (shape[0], shape[1], shape[2]), pool=op)
+            self.drafts.append(draft)
+        elif value.norm is None and self._is_of_codes(draft):
+            steps = list(dict.fromkeys(step for step, _ in self.channels[draft]))
+            parts = tuple(self._encode(_Value(step), quantizer, f"{step.name}@{name}") for step in steps)
+            selection = self._selection(draft, steps)
+            draft = Draft(f"{draft.name}@{name}", draft.value, parts, draft.shape, selection=selection)
             self.drafts.append(draft)
         slot = Slot(name, "codes", draft.shape, bits, zero, signed)
         plain = value.pool is not None

@@ -13,13 +13,25 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lbs.graph import called_module
+from lbs.packing.index_maps import index_map, is_on_the_way
 from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
 from lbs.quant.deployed import computes_as
 from lbs.quant.layers import QuantConv2d, QuantLinear
 from lbs_kernels.program.window import Window
 
 Kind = Literal[
-    "layer", "norm", "clamp", "activation", "gate", "add", "max_pool", "average_pool", "mean_pool", "alias", "shape"
+    "layer",
+    "norm",
+    "clamp",
+    "activation",
+    "gate",
+    "add",
+    "max_pool",
+    "average_pool",
+    "mean_pool",
+    "select",
+    "alias",
+    "shape",
 ]
 Pair = tuple[int, int]
 POINT = Window()
@@ -29,8 +41,8 @@ POINT = Window()
 class Op:
     """A node a program can express.
 
-    alias: the same values, possibly flattened. shape: sizes only, no values (`x.size(0)`). gate: a product with one
-    number for each image and channel.
+    alias: the same values, possibly flattened, or on the way of a select. shape: sizes only, no values (`x.size(0)`).
+    gate: a product with one number for each image and channel. select: channels of what it reads side by side.
     """
 
     kind: Kind
@@ -39,6 +51,7 @@ class Op:
     window: Window = POINT  # max_pool, average_pool
     inplace: bool = False
     function: Function | None = None  # activation
+    channels: tuple[int, ...] | None = None  # select; None: all, in order
 
 
 def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
@@ -49,12 +62,29 @@ def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
         if kind is not None and not computes_as(target, kind):
             return f"{type(target).__name__} has a forward of its own"
         found = _MODULES[kind](target, node) if kind is not None else None
+        found = found or _moving(module, node)
         return found if found is not None else f"{type(target).__name__} has no packed form"
     if node.op in ("call_function", "call_method"):
         call_rule = _CALLS.get(node.target)
         found = call_rule(node) if call_rule is not None else None
+        found = found or _moving(module, node) or _size(node)
         return found if found is not None else f"{_call_name(node)} has no packed form"
     return f"{node.op} is no computation"
+
+
+def _moving(module: fx.GraphModule, node: fx.Node) -> Op | None:
+    """What only moves channels, and repeats pixels by whole factors."""
+    found = index_map(module, node)
+    if found is None:
+        return Op("alias") if is_on_the_way(module, node) else None
+    return Op("alias") if found.same else Op("select", channels=found.channels)
+
+
+def _size(node: fx.Node) -> Op | None:
+    """A number made of sizes."""
+    numbers = [source for source in node.all_input_nodes if "number" in source.meta]
+    whole = "number" in node.meta and numbers and len(numbers) == len(node.all_input_nodes)
+    return Op("shape") if whole else None
 
 
 def float_bound(value: Any) -> float | None:
@@ -293,6 +323,15 @@ def _mul_call(node: fx.Node) -> Op | None:
     return Op("gate", inplace=node.target in (operator.imul, "mul_"))
 
 
+def _cat_call(node: fx.Node) -> Op | None:
+    tensors = argument(node, 0, "tensors")
+    dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
+    ranks = {len(shape_of(tensor)) for tensor in tensors} if isinstance(tensors, list | tuple) else set()
+    if ranks not in ({2}, {4}) or dim not in (1, 1 - max(ranks)):
+        return None
+    return Op("select" if len(tensors) > 1 else "alias")
+
+
 def _shape_call(node: fx.Node) -> Op | None:
     """Sizes of a tensor, and items of such sizes."""
     source = node.args[0]
@@ -341,6 +380,7 @@ _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     "reshape": _reshaped,
     "contiguous": _reshaped,
     F.dropout: _dropout_call,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat_call),
     "size": _shape_call,
     getattr: _shape_call,
     operator.getitem: _shape_call,

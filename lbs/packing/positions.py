@@ -51,6 +51,9 @@ class OverPositions(QuantConv2d):
         """Of the linear layer, whatever order sums over its weights have."""
         return self.linear[0].float_weight()[:, :, None, None]
 
+    def code_bytes(self) -> Tensor:
+        return self.linear[0].code_bytes()[:, :, None, None]
+
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, over positions"
 

@@ -24,8 +24,9 @@ class Partition:
 def operands(node: fx.Node, op: Op) -> list[fx.Node]:
     """The tensors a packed node reads, of a product the gate last; sizes passed to a reshape are none."""
     values = node.args[:2] if op.kind in ("add", "gate") else node.args[:1]
-    keyed = [node.kwargs[key] for key in ("input", "other") if key in node.kwargs]
-    found = [value for value in (*values, *keyed) if isinstance(value, fx.Node)]
+    keyed = [node.kwargs[key] for key in ("input", "other", "tensors") if key in node.kwargs]
+    several = [value if isinstance(value, list | tuple) else [value] for value in (*values, *keyed)]
+    found = [value for values in several for value in values if isinstance(value, fx.Node)]
     return sorted(found, key=lambda value: -math.prod(gate_shape(value))) if op.kind == "gate" else found
 
 
@@ -63,7 +64,9 @@ def _needless(graph: fx.Graph, ops: Mapping[fx.Node, Op]) -> frozenset[fx.Node]:
             continue
         readers = [user for user in node.users if user not in free]
         if ops[node].kind == "shape":
-            readers = [user for user in readers if not (user in ops and ops[user].kind in ("alias", "mean_pool"))]
+            readers = [
+                user for user in readers if not (user in ops and ops[user].kind in ("alias", "mean_pool", "select"))
+            ]
         if not readers:
             free.add(node)
     return frozenset(free)

@@ -123,7 +123,7 @@ class _Judge(Evaluation):
         self.tensors = tensors
         self.image_bound = image_bound
         self.names = step_names(module)
-        self.bounds: dict[fx.Node, Tensor] = {}
+        self.bounds: dict[fx.Node, Any] = {}  # tensors, and tuples of them
         self.checks: list[Check] = []
         self.doubles: dict[str, nn.Module] = {}
         unknown = sorted(set(tensors.steps) - set(self.names.values()))
@@ -141,6 +141,8 @@ class _Judge(Evaluation):
             value, bound = self._layer(n, layer)
         else:
             value = super().run_node(n)
+            if isinstance(value, tuple | list) and n.op != "output" and self._is_moved(n):
+                self.bounds[n] = self._moved(n)
             if not isinstance(value, Tensor) or n.op == "output":
                 return value
             if n.op == "get_attr" and value.is_floating_point():  # a weight that a function is called with
@@ -272,10 +274,12 @@ class _Judge(Evaluation):
     def _bound(self, node: fx.Node, value: Tensor) -> Tensor:
         """How far float32 arithmetic of the packed program may lie from `value`, element by element."""
         op = classify(self.traced, node)
+        if self._is_moved(node):
+            return self._moved(node)
         sources = [arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.bounds]
         if not isinstance(op, Op) or not sources:
             return torch.zeros_like(value)
-        bound = self.bounds[sources[0]]
+        bound: Tensor = self.bounds[sources[0]]
         if op.kind == "norm":
             return self._norm_bound(node, value, bound, self.env[sources[0]])
         if op.kind == "activation" and op.function is not None:
@@ -295,7 +299,18 @@ class _Judge(Evaluation):
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]
             return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
-        return bound.reshape(value.shape) if bound.numel() == value.numel() else bound.expand_as(value)
+        return bound
+
+    def _is_moved(self, node: fx.Node) -> bool:
+        op = classify(self.traced, node)
+        return isinstance(op, Op) and op.kind in ("alias", "select")
+
+    def _moved(self, node: fx.Node) -> Any:
+        """The bounds of values that a node only moves: moved in the same way."""
+        args, kwargs = fx.node.map_arg(
+            (node.args, dict(node.kwargs)), lambda read: self.bounds[read] if read in self.bounds else self.env[read]
+        )
+        return getattr(self, node.op)(node.target, args, kwargs)
 
     def _norm_bound(self, node: fx.Node, value: Tensor, bound: Tensor, source: Tensor) -> Tensor:
         norm = called_module(self.traced, node)

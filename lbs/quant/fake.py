@@ -45,16 +45,16 @@ class _Standardized(torch.autograd.Function):
     """Weights over their deviation, quantized and scaled, in as few passes as there can be (on a GPU)."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, bits: int) -> Tensor:
-        y, std = fused.weight_forward(w, v, scale, bits)
-        ctx.bits = bits
+    def forward(ctx: Any, w: Tensor, v: Tensor, scale: Tensor, bits: int, kind: str) -> Tensor:
+        y, std = fused.weight_forward(w, v, scale, bits, kind)
+        ctx.bits, ctx.kind = bits, kind
         ctx.save_for_backward(w, v, scale, std)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         w, v, scale, std = ctx.saved_tensors
-        return *fused.weight_backward(grads[0], w, v, scale, std, ctx.bits), None, None
+        return *fused.weight_backward(grads[0], w, v, scale, std, ctx.bits, ctx.kind), None, None, None
 
 
 def ste_gradients(grad: Tensor, x: Tensor, v: Tensor, y: Tensor, coding: codec.Coding) -> tuple[Tensor, Tensor]:
@@ -100,5 +100,5 @@ def fake_weight(w: Tensor, v: Tensor, bits: int, grid: str = "odd") -> Tensor:
 def standardized_weight(w: Tensor, v: Tensor, scale: Tensor, bits: int, grid: str = "odd") -> Tensor:
     """`fake_weight(w / std(w), v, bits, grid) * scale`, differentiable in w and v; the deviation is a constant."""
     if fused.serves(w, v, codec.WEIGHTS[grid]) and w.numel():
-        return _Standardized.apply(w, v, scale, bits)
+        return _Standardized.apply(w, v, scale, bits, codec.WEIGHTS[grid].kind)
     return fake_weight(codec.standardize(w, "scale"), v, bits, grid) * scale

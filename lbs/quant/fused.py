@@ -24,13 +24,14 @@ def _has_triton() -> bool:
 
 
 def serves(x: Tensor, v: Tensor, coding: codec.Coding) -> bool:
-    """Whether one pass serves this tensor: a float32 scalar v, and x dense in memory, of a dtype its device takes.
+    """Whether one pass serves this tensor: a float32 v, and x dense in memory, of a dtype its device takes.
 
-    Activations anywhere; weights of the odd grid on a GPU only, and in float32, where codes are computed in the
-    weights' own dtype.
+    v: a scalar; of weights also one range for every filter [O, 1, ..]. Activations anywhere; weights on a GPU only, and
+    in float32, where codes are computed in the weights' own dtype.
     """
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    if not dense or v.dtype != torch.float32 or v.dim() or x.device != v.device or coding.kind == "zero":
+    by_filter = coding.is_weight and x.dim() and v.shape == (x.shape[0], *[1] * (x.dim() - 1))
+    if not dense or v.dtype != torch.float32 or x.device != v.device or (v.dim() and not by_filter):
         return False
     if x.is_cuda:
         return _has_triton() and (x.dtype in _GPU_DTYPES if not coding.is_weight else x.dtype == torch.float32)
@@ -86,20 +87,20 @@ def backward(
     return grad_x, torch.full_like(v, total) * v.sign(), torch.tensor(products, dtype=v.dtype)
 
 
-def weight_forward(w: Tensor, v: Tensor, scale: Tensor, bits: int | Tensor) -> tuple[Tensor, Tensor]:
+def weight_forward(w: Tensor, v: Tensor, scale: Tensor, bits: int | Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """(scale * decode(encode(w / std)), std) on a GPU; see `fake.standardized_weight`."""
     from lbs_kernels.fakequant import triton_weights
 
-    return triton_weights.forward(w, v, scale, bits)
+    return triton_weights.forward(w, v, scale, bits, kind)
 
 
 def weight_backward(
-    grad: Tensor, w: Tensor, v: Tensor, scale: Tensor, std: Tensor, bits: int | Tensor
+    grad: Tensor, w: Tensor, v: Tensor, scale: Tensor, std: Tensor, bits: int | Tensor, kind: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients to w and v."""
     from lbs_kernels.fakequant import triton_weights
 
-    return triton_weights.backward(_like(grad, w), w, v, scale, std, bits)
+    return triton_weights.backward(_like(grad, w), w, v, scale, std, bits, kind)
 
 
 def _like(grad: Tensor, x: Tensor) -> Tensor:

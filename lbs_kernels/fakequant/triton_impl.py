@@ -3,13 +3,15 @@
     unsigned   q = clamp(rint(x * (n / v)), -z, n - z)              y = q * (v / n)             range [-low v, high v]
     signed     q = clamp(rint(x * (n / 2 v) + n / 2), 0, n)         y = (2 q - n) * (v / n)     range [-v, v]
     weight     q = rint(clamp(x / v, -1, 1) * (n / 2) + n / 2)      y = (2 q - n) * (v / n)     range [-v, v]
+    zero       q = rint(clamp(x / v, -1, 1) * m), m = (n - 1) / 2   y = q * (v / m)             range [-v, v]
 
     forward    y at the open width;  errors[j] = mean |clip(x) - y_j| / (v, or 2 v) at each width compared with
     backward   gx = gy inside the range, else 0;  products[j] = sum gy * (y - y_j)
-               grad v = sum gy * ((y - x) / v inside,   high above,   -low below);   signed, weight: low = high = 1
+               grad v = sum gy * ((y - x) / v inside,   high above,   -low below);   all but unsigned: low = high = 1
 
 z = low * n, a whole number; low = 0 and high = 1 where there are no negative values.
-The range is |v|: a v below 0 means -v, and gets the gradient's other sign.
+v is one range, or one for every filter of weights, whose elements lie together. The range is |v|: a v below 0 means -v,
+and gets the gradient's other sign.
 
 Arithmetic is float32, whatever x is, and rounds where torch rounds on a CPU: y and gx have the same bits. v, and the
 open width where it was decided on the device, are read by the kernels. Every program sums its block in float32 and
@@ -18,6 +20,7 @@ leaves the sum in a place of its own; `total_kernel` adds those in float64, alwa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +48,7 @@ def load_levels(bits_ptr, OPEN: tl.constexpr):
 def unit(x, v, KIND: tl.constexpr):
     """What codes are made of: x, or clip(x / v, -1, 1) of weights. Here and below comparisons let NaN through."""
     result = x
-    if KIND == "weight":
+    if KIND == "weight" or KIND == "zero":
         result = tl.div_rn(x, tl.zeros_like(x) + v)
         result = tl.where(result < -1.0, -1.0, tl.where(result > 1.0, 1.0, result))
     return result
@@ -58,7 +61,10 @@ def decoded(u, v, n, low, KIND: tl.constexpr):
     low: the share of the range below 0; real 0 has the code rint(low * n), which is a whole number but for rounding.
     """
     half = n * 0.5
-    if KIND == "weight":
+    if KIND == "zero":
+        half = half - 0.5  # 2^(b - 1) - 1: units of the largest weight
+        t = u * half
+    elif KIND == "weight":
         t = u * half + half
     else:
         t = u * tl.div_rn(n, 2.0 * v if KIND == "signed" else v)
@@ -69,27 +75,30 @@ def decoded(u, v, n, low, KIND: tl.constexpr):
             lowest = -((low * n + RINT_MAGIC) - RINT_MAGIC)
         t = tl.where(t < lowest, lowest, tl.where(t > n + lowest, n + lowest, t))
     q = (t + RINT_MAGIC) - RINT_MAGIC
-    if KIND != "unsigned":
+    if KIND == "zero":
+        n = half
+    elif KIND != "unsigned":
         q = 2.0 * q - n
     return q * tl.div_rn(v, n)
 
 
 @triton.jit
-def own_block(count, BLOCK: tl.constexpr):
-    """Places of this program's elements, and which of them exist."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return place, place < count
+def own_block(count, blocks, BLOCK: tl.constexpr):
+    """(range, places, mask) of this program's elements: `blocks` programs share a range and its `count` elements."""
+    row = tl.program_id(0) // blocks
+    offset = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, row.to(tl.int64) * count + offset, offset < count
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, v_ptr, bits_ptr, y_ptr, parts_ptr, count, low, high,
+    x_ptr, v_ptr, bits_ptr, y_ptr, parts_ptr, count, blocks, low, high,
     OPEN: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """y [count] and, at each width of COARSE, this program's sum |clip(x) - y_b|: parts [len(COARSE), programs]."""
-    place, mask = own_block(count, BLOCK)
+    row, place, mask = own_block(count, blocks, BLOCK)
     x = load_stream(x_ptr + place, mask, DTYPE)
-    v = tl.abs(tl.load(v_ptr))
+    v = tl.abs(tl.load(v_ptr + row))
     u = unit(x, v, KIND)
     store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, OPEN), low, KIND), mask, DTYPE)
     clipped = tl.where(x < -low * v, -low * v, tl.where(x > high * v, high * v, x))
@@ -101,26 +110,27 @@ def forward_kernel(
 
 @triton.jit
 def correct_kernel(
-    x_ptr, v_ptr, bits_ptr, guess_ptr, y_ptr, count, low, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, v_ptr, bits_ptr, guess_ptr, y_ptr, count, blocks, low,
+    KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """y again where it was computed at another width than the one that is open."""
     if tl.load(bits_ptr) != tl.load(guess_ptr):
-        place, mask = own_block(count, BLOCK)
-        v = tl.abs(tl.load(v_ptr))
+        row, place, mask = own_block(count, blocks, BLOCK)
+        v = tl.abs(tl.load(v_ptr + row))
         u = unit(load_stream(x_ptr + place, mask, DTYPE), v, KIND)
         store_stream(y_ptr + place, decoded(u, v, load_levels(bits_ptr, None), low, KIND), mask, DTYPE)
 
 
 @triton.jit
 def backward_kernel(
-    x_ptr, gy_ptr, v_ptr, bits_ptr, gx_ptr, parts_ptr, count, low, high,
+    x_ptr, gy_ptr, v_ptr, bits_ptr, gx_ptr, parts_ptr, count, blocks, low, high,
     OPEN: tl.constexpr, COARSE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """gx [count] and this program's sums, parts [len(COARSE) + 1, programs]: gy * (y - y_b), and the gradient of v."""
-    place, mask = own_block(count, BLOCK)
+    row, place, mask = own_block(count, blocks, BLOCK)
     x = load_stream(x_ptr + place, mask, DTYPE)
     gy = load_stream(gy_ptr + place, mask, DTYPE)  # 0 where nothing exists
-    edge = tl.load(v_ptr)
+    edge = tl.load(v_ptr + row)
     v = tl.abs(edge)
     u = unit(x, v, KIND)
     y = decoded(u, v, load_levels(bits_ptr, OPEN), low, KIND)
@@ -161,8 +171,37 @@ def told(bits: int | Tensor) -> tuple[Tensor | None, int | None]:
     return (bits, None) if isinstance(bits, Tensor) else (None, bits)
 
 
-def _meta(x: Tensor, kind: str) -> dict[str, Any]:
-    return {"KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": BLOCK, "num_warps": WARPS, **LAUNCH_OPTIONS}
+def warps_of(block: int) -> int:
+    """Warps of a program of `block` elements: as many as have something to do."""
+    return max(1, min(WARPS, block // 32))
+
+
+@dataclass(frozen=True)
+class Split:
+    """How elements are shared among programs: `blocks` of them, of `block` elements each, for every range."""
+
+    ranges: int
+    count: int  # elements of one range
+    blocks: int
+    block: int
+
+    @property
+    def programs(self) -> int:
+        return self.ranges * self.blocks
+
+
+def split_by_range(x: Tensor, v: Tensor) -> Split:
+    """Programs for x, whose elements have one range, or one for each x[o]."""
+    ranges = v.numel()
+    count = x.numel() // ranges
+    block = BLOCK if ranges == 1 else min(BLOCK, triton.next_power_of_2(max(count, 1)))
+    return Split(ranges, count, triton.cdiv(count, block), block)
+
+
+def _meta(x: Tensor, kind: str, block: int) -> dict[str, Any]:
+    return {
+        "KIND": kind, "DTYPE": DTYPES[x.dtype], "BLOCK": block, "num_warps": warps_of(block), **LAUNCH_OPTIONS
+    }  # fmt: skip
 
 
 def _shares(kind: str, shares: tuple[float, float] | None) -> tuple[float, float]:
@@ -198,20 +237,23 @@ def forward(
     """(y like x, mean |z - z_b| float32 [J] at the widths of `coarse`), z in 0..1 over the range.
 
     Arguments:
-        x: float32, bfloat16 or float16, dense in memory in any order. v: float32 scalar on x's device, not 0. bits: the
-            open width, 1 to 8, an int64 scalar there if the device has decided it. kind: unsigned, signed or weight.
+        x: float32, bfloat16 or float16, dense in memory in any order. v: float32 on x's device, not 0: a scalar, or one
+            for each x[o], which are dense too. bits: the open width, 1 to 8, an int64 scalar there if the device has
+            decided it. kind: unsigned, signed, weight or zero.
         shares: (low, high) of unsigned values, so that low * n is a whole number at every width; (0, 1) unless given.
     """
-    y, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), told(bits)
-    programs = triton.cdiv(count, BLOCK)
-    parts = torch.empty(len(coarse), programs, dtype=torch.float32, device=x.device)
+    y, (bits_ptr, opened), split = torch.empty_like(x), told(bits), split_by_range(x, v)
+    parts = torch.empty(len(coarse), split.programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
-        if count:
-            forward_kernel[(programs,)](
-                _raw(x), v, bits_ptr, _raw(y), parts, count, *_shares(kind, shares),
-                OPEN=opened, COARSE=coarse, **_meta(x, kind),
+        if split.count:
+            forward_kernel[(split.programs,)](
+                _raw(x), v, bits_ptr, _raw(y), parts, split.count, split.blocks, *_shares(kind, shares),
+                OPEN=opened, COARSE=coarse, **_meta(x, kind, split.block),
             )  # fmt: skip
-        return y, totals_of(parts, v, count, True, kind)
+        if split.ranges == 1:
+            return y, totals_of(parts, v, split.count, True, kind)
+        sums = totals_of(parts.view(-1, split.blocks), v, 1, False, kind).view(len(coarse), split.ranges)
+        return y, (sums / (2 * v.abs().view(-1))).sum(1) / x.numel()
 
 
 def correct(
@@ -224,12 +266,13 @@ def correct(
     shares: tuple[float, float] | None = None,
 ) -> None:
     """Make y, which `forward` computed at the width `guess`, that of the width `bits`: a pass where they differ."""
-    count = x.numel()
-    if count:
+    split = split_by_range(x, v)
+    if split.count:
         with device_guard(x.device):
-            correct_kernel[(triton.cdiv(count, BLOCK),)](
-                _raw(x), v, bits, guess, _raw(y), count, _shares(kind, shares)[0], **_meta(x, kind)
-            )
+            correct_kernel[(split.programs,)](
+                _raw(x), v, bits, guess, _raw(y), split.count, split.blocks, _shares(kind, shares)[0],
+                **_meta(x, kind, split.block),
+            )  # fmt: skip
 
 
 def backward(
@@ -241,15 +284,17 @@ def backward(
     kind: str,
     shares: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gx like x, grad v float32 scalar, products float32 [J]); grad has x's dtype and strides, the rest as above."""
-    grad_x, count, (bits_ptr, opened) = torch.empty_like(x), x.numel(), told(bits)
-    programs = triton.cdiv(count, BLOCK)
-    parts = torch.empty(len(coarse) + 1, programs, dtype=torch.float32, device=x.device)
+    """(gx like x, grad v float32 like v, products float32 [J]); grad has x's dtype and strides, the rest as above."""
+    grad_x, (bits_ptr, opened), split = torch.empty_like(x), told(bits), split_by_range(x, v)
+    parts = torch.empty(len(coarse) + 1, split.programs, dtype=torch.float32, device=x.device)
     with device_guard(x.device):
-        if count:
-            backward_kernel[(programs,)](
-                _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, count, *_shares(kind, shares),
-                OPEN=opened, COARSE=coarse, **_meta(x, kind),
+        if split.count:
+            backward_kernel[(split.programs,)](
+                _raw(x), _raw(grad), v, bits_ptr, _raw(grad_x), parts, split.count, split.blocks,
+                *_shares(kind, shares), OPEN=opened, COARSE=coarse, **_meta(x, kind, split.block),
             )  # fmt: skip
-        totals = totals_of(parts, v, count, False, kind)
-    return grad_x, totals[-1], totals[:-1]
+        if split.ranges == 1:
+            totals = totals_of(parts, v, split.count, False, kind)
+            return grad_x, totals[-1].view(v.shape), totals[:-1]
+        own = totals_of(parts[-1].view(split.ranges, split.blocks), v, 1, False, kind)
+        return grad_x, own.view(v.shape), totals_of(parts[:-1], v, 1, False, kind)

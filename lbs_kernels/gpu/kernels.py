@@ -67,9 +67,9 @@ def _weighted(op: str) -> ModuleType:
 
 
 def _elementwise(op: str) -> ModuleType:
-    from lbs_kernels.gpu.triton import pool, quantpack
+    from lbs_kernels.gpu.triton import pool, quantpack, select
 
-    return {"pool": pool, "quantpack": quantpack}[op]
+    return {"pool": pool, "quantpack": quantpack, "select": select}[op]
 
 
 def _onebit(op: str) -> ModuleType:
@@ -84,7 +84,7 @@ def _half(op: str) -> ModuleType:
     return half
 
 
-CONV, WEIGHTED, ELEMENTWISE = ("bitconv2d",), ("bitconv2d", "bitlinear"), ("quantpack", "pool")
+CONV, WEIGHTED, ELEMENTWISE = ("bitconv2d",), ("bitconv2d", "bitlinear"), ("quantpack", "pool", "select")
 KERNELS: list[Kernel] = [
     Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, triton_why_not),

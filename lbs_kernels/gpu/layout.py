@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.planes import pack_planes, unpack_planes, words
-from lbs_kernels.program.steps import STREAM_DTYPES, Program, TensorSpec
+from lbs_kernels.program.steps import STREAM_DTYPES, Program, TensorSpec, sources
 
 PITCH = 16  # bytes: one vector load
 ALIGNMENT = 256  # bytes: what cudaMalloc gives
@@ -90,7 +90,7 @@ def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
     spans: dict[int, tuple[int, int]] = {}
     for at, step in enumerate(program.steps):
         emit = step.emit
-        for index in (step.input, emit.gate, emit.residual):
+        for index in (*sources(step), emit.gate, emit.residual):
             if index is not None and index in spans:
                 spans[index] = (spans[index][0], at)
         written = [consumer.tensor for consumer in emit.consumers]

@@ -22,6 +22,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    SelectStep,
     TensorSpec,
 )
 from lbs_kernels.program.walk import Walk
@@ -76,9 +77,10 @@ def _check_version(program: Program) -> None:
                 "as version 3",
                 "version-2",
             )
-        if isinstance(step, PoolStep) and step.kind == "average":
+        if (isinstance(step, PoolStep) and step.kind == "average") or isinstance(step, SelectStep):
             raise FormatError(
-                f"step {step.name!r} is an average in a program of version {program.version}; write it as version 3",
+                f"step {step.name!r} is an average or a selection in a program of version {program.version}; write it "
+                "as version 3",
                 "version-2",
             )
 

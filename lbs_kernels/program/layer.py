@@ -20,6 +20,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    SelectStep,
     Step,
     TensorSpec,
     WeightGrid,
@@ -33,7 +34,8 @@ RESULT = 2  # the tensor it writes; 1 is what it reads (quantpack: 1 is what it 
 def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
     """A program whose step `layer` poses `problem`, behind a quantizer that makes its input; random weights.
 
-    Convolutions write codes of the bits they read, linear layers flat floats. `result_of` names the tensor written.
+    Convolutions write codes of the bits they read, linear layers flat floats; a selection is a copy. `result_of` names
+    the tensor written.
     """
     tensors, steps, arrays = _head(problem)
     if problem.op in ("bitconv2d", "bitlinear"):
@@ -41,6 +43,11 @@ def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
         steps.append(_weighted(problem, tensors))
     elif problem.op == "pool":
         steps.append(_pool(problem, tensors))
+    elif problem.op == "select":
+        tensors.append(replace(tensors[1], name="y"))
+        bits = problem.a_bits
+        emit = Emit(consumers=(Consumer(RESULT, bits, 1.0),)) if bits else Emit(stream=RESULT)
+        steps.append(SelectStep(LAYER, (1,), emit))
     if not tensors[-1].flat:  # a program returns something: the image, by a step of its own behind the layer
         tensors.append(replace(tensors[0], name="returned", form="stream"))
         steps.append(QuantPackStep("returned", 0, Emit(stream=len(tensors) - 1)))

@@ -1,4 +1,4 @@
-"""The definition of the four operations in plain torch. Every back end is judged by it; the epilogue is epilogue.py.
+"""The definition of the operations in plain torch. Every back end is judged by it; the epilogue is epilogue.py.
 
 bitconv2d, an exact integer convolution, then one fused multiply-add per output:
 
@@ -7,10 +7,12 @@ bitconv2d, an exact integer convolution, then one fused multiply-add per output:
     y = fma(float32(acc), multiplier[o], bias[o])
 
 bitlinear is bitconv2d of one pixel by a window of one. quantpack makes the float32 values that the epilogue encodes.
-pool is the maximum over a window, or the mean of all pixels or of a window in a fixed order.
+pool is the maximum over a window, or the mean of all pixels or of a window in a fixed order. select takes channels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -124,3 +126,21 @@ def average_pool(x: Tensor, window: Window) -> Tensor:
             total = taps if total is None else total + taps
     assert total is not None
     return total * torch.tensor(1.0 / (kernel_h * kernel_w), dtype=torch.float32, device=x.device)
+
+
+def select(inputs: Sequence[Tensor], channels: Sequence[int], repeat: tuple[int, int]) -> Tensor:
+    """Channels of all inputs side by side, every pixel repeated to the size of the result.
+
+    Args:
+        inputs: uint8 codes or streams [N, H_i, W_i, C_i].
+        channels: of the inputs side by side; none mean all.
+        repeat: rows and columns of the result for one of the first input.
+
+    Returns:
+        The same dtype for codes, float32 for streams; [N, H, W, C].
+    """
+    height, width = inputs[0].shape[1] * repeat[0], inputs[0].shape[2] * repeat[1]
+    parts = [x.repeat_interleave(height // x.shape[1], 1).repeat_interleave(width // x.shape[2], 2) for x in inputs]
+    whole = torch.cat(parts, 3)
+    chosen = whole[..., list(channels)] if channels else whole
+    return chosen if chosen.dtype == torch.uint8 else chosen.float()

@@ -26,7 +26,7 @@ from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
 # 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates in
-# `emit`, averages.
+# `emit`, averages, selections.
 PROGRAM_VERSION = 3
 BLOB_ALIGNMENT = 64
 WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
@@ -191,8 +191,36 @@ class PoolStep:
         return Window(self.kernel, self.stride, self.padding)
 
 
-Step = QuantPackStep | ConvStep | LinearStep | PoolStep
-STEP_TYPES: dict[str, type] = {t.op: t for t in (QuantPackStep, ConvStep, LinearStep, PoolStep)}
+@dataclass(frozen=True)
+class SelectStep:
+    """Channels of several tensors as one: concatenation, slices, shuffles, and pixels repeated by whole factors.
+
+    y[h, w, c] = x[h // (H / H_x), w // (W / W_x), k]   x, k: the input that holds channel `channels[c]` of all inputs
+                                                        side by side, and its number there
+    (H, W) = repeat * the size of the first input, whole multiples of the sizes of all. Streams are emitted; codes of
+    one kind give codes out unchanged (one consumer, scale ignored).
+    """
+
+    op: ClassVar[str] = "select"
+    name: str
+    inputs: tuple[int, ...]
+    emit: Emit
+    channels: tuple[int, ...] = ()  # empty: all, in order
+    repeat: tuple[int, int] = (1, 1)
+
+    @property
+    def input(self) -> int:
+        """The first one, whose form, bits and size are those of the step."""
+        return self.inputs[0]
+
+
+Step = QuantPackStep | ConvStep | LinearStep | PoolStep | SelectStep
+STEP_TYPES: dict[str, type] = {t.op: t for t in (QuantPackStep, ConvStep, LinearStep, PoolStep, SelectStep)}
+
+
+def sources(step: Step) -> tuple[int, ...]:
+    """The tensors a step computes from, gate and residual left out."""
+    return step.inputs if isinstance(step, SelectStep) else (step.input,)
 
 
 @dataclass(frozen=True)

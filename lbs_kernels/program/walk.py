@@ -20,6 +20,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    SelectStep,
     Step,
     TensorSpec,
 )
@@ -85,6 +86,8 @@ class Walk:
 
     def _check_step(self, step: Step) -> None:
         place = f"step {step.name!r}"
+        if isinstance(step, SelectStep) and not step.inputs:
+            raise FormatError(f"{place} has no inputs; it selects channels of at least one", "select-inputs")
         source = self._read(step.input, place)
         if isinstance(step, QuantPackStep):
             _expect_form(source, ("image", "stream"), place)
@@ -94,11 +97,14 @@ class Walk:
             shape = self._check_conv(step, source, place)
         elif isinstance(step, LinearStep):
             shape = self._check_linear(step, source, place)
+        elif isinstance(step, SelectStep):
+            shape = self._check_select(step, place)
         else:
             shape = _check_pool(step, source, place)
             if source.form == "codes":
-                _check_code_pool(step.emit, source, place)
-        self._check_emit(step.emit, shape, place, scaled=not (isinstance(step, PoolStep) and source.form == "codes"))
+                _check_unchanged(step.emit, source, place)
+        unchanged = isinstance(step, PoolStep | SelectStep) and source.form == "codes"
+        self._check_emit(step.emit, shape, place, scaled=not unchanged)
 
     def _check_affine(self, step: QuantPackStep, channels: int, place: str) -> None:
         if (step.multiplier is None) != (step.bias is None):
@@ -136,6 +142,29 @@ class Walk:
                 f"{place} reads {source.height} x {source.width} pixels; it needs one, pool first", "one-pixel"
             )
         return 1, 1, self._check_weights(step, source, 1, 1, place)
+
+    def _check_select(self, step: SelectStep, place: str) -> Shape:
+        inputs = [self._read(index, place) for index in step.inputs]
+        first, total = inputs[0], sum(spec.channels for spec in inputs)
+        _expect_form(first, ("codes", "stream"), place)
+        if any(spec.form != first.form for spec in inputs):
+            raise FormatError(f"{place} selects from codes and streams; its inputs have one form", "select-inputs")
+        if first.form == "codes":
+            for spec in inputs:
+                _check_unchanged(step.emit, spec, place)
+        if total > MAX_SIZE or not all(0 <= channel < total for channel in step.channels):
+            raise FormatError(
+                f"{place} selects of {total} channels; there are at most {MAX_SIZE}, numbered from 0", "select-channels"
+            )
+        height, width = first.height * step.repeat[0], first.width * step.repeat[1]
+        whole = all(1 <= size <= MAX_SIZE for size in (height, width))
+        if not whole or any(height % spec.height or width % spec.width for spec in inputs):
+            raise FormatError(
+                f"{place} repeats its first image to {height} x {width} pixels; sizes are 1 to {MAX_SIZE}, whole "
+                "multiples of every input's",
+                "repeat",
+            )
+        return height, width, len(step.channels) or total
 
     def _check_weights(
         self, step: ConvStep | LinearStep, source: TensorSpec, taps: int, groups: int, place: str
@@ -277,18 +306,18 @@ def _check_padded(source: TensorSpec, padding: tuple[int, int], place: str) -> N
         )
 
 
-def _check_code_pool(emit: Emit, source: TensorSpec, place: str) -> None:
-    """Codes pass a maximum unchanged: exactly one consumer of the same kind, and nothing else."""
+def _check_unchanged(emit: Emit, source: TensorSpec, place: str) -> None:
+    """Codes pass a maximum or a selection unchanged: exactly one consumer of the same kind, and nothing else."""
     floats = (emit.activation, emit.gate, emit.residual, emit.low, emit.high, emit.stream)
     plain = all(item is None for item in floats)
     if not plain or len(emit.consumers) != 1 or emit.consumers[0].pre_scale is not None or emit.consumers[0].relu:
         raise FormatError(
-            f"{place} is a maximum of codes; it has one plain consumer and nothing else to emit", "code-pool"
+            f"{place} passes codes on; it has one plain consumer and nothing else to emit", "codes-unchanged"
         )
     consumer = emit.consumers[0]
     if (consumer.bits, consumer.zero, consumer.signed) != (source.bits, source.zero, source.signed):
         raise FormatError(
-            f"{place} is a maximum of codes; its consumer has the bits, zero and sign of its input", "code-pool"
+            f"{place} passes codes on; its consumer has the bits, zero and sign of its inputs", "codes-unchanged"
         )
 
 

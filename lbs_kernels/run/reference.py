@@ -8,7 +8,7 @@ from torch import Tensor
 from lbs_kernels.program import operations
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.runner import StepKernel
-from lbs_kernels.program.steps import ConvStep, LinearStep, Program, QuantPackStep, Step
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program, QuantPackStep, SelectStep, Step
 
 
 class ReferenceRunner:
@@ -47,15 +47,17 @@ class ReferenceRunner:
         elif isinstance(step, ConvStep | LinearStep):
             acc = self._accumulator(step, x).float()
             y = fma32(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
+        elif isinstance(step, SelectStep):
+            y = operations.select([tensors[index] for index in step.inputs], step.channels, step.repeat)
         elif step.kind == "max":
             y = operations.max_pool(x, step.window)
-            if source.form == "codes":  # the codes pass unchanged, there is nothing to emit
-                tensors[step.emit.consumers[0].tensor] = y
-                return
         elif step.kind == "average":
             y = operations.average_pool(x, step.window)
         else:
             y = operations.mean_pool(x)
+        if y.dtype == torch.uint8:  # codes pass unchanged, there is nothing to emit
+            tensors[step.emit.consumers[0].tensor] = y
+            return
         emit_reference(y, step.emit, program, blob, tensors)
 
     def _accumulator(self, step: ConvStep | LinearStep, x: Tensor) -> Tensor:

@@ -194,6 +194,13 @@ class Stranger:
         for index, x in self.tensors.items():
             assert x.dtype == program["tensors"][index].get("dtype", "float32")
         for step in program["steps"]:
+            if step["op"] == "select":
+                y, emit = self.select(step), step["emit"]
+                if y.dtype == np.uint8:
+                    self.tensors[emit["consumers"][0]["tensor"]] = y
+                else:
+                    self.emit(emit, y)
+                continue
             x, spec = self.tensors[step["input"]], program["tensors"][step["input"]]
             if step["op"] == "quantpack":
                 self.emit(step["emit"], self.affine(step, x.astype(F32)))
@@ -247,6 +254,14 @@ class Stranger:
                     acc[..., g * filters : (g + 1) * filters] += window[..., g * depth : (g + 1) * depth] @ taps.T
         assert np.abs(acc).max(initial=0) < 2**31
         return acc
+
+    def select(self, step: dict[str, Any]) -> np.ndarray:
+        inputs, (rows, columns) = [self.tensors[index] for index in step["inputs"]], step.get("repeat", [1, 1])
+        height, width = inputs[0].shape[1] * rows, inputs[0].shape[2] * columns
+        h, w = np.ogrid[:height, :width]
+        whole = [x[:, h // (height // x.shape[1]), w // (width // x.shape[2])] for x in inputs]
+        y = np.concatenate(whole, axis=3)
+        return y[..., step["channels"]] if step.get("channels") else y
 
     def pool_max(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
         kernel, stride, padding = (

@@ -53,6 +53,18 @@ def average(body: Body) -> Body:
     return next(step for step in body["steps"] if step.get("kind") == "average")
 
 
+def selection(body: Body) -> Body:
+    return next(step for step in body["steps"] if step["op"] == "select")
+
+
+def selected_codes(body: Body) -> Body:
+    return selection(body)["emit"]["consumers"][0]
+
+
+def repeated(body: Body) -> Body:
+    return next(step for step in body["steps"] if step["op"] == "select" and step["repeat"] != [1, 1])
+
+
 def last_step(body: Body) -> Body:
     return body["steps"][-1]
 
@@ -97,6 +109,11 @@ def signed_codes(body: Body) -> None:
 def many_arrays(body: Body) -> None:
     spec = {"dtype": "float32", "shape": [1], "offset": 0}
     body["arrays"] = {str(number): spec for number in range(MAX_COUNT + 1)}
+
+
+def too_many_channels(body: Body) -> None:
+    """Of one tensor many times over, taking the first only."""
+    selection(body).update(inputs=selection(body)["inputs"][:1] * (MAX_SIZE // 13 + 1), channels=[0])
 
 
 def wide_linear(body: Body) -> None:
@@ -148,6 +165,7 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("version-1", "normed_stream", top, [{"version": 1}]),
     ("version-2", "weights_with_a_zero", top, [{"version": 2}, {"version": 1}]),
     ("version-2", "gated", top, [{"version": v} for v in (1, 2)]),
+    ("version-2", "concatenated", top, [{"version": v} for v in (1, 2)]),
     ("version-2", "averaged", top, [{"version": v} for v in (1, 2)]),
     ("array-dtype", "chain", planes, [{"dtype": "object"}]),
     ("array-shape", "chain", bias, [{"shape": s} for s in ([], [1] * 5, [0], [-1], [MAX_SIZE + 1])]),
@@ -184,9 +202,22 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("padding", "averaged", average, [{"padding": [2, 1]}]),
     ("window", "averaged", average, [{"stride": [0, 1]}]),
     ("mean-window", "chain", mean, [{"kernel": [2, 2]}, {"padding": [1, 0]}]),
-    ("code-pool", "imagenet_stem", max_emit, [{"low": 0.0}, {"high": 1.0}, {"consumers": []}]),
-    ("code-pool", "imagenet_stem", max_consumer, [{"relu": True}, {"bits": 3}, {"pre_scale": "bias1"}]),
-    ("code-pool", "imagenet_stem", max_emit, [{"activation": {"kind": "silu"}}, {"gate": 0}]),
+    ("codes-unchanged", "imagenet_stem", max_emit, [{"low": 0.0}, {"high": 1.0}, {"consumers": []}]),
+    ("codes-unchanged", "imagenet_stem", max_consumer, [{"relu": True}, {"bits": 3}, {"pre_scale": "bias1"}]),
+    ("codes-unchanged", "imagenet_stem", max_emit, [{"activation": {"kind": "silu"}}, {"gate": 0}]),
+    ("codes-unchanged", "concatenated", selected_codes, [{"relu": True}, {"bits": 3}, {"zero": 0}, {"pre_scale": "a"}]),
+    ("codes-unchanged", "concatenated", lambda b: selection(b)["emit"], [{"high": 1.0}, {"consumers": []}]),
+    ("select-inputs", "concatenated", selection, [{"inputs": []}]),
+    ("select-inputs", "selected_streams", selection, [{"inputs": [2, 1]}]),
+    ("form", "selected_streams", selection, [{"inputs": [0, 2]}, {"inputs": [0]}]),
+    ("tensor-number", "concatenated", selection, [{"inputs": [1, 99]}, {"inputs": [-1]}]),
+    ("read-unwritten", "concatenated", selection, [{"inputs": [2, 9]}]),
+    ("select-channels", "concatenated", selection, [{"channels": [c]} for c in (-1, 46, 10**30)]),
+    ("repeat", "selected_streams", repeated, [{"repeat": [r, 3]} for r in (0, -1, 1, 3, MAX_SIZE, 10**30)]),
+    ("shape", "selected_streams", repeated, [{"repeat": [4, 3]}, {"channels": [0]}]),
+    ("items", "concatenated", selection, [{"repeat": [1]}]),
+    ("type", "concatenated", selection, [{"channels": [1.0]}, {"inputs": 1}]),
+    ("unknown-key", "concatenated", selection, [{"input": 1}]),
     ("choice", "gated", activation, [{"kind": k} for k in ("relu", "SiLU", None, 1)]),
     ("missing-key", "chain", conv_emit, [{"activation": {"value": 1.0}}]),
     ("activation-value", "gated", activation, [{"value": 1}, {"kind": "elu", "value": 0.1}]),
@@ -211,6 +242,7 @@ ACTIONS: list[tuple[str, str, Callable[[Body], object]]] = [
     ("count", "one_pixel", many_arrays),
     ("name", "chain", lambda b: b["arrays"].update({"": bias(b)})),
     ("read-unwritten", "chain", lambda b: b["steps"].reverse()),
+    ("select-channels", "selected_streams", too_many_channels),
     ("signed-padding", "chain", signed_codes),
     ("accumulator", "imagenet_stem", wide_linear),
     ("outputs", "chain", lambda b: b.update(outputs=b["outputs"] * 2)),

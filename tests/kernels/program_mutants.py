@@ -30,6 +30,8 @@ SOURCES = (
     "weights_with_a_zero",
     "gated",
     "averaged",
+    "concatenated",
+    "selected_streams",
 )
 
 

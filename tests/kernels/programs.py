@@ -26,6 +26,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    SelectStep,
     Step,
     TensorSpec,
     WeightGrid,
@@ -124,6 +125,28 @@ class Builder:
             multiplier = self.floats("multiplier", spec.channels, low, high, signs=spec.form == "stream")
             keys = (multiplier, self.floats("bias", spec.channels, -0.8, 0.4))
         self.steps.append(QuantPackStep(f"step{len(self.steps)}", source, emit, *keys))
+
+    def selected(
+        self,
+        inputs: tuple[int, ...],
+        emit: Emit | None = None,
+        channels: tuple[int, ...] = (),
+        repeat: tuple[int, int] = (1, 1),
+    ) -> int:
+        """A selection; of codes, or of streams that nothing is said of, the tensor it makes."""
+        height, width, _ = self.shape(inputs[0])
+        shape = (height * repeat[0], width * repeat[1], len(channels) or sum(self.shape(i)[2] for i in inputs))
+        spec = self.tensors[inputs[0]]
+        if spec.form == "codes":
+            made = self._tensor("codes", shape, bits=spec.bits, zero=spec.zero, signed=spec.signed)
+            emit = Emit(consumers=(Consumer(made, spec.bits, 1.0, spec.zero, spec.signed),))
+        elif emit is None:
+            made = self.stream(shape)
+            emit = Emit(stream=made)
+        else:
+            made = -1 if emit.stream is None else emit.stream
+        self.steps.append(SelectStep(f"step{len(self.steps)}", inputs, emit, channels, repeat))
+        return made
 
     def conv_shape(
         self,
@@ -511,6 +534,68 @@ def averaged(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]
     return b.build()
 
 
+def concatenated(seed: int, bits: int = 4, zero: int = 1) -> tuple[Program, Tensor]:
+    """Codes side by side: 13 and 33 channels that share groups and words, whole groups that are copied, a channel
+    taken twice, a shuffle, a small image repeated; an input and a whole are read with a stride, which moves columns."""
+    b = Builder(seed)
+    x = _stem(b, 3, (8, 6))
+    parts = []
+    for filters, stride in ((13, 1), (33, 1), (20, 2), (16, 1)):
+        codes = b.consumer(b.conv_shape(x, filters, stride=(stride, stride)), bits, zero=zero)
+        b.conv(x, Emit(consumers=(codes,)), filters, w_bits=8, stride=(stride, stride))
+        parts.append(codes.tensor)
+    thin, wide, small, even = parts
+    for source in (wide, b.selected((even, even), channels=(*range(16), *range(20, 29)))):
+        strided = b.stream(b.conv_shape(source, 8, (5, 5), (2, 2), (2, 2)), output=True)
+        b.conv(source, Emit(stream=strided), 8, w_bits=4, kernel=(5, 5), stride=(2, 2), padding=(2, 2))
+    total = None
+    for place, whole in enumerate(
+        (
+            b.selected((thin, wide)),
+            b.selected((wide, thin), channels=(*range(16, 32), *range(4), 45, 0, 0, 33, 34)),
+            b.selected((b.selected((wide,), channels=tuple(i // 3 + i % 3 * 11 for i in range(33))), thin)),
+            b.selected((small, wide, thin), repeat=(2, 2)),
+            b.selected((thin, small), channels=(30, 2, 31, 3, 13, 0)),
+        )
+    ):
+        joined = b.stream((8, 6, 9))
+        b.conv(whole, Emit(residual=total, stream=joined), 9, w_bits=(8, 4, 2)[place % 3])
+        total = joined
+    _head(b, joined, 5)
+    return b.build()
+
+
+def selected_streams(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Streams side by side: for the norms of two readers, with everything that emit does, repeated by 2 x 3, and with
+    an input that is the residual too."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (6, 9))
+    streams = []
+    for filters, stride in ((13, (1, 1)), (33, (1, 1)), (5, (2, 3))):
+        stream = b.stream(b.conv_shape(x, filters, stride=stride))
+        b.conv(x, Emit(stream=stream), filters, w_bits=8, stride=stride)
+        streams.append(stream)
+    thin, wide, small = streams
+    one, two = (b.consumer((6, 9, 46), bits, norm=True, relu=True) for bits in (4, 8))
+    b.selected((thin, wide), Emit(consumers=(one, two)))
+    joined = b.stream((6, 9, 33))
+    emit = Emit(wide, 0.0, 6.0, joined, activation=b.activation("prelu", 33, first=True))
+    b.selected((wide, thin), emit, channels=(*range(13), *range(33, 46), 32, 31, 30, 7, 7, 7, 40))
+    again = b.selected((small, joined), repeat=(2, 3))
+    gate = b.stream((1, 1, 38))
+    b.pool(again, Emit(stream=gate), "mean")
+    codes = b.consumer((6, 9, 38), 2, signed=True)
+    b.quantize(again, Emit(consumers=(codes,), gate=gate))
+    last = b.stream((6, 9, 7))
+    b.conv(codes.tensor, Emit(stream=last), 7, w_bits=2, kernel=(1, 1), padding=(0, 0))
+    for source in (one, two):
+        total = b.stream((6, 9, 7))
+        b.conv(source.tensor, Emit(residual=last, stream=total), 7, w_bits=4)
+        last = total
+    _head(b, last, 5)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -543,6 +628,11 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "gated_bfloat16": lambda seed: gated(seed, "bfloat16"),
     "averaged": averaged,
     "averaged_bfloat16": lambda seed: averaged(seed, "bfloat16"),
+    "concatenated": concatenated,
+    "concatenated_bytes": lambda seed: concatenated(seed, 8, 37),
+    "concatenated_bits": lambda seed: concatenated(seed, 1, 0),
+    "selected_streams": selected_streams,
+    "selected_streams_bfloat16": lambda seed: selected_streams(seed, "bfloat16"),
     "one_pixel": one_pixel,
 }
 
@@ -572,6 +662,10 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
     def grid() -> WeightGrid:
         return choice.choice(["odd", "zero"])
 
+    if choice.random() < 0.4:
+        both = 2 * b.shape(stream)[2]
+        channels = tuple(choice.randrange(both) for _ in range(choice.choice([0, 7, 32, 45])))
+        stream = b.selected((stream, stream), channels=channels, repeat=choice.choice([(1, 1), (1, 1), (2, 1), (1, 3)]))
     shape = b.shape(stream)
     entry = b.consumer(shape, bits(), norm=choice.random() < 0.7, relu=True)
     b.quantize(stream, Emit(consumers=(entry,)), affine=choice.random() < 0.3)

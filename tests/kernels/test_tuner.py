@@ -121,6 +121,8 @@ LAYERS = [
     Problem("pool", 2, 7, 6, 5, 5, (3, 3), (2, 2), (1, 1), w_bits=0, a_bits=4),
     Problem("pool", 2, 7, 6, 5, 5, (3, 3), (2, 2), (1, 1), w_bits=0, a_bits=0),
     Problem("pool", 2, 7, 6, 5, 5, (7, 6), w_bits=0, a_bits=0),
+    Problem("select", 2, 7, 6, 5, 5, w_bits=0, a_bits=4),
+    Problem("select", 2, 7, 6, 5, 5, w_bits=0, a_bits=0),
 ]
 
 

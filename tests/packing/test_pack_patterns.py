@@ -44,6 +44,10 @@ def head(net: Net, x: Tensor) -> Tensor:
     return net.fc(torch.flatten(net.mean(x), 1))
 
 
+def gated(net: Net, x: Tensor) -> Tensor:
+    return net.other(x * torch.sigmoid(net.mean(x)))
+
+
 def packed_net(middle: Callable[[Net, Tensor], object], **inner: object) -> PackedModel:
     torch.manual_seed(3)
     model = pack_nets.quantized(Net(middle, **inner), SHAPE)
@@ -162,6 +166,28 @@ ONE_REGION: dict[str, tuple[Callable[[Net, Tensor], object], list[str]]] = {
         lambda n, x: n.wide(n.relu(n.drop(torch.flatten(n.pool(n.inner(x)), 1)))),
         ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitconv2d"],
     ),
+    "concatenation_of_slices": (
+        lambda n, x: n.fc(torch.cat([n.inner(x)[:, :4], n.other(x)[:, 4:]], 1).mean((2, 3))),
+        [*WHOLE[:3], "select", *WHOLE[2:]],
+    ),
+    "half_of_each": (
+        lambda n, x: n.fc(n.mean(torch.cat([n.inner(x), x], 1)[:, 4:12]).flatten(1)),
+        [*WHOLE[:3], "select", "pool", "bitlinear"],
+    ),
+    "concatenation_of_one": (lambda n, x: head(n, torch.cat([n.inner(x)], 1)), WHOLE),
+    "slice_of_all": (lambda n, x: head(n, n.inner(x)[:, :, :, :]), WHOLE),
+    "concatenation_and_a_sum": (
+        lambda n, x: head(n, torch.cat([n.inner(x)[:, :3], n.other(x)[:, 3:]], 1) + x),
+        [*WHOLE[:3], "select", *WHOLE[2:]],
+    ),
+    "concatenation_then_relu_and_a_gate": (
+        lambda n, x: head(n, gated(n, torch.cat([x, n.inner(x)], 1)[:, ::2].relu())),
+        ["quantpack", "bitconv2d", "bitconv2d", "select", "pool", "quantpack", "bitconv2d", "pool", "bitlinear"],
+    ),
+    "one_pixel_repeated": (
+        lambda n, x: head(n, n.inner(F.interpolate(n.mean(x), (9, 7)))),
+        ["quantpack", "bitconv2d", "pool", "select", "bitconv2d", "pool", "bitlinear"],
+    ),
     "several_results": (
         lambda n, x: (n.inner(x), {"y": head(n, x)}),
         ["quantpack", "bitconv2d", "bitconv2d", "pool", "bitlinear"],
@@ -200,10 +226,30 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
     "gate_of_pixels": (lambda n, x: head(n, n.inner(x * torch.sigmoid(n.other(x)))), 2, ["mul"]),
     "gate_of_images": (lambda n, x: head(n, n.inner(x * x.mean((1, 2, 3), keepdim=True))), 2, ["mean", "mul"]),
     "softmax_at_the_end": (lambda n, x: torch.softmax(head(n, n.inner(x)), 1), 1, ["softmax"]),
-    "concatenation": (
-        lambda n, x: n.fc(torch.cat([n.inner(x)[:, :4], n.other(x)[:, 4:]], 1).mean((2, 3))),
+    "concatenation_of_rows": (
+        lambda n, x: head(n, n.inner(torch.cat([n.inner(x)[:, :, :4], n.other(x)[:, :, 4:]], 2))),
         2,
         ["getitem", "getitem_1", "cat"],
+    ),
+    "concatenation_of_flattened_pixels": (
+        lambda n, x: n.fc(torch.cat([n.pool(n.inner(x)).flatten(1), n.mean(x).flatten(1)], 1)[:, 160:]),
+        2,
+        ["flatten", "cat", "getitem"],
+    ),
+    "shuffle_of_channels_and_rows": (
+        lambda n, x: head(n, n.inner(n.other(x).view(-1, 4, 2, 9, 7).transpose(2, 3).reshape(-1, 8, 9, 7))),
+        2,
+        ["view", "transpose", "reshape"],
+    ),
+    "pixels_between_others": (
+        lambda n, x: head(n, n.inner(F.interpolate(n.other(x), scale_factor=2, mode="bilinear"))),
+        2,
+        ["interpolate"],
+    ),
+    "parts_for_a_float_operation": (
+        lambda n, x: head(n, n.inner(torch.cat([F.softplus(n.other(x).chunk(2, 1)[0]), x[:, 4:]], 1))),
+        2,
+        ["softplus"],
     ),
     "average_by_another_number": (
         lambda n, x: head(n, n.other(F.avg_pool2d(n.inner(x), 2, divisor_override=3))),

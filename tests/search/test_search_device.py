@@ -63,8 +63,7 @@ def images(seed: int) -> Tensor:
 def trained(steps: int, read_every: int, importance: str) -> tuple[Budget, list[int], list[float]]:
     """Losses, and how often the host waited inside each step."""
     torch.manual_seed(0)
-    options = lbs.SearchConfig(importance=importance, ranges="layer")  # those of layers are what fused kernels serve
-    model = lbs.prepare(lbs.models.create("digits_resnet8"), images(0), options)
+    model = lbs.prepare(lbs.models.create("digits_resnet8"), images(0), lbs.SearchConfig(importance=importance))
     budget = Budget(lbs.calibrate(model, [images(0)]).train(), bops=0.012, strength=1.0, read_every=read_every)
     groups = parameter_groups(model, lr=0.01, gate_lr=0.02)
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, foreach=False)

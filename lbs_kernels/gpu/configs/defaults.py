@@ -36,4 +36,5 @@ DEFAULTS: dict[str, Callable[[Problem], Any]] = {
     "bitlinear": gemm_default,
     "pool": pool_default,
     "quantpack": elementwise_default,
+    "select": elementwise_default,
 }

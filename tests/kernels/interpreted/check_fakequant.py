@@ -264,3 +264,48 @@ def test_a_negative_range_means_its_size(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     ours, theirs = (triton_impl.backward(grad, x, v, (2,), 8, kind) for v in (-V, V))
     assert all(torch.equal(a, b) for a, b in zip(ours, (theirs[0], -theirs[1], theirs[2]), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["weight", "zero"])
+@pytest.mark.parametrize(("filters", "count"), [(1, 5), (3, 27), (5, 130), (2, BLOCK + 3)])
+def test_a_range_for_every_filter(kind: str, filters: int, count: int) -> None:
+    """Each row as with a scalar range of its own; the errors in units of it, and averaged over all."""
+    generator = torch.Generator().manual_seed(count)
+    v = (torch.rand(filters, 1, generator=generator) + 0.4) * torch.where(torch.arange(filters) % 2 == 0, 1.0, -1.0)[
+        :, None
+    ]
+    x, grad = torch.randn(2, filters, count, generator=generator)
+    chain = (4, 8) if kind == "zero" else (2, 4, 8)
+    y, errors = triton_impl.forward(x, v, chain[:-1], chain[-1], kind)
+    gx, grad_v, products = triton_impl.backward(grad, x, v, chain[:-1], chain[-1], kind)
+    assert grad_v.shape == v.shape
+    rows = [triton_impl.forward(x[o], v[o, 0], chain[:-1], chain[-1], kind) for o in range(filters)]
+    backs = [triton_impl.backward(grad[o], x[o], v[o, 0], chain[:-1], chain[-1], kind) for o in range(filters)]
+    same(y, torch.stack([row for row, _ in rows]))
+    same(y, codec.round_trip(x, v.abs(), chain[-1], CODINGS[kind]))
+    same(gx, torch.stack([row for row, _, _ in backs]))
+    torch.testing.assert_close(errors, torch.stack([row for _, row in rows]).mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad_v[:, 0], torch.stack([row for _, row, _ in backs]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products, torch.stack([row for _, _, row in backs]).sum(0), rtol=1e-5, atol=1e-4)
+    guess = triton_impl.forward(x, v, (), torch.tensor(2), kind)[0]
+    triton_impl.correct(guess, x, v, torch.tensor(chain[-1]), torch.tensor(2), kind)
+    same(guess, y)
+
+
+@pytest.mark.parametrize("kind", ["weight", "zero"])
+def test_standardised_weights_with_a_range_for_every_filter(kind: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    w, grad = torch.randn(2, 6, 4, 3, 3, generator=generator)
+    v, scale = torch.rand(6, 1, 1, 1, generator=generator) + 0.6, torch.tensor(0.21)
+    y, std = triton_weights.forward(w, v, scale, 4, kind)
+    x = codec.standardize(w, "scale")
+    assert float(std) == float(codec.weight_statistics(w)[1])
+    assert torch.equal(y, codec.round_trip(x, v, 4, CODINGS[kind]) * scale)
+    gw, gv = triton_weights.backward(grad, w, v, scale, std, 4, kind)
+    assert gv.shape == v.shape
+    source, edge = w.clone().requires_grad_(), v.clone().requires_grad_()
+    grid = "odd" if kind == "weight" else "zero"
+    expected = fake_weight(codec.standardize(source, "scale"), edge, 4, grid) * scale
+    of_w, of_v = torch.autograd.grad(expected, (source, edge), grad)
+    torch.testing.assert_close(gw, of_w, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gv, of_v, rtol=1e-4, atol=1e-6)

@@ -97,6 +97,13 @@ def test_activations_gates_and_averages(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
+@pytest.mark.parametrize("name", [name for name in programs.CASES if name.startswith(("concatenated", "selected"))])
+def test_selections(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_of_any_bits(kind: str) -> None:
     step, expected = one_activation(kind)

@@ -1,0 +1,144 @@
+"""select in Triton: channels of several tensors as one, pixels repeated; codes pass unchanged, streams are emitted.
+
+All tensors of a program lie in one arena, so a table of addresses, one for each channel, serves any number of inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, load_stream, store_planes
+from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
+from lbs_kernels.program.planes import WORD, words
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program, SelectStep
+
+# Rows of the table, each [C] for the channels that are written: elements from the base to the channel in pixel 0 (of
+# planes: to its word in plane 0), from pixel to pixel, from plane to plane; its bit; rows and columns of a pixel.
+START, PITCH, PLANE, BIT, ROWS, COLUMNS = (tl.constexpr(row) for row in range(6))
+
+
+class SelectShape(NamedTuple):
+    """Sizes of what is written. `out_pitch`: elements between two pixels of codes of 8 bits."""
+
+    rows: int  # N * height * width
+    channels: int
+    height: int
+    width: int
+    out_pitch: int
+
+
+@triton.jit
+def select_tile(table_ptr, shape, REPEAT: tl.constexpr, CONFIG: tl.constexpr):
+    """Pixels [M], first channel and channels [C] of this program's tile, and elements [M, C] from the base to each."""
+    channels = shape.channels
+    channel_blocks = (channels + CONFIG.block_c - 1) // CONFIG.block_c
+    program = tl.program_id(0)
+    row = (program // channel_blocks) * CONFIG.block_m + tl.arange(0, CONFIG.block_m)
+    first = (program % channel_blocks) * CONFIG.block_c
+    channel = first + tl.arange(0, CONFIG.block_c)
+    there = channel < channels
+    start = tl.load(table_ptr + START * channels + channel, mask=there, other=0)
+    pitch = tl.load(table_ptr + PITCH * channels + channel, mask=there, other=0)
+    pixel = row[:, None].to(tl.int64)
+    if REPEAT:
+        down = tl.load(table_ptr + ROWS * channels + channel, mask=there, other=1).to(tl.int32)[None, :]
+        across = tl.load(table_ptr + COLUMNS * channels + channel, mask=there, other=1).to(tl.int32)[None, :]
+        line = (row // shape.width)[:, None]  # of all images: a whole multiple of `down` lines is one image
+        pixel = (line // down).to(tl.int64) * (shape.width // across) + (row % shape.width)[:, None] // across
+    return row, first, channel, start[None, :] + pixel * pitch[None, :]
+
+
+@triton.jit
+def select_bytes_kernel(x_ptr, out_ptr, table_ptr, shape, REPEAT: tl.constexpr, CONFIG: tl.constexpr):
+    """Codes of 8 bits."""
+    row, _, channel, offset = select_tile(table_ptr, shape, REPEAT, CONFIG)
+    mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
+    codes = tl.load(x_ptr + offset, mask=mask, other=0)
+    tl.store(out_ptr + row[:, None] * shape.out_pitch + channel[None, :], codes, mask=mask)
+
+
+@triton.jit
+def select_planes_kernel(
+    x_ptr, out_ptr, table_ptr, shape, BITS: tl.constexpr, REPEAT: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Codes of 1 to 7 bits, taken out of their words and put into others."""
+    row, first, channel, offset = select_tile(table_ptr, shape, REPEAT, CONFIG)
+    there = channel < shape.channels
+    mask = (row < shape.rows)[:, None] & there[None, :]
+    plane_step = tl.load(table_ptr + PLANE * shape.channels + channel, mask=there, other=0)[None, :]
+    bit = tl.load(table_ptr + BIT * shape.channels + channel, mask=there, other=0).to(tl.int32)[None, :]
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    codes = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.int32)
+    for plane in tl.static_range(BITS):
+        word = tl.load(x_ptr + offset + plane * plane_step, mask=mask, other=0)
+        codes += ((word >> bit) & 1) << plane
+    store_planes(out_ptr, codes, row, row < shape.rows, first, shape.channels, BITS)
+
+
+@triton.jit
+def select_stream_kernel(
+    x_ptr, target, table_ptr, shape, EMIT: tl.constexpr, REPEAT: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Streams, emitted."""
+    DTYPE: tl.constexpr = EMIT.stream_dtype
+    row, first, channel, offset = select_tile(table_ptr, shape, REPEAT, CONFIG)
+    mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
+    y = load_stream(x_ptr + offset, mask, DTYPE)
+    emit(y, row, row < shape.rows, first, shape.channels, target, EMIT)
+
+
+def address_table(step: SelectStep, problem: Problem, program: Program, buffers: Mapping[int, Tensor]) -> Tensor:
+    """int64 [6, C] on the device, see above; the base is the buffer of the first input."""
+    base = buffers[step.input]
+    columns = []
+    for index in step.inputs:
+        spec, buffer = program.tensors[index], buffers[index]
+        first = (buffer.data_ptr() - base.data_ptr()) // buffer.element_size()
+        narrow = spec.form == "codes" and spec.bits < BYTE_BITS
+        sizes = (pixel_elements(spec), words(spec.channels))
+        repeat = (problem.height // spec.height, problem.width // spec.width)
+        for channel in range(spec.channels):
+            place = (channel // WORD, channel % WORD) if narrow else (channel, 0)
+            columns.append((first + place[0], *sizes, place[1], *repeat))
+    chosen = [columns[channel] for channel in step.channels] if step.channels else columns
+    return torch.tensor(chosen, dtype=torch.int64, device=base.device).t().contiguous()
+
+
+def bind(
+    step: SelectStep,
+    problem: Problem,
+    config: ElementwiseConfig,
+    program: Program,
+    arrays: Mapping[str, Tensor],
+    buffers: Mapping[int, Tensor],
+) -> Launch:
+    """One launch of the step, its buffers fixed."""
+    source, x, table = program.tensors[step.input], buffers[step.input], address_table(step, problem, program, buffers)
+    sizes = {(program.tensors[index].height, program.tensors[index].width) for index in step.inputs}
+    repeat = sizes != {(problem.height, problem.width)}
+    grid = (triton.cdiv(problem.rows, config.block_m) * triton.cdiv(problem.out_channels, config.block_c),)
+    common = {"REPEAT": repeat, "CONFIG": config, "num_warps": config.warps, **LAUNCH_OPTIONS}
+    out_pitch = 0 if source.form == "stream" else pixel_elements(program.tensors[step.emit.consumers[0].tensor])
+    shape = SelectShape(problem.rows, problem.out_channels, problem.height, problem.width, out_pitch)
+    if source.form == "stream":
+        target, meta = bind_emit(step.emit, program, arrays, buffers)
+        run = functools.partial(select_stream_kernel[grid], kernel_view(x), target, table, shape, EMIT=meta, **common)
+        return lambda inputs: run()
+    out = buffers[step.emit.consumers[0].tensor]
+    if source.bits == BYTE_BITS:
+        run = functools.partial(select_bytes_kernel[grid], x, out, table, shape, **common)
+    else:
+        run = functools.partial(select_planes_kernel[grid], x, out, table, shape, BITS=source.bits, **common)
+    return lambda inputs: run()
