@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbs.cost import FULL_PRECISION_BITS
 from lbs.quant import codec
 from lbs.quant import norms as statistics
-from lbs.quant.layers import QuantLayer
+from lbs.quant.layers import QuantLayer, still
 from lbs.quant.quantizers import InputQuantizer
 from lbs_kernels.errors import GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.steps import WeightGrid
@@ -202,7 +202,12 @@ def _observe(
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
-        with torch.no_grad(), statistics.observing(layers.values()), statistics.in_torch_arithmetic(model):
+        with (
+            torch.no_grad(),
+            still(model),
+            statistics.observing(layers.values()),
+            statistics.in_torch_arithmetic(model),
+        ):
             for batch in batches:
                 run(batch)
     finally:

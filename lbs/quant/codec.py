@@ -147,8 +147,14 @@ def weight_codes(w: Tensor, v: Tensor, bits: int, grid: str = "odd") -> Tensor:
     return (unit * (n / 2) + n / 2).round()
 
 
-def weight_units(codes: Tensor, bits: int, grid: str = "odd") -> Tensor:
-    """What codes count as in the accumulator: 2 q - n, or q - 2^(bits - 1) on the grid with a zero."""
+def weight_units(codes: Tensor, bits: int, grid: str = "odd", dtype: torch.dtype | None = None) -> Tensor:
+    """What codes count as in the accumulator: 2 q - n, or q - 2^(bits - 1) on the grid with a zero.
+
+    dtype: of the result, where it is not that of the codes.
+    """
+    if dtype is not None and dtype != codes.dtype:  # a copy, which is worked on: another one costs as much as it does
+        units = codes.to(dtype)
+        return units.sub_(1 << (bits - 1)) if grid == "zero" else units.mul_(2).sub_(levels(bits))
     return codes - (1 << (bits - 1)) if grid == "zero" else 2 * codes - levels(bits)
 
 

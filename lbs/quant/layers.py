@@ -32,7 +32,7 @@ class QuantLayer(nn.Module):
     w_grid: WeightGrid  # of the weight codes (`codec.Coding`)
     output_scale: Tensor
     quantizer: ActivationQuantizer | InputQuantizer
-    _held: list[Tensor] | None = None  # while `still`, the codes once they were asked for
+    _held: dict[str, Any] | None = None  # while `still`, codes and statistics once they were asked for
 
     def _init_quant(self, w_bits: int, quantizer: Any, standardize: str) -> None:
         if standardize not in STANDARDIZE:
@@ -76,18 +76,29 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def code_bytes(self) -> Tensor:
         """`weight_codes` of a layer of fixed bits as uint8: part by part, without a second copy of large weights."""
-        if self._held:
-            return self._held[0]
+        if self._held is not None and "codes" in self._held:
+            return self._held["codes"]
         weight, ranges = self.weight, self.weight_range().abs().expand(len(self.weight), *[1] * (self.weight.dim() - 1))
-        statistics = codec.weight_statistics(weight) if self.standardize != "none" else None
+        statistics = self._statistics()
         codes = torch.empty_like(weight, dtype=torch.uint8)
         rows = codec.part_rows(weight)
         for part, v, target in zip(weight.split(rows), ranges.split(rows), codes.split(rows), strict=True):
             units = codec.standardize(part, self.standardize, statistics=statistics)
             target.copy_(codec.weight_codes(units, v, self.w_bits, self.w_grid))
         if self._held is not None:
-            self._held.append(codes)
+            self._held["codes"] = codes
         return codes
+
+    @torch.no_grad()
+    def _statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of the weights, where they are standardised by them."""
+        if self.standardize == "none":
+            return None
+        if self._held is None:
+            return codec.weight_statistics(self.weight)
+        if "statistics" not in self._held:
+            self._held["statistics"] = codec.weight_statistics(self.weight)
+        return self._held["statistics"]
 
     def weight_range(self) -> Tensor:
         """`w_range`, broadcastable to `weight`."""
@@ -107,7 +118,7 @@ class QuantLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Weights used by `forward`, differentiable."""
         if self._held is not None:
-            units = codec.weight_units(self.code_bytes().to(self.weight.dtype), self.w_bits, self.w_grid)
+            units = codec.weight_units(self.code_bytes(), self.w_bits, self.w_grid, self.weight.dtype)
             return units.mul_(self.weight_step().to(units.dtype).view(-1, *[1] * (units.dim() - 1)))
         if self.standardize == "scale":
             scale = self.output_scale
@@ -124,6 +135,10 @@ class QuantLayer(nn.Module):
 
     def unrounded_weight(self) -> Tensor:
         """The weights that `quantized_weight` rounds: what a layer computes with while it is observed."""
+        if self._held is not None and self.standardize == "scale":
+            _, std = self._statistics()  # type: ignore[misc]
+            if torch.equal(std, self.output_scale.to(std.dtype)):  # nothing was trained since: they are what they were
+                return self.weight
         weight = self.float_weight()
         fresh = weight is not self.weight and not weight.requires_grad
         return weight.mul_(self.output_scale) if fresh else weight * self.output_scale
@@ -161,8 +176,7 @@ class QuantLayer(nn.Module):
         """The accumulator of input units and weight codes, in the dtype of the units; large layers in parts."""
         parts = (codes,) if getattr(self, "groups", 1) > 1 else codes.split(codec.part_rows(codes))
         found = [
-            self.product(units, codec.weight_units(part.to(units.dtype), self.w_bits, self.w_grid), None)
-            for part in parts
+            self.product(units, codec.weight_units(part, self.w_bits, self.w_grid, units.dtype), None) for part in parts
         ]
         return found[0] if len(found) == 1 else torch.cat(found, 1 if isinstance(self, nn.Conv2d) else -1)
 
@@ -192,9 +206,9 @@ class QuantLayer(nn.Module):
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Weights and ranges of a model of fixed bits do not change meanwhile: their codes are computed once."""
-    opened = [layer for layer in model.modules() if isinstance(layer, QuantLayer) and layer._held is None]
+    opened = [m for m in model.modules() if isinstance(m, QuantConv2d | QuantLinear) and m._held is None]
     for layer in opened:
-        layer._held = []
+        layer._held = {}
     try:
         yield
     finally:
