@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     widths.add_argument(
         "--latency-ms", type=decimal, default=_UNSET, metavar="X", help="budget: one image, by what lbs tune measured"
     )
+    widths.add_argument(
+        "--rounding",
+        choices=("nearest", "optimized"),
+        default=_UNSET,
+        help="of weights below 8 bits: to the nearest code (default), or so that layers compute the same (minutes)",
+    )
     add_exclude(widths)
     pictures = parser.add_argument_group("images")
     pictures.add_argument("--count", type=int, default=_UNSET, metavar="N", help="how many are used (default 256)")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant.layers import QuantLayer, still
+from lbs_kernels.errors import GraphError
 
 _CACHED = 1 << 17  # values worked on at once: 1 MB of float64
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -88,6 +89,11 @@ class _Moments:
         """Mean and variance of all values counted."""
         assert self.sums is not None
         return _mean_and_variance(self.sums, self.count)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values counted were."""
+        return self.sums is None or bool(self.sums.isfinite().all())
 
 
 def _sums(rows: Tensor) -> Tensor:
@@ -181,7 +187,8 @@ def correct(
 ) -> None:
     """Correct norms and biases by the difference that quantization makes on the batches; each runs twice.
 
-    Raises what `run(batch)` raises, or reading a batch; statistics are then what they were.
+    Raises what `run(batch)` raises, or reading a batch, and GraphError where values overflow; statistics are then what
+    they were.
     """
     held = list(layers)
     norms = [(norm, _Norm(norm)) for norm in tracked(model)]
@@ -210,6 +217,7 @@ def correct(
             finally:
                 for _, one in norms:
                     one.restore()
+        _check_finite(model, dict([*norms, *biases]))
         for _, one in norms:
             one.settle()
         for _, bias in biases:
@@ -217,6 +225,17 @@ def correct(
     finally:
         context.close()
         model.train(was_training)
+
+
+def _check_finite(model: nn.Module, observed: dict[nn.Module, _Norm | _Bias]) -> None:
+    """Raises GraphError for what stands before a norm, or behind a layer, and is not finite; all are named."""
+    names = {module: name for name, module in model.named_modules()}
+    bad = [names[module] for module, one in observed.items() if not (one.floats.finite and one.codes.finite)]
+    if bad:
+        raise GraphError(
+            f"values at {', '.join(bad)} are NaN or infinite on the calibration images, at magnitudes beyond float32 "
+            f"({torch.finfo(torch.float32).max:.1e}); check weights and norms, and how the images are normalised"
+        )
 
 
 def estimate(model: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor], Any]) -> None:

@@ -94,6 +94,7 @@ class ActivationQuantizer(nn.Module):
         """
         if not value > 0:
             raise PlanError(f"an activation range of width {value} is empty; calibrate on batches that activate it")
+        _check_step(value / codec.levels(self.bits), f"an activation range of width {value}")
         with torch.no_grad():
             self.range.fill_(value)
             self.zero_point.fill_(zero)
@@ -104,6 +105,16 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, zero={self.zero}" + (", signed" if self.signed else "")
+
+
+def _check_step(step: float, what: str) -> None:
+    """Raises PlanError for a step that is no float32, or whose reciprocal is none."""
+    largest = torch.finfo(torch.float32).max
+    if not 1 / largest < step < largest:
+        raise PlanError(
+            f"{what} has a step of {step:.3g} between codes, which lies outside {1 / largest:.3g} .. {largest:.3g}; "
+            "scale the images, or the weights before it"
+        )
 
 
 class InputQuantizer(nn.Module):
@@ -158,6 +169,7 @@ class InputQuantizer(nn.Module):
         if not high > low:
             raise PlanError(f"input range [{low}, {high}] is empty; calibrate on real images")
         step = (high - low) / 255
+        _check_step(step, f"input range [{low}, {high}]")
         self.step_size.fill_(step)
         self.zero_point.fill_(round(-low / step))
 

@@ -51,7 +51,7 @@ def quantize_files(
     """
     target = Path(out if out.endswith(".safetensors") else out + SUFFIX)
     if target.is_dir():
-        raise LbsError(f"out={out} is a folder; name a file")
+        raise LbsError(f"{target} is a folder; name a file")
     tensors = checkpoint.load_weights(Path(weights))
     model = network.build(name, classes or _classes(tensors, weights))
     checkpoint.apply_weights(model, tensors, weights)

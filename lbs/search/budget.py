@@ -288,10 +288,11 @@ class Budget:
 def _check_reachable(ledger: Ledger, target: Target) -> None:
     floor = ledger.floor(target.quantity)
     if not floor <= target.limit:
+        filters = "a larger max_pruning_ratio" if ledger.filters else "a search for filters (pruning=True)"
         raise PlanError(
             f"budget {target.quantity.show(target.limit)} is out of reach; the gates reach "
-            f"{target.quantity.show_enough(floor)} at the least. Raise it, allow narrower bits or a larger "
-            "max_pruning_ratio"
+            f"{target.quantity.show_enough(floor)} at the least. Raise it, allow narrower bits or "
+            f"{filters}"
         )
 
 
