@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lbs.quant.layers import QuantLayer, still
 from lbs_kernels.errors import GraphError
 
-_CACHED = 1 << 17  # values worked on at once: 1 MB of float64
+_CACHED = 32_000  # values worked on at once: in cache as float64, and too few for torch to wake its threads for
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
