@@ -38,7 +38,7 @@ CHAINS = ((4, 8), (2, 4, 8))  # widths a budget chooses from; two bits, which co
 LEAST_AGREEMENT = 0.8
 MOST_ERROR = 0.2  # of what returns no classes, relative to the float outputs (12 % and 38 % there)
 _KEPT = 256  # images taken of a loader
-_ROUNDED = 64  # images that rounding is optimised for; it holds all of them at once
+_ROUNDED = 1 << 23  # values of the images that rounding is optimised for, 64 at least: it holds all of them at once
 _PLANNED = 32  # images that losses are measured on: one pass for each width of each layer
 _VALUES = 1 << 21  # of images computed at once: 13 images of 224 x 224
 
@@ -203,7 +203,8 @@ def quantize(
         calibrate(network.eval(), floats, norms="correct" if rounding == "nearest" else "keep")
     if rounding == "optimized":
         with clock.step("round"):
-            optimize(network, torch.cat(floats)[:_ROUNDED])
+            rows = torch.cat(floats)
+            optimize(network, rows[: max(64, _ROUNDED // rows[0].numel())])
     with clock.step("pack and verify"):
         packed = pack(network, example=given[0][:2], normalize=normalize)
     with clock.step("compare"):

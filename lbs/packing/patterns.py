@@ -49,7 +49,6 @@ class Op:
     low: float | None = None  # clamp
     high: float | None = None
     window: Window = POINT  # max_pool, average_pool
-    inplace: bool = False
     function: Function | None = None  # activation
     channels: tuple[int, ...] | None = None  # select; None: all, in order
 
@@ -135,7 +134,7 @@ def _norm(module: nn.BatchNorm2d, node: fx.Node) -> Op | str:
 
 
 def _hardtanh(module: nn.Hardtanh, node: fx.Node) -> Op:  # also ReLU6
-    return Op("clamp", float_bound(module.min_val), float_bound(module.max_val), inplace=module.inplace)
+    return Op("clamp", float_bound(module.min_val), float_bound(module.max_val))
 
 
 def _max_pool(module: nn.MaxPool2d, node: fx.Node) -> Op | None:
@@ -161,14 +160,14 @@ def _identity(module: nn.Module, node: fx.Node) -> Op:
 
 
 def _activation(module: nn.Module, node: fx.Node) -> Op:
-    return Op("activation", inplace=bool(getattr(module, "inplace", False)), function=function_of(module))
+    return Op("activation", function=function_of(module))
 
 
 _MODULES: dict[type[nn.Module], Callable[[Any, fx.Node], Op | str | None]] = {
     QuantConv2d: _conv,
     QuantLinear: _linear,
     nn.BatchNorm2d: _norm,
-    nn.ReLU: lambda module, node: Op("clamp", 0.0, None, inplace=module.inplace),
+    nn.ReLU: lambda module, node: Op("clamp", 0.0, None),
     nn.Hardtanh: _hardtanh,
     nn.MaxPool2d: _max_pool,
     nn.AdaptiveAvgPool2d: _mean_pool,
@@ -259,34 +258,28 @@ def _dropout_call(node: fx.Node) -> Op | None:
 
 
 def _relu_call(node: fx.Node) -> Op:
-    inplace = node.target == "relu_" or bool(argument(node, 1, "inplace", False))
-    return Op("clamp", 0.0, None, inplace=inplace)
+    return Op("clamp", 0.0, None)
 
 
 def _relu6_call(node: fx.Node) -> Op:
-    return Op("clamp", 0.0, 6.0, inplace=bool(argument(node, 1, "inplace", False)))
+    return Op("clamp", 0.0, 6.0)
 
 
 def _clamp_call(node: fx.Node) -> Op | None:
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
     if any(isinstance(bound, fx.Node) for bound in (low, high)):
         return None
-    return Op("clamp", float_bound(low), float_bound(high), inplace=node.target == "clamp_")
+    return Op("clamp", float_bound(low), float_bound(high))
 
 
 def _hardtanh_call(node: fx.Node) -> Op:
     low, high = argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
-    return Op("clamp", float_bound(low), float_bound(high), inplace=bool(argument(node, 3, "inplace", False)))
+    return Op("clamp", float_bound(low), float_bound(high))
 
 
 def _plain_call(kind: str) -> Callable[[fx.Node], Op]:
-    """A function without further arguments but `inplace`."""
-
-    def rule(node: fx.Node) -> Op:
-        inplace = str(node.target).endswith("_") or bool(argument(node, 1, "inplace", False))
-        return Op("activation", inplace=inplace, function=Function(kind))
-
-    return rule
+    """A function without further arguments but `inplace`, which traces do without."""
+    return lambda node: Op("activation", function=Function(kind))
 
 
 def _valued_call(kind: str, name: str, default: float) -> Callable[[fx.Node], Op | None]:
@@ -294,9 +287,7 @@ def _valued_call(kind: str, name: str, default: float) -> Callable[[fx.Node], Op
         value = argument(node, 1, name, default)
         if isinstance(value, fx.Node):
             return None
-        return Op(
-            "activation", inplace=bool(argument(node, 2, "inplace", False)), function=Function(kind, float32(value))
-        )
+        return Op("activation", function=Function(kind, float32(value)))
 
     return rule
 
@@ -311,7 +302,7 @@ def _add_call(node: fx.Node) -> Op | None:
     shapes = {shape_of(left), shape_of(right), shape_of(node)}
     if len(shapes) != 1 or not shape_of(node) or node.kwargs.get("alpha", 1) != 1:
         return None
-    return Op("add", inplace=node.target in (operator.iadd, "add_"))
+    return Op("add")
 
 
 def _mul_call(node: fx.Node) -> Op | None:
@@ -320,7 +311,7 @@ def _mul_call(node: fx.Node) -> Op | None:
     main, gate = sorted(shapes, key=lambda shape: -math.prod(shape))
     if len(main) != 4 or gate != (*main[:2], 1, 1):
         return None
-    return Op("gate", inplace=node.target in (operator.imul, "mul_"))
+    return Op("gate")
 
 
 def _cat_call(node: fx.Node) -> Op | None:
