@@ -35,9 +35,13 @@ def test_unknown_name_is_an_attribute_error_that_lists_the_others() -> None:
         _ = lbs.prune
 
 
-@pytest.mark.parametrize("first", ["import lbs.packing.model", "import lbs.benchmark", "import lbs.reporting.page"])
+@pytest.mark.parametrize(
+    "first",
+    ["import lbs.packing.model", "import lbs.benchmark", "import lbs.reporting.page", "import lbs.runs.quantized"],
+)
 def test_functions_stay_functions_whatever_is_imported_first(first: str) -> None:
-    code = f"{first}\nimport lbs\nprint({{type(function).__name__ for function in (lbs.bench, lbs.pack, lbs.report)}})"
+    functions = "lbs.bench, lbs.fidelity, lbs.pack, lbs.quantize, lbs.report"
+    code = f"{first}\nimport lbs\nprint({{type(function).__name__ for function in ({functions})}})"
     assert _run(code) == "{'function'}"
 
 
