@@ -14,7 +14,7 @@ from torch import nn
 import lbs
 import lbs.models
 from lbs.cost import EDGE_BITS
-from lbs.plan import LayerPlan, Plan
+from lbs.plan import LayerPlan, Plan, grid_at
 from lbs_kernels.errors import LbsError
 from lbs_kernels.program.problem import Problem
 
@@ -23,7 +23,8 @@ PRUNED = 0.3  # of the filters that can go
 
 
 def _uniform(bits: int, layer: LayerPlan) -> LayerPlan:
-    return replace(layer, w_bits=bits, a_bits=bits)
+    """As `lbs.uniform` makes them."""
+    return replace(layer, w_bits=bits, a_bits=bits, w_grid=grid_at(bits), ranges="filter")
 
 
 def _mixed(layer: LayerPlan) -> LayerPlan:
