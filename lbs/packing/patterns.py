@@ -143,7 +143,7 @@ def _max_pool(module: nn.MaxPool2d, node: fx.Node) -> Op | None:
 
 
 def _mean_pool(module: nn.AdaptiveAvgPool2d, node: fx.Node) -> Op | None:
-    return _global_mean(node)
+    return _adaptive_mean(node)
 
 
 def _avg_pool(module: nn.AvgPool2d, node: fx.Node) -> Op | None:
@@ -197,6 +197,12 @@ def _max_pool_call(node: fx.Node) -> Op | None:
     names = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1}
     window = tuple(argument(node, index + 1, name, default) for index, (name, default) in enumerate(names.items()))
     return _max_pool_op(window, argument(node, 5, "ceil_mode"), argument(node, 6, "return_indices"), node)
+
+
+def _adaptive_mean(node: fx.Node) -> Op | None:
+    """Pooling to a size; to the size that is there it does nothing."""
+    source = shape_of(node.args[0])
+    return Op("alias") if len(source) == 4 and source == shape_of(node) else _global_mean(node)
 
 
 def _global_mean(node: fx.Node) -> Op | None:
@@ -361,7 +367,7 @@ _CALLS: dict[Any, Callable[[fx.Node], Op | None]] = {
     "expand": _expand_call,
     "expand_as": _expand_call,
     F.max_pool2d: _max_pool_call,
-    F.adaptive_avg_pool2d: _global_mean,
+    F.adaptive_avg_pool2d: _adaptive_mean,
     F.avg_pool2d: _avg_pool_call,
     torch.mean: _mean_call,
     "mean": _mean_call,

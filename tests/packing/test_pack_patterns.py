@@ -490,3 +490,13 @@ def test_functions_that_do_nothing_in_evaluation_leave_the_graph() -> None:
     packed = pack_nets.check_equal(pack_nets.quantized(model, SHAPE), SHAPE)
     assert packed.kept_float == ()
     assert len(packed.programs) == 1
+
+
+@pytest.mark.parametrize("way", ["module", "function"])
+def test_pooling_to_the_size_that_is_there_does_nothing(way: str) -> None:
+    size = SHAPE[1:]
+    model = Net(lambda net, y: net.other(net.pool(net.inner(y)) if way == "module" else F.adaptive_avg_pool2d(y, size)))
+    model.pool = nn.AdaptiveAvgPool2d(size)
+    packed = pack_nets.check_equal(pack_nets.quantized(model, SHAPE), SHAPE)
+    assert packed.kept_float == ()
+    assert not any(isinstance(step, PoolStep) for step in packed.programs[0].steps)
