@@ -12,11 +12,6 @@ namespace lbs {
 void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
                Store& store, ConvPlan& plan);
 
-// The stored weight of a code: 2q - n where it fits a signed byte, q - 128 for 8 bits (see AccumulatorPlan).
-inline int stored_weight(const StepSpec& step, int code) {
-    return step.w_odd && step.w_bits < 8 ? 2 * code - ((1 << step.w_bits) - 1) : code - (1 << (step.w_bits - 1));
-}
-
 // What a code counts as in the accumulator.
 inline int weight_units(const StepSpec& step, int code) {
     return step.w_odd ? 2 * code - ((1 << step.w_bits) - 1) : code - (1 << (step.w_bits - 1));
@@ -24,6 +19,11 @@ inline int weight_units(const StepSpec& step, int code) {
 
 // 2 q - 255 is no byte, so on the odd grid of 8 bits sum (2 q - 255) x = 2 sum (q - 128) x + sum x.
 inline bool needs_sum(const StepSpec& step) { return step.w_odd && step.w_bits == 8; }
+
+// The byte that is multiplied.
+inline int stored_weight(const StepSpec& step, int code) {
+    return needs_sum(step) ? code - 128 : weight_units(step, code);
+}
 
 // Weight codes uint8 [filters][taps][channels] of planes int32 [bits][filters][taps][words].
 std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int filters, int taps, int channels);

@@ -59,7 +59,7 @@ def calibrate(
     """
     if isinstance(batches, Tensor):
         raise PlanError(f"calibrate got one tensor of shape {tuple(batches.shape)}; give a list of batches: [images]")
-    how = {True: "correct", False: "keep"}.get(norms, norms) if isinstance(norms, bool) else norms
+    how = ("correct" if norms else "keep") if isinstance(norms, bool) else norms
     if how not in ("correct", "estimate", "keep"):
         raise PlanError(f"norms={norms!r} is unknown; use correct, estimate or keep")
     if bits is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import PlanError
+from lbs_kernels.program import planes
 
 PART = 1 << 22  # weights worked on at once: 32 MB of float64
 _ABOVE_ONE = "each width must be an integer multiple of the one before"
@@ -152,10 +153,11 @@ def weight_units(codes: Tensor, bits: int, grid: str = "odd", dtype: torch.dtype
 
     dtype: of the result, where it is not that of the codes.
     """
+    scale, shift = planes.weight_units(bits, grid)
     if dtype is not None and dtype != codes.dtype:  # a copy, which is worked on: another one costs as much as it does
         units = codes.to(dtype)
-        return units.sub_(1 << (bits - 1)) if grid == "zero" else units.mul_(2).sub_(levels(bits))
-    return codes - (1 << (bits - 1)) if grid == "zero" else 2 * codes - levels(bits)
+        return (units if scale == 1 else units.mul_(scale)).add_(shift)
+    return (codes if scale == 1 else scale * codes) + shift
 
 
 def weight_top(bits: int, grid: str = "odd") -> int:
