@@ -105,10 +105,10 @@ std::vector<T*> pointers(const Pointers& addresses) {
 }
 
 std::unique_ptr<lbs::Runner> make_runner(const std::string& text, uintptr_t blob, int64_t blob_bytes,
-                                         const std::string& isa) {
+                                         const std::string& isa, const std::vector<std::string>& algorithms) {
     lbs::require(blob_bytes >= 0, "blob_bytes is " + std::to_string(blob_bytes) + "; it cannot be negative");
     py::gil_scoped_release release;
-    return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa);
+    return std::make_unique<lbs::Runner>(text, pointer<const unsigned char>(blob), blob_bytes, isa, algorithms);
 }
 
 void check_program(const std::string& text, uintptr_t blob, int64_t blob_bytes) {
@@ -187,8 +187,9 @@ PYBIND11_MODULE(_cpu, module) {
 
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
-             py::arg("isa") = "auto",
-             "Reads the JSON text and copies what it needs of the blob. Raises FormatError, BackendError.")
+             py::arg("isa") = "auto", py::arg("algorithms") = std::vector<std::string>(),
+             "Reads the JSON text and copies what it needs of the blob. algorithms: \"direct\", \"winograd\" or \"\" (the "
+             "faster one) for every step, or none. Raises FormatError, BackendError.")
         .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
              py::arg("channels_last") = std::vector<bool>(),
              "Inputs: addresses of images [batch, C, H, W], float32 or uint8, in memory [batch, H, W, C] where "
@@ -201,6 +202,8 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads") = 1, py::arg("channels_last") = std::vector<bool>(),
              "As run; returns the seconds spent in every step, the mean over the threads.")
         .def_property_readonly("isa", &lbs::Runner::isa, "The instruction set in use.")
+        .def_property_readonly("algorithms", &lbs::Runner::algorithms,
+                               "How each step is computed; empty where there is one way.")
         .def_property_readonly("image_bytes", &lbs::Runner::image_bytes, "Bytes of all tensors of one image.")
         .def_property_readonly("held_bytes", &lbs::Runner::held_bytes,
                                "Bytes of working memory held for further calls.");

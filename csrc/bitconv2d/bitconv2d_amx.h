@@ -78,7 +78,7 @@ void tile_groups(const lbs::ConvPlan& plan, const lbs::RunContext& run, const Fa
             const int channel = 16 * (group + g);
             const int live = (plan.emit.channels - channel + 3) / 4 * 4;
             Tile tile(fast, channel, live < 16 ? live : 16, vector, kV, run.accumulators + g * kV * 16 * Simd::L);
-            tile.rows = 16;
+            tile.vector_pitch = 16 * Simd::L;
             if (plan.shared_ones) tile.sums = run.sums + static_cast<int64_t>(vector) * Simd::L;
             emit_tile(fast, tile);
         }

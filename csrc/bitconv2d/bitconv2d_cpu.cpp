@@ -10,10 +10,6 @@ namespace {
 
 int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
-struct Block {
-    int first, width;
-};
-
 // Cycles of one tile: dots and loads issue two per cycle each, and a dot takes four. See bitconv2d_kernel.h for the
 // cost of the epilogue. Measured on Zen 5; only ratios matter.
 double tile_cost(int vectors, int filters, int pieces, int k_steps) {
@@ -30,34 +26,9 @@ double block_cost(TileShape shape, int vectors, int pieces, int k_steps) {
            (rest ? tile_cost(rest, shape.filters, pieces, k_steps) : 0.0);
 }
 
-// The cheapest cut of `filters` (rounded up to four) into block widths.
-std::vector<Block> cut_filters(int filters, int vectors, int pieces, int k_steps, const TileShape* shapes) {
-    const size_t units = static_cast<size_t>(round_up(filters, 4) / 4);
-    std::vector<double> best(units + 1, std::numeric_limits<double>::infinity());
-    std::vector<int> taken(units + 1, 0);
-    best[0] = 0.0;
-    for (const TileShape* shape = shapes; shape->filters; ++shape) {
-        const size_t width = static_cast<size_t>(shape->filters / 4);
-        const double cost = block_cost(*shape, vectors, pieces, k_steps);
-        for (size_t i = width; i <= units; ++i)
-            if (best[i - width] + cost < best[i]) {
-                best[i] = best[i - width] + cost;
-                taken[i] = shape->filters;
-            }
-    }
-    std::vector<Block> blocks;
-    for (size_t i = units; i > 0; i -= static_cast<size_t>(taken[i] / 4)) blocks.push_back({0, taken[i]});
-    int first = 0;
-    for (Block& block : blocks) {
-        block.first = first;
-        first += block.width;
-    }
-    return blocks;
-}
-
 // Filters of different groups read different channels: a block spans two groups only where four filters already do.
-std::vector<Block> cut_grouped(int filters, int per_group, const TileShape* shapes) {
-    std::vector<Block> blocks;
+std::vector<FilterCut> cut_grouped(int filters, int per_group, const TileShape* shapes) {
+    std::vector<FilterCut> blocks;
     for (int first = 0; first < filters;) {
         int width = 4;
         const int group_end = (first / per_group + 1) * per_group;
@@ -74,7 +45,7 @@ struct Range {
     int first, last;
 };
 
-Range channel_range(const Block& block, int filters, int filters_per_group, int channels_per_group) {
+Range channel_range(const FilterCut& block, int filters, int filters_per_group, int channels_per_group) {
     const int last_filter = std::min(block.first + block.width, filters) - 1;
     const int first = block.first / filters_per_group * channels_per_group / 4;
     const int last = ((last_filter / filters_per_group + 1) * channels_per_group + 3) / 4;
@@ -139,6 +110,38 @@ const int8_t* tile_weights(const BlockWriter& writer, const StepSpec& step, int 
 
 }  // namespace
 
+std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_steps, const TileShape* shapes) {
+    const size_t units = static_cast<size_t>(round_up(filters, 4) / 4);
+    std::vector<double> best(units + 1, std::numeric_limits<double>::infinity());
+    std::vector<int> taken(units + 1, 0);
+    best[0] = 0.0;
+    for (const TileShape* shape = shapes; shape->filters; ++shape) {
+        const size_t width = static_cast<size_t>(shape->filters / 4);
+        const double cost = block_cost(*shape, vectors, pieces, k_steps);
+        for (size_t i = width; i <= units; ++i)
+            if (best[i - width] + cost < best[i]) {
+                best[i] = best[i - width] + cost;
+                taken[i] = shape->filters;
+            }
+    }
+    std::vector<FilterCut> blocks;
+    for (size_t i = units; i > 0; i -= static_cast<size_t>(taken[i] / 4)) blocks.push_back({0, taken[i]});
+    int first = 0;
+    for (FilterCut& block : blocks) {
+        block.first = first;
+        first += block.width;
+    }
+    return blocks;
+}
+
+double direct_cost(const std::vector<FilterCut>& cut, int vectors, int pieces, int k_steps, const TileShape* shapes) {
+    double cost = 0;
+    for (const FilterCut& block : cut)
+        for (const TileShape* shape = shapes; shape->filters; ++shape)
+            if (shape->filters == block.width) cost += block_cost(*shape, vectors, pieces, k_steps);
+    return cost;
+}
+
 std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int filters, int taps, int channels) {
     const size_t words = (static_cast<size_t>(channels) + kWord - 1) / kWord;
     const size_t rows = static_cast<size_t>(filters) * taps;
@@ -151,6 +154,13 @@ std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int fi
                     static_cast<uint8_t>((static_cast<uint32_t>(word[c / kWord]) >> (c % kWord) & 1u) << plane);
         }
     return codes;
+}
+
+std::vector<int64_t> weight_sums(const StepSpec& step, int filters, const std::vector<uint8_t>& codes) {
+    std::vector<int64_t> sums(static_cast<size_t>(filters), 0);
+    const size_t each = codes.size() / sums.size();
+    for (size_t i = 0; i < codes.size(); ++i) sums[i / each] += weight_units(step, codes[i]);
+    return sums;
 }
 
 AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source,
@@ -197,11 +207,11 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
 
     const int per_group = filters / step.groups;
     const int vectors = vector_count(static_cast<int64_t>(height) * width, kernels.lanes);
-    const std::vector<Block> cut =
+    const std::vector<FilterCut> cut =
         step.groups == 1 ? cut_filters(filters, vectors, plan.map.pieces, taps * layout.groups, kernels.shapes)
                          : cut_grouped(filters, per_group, kernels.shapes);
     int range = 0;
-    for (const Block& block : cut) {
+    for (const FilterCut& block : cut) {
         const Range groups = channel_range(block, filters, per_group, channels);
         range = std::max(range, groups.last - groups.first);
     }
@@ -211,7 +221,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
 
     FilterBlock* blocks = store.make<FilterBlock>(cut.size());
     for (size_t b = 0; b < cut.size(); ++b) {
-        const Block& block = cut[b];
+        const FilterCut& block = cut[b];
         const int first = std::min(channel_range(block, filters, per_group, channels).first, layout.groups - range);
         const size_t bytes = static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
         int8_t* weights = store.make<int8_t>(bytes);
@@ -236,10 +246,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
         plan.block_count = (filters + 15) / 16;
     }
 
-    std::vector<int64_t> sums(static_cast<size_t>(filters), 0);
-    for (size_t i = 0; i < codes.size(); ++i)
-        sums[i / (static_cast<size_t>(taps) * channels)] += weight_units(step, codes[i]);
-    plan.acc = plan_accumulator(program, step, source, filters, sums, store);
+    plan.acc = plan_accumulator(program, step, source, filters, weight_sums(step, filters, codes), store);
 }
 
 }  // namespace lbs

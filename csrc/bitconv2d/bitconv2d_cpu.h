@@ -32,6 +32,20 @@ std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int fi
 AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& step, const TensorSpec& source,
                                  int filters, const std::vector<int64_t>& weight_sums, Store& store);
 
+// sum_k weight_units of every filter of a convolution.
+std::vector<int64_t> weight_sums(const StepSpec& step, int filters, const std::vector<uint8_t>& codes);
+
+// `width` filters that are multiplied together.
+struct FilterCut {
+    int first, width;
+};
+
+// The cheapest cut of `filters` (rounded up to four) on that many vectors of pixels, each in `pieces`.
+std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_steps, const TileShape* shapes);
+
+// Cycles of the direct kernel on one image: what cut_filters weighs, of all its blocks.
+double direct_cost(const std::vector<FilterCut>& cut, int vectors, int pieces, int k_steps, const TileShape* shapes);
+
 // Whether a pair of products may exceed what the instruction set's dot takes.
 bool needs_wide_dot(const KernelTable& kernels, const StepSpec& step, int a_bits);
 

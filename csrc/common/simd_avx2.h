@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 8;
+    static constexpr double kDotCycles = 1.5;
     static constexpr int kSumVectors = 4;
     static constexpr bool kNarrowDot = true;  // dot<false> takes pairs of products of at most 16 bits
 
@@ -56,6 +57,18 @@ struct Simd {
     }
     static I ibyte(I a, int j) {
         return _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * j)), _mm256_set1_epi32(255));
+    }
+    static I iset_bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+    static I iadd_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
+    static I isub_bytes(I a, I b) { return _mm256_sub_epi8(a, b); }
+    static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I isar(I a, int count) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(count)); }
+    static I imerge(I old, uint32_t mask, I a) { return _mm256_blendv_epi8(old, a, lane_mask(mask)); }
+    static I ipick(I a, I b, I index) {
+        const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 to the sign
+        const __m256 low = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(a, index));
+        const __m256 high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(b, index));
+        return _mm256_castps_si256(_mm256_blendv_ps(low, high, second));
     }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
     // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the

@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 16;
+    static constexpr double kDotCycles = 0.5;
     static constexpr int kSumVectors = 6;
     static constexpr bool kNarrowDot = false;
 
@@ -51,6 +52,13 @@ struct Simd {
     static I ibyte(I a, int j) {
         return _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(8 * j)), _mm512_set1_epi32(255));
     }
+    static I iset_bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+    static I iadd_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
+    static I isub_bytes(I a, I b) { return _mm512_sub_epi8(a, b); }
+    static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static I isar(I a, int count) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(count)); }
+    static I imerge(I old, uint32_t mask, I a) { return _mm512_mask_mov_epi32(old, static_cast<__mmask16>(mask), a); }
+    static I ipick(I a, I b, I index) { return _mm512_permutex2var_epi32(a, index, b); }
     static I max_bytes(I a, I b) { return _mm512_max_epu8(a, b); }
     template <bool kWide>
     static I dot(I acc, I a, I w) {

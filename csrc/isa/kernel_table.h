@@ -1,6 +1,7 @@
 // The table of one instruction set. Included once per file of this folder, behind its Simd and its convolution.
 #pragma once
 
+#include "bitconv2d/winograd_kernel.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"
@@ -15,9 +16,12 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
     return {
         Simd::L,
         Simd::kNarrowDot ? 32767 : 0,
+        Simd::kDotCycles,
         uses_tiles,
         kTileShapes,
+        kWinogradShapes,
         conv,
+        winograd_kernel,
         linear_kernel,
         emit_planes_kernel,
         quantpack_kernel,

@@ -12,15 +12,23 @@ struct TileShape {
     int vectors, filters;
 };
 
+// How a convolution is computed; kAuto: as is expected to be fastest.
+enum class Algorithm { kAuto, kDirect, kWinograd };
+
 struct KernelTable {
     int lanes;        // pixels in one vector
     int dot_bits;     // largest |weight| * 2 * activation a dot instruction takes exactly; 0: all
+    double dot_cycles;  // of a dot of vectors, where nothing else limits
     bool uses_tiles;  // convolutions read ConvPlan::tiles
     const TileShape* shapes;
+    const TileShape* winograd_shapes;
 
     // Vectors [first_vector, last_vector) of the blocks [first_block, last_block).
     void (*conv)(const ConvPlan& plan, const RunContext& run, int first_vector, int last_vector, int first_block,
                  int last_block);
+    // Units [first_unit, last_unit) of the blocks [first_block, last_block).
+    void (*winograd)(const WinogradPlan& plan, const RunContext& run, int first_unit, int last_unit, int first_block,
+                     int last_block);
     // Groups of L outputs [first, last).
     void (*linear)(const LinearPlan& plan, const RunContext& run, int first, int last);
     // Channel groups and vectors of float planes; plane 0 of `values` is channel `base_channel`.

@@ -2,6 +2,7 @@
 
 // Tiles of the convolution: row(vectors, filters), filters in multiples of four.
 #define LBS_TILES(row) row(1, 4)
+#define LBS_WINOGRAD_TILES(row) row(1, 4)
 
 #include "bitconv2d/bitconv2d_kernel.h"
 #include "isa/kernel_table.h"

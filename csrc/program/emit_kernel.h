@@ -139,7 +139,7 @@ LBS_INLINE void emit4_any(const lbs::EmitPlan& e, const lbs::RunContext& run, in
 // Steps 1 and 2 for four filters: y = fma(float(acc), M, B). `dots` and `sums` are [4] rows of `dot_pitch` and
 // `sum_pitch` integers (a pitch of 0 shares one row).
 LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& run, int channel,
-                        int vector, const int32_t* dots, int dot_pitch, const int32_t* sums, int sum_pitch) {
+                        int vector, const int32_t* dots, int64_t dot_pitch, const int32_t* sums, int64_t sum_pitch) {
     Simd::I acc[4];
     for (int j = 0; j < 4; ++j) acc[j] = Simd::iload(dots + j * dot_pitch);
     if (a.shift)

@@ -39,12 +39,12 @@ struct FastEmit {
     }
 };
 
-// Filters by vectors, computed and not yet emitted: rows of L integers, [vectors][filters].
+// Filters by vectors, computed and not yet emitted: rows of L integers.
 struct Tile {
-    int channel = 0, filters = 0, vector = 0, quads = 0;  // a quad: four filters of one vector
-    int rows = 0;                                         // of dots from one vector to the next
-    bool fast = false;
-    bool own_sums = false;  // sums has rows like dots, otherwise one per vector
+    int channel = 0, filters = 0, vector = 0, quads = 0;        // a quad: four filters of one vector
+    int64_t filter_pitch = Simd::L, vector_pitch = 0;           // of dots
+    int fast_vectors = 0;   // at its start: whole ones with nothing rare about them
+    bool own_sums = false;  // sums lie as dots do, otherwise one row per vector
     const int32_t* dots = nullptr;
     const int32_t* sums = nullptr;
     int64_t first = 0;  // of the stream: channel, vector
@@ -55,20 +55,23 @@ struct Tile {
           filters(filters_),
           vector(vector_),
           quads(vectors * filters_ / 4),
-          rows(filters_),
+          vector_pitch(filters_ * Simd::L),
           dots(dots_),
           first(channel_ * f.pixels + static_cast<int64_t>(vector_) * Simd::L) {
         const lbs::EmitPlan& e = *f.plan;
-        fast = f.usable && channels_are_free(e, channel + filters) &&
-               (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
+        if (!f.usable || !channels_are_free(e, channel + filters)) return;
+        fast_vectors = vectors;
+        if (vector + vectors == e.vectors && e.tail_mask != kAllLanes) --fast_vectors;
     }
-    LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + (p * rows + f) * Simd::L; }
-    LBS_INLINE const int32_t* sums_of(int p, int f) const { return sums + (own_sums ? p * rows + f : p) * Simd::L; }
-    LBS_INLINE int sum_pitch() const { return own_sums ? Simd::L : 0; }
+    LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + p * vector_pitch + f * filter_pitch; }
+    LBS_INLINE const int32_t* sums_of(int p, int f) const {
+        return sums + (own_sums ? p * vector_pitch + f * filter_pitch : int64_t{p} * Simd::L);
+    }
+    LBS_INLINE int64_t sum_pitch() const { return own_sums ? filter_pitch : 0; }
 };
 
 __attribute__((noinline)) void emit_rare(const FastEmit& fast, const Tile& tile, int p, int f) {
-    finish4(*fast.acc, *fast.plan, *fast.run, tile.channel + f, tile.vector + p, tile.dots_of(p, f), Simd::L,
+    finish4(*fast.acc, *fast.plan, *fast.run, tile.channel + f, tile.vector + p, tile.dots_of(p, f), tile.filter_pitch,
             tile.sums ? tile.sums_of(p, f) : nullptr, tile.sum_pitch());
 }
 
@@ -94,19 +97,20 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
 
 // Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
 LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) {
-    if (__builtin_expect(!tile.fast, 0)) return emit_rare(fast, tile, p, f);
+    if (__builtin_expect(p >= tile.fast_vectors, 0)) return emit_rare(fast, tile, p, f);
     const int32_t* dots = tile.dots_of(p, f);
     const lbs::AccumulatorPlan& a = *fast.acc;
     const int channel = tile.channel + f;
-    Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + Simd::L), Simd::iload(dots + 2 * Simd::L),
-                      Simd::iload(dots + 3 * Simd::L)};
+    const int64_t pitch = tile.filter_pitch;
+    Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),
+                      Simd::iload(dots + 3 * pitch)};
     if (!fast.plain) {
         for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
         if (tile.sums) {
             const int32_t* sums = tile.sums_of(p, f);
-            const int pitch = tile.sum_pitch();
+            const int64_t sum_pitch = tile.sum_pitch();
             for (int j = 0; j < 4; ++j)
-                acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * pitch), a.sum_shift));
+                acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
         }
         if (a.constant)
             for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "bitconv2d/winograd_cpu.h"
 #include "common/check.h"
 
 namespace lbs {
@@ -71,15 +72,16 @@ PixelMap keep_lanes(Store& store, int height, int width, int lanes, const Offset
     return map;
 }
 
-void widen(CodeLayout& layout, const StepSpec& step) {
+void widen(CodeLayout& layout, const StepSpec& step, const TensorSpec& source) {
     const auto beyond = [](int size, int kernel, int stride, int padding, int dilation) {
         const int outputs = output_size(size, kernel, stride, padding, dilation);
         return std::max(0, (outputs - 1) * stride + (kernel - 1) * dilation - padding - (size - 1));
     };
     layout.top = std::max(layout.top, step.padding.y);
     layout.left = std::max(layout.left, step.padding.x);
-    layout.bottom =
-        std::max(layout.bottom, beyond(layout.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y));
+    int bottom = beyond(layout.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
+    if (suits_winograd(step, source)) bottom += (layout.height + 2 * step.padding.y) % 2;  // rows in pairs
+    layout.bottom = std::max(layout.bottom, bottom);
     layout.right =
         std::max(layout.right, beyond(layout.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x));
 }
@@ -117,7 +119,7 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
     for (const StepSpec& step : program.steps) {
         const auto input = static_cast<size_t>(step.input);
         if (program.tensors[input].form != Form::kCodes || step.kind == StepKind::kSelect) continue;  // no window
-        widen(layouts[input], step);
+        widen(layouts[input], step, program.tensors[input]);
         if (strides[input] == 0) strides[input] = step.stride.x;
         else if (strides[input] != step.stride.x) strides[input] = -1;
     }

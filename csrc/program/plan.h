@@ -128,6 +128,38 @@ struct ConvPlan {
     EmitPlan emit;
 };
 
+// Places of the 4 x 4 in the order in which they are multiplied: rows 1, 3, 2, 0 of each column. Sums that start at a row
+// 1 or 2 go on with the next; weights of row 1 are stored negative.
+constexpr int kPlaceOrder[16] = {4, 12, 8, 0, 5, 13, 9, 1, 6, 14, 10, 2, 7, 15, 11, 3};
+
+// `width` filters; weights int8 [place in order][groups][width][4], start int32 [sum][width]: it takes off what the shift
+// of the inputs adds.
+struct WinogradBlock {
+    int first = 0, width = 0;
+    const int8_t* weights = nullptr;
+    const int32_t* start = nullptr;
+};
+
+// A 3 x 3 convolution of stride 1 in tiles of 2 x 2 output pixels (winograd_kernel.h). A unit is the fewest rows of
+// tiles whose output pixels are whole vectors, a chunk is what is computed together.
+struct WinogradPlan {
+    int input = 0;
+    int height = 0, width = 0;  // of the output map
+    int groups = 0;
+    int64_t first = 0, row_pitch = 0, group_pitch = 0;  // of the codes, from the first tile's upper left
+    int shift = 0;                                      // added to transformed codes, as they may be negative
+    int unit_rows = 1, unit_count = 0, chunk_units = 1;
+    int chunk_vectors = 0, chunk_runs = 0;     // at most
+    int64_t input_bytes = 0, place_pitch = 0;  // of one vector and place of transformed codes
+    int64_t dot_pitch = 0;                     // integers from one filter's dots to the next's
+    int widest_filters = 0, widest_block = 0;  // of the blocks: filters, filters times vectors
+    int quads_per_place = 0;                   // emitted after every place, of a block before
+    int block_count = 0;
+    const WinogradBlock* blocks = nullptr;
+    AccumulatorPlan acc;
+    EmitPlan emit;
+};
+
 struct LinearPlan {
     int input = 0;
     int outputs = 0;
@@ -182,6 +214,7 @@ struct RunContext {
     int32_t* accumulators;  // [kMaxTile][kMaxLanes]
     int32_t* sums;          // as many lanes as the largest output map has, rounded up
     int8_t* tile_pack;      // AMX: [2][ceil(k_steps / 16)][16][64]
+    unsigned char* winograd;  // see WinogradMemory
 };
 
 }  // namespace lbs

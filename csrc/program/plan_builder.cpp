@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bitconv2d/bitconv2d_cpu.h"
+#include "bitconv2d/winograd_cpu.h"
 #include "bitlinear/bitlinear_cpu.h"
 #include "common/check.h"
 
@@ -36,14 +37,25 @@ std::vector<int> tensors_read(const StepSpec& step) {
 }  // namespace
 
 ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes,
-                         const KernelTable& table)
+                         const KernelTable& table, const std::vector<Algorithm>& algorithms)
     : spec(text, blob, blob_bytes), kernels(table), layouts(choose_layouts(spec)) {
-    plan_steps();
+    if (!algorithms.empty() && algorithms.size() != spec.steps.size())
+        throw BackendError("algorithms has " + std::to_string(algorithms.size()) + " entries for " +
+                           std::to_string(spec.steps.size()) + " steps; give one for each, or none");
+    plan_steps(algorithms);
     assign_slots();
     place_meetings();
 }
 
-void ProgramPlan::plan_steps() {
+const char* ProgramPlan::algorithm(size_t step) const {
+    switch (steps[step].run) {
+        case StepPlan::Run::kConv: return "direct";
+        case StepPlan::Run::kWinograd: return "winograd";
+        default: return "";
+    }
+}
+
+void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
     steps.resize(spec.steps.size());
     for (size_t i = 0; i < steps.size(); ++i) {
         const StepSpec& step = spec.steps[i];
@@ -53,11 +65,22 @@ void ProgramPlan::plan_steps() {
         if (step.emit.stream >= 0) plan.writes.push_back(step.emit.stream);
         for (const ConsumerSpec& consumer : step.emit.consumers) plan.writes.push_back(consumer.tensor);
         const EmitPlan emit = plan_emit(step, target_of(spec, step));
+        const Algorithm algorithm = algorithms.empty() ? Algorithm::kAuto : algorithms[i];
         if (is_matrix(step, source)) {
             plan.run = StepPlan::Run::kLinear;
             plan_linear(spec, step, layout, kernels, store, plan.linear);
             plan.linear.emit = emit;
+        } else if (step.kind == StepKind::kConv &&
+                   plan_winograd(spec, step, layout, kernels, algorithm, store, plan.winograd)) {
+            plan.run = StepPlan::Run::kWinograd;
+            plan.winograd.emit = emit;
+            winograd_bytes = std::max(winograd_bytes, lbs::winograd_bytes(plan.winograd, kernels.lanes));
         } else if (step.kind == StepKind::kConv) {
+            if (algorithm == Algorithm::kWinograd)
+                throw BackendError("step '" + step.name +
+                                   "' cannot be computed by 'winograd' on this instruction set: that takes 3 x 3 windows of "
+                                   "stride 1, few bits and weights whose transforms are bytes; use 'direct', or '' for the "
+                                   "faster one");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = emit;

@@ -14,6 +14,7 @@ struct StepPlan {
     enum class Run {
         kQuantPack,
         kConv,
+        kWinograd,
         kLinear,
         kMaxStream,
         kAverageStream,
@@ -25,6 +26,7 @@ struct StepPlan {
 
     Run run = Run::kQuantPack;
     ConvPlan conv;
+    WinogradPlan winograd;
     LinearPlan linear;
     PoolCodesPlan pool;
     SelectPlan select;
@@ -44,7 +46,12 @@ struct Slot {
 
 // All of it is read-only once built.
 struct ProgramPlan {
-    ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const KernelTable& table);
+    // `algorithms`: of every step, or none.
+    ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const KernelTable& table,
+                const std::vector<Algorithm>& algorithms);
+
+    // "direct" or "winograd"; empty where a step knows one way only.
+    const char* algorithm(size_t step) const;
 
     ProgramSpec spec;
     const KernelTable& kernels;
@@ -57,9 +64,10 @@ struct ProgramPlan {
     int64_t sum_lanes = 0;  // scratch sizes of one thread
     int64_t float_count = 0;
     int64_t tile_bytes = 0;
+    int64_t winograd_bytes = 0;
 
 private:
-    void plan_steps();
+    void plan_steps(const std::vector<Algorithm>& algorithms);
     EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
     void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);

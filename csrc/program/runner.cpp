@@ -41,6 +41,19 @@ Share share(int count, const Team::Member& self) {
     return {bound(self.rank), bound(self.rank + 1)};
 }
 
+std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
+    std::vector<Algorithm> all;
+    for (const std::string& name : names) {
+        if (!name.empty() && name != "direct" && name != "winograd")
+            throw BackendError("algorithm '" + name + "' is unknown; use 'direct', 'winograd', or '' for the faster one");
+        all.push_back(name.empty() ? Algorithm::kAuto : name == "direct" ? Algorithm::kDirect : Algorithm::kWinograd);
+    }
+    return all;
+}
+
+// What the longest of `size` shares of `count` is beyond an even one.
+double idle(int count, int size) { return static_cast<double>((count + size - 1) / size * size) / count; }
+
 // Releases those who wait to be let in, whatever ends the work of the first member.
 struct Closing {
     Team* team;
@@ -65,7 +78,7 @@ std::vector<double> shared_out(const std::vector<std::vector<double>>& clocks, d
 }  // namespace
 
 struct Runner::Memory {
-    Block arena, accumulators, sums, floats, tiles;
+    Block arena, accumulators, sums, floats, tiles, winograd;
     std::vector<unsigned char*> tensors;
     int64_t bytes = 0;
 
@@ -79,6 +92,7 @@ struct Runner::Memory {
         sums = make(4 * plan.sum_lanes);
         floats = make(4 * plan.float_count);
         tiles = make(plan.kernels.uses_tiles ? plan.tile_bytes : 0);
+        winograd = make(plan.winograd_bytes);
         for (const Slot& slot : plan.slots)
             if (slot.is_codes)
                 std::memset(arena.get() + slot.offset, slot.layout.zero, static_cast<size_t>(slot.bytes));
@@ -116,10 +130,17 @@ struct Runner::Call {
     const std::map<int, void*>& traces;
 };
 
-Runner::Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa)
+Runner::Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa,
+               const std::vector<std::string>& algorithms)
     : isa_(resolve_isa(isa)),
-      plan_(std::make_unique<ProgramPlan>(text, blob, blob_bytes, kernels_for(isa_))),
+      plan_(std::make_unique<ProgramPlan>(text, blob, blob_bytes, kernels_for(isa_), parsed(algorithms))),
       turn_(new Turn) {}
+
+std::vector<std::string> Runner::algorithms() const {
+    std::vector<std::string> names;
+    for (size_t i = 0; i < plan_->steps.size(); ++i) names.emplace_back(plan_->algorithm(i));
+    return names;
+}
 
 Runner::~Runner() { delete &turn(); }
 
@@ -208,6 +229,7 @@ void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
     context.accumulators = reinterpret_cast<int32_t*>(own.accumulators.get());
     context.sums = reinterpret_cast<int32_t*>(own.sums.get());
     context.tile_pack = reinterpret_cast<int8_t*>(own.tiles.get());
+    context.winograd = own.winograd.get();
     float* floats = reinterpret_cast<float*>(own.floats.get());
 
     Clock::time_point start;
@@ -247,6 +269,14 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             const Share vectors = by_pixels ? share(step.conv.emit.vectors, self) : Share{0, step.conv.emit.vectors};
             const Share blocks = by_pixels ? Share{0, step.conv.block_count} : share(step.conv.block_count, self);
             kernels.conv(step.conv, context, vectors.first, vectors.last, blocks.first, blocks.last);
+            return;
+        }
+        case StepPlan::Run::kWinograd: {
+            const WinogradPlan& plan = step.winograd;
+            const bool by_rows = idle(plan.unit_count, self.size) <= idle(plan.block_count, self.size);
+            const Share units = by_rows ? share(plan.unit_count, self) : Share{0, plan.unit_count};
+            const Share blocks = by_rows ? Share{0, plan.block_count} : share(plan.block_count, self);
+            kernels.winograd(plan, context, units.first, units.last, blocks.first, blocks.last);
             return;
         }
         case StepPlan::Run::kLinear: {

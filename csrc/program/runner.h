@@ -15,11 +15,14 @@ namespace lbs {
 
 class Runner {
 public:
-    // Copies what it needs of the blob. Raises FormatError or BackendError.
-    Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa);
+    // Copies what it needs of the blob. algorithms: "", "direct" or "winograd" for every step, or nothing. Raises
+    // FormatError or BackendError.
+    Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa,
+           const std::vector<std::string>& algorithms);
     ~Runner();
 
     const char* isa() const { return isa_name(isa_); }
+    std::vector<std::string> algorithms() const;
     const std::vector<StepSpec>& step_specs() const { return plan_->spec.steps; }
 
     // inputs[i]: [batch, C, H, W] of the i-th input, float32 or uint8 as its tensor says, in memory [batch, H, W, C]

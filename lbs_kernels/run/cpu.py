@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,17 +17,22 @@ from lbs_kernels.program.steps import Program
 class CpuRunner:
     """Runs a program in one native call. The weights are laid out for the processor once, here."""
 
-    def __init__(self, program: Program, blob: Tensor, isa: str = "auto") -> None:
+    def __init__(
+        self, program: Program, blob: Tensor, isa: str = "auto", algorithms: Mapping[str, str] | None = None
+    ) -> None:
         """
         Args:
             blob: uint8, contiguous, on the CPU; copied.
             isa: instruction set ("portable", "avx2", "avx512vnni", "amx"), or "auto" for the best one present.
+            algorithms: step name -> "direct" or "winograd", for convolutions where the faster one is not to be guessed.
 
         Raises:
-            BackendError: no native module, or it cannot run `isa` here.
+            BackendError: no native module, or it cannot run `isa` here, or an algorithm does not suit its step.
         """
+        given = algorithms or {}
+        chosen = [given.get(step.name, "") for step in program.steps] if given else []
         self.program = program
-        self.native = require_cpu().Program(program.to_json(), blob.data_ptr(), blob.numel(), isa)
+        self.native = require_cpu().Program(program.to_json(), blob.data_ptr(), blob.numel(), isa, chosen)
         self._run = self.native.run
         self._shapes = [output_shape(program.tensors[index]) for index in program.outputs]
         self._float = torch.empty(0, dtype=torch.float32, device="cpu")  # new_empty asks for no default
@@ -60,8 +66,9 @@ class CpuRunner:
         return outputs
 
     def kernels(self, batch: int) -> list[StepKernel]:
-        """The instruction set, for every step."""
-        return [StepKernel(f"cpu/{self.native.isa}")] * len(self.program.steps)
+        """The instruction set, and the algorithm where there is more than one."""
+        names = (f"cpu/{self.native.isa}/{algorithm}".rstrip("/") for algorithm in self.native.algorithms)
+        return [StepKernel(name) for name in names]
 
     def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> list[float]:
         """Median over the calls of what each step took inside one, the threads' time scaled to add up to the call's."""

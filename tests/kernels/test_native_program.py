@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,10 +25,16 @@ BATCHES = (0, 1, 2, 3, 7)
 
 
 def run_native(
-    program: Program, blob: Tensor, inputs: list[Tensor], isa: str, threads: int, traced: bool
+    program: Program,
+    blob: Tensor,
+    inputs: list[Tensor],
+    isa: str,
+    threads: int,
+    traced: bool,
+    algorithms: Sequence[str] = (),
 ) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Outputs and trace; every buffer is filled with garbage first, so that an unwritten cell shows."""
-    native = extension.cpu.Program(program.to_json(), blob.data_ptr(), blob.numel(), isa)
+    native = extension.cpu.Program(program.to_json(), blob.data_ptr(), blob.numel(), isa, list(algorithms))
     batch = inputs[0].shape[0]
     outputs = []
     for index in program.outputs:
@@ -56,6 +63,7 @@ def check(
     batches: tuple[int, ...] = BATCHES,
     threads: tuple[int, ...] = (1, 2),
     share: float = 0.15,
+    algorithms: Sequence[str] = (),
 ) -> None:
     """Compares traced and plain runs with the reference."""
     inputs = random_inputs(program, max(batches), seed=5)
@@ -65,13 +73,13 @@ def check(
     for batch in batches:
         part = [x[:batch].contiguous() for x in inputs]
         for count in threads:
-            outputs, trace = run_native(program, blob, part, isa, count, traced=True)
+            outputs, trace = run_native(program, blob, part, isa, count, traced=True, algorithms=algorithms)
             for index, value in trace.items():
                 name = program.tensors[index].name
                 assert torch.equal(value, expected_trace[index][:batch]), (
                     f"{isa}, batch {batch}, {count} threads: {name}"
                 )
-            plain, _ = run_native(program, blob, part, isa, count, traced=False)
+            plain, _ = run_native(program, blob, part, isa, count, traced=False, algorithms=algorithms)
             for traced_output, output, truth in zip(outputs, plain, expected, strict=True):
                 assert torch.equal(output.flatten(), truth[:batch].flatten())
                 assert torch.equal(traced_output, output)
