@@ -97,6 +97,14 @@ struct Simd {
         for (int i = 0; i < L; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> (8 * j) & 255u);
         return a;
     }
+    static void transpose_bytes(I (&x)[4]) {  // byte j of lane i of x[k] becomes byte k of lane i of x[j]
+        uint8_t in[4][4 * L], out[4][4 * L];
+        std::memcpy(in, x, sizeof in);
+        for (int j = 0; j < 4; ++j)
+            for (int i = 0; i < L; ++i)
+                for (int k = 0; k < 4; ++k) out[j][4 * i + k] = in[k][4 * i + j];
+        std::memcpy(x, out, sizeof out);
+    }
     static I max_bytes(I a, I b) {
         uint8_t x[4 * L], y[4 * L];
         std::memcpy(x, a.v, sizeof x);
@@ -135,6 +143,11 @@ struct Simd {
         F r = fset(0.0f);
         for (int i = 0; i < L; ++i)
             if (mask >> i & 1) r.v[i] = p[i];
+        return r;
+    }
+    static F fload_even(const float* p) {  // p[0], p[2], ...
+        F r;
+        for (int i = 0; i < L; ++i) r.v[i] = p[2 * i];
         return r;
     }
     static void fstore(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
@@ -180,6 +193,12 @@ struct Simd {
     static F fmin(F a, F b) {
         for (int i = 0; i < L; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
         return a;
+    }
+    // The larger one, of equals the best; not a number wins.
+    static F flarger(F best, F value) {
+        for (int i = 0; i < L; ++i)
+            best.v[i] = value.v[i] > best.v[i] || value.v[i] != value.v[i] ? value.v[i] : best.v[i];
+        return best;
     }
     // Round half to even; exact for |a| < 2^22, which every caller ensures by clamping first.
     static F fround(F a) {

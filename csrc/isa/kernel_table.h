@@ -1,6 +1,7 @@
 // The table of one instruction set. Included once per file of this folder, behind its Simd and its convolution.
 #pragma once
 
+#include "bitconv2d/depthwise_kernel.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"
@@ -18,9 +19,11 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         uses_tiles,
         kTileShapes,
         conv,
+        depthwise_kernel,
         linear_kernel,
         emit_planes_kernel,
         quantpack_kernel,
+        max_plane_kernel,
         pool_codes_kernel,
         select_codes_kernel,
         select_streams_kernel,

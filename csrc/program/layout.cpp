@@ -44,11 +44,12 @@ PixelMap keep_pieces(Store& store, const std::vector<std::vector<Piece>>& vector
     PixelMap map;
     map.pieces = pieces;
     map.compress = compress;
-    Piece* table = store.make<Piece>(vectors.size() * static_cast<size_t>(pieces));
-    for (size_t v = 0; v < vectors.size(); ++v) {
+    Piece* table = store.make<Piece>((vectors.size() + kPrefetched) * static_cast<size_t>(pieces));
+    for (size_t v = 0; v < vectors.size() + kPrefetched; ++v) {
         Piece* row = table + v * static_cast<size_t>(pieces);
-        std::copy(vectors[v].begin(), vectors[v].end(), row);
-        for (size_t i = vectors[v].size(); i < static_cast<size_t>(pieces); ++i) row[i] = {row[0].offset, 0};
+        const std::vector<Piece>& vector = vectors[std::min(v, vectors.size() - 1)];
+        std::copy(vector.begin(), vector.end(), row);
+        for (size_t i = vector.size(); i < static_cast<size_t>(pieces); ++i) row[i] = {row[0].offset, 0};
     }
     map.table = table;
     return map;

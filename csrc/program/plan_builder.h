@@ -14,6 +14,7 @@ struct StepPlan {
     enum class Run {
         kQuantPack,
         kConv,
+        kDepthwise,
         kLinear,
         kMaxStream,
         kAverageStream,
@@ -25,8 +26,10 @@ struct StepPlan {
 
     Run run = Run::kQuantPack;
     ConvPlan conv;
+    DepthwisePlan depthwise;
     LinearPlan linear;
     PoolCodesPlan pool;
+    PoolStreamPlan max;
     SelectPlan select;
     EmitPlan emit;             // of the steps that emit planes of floats
     ReadPlan read;             // of a quantpack step
@@ -57,6 +60,7 @@ struct ProgramPlan {
     int64_t sum_lanes = 0;  // scratch sizes of one thread
     int64_t float_count = 0;
     int64_t tile_bytes = 0;
+    int64_t row_count = 0;
 
 private:
     void plan_steps();
