@@ -31,7 +31,7 @@ int ring_of(const StepSpec& step) { return (step.kernel.y - 1) * step.dilation.y
 bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, int lanes) {
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     if (step.groups != source.channels || program.array(step.planes).shape[1] != source.channels) return false;
-    if (layout.phases != step.stride.x) return false;
+    if (layout.phases != step.stride.x || layout.is_row) return false;
     if (int64_t{step.kernel.y} * quads_of(step) > kMaxQuads) return false;
     const int64_t spread = whole_vectors(width_of(step, source), lanes);
     if (4 * spread * ring_of(step) * quads_of(step) > kMostScratch) return false;

@@ -98,7 +98,7 @@ struct DepthwiseEmit {
         tile.own_sums = true;
     }
     LBS_INLINE void next() {
-        if (usual && tile.vector + 1 < vectors) {
+        if (usual && (tile.vector + 1 < vectors || consumer.map.over)) {
             Quad y;
             for (int j = 0; j < 4; ++j)
                 y.v[j] = Simd::ffma(Simd::fcvt(Simd::iload(tile.dots + j * tile.pitch)), Simd::fset(gain[j]),

@@ -36,6 +36,11 @@ struct Simd {
         char* bytes = static_cast<char*>(p);
         for (; mask; mask &= mask - 1, bytes += 4) __builtin_memcpy(bytes, &lanes[__builtin_ctz(mask)], 4);
     }
+    static void istore_apart(void* even, void* odd, I a) {
+        const I lanes = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+        _mm_storeu_si128(static_cast<__m128i*>(even), _mm256_castsi256_si128(lanes));
+        _mm_storeu_si128(static_cast<__m128i*>(odd), _mm256_extracti128_si256(lanes, 1));
+    }
     static I igather(const void* p, const int32_t* offsets) {
         return _mm256_i32gather_epi32(static_cast<const int*>(p), iload(offsets), 1);
     }

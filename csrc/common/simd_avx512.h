@@ -30,6 +30,12 @@ struct Simd {
         const uint32_t count = static_cast<uint32_t>(__builtin_popcount(mask));
         _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1u), low);
     }
+    static void istore_apart(void* even, void* odd, I a) {
+        const I lanes = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), a);
+        _mm256_storeu_si256(static_cast<__m256i*>(even), _mm512_castsi512_si256(lanes));
+        _mm256_storeu_si256(static_cast<__m256i*>(odd), _mm512_extracti64x4_epi64(lanes, 1));
+    }
     static I igather(const void* p, const int32_t* offsets) {
         return _mm512_i32gather_epi32(_mm512_loadu_si512(offsets), p, 1);
     }

@@ -56,6 +56,9 @@ struct Simd {
                 bytes += 4;
             }
     }
+    static void istore_apart(void* even, void* odd, I a) {  // the lanes of even and of odd number
+        for (int i = 0; i < L; ++i) std::memcpy(static_cast<char*>(i % 2 ? odd : even) + i / 2 * 4, &a.v[i], 4);
+    }
     static I igather(const void* p, const int32_t* offsets) {
         I r;
         for (int i = 0; i < L; ++i) std::memcpy(&r.v[i], static_cast<const char*>(p) + offsets[i], 4);

@@ -56,6 +56,9 @@ __attribute__((noinline)) void store_lanes(unsigned char* base, lbs::PixelMap ma
 LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
     if (map.pieces == 0) return store_lanes(base, map, vector, valid, word);
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
+    constexpr uint32_t kEven = 0x55555555u & ((1u << Simd::L) - 1u);
+    if (map.compress && piece[0].mask == kEven && piece[1].mask == kEven << 1)
+        return Simd::istore_apart(base + piece[0].offset, base + piece[1].offset, word);
     for (int i = 0; i < map.pieces; ++i) {
         if (piece[i].mask == 0) break;
         if (map.compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);

@@ -73,7 +73,7 @@ struct Tile {
           first(channel_ * f.pixels + static_cast<int64_t>(vector_) * Simd::L) {
         const lbs::EmitPlan& e = *f.plan;
         fast = f.usable && channels_are_free(e, channel + filters) &&
-               (vector + vectors < e.vectors || e.tail_mask == kAllLanes);
+               (vector + vectors < e.vectors || e.tail_mask == kAllLanes || (f.only && f.only->map.over));
     }
     LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + (p * rows + f) * pitch; }
     LBS_INLINE const int32_t* sums_of(int p, int f) const { return sums + (own_sums ? p * rows + f : p) * pitch; }
@@ -128,7 +128,8 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),
                       Simd::iload(dots + 3 * pitch)};
     if (!fast.plain) {
-        for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
+        if (a.shift)
+            for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
         if (tile.sums) {
             const int32_t* sums = tile.sums_of(p, f);
             const int sum_pitch = tile.sum_pitch();

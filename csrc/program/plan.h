@@ -34,6 +34,7 @@ struct Piece {
 struct PixelMap {
     int pieces = 1;  // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
     bool compress = false;
+    bool over = false;  // the last vector may be stored whole
     const Piece* table = nullptr;    // [vectors][pieces], continued with kPrefetched times the last
     const int32_t* lanes = nullptr;  // [vectors][kMaxLanes] where pieces == 0
 };
