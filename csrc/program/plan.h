@@ -178,6 +178,7 @@ struct PoolStreamPlan {  // maximum of a stream
     int height = 0, width = 0, rows = 0, columns = 0;
     int kernel_rows = 1, kernel_columns = 1, row_stride = 1, column_stride = 1, top = 0, left = 0;
     int64_t row_floats = 0;  // of one row with its padding, as far as vectors reach
+    bool numbers = false;    // a bound has left nothing else
 };
 
 // One input of a selection: pixel (0, 0) of its channel 0 or group 0, and how output pixels meet it.

@@ -181,6 +181,8 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
             step.kind == StepKind::kMaxPool ? StepPlan::Run::kMaxStream : StepPlan::Run::kAverageStream;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
         plan_max(step, source, plan.max);
+        for (const StepSpec& writer : spec.steps)
+            if (writer.emit.stream == step.input) plan.max.numbers = writer.emit.low || writer.emit.high;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + kMaxLanes + plan.max.row_floats);
     } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge

@@ -227,13 +227,14 @@ MAXIMA = {
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", [(7, 6), (6, 15), (5, 17), (9, 34), (3, 70)])
 @pytest.mark.parametrize("name", MAXIMA)
-def test_maximum_of_floats(name: str, size: tuple[int, int], isa: str) -> None:
-    """Of vectors and what is left of them; not a number wins, and padding never does."""
+@pytest.mark.parametrize("low", [None, -1.5])
+def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
+    """Of vectors and what is left of them; not a number wins, where no bound has replaced it, and padding never does."""
     kernel, stride, padding = MAXIMA[name]
     b = Builder(0)
     image = b.image(6, *size)
     stream = b.stream((*size, 6))
-    b.quantize(image, Emit(stream=stream))
+    b.quantize(image, Emit(low=low, stream=stream))
     y = b.stream(b.conv_shape(stream, 6, kernel, stride, padding), output=True)
     b.pool(stream, Emit(stream=y), "max", kernel, stride, padding)
     program, blob = b.build()
@@ -244,7 +245,7 @@ def test_maximum_of_floats(name: str, size: tuple[int, int], isa: str) -> None:
     images[chosen < 0.1] = -math.inf
     images[chosen < 0.03] = math.nan
     expected = ReferenceRunner(program, blob).run([images])[0]
-    assert expected.isnan().any()
+    assert expected.isnan().any() == (low is None)
     for threads in (1, 2):
         output = run_native(program, blob, [images], isa, threads, traced=False)[0][0]
         same = (output == expected) | (output.isnan() & expected.isnan())
