@@ -229,7 +229,7 @@ MAXIMA = {
 @pytest.mark.parametrize("name", MAXIMA)
 @pytest.mark.parametrize("low", [None, -1.5])
 def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
-    """Of vectors and what is left of them; not a number wins, where no bound has replaced it, and padding never does."""
+    """Not a number wins where no bound has replaced it; padding never does. Of vectors and what is left of them."""
     kernel, stride, padding = MAXIMA[name]
     b = Builder(0)
     image = b.image(6, *size)
