@@ -7,8 +7,9 @@
 namespace lbs {
 namespace {
 
-constexpr int kKept = 256;                    // dots beyond a row, so that those left over are moved rarely
-constexpr int64_t kMostScratch = int64_t{1} << 20;  // integers: rows of larger images, or of more rows, stay in no cache
+constexpr int kKept = 256;  // dots beyond a row, so that those left over are moved rarely
+// Integers: rows of larger images, or of more rows, stay in no cache.
+constexpr int64_t kMostScratch = int64_t{1} << 20;
 
 int quads_of(const StepSpec& step) { return (step.kernel.x + 3) / 4; }
 

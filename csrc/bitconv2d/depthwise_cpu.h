@@ -8,8 +8,8 @@
 
 namespace lbs {
 
-// Whether the kernel of depthwise convolutions computes this step on codes of this layout: one filter for every channel,
-// columns kept apart as the step reads them, and nothing read past the slack behind them.
+// Whether the kernel of depthwise convolutions computes this step on codes of this layout: one filter for every
+// channel, columns kept apart as the step reads them, and nothing read past the slack behind them.
 bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, int lanes);
 
 // Everything of `plan` but its emit part.

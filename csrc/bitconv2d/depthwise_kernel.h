@@ -182,7 +182,8 @@ void depthwise_groups(const lbs::DepthwisePlan& plan, const lbs::RunContext& run
     const int vectors = plan.emit.vectors;
     for (int64_t group = first / vectors; group * vectors < last; ++group) {
         const int64_t begin = first - group * vectors, end = last - group * vectors;
-        depthwise_group<kQuads, kWide>(plan, run, fast, static_cast<int>(group), begin > 0 ? static_cast<int>(begin) : 0,
+        depthwise_group<kQuads, kWide>(plan, run, fast, static_cast<int>(group),
+                                       begin > 0 ? static_cast<int>(begin) : 0,
                                        end < vectors ? static_cast<int>(end) : vectors);
     }
 }

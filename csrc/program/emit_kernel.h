@@ -66,8 +66,8 @@ LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int 
     }
 }
 
-// Asks for the lines of a vector that is stored a little later. Stores that miss the cache wait for each other (on Zen 5
-// an expanding 1x1 convolution spent half of its time so).
+// Asks for the lines of a vector that is stored a little later. Stores that miss the cache wait for each other (on
+// Zen 5 an expanding 1x1 convolution spent half of its time so).
 LBS_INLINE void prefetch_stores(const unsigned char* base, const lbs::PixelMap& map, int vector) {
     if (map.pieces == 0) return;
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector + lbs::kPrefetched) * map.pieces;

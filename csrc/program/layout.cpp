@@ -85,8 +85,8 @@ void widen(CodeLayout& layout, const StepSpec& step) {
         std::max(layout.right, beyond(layout.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x));
 }
 
-// Tensors that 1x1 windows read pixel by pixel, and nothing else, need no rows: as one they are read and written in whole
-// vectors, whatever the width of the map. Codes that pass unchanged (maxima, selections) keep their rows.
+// Tensors that 1x1 windows read pixel by pixel, and nothing else, need no rows: as one they are read and written in
+// whole vectors, whatever the width of the map. Codes that pass unchanged (maxima, selections) keep their rows.
 std::vector<bool> read_as_rows(const ProgramSpec& program) {
     std::vector<bool> rows(program.tensors.size(), true);
     for (const StepSpec& step : program.steps) {

@@ -27,9 +27,9 @@ bool is_matrix(const StepSpec& step, const TensorSpec& source) {
             step.groups == 1 && step.padding.y == 0 && step.padding.x == 0);
 }
 
-// Multiplying by a scale keeps the order of floats, rounding included, so where codes are all that is made of y the upper
-// bound of a ReLU6 and the like is one of the codes: min(y, high) * scale = min(y * scale, high * scale). Not a number is
-// the lower bound by then.
+// Multiplying by a scale keeps the order of floats, rounding included, so where codes are all that is made of y the
+// upper bound of a ReLU6 and the like is one of the codes: min(y, high) * scale = min(y * scale, high * scale). Not a
+// number is the lower bound by then.
 void fold_high(EmitPlan& plan, ConsumerPlan* consumers) {
     if (!plan.has_high || !plan.has_low || plan.high < 0.0f || plan.stream >= 0) return;
     for (int i = 0; i < plan.consumer_count; ++i)
