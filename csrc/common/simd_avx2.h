@@ -37,6 +37,11 @@ struct Simd {
         char* bytes = static_cast<char*>(p);
         for (; mask; mask &= mask - 1, bytes += 4) __builtin_memcpy(bytes, &lanes[__builtin_ctz(mask)], 4);
     }
+    static void istore_apart(void* even, void* odd, I a) {
+        const I lanes = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+        _mm_storeu_si128(static_cast<__m128i*>(even), _mm256_castsi256_si128(lanes));
+        _mm_storeu_si128(static_cast<__m128i*>(odd), _mm256_extracti128_si256(lanes, 1));
+    }
     static I igather(const void* p, const int32_t* offsets) {
         return _mm256_i32gather_epi32(static_cast<const int*>(p), iload(offsets), 1);
     }
@@ -70,6 +75,17 @@ struct Simd {
         const __m256 high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(b, index));
         return _mm256_castps_si256(_mm256_blendv_ps(low, high, second));
     }
+    static void transpose_bytes(I (&x)[4]) {
+        // Of every four pixels the codes of a channel together, then those of four vectors side by side.
+        const __m128i place = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        for (I& one : x) one = _mm256_shuffle_epi8(one, _mm256_broadcastsi128_si256(place));
+        const I low01 = _mm256_unpacklo_epi8(x[0], x[1]), low23 = _mm256_unpacklo_epi8(x[2], x[3]);
+        const I high01 = _mm256_unpackhi_epi8(x[0], x[1]), high23 = _mm256_unpackhi_epi8(x[2], x[3]);
+        x[0] = _mm256_unpacklo_epi16(low01, low23);
+        x[1] = _mm256_unpackhi_epi16(low01, low23);
+        x[2] = _mm256_unpacklo_epi16(high01, high23);
+        x[3] = _mm256_unpackhi_epi16(high01, high23);
+    }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
     // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the
     // wide way.
@@ -91,6 +107,10 @@ struct Simd {
     static F fset(float value) { return _mm256_set1_ps(value); }
     static F fload(const float* p) { return _mm256_loadu_ps(p); }
     static F fload_mask(const float* p, uint32_t mask) { return _mm256_maskload_ps(p, lane_mask(mask)); }
+    static F fload_even(const float* p) {
+        const F pairs = _mm256_shuffle_ps(fload(p), fload(p + L), 0x88);
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
+    }
     static void fstore(float* p, F a) { _mm256_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm256_maskstore_ps(p, lane_mask(mask), a); }
     static F fcvt(I a) { return _mm256_cvtepi32_ps(a); }
@@ -102,6 +122,9 @@ struct Simd {
     static F fbits(I a) { return _mm256_castsi256_ps(a); }
     static F fmax(F a, F b) { return _mm256_max_ps(a, b); }
     static F fmin(F a, F b) { return _mm256_min_ps(a, b); }
+    static F flarger(F best, F value) {
+        return _mm256_blendv_ps(fmax(value, best), value, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    }
     static F fround(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static I ifromf(F a) { return _mm256_cvtps_epi32(a); }
     static F fkeep_inside(F x, F low, F high, F a) {

@@ -31,6 +31,12 @@ struct Simd {
         const uint32_t count = static_cast<uint32_t>(__builtin_popcount(mask));
         _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1u), low);
     }
+    static void istore_apart(void* even, void* odd, I a) {
+        const I lanes = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), a);
+        _mm256_storeu_si256(static_cast<__m256i*>(even), _mm512_castsi512_si256(lanes));
+        _mm256_storeu_si256(static_cast<__m256i*>(odd), _mm512_extracti64x4_epi64(lanes, 1));
+    }
     static I igather(const void* p, const int32_t* offsets) {
         return _mm512_i32gather_epi32(_mm512_loadu_si512(offsets), p, 1);
     }
@@ -59,6 +65,17 @@ struct Simd {
     static I isar(I a, int count) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(count)); }
     static I imerge(I old, uint32_t mask, I a) { return _mm512_mask_mov_epi32(old, static_cast<__mmask16>(mask), a); }
     static I ipick(I a, I b, I index) { return _mm512_permutex2var_epi32(a, index, b); }
+    static void transpose_bytes(I (&x)[4]) {
+        // Of every four pixels the codes of a channel together, then those of four vectors side by side.
+        const I together = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        for (I& one : x) one = _mm512_shuffle_epi8(one, together);
+        const I low01 = _mm512_unpacklo_epi8(x[0], x[1]), low23 = _mm512_unpacklo_epi8(x[2], x[3]);
+        const I high01 = _mm512_unpackhi_epi8(x[0], x[1]), high23 = _mm512_unpackhi_epi8(x[2], x[3]);
+        x[0] = _mm512_unpacklo_epi16(low01, low23);
+        x[1] = _mm512_unpackhi_epi16(low01, low23);
+        x[2] = _mm512_unpacklo_epi16(high01, high23);
+        x[3] = _mm512_unpackhi_epi16(high01, high23);
+    }
     static I max_bytes(I a, I b) { return _mm512_max_epu8(a, b); }
     template <bool kWide>
     static I dot(I acc, I a, I w) {
@@ -69,6 +86,10 @@ struct Simd {
     static F fload(const float* p) { return _mm512_loadu_ps(p); }
     static F fload_mask(const float* p, uint32_t mask) {
         return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+    }
+    static F fload_even(const float* p) {
+        const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        return _mm512_permutex2var_ps(fload(p), even, fload(p + L));
     }
     static void fstore(float* p, F a) { _mm512_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), a); }
@@ -81,6 +102,10 @@ struct Simd {
     static F fbits(I a) { return _mm512_castsi512_ps(a); }
     static F fmax(F a, F b) { return _mm512_max_ps(a, b); }
     static F fmin(F a, F b) { return _mm512_min_ps(a, b); }
+    static F flarger(F best, F value) {
+        const F result = fmax(value, best);
+        return _mm512_mask_mov_ps(result, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), value);
+    }
     static F fround(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static I ifromf(F a) { return _mm512_cvtps_epi32(a); }
     static F fkeep_inside(F x, F low, F high, F a) {

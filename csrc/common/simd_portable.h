@@ -58,6 +58,9 @@ struct Simd {
                 bytes += 4;
             }
     }
+    static void istore_apart(void* even, void* odd, I a) {  // the lanes of even and of odd number
+        for (int i = 0; i < L; ++i) std::memcpy(static_cast<char*>(i % 2 ? odd : even) + i / 2 * 4, &a.v[i], 4);
+    }
     static I igather(const void* p, const int32_t* offsets) {
         I r;
         for (int i = 0; i < L; ++i) std::memcpy(&r.v[i], static_cast<const char*>(p) + offsets[i], 4);
@@ -141,6 +144,14 @@ struct Simd {
         }
         return r;
     }
+    static void transpose_bytes(I (&x)[4]) {  // byte j of lane i of x[k] becomes byte k of lane i of x[j]
+        uint8_t in[4][4 * L], out[4][4 * L];
+        std::memcpy(in, x, sizeof in);
+        for (int j = 0; j < 4; ++j)
+            for (int i = 0; i < L; ++i)
+                for (int k = 0; k < 4; ++k) out[j][4 * i + k] = in[k][4 * i + j];
+        std::memcpy(x, out, sizeof out);
+    }
     static I max_bytes(I a, I b) {
         uint8_t x[4 * L], y[4 * L];
         std::memcpy(x, a.v, sizeof x);
@@ -179,6 +190,11 @@ struct Simd {
         F r = fset(0.0f);
         for (int i = 0; i < L; ++i)
             if (mask >> i & 1) r.v[i] = p[i];
+        return r;
+    }
+    static F fload_even(const float* p) {  // p[0], p[2], ...
+        F r;
+        for (int i = 0; i < L; ++i) r.v[i] = p[2 * i];
         return r;
     }
     static void fstore(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
@@ -224,6 +240,12 @@ struct Simd {
     static F fmin(F a, F b) {
         for (int i = 0; i < L; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
         return a;
+    }
+    // The larger one, of equals the best; not a number wins.
+    static F flarger(F best, F value) {
+        for (int i = 0; i < L; ++i)
+            best.v[i] = value.v[i] > best.v[i] || value.v[i] != value.v[i] ? value.v[i] : best.v[i];
+        return best;
     }
     // Round half to even; exact for |a| < 2^22, which every caller ensures by clamping first.
     static F fround(F a) {

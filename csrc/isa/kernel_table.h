@@ -1,6 +1,7 @@
 // The table of one instruction set. Included once per file of this folder, behind its Simd and its convolution.
 #pragma once
 
+#include "bitconv2d/depthwise_kernel.h"
 #include "bitconv2d/winograd_kernel.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
@@ -22,9 +23,11 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         kWinogradShapes,
         conv,
         winograd_kernel,
+        depthwise_kernel,
         linear_kernel,
         emit_planes_kernel,
         quantpack_kernel,
+        max_plane_kernel,
         pool_codes_kernel,
         select_codes_kernel,
         select_streams_kernel,

@@ -29,6 +29,8 @@ struct KernelTable {
     // Units [first_unit, last_unit) of the blocks [first_block, last_block).
     void (*winograd)(const WinogradPlan& plan, const RunContext& run, int first_unit, int last_unit, int first_block,
                      int last_block);
+    // Vectors [first, last) of all channel groups in a row.
+    void (*depthwise)(const DepthwisePlan& plan, const RunContext& run, int64_t first, int64_t last);
     // Groups of L outputs [first, last).
     void (*linear)(const LinearPlan& plan, const RunContext& run, int first, int last);
     // Channel groups and vectors of float planes; plane 0 of `values` is channel `base_channel`.
@@ -37,6 +39,8 @@ struct KernelTable {
     // Vectors [first_vector, last_vector) of a stream or an image, all channels.
     void (*quantpack)(const ReadPlan& read, const EmitPlan& plan, const RunContext& run, const void* values,
                       bool channels_last, int first_vector, int last_vector);
+    // One plane of a stream; `row` is plan.row_floats of working memory, `out` may be overrun by a vector.
+    void (*max_plane)(const PoolStreamPlan& plan, const float* plane, float* row, float* out);
     void (*pool_codes)(const PoolCodesPlan& plan, const RunContext& run, int first_group, int last_group);
     // Channel groups [first_group, last_group) of what is written.
     void (*select_codes)(const SelectPlan& plan, const EmitPlan& emit, const RunContext& run, int first_group,

@@ -15,8 +15,6 @@ Span window(int position, int stride, int padding, int kernel, int size) {
     return {std::max(start, 0), std::min(start + kernel, size)};
 }
 
-inline float larger(float best, float value) { return value > best || value != value ? value : best; }
-
 }  // namespace
 
 void mean_planes(const float* stream, int channels, int64_t pixels, float* out) {
@@ -37,26 +35,7 @@ void mean_planes(const float* stream, int channels, int64_t pixels, float* out) 
     }
 }
 
-void max_plane(const float* plane, int height, int width, const StepSpec& step, float* row, float* out) {
-    const int rows = output_size(height, step.kernel.y, step.stride.y, step.padding.y, 1);
-    const int columns = output_size(width, step.kernel.x, step.stride.x, step.padding.x, 1);
-    for (int y = 0; y < rows; ++y) {
-        const Span taps = window(y, step.stride.y, step.padding.y, step.kernel.y, height);
-        std::copy_n(plane + static_cast<int64_t>(taps.first) * width, width, row);
-        for (int tap = taps.first + 1; tap < taps.last; ++tap) {
-            const float* source = plane + static_cast<int64_t>(tap) * width;
-            for (int x = 0; x < width; ++x) row[x] = larger(row[x], source[x]);
-        }
-        for (int x = 0; x < columns; ++x) {
-            const Span span = window(x, step.stride.x, step.padding.x, step.kernel.x, width);
-            float best = row[span.first];
-            for (int tap = span.first + 1; tap < span.last; ++tap) best = larger(best, row[tap]);
-            *out++ = best;
-        }
-    }
-}
-
-void average_plane(const float* plane, int height, int width, const StepSpec& step, float*, float* out) {
+void average_plane(const float* plane, int height, int width, const StepSpec& step, float* out) {
     const int rows = output_size(height, step.kernel.y, step.stride.y, step.padding.y, 1);
     const int columns = output_size(width, step.kernel.x, step.stride.x, step.padding.x, 1);
     const double taps = static_cast<double>(step.kernel.y) * step.kernel.x;

@@ -1,4 +1,4 @@
-// Pooling in plain C++: streams (maximum, mean) as planes of floats, and codes whose padding could win.
+// Pooling in plain C++: means of streams as planes of floats, and codes whose padding could win.
 #pragma once
 
 #include "program/layout.h"
@@ -9,12 +9,8 @@ namespace lbs {
 // y = (((x[0] + x[1]) + x[2]) + ...) * float32(1 / pixels) for each channel of [channels][pixels].
 void mean_planes(const float* stream, int channels, int64_t pixels, float* out);
 
-// Maximum over each window of one plane [height][width]; padding never wins, not a number does. `row` holds width
-// floats.
-void max_plane(const float* plane, int height, int width, const StepSpec& step, float* row, float* out);
-
-// Mean over each window of one plane, the sums in row-major order; padding counts as zeros. `row` holds width floats.
-void average_plane(const float* plane, int height, int width, const StepSpec& step, float* row, float* out);
+// Mean over each window of one plane, the sums in row-major order; padding counts as zeros.
+void average_plane(const float* plane, int height, int width, const StepSpec& step, float* out);
 
 // Maximum of codes, pixel by pixel, for any zero and sign; groups [first, last).
 void max_codes(const unsigned char* in, const CodeLayout& in_layout, const StepSpec& step, unsigned char* out,

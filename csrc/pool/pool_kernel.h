@@ -1,4 +1,4 @@
-// Maximum of codes over a window, in the layout the convolutions read.
+// Maximum over a window: of codes in the layout the convolutions read, and of planes of floats.
 #pragma once
 
 #include "bitconv2d/bitconv2d_kernel.h"
@@ -19,6 +19,74 @@ void pool_codes_pieces(const lbs::PoolCodesPlan& plan, const lbs::RunContext& ru
             store_word(out, plan.out_map, vector, vector + 1 < plan.vectors ? kAll : plan.tail_mask, best);
         }
     }
+}
+
+// L values of a row, `stride` apart; kStride: 1, 2, or 0 for any.
+template <int kStride>
+LBS_INLINE Simd::F load_apart(const float* row, int stride) {
+    if constexpr (kStride == 1) return Simd::fload(row);
+    if constexpr (kStride == 2) return Simd::fload_even(row);
+    float lanes[Simd::L];
+    for (int i = 0; i < Simd::L; ++i) lanes[i] = row[i * stride];
+    return Simd::fload(lanes);
+}
+
+// kNumbers: where there is nothing but numbers; fmax then keeps its second operand of equals, as flarger does.
+template <bool kNumbers>
+LBS_INLINE Simd::F larger(Simd::F best, Simd::F value) {
+    if constexpr (kNumbers) return Simd::fmax(value, best);
+    return Simd::flarger(best, value);
+}
+
+// A row of maxima of `row`, padding included. Vectors may write past its end, never before it.
+template <int kStride, bool kNumbers>
+void max_of_row(const lbs::PoolStreamPlan& plan, const float* row, float* out) {
+    for (int x = 0; x < plan.columns; x += Simd::L) {
+        const float* first = row + static_cast<int64_t>(x) * plan.column_stride;
+        Simd::F best = load_apart<kStride>(first, plan.column_stride);
+        for (int tap = 1; tap < plan.kernel_columns; ++tap)
+            best = larger<kNumbers>(best, load_apart<kStride>(first + tap, plan.column_stride));
+        Simd::fstore(out + x, best);
+    }
+}
+
+template <bool kNumbers>
+void max_plane(const lbs::PoolStreamPlan& plan, const float* plane, float* row, float* out) {
+    const int whole = plan.width / Simd::L * Simd::L;
+    const uint32_t valid = (1u << (plan.width - whole)) - 1u;  // of the vector behind the whole ones
+    for (int64_t i = 0; i < plan.row_floats; ++i) row[i] = -__builtin_inff();
+    for (int y = 0; y < plan.rows; ++y) {
+        const int start = y * plan.row_stride - plan.top;
+        const int first = start > 0 ? start : 0;
+        const int last = start + plan.kernel_rows < plan.height ? start + plan.kernel_rows : plan.height;
+        const float* const source = plane + static_cast<int64_t>(first) * plan.width;
+        const int64_t rows_end = static_cast<int64_t>(last - first) * plan.width;
+        for (int x = 0; x < whole; x += Simd::L) {
+            Simd::F best = Simd::fload(source + x);
+            for (int64_t at = plan.width; at < rows_end; at += plan.width)
+                best = larger<kNumbers>(best, Simd::fload(source + at + x));
+            Simd::fstore(row + plan.left + x, best);
+        }
+        if (valid) {
+            Simd::F best = Simd::fload_mask(source + whole, valid);
+            for (int64_t at = plan.width; at < rows_end; at += plan.width)
+                best = larger<kNumbers>(best, Simd::fload_mask(source + at + whole, valid));
+            Simd::fstore_mask(row + plan.left + whole, valid, best);
+        }
+        switch (plan.column_stride) {
+            case 1: max_of_row<1, kNumbers>(plan, row, out); break;
+            case 2: max_of_row<2, kNumbers>(plan, row, out); break;
+            default: max_of_row<0, kNumbers>(plan, row, out);
+        }
+        out += plan.columns;
+    }
+}
+
+// Maximum over each window of one plane; padding never wins, not a number does. `row` holds plan.row_floats, `out` L
+// floats more than the result.
+void max_plane_kernel(const lbs::PoolStreamPlan& plan, const float* plane, float* row, float* out) {
+    if (plan.numbers) max_plane<true>(plan, plane, row, out);
+    else max_plane<false>(plan, plane, row, out);
 }
 
 void pool_codes_kernel(const lbs::PoolCodesPlan& plan, const lbs::RunContext& run, int first_group, int last_group) {

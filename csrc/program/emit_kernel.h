@@ -44,7 +44,7 @@ LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positiv
     return Simd::ipack4(q[0], q[1], q[2], q[3]);
 }
 
-__attribute__((noinline)) void store_lanes(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid,
+__attribute__((noinline)) void store_lanes(unsigned char* base, lbs::PixelMap map, int vector, uint32_t valid,
                                            Simd::I word) {
     int32_t lanes[Simd::L];
     Simd::istore(lanes, word);
@@ -56,11 +56,23 @@ __attribute__((noinline)) void store_lanes(unsigned char* base, const lbs::Pixel
 LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
     if (map.pieces == 0) return store_lanes(base, map, vector, valid, word);
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
+    constexpr uint32_t kEven = 0x55555555u & ((1u << Simd::L) - 1u);
+    if (map.compress && piece[0].mask == kEven && piece[1].mask == kEven << 1)
+        return Simd::istore_apart(base + piece[0].offset, base + piece[1].offset, word);
     for (int i = 0; i < map.pieces; ++i) {
         if (piece[i].mask == 0) break;
         if (map.compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);
         else Simd::istore_mask(base + piece[i].offset, piece[i].mask, word);
     }
+}
+
+// Asks for the lines of a vector that is stored a little later. Stores that miss the cache wait for each other (on
+// Zen 5 an expanding 1x1 convolution spent half of its time so).
+LBS_INLINE void prefetch_stores(const unsigned char* base, const lbs::PixelMap& map, int vector) {
+    if (map.pieces == 0) return;
+    const lbs::Piece* piece = map.table + static_cast<int64_t>(vector + lbs::kPrefetched) * map.pieces;
+    const int apart = map.compress ? map.pieces : 1;  // pieces of a plain map follow one another, but for a row's end
+    for (int i = 0; i < apart; ++i) __builtin_prefetch(base + piece[i].offset + 4 * (Simd::L - 1), 1);
 }
 
 LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {

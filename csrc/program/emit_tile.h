@@ -18,9 +18,11 @@ struct FastEmit {
     const lbs::AccumulatorPlan* acc;
     const lbs::EmitPlan* plan;
     const lbs::RunContext* run;
-    bool usable;  // nothing rarer than an activation, a gate, a residual, a low bound, a float32 stream, no signed codes
+    bool usable;  // nothing rarer than an activation, a gate, a residual, bounds, a float32 stream, no signed codes
     bool plain;   // the dot product is the accumulator
     bool positive;
+    const lbs::ConsumerPlan* only;  // where codes for one reader, without a norm, are all that is made
+    float floor;                    // of its codes before they are rounded: what low and ReLU leave
     int64_t pixels;
     const float* residual;
     float* stream;
@@ -29,13 +31,23 @@ struct FastEmit {
         : acc(&a),
           plan(&e),
           run(&context),
-          usable(e.stream_type == lbs::StreamType::kFloat32 && !e.has_high),
+          usable(e.stream_type == lbs::StreamType::kFloat32),
           plain(!a.shift && !a.needs_sum && !a.constant),
           positive(e.has_low && e.low >= 0.0f),
+          only(nullptr),
+          floor(0.0f),
           pixels(e.pixels),
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
         for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted;
+        const bool alone = e.is_plain && !residual && !stream && !e.has_high && e.consumer_count == 1;
+        if (!usable || !alone || e.consumers->gain) return;
+        only = e.consumers;
+        floor = only->least;  // multiplying by a scale keeps the order of floats, rounding included
+        if (e.has_low && e.low * only->scale > floor) floor = e.low * only->scale;
+    }
+    LBS_INLINE unsigned char* codes(const lbs::ConsumerPlan& c, int channel) const {
+        return run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
     }
 };
 
@@ -61,7 +73,8 @@ struct Tile {
         const lbs::EmitPlan& e = *f.plan;
         if (!f.usable || !channels_are_free(e, channel + filters)) return;
         fast_vectors = vectors;
-        if (vector + vectors == e.vectors && e.tail_mask != kAllLanes) --fast_vectors;
+        const bool over = f.only && f.only->map.over;
+        if (vector + vectors == e.vectors && e.tail_mask != kAllLanes && !over) --fast_vectors;
     }
     LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + p * vector_pitch + f * filter_pitch; }
     LBS_INLINE const int32_t* sums_of(int p, int f) const {
@@ -75,6 +88,25 @@ __attribute__((noinline)) void emit_rare(const FastEmit& fast, const Tile& tile,
             tile.sums ? tile.sums_of(p, f) : nullptr, tile.sum_pitch());
 }
 
+// `base`: where the codes of these four channels begin.
+LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int vector, Quad u) {
+    Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
+    if (c.zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    const Simd::I word = Simd::ipack4(q[0], q[1], q[2], q[3]);
+    prefetch_stores(base, c.map, vector);
+    if (c.map.pieces == 1) Simd::istore(base + c.map.table[vector].offset, word);
+    else store_pieces(base, c.map, vector, kAllLanes, word);
+}
+
+// Steps 5 and 6 where `c` is fast.only.
+LBS_INLINE void emit_only(const lbs::ConsumerPlan& c, float floor, unsigned char* base, int vector, Quad y) {
+    y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
+    y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(floor)); });
+    y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(c.high)); });
+    store_codes(c, base, vector, y);
+}
+
 LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad u) {
     const Simd::F scale = Simd::fset(c.scale), high = Simd::fset(c.high);
     if (c.gain) {
@@ -86,13 +118,7 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     // Where zero is code 0, nothing lies below it, so this is the consumer's ReLU too.
     if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
-    Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
-    if (c.zero)
-        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
-    const Simd::I word = Simd::ipack4(q[0], q[1], q[2], q[3]);
-    unsigned char* base = fast.run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
-    if (__builtin_expect(c.map.pieces == 1, 1)) Simd::istore(base + c.map.table[vector].offset, word);
-    else store_pieces(base, c.map, vector, kAllLanes, word);
+    store_codes(c, fast.codes(c, channel), vector, u);
 }
 
 // Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
@@ -105,7 +131,8 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),
                       Simd::iload(dots + 3 * pitch)};
     if (!fast.plain) {
-        for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
+        if (a.shift)
+            for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
         if (tile.sums) {
             const int32_t* sums = tile.sums_of(p, f);
             const int64_t sum_pitch = tile.sum_pitch();
@@ -119,15 +146,21 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     const float* offset = a.bias + channel;
     Quad y;
     for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
+    if (fast.only) {
+        unsigned char* base = fast.codes(*fast.only, channel);
+        return emit_only(*fast.only, fast.floor, base, tile.vector + p, y);
+    }
     const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
     const lbs::EmitPlan& e = *fast.plan;
     if (__builtin_expect(!e.is_plain, 0)) {
-        y = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
+        const Quad z = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
+        for (int j = 0; j < 4; ++j) y.v[j] = z.v[j];
     } else if (fast.residual) {
         const float* residual = fast.residual + first;
         y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });
     }
     if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
+    if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
     if (fast.stream) {
         float* stream = fast.stream + first;
         for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * pixels, y.v[j]);

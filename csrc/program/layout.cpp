@@ -45,11 +45,12 @@ PixelMap keep_pieces(Store& store, const std::vector<std::vector<Piece>>& vector
     PixelMap map;
     map.pieces = pieces;
     map.compress = compress;
-    Piece* table = store.make<Piece>(vectors.size() * static_cast<size_t>(pieces));
-    for (size_t v = 0; v < vectors.size(); ++v) {
+    Piece* table = store.make<Piece>((vectors.size() + kPrefetched) * static_cast<size_t>(pieces));
+    for (size_t v = 0; v < vectors.size() + kPrefetched; ++v) {
         Piece* row = table + v * static_cast<size_t>(pieces);
-        std::copy(vectors[v].begin(), vectors[v].end(), row);
-        for (size_t i = vectors[v].size(); i < static_cast<size_t>(pieces); ++i) row[i] = {row[0].offset, 0};
+        const std::vector<Piece>& vector = vectors[std::min(v, vectors.size() - 1)];
+        std::copy(vector.begin(), vector.end(), row);
+        for (size_t i = vector.size(); i < static_cast<size_t>(pieces); ++i) row[i] = {row[0].offset, 0};
     }
     map.table = table;
     return map;
@@ -84,6 +85,25 @@ void widen(CodeLayout& layout, const StepSpec& step, const TensorSpec& source) {
     layout.bottom = std::max(layout.bottom, bottom);
     layout.right =
         std::max(layout.right, beyond(layout.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x));
+}
+
+// Tensors that 1x1 windows read pixel by pixel, and nothing else, need no rows: as one they are read and written in
+// whole vectors, whatever the width of the map. Codes that pass unchanged (maxima, selections) keep their rows.
+std::vector<bool> read_as_rows(const ProgramSpec& program) {
+    std::vector<bool> rows(program.tensors.size(), true);
+    for (const StepSpec& step : program.steps) {
+        const bool pixelwise = step.kind == StepKind::kConv && step.kernel.y == 1 && step.kernel.x == 1 &&
+                               step.stride.y == 1 && step.stride.x == 1 && step.padding.y == 0 && step.padding.x == 0 &&
+                               step.groups == 1;
+        const bool unchanged = step.kind == StepKind::kSelect ||
+                               (step.kind == StepKind::kMaxPool &&
+                                program.tensors[static_cast<size_t>(step.input)].form == Form::kCodes);
+        for (int input : step.inputs)
+            if (!pixelwise) rows[static_cast<size_t>(input)] = false;
+        if (unchanged)
+            for (const ConsumerSpec& consumer : step.emit.consumers) rows[static_cast<size_t>(consumer.tensor)] = false;
+    }
+    return rows;
 }
 
 }  // namespace
@@ -136,7 +156,15 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
             if (strides[i] == 0) strides[i] = strides[output];
         }
     }
+    const std::vector<bool> rows = read_as_rows(program);
     for (size_t i = 0; i < layouts.size(); ++i) {
+        const TensorSpec& tensor = program.tensors[i];
+        if (rows[i] && tensor.form == Form::kCodes && tensor.height > 1) {
+            layouts[i].is_row = true;
+            layouts[i].height = 1;
+            layouts[i].width = static_cast<int>(tensor.pixels());
+            layouts[i].right = (kMaxLanes - layouts[i].width % kMaxLanes) % kMaxLanes;
+        }
         if (strides[i] > 1 && strides[i] <= layouts[i].width) layouts[i].phases = strides[i];
         if (program.tensors[i].form != Form::kCodes) continue;
         const int64_t rows = int64_t{layouts[i].top} + layouts[i].height + layouts[i].bottom;
@@ -161,6 +189,10 @@ std::vector<int32_t> window_offsets(const CodeLayout& layout, const StepSpec& st
 }
 
 PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width, Pair stride, int lanes) {
+    if (layout.is_row) {
+        width *= height;
+        height = 1;
+    }
     // Relative to the taps of window_offsets. With phases the stride is in the layout: neighbours are one lane apart.
     const int64_t row = stride.y * layout.row_pitch();
     const bool split = layout.phases == stride.x;
@@ -214,8 +246,10 @@ PixelMap store_map(Store& store, const CodeLayout& layout, int lanes) {
     }
     int pieces = supported_pieces(most, 8);
     if (pieces == 0) return keep_lanes(store, layout.height, layout.width, lanes, offset);
-    if (pieces == 1 && !whole) pieces = 2;  // the tail must not overwrite what follows
-    return keep_pieces(store, vectors, pieces, layout.phases > 1);
+    if (pieces == 1 && !whole && !layout.is_row) pieces = 2;  // the tail must not overwrite what follows
+    PixelMap map = keep_pieces(store, vectors, pieces, layout.phases > 1);
+    map.over = layout.is_row;
+    return map;
 }
 
 }  // namespace lbs

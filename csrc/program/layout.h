@@ -31,6 +31,7 @@ struct CodeLayout {
     int top = 0, bottom = 0, left = 0, right = 0;
     int phases = 1;  // columns are kept apart by their remainder
     int zero = 0;    // the code that padding holds
+    bool is_row = false;  // all pixels in one row of whole vectors, whose padding nobody reads
 
     int phase_width() const { return (left + width + right + phases - 1) / phases; }
     int64_t group_pitch() const { return int64_t{4} * phases * phase_width(); }
@@ -51,7 +52,7 @@ struct CodeLayout {
     bool operator==(const CodeLayout& other) const {
         return height == other.height && width == other.width && groups == other.groups && top == other.top &&
                bottom == other.bottom && left == other.left && right == other.right && phases == other.phases &&
-               zero == other.zero;
+               zero == other.zero && is_row == other.is_row;
     }
 };
 

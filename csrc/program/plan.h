@@ -20,6 +20,8 @@ namespace lbs {
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 64;         // vectors of accumulators in the scratch of one thread
 constexpr int kSlack = 128;          // bytes readable past the end of every buffer
+constexpr int kPrefetched = 4;       // vectors whose lines are asked for before they are stored
+constexpr int kMaxQuads = 128;       // of four taps, of a depthwise kernel: 22 x 22
 constexpr int kChannelPadding = 16;  // arrays per channel are padded to a multiple of this
 
 // A run of lanes of one vector that lies contiguous: lane i of `mask` at offset + 4 * i (loads and plain stores), or,
@@ -32,7 +34,8 @@ struct Piece {
 struct PixelMap {
     int pieces = 1;  // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
     bool compress = false;
-    const Piece* table = nullptr;    // [vectors][pieces]
+    bool over = false;  // the last vector may be stored whole
+    const Piece* table = nullptr;    // [vectors][pieces], continued with kPrefetched times the last
     const int32_t* lanes = nullptr;  // [vectors][kMaxLanes] where pieces == 0
 };
 
@@ -160,6 +163,26 @@ struct WinogradPlan {
     EmitPlan emit;
 };
 
+// A convolution of every channel for itself. Rows of four channels are spread first: the codes that four taps of a row
+// meet lie side by side, [quad][vector][channel][pixel][tap], so that a dot multiplies nothing but them.
+struct DepthwisePlan {
+    int input = 0;
+    int groups = 0;                  // of four channels
+    int width = 0;                   // pixels of an output row
+    int kernel_rows = 0, quads = 0;  // of four taps, in a row of the kernel
+    int stride = 1, dilation = 1;    // from row to row
+    const int32_t* taps = nullptr;   // [quads][4]: bytes from an output pixel's first tap to the others of its row
+    int spread = 0;                  // pixels of a spread row, whole vectors
+    int ring = 0;                    // spread rows that are kept
+    int kept = 0;                    // dots that are kept of each channel
+    int64_t first = 0, row_pitch = 0, group_pitch = 0;  // bytes: to the first tap of the first pixel, between rows
+    const int8_t* weights = nullptr;  // [groups][kernel rows][quads][4 channels][4 taps]
+    const int8_t* ones = nullptr;     // of one group, 1 for every tap, where sums are needed
+    bool wide = false;                // products of a pair may exceed 16 bits
+    AccumulatorPlan acc;
+    EmitPlan emit;
+};
+
 struct LinearPlan {
     int input = 0;
     int outputs = 0;
@@ -181,6 +204,13 @@ struct PoolCodesPlan {  // maximum of codes whose padding (code 0) never wins
     int vectors = 0;
     uint32_t tail_mask = 0;
     PixelMap in_map, out_map;
+};
+
+struct PoolStreamPlan {  // maximum of a stream
+    int height = 0, width = 0, rows = 0, columns = 0;
+    int kernel_rows = 1, kernel_columns = 1, row_stride = 1, column_stride = 1, top = 0, left = 0;
+    int64_t row_floats = 0;  // of one row with its padding, as far as vectors reach
+    bool numbers = false;    // a bound has left nothing else
 };
 
 // One input of a selection: pixel (0, 0) of its channel 0 or group 0, and how output pixels meet it.
@@ -215,6 +245,7 @@ struct RunContext {
     int32_t* sums;          // as many lanes as the largest output map has, rounded up
     int8_t* tile_pack;      // AMX: [2][ceil(k_steps / 16)][16][64]
     unsigned char* winograd;  // see WinogradMemory
+    int32_t* rows;          // depthwise: [ring][quads][4 spread], then dots and sums, [4][kept] each
 };
 
 }  // namespace lbs

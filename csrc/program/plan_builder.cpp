@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bitconv2d/bitconv2d_cpu.h"
+#include "bitconv2d/depthwise_cpu.h"
 #include "bitconv2d/winograd_cpu.h"
 #include "bitlinear/bitlinear_cpu.h"
 #include "common/check.h"
@@ -25,6 +26,18 @@ bool is_matrix(const StepSpec& step, const TensorSpec& source) {
     return step.kind == StepKind::kLinear ||
            (step.kind == StepKind::kConv && source.pixels() == 1 && step.kernel.y == 1 && step.kernel.x == 1 &&
             step.groups == 1 && step.padding.y == 0 && step.padding.x == 0);
+}
+
+// Multiplying by a scale keeps the order of floats, rounding included, so where codes are all that is made of y the
+// upper bound of a ReLU6 and the like is one of the codes: min(y, high) * scale = min(y * scale, high * scale). Not a
+// number is the lower bound by then.
+void fold_high(EmitPlan& plan, ConsumerPlan* consumers) {
+    if (!plan.has_high || !plan.has_low || plan.high < 0.0f || plan.stream >= 0) return;
+    for (int i = 0; i < plan.consumer_count; ++i)
+        if (consumers[i].gain || consumers[i].shifted) return;
+    plan.has_high = false;
+    for (int i = 0; i < plan.consumer_count; ++i)
+        consumers[i].high = std::min(consumers[i].high, plan.high * consumers[i].scale);
 }
 
 std::vector<int> tensors_read(const StepSpec& step) {
@@ -75,6 +88,11 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = emit;
             winograd_bytes = std::max(winograd_bytes, lbs::winograd_bytes(plan.winograd, kernels.lanes));
+        } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, kernels.lanes)) {
+            plan.run = StepPlan::Run::kDepthwise;
+            plan_depthwise(spec, step, layout, kernels, store, plan.depthwise);
+            plan.depthwise.emit = emit;
+            row_count = std::max(row_count, depthwise_scratch(plan.depthwise));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)
                 throw BackendError("step '" + step.name +
@@ -142,6 +160,7 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
         consumers[i] = c;
     }
     plan.consumers = consumers;
+    fold_high(plan, consumers);
     return plan;
 }
 
@@ -156,6 +175,25 @@ void ProgramPlan::plan_quantpack(const StepSpec& step, StepPlan& plan) {
     plan.read.offset = store.padded(spec.floats(*step.bias), source.channels);
 }
 
+namespace {
+
+void plan_max(const StepSpec& step, const TensorSpec& source, PoolStreamPlan& plan) {
+    plan.height = source.height;
+    plan.width = source.width;
+    plan.rows = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, 1);
+    plan.columns = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, 1);
+    plan.kernel_rows = step.kernel.y;
+    plan.kernel_columns = step.kernel.x;
+    plan.row_stride = step.stride.y;
+    plan.column_stride = step.stride.x;
+    plan.top = step.padding.y;
+    plan.left = step.padding.x;
+    const int64_t read = int64_t{plan.columns + kMaxLanes} * step.stride.x + step.kernel.x + kMaxLanes;
+    plan.row_floats = std::max<int64_t>(read, int64_t{plan.left} + plan.width);
+}
+
+}  // namespace
+
 void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
     const TensorSpec& source = spec.tensors[static_cast<size_t>(step.input)];
     if (step.kind == StepKind::kMeanPool) {
@@ -165,6 +203,10 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
         plan.run =
             step.kind == StepKind::kMaxPool ? StepPlan::Run::kMaxStream : StepPlan::Run::kAverageStream;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
+        plan_max(step, source, plan.max);
+        for (const StepSpec& writer : spec.steps)
+            if (writer.emit.stream == step.input) plan.max.numbers = writer.emit.low || writer.emit.high;
+        float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + kMaxLanes + plan.max.row_floats);
     } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
         // window is cut to the image instead, and no table is made of its taps.

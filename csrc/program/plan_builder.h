@@ -15,6 +15,7 @@ struct StepPlan {
         kQuantPack,
         kConv,
         kWinograd,
+        kDepthwise,
         kLinear,
         kMaxStream,
         kAverageStream,
@@ -27,8 +28,10 @@ struct StepPlan {
     Run run = Run::kQuantPack;
     ConvPlan conv;
     WinogradPlan winograd;
+    DepthwisePlan depthwise;
     LinearPlan linear;
     PoolCodesPlan pool;
+    PoolStreamPlan max;
     SelectPlan select;
     EmitPlan emit;             // of the steps that emit planes of floats
     ReadPlan read;             // of a quantpack step
@@ -65,6 +68,7 @@ struct ProgramPlan {
     int64_t float_count = 0;
     int64_t tile_bytes = 0;
     int64_t winograd_bytes = 0;
+    int64_t row_count = 0;
 
 private:
     void plan_steps(const std::vector<Algorithm>& algorithms);

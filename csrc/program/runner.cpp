@@ -78,7 +78,7 @@ std::vector<double> shared_out(const std::vector<std::vector<double>>& clocks, d
 }  // namespace
 
 struct Runner::Memory {
-    Block arena, accumulators, sums, floats, tiles, winograd;
+    Block arena, accumulators, sums, floats, tiles, rows, winograd;
     std::vector<unsigned char*> tensors;
     int64_t bytes = 0;
 
@@ -93,6 +93,7 @@ struct Runner::Memory {
         floats = make(4 * plan.float_count);
         tiles = make(plan.kernels.uses_tiles ? plan.tile_bytes : 0);
         winograd = make(plan.winograd_bytes);
+        rows = make(4 * plan.row_count);
         for (const Slot& slot : plan.slots)
             if (slot.is_codes)
                 std::memset(arena.get() + slot.offset, slot.layout.zero, static_cast<size_t>(slot.bytes));
@@ -230,6 +231,7 @@ void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
     context.sums = reinterpret_cast<int32_t*>(own.sums.get());
     context.tile_pack = reinterpret_cast<int8_t*>(own.tiles.get());
     context.winograd = own.winograd.get();
+    context.rows = reinterpret_cast<int32_t*>(own.rows.get());
     float* floats = reinterpret_cast<float*>(own.floats.get());
 
     Clock::time_point start;
@@ -279,6 +281,12 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             kernels.winograd(plan, context, units.first, units.last, blocks.first, blocks.last);
             return;
         }
+        case StepPlan::Run::kDepthwise: {
+            const DepthwisePlan& plan = step.depthwise;
+            const int64_t vectors = int64_t{plan.groups} * plan.emit.vectors;
+            kernels.depthwise(plan, context, vectors * self.rank / self.size, vectors * (self.rank + 1) / self.size);
+            return;
+        }
         case StepPlan::Run::kLinear: {
             const Share groups = share(vector_count(step.linear.outputs, kernels.lanes), self);
             kernels.linear(step.linear, context, groups.first, groups.last);
@@ -286,22 +294,27 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
         }
         case StepPlan::Run::kMaxStream:
         case StepPlan::Run::kAverageStream: {
-            const auto pool_plane = step.run == StepPlan::Run::kMaxStream ? max_plane : average_plane;
             const Share groups = share((source.channels + 3) / 4, self);
-            float* row = floats + 4 * step.emit.pixels;
+            float* row = floats + 4 * step.emit.pixels + kMaxLanes;
             for (int group = groups.first; group < groups.last; ++group) {
-                for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel)
-                    pool_plane(reinterpret_cast<const float*>(in) + channel * source.pixels(), source.height,
-                               source.width, spec, row, floats + channel % 4 * step.emit.pixels);
+                for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel) {
+                    const float* plane = reinterpret_cast<const float*>(in) + channel * source.pixels();
+                    float* out = floats + channel % 4 * step.emit.pixels;
+                    if (step.run == StepPlan::Run::kMaxStream) kernels.max_plane(step.max, plane, row, out);
+                    else average_plane(plane, source.height, source.width, spec, out);
+                }
                 kernels.emit_planes(step.emit, context, floats, 4 * group, group, group + 1, 0, step.emit.vectors);
             }
             return;
         }
-        case StepPlan::Run::kMeanStream:
-            if (self.rank != 0) return;
-            mean_planes(reinterpret_cast<const float*>(in), source.channels, source.pixels(), floats);
-            kernels.emit_planes(step.emit, context, floats, 0, 0, (source.channels + 3) / 4, 0, 1);
+        case StepPlan::Run::kMeanStream: {
+            const Share groups = share((source.channels + 3) / 4, self);
+            const int first = 4 * groups.first, last = std::min(4 * groups.last, source.channels);
+            mean_planes(reinterpret_cast<const float*>(in) + first * source.pixels(), last - first, source.pixels(),
+                        floats);
+            kernels.emit_planes(step.emit, context, floats, first, groups.first, groups.last, 0, 1);
             return;
+        }
         case StepPlan::Run::kMaxCodes: {
             const Share groups = share(step.pool.groups, self);
             kernels.pool_codes(step.pool, context, groups.first, groups.last);

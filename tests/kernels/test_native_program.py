@@ -220,3 +220,41 @@ def test_mean_adds_in_the_defined_order(channels: int, isa: str) -> None:
     assert not torch.equal(backwards, expected)  # the order matters for these numbers
     output = run_native(program, blob, inputs, isa, 2, traced=False)[0][0]
     assert torch.equal(output.flatten(1), expected)
+
+
+MAXIMA = {
+    "3x3 stride 2": ((3, 3), (2, 2), (1, 1)),
+    "3x3 stride 1": ((3, 3), (1, 1), (1, 1)),
+    "2x2 stride 2": ((2, 2), (2, 2), (0, 0)),
+    "5x4 stride 3": ((5, 4), (3, 3), (2, 1)),
+    "2x3 stride 1 and 2": ((2, 3), (1, 2), (1, 0)),
+    "1x1 stride 4": ((1, 1), (4, 4), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(7, 6), (6, 15), (5, 17), (9, 34), (3, 70)])
+@pytest.mark.parametrize("name", MAXIMA)
+@pytest.mark.parametrize("low", [None, -1.5])
+def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
+    """Not a number wins where no bound has replaced it; padding never does. Of vectors and what is left of them."""
+    kernel, stride, padding = MAXIMA[name]
+    b = Builder(0)
+    image = b.image(6, *size)
+    stream = b.stream((*size, 6))
+    b.quantize(image, Emit(low=low, stream=stream))
+    y = b.stream(b.conv_shape(stream, 6, kernel, stride, padding), output=True)
+    b.pool(stream, Emit(stream=y), "max", kernel, stride, padding)
+    program, blob = b.build()
+    images = random_inputs(program, 3, seed=1)[0] - 2
+    chosen = torch.rand(images.shape, generator=torch.Generator().manual_seed(2))
+    images[chosen < 0.3] = -0.0
+    images[chosen < 0.2] = 0.0
+    images[chosen < 0.1] = -math.inf
+    images[chosen < 0.03] = math.nan
+    expected = ReferenceRunner(program, blob).run([images])[0]
+    assert expected.isnan().any() == (low is None)
+    for threads in (1, 2):
+        output = run_native(program, blob, [images], isa, threads, traced=False)[0][0]
+        same = (output == expected) | (output.isnan() & expected.isnan())
+        assert bool(same.all())
