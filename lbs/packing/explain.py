@@ -11,7 +11,7 @@ from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.region import PackedRegion
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, SelectStep, Step, TensorSpec
+from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, ResizeStep, SelectStep, Step, TensorSpec
 
 _HEADER = ("layer", "operation", "input", "output", "bits w/a", "filters", "kernel", "time us", "share")
 
@@ -158,6 +158,8 @@ def _operation(step: Step) -> str:
         return "mean pool" if step.kind == "mean" else f"{step.kind} pool {step.kernel[0]}x{step.kernel[1]}"
     if isinstance(step, SelectStep):
         return f"select of {len(step.inputs)}" if step.repeat == (1, 1) else "repeat {}x{}".format(*step.repeat)
+    if isinstance(step, ResizeStep):
+        return "interpolate to {}x{}".format(*step.size)
     if step.multiplier is not None:
         return "normalize"
     if step.emit.gate is not None:

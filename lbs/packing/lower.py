@@ -286,6 +286,9 @@ class _Walk:
     def _average_pool(self, node: fx.Node, op: Op) -> None:
         self._pool(node, op)
 
+    def _resize(self, node: fx.Node, op: Op) -> None:
+        self._pool(node, op)
+
     def _pool(self, node: fx.Node, op: Op) -> None:
         stream = self._floats(self._source(node), node)
         shape = (*shape_of(node), 1, 1)

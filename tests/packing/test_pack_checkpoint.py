@@ -196,7 +196,7 @@ def change_json(key: str, old: str, new: str) -> Callable[[Header], None]:
 
 
 LIES: dict[str, tuple[Callable[[Header], None], str]] = {
-    "newer": (change_metadata("version", "4"), "has version 4; this release reads 1 to 3: upgrade lbs"),
+    "newer": (change_metadata("version", "5"), "has version 5; this release reads 1 to 4: upgrade lbs"),
     "no_version": (change_metadata("version", None), "which is no number"),
     "version_zero": (change_metadata("version", "0"), "has version 0"),
     "no_program": (change_metadata("program0", None), "damaged|no program|region0"),
