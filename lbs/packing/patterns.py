@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lbs.graph import called_module
 from lbs.packing.index_maps import index_map, is_on_the_way
 from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
-from lbs.quant.deployed import computes_as
+from lbs.quant.deployed import computes_as, positions
 from lbs.quant.layers import QuantConv2d, QuantLinear
 from lbs_kernels.program.window import Window
 
@@ -92,10 +92,10 @@ def _size(node: fx.Node) -> Op | None:
 
 
 def _resized_module(module: nn.Module | None, node: fx.Node) -> Op | None:
-    if not isinstance(module, nn.Upsample) or module.mode != "bilinear":
+    if not isinstance(module, nn.Upsample) or module.mode != "bilinear" or not computes_as(module, nn.Upsample):
         return None
     factor = None if module.recompute_scale_factor else module.scale_factor
-    return resize(node, factor if module.size is None else None, bool(module.align_corners))
+    return _resized(node, factor if module.size is None else None, bool(module.align_corners))
 
 
 def _resized_call(node: fx.Node) -> Op | None:
@@ -108,30 +108,24 @@ def _resized_call(node: fx.Node) -> Op | None:
     exact = bool(argument(node, 5, "recompute_scale_factor")) or argument(node, 1, "size") is not None
     if mode != "bilinear" or (not older and argument(node, 6, "antialias", False)):
         return None
-    return resize(node, None if exact else argument(node, 2, "scale_factor"), align)
+    return _resized(node, None if exact else argument(node, 2, "scale_factor"), align)
 
 
-def resize(node: fx.Node, factor: Any, align: bool) -> Op | None:
+def _resized(node: fx.Node, factor: Any, align: bool) -> Op | None:
     """Bilinear interpolation to the shape of a node. `factor`: as it was given, where positions follow it and not the
     sizes, which it may not divide.
     """
     source, result = shape_of(node.args[0]) if node.args else (), shape_of(node)
     if len(source) != 4 or len(result) != 4:
         return None
+    if source[2:] == (1, 1):
+        return Op("select")  # repeated, whatever the weights
     factors = factor if isinstance(factor, list | tuple) else (factor, factor)
     if any(isinstance(one, fx.Node) for one in factors):
         return None
-    sides = [resized_side(*side, align) for side in zip(source[2:], result[2:], factors, strict=True)]
+    sides = [positions(*side, align) for side in zip(source[2:], result[2:], factors, strict=True)]
     (down, top), (across, left) = sides
     return Op("resize", size=(result[2], result[3]), scale=(down, across), offset=(top, left))
-
-
-def resized_side(size: int, count: int, factor: float | None, align: bool) -> tuple[float, float]:
-    """(scale, offset) of the positions of `count` pixels along a side of `size`, as torch places them."""
-    if align:
-        return ((size - 1) / (count - 1) if min(size, count) > 1 else 1.0), 0.0
-    scale = size / count if factor is None else 1.0 / factor
-    return scale, scale / 2 - 0.5
 
 
 def float_bound(value: Any) -> float | None:
