@@ -106,13 +106,19 @@ class QuantizationReport:
             ("bytes", f"{units.size(self.packed_bytes)}, float {units.size(self.float_bytes)}"),
             ("bit operations", f"{units.bops(self.bops)}, float {units.bops(self.full_precision_bops)}"),
             ("layers", ", ".join(f"{count} at {w}/{a} bits" for w, a, count in self.widths)),
-            *(("not packed", f"{name}: {reason}") for name, reason in self.unpacked),
+            *(("not packed", f"{name}: {reason}{self._took(name)}") for name, reason in self.unpacked),
             ("seconds", steps),
         ]
         for row in () if self.times is None else self.times.rows:
             slower = f", packed is {units.times(1 / row.ratios[PACKED])} as fast" if row.contender != PACKED else ""
             rows.append(("one image", f"{row.contender} {units.seconds(row.median)}{slower}"))
         return rows
+
+    def _took(self, name: str) -> str:
+        """The share of a call, where one was timed, of what stays in float."""
+        parts = () if self.times is None else self.times.parts
+        shares = [part for part in parts if part.name == name and part.reason is not None]
+        return f" ({units.seconds(shares[0].seconds)}, {units.percent(shares[0].share)} of a call)" if shares else ""
 
     def to_json(self) -> dict[str, Any]:
         """Numbers, in base units."""

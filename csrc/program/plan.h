@@ -178,10 +178,11 @@ struct SelectPlan {
 
 // Where the pixels of one side come from: y[i] = x[first[i]] * (1 - weights[i]) + x[second[i]] * weights[i].
 struct ResizeSide {
-    const int32_t* first = nullptr;  // of columns bytes from the first, of rows numbers
+    const int32_t* first = nullptr;  // of rows numbers; of columns bytes from the first, or lanes of `spans`
     const int32_t* second = nullptr;
     const float* weights = nullptr;
     const float* others = nullptr;  // 1 - weights
+    const Piece* spans = nullptr;   // of columns, where all that a vector is made of fits one: offset in bytes
 };
 
 struct ResizePlan {

@@ -222,8 +222,9 @@ void ProgramPlan::plan_resize(const StepSpec& step, StepPlan& plan) {
     plan.resize.width = source.width;
     plan.resize.pixels = source.pixels();
     plan.resize.columns = step.size.x;
-    plan.resize.down = resize_side(store, source.height, step.size.y, step.scale.y, step.offset.y, 1);
-    plan.resize.across = resize_side(store, source.width, step.size.x, step.scale.x, step.offset.x, 4);
+    plan.resize.down = resize_side(store, source.height, step.size.y, step.scale.y, step.offset.y);
+    plan.resize.across =
+        resize_columns(store, source.width, step.size.x, step.scale.x, step.offset.x, kernels.lanes);
     plan.resize.pitch = round_up(step.size.x, kMaxLanes) + 2 * kMaxLanes;
     float_count = std::max(float_count, kResizeRows * plan.resize.pitch);
 }

@@ -18,9 +18,19 @@ LBS_INLINE Simd::F resize_blend(Simd::F a, Simd::F b, Simd::F other, Simd::F wei
 // Columns of one row of the input, in whole vectors.
 inline void resize_across(const lbs::ResizePlan& plan, const float* in, float* out) {
     const lbs::ResizeSide& side = plan.across;
+    const unsigned char* bytes = reinterpret_cast<const unsigned char*>(in);
+    const lbs::Piece* span = side.spans;
     for (int j = 0; j < plan.columns; j += Simd::L) {
-        const Simd::F a = Simd::fbits(Simd::igather(in, side.first + j));
-        const Simd::F b = Simd::fbits(Simd::igather(in, side.second + j));
+        Simd::F a, b;
+        if (span) {  // one load, its lanes moved: gathers take three quarters of the time otherwise (Zen 5)
+            const Simd::I x = Simd::iload_mask(Simd::izero(), span->mask, bytes + span->offset);
+            a = Simd::fbits(Simd::ipermute(x, Simd::iload(side.first + j)));
+            b = Simd::fbits(Simd::ipermute(x, Simd::iload(side.second + j)));
+            ++span;
+        } else {
+            a = Simd::fbits(Simd::igather(in, side.first + j));
+            b = Simd::fbits(Simd::igather(in, side.second + j));
+        }
         Simd::fstore(out + j, resize_blend(a, b, Simd::fload(side.others + j), Simd::fload(side.weights + j)));
     }
 }

@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable
 from graphlib import TopologicalSorter
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx, nn
 from lbs.graph import ModelGraph
 from lbs.packing.graph_json import why_unsaved
 from lbs.packing.inlined import PART, settled, traced_through
-from lbs.packing.lower import Lowered
+from lbs.packing.lower import Lowered, label_of
 from lbs.packing.region import PackedRegion
 from lbs_kernels.errors import GraphError
 
@@ -26,7 +27,7 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     """A GraphModule that computes what the traced model does, regions as modules `region0`, `region1`, ...
 
     Float modules are copied; the model given stays as it is. Those of the user's own are traced through where that is
-    possible, see lbs/packing/inlined.py.
+    possible, see lbs/packing/inlined.py. `meta["part"]` of a float node is its name in `Lowered.kept_float`.
 
     Raises:
         GraphError: a float module has a name that packed parts have.
@@ -42,7 +43,11 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
             continue
         if unit.op in ("call_module", "get_attr") and str(unit.target).partition(".")[0] in regions:
             raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
+        before = len(result.nodes)
         made[unit] = _float_node(graph.module, unit, result, made, modules)
+        if "layout" not in unit.meta:
+            for node in islice(reversed(result.nodes), len(result.nodes) - before):
+                node.meta["part"] = label_of(unit)
         made[unit].type = None  # an annotation of the model, perhaps a string, which torch.fx cannot pickle
     result.lint()
     return fx.GraphModule(modules, result, class_name="PackedGraph")

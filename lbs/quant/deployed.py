@@ -183,7 +183,7 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def deploy(model: nn.Module, folding: Collection[str]) -> None:
-    """Make norms, means, upsampling and activations of a quantized model, in place, compute as packed where they are evaluated.
+    """Make norms, means, upsampling and activations of a quantized model, in place, compute as packed in evaluation.
 
     State, hooks and whatever refers to the modules stay. Classes derived from torch's keep a forward of their own.
 

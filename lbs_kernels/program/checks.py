@@ -96,14 +96,12 @@ def _check_version_2(step: Step, version: int) -> None:
         )
     if (step.emit.activation, step.emit.gate) != (None, None):
         raise FormatError(
-            f"step {step.name!r} has an activation or a gate in a program of version {version}; write it "
-            "as version 3",
+            f"step {step.name!r} has an activation or a gate in a program of version {version}; write it as version 3",
             "version-2",
         )
     if (isinstance(step, PoolStep) and step.kind == "average") or isinstance(step, SelectStep):
         raise FormatError(
-            f"step {step.name!r} is an average or a selection in a program of version {version}; write it "
-            "as version 3",
+            f"step {step.name!r} is an average or a selection in a program of version {version}; write it as version 3",
             "version-2",
         )
 

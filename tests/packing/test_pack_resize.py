@@ -56,7 +56,9 @@ class Pyramid(nn.Module):
         super().__init__()
         self.one = block(inputs, filters)
         self.wide = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, filters, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(filters), nn.ReLU())
+            nn.Sequential(
+                nn.Conv2d(inputs, filters, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(filters), nn.ReLU()
+            )
             for d in (2, 3)
         )
         self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), block(inputs, filters))
