@@ -100,12 +100,12 @@ class DeployedUpsample(nn.Upsample):
     def forward(self, input: Tensor) -> Tensor:
         if not _deployed(self, input) or input.dim() != 4 or self.mode != "bilinear":
             return super().forward(input)
-        size = tuple(super().forward(input[:1, :1]).shape[2:])
+        _, _, *size = super().forward(input[:1, :1]).shape
         follows = self.size is None and not self.recompute_scale_factor  # positions follow the factor
         factors = _factors(self.scale_factor if follows else None)
         sides = zip(input.shape[2:], size, factors, strict=True)
         (down, top), (across, left) = (positions(*side, bool(self.align_corners)) for side in sides)
-        return resize(input.permute(0, 2, 3, 1), size, (down, across), (top, left)).permute(0, 3, 1, 2)
+        return resize(input.permute(0, 2, 3, 1), (size[0], size[1]), (down, across), (top, left)).permute(0, 3, 1, 2)
 
 
 class DeployedUpsamplingBilinear2d(DeployedUpsample, nn.UpsamplingBilinear2d): ...

@@ -114,9 +114,9 @@ def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
 
 def _resize(problem: Problem, tensors: list[TensorSpec]) -> Step:
     """From half the size, which the image and what is read get instead."""
-    halves = {"height": -(-problem.height // 2), "width": -(-problem.width // 2)}
     tensors.append(replace(tensors[1], name="y"))
-    tensors[:RESULT] = [replace(spec, **halves) for spec in tensors[:RESULT]]
+    height, width = -(-problem.height // 2), -(-problem.width // 2)
+    tensors[:RESULT] = [replace(spec, height=height, width=width) for spec in tensors[:RESULT]]
     size = (problem.height, problem.width)
     return ResizeStep(LAYER, 1, Emit(stream=RESULT), size, scale=(0.5, 0.5), offset=(-0.25, -0.25))
 
