@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lbs.packing.float_modules import kind_of
 from lbs.packing.graph_json import unsaved
 from lbs.quant.deployed import undeploy
+from lbs.traced import Recorded
 
 PART = "part"  # the name of what is traced through, in its own small graph
 
@@ -57,8 +58,8 @@ def traced_through(part: Callable[[Any], Any], example: Tensor) -> fx.GraphModul
         with torch.no_grad():
             if isinstance(part, nn.TransformerEncoder):  # its own code asks tensors what they are
                 applied.part = nn.Sequential(*part.layers, *filter(None, [part.norm]))
-            traced = fx.GraphModule(applied, _Tracer().trace(applied))
-            if _plain(traced) and _equal(traced(example.clone()), part(example.clone())):
+            traced = Recorded(applied, _Tracer().trace(applied))
+            if _plain(traced) and _equal(fx.Interpreter(traced).run(example.clone()), part(example.clone())):
                 return traced
     except Exception:  # noqa: BLE001  whatever code of the user's makes of a proxy, or of random numbers
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 import operator
 from collections.abc import Callable
 from graphlib import TopologicalSorter
@@ -19,7 +20,8 @@ from lbs.packing.lower import Lowered, label_of
 from lbs.packing.region import PackedRegion
 from lbs_kernels.errors import GraphError
 
-# torch.fx writes names between double quotes, where these characters would not stand for themselves.
+# torch.fx writes names that are no identifiers between double quotes, where these characters would not stand for
+# themselves.
 _HEX = {code: f"_{code:x}_" for code in (0, 10, 13, 34, 92, *range(0xD800, 0xE000))}
 
 
@@ -59,7 +61,7 @@ def _float_node(
     """What a node becomes: a copy of it, or the operations it consists of."""
     target = str(node.target)
     part: Callable[..., Any] | None = node.target if node.op == "call_function" else None  # type: ignore[assignment]
-    place = target.translate(_HEX)
+    place = writable(module, target) if node.op in ("call_module", "get_attr") else target.translate(_HEX)
     if node.op == "get_attr":
         modules[place] = copy.deepcopy(_attribute(module, target))
     elif node.op == "call_module":
@@ -104,10 +106,23 @@ def _inlined(traced: fx.GraphModule, path: str, source: fx.Node, result: fx.Grap
             continue
         made[node] = result.node_copy(node, lambda read: made[read])
         if node.op in ("call_module", "get_attr"):
-            place = path + str(node.target).removeprefix(PART)
+            place = path + writable(traced, str(node.target)).removeprefix(PART)
             made[node].target = place
             modules[place] = _attribute(traced, str(node.target))
     return made[output.args[0]]
+
+
+def writable(module: Any, path: str) -> str:
+    """A path below a module as torch.fx can write it into Python code: parts that are keywords get a line behind them."""
+    parts = []
+    for part in path.split("."):
+        name = part.translate(_HEX)
+        name += "_" * keyword.iskeyword(name)
+        while name != part and hasattr(module, name):
+            name += "_"
+        parts.append(name)
+        module = getattr(module, part)
+    return ".".join(parts)
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -387,6 +387,7 @@ NODES: dict[str, tuple[dict[str, Any], str]] = {
     "quote_in_an_attribute": ({"op": "get_attr", "target": 'a"+str(1)+"'}, "names no module"),
     "line_end": ({"op": "get_attr", "target": "a\nimport os"}, "names no module"),
     "empty_part": ({"op": "get_attr", "target": "a..b"}, "names no module"),
+    "keyword": ({"op": "get_attr", "target": "a.lambda"}, "names no module"),
     "dunder": ({"op": "call_function", "target": "builtins.getattr", "args": ["x", "__class__"]}, "reads"),
     "computed_name": ({"op": "call_function", "target": "builtins.getattr", "args": ["x", {"node": "x"}]}, "reads"),
     "method": ({"op": "call_method", "target": "__reduce__"}, "calls the method"),
