@@ -183,7 +183,9 @@ def _is_path(path: str) -> bool:
     """Whether torch.fx writes the parts of a dotted path into code as they are: each is an identifier and no keyword,
     or stands between double quotes, where all but these characters stand for themselves.
     """
-    return all(part and not keyword.iskeyword(part) for part in path.split(".")) and not any(letter in '"\\\n\r\0' or "\ud800" <= letter <= "\udfff" for letter in path)
+    return all(part and not keyword.iskeyword(part) for part in path.split(".")) and not any(
+        letter in '"\\\n\r\0' or "\ud800" <= letter <= "\udfff" for letter in path
+    )
 
 
 def _path(path: str) -> str:

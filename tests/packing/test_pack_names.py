@@ -73,7 +73,8 @@ def test_they_are_searched_and_frozen() -> None:
     torch.manual_seed(6)
     x = pack_nets.images(4, SHAPE)
     model = nn.Sequential()
-    for name, layer in zip(NAMES["keywords"], (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten())):
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten())
+    for name, layer in zip(NAMES["keywords"], layers, strict=True):
         model.add_module(name, layer)
     model.add_module("yield", nn.Linear(6 * 16, 3))
     assert trace(model.eval(), x).groups["class"].consumers == ("import",)
