@@ -36,7 +36,7 @@ def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
     """A program whose step `layer` poses `problem`, behind a quantizer that makes its input; random weights.
 
     Convolutions write codes of the bits they read, linear layers flat floats; a selection is a copy, interpolation
-    doubles its image. `result_of` names the tensor written.
+    doubles a quarter of its image. `result_of` names the tensor written.
     """
     tensors, steps, arrays = _head(problem)
     if problem.op in ("bitconv2d", "bitlinear"):
@@ -113,10 +113,8 @@ def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
 
 
 def _resize(problem: Problem, tensors: list[TensorSpec]) -> Step:
-    """From half the size, which the image and what is read get instead."""
+    """A quarter of the image, as large as all of it."""
     tensors.append(replace(tensors[1], name="y"))
-    height, width = -(-problem.height // 2), -(-problem.width // 2)
-    tensors[:RESULT] = [replace(spec, height=height, width=width) for spec in tensors[:RESULT]]
     size = (problem.height, problem.width)
     return ResizeStep(LAYER, 1, Emit(stream=RESULT), size, scale=(0.5, 0.5), offset=(-0.25, -0.25))
 
