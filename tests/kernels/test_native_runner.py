@@ -55,9 +55,10 @@ def test_constants_are_those_of_the_python_side() -> None:
     assert extension.cpu.MAX_BITS == planes.MAX_BITS
 
 
+@pytest.mark.parametrize("case", ["preact_residual", "interpolated"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_batches_and_threads_do_not_matter(threads: int) -> None:
-    program, blob = CASES["preact_residual"](3)
+def test_batches_and_threads_do_not_matter(threads: int, case: str) -> None:
+    program, blob = CASES[case](3)
     inputs = random_inputs(program, 64, seed=1)
     expected = ReferenceRunner(program, blob).run(inputs)
     runner = native(program, blob)

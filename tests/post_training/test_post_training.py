@@ -230,6 +230,16 @@ def test_bit_operations_of_layers_in_float_are_told_apart() -> None:
     assert "packed layers" not in dict(whole.rows())["bit operations"]
 
 
+def test_what_stays_in_float_is_timed_when_asked() -> None:
+    torch.manual_seed(0)
+    report = lbs.quantize(Partly().eval(), images(8), exclude=("two",), measure=True).report
+    rows = {value.partition(":")[0]: value for name, value in report.rows() if name == "not packed"}
+    assert rows["two"].endswith(" % of a call)")
+    assert rows["mixed"].endswith(" % of a call)")
+    assert "of a call" not in rows["unused"]
+    assert {part["name"] for part in report.to_json()["bench"]["parts"]} >= {"two", "mixed", "region 0"}
+
+
 def test_the_report_is_not_saved(tmp_path: Path) -> None:
     packed = lbs.quantize(network(), images())
     packed.save(tmp_path / "net.lbs.safetensors")
