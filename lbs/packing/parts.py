@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ def time_parts(packed: PackedModel, images: Tensor, rounds: int = 30) -> tuple[P
     clocks: list[dict[str, float]] = []
     with torch.inference_mode():
         for _ in range(_WARM + rounds):
-            walk = _Clock(packed.body)
+            walk = _Clock(packed.body, dict(packed.kept_float))
             walk.run(images)
             clocks.append(walk.seconds)
     medians = {name: statistics.median(clock[name] for clock in clocks[_WARM:]) for name in clocks[0]}
@@ -92,10 +92,11 @@ def _region(place: object) -> str:
 class _Clock(fx.Interpreter):
     """Runs the graph around the regions once and adds up what the nodes of each part take."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, kept_float: Mapping[str, str]) -> None:
         super().__init__(graph)
         self.extra_traceback = False  # torch.fx would add its own to the message
         self.seconds: dict[str, float] = defaultdict(float)
+        self.kept_float = kept_float
         self.part = VIEWS
 
     def run_node(self, n: fx.Node) -> Any:
@@ -103,7 +104,8 @@ class _Clock(fx.Interpreter):
         if n.op == "call_module" and isinstance(self.fetch_attr(target), PackedRegion):
             self.part = _region(target.removeprefix("region"))
         else:
-            self.part = n.meta.get("part", VIEWS)
+            own = target if n.op == "call_module" else n.name  # files of version 3 tell no more
+            self.part = n.meta.get("part", own if own in self.kept_float else VIEWS)
         return super().run_node(n)
 
     def _timed(self, call: Callable[..., Any], target: Any, args: Any, kwargs: Any) -> Any:

@@ -261,6 +261,27 @@ def test_streams_in_half_precision(name: str) -> None:
     pack_nets.check_equal(quantized(name), SHAPE, stream_dtype="float16")
 
 
+class First(nn.Module):
+    """The images themselves are interpolated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resize = nn.Upsample((15, 9), mode="bilinear")
+        self.conv, self.last = nn.Conv2d(3, 6, 3, 2), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.conv(self.resize(x))))
+
+
+def test_bytes_of_an_image_are_normalised_before_they_are_interpolated() -> None:
+    torch.manual_seed(0)
+    model = pack_nets.quantized(First(), SHAPE)
+    packed = lbs.pack(model, normalize=((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
+    assert packed.kept_float == ()
+    images = torch.randint(0, 256, (3, *SHAPE), generator=torch.Generator().manual_seed(6), dtype=torch.uint8)
+    assert lbs.verify(model, packed, images).ok
+
+
 def test_positions_that_are_moved_are_found() -> None:
     def change(program: Program, blob: Tensor) -> Program:
         steps = [
