@@ -20,6 +20,7 @@ from torch.fx.experimental import optimization
 from lbs.engines import ENGINES, EngineModels, why_not
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.packing import pack
+from lbs.packing.parts import PartRow, time_parts, told, torch_threads
 from lbs.quant.calibrate import calibrate
 from lbs.quant.deployed import undeploy
 from lbs.quant.layers import QuantLayer
@@ -67,6 +68,8 @@ class BenchReport:
     notes: tuple[str, ...] = ()
     first_call: bool = False  # times are of the first call after a pause, not of calls in a loop
     header: dict[str, Any] = field(default_factory=dict)
+    kept_float: tuple[tuple[str, str], ...] = ()
+    parts: tuple[PartRow, ...] = ()  # of the packed network where parts of it stay in float, at the first batch
 
     def ratio(self, baseline: str, batch: int) -> float:
         """How many times faster than `baseline` ("float32", ...) the packed network is.
@@ -95,7 +98,8 @@ class BenchReport:
                 ratios = "  " + ", ".join(f"x{ratio:.2f} {name}" for name, ratio in row.ratios.items())
             lines.append(f"batch {row.batch:4d}  {row.contender:28s} {times}{ratios}")
         lines += [f"not timed: {name}: {reason}" for name, reason in self.missing.items()]
-        return "\n".join([*lines, *self.notes])
+        where = [f"a call at batch {self.rows[0].batch}:"] if self.parts else []
+        return "\n".join([*lines, *self.notes, *where, *told(self.parts, self.kept_float)])
 
 
 def bench(
@@ -139,7 +143,7 @@ def bench(
     if first_call and device.type != "cpu":
         raise LbsError(f"first_call is timed on the CPU; the network is on {device}. Leave it out, or move the network")
     rows: list[BenchRow] = []
-    with _threads(threads) as count, torch.inference_mode(), _no_tf32():
+    with torch_threads(threads) as count, torch.inference_mode(), _no_tf32():
         models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes)
         engines = _engines(packed, model, baselines, missing)
         for batch in batches:
@@ -151,21 +155,9 @@ def bench(
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
             rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds, first_call=first_call)))
         header = environment()
+        parts = time_parts(packed, packed.random_images(batches[0]), rounds) if packed.kept_float else ()
     name = str(header["gpu"] if device.type == "cuda" else header["cpu"])
-    return BenchReport(name, count, tuple(rows), missing, tuple(notes), first_call, header)
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[int]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        if threads < 1:
-            raise LbsError(f"threads = {threads}; at least one is needed")
-        torch.set_num_threads(threads)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+    return BenchReport(name, count, tuple(rows), missing, tuple(notes), first_call, header, packed.kept_float, parts)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ _POOLS = (
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
     *(nn.functional.adaptive_avg_pool2d, nn.functional.max_pool2d, nn.functional.avg_pool2d),
 )
+_RESIZED = (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d, nn.functional.interpolate)
 _FLATTENED = (nn.Flatten, torch.flatten, "flatten")
 _MEANS = (torch.mean, "mean")
 
@@ -172,7 +173,7 @@ def _keeps_channels(node: fx.Node, target: nn.Module | None, shape: tuple[int, .
         return len(shape) == 4 and isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
     if isinstance(target, nn.PReLU):
         return target.num_parameters == 1
-    return kind in (*_POINTWISE, *ACTIVATIONS) or (kind in _POOLS and len(shape) == 4)
+    return kind in (*_POINTWISE, *ACTIVATIONS) or (kind in (*_POOLS, *_RESIZED) and len(shape) == 4)
 
 
 def _what(node: fx.Node) -> str:

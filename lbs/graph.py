@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from lbs import cost
 from lbs.channels import NORMS, ChannelGroup, called_module, groups_of, repeated
 from lbs.plan import LayerPlan, Plan
 from lbs.symbolic import check_example, symbolic
@@ -24,6 +25,12 @@ class ModelRecord:
     groups: tuple[ChannelGroup, ...]
     unconverted: tuple[tuple[str, str], ...] = ()  # (layer, reason)
     folding: frozenset[str] = frozenset()  # as in ModelGraph
+    in_float: tuple[LayerPlan, ...] = ()  # of the unconverted, those that are called and have a formula
+
+    @property
+    def float_bops(self) -> int:
+        """Bit operations of the layers left in float, 32 x 32 bits each; the plan counts the others."""
+        return sum(cost.bops(cost.full_precision(layer.problem())) for layer in self.in_float)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lbs import cost
 from lbs.benchmark import PACKED, BenchReport, bench
 from lbs.graph import record_of
 from lbs.packing.model import PackedModel
@@ -78,9 +79,10 @@ class Fidelity:
 class QuantizationReport:
     """What `lbs.quantize` did. Printing it gives a table.
 
-    float_bytes, packed_bytes: parameters and buffers. bops: bit operations of one image; full_precision_bops: at 32 x
-    32 bits. widths: (weight bits, activation bits, layers). unpacked: (name, reason) of what stays in float, or is
-    never called. seconds: of each step.
+    float_bytes, packed_bytes: parameters and buffers. bops: bit operations of one image in packed layers; float_bops:
+    in layers that stay in float, at 32 x 32 bits; full_precision_bops: of all these layers at 32 x 32 bits. widths:
+    (weight bits, activation bits, layers). unpacked: (name, reason) of what stays in float, or is never called.
+    uncounted: of that, layers whose bit operations no formula counts. seconds: of each step.
     """
 
     model: str
@@ -88,10 +90,12 @@ class QuantizationReport:
     float_bytes: int
     packed_bytes: int
     bops: int
+    float_bops: int
     full_precision_bops: int
     widths: tuple[tuple[int, int, int], ...]
     unpacked: tuple[tuple[str, str], ...]
     seconds: dict[str, float]
+    uncounted: tuple[str, ...] = ()
     outcome: BudgetResult | None = None
     times: BenchReport | None = field(default=None, repr=False)
 
@@ -104,15 +108,28 @@ class QuantizationReport:
         rows += [
             ("output error", f"{units.percent(near.error)} of the float outputs on {near.images} images"),
             ("bytes", f"{units.size(self.packed_bytes)}, float {units.size(self.float_bytes)}"),
-            ("bit operations", f"{units.bops(self.bops)}, float {units.bops(self.full_precision_bops)}"),
+            ("bit operations", self._bit_operations()),
             ("layers", ", ".join(f"{count} at {w}/{a} bits" for w, a, count in self.widths)),
-            *(("not packed", f"{name}: {reason}") for name, reason in self.unpacked),
+            *(("not packed", f"{name}: {reason}{self._took(name)}") for name, reason in self.unpacked),
             ("seconds", steps),
         ]
         for row in () if self.times is None else self.times.rows:
             slower = f", packed is {units.times(1 / row.ratios[PACKED])} as fast" if row.contender != PACKED else ""
             rows.append(("one image", f"{row.contender} {units.seconds(row.median)}{slower}"))
         return rows
+
+    def _bit_operations(self) -> str:
+        told = units.bops(self.bops)
+        if self.float_bops or self.uncounted:
+            told = f"packed layers {told}; in float {units.bops(self.float_bops)}"
+        told += f", the float network {units.bops(self.full_precision_bops)}"
+        return told + (f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else "")
+
+    def _took(self, name: str) -> str:
+        """The share of a call, where one was timed, of what stays in float."""
+        parts = () if self.times is None else self.times.parts
+        shares = [part for part in parts if part.name == name and part.reason is not None]
+        return f" ({units.seconds(shares[0].seconds)}, {units.percent(shares[0].share)} of a call)" if shares else ""
 
     def to_json(self) -> dict[str, Any]:
         """Numbers, in base units."""
@@ -125,7 +142,9 @@ class QuantizationReport:
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
             "bops": self.bops,
+            "float_bops": self.float_bops,
             "full_precision_bops": self.full_precision_bops,
+            "uncounted": list(self.uncounted),
             "widths": [list(row) for row in self.widths],
             "unpacked": [list(row) for row in self.unpacked],
             "seconds": self.seconds,
@@ -389,20 +408,30 @@ def _report(
     record = record_of(network)
     plan, told = record.plan, dict(packed.kept_float)
     uncalled = tuple((name, reason) for name, reason in record.unconverted if name not in told)
-    widths = Counter((layer.w_bits, layer.a_bits) for layer in plan.layers)
+    packed_layers = [layer for layer in plan.layers if layer.name not in told]
+    unpacked_bops = sum(cost.bops(cost.full_precision(layer.problem())) for layer in plan.layers if layer.name in told)
+    counted = {layer.name for layer in (*plan.layers, *record.in_float)}
+    others = {name for name, module in network.named_modules() if name not in counted and _multiplies(module)}
+    widths = Counter((layer.w_bits, layer.a_bits) for layer in packed_layers)
     return QuantizationReport(
         packed.name,
         near,
         _bytes(model),
         _bytes(packed),
-        plan.bops(),
-        plan.full_precision_bops(),
+        sum(plan.macs(layer) * layer.w_bits * layer.a_bits for layer in packed_layers),
+        record.float_bops + unpacked_bops,
+        plan.full_precision_bops() + record.float_bops,
         tuple((*pair, count) for pair, count in sorted(widths.items())),
         (*packed.kept_float, *uncalled),
         seconds,
+        tuple(name for name in told if name in others),
         outcome,
         times,
     )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _bytes(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lbs.agreement import difference, hooked, hooked_modules, is_meta, same
-from lbs.traced import AUGMENTED, evaluating, run, settle
+from lbs.traced import AUGMENTED, Recorded, evaluating, run, settle
 from lbs_kernels.errors import GraphError
 
 ACTIVATIONS = (
@@ -30,7 +30,7 @@ ACTIVATIONS = (
 LEAVES = (
     *ACTIVATIONS,
     *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.Flatten),
 )
 
 
@@ -94,7 +94,7 @@ def symbolic(model: nn.Module, example: Tensor, strict: bool = True) -> fx.Graph
 def record(model: nn.Module, hooks: bool) -> fx.GraphModule:
     """The graph as it is recorded in the present mode; `meta["hooks"]` says whether hooks are part of it."""
     try:
-        module = fx.GraphModule(model, _Tracer(hooks).trace(model))
+        module = Recorded(model, _Tracer(hooks).trace(model))
     except Exception as error:
         raise GraphError(_trace_message(model, error)) from error
     module.meta["hooks"] = hooks

@@ -64,6 +64,13 @@ def run(model: nn.Module, example: Tensor) -> Any:
         ) from error
 
 
+class Recorded(fx.GraphModule):
+    """A recorded graph. It is interpreted and never becomes Python code, in which no name may be a keyword."""
+
+    def recompile(self) -> Any:
+        """Nothing."""
+
+
 class Evaluation(fx.Interpreter):
     """Runs a recorded graph: hooks are operations of it, so modules are run without theirs."""
 

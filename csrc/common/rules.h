@@ -54,6 +54,8 @@ constexpr char kFlat[] = "flat";
 constexpr char kVersion1[] = "version-1";
 // versions 1 and 2 have the odd grid of weights only, and no activations, gates, averages, selections
 constexpr char kVersion2[] = "version-2";
+// versions 1 to 3 have no interpolation
+constexpr char kVersion3[] = "version-3";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
 // an array has 1 to 4 sizes of 1 to MAX_SIZE
@@ -108,6 +110,8 @@ constexpr char kSelectInputs[] = "select-inputs";
 constexpr char kSelectChannels[] = "select-channels";
 // the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's
 constexpr char kRepeat[] = "repeat";
+// interpolation writes an image of 1 to MAX_SIZE, and goes through its input by positive scales
+constexpr char kResize[] = "resize";
 // codes that pass unchanged have one consumer, of their kind and without a norm, nothing else
 constexpr char kCodesUnchanged[] = "codes-unchanged";
 // the value of elu and leaky_relu is exact in float32, other activations have 0

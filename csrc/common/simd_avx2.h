@@ -45,6 +45,7 @@ struct Simd {
     static I igather(const void* p, const int32_t* offsets) {
         return _mm256_i32gather_epi32(static_cast<const int*>(p), iload(offsets), 1);
     }
+    static I ipermute(I a, I lanes) { return _mm256_permutevar8x32_epi32(a, lanes); }
     static I ibroadcast(const void* p) {
         int32_t value;
         __builtin_memcpy(&value, p, 4);

@@ -40,6 +40,7 @@ struct Simd {
     static I igather(const void* p, const int32_t* offsets) {
         return _mm512_i32gather_epi32(_mm512_loadu_si512(offsets), p, 1);
     }
+    static I ipermute(I a, I lanes) { return _mm512_permutexvar_epi32(lanes, a); }
     static I ibroadcast(const void* p) {
         int32_t value;
         __builtin_memcpy(&value, p, 4);

@@ -66,6 +66,11 @@ struct Simd {
         for (int i = 0; i < L; ++i) std::memcpy(&r.v[i], static_cast<const char*>(p) + offsets[i], 4);
         return r;
     }
+    static I ipermute(I a, I lanes) {  // lane lanes[i] of a
+        I r;
+        for (int i = 0; i < L; ++i) r.v[i] = a.v[lanes.v[i]];
+        return r;
+    }
     static I ibroadcast(const void* p) {
         int32_t value;
         std::memcpy(&value, p, 4);

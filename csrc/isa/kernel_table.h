@@ -8,6 +8,7 @@
 #include "isa/kernels.h"
 #include "pool/pool_kernel.h"
 #include "quantpack/quantpack_kernel.h"
+#include "resize/resize_kernel.h"
 #include "select/select_kernel.h"
 
 namespace lbs {
@@ -31,6 +32,7 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         pool_codes_kernel,
         select_codes_kernel,
         select_streams_kernel,
+        resize_kernel,
         fake_quant_forward_kernel,
         fake_quant_backward_kernel,
     };

@@ -48,6 +48,10 @@ struct KernelTable {
     void (*select_streams)(const SelectPlan& plan, const EmitPlan& emit, const RunContext& run, int first_group,
                            int last_group);
 
+    // Vectors [first_vector, last_vector) of what is written, all channels; `floats`: kResizeRows rows.
+    void (*resize)(const ResizePlan& plan, const EmitPlan& emit, const RunContext& run, float* floats,
+                   int first_vector, int last_vector);
+
     FakeQuantForwardKernel fake_quant_forward;
     FakeQuantBackwardKernel fake_quant_backward;
 };

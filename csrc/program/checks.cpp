@@ -72,19 +72,24 @@ void check_version_1(const ProgramSpec& program) {
             refuse(rule::kVersion1, "step '" + step.name + "' has a multiplier or bias in a program of version 1");
 }
 
+void check_version_2(const StepSpec& step, const std::string& where) {
+    if (!step.w_odd) refuse(rule::kVersion2, "step '" + step.name + "' has weights on a grid with a zero" + where);
+    if (step.emit.activation || step.emit.gate != kNoTensor)
+        refuse(rule::kVersion2, "step '" + step.name + "' has an activation or a gate" + where);
+    if (step.kind == StepKind::kAveragePool || step.kind == StepKind::kSelect)
+        refuse(rule::kVersion2, "step '" + step.name + "' is an average or a selection" + where);
+}
+
+void check_version_3(const StepSpec& step, const std::string& where) {
+    if (step.kind == StepKind::kResize) refuse(rule::kVersion3, "step '" + step.name + "' interpolates" + where);
+}
+
 void check_version(const ProgramSpec& program) {
+    const std::string where = " in a program of version " + std::to_string(program.version);
     if (program.version < 2) check_version_1(program);
-    if (program.version >= 3) return;
     for (const StepSpec& step : program.steps) {
-        if (!step.w_odd)
-            refuse(rule::kVersion2, "step '" + step.name + "' has weights on a grid with a zero in a program of version " +
-                                        std::to_string(program.version));
-        if (step.emit.activation || step.emit.gate != kNoTensor)
-            refuse(rule::kVersion2, "step '" + step.name + "' has an activation or a gate in a program of version " +
-                                        std::to_string(program.version));
-        if (step.kind == StepKind::kAveragePool || step.kind == StepKind::kSelect)
-            refuse(rule::kVersion2, "step '" + step.name + "' is an average or a selection in a program of version " +
-                                        std::to_string(program.version));
+        if (program.version < 3) check_version_2(step, where);
+        if (program.version < 4) check_version_3(step, where);
     }
 }
 

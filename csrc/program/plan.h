@@ -238,6 +238,27 @@ struct SelectPlan {
     PixelMap out_map;
 };
 
+// Where the pixels of one side come from: y[i] = x[first[i]] * (1 - weights[i]) + x[second[i]] * weights[i].
+struct ResizeSide {
+    const int32_t* first = nullptr;  // of rows numbers; of columns bytes from the first, or lanes of `spans`
+    const int32_t* second = nullptr;
+    const float* weights = nullptr;
+    const float* others = nullptr;  // 1 - weights
+    const Piece* spans = nullptr;   // of columns, where all that a vector is made of fits one: offset in bytes
+};
+
+struct ResizePlan {
+    int input = 0;
+    int width = 0;       // of the input
+    int64_t pixels = 0;  // of the input
+    int columns = 0;     // that are written
+    ResizeSide down, across;
+    int64_t pitch = 0;  // floats of a row in the scratch, which has kResizeRows
+};
+
+// Two rows of four channels, and four rows of what is written with the pixels left over from those before.
+constexpr int64_t kResizeRows = 12;
+
 // Where the tensors of one image are, and working memory of one thread.
 struct RunContext {
     unsigned char* const* tensors;

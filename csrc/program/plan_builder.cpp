@@ -7,6 +7,7 @@
 #include "bitconv2d/winograd_cpu.h"
 #include "bitlinear/bitlinear_cpu.h"
 #include "common/check.h"
+#include "resize/resize_cpu.h"
 
 namespace lbs {
 namespace {
@@ -108,6 +109,7 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.emit = emit;
             if (step.kind == StepKind::kQuantPack) plan_quantpack(step, plan);
             else if (step.kind == StepKind::kSelect) plan_select(step, plan);
+            else if (step.kind == StepKind::kResize) plan_resize(step, plan);
             else plan_pool(step, plan);
         }
     }
@@ -276,6 +278,20 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
     select.out_row_pitch = out.row_pitch();
     select.out_pitch = static_cast<int32_t>(out.group_pitch());
     select.out_map = store_map(store, out, kernels.lanes);
+}
+
+void ProgramPlan::plan_resize(const StepSpec& step, StepPlan& plan) {
+    const TensorSpec& source = spec.tensors[static_cast<size_t>(step.input)];
+    plan.run = StepPlan::Run::kResize;
+    plan.resize.input = step.input;
+    plan.resize.width = source.width;
+    plan.resize.pixels = source.pixels();
+    plan.resize.columns = step.size.x;
+    plan.resize.down = resize_side(store, source.height, step.size.y, step.scale.y, step.offset.y);
+    plan.resize.across =
+        resize_columns(store, source.width, step.size.x, step.scale.x, step.offset.x, kernels.lanes);
+    plan.resize.pitch = round_up(step.size.x, kMaxLanes) + 2 * kMaxLanes;
+    float_count = std::max(float_count, kResizeRows * plan.resize.pitch);
 }
 
 void ProgramPlan::assign_slots() {

@@ -22,7 +22,8 @@ struct StepPlan {
         kMeanStream,
         kMaxCodes,
         kMaxCodesAnyZero,
-        kSelect
+        kSelect,
+        kResize
     };
 
     Run run = Run::kQuantPack;
@@ -33,6 +34,7 @@ struct StepPlan {
     PoolCodesPlan pool;
     PoolStreamPlan max;
     SelectPlan select;
+    ResizePlan resize;
     EmitPlan emit;             // of the steps that emit planes of floats
     ReadPlan read;             // of a quantpack step
     int place = -1;            // of the image it reads among the program's inputs; -1: a stream
@@ -76,6 +78,7 @@ private:
     void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);
     void plan_select(const StepSpec& step, StepPlan& plan);
+    void plan_resize(const StepSpec& step, StepPlan& plan);
     void assign_slots();
     void place_meetings();
 };

@@ -46,6 +46,11 @@ Pair pair(const Json& value, const char* key) {
     return {whole(items[0]), whole(items[1])};
 }
 
+Numbers number_pair(const Json& value, const char* key) {
+    const Json::Array& items = list(value, key);
+    return {items[0].number()->value, items[1].number()->value};
+}
+
 std::vector<int> numbers(const Json& value, const char* key) {
     std::vector<int> result;
     for (const Json& item : list(value, key)) result.push_back(whole(item));
@@ -131,6 +136,13 @@ StepSpec read_step(const Json& value) {
     }
     step.input = whole(value, "input");
     step.inputs = {step.input};
+    if (op == "resize") {
+        step.kind = StepKind::kResize;
+        step.size = pair(value, "size");
+        step.scale = number_pair(value, "scale");
+        step.offset = number_pair(value, "offset");
+        return step;
+    }
     if (op == "pool") {
         const std::string& kind = text(value, "kind");
         step.kind = kind == "max"    ? StepKind::kMaxPool

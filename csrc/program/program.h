@@ -52,7 +52,11 @@ struct Pair {
     int y = 1, x = 1;
 };
 
-enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAveragePool, kSelect };
+struct Numbers {
+    double y = 1, x = 1;
+};
+
+enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAveragePool, kSelect, kResize };
 
 struct StepSpec {
     StepKind kind = StepKind::kQuantPack;
@@ -64,6 +68,8 @@ struct StepSpec {
     int w_bits = 0, groups = 1, total_filters = 0;
     bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
     Pair kernel, stride, padding{0, 0}, dilation, repeat;
+    Pair size;              // of interpolation: rows and columns that are written
+    Numbers scale, offset;  // of their positions in the input
     std::string planes;
     std::optional<std::string> multiplier, bias;
 };

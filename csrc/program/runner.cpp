@@ -326,6 +326,11 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             select(step.select, step.emit, context, groups.first, groups.last);
             return;
         }
+        case StepPlan::Run::kResize: {
+            const Share vectors = share(step.emit.vectors, self);
+            kernels.resize(step.resize, step.emit, context, floats, vectors.first, vectors.last);
+            return;
+        }
         case StepPlan::Run::kMaxCodesAnyZero: {
             const Share groups = share(step.pool.groups, self);
             const size_t output = static_cast<size_t>(step.pool.output);

@@ -146,6 +146,16 @@ constexpr Field kSelectStepFields[] = {
 };
 constexpr Record kSelectStep = {"SelectStep", kSelectStepFields, 5};
 
+constexpr Field kResizeStepFields[] = {
+    {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"input", Kind::kInt, Count::kOne, false, nullptr, nullptr, nullptr},
+    {"emit", Kind::kRecord, Count::kOne, false, nullptr, nullptr, &kEmit},
+    {"size", Kind::kInt, Count::kPair, false, nullptr, nullptr, nullptr},
+    {"scale", Kind::kNumber, Count::kPair, false, nullptr, nullptr, nullptr},
+    {"offset", Kind::kNumber, Count::kPair, false, nullptr, nullptr, nullptr},
+};
+constexpr Record kResizeStep = {"ResizeStep", kResizeStepFields, 6};
+
 constexpr Field kArraySpecFields[] = {
     {"dtype", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
     {"shape", Kind::kInt, Count::kList, false, nullptr, nullptr, nullptr},
@@ -172,6 +182,7 @@ constexpr StepRecord kSteps[] = {
     {"bitlinear", &kLinearStep},
     {"pool", &kPoolStep},
     {"select", &kSelectStep},
+    {"resize", &kResizeStep},
 };
 
 }  // namespace schema

@@ -115,6 +115,8 @@ private:
             case StepKind::kSelect:
                 shape = check_select(step, source);
                 scaled = source.form != Form::kCodes;
+                break;
+            case StepKind::kResize: shape = check_resize(step, source);
         }
         check_emit(step.emit, shape, scaled);
     }
@@ -268,6 +270,13 @@ private:
         }
         check_padded(source, step.padding);
         return window_shape(step, source, source.channels);
+    }
+
+    Shape check_resize(const StepSpec& step, const TensorSpec& source) const {
+        expect_form(source, {Form::kStream});
+        if (!is_size(step.size.y) || !is_size(step.size.x) || !(step.scale.y > 0) || !(step.scale.x > 0))
+            refuse_here(rule::kResize, "sizes are 1 to " + std::to_string(kMaxSize) + ", scales positive");
+        return {step.size.y, step.size.x, source.channels};
     }
 
     void check_padded(const TensorSpec& source, Pair padding) const {

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     out.say(
         f"searched: {section['frozen_accuracy']:.2%} before fine-tuning, {bops(section['bops'])} BOPs "
         f"({bops(section['full_precision_bops'])} in full precision)"
+        + (f"; layers in float: {bops(section['float_bops'])} more" if section["float_bops"] else "")
     )
     out.say(f"next: lbs finetune --run {args.run}")
     out.finish(section)

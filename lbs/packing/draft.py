@@ -23,6 +23,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    ResizeStep,
     SelectStep,
     Step,
     TensorSpec,
@@ -82,7 +83,7 @@ class Draft:
     sources: tuple[Slot, ...]
     shape: Shape
     layer: QuantLayer | None = None
-    pool: Op | None = None
+    pool: Op | None = None  # or interpolation
     selection: Selection | None = None
     pixels: tuple[Tensor, Tensor] | None = None
     norms: list[Norm] = field(default_factory=list)
@@ -209,6 +210,8 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
     source = number[draft.source]
     if draft.pool is not None:
         op = draft.pool
+        if op.kind == "resize":
+            return ResizeStep(draft.name, source, emit, op.size, op.scale, op.offset)
         kind = op.kind.removesuffix("_pool")
         return PoolStep(draft.name, source, emit, kind, *op.window.fields()[:3])  # type: ignore[arg-type]
     if draft.layer is None:

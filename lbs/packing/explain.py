@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from lbs.packing.model import PackedModel, need_packed
+from lbs.packing.parts import PartRow, time_parts, told, torch_threads
 from lbs.packing.region import PackedRegion
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, SelectStep, Step, TensorSpec
+from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, ResizeStep, SelectStep, Step, TensorSpec
 
 _HEADER = ("layer", "operation", "input", "output", "bits w/a", "filters", "kernel", "time us", "share")
 
@@ -36,7 +37,10 @@ class StepRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows in execution order, and what is not packed. Printing it gives a table."""
+    """Rows in execution order, and what is not packed. Printing it gives a table.
+
+    parts: regions and parts in float, each with its time in a call; empty on a GPU.
+    """
 
     rows: tuple[StepRow, ...]
     kept_float: tuple[tuple[str, str], ...]
@@ -44,6 +48,7 @@ class Explanation:
     batch: int
     threads: int
     packed_bytes: int
+    parts: tuple[PartRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -61,7 +66,7 @@ class Explanation:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
-        lines += [f"in float: {name}: {reason}" for name, reason in self.kept_float]
+        lines += told(self.parts, self.kept_float)
         lines += list(self.notes)
         total = f", {self.seconds * 1e6:.1f} us in the steps" if self.seconds is not None else ""
         lines.append(f"{self.packed_bytes} bytes packed, batch {self.batch}, {self.threads} threads{total}")
@@ -72,9 +77,9 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
     """Describe a packed model step by step, timed on random images.
 
     Args:
-        batch: images per run. threads: of the native kernels, torch's number unless given. rounds: runs whose median
-            is the time of a step: what the first thread spent in it on the native back end, a CUDA graph of its launch
-            on a GPU. The reference does not tell it.
+        batch: images per run. threads: of the native kernels and of torch, whose number it is unless given. rounds:
+            runs whose median is the time of a step: what the first thread spent in it on the native back end, a CUDA
+            graph of its launch on a GPU; the reference does not tell it. The same number of calls times the parts.
 
     Raises:
         ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network.
@@ -103,7 +108,9 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         if seconds is None:
             notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")
         rows.extend(_rows(index, region, batch, seconds))
-    return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes)
+    with torch_threads(count):
+        parts = time_parts(packed, images, rounds)
+    return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes, parts)
 
 
 def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | None) -> list[StepRow]:
@@ -158,6 +165,8 @@ def _operation(step: Step) -> str:
         return "mean pool" if step.kind == "mean" else f"{step.kind} pool {step.kernel[0]}x{step.kernel[1]}"
     if isinstance(step, SelectStep):
         return f"select of {len(step.inputs)}" if step.repeat == (1, 1) else "repeat {}x{}".format(*step.repeat)
+    if isinstance(step, ResizeStep):
+        return "interpolate to {}x{}".format(*step.size)
     if step.multiplier is not None:
         return "normalize"
     if step.emit.gate is not None:

@@ -75,6 +75,8 @@ def _node_to_json(node: fx.Node, called: Any) -> tuple[dict[str, Any], dict[str,
     body = {"name": node.name, "op": op, "target": target, "args": encode(args)}
     if node.kwargs:
         body["kwargs"] = encode(dict(node.kwargs))
+    if "part" in node.meta:
+        body["part"] = node.meta["part"]
     return body, module
 
 
@@ -145,6 +147,8 @@ def _add_node(
     for key in kwargs:
         _identifier(key)
     made[entry["name"]] = graph.create_node(op, target, args, kwargs, name=name)
+    if "part" in entry:
+        made[entry["name"]].meta["part"] = str(entry["part"])
 
 
 def _known_function(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,10 +180,12 @@ def _identifier(name: str) -> str:
 
 
 def _is_path(path: str) -> bool:
-    """Whether torch.fx writes the parts of a dotted path into code as they are: each is an identifier, or stands
-    between double quotes, where all but these characters stand for themselves.
+    """Whether torch.fx writes the parts of a dotted path into code as they are: each is an identifier and no keyword,
+    or stands between double quotes, where all but these characters stand for themselves.
     """
-    return all(path.split(".")) and not any(letter in '"\\\n\r\0' or "\ud800" <= letter <= "\udfff" for letter in path)
+    return all(part and not keyword.iskeyword(part) for part in path.split(".")) and not any(
+        letter in '"\\\n\r\0' or "\ud800" <= letter <= "\udfff" for letter in path
+    )
 
 
 def _path(path: str) -> str:

@@ -122,7 +122,7 @@ def _check_bytes(module: fx.GraphModule, ops: dict[fx.Node, Op], parts: Partitio
         floats = [user for user in image.users if user not in packed]
         if floats:
             raise GraphError(
-                f"{_label(floats[0])} stays in float and reads the images, which would be bytes; pack without "
+                f"{label_of(floats[0])} stays in float and reads the images, which would be bytes; pack without "
                 "normalize= and give normalised float32 images"
             )
 
@@ -135,15 +135,16 @@ def _kept(
         if op.kind == "shape" and node not in parts.free:
             left[node] = "its sizes are read by float operations"
     ordered = [node for node in module.graph.nodes if node in left and "layout" not in node.meta]
-    return tuple((_label(node), left[node]) for node in ordered)
+    return tuple((label_of(node), left[node]) for node in ordered)
 
 
 def _listed(module: fx.GraphModule, reasons: dict[fx.Node, str]) -> str:
     layers = [n for n in reasons if isinstance(called_module(module, n), QuantLayer)]
-    return "; ".join(f"{_label(n)}: {reasons[n]}" for n in layers) or "the forward pass calls none"
+    return "; ".join(f"{label_of(n)}: {reasons[n]}" for n in layers) or "the forward pass calls none"
 
 
-def _label(node: fx.Node) -> str:
+def label_of(node: fx.Node) -> str:
+    """What reports call a node."""
     return str(node.target) if node.op == "call_module" else node.name
 
 
@@ -209,7 +210,7 @@ class _Walk:
         self._add_draft(node, Draft(name, node, (source,), size, layer=layer))
 
     def _norm(self, node: fx.Node, op: Op) -> None:
-        norm, label = called_module(self.module, node), _label(node)
+        norm, label = called_module(self.module, node), label_of(node)
         if not isinstance(norm, nn.BatchNorm2d):
             raise GraphError(f"{label} is a {type(norm).__name__}, not a norm")
         source, draft = self._operand(node), self._absorber(self._source(node), node)
@@ -284,6 +285,9 @@ class _Walk:
         self._pool(node, op)
 
     def _average_pool(self, node: fx.Node, op: Op) -> None:
+        self._pool(node, op)
+
+    def _resize(self, node: fx.Node, op: Op) -> None:
         self._pool(node, op)
 
     def _pool(self, node: fx.Node, op: Op) -> None:
@@ -399,9 +403,9 @@ class _Walk:
 
     def _stored(self, value: _Value, reader: fx.Node) -> Slot:
         if value.pool is not None:
-            raise _NotPackable(value.pool[0], f"{_label(reader)} reads its floats")
+            raise _NotPackable(value.pool[0], f"{label_of(reader)} reads its floats")
         if value.norm is not None:
-            raise GraphError(f"{_label(reader)} reads the floats of {value.norm[0]}, which no step stores")
+            raise GraphError(f"{label_of(reader)} reads the floats of {value.norm[0]}, which no step stores")
         return value.draft.stored()
 
     def _encode(self, value: _Value, quantizer: ActivationQuantizer | InputQuantizer, name: str) -> Slot:
@@ -442,9 +446,9 @@ class _Walk:
             slot = self._stored(value, reader)
             flat = len(shape_of(node)) == 2
             if not flat and slot.shape != shape_of(node)[1:]:
-                raise _NotPackable(node, f"{_label(reader)} reads it repeated over pixels")
+                raise _NotPackable(node, f"{label_of(reader)} reads it repeated over pixels")
             if flat and (slot.shape[1:] != (1, 1) or (slot in results.values() and not slot.flat)):
-                raise _NotPackable(self._flattener(node), f"{_label(reader)} reads the flattened floats")
+                raise _NotPackable(self._flattener(node), f"{label_of(reader)} reads the flattened floats")
             slot.flat = flat
             results[node] = slot
         return {node: results[node] for node in region if node in results}

@@ -6,27 +6,34 @@ import copy
 import operator
 from collections.abc import Callable
 from graphlib import TopologicalSorter
+from itertools import islice
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from lbs.graph import ModelGraph
 from lbs.packing.graph_json import why_unsaved
-from lbs.packing.inlined import PART, settled, traced_through
-from lbs.packing.lower import Lowered
+from lbs.packing.inlined import (
+    Operations,
+    attribute,
+    operations,
+    reads_images,
+    settled,
+    unused,
+    value_of,
+    writable,
+)
+from lbs.packing.lower import Lowered, label_of
+from lbs.packing.recorded import PART
 from lbs.packing.region import PackedRegion
 from lbs_kernels.errors import GraphError
-
-# torch.fx writes names between double quotes, where these characters would not stand for themselves.
-_HEX = {code: f"_{code:x}_" for code in (0, 10, 13, 34, 92, *range(0xD800, 0xE000))}
 
 
 def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
     """A GraphModule that computes what the traced model does, regions as modules `region0`, `region1`, ...
 
     Float modules are copied; the model given stays as it is. Those of the user's own are traced through where that is
-    possible, see lbs/packing/inlined.py.
+    possible, see lbs/packing/inlined.py. `meta["part"]` of a float node is its name in `Lowered.kept_float`.
 
     Raises:
         GraphError: a float module has a name that packed parts have.
@@ -42,8 +49,15 @@ def outer_graph(graph: ModelGraph, lowered: Lowered) -> fx.GraphModule:
             continue
         if unit.op in ("call_module", "get_attr") and str(unit.target).partition(".")[0] in regions:
             raise GraphError(f"{unit.target} stays in float and has a name that packed parts have; rename it")
+        before = len(result.nodes)
         made[unit] = _float_node(graph.module, unit, result, made, modules)
+        if "layout" not in unit.meta:
+            for node in islice(reversed(result.nodes), len(result.nodes) - before):
+                node.meta["part"] = label_of(unit)
         made[unit].type = None  # an annotation of the model, perhaps a string, which torch.fx cannot pickle
+    for node in reversed(result.nodes):  # weights that have become constants
+        if node.op == "get_attr" and not node.users:
+            result.erase_node(node)
     result.lint()
     return fx.GraphModule(modules, result, class_name="PackedGraph")
 
@@ -54,61 +68,51 @@ def _float_node(
     """What a node becomes: a copy of it, or the operations it consists of."""
     target = str(node.target)
     part: Callable[..., Any] | None = node.target if node.op == "call_function" else None  # type: ignore[assignment]
-    place = target.translate(_HEX)
+    place = writable(module, target) if node.op in ("call_module", "get_attr") else ""
     if node.op == "get_attr":
-        modules[place] = copy.deepcopy(_attribute(module, target))
+        modules[place] = copy.deepcopy(attribute(module, target))
     elif node.op == "call_module":
         part = modules[place] = settled(module.get_submodule(target))
     if part is not None and why_unsaved(node, part):
-        traced = _inside(node, part)
-        if traced is not None:
+        if node.op == "call_function" and not reads_images(node):
+            return _constant(module, node, result, modules)
+        small = operations(module, node, part)
+        if small is not None:
             modules.pop(place, None)
-            return _inlined(traced, place, made[node.all_input_nodes[0]], result, modules)
+            return _inlined(small, place, unused(module, f"{node.name}_constants"), made, result, modules)
     copied = result.node_copy(node, lambda read: made[read])
     if node.op in ("get_attr", "call_module"):
         copied.target = place
     return copied
 
 
-def _inside(node: fx.Node, part: Callable[..., Any]) -> fx.GraphModule | None:
-    """The operations of a call that reads one tensor, whose other arguments are constants."""
-    source, *others = node.all_input_nodes or [node]
-    dtype = source.meta.get("dtype", torch.int64)
-    if source is node or others or not dtype.is_floating_point:
-        return None
-
-    def call(value: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: value)
-        return part(*args, **kwargs)
-
-    generator = torch.Generator().manual_seed(0)
-    example = torch.randn(source.meta["shape"], dtype=dtype, generator=generator, device="cpu")
-    if not isinstance(part, nn.Module) or node.args != (source,) or node.kwargs:
-        return traced_through(call, example)
-    weight = next(part.parameters(), example)
-    return traced_through(part, example.to(weight.device))
+def _constant(module: fx.GraphModule, node: fx.Node, result: fx.Graph, modules: dict[str, Any]) -> fx.Node:
+    """What a function makes of weights alone, as a tensor."""
+    place = unused(module, node.name)
+    modules[place] = value_of(module, node).detach().clone()
+    return result.get_attr(place)
 
 
-def _inlined(traced: fx.GraphModule, path: str, source: fx.Node, result: fx.Graph, modules: dict[str, Any]) -> fx.Node:
-    """Copy a small graph into the large one; its modules and tensors lie at `path`."""
-    *nodes, output = traced.graph.nodes
-    made: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node.op == "placeholder":
-            made[node] = source
-            continue
-        made[node] = result.node_copy(node, lambda read: made[read])
+def _inlined(
+    small: Operations,
+    path: str,
+    constants: str,
+    made: dict[fx.Node, fx.Node],
+    result: fx.Graph,
+    modules: dict[str, Any],
+) -> fx.Node:
+    """Copy a small graph into the large one; its modules and tensors lie at `path`, its constants at `constants`."""
+    *nodes, output = small.graph.graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    copies = {node: made[source] for node, source in zip(inputs, small.sources, strict=True)}
+    for node in nodes[len(inputs) :]:
+        copies[node] = result.node_copy(node, lambda read: copies[read])
         if node.op in ("call_module", "get_attr"):
-            place = path + str(node.target).removeprefix(PART)
-            made[node].target = place
-            modules[place] = _attribute(traced, str(node.target))
-    return made[output.args[0]]
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
+            root, _, inner = writable(small.graph, str(node.target)).partition(".")
+            place = ".".join(filter(None, [path if root == PART else constants, inner]))
+            copies[node].target = place
+            modules[place] = attribute(small.graph, str(node.target))
+    return copies[output.args[0]]
 
 
 def _order(source: fx.Graph, lowered: Lowered) -> list[fx.Node | int]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lbs.graph import called_module
 from lbs.packing.index_maps import index_map, is_on_the_way
 from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
-from lbs.quant.deployed import computes_as
+from lbs.quant.deployed import computes_as, positions
 from lbs.quant.layers import QuantConv2d, QuantLinear
 from lbs_kernels.program.window import Window
 
@@ -30,6 +30,7 @@ Kind = Literal[
     "average_pool",
     "mean_pool",
     "select",
+    "resize",
     "alias",
     "shape",
 ]
@@ -42,7 +43,8 @@ class Op:
     """A node a program can express.
 
     alias: the same values, possibly flattened, or on the way of a select. shape: sizes only, no values (`x.size(0)`).
-    gate: a product with one number for each image and channel. select: channels of what it reads side by side.
+    gate: a product with one number for each image and channel. select: channels of what it reads side by side. resize:
+    bilinear interpolation, `size` pixels at positions `scale` apart from `offset` on.
     """
 
     kind: Kind
@@ -51,6 +53,9 @@ class Op:
     window: Window = POINT  # max_pool, average_pool
     function: Function | None = None  # activation
     channels: tuple[int, ...] | None = None  # select; None: all, in order
+    size: Pair = (1, 1)  # resize
+    scale: tuple[float, float] = (1.0, 1.0)
+    offset: tuple[float, float] = (0.0, 0.0)
 
 
 def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
@@ -61,12 +66,12 @@ def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
         if kind is not None and not computes_as(target, kind):
             return f"{type(target).__name__} has a forward of its own"
         found = _MODULES[kind](target, node) if kind is not None else None
-        found = found or _moving(module, node)
+        found = found or _moving(module, node) or _resized_module(target, node)
         return found if found is not None else f"{type(target).__name__} has no packed form"
     if node.op in ("call_function", "call_method"):
         call_rule = _CALLS.get(node.target)
         found = call_rule(node) if call_rule is not None else None
-        found = found or _moving(module, node) or _size(node)
+        found = found or _moving(module, node) or _size(node) or _resized_call(node)
         return found if found is not None else f"{_call_name(node)} has no packed form"
     return f"{node.op} is no computation"
 
@@ -84,6 +89,43 @@ def _size(node: fx.Node) -> Op | None:
     numbers = [source for source in node.all_input_nodes if "number" in source.meta]
     whole = "number" in node.meta and numbers and len(numbers) == len(node.all_input_nodes)
     return Op("shape") if whole else None
+
+
+def _resized_module(module: nn.Module | None, node: fx.Node) -> Op | None:
+    if not isinstance(module, nn.Upsample) or module.mode != "bilinear" or not computes_as(module, nn.Upsample):
+        return None
+    factor = None if module.recompute_scale_factor else module.scale_factor
+    return _resized(node, factor if module.size is None else None, bool(module.align_corners))
+
+
+def _resized_call(node: fx.Node) -> Op | None:
+    """F.interpolate, or one of its older names."""
+    if node.target not in (F.interpolate, F.upsample, F.upsample_bilinear):
+        return None
+    older = node.target is not F.interpolate
+    mode = "bilinear" if node.target is F.upsample_bilinear else argument(node, 3, "mode", "nearest")
+    align = node.target is F.upsample_bilinear or bool(argument(node, 4, "align_corners"))
+    exact = bool(argument(node, 5, "recompute_scale_factor")) or argument(node, 1, "size") is not None
+    if mode != "bilinear" or (not older and argument(node, 6, "antialias", False)):
+        return None
+    return _resized(node, None if exact else argument(node, 2, "scale_factor"), align)
+
+
+def _resized(node: fx.Node, factor: Any, align: bool) -> Op | None:
+    """Bilinear interpolation to the shape of a node. `factor`: as it was given, where positions follow it and not the
+    sizes, which it may not divide.
+    """
+    source, result = shape_of(node.args[0]) if node.args else (), shape_of(node)
+    if len(source) != 4 or len(result) != 4:
+        return None
+    if source[2:] == (1, 1):
+        return Op("select")  # repeated, whatever the weights
+    factors = factor if isinstance(factor, list | tuple) else (factor, factor)
+    if any(isinstance(one, fx.Node) for one in factors):
+        return None
+    sides = [positions(*side, align) for side in zip(source[2:], result[2:], factors, strict=True)]
+    (down, top), (across, left) = sides
+    return Op("resize", size=(result[2], result[3]), scale=(down, across), offset=(top, left))
 
 
 def float_bound(value: Any) -> float | None:

@@ -57,7 +57,7 @@ def partition(graph: fx.Graph, ops: dict[fx.Node, Op], reasons: dict[fx.Node, st
 
 
 def _needless(graph: fx.Graph, ops: Mapping[fx.Node, Op]) -> frozenset[fx.Node]:
-    """Packable nodes whose results nobody reads, and sizes that only packed reshapes and means read."""
+    """Packable nodes whose results nobody reads, and sizes that only packed steps read which know theirs."""
     free: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node not in ops:
@@ -65,7 +65,9 @@ def _needless(graph: fx.Graph, ops: Mapping[fx.Node, Op]) -> frozenset[fx.Node]:
         readers = [user for user in node.users if user not in free]
         if ops[node].kind == "shape":
             readers = [
-                user for user in readers if not (user in ops and ops[user].kind in ("alias", "mean_pool", "select"))
+                user
+                for user in readers
+                if not (user in ops and ops[user].kind in ("alias", "mean_pool", "select", "resize"))
             ]
         if not readers:
             free.add(node)

@@ -295,6 +295,10 @@ class _Judge(Evaluation):
             window = op.window.fields()[:3]
             rounded = (op.window.taps + 2) * UNIT * F.avg_pool2d(self.env[sources[0]].abs(), *window)
             return F.avg_pool2d(bound, *window) + rounded
+        if op.kind == "resize":
+            # Weights are rounded by half a step of 1 at most, so that a pixel counts whose weight is hardly any.
+            source = self.env[sources[0]].abs().amax((2, 3), keepdim=True)
+            return self.bounds[sources[0]].amax((2, 3), keepdim=True).expand_as(value) + 8 * UNIT * source
         if op.kind == "mean_pool":
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]

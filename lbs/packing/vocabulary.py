@@ -141,6 +141,7 @@ _FUNCTIONAL = """
     max_pool1d max_pool3d max_unpool1d max_unpool2d max_unpool3d mish one_hot pairwise_distance pdist pixel_shuffle
     pixel_unshuffle prelu relu_ rms_norm rrelu scaled_dot_product_attention selu softmin softshrink softsign tanhshrink
     threshold unfold upsample upsample_bilinear upsample_nearest leaky_relu_ elu_ hardtanh_ celu_ selu_ threshold_
+    multi_head_attention_forward
 """
 _METHODS = """
     add sub mul div neg mean sum amax relu sigmoid tanh softmax clamp flatten view reshape permute transpose contiguous

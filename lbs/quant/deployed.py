@@ -3,6 +3,7 @@
     layer, norms behind it   y = fma(float32(acc), M[c], B[c])      M, B float32, rounded once from float64
     norm of floats           u = fma(x, G[c], H[c])
     mean, of a window too    float32 sums over pixels in row-major order
+    bilinear interpolation   columns, then rows, by two float32 weights each
     activation               the float32 formula of the format
 
 A module that stands alone cannot do that for a norm behind a layer: the layer's output is rounded before the norm sees
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from lbs.quant import fold
 from lbs.quant.activations import function_of
 from lbs.quant.frozen_norm import FrozenNorm
 from lbs_kernels.program.epilogue import fma_channels
-from lbs_kernels.program.operations import average_pool, mean_pool
+from lbs_kernels.program.operations import average_pool, mean_pool, resize
 from lbs_kernels.program.window import Window
 
 
@@ -92,6 +94,34 @@ class DeployedWindow(nn.AvgPool2d):
         return average_pool(input.permute(0, 2, 3, 1), Window(kernel, stride, padding)).permute(0, 3, 1, 2)
 
 
+class DeployedUpsample(nn.Upsample):
+    """Upsampling of a frozen network; bilinear, it goes by the weights and in the order of the format."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _deployed(self, input) or input.dim() != 4 or self.mode != "bilinear":
+            return super().forward(input)
+        _, _, *size = super().forward(input[:1, :1]).shape
+        follows = self.size is None and not self.recompute_scale_factor  # positions follow the factor
+        factors = _factors(self.scale_factor if follows else None)
+        sides = zip(input.shape[2:], size, factors, strict=True)
+        (down, top), (across, left) = (positions(*side, bool(self.align_corners)) for side in sides)
+        return resize(input.permute(0, 2, 3, 1), (size[0], size[1]), (down, across), (top, left)).permute(0, 3, 1, 2)
+
+
+class DeployedUpsamplingBilinear2d(DeployedUpsample, nn.UpsamplingBilinear2d): ...
+
+
+def positions(size: int, count: int, factor: float | None, align: bool) -> tuple[float, float]:
+    """(scale, offset): `count` pixels made of `size` by bilinear interpolation lie at i * scale + offset among these.
+
+    factor: as it was given, where positions follow it and not the sizes, which it need not divide.
+    """
+    if align:
+        return ((size - 1) / (count - 1) if min(size, count) > 1 else 1.0), 0.0
+    scale = size / count if factor is None else 1.0 / factor
+    return scale, scale / 2 - 0.5
+
+
 class _DeployedActivation(nn.Module):
     """An activation of a frozen network: the other base of a class that torch's own is the second base of."""
 
@@ -137,6 +167,8 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     FrozenNorm: DeployedFrozenNorm,
     nn.AdaptiveAvgPool2d: DeployedMean,
     nn.AvgPool2d: DeployedWindow,
+    nn.Upsample: DeployedUpsample,
+    nn.UpsamplingBilinear2d: DeployedUpsamplingBilinear2d,
     nn.ELU: DeployedELU,
     nn.GELU: DeployedGELU,
     nn.Hardsigmoid: DeployedHardsigmoid,
@@ -151,7 +183,7 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def deploy(model: nn.Module, folding: Collection[str]) -> None:
-    """Make norms, means and activations of a quantized model, in place, compute as packed where they are evaluated.
+    """Make norms, means, upsampling and activations of a quantized model, in place, compute as packed in evaluation.
 
     State, hooks and whatever refers to the modules stay. Classes derived from torch's keep a forward of their own.
 
@@ -178,6 +210,10 @@ def undeploy(module: nn.Module) -> None:
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _factors(factor: Any) -> tuple[Any, Any]:
+    return tuple(factor) if isinstance(factor, list | tuple) else (factor, factor)
 
 
 def _global_mean(x: Tensor) -> Tensor:

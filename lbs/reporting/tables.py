@@ -55,6 +55,8 @@ def _cost_tiles(record: Record) -> list[Tile | None]:
         return []
     now, full = sum(row.bops for row in record.layers), sum(row.full_bops for row in record.layers)
     detail = f"per image; float {bops(full)}, {times(full / now)} fewer"
+    if more := record.value("finetune", "float_bops") or record.value("search", "float_bops"):
+        detail += f"; layers left in float {bops(more)} more"
     found: list[Tile | None] = [Tile("Bit operations", bops(now), detail)]
     packed, before = record.value("pack", "bytes"), record.value("float", "bytes")
     if packed is not None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import lbs.data
 from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun
+from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import calibrate
 from lbs.run_folder import RunFolder, write_bytes
@@ -121,6 +122,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
         **targets_section(found.outcome),
         "full_precision_bops": found.plan.full_precision_bops(),
         "bops": found.plan.bops(),
+        "float_bops": record_of(found.network).float_bops,
         "frozen_accuracy": accuracy,
         "in_float": found.plan.in_float,
         "conversion": [list(row) for row in found.report],
@@ -188,6 +190,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
         **result.as_dict(),
         "accuracy_before": before,
         "bops": plan.bops(),
+        "float_bops": record_of(quantized).float_bops,
         "full_precision_bops": plan.full_precision_bops(),
         **left_out(trainer.train, data),
         "config_hash": config.digest(),

@@ -263,8 +263,9 @@ class Budget:
         for target in self.targets:
             step = projection.smallest_step(self.ledger, target.quantity)
             rows.append(Reached(target.quantity, target.limit, self.ledger.total(target.quantity), step))
-        left = tuple(name for name, _ in record_of(self.model).unconverted)
-        return BudgetResult(tuple(rows), self.full_precision, left)
+        record = record_of(self.model)
+        left = tuple(name for name, _ in record.unconverted)
+        return BudgetResult(tuple(rows), self.full_precision, left, record.float_bops)
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs besides the model's own state."""

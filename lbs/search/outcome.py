@@ -59,12 +59,14 @@ class Reached:
 class BudgetResult:
     """Targets and what was reached, of one image. `target` and `value` are those of the first quantity.
 
-    uncounted: layers that stay in float, whose cost is part of neither.
+    uncounted: layers that stay in float, whose cost is part of neither; float_bops: what those of them that are
+    called, and have a formula, cost at 32 x 32 bits.
     """
 
     reached: tuple[Reached, ...]
     full_precision: int
     uncounted: tuple[str, ...] = ()
+    float_bops: int = 0
 
     @property
     def target(self) -> float:
@@ -82,5 +84,6 @@ class BudgetResult:
     def __str__(self) -> str:
         rows = [str(row) for row in self.reached]
         if self.uncounted:
-            rows.append(f"not counted, in float: {', '.join(self.uncounted)}")
+            counted = f" ({self.float_bops:,} bit operations at 32 x 32 bits)" if self.float_bops else ""
+            rows.append(f"not counted, in float: {', '.join(self.uncounted)}{counted}")
         return "budget " + "\n       ".join(rows)

@@ -212,11 +212,12 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
         for name, group in found.items()
     }
     kept = {name: layer for name, layer in layers.items() if name not in skipped}
+    in_float = tuple(layer for name, layer in layers.items() if name in skipped - uneven)
     plan = template_plan(kept, groups, type(model).__name__)
     if not plan.layers:
         listed = "; ".join(f"{n}: {r}" for n, r in unconverted) or "it has no Conv2d and no Linear"
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
-    record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding)
+    record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding, in_float)
     return model, record
 
 

@@ -67,9 +67,9 @@ def _weighted(op: str) -> ModuleType:
 
 
 def _elementwise(op: str) -> ModuleType:
-    from lbs_kernels.gpu.triton import pool, quantpack, select
+    from lbs_kernels.gpu.triton import pool, quantpack, resize, select
 
-    return {"pool": pool, "quantpack": quantpack, "select": select}[op]
+    return {"pool": pool, "quantpack": quantpack, "resize": resize, "select": select}[op]
 
 
 def _onebit(op: str) -> ModuleType:
@@ -84,7 +84,8 @@ def _half(op: str) -> ModuleType:
     return half
 
 
-CONV, WEIGHTED, ELEMENTWISE = ("bitconv2d",), ("bitconv2d", "bitlinear"), ("quantpack", "pool", "select")
+CONV, WEIGHTED = ("bitconv2d",), ("bitconv2d", "bitlinear")
+ELEMENTWISE = ("quantpack", "pool", "resize", "select")
 KERNELS: list[Kernel] = [
     Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, triton_why_not),

@@ -22,7 +22,9 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    ResizeStep,
     SelectStep,
+    Step,
     TensorSpec,
 )
 from lbs_kernels.program.walk import Walk
@@ -64,25 +66,11 @@ def check_program(program: Program, blob_bytes: int | None = None) -> None:
 def _check_version(program: Program) -> None:
     if program.version < 2:
         _check_version_1(program)
-    for step in program.steps if program.version < 3 else ():
-        if isinstance(step, ConvStep | LinearStep) and step.w_grid != "odd":
-            raise FormatError(
-                f"step {step.name!r} has weights on grid {step.w_grid!r} in a program of version {program.version}; "
-                "write it as version 3",
-                "version-2",
-            )
-        if (step.emit.activation, step.emit.gate) != (None, None):
-            raise FormatError(
-                f"step {step.name!r} has an activation or a gate in a program of version {program.version}; write it "
-                "as version 3",
-                "version-2",
-            )
-        if (isinstance(step, PoolStep) and step.kind == "average") or isinstance(step, SelectStep):
-            raise FormatError(
-                f"step {step.name!r} is an average or a selection in a program of version {program.version}; write it "
-                "as version 3",
-                "version-2",
-            )
+    for step in program.steps:
+        if program.version < 3:
+            _check_version_2(step, program.version)
+        if program.version < 4:
+            _check_version_3(step, program.version)
 
 
 def _check_version_1(program: Program) -> None:
@@ -97,6 +85,32 @@ def _check_version_1(program: Program) -> None:
                 f"step {step.name!r} has a multiplier or bias in a program of version 1; write it as version 2",
                 "version-1",
             )
+
+
+def _check_version_2(step: Step, version: int) -> None:
+    if isinstance(step, ConvStep | LinearStep) and step.w_grid != "odd":
+        raise FormatError(
+            f"step {step.name!r} has weights on grid {step.w_grid!r} in a program of version {version}; "
+            "write it as version 3",
+            "version-2",
+        )
+    if (step.emit.activation, step.emit.gate) != (None, None):
+        raise FormatError(
+            f"step {step.name!r} has an activation or a gate in a program of version {version}; write it as version 3",
+            "version-2",
+        )
+    if (isinstance(step, PoolStep) and step.kind == "average") or isinstance(step, SelectStep):
+        raise FormatError(
+            f"step {step.name!r} is an average or a selection in a program of version {version}; write it as version 3",
+            "version-2",
+        )
+
+
+def _check_version_3(step: Step, version: int) -> None:
+    if isinstance(step, ResizeStep):
+        raise FormatError(
+            f"step {step.name!r} interpolates in a program of version {version}; write it as version 4", "version-3"
+        )
 
 
 def _check_name(name: str, place: str) -> None:

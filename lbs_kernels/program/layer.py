@@ -20,6 +20,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    ResizeStep,
     SelectStep,
     Step,
     TensorSpec,
@@ -34,8 +35,8 @@ RESULT = 2  # the tensor it writes; 1 is what it reads (quantpack: 1 is what it 
 def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
     """A program whose step `layer` poses `problem`, behind a quantizer that makes its input; random weights.
 
-    Convolutions write codes of the bits they read, linear layers flat floats; a selection is a copy. `result_of` names
-    the tensor written.
+    Convolutions write codes of the bits they read, linear layers flat floats; a selection is a copy, interpolation
+    doubles a quarter of its image. `result_of` names the tensor written.
     """
     tensors, steps, arrays = _head(problem)
     if problem.op in ("bitconv2d", "bitlinear"):
@@ -48,6 +49,8 @@ def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
         bits = problem.a_bits
         emit = Emit(consumers=(Consumer(RESULT, bits, 1.0),)) if bits else Emit(stream=RESULT)
         steps.append(SelectStep(LAYER, (1,), emit))
+    elif problem.op == "resize":
+        steps.append(_resize(problem, tensors))
     if not tensors[-1].flat:  # a program returns something: the image, by a step of its own behind the layer
         tensors.append(replace(tensors[0], name="returned", form="stream"))
         steps.append(QuantPackStep("returned", 0, Emit(stream=len(tensors) - 1)))
@@ -107,6 +110,13 @@ def _pool(problem: Problem, tensors: list[TensorSpec]) -> Step:
     if problem.kernel == (problem.height, problem.width):
         return PoolStep(LAYER, 1, Emit(stream=RESULT), "mean")
     return PoolStep(LAYER, 1, Emit(stream=RESULT), "max", *window)
+
+
+def _resize(problem: Problem, tensors: list[TensorSpec]) -> Step:
+    """A quarter of the image, as large as all of it."""
+    tensors.append(replace(tensors[1], name="y"))
+    size = (problem.height, problem.width)
+    return ResizeStep(LAYER, 1, Emit(stream=RESULT), size, scale=(0.5, 0.5), offset=(-0.25, -0.25))
 
 
 def _grid(problem: Problem) -> WeightGrid:

@@ -8,6 +8,7 @@ bitconv2d, an exact integer convolution, then one fused multiply-add per output:
 
 bitlinear is bitconv2d of one pixel by a window of one. quantpack makes the float32 values that the epilogue encodes.
 pool is the maximum over a window, or the mean of all pixels or of a window in a fixed order. select takes channels.
+resize interpolates between pixels.
 """
 
 from __future__ import annotations
@@ -144,3 +145,34 @@ def select(inputs: Sequence[Tensor], channels: Sequence[int], repeat: tuple[int,
     whole = torch.cat(parts, 3)
     chosen = whole[..., list(channels)] if channels else whole
     return chosen if chosen.dtype == torch.uint8 else chosen.float()
+
+
+def resize_taps(size: int, count: int, scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rows (or columns) of an interpolated image come from.
+
+    p = clamp(i * scale + offset, 0, size - 1) in float64;  k = floor(p);  w = float32(p - k)
+
+    Args:
+        size: rows of the input. count: rows that are written.
+
+    Returns:
+        k and min(k + 1, size - 1), int64 [count], and w, float32 [count], all on the CPU.
+    """
+    at = torch.arange(count, dtype=torch.float64, device="cpu")
+    at = (at * scale + offset).clamp(0, size - 1)
+    first = at.floor()
+    return first.long(), (first.long() + 1).clamp(max=size - 1), (at - first).float()
+
+
+def resize(x: Tensor, size: tuple[int, int], scale: tuple[float, float], offset: tuple[float, float]) -> Tensor:
+    """Bilinear interpolation of a stream [N, H, W, C], float32 [N, *size, C]: x[k] * (1 - w) + x[k + 1] * w, every
+    operation rounded to float32, along columns and then along rows.
+    """
+    y = x.float()
+    for side in (1, 0):
+        dim = 1 + side
+        taps = resize_taps(y.shape[dim], size[side], scale[side], offset[side])
+        first, second, weight = (part.to(x.device) for part in taps)
+        weight = weight.view(-1, *[1] * (3 - dim))
+        y = y.index_select(dim, first) * (1 - weight) + y.index_select(dim, second) * weight
+    return y

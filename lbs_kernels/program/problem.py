@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, SelectStep, Step
+from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, ResizeStep, SelectStep, Step
 from lbs_kernels.program.window import Window, is_depthwise
 
 
@@ -73,7 +73,7 @@ def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem
     """The key of one step at one batch size.
 
     A mean is a window of the whole image. The bits of a quantizing step are those of the first codes it writes. A
-    selection has the size and the channels of what it writes.
+    selection has the size and the channels of what it writes, and so has interpolation.
     """
     source = program.tensors[step.input]
     height, width, channels = source.height, source.width, source.channels
@@ -85,8 +85,10 @@ def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem
     if isinstance(step, SelectStep):
         height, width = height * step.repeat[0], width * step.repeat[1]
         channels = len(step.channels) or sum(program.tensors[index].channels for index in step.inputs)
+    if isinstance(step, ResizeStep):
+        height, width = step.size
     problem = Problem(step.op, batch, height, width, channels, channels, w_bits=0, a_bits=source.bits, device=device)
-    if isinstance(step, SelectStep):
+    if isinstance(step, SelectStep | ResizeStep):
         return problem
     if not isinstance(step, PoolStep):
         return replace(problem, a_bits=step.emit.consumers[0].bits if step.emit.consumers else 0)

@@ -26,8 +26,8 @@ from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
 # 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates in
-# `emit`, averages, selections.
-PROGRAM_VERSION = 3
+# `emit`, averages, selections. 4: interpolation.
+PROGRAM_VERSION = 4
 BLOB_ALIGNMENT = 64
 WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
 IMAGE_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
@@ -214,8 +214,27 @@ class SelectStep:
         return self.inputs[0]
 
 
-Step = QuantPackStep | ConvStep | LinearStep | PoolStep | SelectStep
-STEP_TYPES: dict[str, type] = {t.op: t for t in (QuantPackStep, ConvStep, LinearStep, PoolStep, SelectStep)}
+@dataclass(frozen=True)
+class ResizeStep:
+    """Bilinear interpolation of a stream to another size, by two pixels a side, columns first.
+
+    p = clamp(i * scale + offset, 0, size of the input - 1)   position of output row or column i, in float64
+    k = floor(p);  w = float32(p - k)
+    t[r, j] = x[r, k] * (1 - w) + x[r, min(k + 1, W - 1)] * w   along columns, every operation rounded to float32
+    y[i, j] = t[k, j] * (1 - w) + t[min(k + 1, H - 1), j] * w   along rows
+    """
+
+    op: ClassVar[str] = "resize"
+    name: str
+    input: int
+    emit: Emit
+    size: tuple[int, int]  # rows and columns that are written
+    scale: tuple[float, float]  # positions of the input from one output row, column to the next
+    offset: tuple[float, float]  # the position of output row 0, column 0
+
+
+Step = QuantPackStep | ConvStep | LinearStep | PoolStep | SelectStep | ResizeStep
+STEP_TYPES: dict[str, type] = {t.op: t for t in (QuantPackStep, ConvStep, LinearStep, PoolStep, SelectStep, ResizeStep)}
 
 
 def sources(step: Step) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    ResizeStep,
     SelectStep,
     Step,
     TensorSpec,
@@ -99,6 +100,8 @@ class Walk:
             shape = self._check_linear(step, source, place)
         elif isinstance(step, SelectStep):
             shape = self._check_select(step, place)
+        elif isinstance(step, ResizeStep):
+            shape = _check_resize(step, source, place)
         else:
             shape = _check_pool(step, source, place)
             if source.form == "codes":
@@ -294,6 +297,17 @@ def _check_pool(step: PoolStep, source: TensorSpec, place: str) -> Shape:
             f"{place} turns {source.height} x {source.width} pixels into {height} x {width}", "output-pixels"
         )
     return height, width, source.channels
+
+
+def _check_resize(step: ResizeStep, source: TensorSpec, place: str) -> Shape:
+    _expect_form(source, ("stream",), place)
+    if not all(1 <= size <= MAX_SIZE for size in step.size) or not all(scale > 0 for scale in step.scale):
+        raise FormatError(
+            f"{place} interpolates to {step.size} pixels by scales {step.scale}; sizes are 1 to {MAX_SIZE}, scales "
+            "positive",
+            "resize",
+        )
+    return *step.size, source.channels
 
 
 def _check_padded(source: TensorSpec, padding: tuple[int, int], place: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lbs_kernels.program import operations
 from lbs_kernels.program.epilogue import emit_reference, fma32
 from lbs_kernels.program.runner import StepKernel
-from lbs_kernels.program.steps import ConvStep, LinearStep, Program, QuantPackStep, SelectStep, Step
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program, QuantPackStep, ResizeStep, SelectStep, Step
 
 
 class ReferenceRunner:
@@ -49,6 +49,8 @@ class ReferenceRunner:
             y = fma32(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif isinstance(step, SelectStep):
             y = operations.select([tensors[index] for index in step.inputs], step.channels, step.repeat)
+        elif isinstance(step, ResizeStep):
+            y = operations.resize(x, step.size, step.scale, step.offset)
         elif step.kind == "max":
             y = operations.max_pool(x, step.window)
         elif step.kind == "average":

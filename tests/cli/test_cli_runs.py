@@ -16,7 +16,10 @@ import torch
 import lbs
 from lbs.cli import main, quickstart
 from lbs.plan import Plan
+from lbs.reporting import records, tables
 from lbs.reporting.page import report
+from lbs.reporting.units import bops
+from lbs.run_folder import RunFolder
 from lbs.runs import stages
 from lbs.train import checkpoint
 from lbs.train.trainer import Trainer
@@ -312,6 +315,9 @@ def test_layers_stay_in_float_by_name(home: Path, lbs_command: Command) -> None:
     code, _, errors = lbs_command(f"finetune --run partly {FINETUNE} --epochs 1")
     assert code == 0, errors
     assert [layer.name for layer in Plan.load(home / "partly/plan.json").layers] == ["stem", "conv2", "fc"]
+    results, page = RunFolder("partly").results(), tables.tiles(records.read("partly"))
+    assert results["finetune"]["float_bops"] == section["float_bops"] > section["bops"]  # 32 x 32 bits each
+    assert any(f"; layers left in float {bops(section['float_bops'])} more" in tile.detail for tile in page)
     code, packed, errors = lbs_command("pack --run partly")
     assert code == 0, errors
     assert [name for name, _ in packed["kept_float"]] == ["conv1"]

@@ -50,7 +50,7 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     metadata = header.pop("__metadata__")
     assert metadata["format"] == "lbs-packed"
-    assert metadata["version"] in ("1", "2", "3")
+    assert metadata["version"] in ("1", "2", "3", "4")
     blank = raw.replace(f'"digest":"{metadata["digest"]}"'.encode(), f'"digest":"{"0" * 64}"'.encode(), 1)
     assert hashlib.sha256(blank).hexdigest() == metadata["digest"]
     tensors = {}
@@ -182,7 +182,7 @@ class Stranger:
 
     def __init__(self, text: str, blob: bytes) -> None:
         self.program: dict[str, Any] = json.loads(text)
-        assert self.program["version"] in (1, 2, 3)
+        assert self.program["version"] in (1, 2, 3, 4)
         digest = self.program.get("digest", "")
         assert digest in ("", hashlib.sha256(blob).hexdigest())
         self.blob = blob
@@ -204,6 +204,8 @@ class Stranger:
             x, spec = self.tensors[step["input"]], program["tensors"][step["input"]]
             if step["op"] == "quantpack":
                 self.emit(step["emit"], self.affine(step, x.astype(F32)))
+            elif step["op"] == "resize":
+                self.emit(step["emit"], self.resize(step, x))
             elif step["op"] == "pool" and step["kind"] == "max" and spec["form"] == "codes":
                 self.tensors[step["emit"]["consumers"][0]["tensor"]] = self.pool_max(step, x)
             elif step["op"] == "pool":
@@ -262,6 +264,16 @@ class Stranger:
         whole = [x[:, h // (height // x.shape[1]), w // (width // x.shape[2])] for x in inputs]
         y = np.concatenate(whole, axis=3)
         return y[..., step["channels"]] if step.get("channels") else y
+
+    def resize(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
+        y = x.astype(F32)
+        for axis in (2, 1):
+            last, count = y.shape[axis] - 1, step["size"][axis - 1]
+            p = np.clip(np.arange(count) * step["scale"][axis - 1] + step["offset"][axis - 1], 0.0, last)
+            k = np.floor(p).astype(int)
+            w = (p - k).astype(F32).reshape(-1, *[1] * (3 - axis))
+            y = np.take(y, k, axis) * (F32(1) - w) + np.take(y, np.minimum(k + 1, last), axis) * w
+        return y
 
     def pool_max(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
         kernel, stride, padding = (

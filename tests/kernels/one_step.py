@@ -24,6 +24,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    ResizeStep,
     Step,
     TensorSpec,
     WeightGrid,
@@ -180,6 +181,19 @@ def pool(
     parts.steps.append(QuantPackStep("input", image, Emit(stream=values)))
     y = parts.stream(out)
     parts.steps.append(PoolStep(STEP, values, Emit(stream=y), *window))  # type: ignore[arg-type]
+    return parts.build({}, x.permute(0, 3, 1, 2).contiguous(), y)
+
+
+def resize(
+    x: Tensor, size: tuple[int, int], scale: tuple[float, float], offset: tuple[float, float] = (0.0, 0.0)
+) -> OneStep:
+    """resize of a float32 stream [N, H, W, C]."""
+    parts = _Parts()
+    height, width, channels = x.shape[1:]
+    image, values = parts.image((height, width, channels)), parts.stream((height, width, channels), output=False)
+    parts.steps.append(QuantPackStep(INPUT, image, Emit(stream=values)))
+    y = parts.stream((*size, channels))
+    parts.steps.append(ResizeStep(STEP, values, Emit(stream=y), size, scale, offset))
     return parts.build({}, x.permute(0, 3, 1, 2).contiguous(), y)
 
 

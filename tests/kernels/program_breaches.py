@@ -65,6 +65,10 @@ def repeated(body: Body) -> Body:
     return next(step for step in body["steps"] if step["op"] == "select" and step["repeat"] != [1, 1])
 
 
+def interpolation(body: Body) -> Body:
+    return next(step for step in body["steps"] if step["op"] == "resize")
+
+
 def last_step(body: Body) -> Body:
     return body["steps"][-1]
 
@@ -138,7 +142,7 @@ def wide_linear(body: Body) -> None:
 
 # rule, program, the object that is changed, and what is put into it: one mutant for each.
 VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
-    ("version", "chain", top, [{"version": v} for v in (0, 4, -1, True, "2", None, 2.0, 10**30)]),
+    ("version", "chain", top, [{"version": v} for v in (0, 5, -1, True, "2", None, 2.0, 10**30)]),
     ("type", "chain", codes, [{"channels": c} for c in (3.0, True, "3", None, [], {})]),
     ("type", "chain", top, [{"inputs": {}}, {"arrays": []}, {"digest": None}, {"steps": [1]}]),
     ("type", "chain", consumer, [{"scale": True}, {"scale": "1"}, {"relu": 0}, {"pre_scale": 1}]),
@@ -167,6 +171,7 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("version-2", "gated", top, [{"version": v} for v in (1, 2)]),
     ("version-2", "concatenated", top, [{"version": v} for v in (1, 2)]),
     ("version-2", "averaged", top, [{"version": v} for v in (1, 2)]),
+    ("version-3", "interpolated", top, [{"version": 3}]),
     ("array-dtype", "chain", planes, [{"dtype": "object"}]),
     ("array-shape", "chain", bias, [{"shape": s} for s in ([], [1] * 5, [0], [-1], [MAX_SIZE + 1])]),
     ("array-place", "chain", bias, [{"offset": o} for o in (-64, 4, 2**40, 2**62, 2**63, 2**70)]),
@@ -218,6 +223,13 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("items", "concatenated", selection, [{"repeat": [1]}]),
     ("type", "concatenated", selection, [{"channels": [1.0]}, {"inputs": 1}]),
     ("unknown-key", "concatenated", selection, [{"input": 1}]),
+    ("form", "interpolated", interpolation, [{"input": 0}, {"input": 1}]),
+    ("resize", "interpolated", interpolation, [{"size": [s, 10]} for s in (0, -1, MAX_SIZE + 1, 10**30)]),
+    ("resize", "interpolated", interpolation, [{"scale": [0.5, s]} for s in (0, -0.5, Raw("-0"), Raw("1e-400"))]),
+    ("shape", "interpolated", interpolation, [{"size": [14, 9]}]),
+    ("items", "interpolated", interpolation, [{"size": [14]}, {"scale": [0.5, 0.5, 0.5]}, {"offset": []}]),
+    ("type", "interpolated", interpolation, [{"scale": ["1", 1]}, {"size": [14.0, 10]}, {"offset": 0.0}]),
+    ("finite", "interpolated", interpolation, [{"offset": [Raw("1e999"), 0]}]),
     ("choice", "gated", activation, [{"kind": k} for k in ("relu", "SiLU", None, 1)]),
     ("missing-key", "chain", conv_emit, [{"activation": {"value": 1.0}}]),
     ("activation-value", "gated", activation, [{"value": 1}, {"kind": "elu", "value": 0.1}]),

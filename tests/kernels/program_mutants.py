@@ -32,6 +32,7 @@ SOURCES = (
     "averaged",
     "concatenated",
     "selected_streams",
+    "interpolated",
 )
 
 

@@ -26,6 +26,7 @@ from lbs_kernels.program.steps import (
     PoolStep,
     Program,
     QuantPackStep,
+    ResizeStep,
     SelectStep,
     Step,
     TensorSpec,
@@ -147,6 +148,16 @@ class Builder:
             made = -1 if emit.stream is None else emit.stream
         self.steps.append(SelectStep(f"step{len(self.steps)}", inputs, emit, channels, repeat))
         return made
+
+    def resized(
+        self,
+        source: int,
+        emit: Emit,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        offset: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        self.steps.append(ResizeStep(f"step{len(self.steps)}", source, emit, size, scale, offset))
 
     def conv_shape(
         self,
@@ -596,6 +607,34 @@ def selected_streams(seed: int, stream_dtype: str = "float32") -> tuple[Program,
     return b.build()
 
 
+def interpolated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Bilinear interpolation: to twice the size between pixels, corner to corner with all that emit does, to fewer
+    pixels, of one row, and from positions beyond the image; 13 and 33 channels."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (7, 5))
+    shape = b.conv_shape(x, 13)
+    entry = b.stream(shape)
+    b.conv(x, Emit(stream=entry), 13, w_bits=8)
+    double = b.stream((14, 10, 13), output=True)
+    b.resized(entry, Emit(stream=double), (14, 10), (0.5, 0.5), (-0.25, -0.25))
+    codes, again = b.consumer((5, 23, 13), 4, zero=3), b.stream((5, 23, 13))
+    gate, residual = b.stream((1, 1, 13)), b.stream((5, 23, 13))
+    b.pool(entry, Emit(stream=gate), "mean")
+    b.resized(entry, Emit(stream=residual), (5, 23), (1.7, 0.19), (-1.3, 0.9))
+    emit = Emit(residual, 0.0, 2.0, again, (codes,), b.activation("silu", 13, first=True), gate)
+    b.resized(double, emit, (5, 23), (13 / 4, 9 / 22))
+    wide = b.stream((5, 23, 33))
+    b.conv(codes.tensor, Emit(residual=None, stream=wide), 33, w_bits=4, kernel=(1, 1), padding=(0, 0))
+    b.outputs.append(again)
+    row, square = b.stream((1, 23, 33)), b.consumer((6, 6, 33), 8, norm=True, relu=True)
+    b.resized(wide, Emit(stream=row), (1, 23), (1.0, 1.0), (2.5, 0.0))
+    b.resized(row, Emit(consumers=(square,)), (6, 6), (1.0, 23 / 6), (0.0, 23 / 12 - 0.5))
+    last = b.stream((6, 6, 7))
+    b.conv(square.tensor, Emit(stream=last), 7, w_bits=2)
+    _head(b, last, 5)
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -633,6 +672,8 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "concatenated_bits": lambda seed: concatenated(seed, 1, 0),
     "selected_streams": selected_streams,
     "selected_streams_bfloat16": lambda seed: selected_streams(seed, "bfloat16"),
+    "interpolated": interpolated,
+    "interpolated_float16": lambda seed: interpolated(seed, "float16"),
     "one_pixel": one_pixel,
 }
 
@@ -666,6 +707,12 @@ def _random_block(b: Builder, choice: random.Random, stream: int) -> int:
         both = 2 * b.shape(stream)[2]
         channels = tuple(choice.randrange(both) for _ in range(choice.choice([0, 7, 32, 45])))
         stream = b.selected((stream, stream), channels=channels, repeat=choice.choice([(1, 1), (1, 1), (2, 1), (1, 3)]))
+    if choice.random() < 0.2:
+        (height, width, channels), size = b.shape(stream), (choice.randint(1, 15), choice.randint(1, 20))
+        scale, offset = (height / size[0], width / size[1]), (choice.uniform(-1, 1), choice.uniform(-1, 1))
+        made = b.stream((*size, channels))
+        b.resized(stream, Emit(low=choice.choice([None, 0.0]), stream=made), size, scale, offset)
+        stream = made
     shape = b.shape(stream)
     entry = b.consumer(shape, bits(), norm=choice.random() < 0.7, relu=True)
     b.quantize(stream, Emit(consumers=(entry,)), affine=choice.random() < 0.3)

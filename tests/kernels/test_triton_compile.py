@@ -35,7 +35,7 @@ from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
-from lbs_kernels.program.steps import Emit, QuantPackStep, SelectStep
+from lbs_kernels.program.steps import Emit, QuantPackStep, ResizeStep, SelectStep
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
 DIVISION_FREE = ("elu", "hardsigmoid", "hardswish", "leaky_relu", "prelu")
@@ -103,11 +103,13 @@ def test_small_programs_compile(case: str, tmp_path: Path) -> None:
             launch(programs.random_inputs(program, 1, 0))
 
 
-@pytest.mark.parametrize("case", ["concatenated", "concatenated_bytes", "selected_streams_bfloat16"])
-def test_selections_compile(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", ["concatenated", "concatenated_bytes", "selected_streams_bfloat16", "interpolated", "interpolated_float16"]
+)
+def test_selections_and_interpolation_compile(case: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)
     for number, (step, launch) in enumerate(zip(program.steps, launches(program, blob, 2), strict=True)):
-        if isinstance(step, SelectStep):
+        if isinstance(step, SelectStep | ResizeStep):
             with compiling("sm_90", tmp_path / str(number)) as found:
                 launch(programs.random_inputs(program, 2, 0))
             (kernel,) = found

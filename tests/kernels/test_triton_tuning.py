@@ -170,7 +170,7 @@ def test_defaults_and_candidates_serve_every_layer(network: str, batch: int) -> 
 
 @pytest.mark.parametrize("channels", [1, 3, 16, 31, 33, 2048])
 def test_elementwise_defaults_and_candidates(channels: int) -> None:
-    for op in ("pool", "quantpack", "select"):
+    for op in ("pool", "quantpack", "resize", "select"):
         problem = Problem(op, 4, 7, 7, channels, channels, (3, 3), w_bits=0, a_bits=4)
         default = kernels.default(problem)
         assert default.why_not(problem) is None

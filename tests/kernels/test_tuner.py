@@ -123,6 +123,7 @@ LAYERS = [
     Problem("pool", 2, 7, 6, 5, 5, (7, 6), w_bits=0, a_bits=0),
     Problem("select", 2, 7, 6, 5, 5, w_bits=0, a_bits=4),
     Problem("select", 2, 7, 6, 5, 5, w_bits=0, a_bits=0),
+    Problem("resize", 2, 7, 6, 5, 5, w_bits=0, a_bits=0),
 ]
 
 

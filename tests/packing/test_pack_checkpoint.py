@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import lbs
 from lbs.packing import container
 from lbs.packing.packing import pack
+from lbs.packing.parts import time_parts
 from lbs_kernels.errors import BackendError, CheckpointError, FormatError
 
 Header = dict[str, Any]
@@ -196,7 +197,7 @@ def change_json(key: str, old: str, new: str) -> Callable[[Header], None]:
 
 
 LIES: dict[str, tuple[Callable[[Header], None], str]] = {
-    "newer": (change_metadata("version", "4"), "has version 4; this release reads 1 to 3: upgrade lbs"),
+    "newer": (change_metadata("version", "5"), "has version 5; this release reads 1 to 4: upgrade lbs"),
     "no_version": (change_metadata("version", None), "which is no number"),
     "version_zero": (change_metadata("version", "0"), "has version 0"),
     "no_program": (change_metadata("program0", None), "damaged|no program|region0"),
@@ -215,7 +216,7 @@ LIES: dict[str, tuple[Callable[[Header], None], str]] = {
     "graph_that_gives_nothing": (change_json("graph", '"op": "output"', '"op": "placeholder"'), "damaged"),
     "unknown_field": (change_tensor(extra=1), "lacks dtype, shape or offsets"),
     "float_planes": (change_tensor(dtype="F32"), "array conv1.planes is torch.float32"),
-    "program_of_a_newer_version": (change_json("program0", '"version":3', '"version":7'), "program has version 7"),
+    "program_of_a_newer_version": (change_json("program0", '"version":4', '"version":7'), "program has version 7"),
     "program_with_huge_tensor": (change_json("program0", '"height":8', '"height":16777216'), "at most 268435456 per"),
     "array_outside": (change_json("program0", '"offset":0', '"offset":6400000'), "ends at byte"),
     "other_digest": (change_json("program0", '"digest":"', '"digest":"0'), "digest|sha256|hexadecimal"),
@@ -256,6 +257,29 @@ def test_rewriting_itself_is_harmless(saved: Path) -> None:
     rewrite(saved, *header_of(saved), seal=False)
     with pytest.raises(CheckpointError, match="do not match its digest"):
         lbs.load(saved)
+
+
+def test_a_file_of_version_3_is_the_same_network(tmp_path: Path) -> None:
+    """Two regions with parts in float between them, which no node of that version names."""
+    packed, path = pack_nets.packed_two_regions(), tmp_path / "old"
+    packed.save(path)
+    header, data = header_of(path)
+    metadata = header["__metadata__"]
+    metadata["version"] = "3"
+    for key in ("program0", "program1"):
+        metadata[key] = metadata[key].replace('"version":4', '"version":3')
+    graph = json.loads(metadata["graph"])
+    assert any(node.pop("part", None) for node in graph["nodes"])
+    metadata["graph"] = json.dumps(graph)
+    rewrite(path, header, data)
+    loaded, x = lbs.load(path), pack_nets.images(3, (3, 10, 10))
+    assert [program.version for program in loaded.programs] == [3, 3]
+    with torch.no_grad():
+        assert torch.equal(loaded(x), packed(x))
+    assert {"softplus", "region 1"} <= {part.name for part in time_parts(loaded, x, 1)}
+    loaded.save(path)
+    with torch.no_grad():
+        assert torch.equal(lbs.load(path)(x), packed(x))
 
 
 @pytest.mark.parametrize("claim", [1 << 20, 1 << 40, (1 << 64) - 1])

@@ -242,7 +242,7 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
         ["view", "transpose", "reshape"],
     ),
     "pixels_between_others": (
-        lambda n, x: head(n, n.inner(F.interpolate(n.other(x), scale_factor=2, mode="bilinear"))),
+        lambda n, x: head(n, n.inner(F.interpolate(n.other(x), scale_factor=2, mode="bicubic"))),
         2,
         ["interpolate"],
     ),

@@ -200,6 +200,46 @@ def test_numbers_of_the_report() -> None:
     assert json.loads(json.dumps(report.to_json()))["agreement"] == report.fidelity.agreement
 
 
+class Partly(nn.Module):
+    """Three convolutions, one of them excluded below, and a transformer layer whose cost no formula counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.three, self.mixed = nn.Conv2d(8, 8, 1), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.unused, self.fc = nn.Linear(3, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.three(torch.relu(self.two(torch.relu(self.one(x))))))
+        return self.fc(self.mixed(x.flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_bit_operations_of_layers_in_float_are_told_apart() -> None:
+    torch.manual_seed(0)
+    report = lbs.quantize(Partly().eval(), images(), exclude=("two",)).report
+    one, two, three, fc = (macs * 32 * 32 for macs in (9 * 8 * 64, 9 * 64 * 64, 64 * 64, 8 * 4))
+    assert report.bops == (one + three + fc) // 16
+    assert report.float_bops == two
+    assert report.full_precision_bops == one + two + three + fc
+    assert report.uncounted == ("mixed",)
+    row = dict(report.rows())["bit operations"]
+    assert row == "packed layers 559.1k; in float 37.7M, the float network 46.7M; not counted: mixed"
+    assert "unused" in dict(report.unpacked)
+    whole = lbs.quantize(network(), images()).report
+    assert (whole.float_bops, whole.uncounted) == (0, ())
+    assert "packed layers" not in dict(whole.rows())["bit operations"]
+
+
+def test_what_stays_in_float_is_timed_when_asked() -> None:
+    torch.manual_seed(0)
+    report = lbs.quantize(Partly().eval(), images(8), exclude=("two",), measure=True).report
+    rows = {value.partition(":")[0]: value for name, value in report.rows() if name == "not packed"}
+    assert rows["two"].endswith(" % of a call)")
+    assert rows["mixed"].endswith(" % of a call)")
+    assert "of a call" not in rows["unused"]
+    assert {part["name"] for part in report.to_json()["bench"]["parts"]} >= {"two", "mixed", "region 0"}
+
+
 def test_the_report_is_not_saved(tmp_path: Path) -> None:
     packed = lbs.quantize(network(), images())
     packed.save(tmp_path / "net.lbs.safetensors")

@@ -379,7 +379,24 @@ def test_other_layers_are_told_by_every_report() -> None:
     assert left["ear"] == "left in float: Conv1d has no quantized form"
     assert left["words"] == "left in float: Embedding has no quantized form"
     assert set(left) == {"ear", "words", "one", "two"}
-    assert "not counted, in float: ear, words" in str(lbs.Budget(searched, bops=0.5).result())
+    result = str(lbs.Budget(searched, bops=0.5).result())
+    assert result.endswith("not counted, in float: ear, words")  # no formula counts them
     packed = lbs.pack(lbs.freeze(searched).eval())
     assert dict(packed.kept_float)["ear"] == "Conv1d has no quantized form"
     assert "in float: ear: Conv1d has no quantized form" in str(lbs.explain(packed))
+
+
+def test_what_layers_in_float_cost_is_told_beside_the_budget() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 1), nn.Flatten())
+    model.append(nn.Linear(8 * 36, 5))
+    x = torch.randn(2, 3, 10, 10)
+    searched = lbs.prepare(model, x, lbs.SearchConfig(exclude=("2", "3")))
+    record = record_of(searched)
+    assert [layer.name for layer in record.in_float] == ["2", "3"]
+    expected = (9 * 8 * 8 // 2 * 36 + 8 * 8 * 36) * 32 * 32
+    assert record.float_bops == expected
+    assert f"not counted, in float: 2, 3 ({expected:,} bit operations at 32 x 32 bits)" in str(
+        lbs.Budget(lbs.calibrate(searched, [x]), bops=0.9).result()
+    )
+    whole = lbs.cost.network_layers(model, x)
+    assert record.plan.full_precision_bops() + record.float_bops == whole.full_precision_bops()

@@ -36,5 +36,6 @@ DEFAULTS: dict[str, Callable[[Problem], Any]] = {
     "bitlinear": gemm_default,
     "pool": pool_default,
     "quantpack": elementwise_default,
+    "resize": elementwise_default,
     "select": elementwise_default,
 }

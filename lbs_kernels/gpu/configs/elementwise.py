@@ -1,4 +1,4 @@
-"""Launch configuration of the kernels that touch every element once (quantpack, pool). Needs no Triton."""
+"""Launch configuration of the kernels that touch every element once (all without weights). Needs no Triton."""
 
 from __future__ import annotations
 

@@ -83,6 +83,13 @@ def test_streams_are_normed(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
+@pytest.mark.parametrize("name", ["interpolated", "interpolated_float16"])
+def test_interpolation(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
 @pytest.mark.parametrize("name", ["imagenet_stem", "preact_residual", "preact_residual_float16"])
 def test_more_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=3)
