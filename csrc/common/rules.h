@@ -54,6 +54,8 @@ constexpr char kFlat[] = "flat";
 constexpr char kVersion1[] = "version-1";
 // versions 1 and 2 have the odd grid of weights only, and no activations, gates, averages, selections
 constexpr char kVersion2[] = "version-2";
+// versions 1 to 3 have no selections that move pixels
+constexpr char kVersion3[] = "version-3";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
 // an array has 1 to 4 sizes of 1 to MAX_SIZE
@@ -108,6 +110,10 @@ constexpr char kSelectInputs[] = "select-inputs";
 constexpr char kSelectChannels[] = "select-channels";
 // the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's
 constexpr char kRepeat[] = "repeat";
+// what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks no larger than the size, and repeats nothing; what has no size moves none
+constexpr char kSelectSize[] = "select-size";
+// a selection has a top and a left of 0 to MAX_SIZE for each input or for none, as many channels at every place of a block, and reads pixels that its inputs have
+constexpr char kSelectWindow[] = "select-window";
 // codes that pass unchanged have one consumer, of their kind and without a norm, nothing else
 constexpr char kCodesUnchanged[] = "codes-unchanged";
 // the value of elu and leaky_relu is exact in float32, other activations have 0

@@ -72,8 +72,19 @@ void check_version_1(const ProgramSpec& program) {
             refuse(rule::kVersion1, "step '" + step.name + "' has a multiplier or bias in a program of version 1");
 }
 
+bool moves_pixels(const StepSpec& step) {
+    const auto one = [](Pair pair) { return pair.y == 1 && pair.x == 1; };
+    const bool plain = one(step.block) && one(step.stride) && step.top.empty() && step.left.empty();
+    return step.size.y || step.size.x || !plain;
+}
+
 void check_version(const ProgramSpec& program) {
     if (program.version < 2) check_version_1(program);
+    if (program.version >= 4) return;
+    for (const StepSpec& step : program.steps)
+        if (step.kind == StepKind::kSelect && moves_pixels(step))
+            refuse(rule::kVersion3, "step '" + step.name + "' moves pixels in a program of version " +
+                                        std::to_string(program.version));
     if (program.version >= 3) return;
     for (const StepSpec& step : program.steps) {
         if (!step.w_odd)

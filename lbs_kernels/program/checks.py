@@ -64,6 +64,12 @@ def check_program(program: Program, blob_bytes: int | None = None) -> None:
 def _check_version(program: Program) -> None:
     if program.version < 2:
         _check_version_1(program)
+    for step in program.steps if program.version < 4 else ():
+        if isinstance(step, SelectStep) and _moves_pixels(step):
+            raise FormatError(
+                f"step {step.name!r} moves pixels in a program of version {program.version}; write it as version 4",
+                "version-3",
+            )
     for step in program.steps if program.version < 3 else ():
         if isinstance(step, ConvStep | LinearStep) and step.w_grid != "odd":
             raise FormatError(
@@ -83,6 +89,10 @@ def _check_version(program: Program) -> None:
                 "as version 3",
                 "version-2",
             )
+
+
+def _moves_pixels(step: SelectStep) -> bool:
+    return (step.size, step.block, step.stride, step.top, step.left) != ((0, 0), (1, 1), (1, 1), (), ())
 
 
 def _check_version_1(program: Program) -> None:

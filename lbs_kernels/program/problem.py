@@ -83,8 +83,9 @@ def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem
         sizes = (batch, height, width, channels, filters)
         return Problem(step.op, *sizes, *window.fields(), step.w_bits, source.bits, device)
     if isinstance(step, SelectStep):
-        height, width = height * step.repeat[0], width * step.repeat[1]
+        height, width = step.size if step.moves else (height * step.repeat[0], width * step.repeat[1])
         channels = len(step.channels) or sum(program.tensors[index].channels for index in step.inputs)
+        channels //= step.block[0] * step.block[1]
     problem = Problem(step.op, batch, height, width, channels, channels, w_bits=0, a_bits=source.bits, device=device)
     if isinstance(step, SelectStep):
         return problem

@@ -50,7 +50,7 @@ def read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
     metadata = header.pop("__metadata__")
     assert metadata["format"] == "lbs-packed"
-    assert metadata["version"] in ("1", "2", "3")
+    assert metadata["version"] in ("1", "2", "3", "4")
     blank = raw.replace(f'"digest":"{metadata["digest"]}"'.encode(), f'"digest":"{"0" * 64}"'.encode(), 1)
     assert hashlib.sha256(blank).hexdigest() == metadata["digest"]
     tensors = {}
@@ -182,7 +182,7 @@ class Stranger:
 
     def __init__(self, text: str, blob: bytes) -> None:
         self.program: dict[str, Any] = json.loads(text)
-        assert self.program["version"] in (1, 2, 3)
+        assert self.program["version"] in (1, 2, 3, 4)
         digest = self.program.get("digest", "")
         assert digest in ("", hashlib.sha256(blob).hexdigest())
         self.blob = blob
@@ -258,10 +258,25 @@ class Stranger:
     def select(self, step: dict[str, Any]) -> np.ndarray:
         inputs, (rows, columns) = [self.tensors[index] for index in step["inputs"]], step.get("repeat", [1, 1])
         height, width = inputs[0].shape[1] * rows, inputs[0].shape[2] * columns
+        if tuple(step.get("size", (0, 0))) != (0, 0):
+            return self.moved(step, inputs)
         h, w = np.ogrid[:height, :width]
         whole = [x[:, h // (height // x.shape[1]), w // (width // x.shape[2])] for x in inputs]
         y = np.concatenate(whole, axis=3)
         return y[..., step["channels"]] if step.get("channels") else y
+
+    @staticmethod
+    def moved(step: dict[str, Any], inputs: list[np.ndarray]) -> np.ndarray:
+        (height, width), (rows, columns), stride = (step[key] for key in ("size", "block", "stride"))
+        holders = [(x, k, i) for i, x in enumerate(inputs) for k in range(x.shape[3])]
+        chosen = [holders[c] for c in step["channels"]] or holders
+        each = len(chosen) // (rows * columns)
+        y = np.empty((len(inputs[0]), height, width, each), inputs[0].dtype)
+        for h, w, c in np.ndindex(height, width, each):
+            x, k, i = chosen[(h % rows * columns + w % columns) * each + c]
+            top, left = (step[key][i] if step[key] else 0 for key in ("top", "left"))
+            y[:, h, w, c] = x[:, top + stride[0] * (h // rows), left + stride[1] * (w // columns), k]
+        return y
 
     def pool_max(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:
         kernel, stride, padding = (

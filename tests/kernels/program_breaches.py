@@ -138,7 +138,7 @@ def wide_linear(body: Body) -> None:
 
 # rule, program, the object that is changed, and what is put into it: one mutant for each.
 VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
-    ("version", "chain", top, [{"version": v} for v in (0, 4, -1, True, "2", None, 2.0, 10**30)]),
+    ("version", "chain", top, [{"version": v} for v in (0, 5, -1, True, "2", None, 2.0, 10**30)]),
     ("type", "chain", codes, [{"channels": c} for c in (3.0, True, "3", None, [], {})]),
     ("type", "chain", top, [{"inputs": {}}, {"arrays": []}, {"digest": None}, {"steps": [1]}]),
     ("type", "chain", consumer, [{"scale": True}, {"scale": "1"}, {"relu": 0}, {"pre_scale": 1}]),
@@ -167,6 +167,17 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("version-2", "gated", top, [{"version": v} for v in (1, 2)]),
     ("version-2", "concatenated", top, [{"version": v} for v in (1, 2)]),
     ("version-2", "averaged", top, [{"version": v} for v in (1, 2)]),
+    ("version-3", "moved", top, [{"version": 3}]),
+    ("version-3", "moved_streams", top, [{"version": v} for v in (2, 3)]),
+    ("select-size", "concatenated", selection, [{"top": [0, 0]}, {"left": [0]}, {"block": [1, 2]}, {"stride": [2, 1]}]),
+    ("select-size", "moved", selection, [{"size": s} for s in ([16, 0], [-1, 12], [16, MAX_SIZE + 1], [1, 12])]),
+    ("select-size", "moved", selection, [{"repeat": [1, 2]}, {"block": [0, 2]}, {"stride": [1, 10**30]}]),
+    ("select-window", "moved", selection, [{"top": [1]}, {"left": [1]}, {"top": [-1]}, {"left": [10**30]}, {"top": [0, 0]}]),
+    ("select-window", "moved", selection, [{"stride": [2, 1]}, {"size": [17, 12]}, {"size": [16, 13]}, {"channels": [0]}]),
+    ("select-window", "moved_streams", selection, [{"top": [3]}, {"left": [3]}, {"size": [10, 9]}]),
+    ("select-channels", "moved", selection, [{"channels": [0, 1, 2, 52]}]),
+    ("shape", "moved", selection, [{"channels": [0, 1, 2, 3]}, {"size": [15, 12]}]),
+    ("shape", "moved_streams", selection, [{"size": [7, 9]}]),
     ("array-dtype", "chain", planes, [{"dtype": "object"}]),
     ("array-shape", "chain", bias, [{"shape": s} for s in ([], [1] * 5, [0], [-1], [MAX_SIZE + 1])]),
     ("array-place", "chain", bias, [{"offset": o} for o in (-64, 4, 2**40, 2**62, 2**63, 2**70)]),

@@ -32,6 +32,8 @@ SOURCES = (
     "averaged",
     "concatenated",
     "selected_streams",
+    "moved",
+    "moved_streams",
 )
 
 

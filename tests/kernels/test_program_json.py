@@ -99,7 +99,7 @@ def signed_codes(text: dict[str, Any]) -> None:
 
 # What is done to a good program -> what the message says.
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer version": (lambda t: t.update(version=4), "version 4; this library reads 1 to 3"),
+    "newer version": (lambda t: t.update(version=5), "version 5; this library reads 1 to 4"),
     "no version": (lambda t: t.pop("version"), "version None"),
     "version is true": (lambda t: t.update(version=True), "version True"),
     "unknown key": (lambda t: t.update(extra=1), "unknown key 'extra'"),

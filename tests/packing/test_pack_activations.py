@@ -269,6 +269,6 @@ def test_a_saved_network_of_activations_and_gates_comes_back(tmp_path: object) -
     path = f"{tmp_path}/network.lbs.safetensors"
     packed.save(path)
     loaded = lbs.load(path)
-    assert [program.version for program in loaded.programs] == [3]
+    assert [program.version for program in loaded.programs] == [4]
     x = pack_nets.images(3, SHAPE, 8)
     assert torch.equal(loaded(x), packed(x))

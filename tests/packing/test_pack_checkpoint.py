@@ -196,7 +196,7 @@ def change_json(key: str, old: str, new: str) -> Callable[[Header], None]:
 
 
 LIES: dict[str, tuple[Callable[[Header], None], str]] = {
-    "newer": (change_metadata("version", "4"), "has version 4; this release reads 1 to 3: upgrade lbs"),
+    "newer": (change_metadata("version", "5"), "has version 5; this release reads 1 to 4: upgrade lbs"),
     "no_version": (change_metadata("version", None), "which is no number"),
     "version_zero": (change_metadata("version", "0"), "has version 0"),
     "no_program": (change_metadata("program0", None), "damaged|no program|region0"),
@@ -215,7 +215,7 @@ LIES: dict[str, tuple[Callable[[Header], None], str]] = {
     "graph_that_gives_nothing": (change_json("graph", '"op": "output"', '"op": "placeholder"'), "damaged"),
     "unknown_field": (change_tensor(extra=1), "lacks dtype, shape or offsets"),
     "float_planes": (change_tensor(dtype="F32"), "array conv1.planes is torch.float32"),
-    "program_of_a_newer_version": (change_json("program0", '"version":3', '"version":7'), "program has version 7"),
+    "program_of_a_newer_version": (change_json("program0", '"version":4', '"version":7'), "program has version 7"),
     "program_with_huge_tensor": (change_json("program0", '"height":8', '"height":16777216'), "at most 268435456 per"),
     "array_outside": (change_json("program0", '"offset":0', '"offset":6400000'), "ends at byte"),
     "other_digest": (change_json("program0", '"digest":"', '"digest":"0'), "digest|sha256|hexadecimal"),
