@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from lbs.convolutions import LineConv2d, TransposedConv2d
 from lbs.channels import NORMS, ChannelGroup, called_module, groups_of, repeated
 from lbs.plan import LayerPlan, Plan
 from lbs.symbolic import check_example, symbolic
@@ -133,9 +134,10 @@ def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
     if not isinstance(layer, nn.Conv2d):
         raise GraphError(f"{name} is a {type(layer).__name__}; only Conv2d and Linear layers have a geometry")
     padding = layer.padding if not isinstance(layer.padding, str) else (0, 0)
+    line = isinstance(layer, LineConv2d)
     return LayerPlan(
         name,
-        "conv2d",
+        "conv_transpose2d" if isinstance(layer, TransposedConv2d) else "conv2d",
         8,
         8,
         layer.in_channels,
@@ -145,8 +147,8 @@ def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
         _pair(padding),
         _pair(layer.dilation),
         layer.groups,
-        int(shape[2]),
-        int(shape[3]),
+        1 if line else int(shape[2]),
+        int(shape[2 if line else 3]),
     )
 
 

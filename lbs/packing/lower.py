@@ -13,11 +13,13 @@ from itertools import accumulate
 
 from torch import Tensor, fx, nn
 
+from lbs.convolutions import TransposedConv2d
 from lbs.graph import ModelGraph, called_module
 from lbs.packing.checks import check_layer
 from lbs.packing.draft import Draft, Norm, Selection, Slot, Target, assemble
 from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
+from lbs.packing.transposed import NoWindow, expanded, parts_of
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs_kernels.errors import GraphError, LbsError, raise_together
@@ -189,6 +191,7 @@ class _Walk:
                 steps = list(dict.fromkeys(step for step, _ in self.channels[draft]))
                 draft.sources = tuple(step.stored() for step in steps)
                 draft.selection = self._selection(draft, steps)
+        self.drafts = [part for draft in self.drafts for part in expanded(draft)]
 
     def finish(self, stream_dtype: str) -> LoweredRegion:
         """Assemble the program."""
@@ -206,6 +209,11 @@ class _Walk:
         source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
         shape = shape_of(node)
         size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)
+        if isinstance(layer, TransposedConv2d):
+            try:
+                parts_of(layer, source.shape[1:], size[1:])
+            except NoWindow as reason:
+                raise _NotPackable(node, str(reason)) from reason
         self._add_draft(node, Draft(name, node, (source,), size, layer=layer))
 
     def _norm(self, node: fx.Node, op: Op) -> None:

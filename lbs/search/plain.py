@@ -6,6 +6,7 @@ Each of these computes what it computed before, in evaluation mode; names of lay
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lbs.search.replace import replace_layer
+from lbs.convolutions import TORCH, LineConv2d, as_convolution, as_torch, plain_kind
+from lbs.search.replace import carry, replace_layer
 from lbs.symbolic import is_patched
 from lbs.traced import evaluating
 from lbs.wrappers import copied, unwrapped
@@ -35,16 +37,37 @@ def plain_copy(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules():
             for what in _make_permanent(module):
                 _log.warning("%s: its %s is part of its weights in the copy, and training may undo it", name, what)
-            if isinstance(module, nn.Conv2d) and has_own_forward(module) is None:
-                _in_numbers(module)
+    _as_convolutions(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and has_own_forward(module) is None:
+            _in_numbers(module)
     return model
+
+
+def _as_convolutions(model: nn.Module) -> None:
+    """Layers of torch's that have a form as nn.Conv2d take it; not where another layer has the same weight."""
+    layers = {name: module for name, module in model.named_modules() if type(module) in TORCH and not is_patched(module)}
+    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    for name, layer in layers.items():
+        if owners[id(layer._parameters.get("weight"))] == 1:
+            made = as_convolution(layer)
+            carry(made, layer)
+            replace_layer(model, name, made)
+
+
+def in_torchs_form(layer: nn.Conv2d) -> nn.Module:
+    """A layer that stays in float as torch has it."""
+    made = as_torch(layer)
+    carry(made, layer)
+    vars(made).pop("sized", None)
+    return made
 
 
 def has_own_forward(layer: nn.Conv2d | nn.Linear) -> str | None:
     """Why a layer computes something else than torch's, or None."""
     if is_patched(layer):
         return "its forward is patched on the instance; make it a class of its own, or put it around the layer"
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    plain = plain_kind(layer)
     for method in ("forward", "_conv_forward"):
         if getattr(type(layer), method, None) is not getattr(plain, method, None):
             return f"{type(layer).__name__} has a {method} of its own"
@@ -96,7 +119,8 @@ def _in_numbers(conv: nn.Conv2d) -> None:
     alike = widths[::2] == widths[1::2]
     if conv.padding_mode != "zeros" or not alike:
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        conv.register_forward_pre_hook(_Pad(widths, mode), with_kwargs=True)
+        line = isinstance(conv, LineConv2d)
+        conv.register_forward_pre_hook(_Pad(widths[:2] if line else widths, mode), with_kwargs=True)
         widths, conv.padding_mode = [0, 0, 0, 0], "zeros"
     conv.padding = (widths[2], widths[0])
 

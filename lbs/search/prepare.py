@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from lbs.channels import ChannelGroup, groups_in_training
 from lbs.cost import EDGE_BITS
+from lbs.convolutions import TORCH, plain_kind
 from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, trace
 from lbs.plan import RANGES, LayerPlan, Plan, grid_at
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
 from lbs.quant.frozen_norm import adopt_frozen_norms
-from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.layers import QuantLayer, fixed_kind
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
-from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
+from lbs.search.layers import FULL_BITS, FloatInput, SearchLayer, SearchQuantizer, searched_kind
 from lbs.search.lookalikes import as_torch_has_them
-from lbs.search.plain import has_own_forward, plain_copy
+from lbs.search.plain import has_own_forward, in_torchs_form, plain_copy
 from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
@@ -207,6 +208,10 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             unconverted.append((name, f"{type(module).__name__} has no quantized form"))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
+    for name in skipped:
+        left = model.get_submodule(name)
+        if isinstance(left, tuple(TORCH.values())):
+            replace_layer(model, name, in_torchs_form(left))
     groups = {
         name: _fitting_tile(_without_tied(_without(group, skipped), model), model, config)
         for name, group in found.items()
@@ -304,6 +309,8 @@ def _unconvertible(
     own = has_own_forward(module)
     if own is not None:
         return own
+    if getattr(module, "sized", False):
+        return "the forward pass gives it an output_size; output_padding= of the layer says the same once and for all"
     if name not in layers:
         return "the forward pass does not call it"
     if name in uneven:
@@ -320,7 +327,7 @@ def _unconvertible(
 
 
 def _own_methods(layer: nn.Conv2d | nn.Linear) -> list[str]:
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    plain = plain_kind(layer)
     added = {name for kind in type(layer).__mro__ if not issubclass(plain, kind) for name in vars(kind)}
     return sorted(name for name in added if not name.startswith("_") and not hasattr(plain, name))
 
@@ -383,15 +390,14 @@ def _searchable(
 ) -> SearchLayer:
     extra: dict[str, Any] = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize}
     extra |= {"importance": config.importance, "multi_path": config.multi_path}
-    kind = SearchConv2d if isinstance(old, nn.Conv2d) else SearchLinear
-    new = kind(*layer_arguments(old), **extra, **layer_options(old))  # type: ignore[arg-type]
+    new = searched_kind(old)(*layer_arguments(old), **extra, **layer_options(old))
     return adopt(new, old)  # type: ignore[return-value]
 
 
 def fixed_layer(
     old: nn.Module, w_bits: int, quantizer: ActivationQuantizer | InputQuantizer, standardize: str
 ) -> QuantLayer:
-    """A QuantConv2d or QuantLinear with the shape and weights of `old`."""
-    kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
+    """A layer of fixed bits with the shape and weights of `old`."""
+    kind = fixed_kind(old)
     new = kind(*layer_arguments(old), w_bits=w_bits, quantizer=quantizer, standardize=standardize, **layer_options(old))
     return adopt(new, old)

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, SelectStep, Step
+from lbs_kernels.program.transposed import phases
 from lbs_kernels.program.window import Window, is_depthwise
+
+
+TRANSPOSED = "conv_transpose2d"  # no step: its problem is what is counted, not what runs
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation at one size. `op` is the name of its steps; images are [N, height, width, channels]."""
+    """One operation at one size. `op` is the name of its steps; images are [N, height, width, channels].
+
+    Kernel, stride, padding and dilation of a transposed convolution are its own, and its size is that of its input.
+    """
 
     op: str
     batch: int
@@ -52,8 +59,11 @@ class Problem:
 
     @property
     def reduction(self) -> int:
-        """K: products summed for one output."""
-        return self.kernel[0] * self.kernel[1] * (self.in_channels // self.groups)
+        """K: products summed for one output; of a transposed convolution, for one that sees most taps."""
+        taps = self.window.taps
+        if self.op == TRANSPOSED:
+            taps = max(rows.count * columns.count for rows, columns in phases(self.kernel, self.stride, self.dilation))
+        return taps * (self.in_channels // self.groups)
 
     @property
     def macs(self) -> int:
