@@ -163,6 +163,7 @@ struct SelectSource {
     // block that read this input.
     const int64_t* rows = nullptr;
     const int64_t* columns = nullptr;
+    bool is_dense = false;  // of codes: columns that are read for one place of a block after the other lie side by side
 };
 
 struct SelectPlace {

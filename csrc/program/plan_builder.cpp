@@ -197,6 +197,7 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
             const auto row = [&](int h) { return first.y + step.stride.y * (h / step.block.y); };
             const auto column = [&](int w) { return first.x + step.stride.x * (w / step.block.x); };
             source.pitch = codes ? layout.group_pitch() : 4 * tensor.pixels();
+            source.is_dense = layout.phases == 1 && step.stride.x == 1;
             source.rows = offsets_along(select.height, tensor.height, row, [&](int y) {
                 return codes ? layout.row(y) : int64_t{4} * y * tensor.width;
             });

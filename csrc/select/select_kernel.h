@@ -7,7 +7,8 @@
 // others are put together byte by byte. Streams are emitted.
 //
 // Where pixels are moved, each place of a block (the remainders of row and column) has channels of its own, of pixels
-// whose row and column are looked up; codes go group by group of four channels, or byte by byte.
+// whose row and column are looked up. Where pixels that are read lie side by side, codes are put together a vector at a
+// time, and go to their columns word by word.
 #pragma once
 
 #include "bitconv2d/bitconv2d_kernel.h"
@@ -67,9 +68,25 @@ inline void move_row(const lbs::SelectPlan& plan, const lbs::EmitPlan& e, const 
         in[j] = run.tensors[source.tensor] + source.rows[row] + places[j].channel / 4 * source.pitch;
         columns[j] = source.columns;
     }
-    if (is_one_group(places, live)) {
-        for (int w = first_column; w < plan.width; w += plan.block_columns)
-            __builtin_memcpy(out + plan.out_columns[w], in[0] + columns[0][w], 4);
+    const bool together = is_one_group(places, live);
+    bool is_dense = true;
+    for (int j = 0; j < (together ? 1 : 4); ++j) is_dense = is_dense && plan.sources[places[j].source].is_dense;
+    if (is_dense) {
+        const int count = (plan.width - first_column + plan.block_columns - 1) / plan.block_columns;
+        for (int n = 0; n < count; n += Simd::L) {
+            Simd::I word = Simd::iload(in[0] + columns[0][first_column] + 4 * n);
+            if (!together) {
+                Simd::I q[4];
+                for (int j = 0; j < 4; ++j)
+                    q[j] = Simd::ibyte(Simd::iload(in[j] + columns[j][first_column] + 4 * n), places[j].channel % 4);
+                word = Simd::ipack4(q[0], q[1], q[2], q[3]);
+            }
+            int32_t words[Simd::L];
+            Simd::istore(words, word);
+            const int lanes = count - n < Simd::L ? count - n : Simd::L;
+            for (int lane = 0; lane < lanes; ++lane)
+                __builtin_memcpy(out + plan.out_columns[first_column + (n + lane) * plan.block_columns], words + lane, 4);
+        }
         return;
     }
     for (int w = first_column; w < plan.width; w += plan.block_columns)
@@ -95,16 +112,19 @@ void move_streams(const lbs::SelectPlan& plan, const lbs::EmitPlan& e, const lbs
     for (int group = first_group; group < last_group; ++group)
         for (int vector = 0; vector < e.vectors; ++vector) {
             float lanes[4][Simd::L] = {};
-            for (int lane = 0; lane < Simd::L; ++lane) {
-                const int64_t pixel = int64_t{vector} * Simd::L + lane;
-                if (pixel >= e.pixels) break;
-                const int row = static_cast<int>(pixel / plan.width), column = static_cast<int>(pixel % plan.width);
+            const int64_t first = int64_t{vector} * Simd::L;
+            int row = static_cast<int>(first / plan.width), column = static_cast<int>(first % plan.width);
+            for (int lane = 0; lane < Simd::L && row < plan.height; ++lane) {
                 const int64_t block = int64_t{row % plan.block_rows} * plan.block_columns + column % plan.block_columns;
                 const lbs::SelectPlace* places = plan.places + 4 * (block * plan.groups + group);
                 for (int j = 0; j < 4; ++j) {
                     const lbs::SelectSource& source = plan.sources[places[j].source];
                     const unsigned char* plane = run.tensors[source.tensor] + places[j].channel * source.pitch;
                     __builtin_memcpy(&lanes[j][lane], plane + source.rows[row] + source.columns[column], 4);
+                }
+                if (++column == plan.width) {
+                    column = 0;
+                    ++row;
                 }
             }
             Quad y;

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lbs.graph import called_module
-from lbs.packing.index_maps import index_map, is_on_the_way
+from lbs.packing.index_maps import IndexMap, index_map, is_on_the_way
 from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
 from lbs.quant.deployed import computes_as
 from lbs.quant.layers import QuantConv2d, QuantLinear
@@ -51,6 +51,7 @@ class Op:
     window: Window = POINT  # max_pool, average_pool
     function: Function | None = None  # activation
     channels: tuple[int, ...] | None = None  # select; None: all, in order
+    moved: IndexMap | None = None  # select, of pixels
 
 
 def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
@@ -72,10 +73,12 @@ def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
 
 
 def _moving(module: fx.GraphModule, node: fx.Node) -> Op | None:
-    """What only moves channels, and repeats pixels by whole factors."""
+    """What only moves channels and pixels, or repeats pixels by whole factors."""
     found = index_map(module, node)
     if found is None:
         return Op("alias") if is_on_the_way(module, node) else None
+    if found.grid is not None:
+        return Op("select", moved=found)
     return Op("alias") if found.same else Op("select", channels=found.channels)
 
 
