@@ -95,6 +95,7 @@ class Draft:
     pool: Op | None = None
     selection: Selection | None = None
     pixels: tuple[Tensor, Tensor] | None = None
+    factor: float = 1.0  # of a step without a layer: what its input is multiplied by
     norms: list[Norm] = field(default_factory=list)
     function: Function | None = None
     function_first: bool = False  # in front of gate and residual
@@ -113,7 +114,8 @@ class Draft:
 
     def takes_norm(self) -> bool:
         """Whether a norm of the value can become part of the step: one with a multiplier, and only norms absorbed."""
-        return self.pool is None and self.selection is None and self._is_bare() and self.function is None
+        multiplies = self.pool is None and self.selection is None and self.factor == 1
+        return multiplies and self._is_bare() and self.function is None
 
     def moves_only(self) -> bool:
         """Whether it is a selection that has absorbed nothing."""
@@ -246,9 +248,9 @@ def _activation(draft: Draft, arrays: dict[str, Tensor]) -> Activation | None:
 
 def _affine_keys(draft: Draft, arrays: dict[str, Tensor]) -> tuple[str, ...]:
     """Keys of the multiplier and bias of a step without a layer; none where it takes its input as it is."""
-    if draft.pixels is None and not draft.norms:
+    if draft.pixels is None and not draft.norms and draft.factor == 1:
         return ()
-    ones, zeros = (torch.full(draft.shape[:1], value, dtype=torch.float64) for value in (1.0, 0.0))
+    ones, zeros = (torch.full(draft.shape[:1], value, dtype=torch.float64) for value in (draft.factor, 0.0))
     scale, shift = draft.pixels or (ones, zeros)
     keys = (f"{draft.name}.gain", f"{draft.name}.offset")  # no layer's array ends like this
     arrays.update(zip(keys, through_norms(scale, shift, draft.name, draft.norms), strict=True))

@@ -164,14 +164,14 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
             raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
         _check_layers(module, ops)
         try:
-            walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
+            walks = [_Walk(module, ops, region, parts, pixels, stream_dtype) for region in parts.regions]
             break
         except _NotPackable as refusal:
             reasons[refusal.node] = refusal.reason
             del ops[refusal.node]
     if pixels is not None:
         _check_bytes(module, ops, parts)
-    regions = tuple(walk.finish(stream_dtype) for walk in walks)
+    regions = tuple(walk.finish() for walk in walks)
     return Lowered(regions, _kept(module, ops, reasons, parts), parts.free)
 
 
@@ -229,7 +229,9 @@ class _Walk:
         region: tuple[fx.Node, ...],
         parts: Partition,
         pixels: tuple[Tensor, Tensor] | None,
+        stream_dtype: str,
     ) -> None:
+        self.stream_dtype = stream_dtype
         self.module = module
         self.ops = ops
         self.region = set(region)
@@ -241,6 +243,7 @@ class _Walk:
         self.values: dict[fx.Node, _Value] = {}
         self.codes: dict[tuple[object, ...], Slot] = {}
         self.chosen: dict[Draft, _Chosen] = {}  # of selections
+        self.constants: dict[tuple[float, int], Slot] = {}
         for node in region:
             getattr(self, f"_{ops[node].kind}")(node, ops[node])
         self.results = self._results(region)
@@ -250,10 +253,10 @@ class _Walk:
                 draft.selection = self.chosen[draft].selection(draft)
         self.drafts = [part for draft in self.drafts for part in expanded(draft)]
 
-    def finish(self, stream_dtype: str) -> LoweredRegion:
+    def finish(self) -> LoweredRegion:
         """Assemble the program."""
         outputs = list(dict.fromkeys(self.results.values()))
-        program, blob = assemble(self.drafts, list(self.images.values()), outputs, stream_dtype)
+        program, blob = assemble(self.drafts, list(self.images.values()), outputs, self.stream_dtype)
         places = tuple((node, outputs.index(slot)) for node, slot in self.results.items())
         return LoweredRegion(program, blob, frozenset(self.region), tuple(self.images), places)
 
@@ -337,6 +340,17 @@ class _Walk:
         draft.value = node
         self.values[node] = _Value(draft)
 
+    def _scale(self, node: fx.Node, op: Op) -> None:
+        source = self._operand(node)
+        draft = self._absorber(self._source(node), node)
+        if draft is None or not draft.takes_gate() or self.stream_dtype != "float32":
+            draft = self._copy(node, source)
+            draft.factor = op.factor
+        else:
+            draft.multiply(self._constant(op.factor, draft.shape[0]))
+        draft.value = node
+        self.values[node] = _Value(draft)
+
     def _max_pool(self, node: fx.Node, op: Op) -> None:
         source = self._operand(node)
         readers = self._readers(node)
@@ -403,6 +417,22 @@ class _Walk:
         draft = Draft(node.name, node, (self._stored(source, node),), source.draft.shape)
         self.drafts.append(draft)
         return draft
+
+    def _constant(self, value: float, channels: int) -> Slot:
+        """A gate that is the same everywhere: one pixel of what the region is given, clamped to one number."""
+        key = (value, channels)
+        if key not in self.constants:
+            # A step of its own reads it: another may wait for what is multiplied.
+            node, image = next(iter(self.images.items()))
+            given = Draft(f"{node.name}.stored", node, (image,), image.shape)
+            given.stream = Slot(given.name, "stream", given.shape)
+            pixel = Selection((0,) * channels, size=(1, 1))
+            step = Draft(f"constant {value:g}", node, (given.stream,), (channels, 1, 1), selection=pixel)
+            step.clamp(value, value)
+            step.stream = Slot(f"{step.name} for {channels}", "stream", step.shape)
+            self.drafts += [given, step]
+            self.constants[key] = step.stream
+        return self.constants[key]
 
     def _source(self, node: fx.Node) -> fx.Node:
         return operands(node, self.ops[node])[0]

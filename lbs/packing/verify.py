@@ -293,6 +293,8 @@ class _Judge(Evaluation):
         if op.kind == "gate":
             one, other = (self.env[source].abs() for source in sources)
             return bound * other + (one + bound) * self.bounds[sources[-1]] + UNIT * value.abs()
+        if op.kind == "scale":  # by the float32 number nearest to the constant
+            return abs(op.factor) * bound + 2 * UNIT * value.abs()
         if op.kind == "add":
             return bound + self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "max_pool":
