@@ -211,7 +211,7 @@ def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
     for name, layer in layers:
         plain: Any = plain_kind(layer)(*layer_arguments(layer), **layer_options(layer))
         plain.weight = nn.Parameter(layer.quantized_weight().detach().clone())
-        plain.bias = layer.bias  # type: ignore[assignment]
+        plain.bias = layer.bias
         carry(plain, layer)
         replace_layer(model, name, plain)
     for module in model.modules():

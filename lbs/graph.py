@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lbs.convolutions import LineConv2d, TransposedConv2d
 from lbs.channels import NORMS, ChannelGroup, called_module, groups_of, repeated
+from lbs.convolutions import TransposedConv2d
 from lbs.plan import LayerPlan, Plan
 from lbs.symbolic import check_example, symbolic
 from lbs.traced import evaluating, run
@@ -134,7 +134,6 @@ def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
     if not isinstance(layer, nn.Conv2d):
         raise GraphError(f"{name} is a {type(layer).__name__}; only Conv2d and Linear layers have a geometry")
     padding = layer.padding if not isinstance(layer.padding, str) else (0, 0)
-    line = isinstance(layer, LineConv2d)
     return LayerPlan(
         name,
         "conv_transpose2d" if isinstance(layer, TransposedConv2d) else "conv2d",
@@ -147,8 +146,8 @@ def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
         _pair(padding),
         _pair(layer.dilation),
         layer.groups,
-        1 if line else int(shape[2]),
-        int(shape[2 if line else 3]),
+        int(shape[2]),
+        int(shape[3]),
     )
 
 

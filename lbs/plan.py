@@ -36,7 +36,7 @@ class LayerPlan:
     """
 
     name: str
-    kind: str  # conv2d | conv_transpose2d | linear; a convolution of lines is one of images of one row
+    kind: str  # conv2d | conv_transpose2d | linear
     w_bits: int
     a_bits: int
     in_channels: int

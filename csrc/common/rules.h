@@ -110,9 +110,9 @@ constexpr char kSelectInputs[] = "select-inputs";
 constexpr char kSelectChannels[] = "select-channels";
 // the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's
 constexpr char kRepeat[] = "repeat";
-// what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks no larger than the size, and repeats nothing; what has no size moves none
+// what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks within the size, no repeat
 constexpr char kSelectSize[] = "select-size";
-// a selection has a top and a left of 0 to MAX_SIZE for each input or for none, as many channels at every place of a block, and reads pixels that its inputs have
+// what moves pixels has a top and a left for each input or for none, as many channels at each place of a block, and reads pixels that its inputs have
 constexpr char kSelectWindow[] = "select-window";
 // codes that pass unchanged have one consumer, of their kind and without a norm, nothing else
 constexpr char kCodesUnchanged[] = "codes-unchanged";

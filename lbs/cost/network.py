@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lbs.convolutions import as_convolution
 from lbs.cost.bops import bops, full_precision, physical_bops
 from lbs.cost.edges import edge_layers, uniform_bits
 from lbs_kernels.errors import GraphError
@@ -93,14 +92,9 @@ def conv_problem(module: nn.Conv2d, x: Tensor, y: Tensor) -> Problem:
 
 def transposed_problem(module: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Problem:
     """The Problem of an nn.ConvTranspose2d applied to x [N, C, H, W], at 8/8 bits and for one image."""
-    window = (_pair(getattr(module, name)) for name in ("kernel_size", "stride", "padding", "dilation"))
+    kernel, stride, padding, dilation = map(_pair, (module.kernel_size, module.stride, module.padding, module.dilation))
     size = (x.shape[-2], x.shape[-1], module.in_channels, module.out_channels)
-    return Problem(TRANSPOSED, 1, *size, *window, module.groups)
-
-
-def line_problem(module: nn.Conv1d, x: Tensor, y: Tensor) -> Problem:
-    """The Problem of an nn.Conv1d applied to x [N, C, L], at 8/8 bits and for one line: an image of one row."""
-    return conv_problem(as_convolution(module), x.unsqueeze(-2), y)
+    return Problem(TRANSPOSED, 1, *size, kernel, stride, padding, dilation, module.groups)
 
 
 def linear_problem(module: nn.Linear, x: Tensor, y: Tensor) -> Problem:
@@ -115,7 +109,6 @@ def linear_problem(module: nn.Linear, x: Tensor, y: Tensor) -> Problem:
 GEOMETRY: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Problem]] = {
     nn.Conv2d: conv_problem,
     nn.ConvTranspose2d: transposed_problem,
-    nn.Conv1d: line_problem,
     nn.Linear: linear_problem,
 }
 

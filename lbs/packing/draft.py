@@ -294,8 +294,8 @@ def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays
 
 
 def weight_codes(layer: QuantLayer, shape: Shape, part: Part | None = None) -> Tensor:
-    """Codes uint8 [O, kh, kw, C] on the CPU, of a part of the layer where one is given; a linear layer reads an image of
-    `shape` [C, H, W] as one window.
+    """Codes uint8 [O, kh, kw, C] on the CPU, of a part of the layer where one is given; a linear layer reads an image
+    of `shape` [C, H, W] as one window.
     """
     codes = layer.code_bytes().cpu()
     if part is not None:

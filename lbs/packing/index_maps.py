@@ -1,8 +1,8 @@
 """Operations that only move elements, as maps: slices, shuffles, pixels repeated by whole factors, blocks of pixels.
 
 Nothing is known of them here but that they move: a chain of them is applied to an image that holds the numbers of its
-own elements, and what comes out says where every element came from. What moves pixels in another way than the formats's
-selections do has no map.
+own elements, and what comes out says where every element came from. What moves pixels in another way than a
+`SelectStep` does has no map.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _moved_pixels(numbers: Tensor, moved: Tensor) -> IndexMap | None:
 
 
 def _along(places: Tensor, side: int, axis: int) -> tuple[int, int] | None:
-    """(block, stride): elements a block apart along `axis` come from places that differ by a stride on one side alone."""
+    """(block, stride): elements a block apart along `axis` come from places a stride apart, on that side alone."""
     length = places.shape[axis]
     for block in range(1, min(length, _MOST_PLACES) + 1):
         apart = places.narrow(axis, block, length - block) - places.narrow(axis, 0, length - block)

@@ -122,7 +122,8 @@ class _Chosen:
         channels = () if channels == tuple(range(sum(widths))) else channels
         if self.grid is not None:
             top, left = zip(*(corner for _, corner in self.inputs), strict=True)
-            return Selection(channels, (1, 1), *vars(self.grid).values(), top, left)
+            grid = self.grid
+            return Selection(channels, (1, 1), grid.size, grid.block, grid.stride, top, left)
         (_, height, width), (_, rows, columns) = draft.shape, self.inputs[0][0].shape
         return Selection(channels, (height // rows, width // columns))
 

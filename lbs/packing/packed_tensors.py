@@ -16,8 +16,8 @@ from lbs_kernels.program.steps import ConvStep, LinearStep, Program
 class PackedTensors:
     """Tensors of one traced run of all regions, in the shapes of the float model.
 
-    steps: of the packed layers by their names, of a transposed convolution its parts. streams: node -> where its floats are stored. images: node -> what float modules
-    gave to a region.
+    steps: of the packed layers by their names, of a transposed convolution its parts. streams: node -> where its floats
+    are stored. images: node -> what float modules gave to a region.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class PackedTensors:
         return _logical(self._codes(*self.steps[name][0]), shape, name)
 
     def transposed_codes(self, name: str, codes: Tensor, parts: Sequence[Part]) -> Tensor:
-        """The same of a transposed convolution, whose weights its parts hold between them; `codes` where none does, as no
-        output sees that tap.
+        """The same of a transposed convolution, whose weights its parts hold between them; `codes` where none does, as
+        no output sees that tap.
         """
         found = codes.cpu().clone()
         for part, (region, step) in zip(parts, self.steps[name], strict=True):

@@ -43,7 +43,8 @@ class Op:
     """A node a program can express.
 
     alias: the same values, possibly flattened, or on the way of a select. shape: sizes only, no values (`x.size(0)`).
-    gate: a product with one number for each image and channel; scale: with one that is always the same. select: channels of what it reads side by side.
+    gate: a product with one number for each image and channel; scale: with one that is always the same. select:
+    channels of what it reads side by side, or pixels of it in other places.
     """
 
     kind: Kind
@@ -334,7 +335,11 @@ def _constant(value: Any) -> float | None:
     """A number, or a tensor of the model's that holds one, as the float32 number that torch multiplies by."""
     if isinstance(value, fx.Node) and value.op == "get_attr":
         held: Any = operator.attrgetter(str(value.target))(value.graph.owning_module)
-        value = held.item() if isinstance(held, torch.Tensor) and held.dtype == torch.float32 and held.numel() == 1 else None
+        value = (
+            held.item()
+            if isinstance(held, torch.Tensor) and held.dtype == torch.float32 and held.numel() == 1
+            else None
+        )
     known = isinstance(value, int | float) and not isinstance(value, bool)
     return float32(value) if known and math.isfinite(float32(value)) else None
 

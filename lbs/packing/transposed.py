@@ -1,13 +1,12 @@
 """Transposed convolutions as steps: convolutions of what they read, whose outputs a selection puts side by side.
 
 Outputs whose rows and columns have the same remainders by the stride are one convolution of the input
-(`lbs_kernels/program/transposed.py`). Where all of these see as many taps, they are filters of one step (a kernel of 2 with
-stride 2, of 4 with stride 2); else every one is a step, as a grid of weights may have no zero to fill them up with.
+(`lbs_kernels/program/transposed.py`). Where all of these see as many taps, they are filters of one step (a kernel of 2
+with stride 2, of 4 with stride 2); else each is a step: a grid of weights may have no zero to fill them up with.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -47,7 +46,7 @@ class Part:
     size: tuple[int, int]
 
     def codes(self, codes: Tensor) -> Tensor:
-        """The weights [F, C / groups, kh, kw] of those of the layer [O, C / groups, ...], place by place in each group."""
+        """The weights [F, C / groups, kh, kw] of the layer's [O, C / groups, ...]: in each group place by place."""
         return self._spread([self._seen(place, codes) for place in self.places])
 
     def by_filter(self, values: Tensor) -> Tensor:
@@ -94,9 +93,10 @@ def parts_of(layer: TransposedConv2d, source: tuple[int, int], size: tuple[int, 
         for along in zip(source, layer.kernel_size, layer.stride, layer.padding, layer.dilation, size, strict=True)
     ]
     places = [(rows, columns) for rows in sides[0] for columns in sides[1]]
-    places = [place if all(one.phase.count for one in place) else (place[0].bare(), place[1].bare()) for place in places]
+    met = [rows.phase.count * columns.phase.count > 0 for rows, columns in places]
+    places = [place if seen else (place[0].bare(), place[1].bare()) for place, seen in zip(places, met, strict=True)]
     shapes = {(rows.phase.count, columns.phase.count) for rows, columns in places}
-    together = len(shapes) == 1 and math.prod(*shapes) > 0
+    together = len(shapes) == 1 and all(met)
     return tuple(_part(layer, source, held) for held in ([places] if together else [[place] for place in places]))
 
 
@@ -127,7 +127,7 @@ def _part(layer: TransposedConv2d, source: tuple[int, int], places: list[tuple[_
         reach = apart * (count - 1)
         pad = max(0, *(reach - one.first for one in held), *(one.last - source[side] + 1 for one in held))
         if pad > reach + 1:
-            raise NoWindow(f"its outputs at an edge lie {pad} pixels outside the image, of a kernel that reaches {reach + 1}")
+            raise NoWindow(f"its outputs reach {pad} pixels beyond an edge, and the taps they see {reach + 1}")
         kernel.append(count)
         dilation.append(apart if count > 1 else 1)
         padding.append(pad)
@@ -174,8 +174,8 @@ def expanded(draft: Draft) -> list[Draft]:
         step.stream = Slot(f"{step.name}@stream", "stream", step.shape)
     sources = tuple(steps[part].stored() for part, _ in order)
     # Named, so that whoever looks at streams of half precision finds the one that norms are computed of.
-    behind = Draft(f"{draft.name}@pixels", draft.value, sources, draft.shape, selection=selection, targets=draft.targets)
-    behind.stream = draft.stored()
+    behind = Draft(f"{draft.name}@pixels", draft.value, sources, draft.shape, selection=selection)
+    behind.targets, behind.stream = draft.targets, draft.stored()
     return [*steps, behind]
 
 
@@ -186,7 +186,8 @@ def _coding(slot: Slot) -> tuple[int, int, bool]:
 def _step(draft: Draft, part: Part, index: int) -> Draft:
     """The draft of one part, which computes what `draft` does up to its clamp."""
     filters = draft.shape[0] * len(part.places)
-    step = Draft(draft.name if index == 0 else f"{draft.name}{PART}{index}", draft.value, draft.sources, (filters, *part.size))
+    name = draft.name if index == 0 else f"{draft.name}{PART}{index}"
+    step = Draft(name, draft.value, draft.sources, (filters, *part.size))
     step.layer, step.part, step.norms = draft.layer, part, draft.norms
     step.low, step.high, step.clamped = draft.low, draft.high, draft.clamped
     step.function = draft.function

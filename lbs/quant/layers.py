@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lbs.convolutions import LineConv2d, TransposedConv2d, plain_kind
+from lbs.convolutions import TransposedConv2d, plain_kind
 from lbs.quant import codec, fake
 from lbs.quant.deployed import Affine
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
@@ -60,11 +60,6 @@ class QuantLayer(nn.Module):
     def searched(self) -> bool:
         """Whether the width of the weights is still to be chosen."""
         return False
-
-    @property
-    def pixel_dims(self) -> int:
-        """How many dimensions stand behind the channels of what the layer makes."""
-        return (1 if isinstance(self, LineConv2d) else 2) if isinstance(self, nn.Conv2d) else 0
 
     @property
     def range_widths(self) -> tuple[int, int]:
@@ -173,7 +168,7 @@ class QuantLayer(nn.Module):
         dtype = torch.float32 if narrow else torch.float64
         with torch.autocast(x.device.type, enabled=False):
             acc = self.sums(units.to(dtype), self.code_bytes())
-        scale, shift = (part.view(-1, *[1] * self.pixel_dims) for part in self.affine())
+        scale, shift = (part.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else part for part in self.affine())
         if x.dtype == torch.float64:
             return acc * scale + shift
         return Affine(acc, bound, scale, shift).value()
@@ -184,7 +179,7 @@ class QuantLayer(nn.Module):
         found = [
             self.product(units, codec.weight_units(part, self.w_bits, self.w_grid, units.dtype), None) for part in parts
         ]
-        return found[0] if len(found) == 1 else torch.cat(found, 1 if self.pixel_dims else -1)
+        return found[0] if len(found) == 1 else torch.cat(found, 1 if isinstance(self, nn.Conv2d) else -1)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) float64 [O]: the layer's output is scale * acc + shift."""
@@ -229,19 +224,11 @@ class ConvProduct(QuantLayer, nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class TransposedProduct(QuantLayer, TransposedConv2d):
+class TransposedProduct(QuantLayer, TransposedConv2d):  # type: ignore[misc]
     """The operation of quantized and searchable transposed convolutions."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._transposed(x, weight, bias, self.output_padding)
-
-
-class LineProduct(QuantLayer, LineConv2d):
-    """The operation of quantized and searchable convolutions of lines."""
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        pixels = F.conv2d(x.unsqueeze(-2), weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        return pixels.squeeze(-2)
+        return self.spread(x, weight, bias, self.output_padding)
 
 
 class LinearProduct(QuantLayer, nn.Linear):
@@ -274,12 +261,8 @@ class QuantConv2d(ConvProduct):
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
 
 
-class QuantConvTranspose2d(TransposedProduct, QuantConv2d):
+class QuantConvTranspose2d(TransposedProduct, QuantConv2d):  # type: ignore[misc]
     """Transposed convolution of b-bit weights and activations. Input [N, C, H, W], output [N, O, H', W']."""
-
-
-class QuantConv1d(LineProduct, QuantConv2d):
-    """Convolution of lines, of b-bit weights and activations. Input [N, C, L], output [N, O, L']."""
 
 
 class QuantLinear(LinearProduct):
@@ -299,7 +282,6 @@ class QuantLinear(LinearProduct):
 
 _FIXED: dict[type[nn.Module], Any] = {
     TransposedConv2d: QuantConvTranspose2d,
-    LineConv2d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Linear: QuantLinear,
 }

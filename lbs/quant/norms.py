@@ -156,7 +156,7 @@ class _Bias:
 
     def __init__(self, layer: QuantLayer) -> None:
         self.bias: Tensor = layer.bias  # type: ignore[assignment]
-        self.channel = 1 if layer.pixel_dims else -1
+        self.channel = 1 if isinstance(layer, nn.Conv2d) else -1
         self.floats, self.codes = _Moments(), _Moments()
         self.calls: list[Tensor] = []
 

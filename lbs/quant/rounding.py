@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lbs.channels import called_module, repeated
-from lbs.convolutions import LineConv2d, TransposedConv2d
+from lbs.convolutions import TransposedConv2d
 from lbs.graph import trace
 from lbs.quant import codec, norms
 from lbs.quant.layers import QuantLayer
@@ -106,7 +106,7 @@ class _Paired(Evaluation):
         found = layer.product(source, weight, layer.bias)  # type: ignore[arg-type]
         normed = any(isinstance(called_module(self.module, user), norms.NORMS) for user in node.users)  # type: ignore[arg-type]
         if isinstance(layer.bias, Tensor) and not normed and name not in self.twice:
-            channel = 1 if layer.pixel_dims else -1
+            channel = 1 if isinstance(layer, nn.Conv2d) else -1
             shift = (expected - found).movedim(channel, 0).flatten(1).double().mean(1).to(found.dtype)
             layer.bias.add_(shift)
             found = found + (shift.view(-1, *[1] * (found.dim() - 2)) if channel == 1 else shift)
@@ -181,7 +181,6 @@ def _windows(layer: QuantLayer, x: Tensor, groups: int) -> Tensor:
     if isinstance(layer, TransposedConv2d):
         columns = _transposed_windows(layer, x)
     elif isinstance(layer, nn.Conv2d):
-        x = x.unsqueeze(2) if isinstance(layer, LineConv2d) else x
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     else:
         columns = x.flatten(0, -2).unsqueeze(2)
@@ -193,14 +192,15 @@ def _windows(layer: QuantLayer, x: Tensor, groups: int) -> Tensor:
 
 def _transposed_windows(layer: TransposedConv2d, x: Tensor) -> Tensor:
     """Of an image with zeros between its pixels, in which the last tap looks back furthest."""
-    spread = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True)))
+    rows, columns = ((size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True))
+    spread = x.new_zeros(*x.shape[:2], rows, columns)
     spread[:, :, :: layer.stride[0], :: layer.stride[1]] = x
-    sides = zip(layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True)
-    edges = [(d * (k - 1) - int(p), d * (k - 1) - int(p) + extra) for k, d, p, extra in sides]
+    sides: Any = zip(layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True)
+    edges = [(d * (k - 1) - p, d * (k - 1) - p + extra) for k, d, p, extra in sides]
     spread = F.pad(spread, [*edges[1], *edges[0]])
-    columns = F.unfold(spread, layer.kernel_size, layer.dilation)  # type: ignore[arg-type]
-    taps = columns.view(len(x), x.shape[1], *layer.kernel_size, -1)
-    return taps.flip(2, 3).reshape(columns.shape)
+    windows = F.unfold(spread, layer.kernel_size, layer.dilation)
+    taps = windows.view(len(x), x.shape[1], *layer.kernel_size, -1)
+    return taps.flip(2, 3).reshape(windows.shape)
 
 
 def _gptq(w: Tensor, h: Tensor, c: Tensor, v: Tensor, bits: int, grid: str) -> Tensor:

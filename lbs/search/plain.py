@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lbs.convolutions import TORCH, LineConv2d, as_convolution, as_torch, plain_kind
+from lbs.convolutions import TransposedConv2d, as_convolution, as_torch, plain_kind
 from lbs.search.replace import carry, replace_layer
 from lbs.symbolic import is_patched
 from lbs.traced import evaluating
@@ -45,17 +45,17 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def _as_convolutions(model: nn.Module) -> None:
-    """Layers of torch's that have a form as nn.Conv2d take it; not where another layer has the same weight."""
-    layers = {name: module for name, module in model.named_modules() if type(module) in TORCH and not is_patched(module)}
+    """Transposed convolutions become nn.Conv2d; not where a layer shares its weight, or a forward is patched."""
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.ConvTranspose2d}
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for name, layer in layers.items():
-        if owners[id(layer._parameters.get("weight"))] == 1:
+        if owners[id(layer._parameters.get("weight"))] == 1 and not is_patched(layer):
             made = as_convolution(layer)
             carry(made, layer)
             replace_layer(model, name, made)
 
 
-def in_torchs_form(layer: nn.Conv2d) -> nn.Module:
+def in_torchs_form(layer: TransposedConv2d) -> nn.ConvTranspose2d:
     """A layer that stays in float as torch has it."""
     made = as_torch(layer)
     carry(made, layer)
@@ -119,8 +119,7 @@ def _in_numbers(conv: nn.Conv2d) -> None:
     alike = widths[::2] == widths[1::2]
     if conv.padding_mode != "zeros" or not alike:
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        line = isinstance(conv, LineConv2d)
-        conv.register_forward_pre_hook(_Pad(widths[:2] if line else widths, mode), with_kwargs=True)
+        conv.register_forward_pre_hook(_Pad(widths, mode), with_kwargs=True)
         widths, conv.padding_mode = [0, 0, 0, 0], "zeros"
     conv.padding = (widths[2], widths[0])
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lbs.channels import ChannelGroup, groups_in_training
+from lbs.convolutions import TransposedConv2d, plain_kind
 from lbs.cost import EDGE_BITS
-from lbs.convolutions import TORCH, plain_kind
 from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, trace
 from lbs.plan import RANGES, LayerPlan, Plan, grid_at
 from lbs.quant.codec import check_chain
@@ -210,7 +210,7 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     skipped = {name for name, _ in unconverted}
     for name in skipped:
         left = model.get_submodule(name)
-        if isinstance(left, tuple(TORCH.values())):
+        if isinstance(left, TransposedConv2d):
             replace_layer(model, name, in_torchs_form(left))
     groups = {
         name: _fitting_tile(_without_tied(_without(group, skipped), model), model, config)

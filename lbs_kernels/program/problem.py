@@ -8,7 +8,6 @@ from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, S
 from lbs_kernels.program.transposed import phases
 from lbs_kernels.program.window import Window, is_depthwise
 
-
 TRANSPOSED = "conv_transpose2d"  # no step: its problem is what is counted, not what runs
 
 

@@ -103,7 +103,9 @@ def test_small_programs_compile(case: str, tmp_path: Path) -> None:
             launch(programs.random_inputs(program, 1, 0))
 
 
-@pytest.mark.parametrize("case", ["concatenated", "concatenated_bytes", "selected_streams_bfloat16", "moved", "moved_streams"])
+@pytest.mark.parametrize(
+    "case", ["concatenated", "concatenated_bytes", "selected_streams_bfloat16", "moved", "moved_streams"]
+)
 def test_selections_compile(case: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)
     for number, (step, launch) in enumerate(zip(program.steps, launches(program, blob, 2), strict=True)):

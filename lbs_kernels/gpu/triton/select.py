@@ -1,4 +1,4 @@
-"""select in Triton: channels of several tensors as one, pixels repeated or moved; codes pass unchanged, streams are emitted.
+"""select in Triton: channels of several tensors as one, pixels repeated or moved; codes pass, streams are emitted.
 
 All tensors of a program lie in one arena, so a table of addresses, one for each channel (and place of a block, where
 pixels are moved), serves any number of inputs.
@@ -24,15 +24,15 @@ from lbs_kernels.program.planes import WORD, words
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program, SelectStep
 
-# Rows of the table, each [entries] for the channels that are written: elements from the base to the channel in the first
-# pixel that is read (of planes: to its word in plane 0), from pixel to pixel, from plane to plane; its bit; rows and
-# columns of a pixel, or where pixels are moved, pixels from image to image and from row to row.
+# Rows of the table, each [entries] for the channels that are written: elements from the base to the channel in the
+# first pixel that is read (of planes: to its word in plane 0), from pixel to pixel, from plane to plane; its bit; rows
+# and columns of a pixel, or where pixels are moved, pixels from image to image and from row to row.
 START, PITCH, PLANE, BIT, ROWS, COLUMNS = (tl.constexpr(row) for row in range(6))
 
 
 class SelectShape(NamedTuple):
-    """Sizes of what is written. `out_pitch`: elements between two pixels of codes of 8 bits. `entries`: C, or where pixels
-    are moved, C for each of the `block_rows * block_columns` places of a block.
+    """Sizes of what is written. `out_pitch`: elements between two pixels of codes of 8 bits. `entries`: C, or where
+    pixels are moved, C for each of the `block_rows * block_columns` places of a block.
     """
 
     rows: int  # N * height * width
@@ -49,8 +49,8 @@ class SelectShape(NamedTuple):
 
 @triton.jit
 def select_tile(table_ptr, shape, HOW: tl.constexpr, CONFIG: tl.constexpr):
-    """Pixels [M], first channel and channels [C] of this program's tile, elements [M, C] from the base to each, and their
-    entries [1, C] of the table, or [M, C].
+    """Pixels [M], first channel and channels [C] of this program's tile, elements [M, C] from the base to each, and
+    their entries [1, C] of the table, or [M, C].
     """
     channels = shape.channels
     channel_blocks = (channels + CONFIG.block_c - 1) // CONFIG.block_c
@@ -91,9 +91,7 @@ def select_bytes_kernel(x_ptr, out_ptr, table_ptr, shape, HOW: tl.constexpr, CON
 
 
 @triton.jit
-def select_planes_kernel(
-    x_ptr, out_ptr, table_ptr, shape, BITS: tl.constexpr, HOW: tl.constexpr, CONFIG: tl.constexpr
-):
+def select_planes_kernel(x_ptr, out_ptr, table_ptr, shape, BITS: tl.constexpr, HOW: tl.constexpr, CONFIG: tl.constexpr):
     """Codes of 1 to 7 bits, taken out of their words and put into others."""
     row, first, channel, offset, entry = select_tile(table_ptr, shape, HOW, CONFIG)
     mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
@@ -110,9 +108,7 @@ def select_planes_kernel(
 
 
 @triton.jit
-def select_stream_kernel(
-    x_ptr, target, table_ptr, shape, EMIT: tl.constexpr, HOW: tl.constexpr, CONFIG: tl.constexpr
-):
+def select_stream_kernel(x_ptr, target, table_ptr, shape, EMIT: tl.constexpr, HOW: tl.constexpr, CONFIG: tl.constexpr):
     """Streams, emitted."""
     DTYPE: tl.constexpr = EMIT.stream_dtype
     row, first, channel, offset, _ = select_tile(table_ptr, shape, HOW, CONFIG)
