@@ -112,7 +112,7 @@ constexpr char kSelectChannels[] = "select-channels";
 constexpr char kRepeat[] = "repeat";
 // what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks within the size, no repeat
 constexpr char kSelectSize[] = "select-size";
-// what moves pixels has a top and a left for each input or for none, as many channels at each place of a block, and reads pixels that its inputs have
+// what moves pixels has a top and left for each input or for none, as many channels at each place of a block, and reads pixels that its inputs have
 constexpr char kSelectWindow[] = "select-window";
 // codes that pass unchanged have one consumer, of their kind and without a norm, nothing else
 constexpr char kCodesUnchanged[] = "codes-unchanged";

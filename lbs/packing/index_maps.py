@@ -36,7 +36,7 @@ _MODULES = (
     *(nn.ChannelShuffle, nn.Flatten, nn.Unflatten, nn.Upsample, nn.UpsamplingNearest2d),
     *(nn.PixelShuffle, nn.PixelUnshuffle),
 )
-_MOST_PLACES = 64  # of a block: those of 8 x 8 pixels; any movement of a small image is a block as large
+_MOST_PLACES = 64  # of a block: those of 8 x 8 pixels
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _moved_pixels(numbers: Tensor, moved: Tensor) -> IndexMap | None:
     blocks, strides = [], []
     for side, axis in ((1, 2), (2, 3)):
         found = _along(places, side, axis)
-        if found is None:
+        whole = found is not None and 1 < found[0] == places.shape[axis] and numbers.shape[axis] > 1
+        if found is None or whole:  # one block, as large as the image, says of anything where it is
             return None
         blocks.append(found[0])
         strides.append(found[1])

@@ -18,9 +18,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lbs.convolutions import TransposedConv2d, as_convolution, as_torch, plain_kind
 from lbs.search.replace import carry, replace_layer
-from lbs.symbolic import is_patched
+from lbs.symbolic import is_patched, record
 from lbs.traced import evaluating
 from lbs.wrappers import copied, unwrapped
+from lbs_kernels.errors import GraphError
 
 _NORMS = {_WeightNorm: "weight norm", _SpectralNorm: "spectral norm"}
 _log = logging.getLogger("lbs")
@@ -37,19 +38,27 @@ def plain_copy(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules():
             for what in _make_permanent(module):
                 _log.warning("%s: its %s is part of its weights in the copy, and training may undo it", name, what)
-    _as_convolutions(model)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and has_own_forward(module) is None:
-            _in_numbers(module)
+            if isinstance(module, nn.Conv2d) and has_own_forward(module) is None:
+                _in_numbers(module)
     return model
 
 
-def _as_convolutions(model: nn.Module) -> None:
-    """Transposed convolutions become nn.Conv2d; not where a layer shares its weight, or a forward is patched."""
+def as_convolutions(model: nn.Module) -> None:
+    """Make transposed convolutions nn.Conv2d, in place; not one whose weight another layer has, or the forward pass
+    reads beside it: it would read filters first.
+    """
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.ConvTranspose2d}
+    if not layers:
+        return
+    try:
+        with evaluating(model):
+            read = {str(node.target) for node in record(model, hooks=False).graph.nodes if node.op == "get_attr"}
+    except GraphError:
+        return  # who traces it next says why
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for name, layer in layers.items():
-        if owners[id(layer._parameters.get("weight"))] == 1 and not is_patched(layer):
+        own = owners[id(layer._parameters.get("weight"))] == 1 and f"{name}.weight" not in read
+        if own and not is_patched(layer):
             made = as_convolution(layer)
             carry(made, layer)
             replace_layer(model, name, made)

@@ -24,7 +24,7 @@ from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchLayer, SearchQuantizer, searched_kind
 from lbs.search.lookalikes import as_torch_has_them
-from lbs.search.plain import has_own_forward, in_torchs_form, plain_copy
+from lbs.search.plain import as_convolutions, has_own_forward, in_torchs_form, plain_copy
 from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
@@ -196,6 +196,8 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     model = plain_copy(model)
     adopt_frozen_norms(model)
     model = as_torch_has_them(model)
+    if config.trace:
+        as_convolutions(model)
     _check_finite(model)
     layers, found, uneven, folding = _layers_and_groups(model, example, config)
     unconverted = []
@@ -205,7 +207,11 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             if reason:
                 unconverted.append((name, reason))
         elif _is_other_layer(module) and ".parametrizations." not in f".{name}.":
-            unconverted.append((name, f"{type(module).__name__} has no quantized form"))
+            tied = config.trace and type(module) is nn.ConvTranspose2d
+            reason = (
+                "its weight is used beside it as well" if tied else f"{type(module).__name__} has no quantized form"
+            )
+            unconverted.append((name, reason))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
     for name in skipped:

@@ -105,7 +105,7 @@ WALKING = {
     "select-channels": "a selection takes channels that its inputs have, of at most MAX_SIZE",
     "repeat": "the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's",
     "select-size": "what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks within the size, no repeat",
-    "select-window": "what moves pixels has a top and a left for each input or for none, as many channels at each place "
+    "select-window": "what moves pixels has a top and left for each input or for none, as many channels at each place "
     "of a block, and reads pixels that its inputs have",
     "codes-unchanged": "codes that pass unchanged have one consumer, of their kind and without a norm, nothing else",
     "activation-value": "the value of elu and leaky_relu is exact in float32, other activations have 0",
