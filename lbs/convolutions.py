@@ -21,9 +21,9 @@ class TransposedConv2d(nn.Conv2d):
 
     output_padding: tuple[int, int]
 
-    def __init__(self, *args: Any, output_padding: tuple[int, int] = (0, 0), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, output_padding: int | tuple[int, int] = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.output_padding = output_padding
+        self.output_padding = (output_padding,) * 2 if isinstance(output_padding, int) else output_padding
         self.sized = False
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
