@@ -225,7 +225,8 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
     for (size_t block = 0; block < blocks; ++block)
         for (size_t c = 0; c < count; ++c) {
             const size_t chosen = block * each + std::min(c, each - 1);
-            places[block * count + c] = all[step.channels.empty() ? chosen : static_cast<size_t>(step.channels[chosen])];
+            const size_t taken = step.channels.empty() ? chosen : static_cast<size_t>(step.channels[chosen]);
+            places[block * count + c] = all[taken];
         }
     select.sources = sources;
     select.places = places;

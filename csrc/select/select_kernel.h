@@ -84,8 +84,9 @@ inline void move_row(const lbs::SelectPlan& plan, const lbs::EmitPlan& e, const 
             int32_t words[Simd::L];
             Simd::istore(words, word);
             const int lanes = count - n < Simd::L ? count - n : Simd::L;
+            const int64_t* columns_out = plan.out_columns + first_column + n * plan.block_columns;
             for (int lane = 0; lane < lanes; ++lane)
-                __builtin_memcpy(out + plan.out_columns[first_column + (n + lane) * plan.block_columns], words + lane, 4);
+                __builtin_memcpy(out + columns_out[lane * plan.block_columns], words + lane, 4);
         }
         return;
     }
