@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
+from lbs.convolutions import plain_kind
 from lbs.engines import ENGINES, EngineModels, why_not
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.packing import pack
@@ -200,10 +201,9 @@ def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
     model = copy.deepcopy(model)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
     for name, layer in layers:
-        kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-        plain = kind(*layer_arguments(layer), **layer_options(layer))  # type: ignore[arg-type]
+        plain: Any = plain_kind(layer)(*layer_arguments(layer), **layer_options(layer))
         plain.weight = nn.Parameter(layer.quantized_weight().detach().clone())
-        plain.bias = layer.bias  # type: ignore[assignment]
+        plain.bias = layer.bias
         carry(plain, layer)
         replace_layer(model, name, plain)
     for module in model.modules():

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from lbs import cost
 from lbs.channels import NORMS, ChannelGroup, called_module, groups_of, repeated
+from lbs.convolutions import TransposedConv2d
 from lbs.plan import LayerPlan, Plan
 from lbs.symbolic import check_example, symbolic
 from lbs.traced import evaluating, run
@@ -142,7 +143,7 @@ def geometry(name: str, layer: nn.Module, shape: tuple[int, ...]) -> LayerPlan:
     padding = layer.padding if not isinstance(layer.padding, str) else (0, 0)
     return LayerPlan(
         name,
-        "conv2d",
+        "conv_transpose2d" if isinstance(layer, TransposedConv2d) else "conv2d",
         8,
         8,
         layer.in_channels,

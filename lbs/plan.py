@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from lbs import cost
 from lbs_kernels.errors import PlanError
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import TRANSPOSED, Problem
 from lbs_kernels.program.steps import WeightGrid
 from lbs_kernels.program.window import is_depthwise
 
 PLAN_VERSION = 2  # 2: w_grid and ranges
 RANGES = ("filter", "layer")
+_OPS = {"conv2d": "bitconv2d", "conv_transpose2d": TRANSPOSED, "linear": "bitlinear"}
 
 
 def grid_at(bits: int) -> WeightGrid:
@@ -35,7 +36,7 @@ class LayerPlan:
     """
 
     name: str
-    kind: str  # conv2d | linear
+    kind: str  # conv2d | conv_transpose2d | linear
     w_bits: int
     a_bits: int
     in_channels: int
@@ -72,7 +73,7 @@ class LayerPlan:
     ) -> Problem:
         """The layer as a Problem, with other channel counts and bits where they are given."""
         return Problem(
-            "bitlinear" if self.kind == "linear" else "bitconv2d",
+            _OPS[self.kind],
             batch * self.positions,
             self.height,
             self.width,
@@ -214,8 +215,8 @@ def check_layer(layer: LayerPlan) -> None:
     """
     if not isinstance(layer.name, str) or not layer.name:
         raise PlanError(f"layer name {layer.name!r}; a layer is named by its path in the model, such as layer1.0.conv1")
-    if layer.kind not in ("conv2d", "linear"):
-        raise PlanError(f"layer {layer.name}: kind={layer.kind!r}; a layer is a conv2d or linear")
+    if layer.kind not in _OPS:
+        raise PlanError(f"layer {layer.name}: kind={layer.kind!r}; a layer is one of {', '.join(_OPS)}")
     if layer.source is not None and not isinstance(layer.source, str):
         raise PlanError(f"layer {layer.name}: source={layer.source!r}; name a layer, or null")
     for label in ("w_bits", "a_bits"):

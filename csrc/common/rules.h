@@ -54,7 +54,7 @@ constexpr char kFlat[] = "flat";
 constexpr char kVersion1[] = "version-1";
 // versions 1 and 2 have the odd grid of weights only, and no activations, gates, averages, selections
 constexpr char kVersion2[] = "version-2";
-// versions 1 to 3 have no interpolation
+// versions 1 to 3 have no interpolation and no selections that move pixels
 constexpr char kVersion3[] = "version-3";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
@@ -110,6 +110,10 @@ constexpr char kSelectInputs[] = "select-inputs";
 constexpr char kSelectChannels[] = "select-channels";
 // the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's
 constexpr char kRepeat[] = "repeat";
+// what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks within the size, no repeat
+constexpr char kSelectSize[] = "select-size";
+// what moves pixels has a top and left for each input or for none, as many channels at each place of a block, and reads pixels that its inputs have
+constexpr char kSelectWindow[] = "select-window";
 // interpolation writes an image of 1 to MAX_SIZE, and goes through its input by positive scales
 constexpr char kResize[] = "resize";
 // codes that pass unchanged have one consumer, of their kind and without a norm, nothing else

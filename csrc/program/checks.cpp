@@ -72,6 +72,12 @@ void check_version_1(const ProgramSpec& program) {
             refuse(rule::kVersion1, "step '" + step.name + "' has a multiplier or bias in a program of version 1");
 }
 
+bool moves_pixels(const StepSpec& step) {
+    const auto one = [](Pair pair) { return pair.y == 1 && pair.x == 1; };
+    const bool plain = one(step.block) && one(step.stride) && step.top.empty() && step.left.empty();
+    return step.size.y || step.size.x || !plain;
+}
+
 void check_version_2(const StepSpec& step, const std::string& where) {
     if (!step.w_odd) refuse(rule::kVersion2, "step '" + step.name + "' has weights on a grid with a zero" + where);
     if (step.emit.activation || step.emit.gate != kNoTensor)
@@ -82,6 +88,8 @@ void check_version_2(const StepSpec& step, const std::string& where) {
 
 void check_version_3(const StepSpec& step, const std::string& where) {
     if (step.kind == StepKind::kResize) refuse(rule::kVersion3, "step '" + step.name + "' interpolates" + where);
+    if (step.kind == StepKind::kSelect && moves_pixels(step))
+        refuse(rule::kVersion3, "step '" + step.name + "' moves pixels" + where);
 }
 
 void check_version(const ProgramSpec& program) {

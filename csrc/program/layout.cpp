@@ -145,7 +145,7 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
     }
     // Rows of what a selection reads lie as those it writes, so that whole groups are copied.
     for (auto step = program.steps.rbegin(); step != program.steps.rend(); ++step) {
-        if (step->kind != StepKind::kSelect || step->emit.consumers.empty()) continue;
+        if (step->kind != StepKind::kSelect || step->emit.consumers.empty() || step->size.y) continue;
         const auto output = static_cast<size_t>(step->emit.consumers[0].tensor);
         for (int input : step->inputs) {
             const auto i = static_cast<size_t>(input);

@@ -221,6 +221,11 @@ struct SelectSource {
     bool is_alike = false;  // output pixels of a row, or of a stream, lie as in the input, padding included
     int64_t row = 0, row_pitch = 0;  // of codes: bytes to the first row, with its padding, and from row to row
     PixelMap map;                    // of codes, and of streams that are not alike
+    // Where pixels are moved: bytes to the row and the column that are read for each of the result, of places of a
+    // block that read this input.
+    const int64_t* rows = nullptr;
+    const int64_t* columns = nullptr;
+    bool is_dense = false;  // of codes: columns that are read for one place of a block after the other lie side by side
 };
 
 struct SelectPlace {
@@ -229,8 +234,13 @@ struct SelectPlace {
 
 struct SelectPlan {
     const SelectSource* sources = nullptr;
-    const SelectPlace* places = nullptr;  // of every channel that is written, continued with the last to whole groups
+    // Of every channel that is written, continued with the last to whole groups; one place of a block after the other.
+    const SelectPlace* places = nullptr;
     int groups = 0;
+    int block_rows = 1, block_columns = 1;
+    int height = 0, width = 0;  // of the result where pixels are moved, else 0
+    const int64_t* out_rows = nullptr;  // of codes, as in SelectSource
+    const int64_t* out_columns = nullptr;
     int output = 0;  // of codes, from here on
     int rows = 0;
     int64_t out_row = 0, out_row_pitch = 0;

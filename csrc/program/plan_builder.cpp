@@ -238,6 +238,18 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
     SelectPlan& select = plan.select;
     const TensorSpec& target = target_of(spec, step);
     const bool codes = spec.tensors[static_cast<size_t>(step.input)].form == Form::kCodes;
+    if (step.size.y) {
+        select.height = step.size.y;
+        select.width = step.size.x;
+        select.block_rows = step.block.y;
+        select.block_columns = step.block.x;
+    }
+    // Bytes to what is read for each row or column of the result; places of a block that do not read it may lie beyond.
+    const auto offsets_along = [&](int count, int size, const auto& index, const auto& offset) {
+        int64_t* made = store.make<int64_t>(static_cast<size_t>(count));
+        for (int i = 0; i < count; ++i) made[i] = offset(std::min(index(i), size - 1));
+        return made;
+    };
     SelectSource* sources = store.make<SelectSource>(step.inputs.size());
     std::vector<SelectPlace> all;  // the channels of the inputs side by side
     for (size_t i = 0; i < step.inputs.size(); ++i) {
@@ -246,7 +258,20 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
         const CodeLayout& layout = layouts[index];
         SelectSource source;
         source.tensor = step.inputs[i];
-        if (codes) {
+        for (int channel = 0; channel < tensor.channels; ++channel) all.push_back({static_cast<int>(i), channel});
+        if (select.height) {
+            const Pair first{step.top.empty() ? 0 : step.top[i], step.left.empty() ? 0 : step.left[i]};
+            const auto row = [&](int h) { return first.y + step.stride.y * (h / step.block.y); };
+            const auto column = [&](int w) { return first.x + step.stride.x * (w / step.block.x); };
+            source.pitch = codes ? layout.group_pitch() : 4 * tensor.pixels();
+            source.is_dense = layout.phases == 1 && step.stride.x == 1;
+            source.rows = offsets_along(select.height, tensor.height, row, [&](int y) {
+                return codes ? layout.row(y) : int64_t{4} * y * tensor.width;
+            });
+            source.columns = offsets_along(select.width, tensor.width, column, [&](int x) {
+                return codes ? layout.offset(0, x) - layout.row(0) : int64_t{4} * x;
+            });
+        } else if (codes) {
             source.is_alike = layout.has_rows_of(layouts[static_cast<size_t>(step.emit.consumers[0].tensor)]);
             source.row = layout.row(0);
             source.row_pitch = layout.row_pitch();
@@ -259,15 +284,17 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
             if (!source.is_alike) source.map = repeat_map(store, tensor, target.height, target.width, kernels.lanes);
         }
         sources[i] = source;
-        for (int channel = 0; channel < tensor.channels; ++channel) all.push_back({static_cast<int>(i), channel});
     }
     select.groups = (target.channels + 3) / 4;
-    const size_t count = 4 * static_cast<size_t>(select.groups);
-    SelectPlace* places = store.make<SelectPlace>(count);
-    for (size_t c = 0; c < count; ++c) {
-        const size_t chosen = std::min(c, static_cast<size_t>(target.channels) - 1);
-        places[c] = all[step.channels.empty() ? chosen : static_cast<size_t>(step.channels[chosen])];
-    }
+    const size_t count = 4 * static_cast<size_t>(select.groups), each = static_cast<size_t>(target.channels);
+    const auto blocks = static_cast<size_t>(step.block.y) * static_cast<size_t>(step.block.x);
+    SelectPlace* places = store.make<SelectPlace>(blocks * count);
+    for (size_t block = 0; block < blocks; ++block)
+        for (size_t c = 0; c < count; ++c) {
+            const size_t chosen = block * each + std::min(c, each - 1);
+            const size_t taken = step.channels.empty() ? chosen : static_cast<size_t>(step.channels[chosen]);
+            places[block * count + c] = all[taken];
+        }
     select.sources = sources;
     select.places = places;
     if (!codes) return;
@@ -278,6 +305,11 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
     select.out_row_pitch = out.row_pitch();
     select.out_pitch = static_cast<int32_t>(out.group_pitch());
     select.out_map = store_map(store, out, kernels.lanes);
+    const auto itself = [](int i) { return i; };
+    if (!select.height) return;
+    select.out_rows = offsets_along(out.height, out.height, itself, [&](int y) { return out.row(y); });
+    select.out_columns =
+        offsets_along(out.width, out.width, itself, [&](int x) { return out.offset(0, x) - out.row(0); });
 }
 
 void ProgramPlan::plan_resize(const StepSpec& step, StepPlan& plan) {

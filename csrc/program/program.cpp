@@ -132,6 +132,11 @@ StepSpec read_step(const Json& value) {
         step.input = step.inputs.empty() ? kNoTensor : step.inputs.front();
         step.channels = numbers(value, "channels");
         step.repeat = pair(value, "repeat");
+        step.size = pair(value, "size");
+        step.block = pair(value, "block");
+        step.stride = pair(value, "stride");
+        step.top = numbers(value, "top");
+        step.left = numbers(value, "left");
         return step;
     }
     step.input = whole(value, "input");

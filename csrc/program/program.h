@@ -64,12 +64,13 @@ struct StepSpec {
     int input = 0;              // the first of a selection
     std::vector<int> inputs;    // all of them
     std::vector<int> channels;  // of a selection; empty: all, in order
+    std::vector<int> top, left;  // of a selection: one for each input; empty: 0
     EmitSpec emit;
     int w_bits = 0, groups = 1, total_filters = 0;
     bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
-    Pair kernel, stride, padding{0, 0}, dilation, repeat;
-    Pair size;              // of interpolation: rows and columns that are written
-    Numbers scale, offset;  // of their positions in the input
+    Pair kernel, stride, padding{0, 0}, dilation, repeat, block;
+    Pair size{0, 0};        // of interpolation, and of what a selection makes that moves pixels
+    Numbers scale, offset;  // of interpolation: of positions in the input
     std::string planes;
     std::optional<std::string> multiplier, bias;
 };

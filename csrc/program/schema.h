@@ -143,8 +143,13 @@ constexpr Field kSelectStepFields[] = {
     {"emit", Kind::kRecord, Count::kOne, false, nullptr, nullptr, &kEmit},
     {"channels", Kind::kInt, Count::kList, false, "[]", nullptr, nullptr},
     {"repeat", Kind::kInt, Count::kPair, false, "[1, 1]", nullptr, nullptr},
+    {"size", Kind::kInt, Count::kPair, false, "[0, 0]", nullptr, nullptr},
+    {"block", Kind::kInt, Count::kPair, false, "[1, 1]", nullptr, nullptr},
+    {"stride", Kind::kInt, Count::kPair, false, "[1, 1]", nullptr, nullptr},
+    {"top", Kind::kInt, Count::kList, false, "[]", nullptr, nullptr},
+    {"left", Kind::kInt, Count::kList, false, "[]", nullptr, nullptr},
 };
-constexpr Record kSelectStep = {"SelectStep", kSelectStepFields, 5};
+constexpr Record kSelectStep = {"SelectStep", kSelectStepFields, 10};
 
 constexpr Field kResizeStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},

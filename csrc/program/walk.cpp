@@ -19,6 +19,7 @@ struct Shape {
 bool is_size(int64_t value) { return value >= 1 && value <= kMaxSize; }
 
 bool is_zero(Pair pair) { return pair.y == 0 && pair.x == 0; }
+bool is_one(Pair pair) { return pair.y == 1 && pair.x == 1; }
 
 bool is_float32(double value) {
     return std::fabs(value) <= std::numeric_limits<float>::max() &&
@@ -164,6 +165,9 @@ private:
         if (total > kMaxSize || !std::all_of(step.channels.begin(), step.channels.end(), exists))
             refuse_here(rule::kSelectChannels, "the inputs have " + std::to_string(total) + " channels, at most " +
                                                    std::to_string(kMaxSize) + ", to select of");
+        if (step.size.y || step.size.x) return check_moved(step, total);
+        if (!is_one(step.block) || !is_one(step.stride) || !step.top.empty() || !step.left.empty())
+            refuse_here(rule::kSelectSize, "a block, stride, top or left is given and no size");
         const int64_t height = int64_t{first.height} * step.repeat.y, width = int64_t{first.width} * step.repeat.x;
         const auto divides = [&](int index) {
             return height % spec(index).height == 0 && width % spec(index).width == 0;
@@ -172,6 +176,44 @@ private:
             refuse_here(rule::kRepeat, "the size that is written is a whole multiple of every input's");
         const auto count = static_cast<int64_t>(step.channels.size());
         return {static_cast<int>(height), static_cast<int>(width), static_cast<int>(count ? count : total)};
+    }
+
+    Shape check_moved(const StepSpec& step, int64_t total) const {
+        bool sane = is_one(step.repeat);
+        for (Pair pair : {step.size, step.block, step.stride}) sane = sane && is_size(pair.y) && is_size(pair.x);
+        if (!sane || step.block.y > step.size.y || step.block.x > step.size.x)
+            refuse_here(rule::kSelectSize, "size, block and stride are 1 to " + std::to_string(kMaxSize) +
+                                               ", blocks no larger than the size, and nothing is repeated");
+        const size_t inputs = step.inputs.size();
+        const int64_t listed = step.channels.empty() ? total : static_cast<int64_t>(step.channels.size());
+        const int64_t places = int64_t{step.block.y} * step.block.x;
+        bool fitting = listed % places == 0;
+        for (const std::vector<int>* offsets : {&step.top, &step.left}) {
+            const bool one_each = offsets->empty() || offsets->size() == inputs;
+            const auto sized = [](int value) { return value >= 0 && value <= kMaxSize; };
+            fitting = fitting && one_each && std::all_of(offsets->begin(), offsets->end(), sized);
+        }
+        if (!fitting)
+            refuse_here(rule::kSelectWindow,
+                        "each input has a top and a left, or none has, and every place of a block as many channels");
+        const int64_t each = listed / places;
+        std::vector<size_t> holders;
+        for (size_t i = 0; i < inputs; ++i)
+            holders.insert(holders.end(), static_cast<size_t>(spec(step.inputs[i]).channels), i);
+        const auto last = [](int first, int stride, int size, int64_t shift, int block) {
+            return first + stride * ((size - 1 - shift) / block);
+        };
+        for (int64_t at = 0; at < listed; ++at) {
+            const int64_t place = at / each;
+            const auto index = static_cast<size_t>(at);
+            const size_t i = holders[step.channels.empty() ? index : static_cast<size_t>(step.channels[index])];
+            const TensorSpec& input = spec(step.inputs[i]);
+            const int top = step.top.empty() ? 0 : step.top[i], left = step.left.empty() ? 0 : step.left[i];
+            if (last(top, step.stride.y, step.size.y, place / step.block.x, step.block.y) >= input.height ||
+                last(left, step.stride.x, step.size.x, place % step.block.x, step.block.x) >= input.width)
+                refuse_here(rule::kSelectWindow, "it reads pixels that " + input.name + " does not have");
+        }
+        return {step.size.y, step.size.x, static_cast<int>(each)};
     }
 
     // Bits, groups, planes, multiplier and bias of a step; returns the number of filters.

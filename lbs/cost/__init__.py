@@ -19,6 +19,7 @@ from lbs.cost.bops import (
     total_bops,
 )
 from lbs.cost.edges import EDGE_BITS, edge_layers, uniform_bits
+from lbs.cost.latency import timed
 from lbs.cost.network import CountedLayer, NetworkLayers, network_layers
 from lbs.cost.storage import activation_bytes, float_weight_bytes, weight_bytes
 
@@ -37,6 +38,7 @@ __all__ = [
     "pair_macs",
     "physical",
     "physical_bops",
+    "timed",
     "total_bops",
     "uniform_bits",
     "weight_bytes",

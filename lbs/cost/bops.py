@@ -2,6 +2,8 @@
 
     BOPs(layer) = k_h * k_w * C_in * (C_out / groups) * H_out * W_out * b_w * b_a       (arXiv 2101.04935, section 3.3)
 
+A transposed convolution multiplies every input pixel by every tap: H_in * W_in stand for H_out * W_out.
+
 Norms, activations and pooling count nothing; full precision is 32 x 32 bits.
 """
 
@@ -12,7 +14,7 @@ from dataclasses import replace
 
 from lbs_kernels.errors import LbsError
 from lbs_kernels.program.planes import WORD, words
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import TRANSPOSED, Problem
 
 FULL_PRECISION_BITS = 32
 
@@ -22,13 +24,22 @@ def _window_positions(problem: Problem) -> int:
     return problem.rows * problem.window.taps
 
 
+def _input_positions(problem: Problem) -> int:
+    """Taps times input pixels: the same of a transposed convolution."""
+    return problem.batch * problem.height * problem.width * problem.window.taps
+
+
 def _row_positions(problem: Problem) -> int:
     """Positions a linear layer is applied at (`batch` of its problem)."""
     return problem.batch
 
 
 # Kind of layer -> multiply-accumulates of ONE pair of an input and an output channel, before division by the groups.
-PAIR_MACS: dict[str, Callable[[Problem], int]] = {"bitconv2d": _window_positions, "bitlinear": _row_positions}
+PAIR_MACS: dict[str, Callable[[Problem], int]] = {
+    "bitconv2d": _window_positions,
+    "bitlinear": _row_positions,
+    TRANSPOSED: _input_positions,
+}
 
 
 def pair_macs(problem: Problem) -> int:

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 from lbs.cost.network import NetworkLayers
 from lbs_kernels.errors import PlanError
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import TRANSPOSED, Problem
+from lbs_kernels.program.transposed import phases
+from lbs_kernels.program.window import Window
 
 
 def kept_sizes(channels: int, group: int, points: int) -> list[int]:
@@ -21,6 +23,29 @@ def kept_sizes(channels: int, group: int, points: int) -> list[int]:
     """
     steps = (-(-channels * part // (points * group)) * group for part in range(1, points + 1))
     return sorted({min(size, channels) for size in steps})
+
+
+def timed(problem: Problem) -> list[Problem]:
+    """What a layer takes its time for: itself, or the convolutions that a transposed one is packed as.
+
+    The selection behind those is left out: it moves bytes.
+
+    >>> layer = Problem("conv_transpose2d", 1, 8, 8, in_channels=16, out_channels=8, kernel=(4, 4), stride=(2, 2))
+    >>> [str(step) for step in timed(layer)]
+    ['bitconv2d_n1_16x8x8_to32_k2x2_s1_p1_w8a8_cpu']
+    """
+    if problem.op != TRANSPOSED:
+        return [problem]
+    found = list(phases(problem.kernel, problem.stride, problem.dilation))
+    counts = {(rows.count, columns.count) for rows, columns in found}
+    together = len(found) if len(counts) == 1 else 1
+    steps = []
+    for rows, columns in found[::together]:
+        kernel, apart = (max(1, rows.count), max(1, columns.count)), (rows.dilation, columns.dilation)
+        window = Window(kernel, (1, 1), (apart[0] * (kernel[0] - 1), apart[1] * (kernel[1] - 1)), apart, problem.groups)
+        filters = problem.out_channels * together
+        steps.append(replace(problem, op="bitconv2d", out_channels=filters, **vars(window)))
+    return steps
 
 
 def latency_grid(
@@ -56,7 +81,7 @@ def latency_grid(
             inputs = [problem.in_channels] if layer.name == first else kept_sizes(problem.in_channels, group, points)
             outputs = [problem.out_channels] if layer.name == last else kept_sizes(problem.out_channels, group, points)
             cut.update(dict.fromkeys(_cuts(problem, inputs, outputs)))
-    return list({**whole, **cut})
+    return list(dict.fromkeys(step for problem in (*whole, *cut) for step in timed(problem)))
 
 
 def _cuts(problem: Problem, inputs: Sequence[int], outputs: Sequence[int]) -> Iterable[Problem]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lbs.cost.bops import bops, full_precision, physical_bops
 from lbs.cost.edges import edge_layers, uniform_bits
 from lbs_kernels.errors import GraphError
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import TRANSPOSED, Problem
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,13 @@ def conv_problem(module: nn.Conv2d, x: Tensor, y: Tensor) -> Problem:
     )
 
 
+def transposed_problem(module: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Problem:
+    """The Problem of an nn.ConvTranspose2d applied to x [N, C, H, W], at 8/8 bits and for one image."""
+    kernel, stride, padding, dilation = map(_pair, (module.kernel_size, module.stride, module.padding, module.dilation))
+    size = (x.shape[-2], x.shape[-1], module.in_channels, module.out_channels)
+    return Problem(TRANSPOSED, 1, *size, kernel, stride, padding, dilation, module.groups)
+
+
 def linear_problem(module: nn.Linear, x: Tensor, y: Tensor) -> Problem:
     """The Problem of an nn.Linear applied to x [N, ..., C], at 8/8 bits: `batch` is the positions of one image."""
     positions = 1
@@ -101,6 +108,7 @@ def linear_problem(module: nn.Linear, x: Tensor, y: Tensor) -> Problem:
 # Kind of module -> its Problem, given the module, its input and its output.
 GEOMETRY: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Problem]] = {
     nn.Conv2d: conv_problem,
+    nn.ConvTranspose2d: transposed_problem,
     nn.Linear: linear_problem,
 }
 

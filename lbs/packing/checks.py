@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lbs.convolutions import TransposedConv2d
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from lbs.quant.quantizers import InputQuantizer
 from lbs_kernels.errors import GraphError
@@ -78,7 +79,7 @@ def check_layer(name: str, layer: QuantLayer) -> None:
             raise GraphError(f"{name}.{key} holds NaN or infinite values; load or train finite ones")
     if isinstance(quantizer, InputQuantizer) and not 0 <= quantizer.zero <= 255:
         raise GraphError(f"{name} has input zero {quantizer.zero}; it is a code, 0 to 255: calibrate again")
-    if quantizer.signed and any(getattr(layer, "padding", (0,))):
+    if quantizer.signed and (any(getattr(layer, "padding", (0,))) or isinstance(layer, TransposedConv2d)):
         raise GraphError(
             f"{name} pads signed activations with zeros (padding {getattr(layer, 'padding', None)}), and signed codes "
             "have no zero; put a ReLU before it, or leave it in float (SearchConfig(exclude=...))"

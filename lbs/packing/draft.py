@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from lbs.convolutions import TransposedConv2d
 from lbs.packing.fold import affine, multiplier_and_bias, rounded, through_norms
 from lbs.packing.patterns import Op
 from lbs.quant.activations import Function
@@ -30,6 +31,9 @@ from lbs_kernels.program.steps import (
     build_blob,
 )
 from lbs_kernels.program.window import Window
+
+if TYPE_CHECKING:
+    from lbs.packing.transposed import Part
 
 Shape = tuple[int, int, int]  # channels, height, width
 Norm = tuple[str, nn.BatchNorm2d]
@@ -64,10 +68,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """Channels of the sources side by side (none mean all), and how often pixels of the first one are repeated."""
+    """Channels of the sources side by side (none mean all), how often pixels are repeated, and where they move to."""
 
     channels: tuple[int, ...] = ()
     repeat: tuple[int, int] = (1, 1)
+    size: tuple[int, int] = (0, 0)  # and below: where pixels are moved (`SelectStep`)
+    block: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    top: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -83,9 +92,11 @@ class Draft:
     sources: tuple[Slot, ...]
     shape: Shape
     layer: QuantLayer | None = None
+    part: Part | None = None  # of a transposed convolution: which of its outputs
     pool: Op | None = None  # or interpolation
     selection: Selection | None = None
     pixels: tuple[Tensor, Tensor] | None = None
+    factor: float = 1.0  # of a step without a layer: what its input is multiplied by
     norms: list[Norm] = field(default_factory=list)
     function: Function | None = None
     function_first: bool = False  # in front of gate and residual
@@ -104,11 +115,12 @@ class Draft:
 
     def takes_norm(self) -> bool:
         """Whether a norm of the value can become part of the step: one with a multiplier, and only norms absorbed."""
-        return self.pool is None and self.selection is None and self.takes_gate() and self.function is None
+        multiplies = self.pool is None and self.selection is None and self.factor == 1
+        return multiplies and self._is_bare() and self.function is None
 
     def moves_only(self) -> bool:
         """Whether it is a selection that has absorbed nothing."""
-        return self.selection is not None and self.takes_gate() and self.function is None
+        return self.selection is not None and self._is_bare() and self.function is None
 
     def takes_function(self) -> bool:
         """Whether an activation of the value can become part of the step."""
@@ -116,12 +128,19 @@ class Draft:
 
     def takes_gate(self) -> bool:
         """Whether a product with one number per channel can become part of the step."""
+        return self._is_bare() and not self.is_spread()
+
+    def _is_bare(self) -> bool:
         return self.gate is None and self.residual is None and not self.clamped
+
+    def is_spread(self) -> bool:
+        """Whether the step becomes several, none of which has the pixels of a gate or a residual."""
+        return isinstance(self.layer, TransposedConv2d)
 
     def takes_residual(self) -> bool:
         """Whether a sum can become part of the step: an activation stands on one side of gate and residual."""
         between = self.function is not None and self.gate is not None and not self.function_first
-        return self.residual is None and not self.clamped and not between
+        return self.residual is None and not self.clamped and not between and not self.is_spread()
 
     def multiply(self, gate: Slot) -> None:
         """Absorb y * gate[c]."""
@@ -160,7 +179,7 @@ def assemble(
     slots = list(inputs)
     for draft in ordered:
         if draft.stream is not None:
-            draft.stream.name = draft.value.name
+            draft.stream.name = draft.stream.name or draft.value.name
         slots.extend(draft.written())
     number = {slot: index for index, slot in enumerate(slots)}
     arrays: dict[str, Tensor] = {}
@@ -206,7 +225,7 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
     )
     if draft.selection is not None:
         inputs = tuple(number[slot] for slot in draft.sources)
-        return SelectStep(draft.name, inputs, emit, draft.selection.channels, draft.selection.repeat)
+        return SelectStep(draft.name, inputs, emit, *vars(draft.selection).values())
     source = number[draft.source]
     if draft.pool is not None:
         op = draft.pool
@@ -232,9 +251,9 @@ def _activation(draft: Draft, arrays: dict[str, Tensor]) -> Activation | None:
 
 def _affine_keys(draft: Draft, arrays: dict[str, Tensor]) -> tuple[str, ...]:
     """Keys of the multiplier and bias of a step without a layer; none where it takes its input as it is."""
-    if draft.pixels is None and not draft.norms:
+    if draft.pixels is None and not draft.norms and draft.factor == 1:
         return ()
-    ones, zeros = (torch.full(draft.shape[:1], value, dtype=torch.float64) for value in (1.0, 0.0))
+    ones, zeros = (torch.full(draft.shape[:1], value, dtype=torch.float64) for value in (draft.factor, 0.0))
     scale, shift = draft.pixels or (ones, zeros)
     keys = (f"{draft.name}.gain", f"{draft.name}.offset")  # no layer's array ends like this
     arrays.update(zip(keys, through_norms(scale, shift, draft.name, draft.norms), strict=True))
@@ -258,23 +277,32 @@ def _consumer(target: Target, number: dict[Slot, int], arrays: dict[str, Tensor]
 
 def _layer_step(draft: Draft, layer: QuantLayer, source: int, emit: Emit, arrays: dict[str, Tensor]) -> Step:
     keys = (f"{draft.name}.planes", f"{draft.name}.multiplier", f"{draft.name}.bias")
-    arrays[keys[0]] = pack_weights(weight_codes(layer, draft.source.shape), layer.w_bits)
-    arrays[keys[1]], arrays[keys[2]] = multiplier_and_bias(layer, draft.name, draft.norms)
+    part = draft.part
+    arrays[keys[0]] = pack_weights(weight_codes(layer, draft.source.shape, part), layer.w_bits)
+    multiplier, bias = multiplier_and_bias(layer, draft.name, draft.norms)
+    arrays[keys[1]] = multiplier if part is None else part.multiplier(multiplier)
+    arrays[keys[2]] = bias if part is None else part.by_filter(bias)
     _, filters, taps, _ = arrays[keys[0]].shape
     window = Window(draft.source.shape[1:])  # linear: the whole image at once
-    if isinstance(layer, nn.Conv2d):
+    if part is not None:
+        window = part.window
+    elif isinstance(layer, nn.Conv2d):
         geometry: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
         window = Window(*geometry)
     check_accumulator(taps * (draft.source.shape[0] // window.groups), layer.w_bits, layer.a_bits, draft.name)
-    total = max(layer.total_filters, filters)
+    total = max(layer.total_filters * (1 if part is None else len(part.places)), filters)
     if not isinstance(layer, nn.Conv2d) and taps == 1:
         return LinearStep(draft.name, source, emit, layer.w_bits, total, *keys, layer.w_grid)
     return ConvStep(draft.name, source, emit, layer.w_bits, *window.fields(), total, *keys, layer.w_grid)
 
 
-def weight_codes(layer: QuantLayer, shape: Shape) -> Tensor:
-    """Codes uint8 [O, kh, kw, C] on the CPU; a linear layer reads an image of `shape` [C, H, W] as one window."""
+def weight_codes(layer: QuantLayer, shape: Shape, part: Part | None = None) -> Tensor:
+    """Codes uint8 [O, kh, kw, C] on the CPU, of a part of the layer where one is given; a linear layer reads an image
+    of `shape` [C, H, W] as one window.
+    """
     codes = layer.code_bytes().cpu()
+    if part is not None:
+        codes = part.codes(codes)
     if codes.dim() == 2:
         codes = codes.reshape(codes.shape[0], *shape)
     return codes.permute(0, 2, 3, 1).contiguous()

@@ -164,6 +164,10 @@ def _operation(step: Step) -> str:
     if isinstance(step, PoolStep):
         return "mean pool" if step.kind == "mean" else f"{step.kind} pool {step.kernel[0]}x{step.kernel[1]}"
     if isinstance(step, SelectStep):
+        if step.moves and step.emit.low is not None and step.emit.low == step.emit.high:
+            return "constant"
+        if step.moves:
+            return f"move pixels of {len(set(step.inputs))}"
         return f"select of {len(step.inputs)}" if step.repeat == (1, 1) else "repeat {}x{}".format(*step.repeat)
     if isinstance(step, ResizeStep):
         return "interpolate to {}x{}".format(*step.size)

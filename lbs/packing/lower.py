@@ -13,11 +13,14 @@ from itertools import accumulate
 
 from torch import Tensor, fx, nn
 
+from lbs.convolutions import TransposedConv2d
 from lbs.graph import ModelGraph, called_module
 from lbs.packing.checks import check_layer
 from lbs.packing.draft import Draft, Norm, Selection, Slot, Target, assemble
+from lbs.packing.index_maps import Grid, IndexMap
 from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
+from lbs.packing.transposed import NoWindow, expanded, parts_of
 from lbs.quant.layers import QuantLayer
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs_kernels.errors import GraphError, LbsError, raise_together
@@ -67,6 +70,64 @@ class _Value:
         return self.norm is None and self.pool is None
 
 
+_HERE = (0, 0)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a selection takes: the step, its channel and the (top, left) of each; and which pixels, where they move."""
+
+    entries: tuple[tuple[Draft, int, tuple[int, int]], ...]
+    grid: Grid | None = None
+
+    @staticmethod
+    def all_of(draft: Draft) -> _Chosen:
+        return _Chosen(tuple((draft, channel, _HERE) for channel in range(draft.shape[0])))
+
+    @staticmethod
+    def side_by_side(several: list[_Chosen]) -> _Chosen:
+        """Of one grid."""
+        grid = several[0].grid
+        places = 1 if grid is None else grid.block[0] * grid.block[1]
+        parts = [
+            one.entries[place * len(one.entries) // places : (place + 1) * len(one.entries) // places]
+            for place in range(places)
+            for one in several
+        ]
+        return _Chosen(tuple(entry for part in parts for entry in part), grid)
+
+    @property
+    def inputs(self) -> list[tuple[Draft, tuple[int, int]]]:
+        """Steps, each as often as pixels of it are read from different places."""
+        return list(dict.fromkeys((step, corner) for step, _, corner in self.entries))
+
+    def is_of_channels(self, draft: Draft) -> bool:
+        """Whether nothing but channels is chosen for `draft`: of steps that have its pixels."""
+        return self.grid is None and all(step.shape[1:] == draft.shape[1:] for step, _, _ in self.entries)
+
+    def taken(self, channels: tuple[int, ...]) -> _Chosen:
+        """Channels of this, which moves no pixels."""
+        return _Chosen(tuple(self.entries[channel] for channel in channels))
+
+    def moved(self, by: IndexMap) -> _Chosen:
+        """Pixels of this, which moves none."""
+        pairs = zip(by.channels, by.corners, strict=True)
+        return _Chosen(tuple((*self.entries[channel][:2], corner) for channel, corner in pairs), by.grid)
+
+    def selection(self, draft: Draft) -> Selection:
+        """The same among the channels of `inputs` side by side."""
+        widths = [step.shape[0] for step, _ in self.inputs]
+        first = dict(zip(self.inputs, accumulate(widths, initial=0), strict=False))
+        channels = tuple(first[step, corner] + channel for step, channel, corner in self.entries)
+        channels = () if channels == tuple(range(sum(widths))) else channels
+        if self.grid is not None:
+            top, left = zip(*(corner for _, corner in self.inputs), strict=True)
+            grid = self.grid
+            return Selection(channels, (1, 1), grid.size, grid.block, grid.stride, top, left)
+        (_, height, width), (_, rows, columns) = draft.shape, self.inputs[0][0].shape
+        return Selection(channels, (height // rows, width // columns))
+
+
 def step_names(module: fx.GraphModule) -> dict[fx.Node, str]:
     """Name of the step of every quantized layer call: the layer's, with `#2`, `#3` ... where it is called again."""
     names: dict[fx.Node, str] = {}
@@ -104,14 +165,14 @@ def lower(graph: ModelGraph, stream_dtype: str, pixels: tuple[Tensor, Tensor] | 
             raise GraphError(f"no layer can be packed ({_listed(module, reasons)}); nothing would run on codes")
         _check_layers(module, ops)
         try:
-            walks = [_Walk(module, ops, region, parts, pixels) for region in parts.regions]
+            walks = [_Walk(module, ops, region, parts, pixels, stream_dtype) for region in parts.regions]
             break
         except _NotPackable as refusal:
             reasons[refusal.node] = refusal.reason
             del ops[refusal.node]
     if pixels is not None:
         _check_bytes(module, ops, parts)
-    regions = tuple(walk.finish(stream_dtype) for walk in walks)
+    regions = tuple(walk.finish() for walk in walks)
     return Lowered(regions, _kept(module, ops, reasons, parts), parts.free)
 
 
@@ -170,7 +231,9 @@ class _Walk:
         region: tuple[fx.Node, ...],
         parts: Partition,
         pixels: tuple[Tensor, Tensor] | None,
+        stream_dtype: str,
     ) -> None:
+        self.stream_dtype = stream_dtype
         self.module = module
         self.ops = ops
         self.region = set(region)
@@ -181,20 +244,21 @@ class _Walk:
         self.images: dict[fx.Node, Slot] = {}
         self.values: dict[fx.Node, _Value] = {}
         self.codes: dict[tuple[object, ...], Slot] = {}
-        self.channels: dict[Draft, list[tuple[Draft, int]]] = {}  # selections: the step and the channel of each
+        self.chosen: dict[Draft, _Chosen] = {}  # of selections
+        self.constants: dict[tuple[float, int], Slot] = {}
         for node in region:
             getattr(self, f"_{ops[node].kind}")(node, ops[node])
         self.results = self._results(region)
         for draft in reversed(self.drafts):  # what a selection reads is stored where somebody reads the selection
-            if draft in self.channels and draft.written():
-                steps = list(dict.fromkeys(step for step, _ in self.channels[draft]))
-                draft.sources = tuple(step.stored() for step in steps)
-                draft.selection = self._selection(draft, steps)
+            if draft in self.chosen and draft.written():
+                draft.sources = tuple(step.stored() for step, _ in self.chosen[draft].inputs)
+                draft.selection = self.chosen[draft].selection(draft)
+        self.drafts = [part for draft in self.drafts for part in expanded(draft)]
 
-    def finish(self, stream_dtype: str) -> LoweredRegion:
+    def finish(self) -> LoweredRegion:
         """Assemble the program."""
         outputs = list(dict.fromkeys(self.results.values()))
-        program, blob = assemble(self.drafts, list(self.images.values()), outputs, stream_dtype)
+        program, blob = assemble(self.drafts, list(self.images.values()), outputs, self.stream_dtype)
         places = tuple((node, outputs.index(slot)) for node, slot in self.results.items())
         return LoweredRegion(program, blob, frozenset(self.region), tuple(self.images), places)
 
@@ -207,6 +271,11 @@ class _Walk:
         source = self._encode(self._operand(node), layer.quantizer, f"{name}.input")
         shape = shape_of(node)
         size = (shape[1], shape[2], shape[3]) if isinstance(layer, nn.Conv2d) else (shape[1], 1, 1)
+        if isinstance(layer, TransposedConv2d):
+            try:
+                parts_of(layer, source.shape[1:], size[1:])
+            except NoWindow as reason:
+                raise _NotPackable(node, str(reason)) from reason
         self._add_draft(node, Draft(name, node, (source,), size, layer=layer))
 
     def _norm(self, node: fx.Node, op: Op) -> None:
@@ -273,6 +342,17 @@ class _Walk:
         draft.value = node
         self.values[node] = _Value(draft)
 
+    def _scale(self, node: fx.Node, op: Op) -> None:
+        source = self._operand(node)
+        draft = self._absorber(self._source(node), node)
+        if draft is None or not draft.takes_gate() or self.stream_dtype != "float32":
+            draft = self._copy(node, source)
+            draft.factor = op.factor
+        else:
+            draft.multiply(self._constant(op.factor, draft.shape[0]))
+        draft.value = node
+        self.values[node] = _Value(draft)
+
     def _max_pool(self, node: fx.Node, op: Op) -> None:
         source = self._operand(node)
         readers = self._readers(node)
@@ -296,16 +376,23 @@ class _Walk:
         self._add_draft(node, Draft(node.name, node, (stream,), (shape[1], shape[2], shape[3]), pool=op))
 
     def _select(self, node: fx.Node, op: Op) -> None:
-        found: list[tuple[Draft, int]] = []
+        found = []
         for source in operands(node, op):
             draft = self._read(source).draft
             if len(shape_of(source)) == 2 and draft.shape[1:] != (1, 1):
                 raise _NotPackable(node, f"it reads pixels of {draft.shape}, flattened")
-            parts = [(draft, channel) for channel in range(draft.shape[0])]
-            found.extend(self.channels[draft] if draft.moves_only() else parts)
+            found.append(self.chosen[draft] if draft.moves_only() else _Chosen.all_of(draft))
+        grids = {one.grid for one in found}
+        if op.moved is not None:
+            chosen = found[0] if found[0].is_of_channels(draft) else _Chosen.all_of(draft)
+            chosen = chosen.moved(op.moved)
+        elif len(grids) > 1 or (grids != {None} and op.channels is not None):
+            chosen = _Chosen.side_by_side([_Chosen.all_of(self._read(source).draft) for source in operands(node, op)])
+        else:
+            chosen = _Chosen.side_by_side(found)
         shape = (*shape_of(node), 1, 1)
         draft = Draft(node.name, node, (), (shape[1], shape[2], shape[3]), selection=Selection())
-        self.channels[draft] = found if op.channels is None else [found[channel] for channel in op.channels]
+        self.chosen[draft] = chosen if op.channels is None else chosen.taken(op.channels)
         self._add_draft(node, draft)
 
     def _alias(self, node: fx.Node, op: Op) -> None:
@@ -313,19 +400,11 @@ class _Walk:
 
     # Helpers.
 
-    def _selection(self, draft: Draft, steps: list[Draft]) -> Selection:
-        """The channels of a selection among those that `steps` compute."""
-        first = dict(zip(steps, accumulate((step.shape[0] for step in steps), initial=0), strict=False))
-        channels = tuple(first[step] + channel for step, channel in self.channels[draft])
-        same = channels == tuple(range(sum(step.shape[0] for step in steps)))
-        (_, height, width), (_, rows, columns) = draft.shape, steps[0].shape
-        return Selection(() if same else channels, (height // rows, width // columns))
-
     def _is_of_codes(self, draft: Draft) -> bool:
         """Whether the steps a selection reads encode for its readers: only layers are, and they read all of it."""
         if not draft.moves_only():
             return False
-        parts = set(self.channels[draft])
+        parts = {(step, channel) for step, channel, _ in self.chosen[draft].entries}
         whole = len(parts) == sum(step.shape[0] for step in {step for step, _ in parts})
         return whole and not any(self._reads_floats(reader) for reader in self._readers(draft.value))
 
@@ -343,6 +422,22 @@ class _Walk:
         draft = Draft(node.name, node, (self._stored(source, node),), source.draft.shape)
         self.drafts.append(draft)
         return draft
+
+    def _constant(self, value: float, channels: int) -> Slot:
+        """A gate that is the same everywhere: one pixel of what the region is given, clamped to one number."""
+        key = (value, channels)
+        if key not in self.constants:
+            # A step of its own reads it: another may wait for what is multiplied.
+            node, image = next(iter(self.images.items()))
+            given = Draft(f"{node.name}.stored", node, (image,), image.shape)
+            given.stream = Slot(given.name, "stream", given.shape)
+            pixel = Selection((0,) * channels, size=(1, 1))
+            step = Draft(f"constant {value:g}", node, (given.stream,), (channels, 1, 1), selection=pixel)
+            step.clamp(value, value)
+            step.stream = Slot(f"{step.name} for {channels}", "stream", step.shape)
+            self.drafts += [given, step]
+            self.constants[key] = step.stream
+        return self.constants[key]
 
     def _source(self, node: fx.Node) -> fx.Node:
         return operands(node, self.ops[node])[0]
@@ -425,9 +520,9 @@ class _Walk:
             draft = Draft(f"{node.name}@{name}", node, (before,), (shape[0], shape[1], shape[2]), pool=op)
             self.drafts.append(draft)
         elif value.norm is None and self._is_of_codes(draft):
-            steps = list(dict.fromkeys(step for step, _ in self.channels[draft]))
+            steps = [step for step, _ in self.chosen[draft].inputs]
             parts = tuple(self._encode(_Value(step), quantizer, f"{step.name}@{name}") for step in steps)
-            selection = self._selection(draft, steps)
+            selection = self.chosen[draft].selection(draft)
             draft = Draft(f"{draft.name}@{name}", draft.value, parts, draft.shape, selection=selection)
             self.drafts.append(draft)
         slot = Slot(name, "codes", draft.shape, bits, zero, signed)

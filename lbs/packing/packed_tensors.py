@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lbs.packing.transposed import PART, Part
 from lbs_kernels.errors import GraphError
 from lbs_kernels.program.planes import unpack_weights
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program
@@ -15,15 +16,15 @@ from lbs_kernels.program.steps import ConvStep, LinearStep, Program
 class PackedTensors:
     """Tensors of one traced run of all regions, in the shapes of the float model.
 
-    steps: names of the packed layers. streams: node -> where its floats are stored. images: node -> what float modules
-    gave to a region.
+    steps: of the packed layers by their names, of a transposed convolution its parts. streams: node -> where its floats
+    are stored. images: node -> what float modules gave to a region.
     """
 
     def __init__(
         self, programs: Sequence[Program], blobs: Sequence[Tensor], traces: Sequence[dict[int, Tensor]]
     ) -> None:
         self._programs, self._blobs, self._traces = programs, blobs, traces
-        self.steps: dict[str, tuple[int, ConvStep | LinearStep]] = {}
+        self.steps: dict[str, list[tuple[int, ConvStep | LinearStep]]] = {}
         self.inexact: frozenset[str] = frozenset()  # layers that ran in half precision
         self.streams: dict[str, list[tuple[int, int]]] = {}
         self.images: dict[str, Tensor] = {}
@@ -32,7 +33,7 @@ class PackedTensors:
             writers: dict[int, str] = {}
             for step in program.steps:
                 if isinstance(step, ConvStep | LinearStep):
-                    self.steps[step.name] = (region, step)
+                    self.steps.setdefault(step.name.partition(PART)[0], []).append((region, step))
                 writers.update((consumer.tensor, step.name) for consumer in step.emit.consumers)
                 if step.emit.stream is not None:
                     writers[step.emit.stream] = step.name
@@ -45,24 +46,35 @@ class PackedTensors:
 
     def input_codes(self, name: str, shape: torch.Size) -> Tensor:
         """float64 codes that the layer `name` read, as `shape` [N, C, H, W], [N, C] or flattened."""
-        region, step = self.steps[name]
+        region, step = self.steps[name][0]
         return _logical(self._traces[region][step.input], shape, name).double()
 
     def writer_of_input(self, name: str) -> str:
         """Name of the step that wrote the codes the layer `name` read."""
-        region, step = self.steps[name]
+        region, step = self.steps[name][0]
         return self._writers[region][step.input]
 
     def weight_codes(self, name: str, shape: torch.Size) -> Tensor:
         """uint8 codes in the planes of the layer `name`, as `shape` [O, C, kh, kw] or [O, C]."""
-        region, step = self.steps[name]
+        return _logical(self._codes(*self.steps[name][0]), shape, name)
+
+    def transposed_codes(self, name: str, codes: Tensor, parts: Sequence[Part]) -> Tensor:
+        """The same of a transposed convolution, whose weights its parts hold between them; `codes` where none does, as
+        no output sees that tap.
+        """
+        found = codes.cpu().clone()
+        for part, (region, step) in zip(parts, self.steps[name], strict=True):
+            part.put(self._codes(region, step).permute(0, 3, 1, 2).cpu(), found)
+        return found
+
+    def _codes(self, region: int, step: ConvStep | LinearStep) -> Tensor:
+        """uint8 [F, kh, kw, C]."""
         source = self._programs[region].tensors[step.input]
         groups = step.groups if isinstance(step, ConvStep) else 1
         planes = self._programs[region].array(self._blobs[region], step.planes)
         codes = unpack_weights(planes, source.channels // groups)
         kernel = step.kernel if isinstance(step, ConvStep) else (1, 1)
-        codes = codes.reshape(codes.shape[0], *kernel, codes.shape[2])
-        return _logical(codes, shape, name)
+        return codes.reshape(codes.shape[0], *kernel, codes.shape[2])
 
     def stored(self, name: str, shape: torch.Size) -> list[tuple[Tensor, str, str]]:
         """Every stream of the node `name`: float64 as `shape`, the step that wrote it, and its dtype's name."""

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from lbs.graph import called_module
-from lbs.packing.index_maps import index_map, is_on_the_way
+from lbs.packing.index_maps import IndexMap, index_map, is_on_the_way
 from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
 from lbs.quant.deployed import computes_as, positions
 from lbs.quant.layers import QuantConv2d, QuantLinear
@@ -25,6 +25,7 @@ Kind = Literal[
     "clamp",
     "activation",
     "gate",
+    "scale",
     "add",
     "max_pool",
     "average_pool",
@@ -43,8 +44,9 @@ class Op:
     """A node a program can express.
 
     alias: the same values, possibly flattened, or on the way of a select. shape: sizes only, no values (`x.size(0)`).
-    gate: a product with one number for each image and channel. select: channels of what it reads side by side. resize:
-    bilinear interpolation, `size` pixels at positions `scale` apart from `offset` on.
+    gate: a product with one number for each image and channel; scale: with one that is always the same. select:
+    channels of what it reads side by side, or pixels of it in other places. resize: bilinear interpolation, `size`
+    pixels at positions `scale` apart from `offset` on.
     """
 
     kind: Kind
@@ -56,6 +58,8 @@ class Op:
     size: Pair = (1, 1)  # resize
     scale: tuple[float, float] = (1.0, 1.0)
     offset: tuple[float, float] = (0.0, 0.0)
+    moved: IndexMap | None = None  # select, of pixels
+    factor: float = 1.0  # scale
 
 
 def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
@@ -77,10 +81,12 @@ def classify(module: fx.GraphModule, node: fx.Node) -> Op | str:
 
 
 def _moving(module: fx.GraphModule, node: fx.Node) -> Op | None:
-    """What only moves channels, and repeats pixels by whole factors."""
+    """What only moves channels and pixels, or repeats pixels by whole factors."""
     found = index_map(module, node)
     if found is None:
         return Op("alias") if is_on_the_way(module, node) else None
+    if found.grid is not None:
+        return Op("select", moved=found)
     return Op("alias") if found.same else Op("select", channels=found.channels)
 
 
@@ -354,12 +360,30 @@ def _add_call(node: fx.Node) -> Op | None:
 
 
 def _mul_call(node: fx.Node) -> Op | None:
-    """A product of pixels and of one number for each image and channel."""
+    """A product of pixels and of one number for each image and channel, or of one constant."""
+    constants = [_constant(argument(node, place, name)) for place, name in enumerate(("input", "other"))]
+    (factor,) = [value for value in constants if value is not None] or (None,)
+    if factor is not None:
+        plain = len(shape_of(node)) in (2, 4) and node.meta.get("dtype") == torch.float32
+        return (Op("alias") if factor == 1 else Op("scale", factor=factor)) if plain else None
     shapes = [gate_shape(argument(node, place, name)) for place, name in enumerate(("input", "other"))]
     main, gate = sorted(shapes, key=lambda shape: -math.prod(shape))
     if len(main) != 4 or gate != (*main[:2], 1, 1):
         return None
     return Op("gate")
+
+
+def _constant(value: Any) -> float | None:
+    """A number, or a tensor of the model's that holds one, as the float32 number that torch multiplies by."""
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        held: Any = operator.attrgetter(str(value.target))(value.graph.owning_module)
+        value = (
+            held.item()
+            if isinstance(held, torch.Tensor) and held.dtype == torch.float32 and held.numel() == 1
+            else None
+        )
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float32(value) if known and math.isfinite(float32(value)) else None
 
 
 def _cat_call(node: fx.Node) -> Op | None:

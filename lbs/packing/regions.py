@@ -23,10 +23,12 @@ class Partition:
 
 def operands(node: fx.Node, op: Op) -> list[fx.Node]:
     """The tensors a packed node reads, of a product the gate last; sizes passed to a reshape are none."""
-    values = node.args[:2] if op.kind in ("add", "gate") else node.args[:1]
+    values = node.args[:2] if op.kind in ("add", "gate", "scale") else node.args[:1]
     keyed = [node.kwargs[key] for key in ("input", "other", "tensors") if key in node.kwargs]
     several = [value if isinstance(value, list | tuple) else [value] for value in (*values, *keyed)]
     found = [value for values in several for value in values if isinstance(value, fx.Node)]
+    if op.kind == "scale":
+        return [value for value in found if value.op != "get_attr"]
     return sorted(found, key=lambda value: -math.prod(gate_shape(value))) if op.kind == "gate" else found
 
 

@@ -26,8 +26,8 @@ from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blo
 from lbs_kernels.program.text import read_program
 
 FORMAT = "lbs-packed"
-# 2: the model may take bytes. 3: more float parts, values and names in the graph. 4: more functions in the graph, and
-# what its nodes are part of. Programs may be of the same version or of an earlier one.
+# 2: the model may take bytes. 3: more float parts, values and names in the graph. 4: programs of version 4, more
+# functions in the graph, and what its nodes are part of. Programs may be of the same version or of an earlier one.
 FILE_VERSION = 4
 _FLOAT = "float."
 

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lbs.agreement import TOLERANCE, finite_peak
+from lbs.convolutions import TransposedConv2d
 from lbs.graph import called_module
 from lbs.packing.fold import affine
 from lbs.packing.lower import step_names
@@ -36,6 +37,7 @@ from lbs.packing.packed_tensors import PackedTensors
 from lbs.packing.patterns import Op, classify
 from lbs.packing.pixels import Normalization, along_channels
 from lbs.packing.tracing import trace_model
+from lbs.packing.transposed import PART, parts_of
 from lbs.packing.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
 from lbs.quant.activations import Function
@@ -86,7 +88,7 @@ def _compared(model: nn.Module, packed: Any, x: Tensor, backend: str) -> VerifyR
         for part in x.split(BATCH) if len(x) else [x]:
             output, traces = packed.run_traced(part, backend)
             tensors = PackedTensors(packed.programs, [region.blob for region in packed.regions], traces)
-            tensors.inexact = packed.inexact_layers(len(part), backend)
+            tensors.inexact = frozenset(n.partition(PART)[0] for n in packed.inexact_layers(len(part), backend))
             floats = packed.float_images(part)
             judge = _Judge(graph.module, tensors, _image_bound(packed.normalize, part, floats))
             judge.compare_outputs(judge.run(floats), output)
@@ -174,7 +176,7 @@ class _Judge(Evaluation):
         value, bound = self.env[node.args[0]], self.bounds[node.args[0]]  # type: ignore[index]
         codes = self.tensors.input_codes(name, value.shape)
         self._compare_codes(name, layer, value, bound, codes)
-        weights = self._weights(name, layer)
+        weights = self._weights(name, layer, node)
         # In units of the two steps every sum is an exact integer, so that what is 0 stays 0.
         units = (layer.quantizer.values(codes) / layer.quantizer.step()).round()
         sums = layer.sums(units, weights)
@@ -220,10 +222,14 @@ class _Judge(Evaluation):
             )
         )
 
-    def _weights(self, name: str, layer: QuantLayer) -> Tensor:
+    def _weights(self, name: str, layer: QuantLayer, node: fx.Node) -> Tensor:
         """The model's own weight codes, which are compared with the stored planes."""
         codes = layer.code_bytes()
-        stored = self.tensors.weight_codes(name, codes.shape).to(codes.device)
+        if isinstance(layer, TransposedConv2d):
+            parts = parts_of(layer, self.env[node.args[0]].shape[2:], node.meta["shape"][2:])  # type: ignore[index]
+            stored = self.tensors.transposed_codes(name, codes, parts).to(codes.device)
+        else:
+            stored = self.tensors.weight_codes(name, codes.shape).to(codes.device)
         wrong = codes != stored
         differ = int(wrong.sum())
         largest = float((codes[wrong].int() - stored[wrong].int()).abs().max()) if differ else 0.0
@@ -287,6 +293,8 @@ class _Judge(Evaluation):
         if op.kind == "gate":
             one, other = (self.env[source].abs() for source in sources)
             return bound * other + (one + bound) * self.bounds[sources[-1]] + UNIT * value.abs()
+        if op.kind == "scale":  # by the float32 number nearest to the constant
+            return abs(op.factor) * bound + 2 * UNIT * value.abs()
         if op.kind == "add":
             return bound + self.bounds[sources[-1]] + UNIT * value.abs()
         if op.kind == "max_pool":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lbs.convolutions import TransposedConv2d, plain_kind
 from lbs.quant import codec, fake
 from lbs.quant.deployed import Affine
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
@@ -223,6 +224,13 @@ class ConvProduct(QuantLayer, nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class TransposedProduct(QuantLayer, TransposedConv2d):  # type: ignore[misc]
+    """The operation of quantized and searchable transposed convolutions."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.spread(x, weight, bias, self.output_padding)
+
+
 class LinearProduct(QuantLayer, nn.Linear):
     """The operation of quantized and searchable linear layers."""
 
@@ -253,6 +261,10 @@ class QuantConv2d(ConvProduct):
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
 
 
+class QuantConvTranspose2d(TransposedProduct, QuantConv2d):  # type: ignore[misc]
+    """Transposed convolution of b-bit weights and activations. Input [N, C, H, W], output [N, O, H', W']."""
+
+
 class QuantLinear(LinearProduct):
     """Linear layer of b-bit weights and activations. Input [..., C], output [..., O]."""
 
@@ -266,3 +278,15 @@ class QuantLinear(LinearProduct):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._init_quant(w_bits, quantizer or ActivationQuantizer(), standardize)
+
+
+_FIXED: dict[type[nn.Module], Any] = {
+    TransposedConv2d: QuantConvTranspose2d,
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+}
+
+
+def fixed_kind(layer: nn.Module) -> Any:
+    """The class of layers of fixed bits that a convolution or linear layer becomes."""
+    return _FIXED[plain_kind(layer)]

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lbs.channels import called_module, repeated
+from lbs.convolutions import TransposedConv2d
 from lbs.graph import trace
 from lbs.quant import codec, norms
 from lbs.quant.layers import QuantLayer
@@ -177,7 +178,9 @@ def _moments(layer: QuantLayer, plain: Tensor, coded: Tensor, groups: int) -> tu
 
 def _windows(layer: QuantLayer, x: Tensor, groups: int) -> Tensor:
     """What the filters of each group are multiplied with, [G, K, windows]."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, TransposedConv2d):
+        columns = _transposed_windows(layer, x)
+    elif isinstance(layer, nn.Conv2d):
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
     else:
         columns = x.flatten(0, -2).unsqueeze(2)
@@ -185,6 +188,19 @@ def _windows(layer: QuantLayer, x: Tensor, groups: int) -> Tensor:
     return (
         columns.reshape(count, groups, size // groups, pixels).permute(1, 2, 0, 3).reshape(groups, size // groups, -1)
     )
+
+
+def _transposed_windows(layer: TransposedConv2d, x: Tensor) -> Tensor:
+    """Of an image with zeros between its pixels, in which the last tap looks back furthest."""
+    rows, columns = ((size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True))
+    spread = x.new_zeros(*x.shape[:2], rows, columns)
+    spread[:, :, :: layer.stride[0], :: layer.stride[1]] = x
+    sides: Any = zip(layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True)
+    edges = [(d * (k - 1) - p, d * (k - 1) - p + extra) for k, d, p, extra in sides]
+    spread = F.pad(spread, [*edges[1], *edges[0]])
+    windows = F.unfold(spread, layer.kernel_size, layer.dilation)
+    taps = windows.view(len(x), x.shape[1], *layer.kernel_size, -1)
+    return taps.flip(2, 3).reshape(windows.shape)
 
 
 def _gptq(w: Tensor, h: Tensor, c: Tensor, v: Tensor, bits: int, grid: str) -> Tensor:

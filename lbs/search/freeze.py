@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lbs.convolutions import plain_kind
 from lbs.graph import ModelRecord, record_of
 from lbs.plan import LayerPlan, Plan, check_layer, grid_at
 from lbs.quant.deployed import deploy
-from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.layers import QuantLayer, fixed_kind
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
@@ -192,7 +193,7 @@ def _fixed(
 
 
 def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
-    """A QuantConv2d or QuantLinear with the bits of the plan and the ranges of `old`, its weights not yet cut."""
+    """A layer of fixed bits with the bits of the plan and the ranges of `old`, its weights not yet cut."""
     if not isinstance(old, QuantLayer) or old.w_bits == FULL_BITS:
         raise PlanError(
             f"plan gives {entry.name} {entry.w_bits} bits, but it was searched in float; give it 32, or None"
@@ -208,8 +209,7 @@ def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
         quantizer.zero_point.fill_(old.quantizer.coding.zero_at(entry.a_bits))
         quantizer.range = settled_range(old.quantizer.range, getattr(old.quantizer, "gate", None))
-    kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
-    options = layer_options(old)
+    kind, options = fixed_kind(old), layer_options(old)
     new = kind(*layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **options)
     like(new, old)
     new.w_range = settled_range(old.w_range, getattr(old, "w_gate", None))
@@ -230,8 +230,7 @@ def _float_layer(old: nn.Module, entry: LayerPlan) -> nn.Module:
             f"plan gives {entry.name} 32 bits, but it was searched quantized; give it 1 to 8, or search with "
             "SearchConfig(bits=(32,))"
         )
-    kind = nn.Conv2d if isinstance(old, nn.Conv2d) else nn.Linear
-    new = kind(*layer_arguments(old), **layer_options(old))  # type: ignore[arg-type]
+    new = plain_kind(old)(*layer_arguments(old), **layer_options(old))
     like(new, old)
     return new
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbs.convolutions import TransposedConv2d, plain_kind
 from lbs.plan import grid_at
 from lbs.quant import codec, fake
-from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer
+from lbs.quant.layers import ConvProduct, LinearProduct, QuantLayer, TransposedProduct
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.bit_sharing import gated
 from lbs.search.gates import BitGate, PruneGate
@@ -189,5 +190,21 @@ class SearchConv2d(SearchLayer, ConvProduct):
     """A convolution under search; tensors as in torch.nn.Conv2d."""
 
 
+class SearchConvTranspose2d(SearchLayer, TransposedProduct):  # type: ignore[misc]
+    """A transposed convolution under search; its weight as in TransposedConv2d."""
+
+
 class SearchLinear(SearchLayer, LinearProduct):
     """A linear layer under search; tensors as in torch.nn.Linear."""
+
+
+_SEARCHED: dict[type[nn.Module], Any] = {
+    TransposedConv2d: SearchConvTranspose2d,
+    nn.Conv2d: SearchConv2d,
+    nn.Linear: SearchLinear,
+}
+
+
+def searched_kind(layer: nn.Module) -> Any:
+    """The class of searchable layers that a convolution or linear layer becomes."""
+    return _SEARCHED[plain_kind(layer)]

@@ -6,6 +6,7 @@ Each of these computes what it computed before, in evaluation mode; names of lay
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,10 +16,12 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lbs.search.replace import replace_layer
-from lbs.symbolic import is_patched
+from lbs.convolutions import TransposedConv2d, as_convolution, as_torch, plain_kind
+from lbs.search.replace import carry, replace_layer
+from lbs.symbolic import is_patched, record
 from lbs.traced import evaluating
 from lbs.wrappers import copied, unwrapped
+from lbs_kernels.errors import GraphError
 
 _NORMS = {_WeightNorm: "weight norm", _SpectralNorm: "spectral norm"}
 _log = logging.getLogger("lbs")
@@ -40,11 +43,40 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return model
 
 
+def as_convolutions(model: nn.Module) -> None:
+    """Make transposed convolutions nn.Conv2d, in place; not one whose weight another layer has, or the forward pass
+    reads beside it: it would read filters first.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.ConvTranspose2d}
+    if not layers:
+        return
+    try:
+        with evaluating(model):
+            read = {str(node.target) for node in record(model, hooks=False).graph.nodes if node.op == "get_attr"}
+    except GraphError:
+        return  # who traces it next says why
+    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
+    for name, layer in layers.items():
+        own = owners[id(layer._parameters.get("weight"))] == 1 and f"{name}.weight" not in read
+        if own and not is_patched(layer):
+            made = as_convolution(layer)
+            carry(made, layer)
+            replace_layer(model, name, made)
+
+
+def in_torchs_form(layer: TransposedConv2d) -> nn.ConvTranspose2d:
+    """A layer that stays in float as torch has it."""
+    made = as_torch(layer)
+    carry(made, layer)
+    vars(made).pop("sized", None)
+    return made
+
+
 def has_own_forward(layer: nn.Conv2d | nn.Linear) -> str | None:
     """Why a layer computes something else than torch's, or None."""
     if is_patched(layer):
         return "its forward is patched on the instance; make it a class of its own, or put it around the layer"
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    plain = plain_kind(layer)
     for method in ("forward", "_conv_forward"):
         if getattr(type(layer), method, None) is not getattr(plain, method, None):
             return f"{type(layer).__name__} has a {method} of its own"

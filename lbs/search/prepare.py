@@ -11,19 +11,20 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lbs.channels import ChannelGroup, groups_in_training
+from lbs.convolutions import TransposedConv2d, plain_kind
 from lbs.cost import EDGE_BITS
 from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, trace
 from lbs.plan import RANGES, LayerPlan, Plan, grid_at
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
 from lbs.quant.frozen_norm import adopt_frozen_norms
-from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.layers import QuantLayer, fixed_kind
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
-from lbs.search.layers import FULL_BITS, FloatInput, SearchConv2d, SearchLayer, SearchLinear, SearchQuantizer
+from lbs.search.layers import FULL_BITS, FloatInput, SearchLayer, SearchQuantizer, searched_kind
 from lbs.search.lookalikes import as_torch_has_them
-from lbs.search.plain import has_own_forward, plain_copy
+from lbs.search.plain import as_convolutions, has_own_forward, in_torchs_form, plain_copy
 from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
@@ -195,6 +196,8 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     model = plain_copy(model)
     adopt_frozen_norms(model)
     model = as_torch_has_them(model)
+    if config.trace:
+        as_convolutions(model)
     _check_finite(model)
     layers, found, uneven, folding = _layers_and_groups(model, example, config)
     unconverted = []
@@ -204,9 +207,17 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             if reason:
                 unconverted.append((name, reason))
         elif _is_other_layer(module) and ".parametrizations." not in f".{name}.":
-            unconverted.append((name, f"{type(module).__name__} has no quantized form"))
+            tied = config.trace and type(module) is nn.ConvTranspose2d
+            reason = (
+                "its weight is used beside it as well" if tied else f"{type(module).__name__} has no quantized form"
+            )
+            unconverted.append((name, reason))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
+    for name in skipped:
+        left = model.get_submodule(name)
+        if isinstance(left, TransposedConv2d):
+            replace_layer(model, name, in_torchs_form(left))
     groups = {
         name: _fitting_tile(_without_tied(_without(group, skipped), model), model, config)
         for name, group in found.items()
@@ -305,6 +316,8 @@ def _unconvertible(
     own = has_own_forward(module)
     if own is not None:
         return own
+    if getattr(module, "sized", False):
+        return "the forward pass gives it an output_size; output_padding= of the layer says the same once and for all"
     if name not in layers:
         return "the forward pass does not call it"
     if name in uneven:
@@ -321,7 +334,7 @@ def _unconvertible(
 
 
 def _own_methods(layer: nn.Conv2d | nn.Linear) -> list[str]:
-    plain = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    plain = plain_kind(layer)
     added = {name for kind in type(layer).__mro__ if not issubclass(plain, kind) for name in vars(kind)}
     return sorted(name for name in added if not name.startswith("_") and not hasattr(plain, name))
 
@@ -384,15 +397,14 @@ def _searchable(
 ) -> SearchLayer:
     extra: dict[str, Any] = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize}
     extra |= {"importance": config.importance, "multi_path": config.multi_path}
-    kind = SearchConv2d if isinstance(old, nn.Conv2d) else SearchLinear
-    new = kind(*layer_arguments(old), **extra, **layer_options(old))  # type: ignore[arg-type]
+    new = searched_kind(old)(*layer_arguments(old), **extra, **layer_options(old))
     return adopt(new, old)  # type: ignore[return-value]
 
 
 def fixed_layer(
     old: nn.Module, w_bits: int, quantizer: ActivationQuantizer | InputQuantizer, standardize: str
 ) -> QuantLayer:
-    """A QuantConv2d or QuantLinear with the shape and weights of `old`."""
-    kind = QuantConv2d if isinstance(old, nn.Conv2d) else QuantLinear
+    """A layer of fixed bits with the shape and weights of `old`."""
+    kind = fixed_kind(old)
     new = kind(*layer_arguments(old), w_bits=w_bits, quantizer=quantizer, standardize=standardize, **layer_options(old))
     return adopt(new, old)

@@ -88,9 +88,12 @@ def seconds(table: Table) -> Quantity:
     look_up: LookUp = table.estimate if isinstance(table, Estimates) else table
 
     @cache
-    def price(problem: Problem) -> float:
+    def of_step(problem: Problem) -> float:
         known = look_up(problem)
         return float(known) if known is not None else _between(look_up, problem)
+
+    def price(problem: Problem) -> float:
+        return sum(map(of_step, cost.timed(problem)))
 
     return Quantity("latency_ms", " ms", 1e-3, price)
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbs.quant.layers import QuantConv2d, QuantLayer
+from lbs.convolutions import TransposedConv2d
+from lbs.quant.layers import QuantConvTranspose2d, QuantLayer
 from lbs.search.layers import SEARCH_STATE
 
 _HOOKS = (
@@ -32,6 +33,8 @@ def layer_options(old: nn.Module) -> dict[str, object]:
     if isinstance(old, nn.Conv2d):
         options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "groups": old.groups}
         options["padding_mode"] = old.padding_mode
+    if isinstance(old, TransposedConv2d):
+        options["output_padding"] = old.output_padding
     return options
 
 
@@ -71,7 +74,7 @@ def carry(new: nn.Module, old: nn.Module) -> None:
 
 @functools.cache
 def _quantized_names() -> set[str]:
-    return _names(QuantConv2d(1, 1, 1, device="meta"))  # which draws no random numbers
+    return _names(QuantConvTranspose2d(1, 1, 1, device="meta"))  # which draws no random numbers
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -73,6 +73,10 @@ def _check_version(program: Program) -> None:
             _check_version_3(step, program.version)
 
 
+def _moves_pixels(step: SelectStep) -> bool:
+    return (step.size, step.block, step.stride, step.top, step.left) != ((0, 0), (1, 1), (1, 1), (), ())
+
+
 def _check_version_1(program: Program) -> None:
     for spec in program.tensors:
         if spec.dtype != "float32":
@@ -110,6 +114,10 @@ def _check_version_3(step: Step, version: int) -> None:
     if isinstance(step, ResizeStep):
         raise FormatError(
             f"step {step.name!r} interpolates in a program of version {version}; write it as version 4", "version-3"
+        )
+    if isinstance(step, SelectStep) and _moves_pixels(step):
+        raise FormatError(
+            f"step {step.name!r} moves pixels in a program of version {version}; write it as version 4", "version-3"
         )
 
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.planes import MAX_BITS, pack_weights
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import TRANSPOSED, Problem
 from lbs_kernels.program.steps import (
     Consumer,
     ConvStep,
@@ -38,6 +39,8 @@ def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
     Convolutions write codes of the bits they read, linear layers flat floats; a selection is a copy, interpolation
     doubles a quarter of its image. `result_of` names the tensor written.
     """
+    if problem.op == TRANSPOSED:
+        raise ShapeError(f"{problem} is no step; time the convolutions it is packed as, of lbs.cost.timed")
     tensors, steps, arrays = _head(problem)
     if problem.op in ("bitconv2d", "bitlinear"):
         arrays = _weights(problem, seed)

@@ -21,6 +21,7 @@ from torch import Tensor
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import check_accumulator, unpack_weights, weight_units
+from lbs_kernels.program.steps import SelectStep
 from lbs_kernels.program.window import Window
 
 LINEAR = Window()
@@ -129,22 +130,43 @@ def average_pool(x: Tensor, window: Window) -> Tensor:
     return total * torch.tensor(1.0 / (kernel_h * kernel_w), dtype=torch.float32, device=x.device)
 
 
-def select(inputs: Sequence[Tensor], channels: Sequence[int], repeat: tuple[int, int]) -> Tensor:
-    """Channels of all inputs side by side, every pixel repeated to the size of the result.
+def select(inputs: Sequence[Tensor], step: SelectStep) -> Tensor:
+    """Channels of all inputs side by side, every pixel repeated to the size of the result, or moved (see `SelectStep`).
 
     Args:
         inputs: uint8 codes or streams [N, H_i, W_i, C_i].
-        channels: of the inputs side by side; none mean all.
-        repeat: rows and columns of the result for one of the first input.
 
     Returns:
         The same dtype for codes, float32 for streams; [N, H, W, C].
     """
-    height, width = inputs[0].shape[1] * repeat[0], inputs[0].shape[2] * repeat[1]
+    channels = step.channels
+    if step.moves:
+        return _moved(inputs, step)
+    height, width = inputs[0].shape[1] * step.repeat[0], inputs[0].shape[2] * step.repeat[1]
     parts = [x.repeat_interleave(height // x.shape[1], 1).repeat_interleave(width // x.shape[2], 2) for x in inputs]
     whole = torch.cat(parts, 3)
     chosen = whole[..., list(channels)] if channels else whole
     return chosen if chosen.dtype == torch.uint8 else chosen.float()
+
+
+def _moved(inputs: Sequence[Tensor], step: SelectStep) -> Tensor:
+    """Every place of a block by itself: its channels, of pixels that lie a stride apart."""
+    rows, columns = step.block
+    holders = [(i, k) for i, x in enumerate(inputs) for k in range(x.shape[3])]
+    channels = step.channels or range(len(holders))
+    each = len(channels) // (rows * columns)
+    dtype = torch.uint8 if inputs[0].dtype == torch.uint8 else torch.float32
+    result = inputs[0].new_empty((inputs[0].shape[0], *step.size, each), dtype=dtype)
+    for place in range(rows * columns):
+        target = result[:, place // columns :: rows, place % columns :: columns]
+        _, height, width, _ = target.shape
+        chosen = [holders[channel] for channel in channels[place * each : (place + 1) * each]]
+        for i in {i for i, _ in chosen}:
+            top, left = (values[i] if values else 0 for values in (step.top, step.left))
+            window = inputs[i][:, top :: step.stride[0], left :: step.stride[1]][:, :height, :width]
+            held = [c for c, (holder, _) in enumerate(chosen) if holder == i]
+            target[..., held] = window[..., [chosen[c][1] for c in held]].to(dtype)
+    return result
 
 
 def resize_taps(size: int, count: int, scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, ResizeStep, SelectStep, Step
+from lbs_kernels.program.transposed import phases
 from lbs_kernels.program.window import Window, is_depthwise
+
+TRANSPOSED = "conv_transpose2d"  # no step: its problem is what is counted, not what runs
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation at one size. `op` is the name of its steps; images are [N, height, width, channels]."""
+    """One operation at one size. `op` is the name of its steps; images are [N, height, width, channels].
+
+    Kernel, stride, padding and dilation of a transposed convolution are its own, and its size is that of its input.
+    """
 
     op: str
     batch: int
@@ -52,8 +58,11 @@ class Problem:
 
     @property
     def reduction(self) -> int:
-        """K: products summed for one output."""
-        return self.kernel[0] * self.kernel[1] * (self.in_channels // self.groups)
+        """K: products summed for one output; of a transposed convolution, for one that sees most taps."""
+        taps = self.window.taps
+        if self.op == TRANSPOSED:
+            taps = max(rows.count * columns.count for rows, columns in phases(self.kernel, self.stride, self.dilation))
+        return taps * (self.in_channels // self.groups)
 
     @property
     def macs(self) -> int:
@@ -83,8 +92,9 @@ def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem
         sizes = (batch, height, width, channels, filters)
         return Problem(step.op, *sizes, *window.fields(), step.w_bits, source.bits, device)
     if isinstance(step, SelectStep):
-        height, width = height * step.repeat[0], width * step.repeat[1]
+        height, width = step.size if step.moves else (height * step.repeat[0], width * step.repeat[1])
         channels = len(step.channels) or sum(program.tensors[index].channels for index in step.inputs)
+        channels //= step.block[0] * step.block[1]
     if isinstance(step, ResizeStep):
         height, width = step.size
     problem = Problem(step.op, batch, height, width, channels, channels, w_bits=0, a_bits=source.bits, device=device)

@@ -74,7 +74,7 @@ CHECKING = {
     "flat": "only a stream of one pixel is flat",
     "version-1": "version 1 has neither images of bytes nor a multiplier of quantpack",
     "version-2": "versions 1 and 2 have the odd grid of weights only, and no activations, gates, averages, selections",
-    "version-3": "versions 1 to 3 have no interpolation",
+    "version-3": "versions 1 to 3 have no interpolation and no selections that move pixels",
     "array-dtype": "arrays are float32 or int32",
     "array-shape": "an array has 1 to 4 sizes of 1 to MAX_SIZE",
     "array-place": "an array starts at a multiple of BLOB_ALIGNMENT and ends inside the blob",
@@ -104,6 +104,9 @@ WALKING = {
     "select-inputs": "a selection has an input, and inputs of one form",
     "select-channels": "a selection takes channels that its inputs have, of at most MAX_SIZE",
     "repeat": "the image that is written has a size of 1 to MAX_SIZE, a whole multiple of every input's",
+    "select-size": "what moves pixels has a size, block and stride of 1 to MAX_SIZE, blocks within the size, no repeat",
+    "select-window": "what moves pixels has a top and left for each input or for none, as many channels at each place "
+    "of a block, and reads pixels that its inputs have",
     "resize": "interpolation writes an image of 1 to MAX_SIZE, and goes through its input by positive scales",
     "codes-unchanged": "codes that pass unchanged have one consumer, of their kind and without a norm, nothing else",
     "activation-value": "the value of elu and leaky_relu is exact in float32, other activations have 0",

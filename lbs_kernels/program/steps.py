@@ -26,7 +26,7 @@ from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
 # 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates in
-# `emit`, averages, selections. 4: interpolation.
+# `emit`, averages, selections. 4: interpolation, selections that move pixels.
 PROGRAM_VERSION = 4
 BLOB_ALIGNMENT = 64
 WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
@@ -199,6 +199,12 @@ class SelectStep:
                                                         side by side, and its number there
     (H, W) = repeat * the size of the first input, whole multiples of the sizes of all. Streams are emitted; codes of
     one kind give codes out unchanged (one consumer, scale ignored).
+
+    Where `size` is given, pixels are moved: blocks of pixels become one (space to depth), one a block (depth to space),
+    images are cropped.
+
+    y[h, w, c] = x[top + stride[0] * (h // block[0]), left + stride[1] * (w // block[1]), k]
+    (H, W) = size; x, k: of channel `channels[((h % block[0]) * block[1] + w % block[1]) * C + c]`; top, left of input x
     """
 
     op: ClassVar[str] = "select"
@@ -207,6 +213,16 @@ class SelectStep:
     emit: Emit
     channels: tuple[int, ...] = ()  # empty: all, in order
     repeat: tuple[int, int] = (1, 1)
+    size: tuple[int, int] = (0, 0)  # of the result where pixels are moved
+    block: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    top: tuple[int, ...] = ()  # one for each input; empty: 0
+    left: tuple[int, ...] = ()
+
+    @property
+    def moves(self) -> bool:
+        """Whether pixels are moved, and not only repeated."""
+        return self.size != (0, 0)
 
     @property
     def input(self) -> int:
@@ -287,6 +303,11 @@ class Program:
 
 def _drop_additions(body: dict[str, Any], version: int) -> None:
     """Leave out what a version does not know; a valid program of that version holds the defaults there."""
+    if version < 4:
+        for step in body["steps"]:
+            if step["op"] == SelectStep.op:
+                for key in ("size", "block", "stride", "top", "left"):
+                    del step[key]
     if version < 3:
         for step in body["steps"]:
             step.pop("w_grid", None)

@@ -159,6 +159,13 @@ class Walk:
             raise FormatError(
                 f"{place} selects of {total} channels; there are at most {MAX_SIZE}, numbered from 0", "select-channels"
             )
+        if step.moves:
+            return self._check_moved(step, inputs, place)
+        if (step.block, step.stride, step.top, step.left) != ((1, 1), (1, 1), (), ()):
+            raise FormatError(
+                f"{place} has a block, stride, top or left and no size; what moves pixels says what it makes",
+                "select-size",
+            )
         height, width = first.height * step.repeat[0], first.width * step.repeat[1]
         whole = all(1 <= size <= MAX_SIZE for size in (height, width))
         if not whole or any(height % spec.height or width % spec.width for spec in inputs):
@@ -168,6 +175,44 @@ class Walk:
                 "repeat",
             )
         return height, width, len(step.channels) or total
+
+    def _check_moved(self, step: SelectStep, inputs: list[TensorSpec], place: str) -> Shape:
+        sizes = (*step.size, *step.block, *step.stride)
+        sane = all(1 <= size <= MAX_SIZE for size in sizes) and step.repeat == (1, 1)
+        if not sane or step.block[0] > step.size[0] or step.block[1] > step.size[1]:
+            raise FormatError(
+                f"{place} makes {step.size} pixels of blocks {step.block} with stride {step.stride}, repeated "
+                f"{step.repeat}; they are 1 to {MAX_SIZE}, blocks no larger than the size, and nothing is repeated",
+                "select-size",
+            )
+        offsets = [values or (0,) * len(inputs) for values in (step.top, step.left)]
+        total, places = sum(spec.channels for spec in inputs), step.block[0] * step.block[1]
+        listed = len(step.channels) or total
+        fitting = all(len(values) == len(inputs) and all(0 <= v <= MAX_SIZE for v in values) for values in offsets)
+        if not fitting or listed % places:
+            raise FormatError(
+                f"{place} has {len(step.top)} tops and {len(step.left)} lefts for {len(inputs)} inputs, and {listed} "
+                f"channels at {places} places of a block; each input has one of 0 to {MAX_SIZE}, or none has, and "
+                "every place as many channels",
+                "select-window",
+            )
+        each = listed // places
+        holders = [i for i, spec in enumerate(inputs) for _ in range(spec.channels)]
+        met = {(at // each, holders[channel]) for at, channel in enumerate(step.channels or range(total))}
+        for at, holder in sorted(met):
+            spec, (row, column) = inputs[holder], divmod(at, step.block[1])
+            last = [
+                first[holder] + stride * ((size - 1 - shift) // block)
+                for first, stride, size, shift, block in zip(
+                    offsets, step.stride, step.size, (row, column), step.block, strict=True
+                )
+            ]
+            if last[0] >= spec.height or last[1] >= spec.width:
+                raise FormatError(
+                    f"{place} reads pixel {tuple(last)} of {spec.name}, which has {spec.height} x {spec.width}",
+                    "select-window",
+                )
+        return (*step.size, each)
 
     def _check_weights(
         self, step: ConvStep | LinearStep, source: TensorSpec, taps: int, groups: int, place: str

@@ -48,7 +48,7 @@ class ReferenceRunner:
             acc = self._accumulator(step, x).float()
             y = fma32(acc, program.array(blob, step.multiplier), program.array(blob, step.bias))
         elif isinstance(step, SelectStep):
-            y = operations.select([tensors[index] for index in step.inputs], step.channels, step.repeat)
+            y = operations.select([tensors[index] for index in step.inputs], step)
         elif isinstance(step, ResizeStep):
             y = operations.resize(x, step.size, step.scale, step.offset)
         elif step.kind == "max":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lbs
 import lbs.models
 from lbs.cost import (
     activation_bytes,
@@ -162,3 +163,29 @@ def test_what_cannot_be_counted_is_refused() -> None:
         network_layers(lbs.models.create("cifar_resnet20"), torch.zeros(1, 4, 32, 32))
     with pytest.raises(LbsError, match="no cost formula for 'fft'"):
         bops(Problem("fft", 1, 1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"dilation": 3, "output_padding": 1}])
+@pytest.mark.parametrize("window", [(2, 2), (4, 2, 1), (3, 2), (2, 3)])
+def test_a_transposed_convolution_multiplies_every_input_pixel_by_every_tap(
+    window: tuple[int, ...], options: dict[str, int]
+) -> None:
+    layer = nn.ConvTranspose2d(4, 6, *window, **options)
+    ((counted),) = network_layers(layer, torch.zeros(1, 4, 5, 7)).layers
+    by_hand = sum(
+        int(torch.count_nonzero(layer.weight[:, :, k_y, k_x])) * 5 * 7
+        for k_y, k_x in itertools.product(range(window[0]), repeat=2)
+    )
+    assert macs(counted.problem) == by_hand
+    assert bops(counted.problem) == by_hand * 64
+
+
+@pytest.mark.parametrize("window", [(2, 2), (4, 2, 1), (3, 2), (2, 3)])
+def test_bytes_of_a_transposed_convolution_are_those_of_its_steps(window: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 40, 1), nn.ReLU(), nn.ConvTranspose2d(40, 6, *window), nn.Conv2d(6, 2, 1)).eval()
+    x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    packed = lbs.pack(lbs.calibrate(lbs.uniform(net, x), [x]).eval())
+    arrays = packed.programs[0].arrays
+    held = sum(spec.nbytes for key, spec in arrays.items() if key.startswith("2"))
+    assert packed.plan is not None
+    assert weight_bytes(packed.plan.layer("2").problem()) == held

@@ -9,8 +9,11 @@ import pytest
 
 import lbs.cost
 import lbs.models
-from lbs.cost.latency import latency_grid
-from lbs_kernels.errors import PlanError
+from lbs.cost.latency import latency_grid, timed
+from lbs.search.quantities import seconds
+from lbs_kernels.errors import PlanError, ShapeError
+from lbs_kernels.program.layer import layer_program
+from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
 from lbs_kernels.times.table import TuningTable
 
@@ -67,3 +70,17 @@ def test_the_grid_makes_every_kept_size_of_the_network_known() -> None:
     assert found == pytest.approx([problem.macs * 1e-12 for problem in whole])
     assert table.estimate(whole[1], threads=2) is None
     assert None in [table.estimate(layer.problem) for layer in net.with_bits(2, 2).layers]
+
+
+@pytest.mark.parametrize(("kernel", "filters", "taps"), [(4, [32], [4]), (3, [8] * 4, [4, 2, 2, 1])])
+def test_a_transposed_convolution_is_timed_as_its_steps(kernel: int, filters: list[int], taps: list[int]) -> None:
+    layer = Problem("conv_transpose2d", 1, 8, 8, 16, 8, (kernel, kernel), (2, 2), (1, 1))
+    steps = timed(layer)
+    assert [step.out_channels for step in steps] == filters
+    assert [step.window.taps for step in steps] == taps
+    assert {step.op for step in steps} == {"bitconv2d"}
+    assert seconds(lambda problem: float(problem.window.taps)).price(layer) == sum(taps)
+    for step in steps:
+        layer_program(step)
+    with pytest.raises(ShapeError, match="is no step; time the convolutions"):
+        layer_program(layer)

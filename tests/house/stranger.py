@@ -260,6 +260,8 @@ class Stranger:
     def select(self, step: dict[str, Any]) -> np.ndarray:
         inputs, (rows, columns) = [self.tensors[index] for index in step["inputs"]], step.get("repeat", [1, 1])
         height, width = inputs[0].shape[1] * rows, inputs[0].shape[2] * columns
+        if tuple(step.get("size", (0, 0))) != (0, 0):
+            return self.moved(step, inputs)
         h, w = np.ogrid[:height, :width]
         whole = [x[:, h // (height // x.shape[1]), w // (width // x.shape[2])] for x in inputs]
         y = np.concatenate(whole, axis=3)
@@ -273,6 +275,19 @@ class Stranger:
             k = np.floor(p).astype(int)
             w = (p - k).astype(F32).reshape(-1, *[1] * (3 - axis))
             y = np.take(y, k, axis) * (F32(1) - w) + np.take(y, np.minimum(k + 1, last), axis) * w
+        return y
+
+    @staticmethod
+    def moved(step: dict[str, Any], inputs: list[np.ndarray]) -> np.ndarray:
+        (height, width), (rows, columns), stride = (step[key] for key in ("size", "block", "stride"))
+        holders = [(x, k, i) for i, x in enumerate(inputs) for k in range(x.shape[3])]
+        chosen = [holders[c] for c in step["channels"]] or holders
+        each = len(chosen) // (rows * columns)
+        y = np.empty((len(inputs[0]), height, width, each), inputs[0].dtype)
+        for h, w, c in np.ndindex(height, width, each):
+            x, k, i = chosen[(h % rows * columns + w % columns) * each + c]
+            top, left = (step[key][i] if step[key] else 0 for key in ("top", "left"))
+            y[:, h, w, c] = x[:, top + stride[0] * (h // rows), left + stride[1] * (w // columns), k]
         return y
 
     def pool_max(self, step: dict[str, Any], x: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ SOURCES = (
     "concatenated",
     "selected_streams",
     "interpolated",
+    "moved",
+    "moved_streams",
 )
 
 

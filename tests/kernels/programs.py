@@ -133,10 +133,16 @@ class Builder:
         emit: Emit | None = None,
         channels: tuple[int, ...] = (),
         repeat: tuple[int, int] = (1, 1),
+        **moved: tuple[int, ...],
     ) -> int:
-        """A selection; of codes, or of streams that nothing is said of, the tensor it makes."""
+        """A selection; of codes, or of streams that nothing is said of, the tensor it makes.
+
+        moved: size, block, stride, top, left where pixels are moved.
+        """
         height, width, _ = self.shape(inputs[0])
-        shape = (height * repeat[0], width * repeat[1], len(channels) or sum(self.shape(i)[2] for i in inputs))
+        rows, columns = moved.get("size", (height * repeat[0], width * repeat[1]))
+        places = math.prod(moved.get("block", (1, 1)))
+        shape = (rows, columns, (len(channels) or sum(self.shape(i)[2] for i in inputs)) // places)
         spec = self.tensors[inputs[0]]
         if spec.form == "codes":
             made = self._tensor("codes", shape, bits=spec.bits, zero=spec.zero, signed=spec.signed)
@@ -146,7 +152,7 @@ class Builder:
             emit = Emit(stream=made)
         else:
             made = -1 if emit.stream is None else emit.stream
-        self.steps.append(SelectStep(f"step{len(self.steps)}", inputs, emit, channels, repeat))
+        self.steps.append(SelectStep(f"step{len(self.steps)}", inputs, emit, channels, repeat, **moved))  # type: ignore[arg-type]
         return made
 
     def resized(
@@ -635,6 +641,65 @@ def interpolated(seed: int, stream_dtype: str = "float32") -> tuple[Program, Ten
     return b.build()
 
 
+def moved(seed: int, bits: int = 4, zero: int = 1) -> tuple[Program, Tensor]:
+    """Codes whose pixels are moved: shuffled as torch shuffles pixels, with channels that share groups and words; put
+    together of images of several sizes and cropped to odd ones; blocks that are no squares; read with a stride, which
+    moves columns; blocks to channels; cropped and thinned alone."""
+    b = Builder(seed)
+    x = _stem(b, 3, (8, 6))
+
+    def layer(filters: int, padding: tuple[int, int] = (1, 1)) -> int:
+        codes = b.consumer(b.conv_shape(x, filters, padding=padding), bits, zero=zero)
+        b.conv(x, Emit(consumers=(codes,)), filters, w_bits=8, padding=padding)
+        return codes.tensor
+
+    def read(source: int, stride: tuple[int, int] = (1, 1)) -> None:
+        stream = b.stream(b.conv_shape(source, 5, stride=stride), output=True)
+        b.conv(source, Emit(stream=stream), 5, w_bits=4, stride=stride)
+
+    wide, thin = layer(52), layer(13)
+    shuffled = b.selected(
+        (wide,), channels=tuple(4 * c + place for place in range(4) for c in range(13)), size=(16, 12), block=(2, 2)
+    )
+    read(shuffled)
+    read(shuffled, (2, 2))
+    parts = tuple(layer(12, padding) for padding in ((1, 1), (1, 2), (2, 1), (2, 2)))
+    read(b.selected(parts, size=(15, 11), block=(2, 2), top=(0, 0, 1, 0), left=(0, 1, 0, 1)), (2, 2))
+    read(b.selected((thin, thin, thin), size=(24, 5), block=(3, 1), left=(0, 1, 0)))
+    flat = b.selected((thin,) * 6, size=(4, 2), stride=(2, 3), top=(0, 0, 0, 1, 1, 1), left=(0, 1, 2, 0, 1, 2))
+    read(flat)
+    read(b.selected((thin, wide), channels=(64, 3, 2, 1, 0, 13), size=(5, 3), top=(1, 2), left=(3, 2)))
+    read(b.selected((wide,), channels=tuple(range(48)), size=(4, 6), block=(2, 4), stride=(3, 5), top=(1,)))
+    return b.build()
+
+
+def moved_streams(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """The same of streams, with everything that emit does."""
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (6, 9))
+    streams = []
+    for filters, padding in ((28, (1, 1)), (7, (2, 2))):
+        stream = b.stream(b.conv_shape(x, filters, padding=padding))
+        b.conv(x, Emit(stream=stream), filters, w_bits=8, padding=padding)
+        streams.append(stream)
+    wide, thin = streams
+    crop = b.selected((thin,), size=(6, 9), top=(1,), left=(2,))
+    double = b.selected((wide,), size=(12, 18), block=(2, 2))
+    gate = b.stream((1, 1, 7))
+    b.pool(crop, Emit(stream=gate), "mean")
+    codes = b.consumer((12, 18, 7), 4, norm=True, relu=True)
+    last = b.stream((12, 18, 7), output=True)
+    emit = Emit(double, 0.0, 6.0, last, (codes,), b.activation("prelu", 7, first=True), gate)
+    b.selected((thin, thin, wide, wide), emit, (*range(7), *range(14, 28), *range(20, 27)), size=(12, 18), block=(2, 2))
+    apart = b.consumer((6, 9, 28), 2, signed=True)
+    corners = {"top": (0, 0, 1, 1), "left": (0, 1, 0, 1)}
+    b.selected((last,) * 4, Emit(consumers=(apart,)), size=(6, 9), stride=(2, 2), **corners)
+    for source in (codes, apart):
+        total = b.stream(b.conv_shape(source.tensor, 3, padding=(0, 0)), output=True)
+        b.conv(source.tensor, Emit(stream=total), 3, w_bits=4, padding=(0, 0))
+    return b.build()
+
+
 def one_pixel(seed: int) -> tuple[Program, Tensor]:
     """Everything at its smallest: one channel, one pixel, one filter, one bit."""
     b = Builder(seed)
@@ -674,6 +739,11 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "selected_streams_bfloat16": lambda seed: selected_streams(seed, "bfloat16"),
     "interpolated": interpolated,
     "interpolated_float16": lambda seed: interpolated(seed, "float16"),
+    "moved": moved,
+    "moved_bytes": lambda seed: moved(seed, 8, 37),
+    "moved_bits": lambda seed: moved(seed, 1, 0),
+    "moved_streams": moved_streams,
+    "moved_streams_bfloat16": lambda seed: moved_streams(seed, "bfloat16"),
     "one_pixel": one_pixel,
 }
 

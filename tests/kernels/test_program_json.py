@@ -48,6 +48,17 @@ def test_earlier_versions_are_read_and_written_without_the_additions(version: in
             assert torch.equal(one, other)
 
 
+def test_version_3_moves_no_pixels() -> None:
+    program, blob = CASES["concatenated"](0)
+    old = replace(program, version=3)
+    assert '"repeat"' in old.to_json()
+    assert not any(f'"{key}"' in old.to_json() for key in ("size", "block", "top", "left"))
+    again = read_program(old.to_json(), blob.numel())
+    assert again == old
+    with pytest.raises(FormatError, match="moves pixels in a program of version 3"):
+        read_program(CASES["moved"](0)[0].to_json().replace('"version":4', '"version":3'))
+
+
 def test_version_2_has_no_grid_of_weights() -> None:
     program, blob = preact_residual(3)
     old = replace(program, version=2)

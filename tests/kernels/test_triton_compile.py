@@ -104,7 +104,16 @@ def test_small_programs_compile(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["concatenated", "concatenated_bytes", "selected_streams_bfloat16", "interpolated", "interpolated_float16"]
+    "case",
+    [
+        "concatenated",
+        "concatenated_bytes",
+        "selected_streams_bfloat16",
+        "interpolated",
+        "interpolated_float16",
+        "moved",
+        "moved_streams",
+    ],
 )
 def test_selections_and_interpolation_compile(case: str, tmp_path: Path) -> None:
     program, blob = programs.CASES[case](0)

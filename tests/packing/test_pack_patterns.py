@@ -229,18 +229,14 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
     "concatenation_of_rows": (
         lambda n, x: head(n, n.inner(torch.cat([n.inner(x)[:, :, :4], n.other(x)[:, :, 4:]], 2))),
         2,
-        ["getitem", "getitem_1", "cat"],
+        ["cat"],
     ),
     "concatenation_of_flattened_pixels": (
         lambda n, x: n.fc(torch.cat([n.pool(n.inner(x)).flatten(1), n.mean(x).flatten(1)], 1)[:, 160:]),
         2,
         ["flatten", "cat", "getitem"],
     ),
-    "shuffle_of_channels_and_rows": (
-        lambda n, x: head(n, n.inner(n.other(x).view(-1, 4, 2, 9, 7).transpose(2, 3).reshape(-1, 8, 9, 7))),
-        2,
-        ["view", "transpose", "reshape"],
-    ),
+    "rows_as_columns": (lambda n, x: head(n, n.inner(n.other(x).transpose(2, 3))), 2, ["transpose"]),
     "pixels_between_others": (
         lambda n, x: head(n, n.inner(F.interpolate(n.other(x), scale_factor=2, mode="bicubic"))),
         2,
@@ -277,8 +273,8 @@ SPLIT: dict[str, tuple[Callable[[Net, Tensor], object], int, list[str]]] = {
     "relu_no_layer_reads": (lambda n, x: torch.relu(F.softplus(head(n, n.inner(x)))), 1, ["softplus", "relu_1"]),
     "linear_on_positions": (
         lambda n, x: n.fc(n.inner(x).flatten(2).transpose(1, 2)).mean(1),
-        2,
-        ["flatten", "transpose", "mean"],
+        1,
+        ["mean"],
     ),
 }
 

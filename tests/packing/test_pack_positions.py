@@ -101,8 +101,8 @@ def test_a_layer_its_activation_and_the_next_layer_are_one_region() -> None:
 
 def test_reports_name_nothing_that_the_model_does_not_do() -> None:
     torch.manual_seed(5)
-    packed = pack(pack_nets.quantized(Net(at_every_patch), SHAPE))
-    assert [name for name, _ in packed.kept_float] == ["flatten", "transpose"]
+    packed = pack(pack_nets.quantized(Net(batch_second), SHAPE))
+    assert [name for name, _ in packed.kept_float] == ["flatten", "permute", "relu", "add", "mean"]
 
 
 def test_codes_are_those_of_the_linear_layer() -> None:

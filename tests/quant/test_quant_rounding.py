@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lbs
 from lbs.quant import codec, rounding
-from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
+from lbs.quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLayer, QuantLinear
 from lbs.search.prepare import uniform
 
 
@@ -136,3 +136,18 @@ def test_sums_too_long_for_a_matrix_are_left(monkeypatch: pytest.MonkeyPatch) ->
     _, model = quantized(4, images)
     monkeypatch.setattr(rounding, "LARGEST", 100)
     assert dict(rounding.optimize(model, images))["8"] == "sums of 108 products; at most 100"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (4, 3, 5)])
+def test_windows_of_a_transposed_convolution_times_its_weights_are_its_outputs(
+    window: tuple[int, int, int], groups: int
+) -> None:
+    options = {"output_padding": (1, 0), "dilation": 2, "groups": groups, "bias": False}
+    layer = QuantConvTranspose2d(4, 6, *window, **options).double()
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = layer.weight.detach()
+    columns = rounding._windows(layer, x, groups)
+    found = weight.reshape(groups, 6 // groups, -1) @ columns
+    expected = layer.product(x, weight, None).flatten(2).permute(1, 0, 2).reshape(found.shape)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)

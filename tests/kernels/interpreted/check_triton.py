@@ -104,7 +104,9 @@ def test_activations_gates_and_averages(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
-@pytest.mark.parametrize("name", [name for name in programs.CASES if name.startswith(("concatenated", "selected"))])
+@pytest.mark.parametrize(
+    "name", [name for name in programs.CASES if name.startswith(("concatenated", "selected", "moved"))]
+)
 def test_selections(name: str) -> None:
     program, blob = programs.CASES[name](seed=1)
     trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
