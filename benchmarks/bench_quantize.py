@@ -6,13 +6,13 @@
 A .npz file (train_x, train_y, test_x, test_y) gives 512 training images to calibrate on, and is tested by all test
 images. A folder or .tar of images with a `labels.txt` (lines "file name, class") is shuffled and halved: the first half
 calibrates, the second tests. `zeros` are the smallest weights of every convolution, set to 0 in the float network.
-Each row runs in a process of its own. Top-1 is that of the packed network on test images; seconds are those of
-`lbs.quantize`, and memory is the growth of its peak over what the float network and the images take. The file is
-written again with every row.
+Each row runs in a process of its own. Top-1 is that of the packed network on test images. Seconds are the processor's
+in `lbs.quantize`, of all threads, so that others at work do not count; memory is the growth of its peak over what the
+float network and the images take. The file is written again with every row.
 
     {"version": 1, "level": "quantization", "header": {..., "model", "calibration", "test" (images), "float_top1"},
      "rows": [{"bits", "rounding", "zeros", "bops_asked", "float_top1" (with these zeros), "top1" (percent), "bops",
-               "full_precision_bops", "bytes", "steps" (seconds of each), "seconds", "peak_bytes"}]}
+               "full_precision_bops", "bytes", "seconds", "steps" (elapsed seconds of each), "peak_bytes"}]}
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ def measure(asked: Asked, args: argparse.Namespace) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     images = read_images(args.data)
     model = network_of(args, images, asked.zeros)
-    float_top1 = top1(model, images)
+    float_top1 = top1(model, images) if args.float_top1 is None else args.float_top1
     ctypes.CDLL(None).malloc_trim(0)  # what reading the images freed is not asked for again
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of reading and testing
-    before, started = resident("VmRSS"), time.monotonic()
+    before, started = resident("VmRSS"), time.process_time()
     packed = lbs.quantize(
         model,
         images.calibration,
@@ -163,7 +163,7 @@ def measure(asked: Asked, args: argparse.Namespace) -> dict[str, Any]:
         bops=asked.bops_asked,
         rounding=asked.rounding,  # type: ignore[arg-type]
     )
-    seconds, peak = time.monotonic() - started, resident("VmHWM") - before
+    seconds, peak = time.process_time() - started, resident("VmHWM") - before
     report = packed.report
     return {
         **asdict(asked),
@@ -180,11 +180,12 @@ def measure(asked: Asked, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measured_apart(asked: Asked, index: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The row, from a process of its own."""
+def measured_apart(index: int, float_top1: float | None, args: argparse.Namespace) -> dict[str, Any]:
+    """The row, from a process of its own; float_top1 is measured there where it is not known."""
     command = [sys.executable, __file__, "--row", str(index)]
-    for name in ("model", "weights", "data", "threads", *(("bops",) if args.bops is not None else ())):
-        command += [f"--{name}", str(getattr(args, name))]
+    options = {**vars(args), "float-top1": float_top1}
+    for name in ("model", "weights", "data", "threads", "bops", "float-top1"):
+        command += [] if options[name] is None else [f"--{name}", str(options[name])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the same lbs, wherever it comes from
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
@@ -194,10 +195,12 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
     """Measure every row, keep the file at `path`, and print the rows as they come."""
     head = {**header(args), "model": args.model}
     rows: list[dict[str, Any]] = []
+    floats: dict[float, float] = {}  # top-1 by share of zeros
     for index, asked in enumerate(asked_rows(args.bops)):
-        row = measured_apart(asked, index, args)
+        row = measured_apart(index, floats.get(asked.zeros), args)
+        floats[asked.zeros] = row["float_top1"]
         head |= {name: row.pop(name) for name in ("calibration", "test")}
-        head.setdefault("float_top1", row["float_top1"])
+        head["float_top1"] = floats[0.0]
         rows.append(row)
         if path is not None:
             write_json(path, {"version": 1, "level": "quantization", "header": head, "rows": rows})
@@ -216,6 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/<device>/quantize_<model>.json")
     parser.add_argument("--output", type=Path, help="write the JSON here instead")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--float-top1", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -78,7 +78,15 @@ def quantization_table(path: str, body: Body) -> list[str]:
         f"**{head['model']} without training**, calibrated on {head['calibration']} images, tested on "
         f"{head['test']:,} others; {head['threads']} threads, torch {head['torch']} (`{path}`)"
     )
-    heads = ["bits (weights/activations)", "rounding", "top-1, of float", "BOPs of float", "MB", "seconds", "peak MB"]
+    heads = [
+        "bits (weights/activations)",
+        "rounding",
+        "top-1, of float",
+        "BOPs of float",
+        "MB",
+        "processor seconds",
+        "peak MB",
+    ]
     return [title, "", *_table(heads, rows)]
 
 
