@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ from lbs.traced import Evaluation, evaluating
 LARGEST = 8192  # products of one sum whose matrix H is still worth its memory (256 MB) and time
 _DAMPING = 0.1  # d, of the mean of diag H
 _MAKING_UP = (math.inf, 1.0, 0.1, 0.01)  # e, likewise
-_LEAST = 1e-6  # d of a group that reads nothing but zeros; 1 is the mean of diag H over the groups
+_LEAST = 1e-6  # d of a group that reads nothing but zeros, of the mean of diag H over the groups
+_TINY = 1e-30  # d where no group reads anything else
 _COLUMNS = 32768  # windows that H is the mean of
 _ELEMENTS = 1 << 24  # of windows unfolded at a time
 _BLOCK = 64  # columns whose corrections are kept back and made together
@@ -153,18 +154,14 @@ def _round(layer: QuantLayer, plain: Tensor, coded: Tensor, centred: bool) -> bo
     groups = getattr(layer, "groups", 1)
     rows = weight.reshape(groups, weight.shape[0] // groups, -1).double()
     v = layer.weight_range().abs().expand(weight.shape[0], *[1] * (weight.dim() - 1)).reshape(groups, -1, 1).double()
-    half = (len(plain) + 1) // 2  # a single image judges itself
-    seen = _moments(layer, plain[:half], coded[:half], groups)
-    other = _moments(layer, plain[-half:], coded[-half:], groups)
-    fitted, judge = (moments.of(centred) for moments in (seen, other))
+    fitted, judge = (_moments(layer, plain[part], coded[part], groups, centred) for part in _halves(len(plain)))
     e = min(_MAKING_UP, key=lambda e: judge.error(rows, _made_up(rows, fitted, e)))
     found = _gptq(_made_up(rows, fitted, e), fitted.h, v, layer.w_bits, layer.w_grid)
-    if judge.error(rows, codec.round_trip(rows, v, layer.w_bits, codec.WEIGHTS[layer.w_grid])) <= judge.error(
-        rows, found
-    ):
+    nearest = codec.round_trip(rows, v, layer.w_bits, codec.WEIGHTS[layer.w_grid])
+    if judge.error(rows, nearest) <= judge.error(rows, found):
         return False
-    both = (seen + other).of(centred)
-    rounded = _gptq(_made_up(rows, both, e), both.h, v, layer.w_bits, layer.w_grid)
+    fitted.add_(judge)
+    rounded = _gptq(_made_up(rows, fitted, e), fitted.h, v, layer.w_bits, layer.w_grid)
     _adopt(layer, rounded.reshape(weight.shape).to(weight.dtype))
     return True
 
@@ -181,50 +178,53 @@ def _adopt(layer: QuantLayer, values: Tensor) -> None:
     layer.output_scale.mul_(after / before)
 
 
+def _halves(count: int) -> tuple[slice, slice]:
+    """The images that a layer is fitted to, and those it is judged by; a single one is both."""
+    half = (count + 1) // 2
+    return slice(half), slice(count - half, None)
+
+
 @dataclass(frozen=True)
 class _Moments:
-    """H, C [G, K, K] of windows, their means [G, K] and the means in float, float64."""
+    """H, C [G, K, K] of windows, float64, at any scale that both have."""
 
     h: Tensor
     c: Tensor
-    mean: Tensor
-    plain_mean: Tensor
 
-    def __add__(self, other: _Moments) -> _Moments:
-        """The mean of both."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Moments(*((one + two) / 2 for one, two in pairs))
-
-    def of(self, centred: bool) -> _Moments:
-        """What a layer is fitted to, at a mean of diag H of 1."""
-        h, c = self.h, self.c
-        if centred:
-            h = h - self.mean[:, :, None] * self.mean[:, None]
-            c = c - self.plain_mean[:, :, None] * self.mean[:, None]
-        scale = h.diagonal(dim1=1, dim2=2).mean()
-        return replace(self, h=h / scale, c=c / scale)
+    def add_(self, other: _Moments) -> None:
+        self.h.add_(other.h)
+        self.c.add_(other.c)
 
     def error(self, w: Tensor, q: Tensor) -> float:
         """|w x_f - q x|^2 of all filters [G, O, K], each relative to |w x|^2, but for what q does not change."""
         off = ((q @ self.h - 2 * (w @ self.c)) * q).sum(2)
-        return float((off / (((w @ self.h) * w).sum(2) + _LEAST)).sum())
+        least = _LEAST * self.h.diagonal(dim1=1, dim2=2).mean() * w.square().sum(2)
+        return float((off / (((w @ self.h) * w).sum(2) + least).clamp(min=_TINY)).sum())
 
 
-def _moments(layer: QuantLayer, plain: Tensor, coded: Tensor, groups: int) -> _Moments:
-    """Over a sample of all windows."""
+def _moments(layer: QuantLayer, plain: Tensor, coded: Tensor, groups: int, centred: bool) -> _Moments:
+    """Over a sample of all windows; centred, they are what is left when the means are taken off."""
     total: list[Any] = [0.0] * 4
     per_image = _windows(layer, plain[:1], groups)
     chunk = max(1, _ELEMENTS // per_image.numel())
     step = max(1, plain.shape[0] * per_image.shape[2] // _COLUMNS)
     count = 0
+    shifts: tuple[Tensor, ...] = ()
     for first in range(0, plain.shape[0], chunk):
-        x_f, x = (
+        sides = [
             _windows(layer, side[first : first + chunk], groups)[:, :, first % step :: step] for side in (plain, coded)
-        )
+        ]
+        if centred and not first:  # most of the means, so that little cancels in the end
+            shifts = sides[0].mean(2, keepdim=True), sides[1].mean(2, keepdim=True)
+        x_f, x = (side - shift for side, shift in zip(sides, shifts, strict=True)) if centred else sides
         count += x.shape[2]
         parts = (x @ x.mT, x_f @ x.mT, x.sum(2), x_f.sum(2))
         total = [one + part.double() for one, part in zip(total, parts, strict=True)]
-    return _Moments(*(one / count for one in total))
+    h, c, mean, plain_mean = (one / count for one in total)
+    if centred:
+        h -= mean[:, :, None] * mean[:, None]
+        c -= plain_mean[:, :, None] * mean[:, None]
+    return _Moments(h, c)
 
 
 def _windows(layer: QuantLayer, x: Tensor, groups: int) -> Tensor:
@@ -248,7 +248,8 @@ def _made_up(w: Tensor, moments: _Moments, e: float) -> Tensor:
 
 
 def _damped(h: Tensor, d: float) -> Tensor:
-    added = d * h.diagonal(dim1=1, dim2=2).mean(1) + _LEAST
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    added = (d * diagonal.mean(1) + _LEAST * diagonal.mean()).clamp(min=_TINY)
     return h + added[:, None, None] * torch.eye(h.shape[2], dtype=h.dtype, device=h.device)
 
 

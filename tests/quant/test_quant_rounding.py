@@ -90,6 +90,39 @@ def test_few_images_for_long_sums_are_no_worse_than_the_nearest_codes_on_others(
     assert float(ours) < 1.02 * float(theirs)
 
 
+def test_moments_are_those_of_the_windows() -> None:
+    torch.manual_seed(0)
+    layer = QuantConv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    plain, coded = torch.randn(2, 5, 4, 8, 8) + 20
+    x_f, x = (rounding._windows(layer, side, 2).double() for side in (plain, coded))
+    for centred in (False, True):
+        found = rounding._moments(layer, plain, coded, 2, centred)
+        if centred:
+            x_f, x = (side - side.mean(2, keepdim=True) for side in (x_f, x))
+        torch.testing.assert_close(found.h, x @ x.mT / x.shape[2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.c, x_f @ x.mT / x.shape[2], rtol=1e-5, atol=1e-5)
+        w, q = torch.randn(2, 2, 3, 18, dtype=torch.float64)
+        other = torch.randn(2, 3, 18, dtype=torch.float64)
+        scale = (w @ x).square().mean(2)
+        errors = [((w @ x_f - one @ x).square().mean(2) / scale).sum() for one in (q, other)]
+        difference = found.error(w, q) - found.error(w, other)
+        assert difference == pytest.approx(float(errors[0] - errors[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_images_and_constant_inputs_are_rounded_to_numbers(count: int) -> None:
+    """Of one image a linear layer reads one window, which centred is nothing; a dead layer reads zeros."""
+    images = correlated(1, 16, 3, 8, 8)
+    model, _ = quantized(4, images)
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.zero_()
+    found = lbs.calibrate(uniform(model, images[:1], 4, 4), [images], norms="keep").eval()
+    rounding.optimize(found, images[:count])
+    assert all(bool(value.isfinite().all()) for value in found.state_dict().values())
+    assert bool(found(images).isfinite().all())
+
+
 def test_independent_inputs_leave_the_nearest_codes() -> None:
     """H is the unit matrix and both networks agree: there is nothing to make up for."""
     w, v = torch.randn(3, 4, 9, dtype=torch.float64), torch.full((3, 4, 1), 1.7, dtype=torch.float64)
@@ -118,9 +151,7 @@ def test_what_the_input_has_lost_is_made_up_for() -> None:
     x = correlated(4, 8, 200).T.double()[None].mT
     w, v = torch.full((1, 1, 8), 0.3, dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
     h, c = x @ x.mT / 200, 2 * x @ x.mT / 200
-    moments = rounding._Moments(h, c, torch.zeros(1, 8), torch.zeros(1, 8)).of(centred=False)
-    made_up = rounding._made_up(w, moments, 0.001)
-    found = rounding._gptq(made_up, moments.h, v, 8, "zero")
+    found = rounding._gptq(rounding._made_up(w, rounding._Moments(h, c), 0.001), h, v, 8, "zero")
     error = ((found - 2 * w) @ x).square().mean() / ((2 * w) @ x).square().mean()
     assert float(error) < 1e-3
 
