@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, header
+from common import RESULTS, header, resident
 from torch import Tensor
 
 import lbs
@@ -184,18 +184,12 @@ def peak_of(contender: str, args: argparse.Namespace) -> int:
 def peak_here(contender: str, args: argparse.Namespace) -> int:
     """Growth of the peak over `STEPS_FOR_PEAK` steps, libraries already loaded."""
     load_libraries(args)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step = stepper(trainer_of(contender, args), STEPS_FOR_PEAK)
     ctypes.CDLL(None).malloc_trim(0)  # what building and calibrating freed is none of the steps'
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building and calibrating
     step()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return resident("VmHWM") - before
 
 
 def rows_of(times: dict[str, Times], peaks: dict[str, int], args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -183,6 +183,12 @@ def _git(*arguments: str) -> str:
         return ""
 
 
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS, what this process holds, VmHWM, the most it held."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 def roofs(device: str) -> dict[str, float]:
     """Operations per second of a large matrix product and bytes per second of a large copy, measured here and now."""
     on_cpu = torch.device(device).type == "cpu"

@@ -4,8 +4,9 @@
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `op` as bench_<op>.py,
-`training` as bench_search.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records
-of searched networks: one table for all that `lbs reproduce` made. Files of other kinds are listed by name.
+`training` as bench_search.py, `quantization` as bench_quantize.py and `gpu_...` as gpu_suite.py save them, and
+benchmarks/results/search/*.json, the records of searched networks: one table for all that `lbs reproduce` made. Files
+of other kinds are listed by name.
 """
 
 from __future__ import annotations
@@ -60,6 +61,32 @@ def training_table(path: str, body: Body) -> list[str]:
     name = f"{head['model']}, batch {head['batch']}, amp {head['amp']}"
     title = f"**Training steps of {name}**, {head['threads']} threads, torch {head['torch']} (`{path}`)"
     heads = ["contender", "ms per step, median [p20 p80]", "of float", "peak MB", "of float"]
+    return [title, "", *_table(heads, rows)]
+
+
+def quantization_table(path: str, body: Body) -> list[str]:
+    """What is left of a network's accuracy without training: one row for each way of choosing its codes."""
+    head, rows = body["header"], []
+    for row in body["rows"]:
+        share = row["bops"] / row["full_precision_bops"]
+        widths = f"at most {row['bops_asked']:.1%} of the BOPs" if row["bits"] is None else "{}/{}".format(*row["bits"])
+        asked = widths + (f", {row['zeros']:.0%} of the weights 0" if row["zeros"] else "")
+        top1 = f"{row['top1']:.2f} of {row['float_top1']:.2f}"
+        cost = (f"{share:.2%}", f"{row['bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}")
+        rows.append((asked, row["rounding"], top1, *cost))
+    title = (
+        f"**{head['model']} without training**, calibrated on {head['calibration']} images, tested on "
+        f"{head['test']:,} others; {head['threads']} threads, torch {head['torch']} (`{path}`)"
+    )
+    heads = [
+        "bits (weights/activations)",
+        "rounding",
+        "top-1, of float",
+        "BOPs of float",
+        "MB",
+        "processor seconds",
+        "peak MB",
+    ]
     return [title, "", *_table(heads, rows)]
 
 
@@ -174,6 +201,7 @@ OP_LEGEND = (
 # Level of a file, or its folder where it states none, in the order of the README.
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "search": network_table,
+    "quantization": quantization_table,
     "model": model_table,
     "op": op_table,
     "training": training_table,

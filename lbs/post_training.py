@@ -184,7 +184,7 @@ def quantize(
             budget. bops, size_mb, latency_ms, table: a budget, as in `lbs.Budget`; what `lbs tune` measured is the
             table `lbs_kernels.times.table.estimate`.
         rounding: of weights of fewer than 8 bits, each to its nearest code, or so that layers compute on these images
-            what they compute in float (`lbs/quant/rounding.py`; half a minute more for MobileNetV2).
+            what they compute in float (`lbs/quant/rounding.py`; half a minute more for MobileNetV2 at 4 bits).
         normalize: see `lbs.pack`. exclude: name patterns left in float. measure: time one image beside float and
             uniform 8 bits. progress: is told what begins.
 

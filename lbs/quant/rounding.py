@@ -3,17 +3,25 @@
 Layer after layer, with x what the layer reads in the quantized network and x_f what it reads in the float one, codes Q
 on the layer's own grid and ranges are looked for that bring |W x_f - Q x|^2 down over the images:
 
-    W'  = W + W (C - H) (H + d I)^-1        H = mean x x^T, C = mean x_f x^T: how weights can make up for x - x_f
+    W'  = W + W (C - H) (H + e I)^-1        H = mean x x^T, C = mean x_f x^T: how weights can make up for x - x_f
     q_j = nearest code of w_j               columns in the order of diag H, and after each of them
     w_k = w_k - (w_j - q_j) U_jk / U_jj     for the columns left, U^T U = (H + d I)^-1: how these make up for w_j - q_j
 
 The second is GPTQ (Frantar et al., arXiv 2210.17323), the first lets it also see what was rounded before. Norms and
-biases are corrected on the way, as in `lbs/quant/norms.py`. Nothing is trained, and no label is looked at.
+biases are corrected on the way, as in `lbs/quant/norms.py`; where they follow, H and C are centred: a mean is theirs to
+make up for. Nothing is trained, and no label is looked at.
+
+Making up is a regression of as many coefficients as a sum has products, on few images. So e is chosen, for every layer
+anew, by what is found on one half of the images and judged on the other, and a layer keeps its nearest codes where
+those are better there. (MobileNetV2, 320 sums of 960 products on 7 x 7 pixels of 24 images: with e = .01 the error of
+the outputs is 2 % of their variance on these images and 41 % on others, 22 % at the nearest codes.)
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +36,10 @@ from lbs.quant.layers import QuantLayer
 from lbs.traced import Evaluation, evaluating
 
 LARGEST = 8192  # products of one sum whose matrix H is still worth its memory (256 MB) and time
-_DAMPING = 0.01  # d, of the mean of diag H
-_LEAST = 1e-6  # d of a group that reads nothing but zeros; 1 is the mean of diag H over the groups
+_DAMPING = 0.1  # d, of the mean of diag H
+_MAKING_UP = (math.inf, 1.0, 0.1, 0.01)  # e, likewise
+_LEAST = 1e-6  # d of a group that reads nothing but zeros, of the mean of diag H over the groups
+_TINY = 1e-30  # d where no group reads anything else
 _COLUMNS = 32768  # windows that H is the mean of
 _ELEMENTS = 1 << 24  # of windows unfolded at a time
 _BLOCK = 64  # columns whose corrections are kept back and made together
@@ -96,15 +106,17 @@ class _Paired(Evaluation):
     def _layer(self, node: fx.Node, layer: QuantLayer, plain: Tensor, coded: Tensor) -> _Pair:
         name = str(node.target)
         expected = layer.product(plain, layer.unrounded_weight(), layer.bias)  # type: ignore[arg-type]
+        normed = any(isinstance(called_module(self.module, user), norms.NORMS) for user in node.users)  # type: ignore[arg-type]
+        corrected = normed or isinstance(layer.bias, Tensor)
         reason = self._why_not(name, layer)
         if reason:
             self.left.append((name, reason))
         else:
             logger.info("rounding %s", name)
-            _round(layer, plain, layer.quantizer(coded))
+            if not _round(layer, plain, layer.quantizer(coded), centred=corrected):
+                self.left.append((name, "its nearest codes are better on images it is not fitted to"))
         source, weight = layer.operands(coded)
         found = layer.product(source, weight, layer.bias)  # type: ignore[arg-type]
-        normed = any(isinstance(called_module(self.module, user), norms.NORMS) for user in node.users)  # type: ignore[arg-type]
         if isinstance(layer.bias, Tensor) and not normed and name not in self.twice:
             channel = 1 if isinstance(layer, nn.Conv2d) else -1
             shift = (expected - found).movedim(channel, 0).flatten(1).double().mean(1).to(found.dtype)
@@ -137,15 +149,22 @@ def _normed(norm: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-def _round(layer: QuantLayer, plain: Tensor, coded: Tensor) -> None:
-    """Give the layer weights that are their own codes."""
+def _round(layer: QuantLayer, plain: Tensor, coded: Tensor, centred: bool) -> bool:
+    """Give the layer weights that are their own codes; False, and nothing, where the nearest ones are better."""
     weight = layer.float_weight()
     groups = getattr(layer, "groups", 1)
-    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
-    h, c = _moments(layer, plain, coded, groups)
-    v = layer.weight_range().abs().expand(weight.shape[0], *[1] * (weight.dim() - 1))
-    rounded = _gptq(rows.double(), h, c, v.reshape(groups, -1, 1).double(), layer.w_bits, layer.w_grid)
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1).double()
+    v = layer.weight_range().abs().expand(weight.shape[0], *[1] * (weight.dim() - 1)).reshape(groups, -1, 1).double()
+    fitted, judge = (_moments(layer, plain[part], coded[part], groups, centred) for part in _halves(len(plain)))
+    e = min(_MAKING_UP, key=lambda e: judge.error(rows, _made_up(rows, fitted, e)))
+    found = _gptq(_made_up(rows, fitted, e), fitted.h, v, layer.w_bits, layer.w_grid)
+    nearest = codec.round_trip(rows, v, layer.w_bits, codec.WEIGHTS[layer.w_grid])
+    if judge.error(rows, nearest) <= judge.error(rows, found):
+        return False
+    fitted.add_(judge)
+    rounded = _gptq(_made_up(rows, fitted, e), fitted.h, v, layer.w_bits, layer.w_grid)
     _adopt(layer, rounded.reshape(weight.shape).to(weight.dtype))
+    return True
 
 
 def _adopt(layer: QuantLayer, values: Tensor) -> None:
@@ -160,20 +179,53 @@ def _adopt(layer: QuantLayer, values: Tensor) -> None:
     layer.output_scale.mul_(after / before)
 
 
-def _moments(layer: QuantLayer, plain: Tensor, coded: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(H, C) float64 [G, K, K] over a sample of all windows."""
-    total_h = total_c = torch.zeros((), dtype=torch.float64)
+def _halves(count: int) -> tuple[slice, slice]:
+    """The images that a layer is fitted to, and those it is judged by; a single one is both."""
+    half = (count + 1) // 2
+    return slice(half), slice(count - half, None)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """H, C [G, K, K] of windows, float64, at any scale that both have."""
+
+    h: Tensor
+    c: Tensor
+
+    def add_(self, other: _Moments) -> None:
+        self.h.add_(other.h)
+        self.c.add_(other.c)
+
+    def error(self, w: Tensor, q: Tensor) -> float:
+        """|w x_f - q x|^2 of all filters [G, O, K], each relative to |w x|^2, but for what q does not change."""
+        off = ((q @ self.h - 2 * (w @ self.c)) * q).sum(2)
+        least = _LEAST * self.h.diagonal(dim1=1, dim2=2).mean() * w.square().sum(2)
+        return float((off / (((w @ self.h) * w).sum(2) + least).clamp(min=_TINY)).sum())
+
+
+def _moments(layer: QuantLayer, plain: Tensor, coded: Tensor, groups: int, centred: bool) -> _Moments:
+    """Over a sample of all windows; centred, they are what is left when the means are taken off."""
+    total: list[Any] = [0.0] * 4
     per_image = _windows(layer, plain[:1], groups)
     chunk = max(1, _ELEMENTS // per_image.numel())
     step = max(1, plain.shape[0] * per_image.shape[2] // _COLUMNS)
+    count = 0
+    shifts: tuple[Tensor, ...] = ()
     for first in range(0, plain.shape[0], chunk):
-        x_f, x = (
+        sides = [
             _windows(layer, side[first : first + chunk], groups)[:, :, first % step :: step] for side in (plain, coded)
-        )
-        total_h = total_h + (x @ x.mT).double()
-        total_c = total_c + (x_f @ x.mT).double()
-    scale = total_h.diagonal(dim1=1, dim2=2).mean()
-    return total_h / scale, total_c / scale
+        ]
+        if centred and not first:  # most of the means, so that little cancels in the end
+            shifts = sides[0].mean(2, keepdim=True), sides[1].mean(2, keepdim=True)
+        x_f, x = (side - shift for side, shift in zip(sides, shifts, strict=True)) if centred else sides
+        count += x.shape[2]
+        parts = (x @ x.mT, x_f @ x.mT, x.sum(2), x_f.sum(2))
+        total = [one + part.double() for one, part in zip(total, parts, strict=True)]
+    h, c, mean, plain_mean = (one / count for one in total)
+    if centred:
+        h -= mean[:, :, None] * mean[:, None]
+        c -= plain_mean[:, :, None] * mean[:, None]
+    return _Moments(h, c)
 
 
 def _windows(layer: QuantLayer, x: Tensor, groups: int) -> Tensor:
@@ -203,12 +255,24 @@ def _transposed_windows(layer: TransposedConv2d, x: Tensor) -> Tensor:
     return taps.flip(2, 3).reshape(windows.shape)
 
 
-def _gptq(w: Tensor, h: Tensor, c: Tensor, v: Tensor, bits: int, grid: str) -> Tensor:
+def _made_up(w: Tensor, moments: _Moments, e: float) -> Tensor:
+    """W' of w [G, O, K]."""
+    if e == math.inf:
+        return w
+    factor = torch.linalg.cholesky(_damped(moments.h, e))
+    return w + torch.cholesky_solve((w @ (moments.c - moments.h)).mT, factor).mT
+
+
+def _damped(h: Tensor, d: float) -> Tensor:
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    added = (d * diagonal.mean(1) + _LEAST * diagonal.mean()).clamp(min=_TINY)
+    return h + added[:, None, None] * torch.eye(h.shape[2], dtype=h.dtype, device=h.device)
+
+
+def _gptq(w: Tensor, h: Tensor, v: Tensor, bits: int, grid: str) -> Tensor:
     """Values of the codes found for w [G, O, K], in their shape."""
     size = w.shape[2]
-    d = _DAMPING * h.diagonal(dim1=1, dim2=2).mean(1) + _LEAST
-    inverse = torch.linalg.inv(h + d[:, None, None] * torch.eye(size, dtype=h.dtype, device=h.device))
-    w = w + w @ (c - h) @ inverse
+    inverse = torch.linalg.inv(_damped(h, _DAMPING))
     order = h.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     turned = inverse.gather(1, order[:, :, None].expand_as(inverse)).gather(2, order[:, None].expand_as(inverse))
     upper = torch.linalg.cholesky((turned + turned.mT) / 2, upper=True)

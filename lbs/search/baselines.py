@@ -18,15 +18,12 @@ from lbs.quant import calibrate
 from lbs.search.budget import Budget, BudgetResult
 from lbs.search.freeze import freeze
 from lbs.search.layers import FULL_BITS
-from lbs.search.ledger import Choice
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.projection import at_levels
 from lbs.search.projection import project as project_choices
 from lbs.search.quantities import Table
+from lbs.search.sensitivity import Loss, losses
 from lbs_kernels.errors import PlanError
-
-Loss = Callable[[Any, Any], Tensor]  # of what the model returns and what a batch says it should
-Batches = Sequence[tuple[Tensor, Any]]
 
 
 def project(
@@ -45,7 +42,7 @@ def project(
 
     The errors are taken to add up; then the choice with the smallest error per share of the excess it saves is closed,
     until the targets hold, and what is left over is spent the same way round. Costs one pass over `batches` for every
-    level of every choice.
+    level of every choice, each of which begins at the choice's own layer (`lbs/search/sensitivity.py`).
 
     Arguments:
         model: calibrated, searchable; its gates are closed in place and held, `freeze` follows. batches: (images,
@@ -67,36 +64,19 @@ def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: 
         budget.freeze()
         ledger.read(errors=True)
         at_levels(ledger, lambda choice: choice.top)
-        was_training = model.training
-        model.eval()
         ledger.apply()
-        open_loss = _mean_loss(model, stored, loss)
+        open_loss, below = losses(model, ledger, stored, loss)
         for choice in ledger.choices:
-            choice.errors = _measured_errors(budget, choice, stored, loss, open_loss)
+            choice.errors = _errors_of(below[choice], open_loss)
         project_choices(ledger, budget.targets, filters_last=False)
         ledger.apply()
         budget.freeze()  # holds the thresholds as they are now
-        model.train(was_training)
     return budget.result()
 
 
-def _measured_errors(
-    budget: Budget, choice: Choice, batches: Batches, loss: Loss, open_loss: float
-) -> tuple[float, ...]:
+def _errors_of(below: list[float], open_loss: float) -> tuple[float, ...]:
     """Loss added by each step down of one choice, the others open; what lowers the loss counts as free."""
-    losses = [open_loss]
-    for level in reversed(range(choice.top)):
-        choice.level = level
-        budget.ledger.apply()
-        losses.append(_mean_loss(budget.model, batches, loss))
-    choice.level = choice.top
-    budget.ledger.apply()
-    return tuple(max(0.0, lower - upper) for upper, lower in pairwise(losses))[::-1]
-
-
-def _mean_loss(model: nn.Module, batches: Batches, loss: Loss) -> float:
-    total = sum(float(loss(model(images), labels)) * len(images) for images, labels in batches)
-    return total / sum(len(images) for images, _ in batches)
+    return tuple(max(0.0, lower - upper) for lower, upper in pairwise([*below, open_loss]))
 
 
 def two_stage(

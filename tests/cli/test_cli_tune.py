@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import lbs
+import lbs.models
 import lbs.zoo
 from lbs.cli import main, tune
+from lbs.plan import LayerPlan
 from lbs_kernels import extension
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.problem import Problem
@@ -54,6 +57,42 @@ def test_the_steps_of_a_packed_network(tables: Path, capsys: pytest.CaptureFixtu
     assert main.main(command) == 0
     body = json.loads(capsys.readouterr().out)
     assert body["measured"] + body["left"] > 10
+
+
+@native
+@pytest.mark.slow
+def test_times_that_were_measured_are_a_budget(tables: Path) -> None:
+    """Halfway between 8 bits everywhere and the fastest widths of every layer, by the table alone."""
+    assert main.main(["tune", "--shapes", "digits_resnet8", "--bits", "4/4,4/8,8/4,8/8", *SMALL[5:]]) == 0
+    model, x = lbs.models.create("digits_resnet8"), torch.randn(32, 1, 8, 8)
+    with torch.no_grad():
+        model.train()(x)
+    seconds = tuning_table.estimate
+
+    def layer_seconds(entry: LayerPlan, w_bits: int, a_bits: int) -> float:
+        found = seconds(entry.problem(entry.in_channels, entry.filters, w_bits=w_bits, a_bits=a_bits))
+        assert found is not None, f"{entry.name} at {w_bits}/{a_bits} was not measured"
+        return found
+
+    plan = lbs.quantize(model.eval(), x).plan
+    assert plan is not None
+    inner = {entry.name for entry in plan.layers[1:-1]}  # the first and the last layer keep 8 bits
+    pairs = [(w, a) for w in (4, 8) for a in (4, 8)]
+    top = sum(layer_seconds(entry, 8, 8) for entry in plan.layers)
+    least = sum(
+        min(layer_seconds(entry, *pair) for pair in (pairs if entry.name in inner else [(8, 8)]))
+        for entry in plan.layers
+    )
+    assert least < top
+    target = (least + top) / 2
+    packed = lbs.quantize(model, x, latency_ms=1e3 * target, table=seconds)
+    assert packed.plan is not None
+    assert packed.report.outcome is not None
+    assert packed.report.outcome.met
+    reached = sum(layer_seconds(entry, entry.w_bits, entry.a_bits) for entry in packed.plan.layers)
+    assert reached <= target
+    assert packed.report.outcome.reached[0].value == pytest.approx(reached)
+    assert {(entry.w_bits, entry.a_bits) for entry in packed.plan.layers} - {(8, 8)}
 
 
 def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,29 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
     assert text.count("NVIDIA Example, torch 2.11, Triton 3.6") == 4
 
 
+def test_networks_without_training(tmp_path: Path) -> None:
+    """Made-up numbers."""
+    row = {
+        "bits": [4, 8],
+        "rounding": "optimized",
+        "zeros": 0.0,
+        "bops_asked": None,
+        "top1": 67.512,
+        "float_top1": 68.8,
+    }
+    row |= {"bops": 25, "full_precision_bops": 1000, "bytes": 1_250_000, "seconds": 12.34, "peak_bytes": 3e8}
+    rows = [row, {**row, "zeros": 0.3}, {**row, "bits": None, "bops_asked": 0.025, "rounding": "nearest"}]
+    head = {"model": "net", "calibration": 512, "test": 10_000, "threads": 1, "torch": "2.13"}
+    text = readme_tables.measured(_root(tmp_path, net={"level": "quantization", "header": head, "rows": rows}))
+    for line in (
+        "**net without training**, calibrated on 512 images, tested on 10,000 others; 1 threads, torch 2.13",
+        "| 4/8 | optimized | 67.51 of 68.80 | 2.50% | 1.25 | 12.3 | 300 |",
+        "| 4/8, 30% of the weights 0 | optimized |",
+        "| at most 2.5% of the BOPs | nearest |",
+    ):
+        assert line in text
+
+
 def test_record_of_a_searched_network(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results" / "search"
     folder.mkdir(parents=True)

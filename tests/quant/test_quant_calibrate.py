@@ -300,8 +300,21 @@ def test_the_statistics_are_corrected_by_the_difference_that_quantization_makes(
         mean, variance = before[f"{name}.running_mean"].double(), before[f"{name}.running_var"].double()
         wanted = mean + coded.mean((0, 2, 3)) - plain.mean((0, 2, 3))
         torch.testing.assert_close(after[f"{name}.running_mean"].double(), wanted, rtol=1e-5, atol=1e-5)
-        wanted = variance * coded.var((0, 2, 3)) / plain.var((0, 2, 3))
+        change = coded.var((0, 2, 3), False) - plain.var((0, 2, 3), False)
+        wanted = variance * (1 + change / torch.maximum(variance, plain.var((0, 2, 3), False)))
         torch.testing.assert_close(after[f"{name}.running_var"].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_images_that_hardly_vary_do_not_inflate_a_variance() -> None:
+    """What rounding adds to values that are nearly equal is many times their variance, not that of the norm."""
+    norm = nn.BatchNorm2d(3)
+    norm.running_var.copy_(torch.tensor([4.0, 4.0, 0.5]))  # type: ignore[union-attr]
+    noise = torch.randn(2, 64, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = noise[0] * torch.tensor([1e-4, 2.0, 2.0]).view(3, 1, 1)
+    coded = plain + 0.5 * noise[1]
+    norms.correct_one(norm, plain, coded)
+    wanted = torch.tensor([4.0 + 0.25, 4.0 + 0.25, 0.5 * (1 + 0.25 / 4)])
+    torch.testing.assert_close(norm.running_var, wanted, rtol=0.02, atol=0)
 
 
 def test_biases_of_layers_without_a_norm_are_corrected() -> None:
