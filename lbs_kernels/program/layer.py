@@ -30,10 +30,8 @@ from lbs_kernels.program.steps import (
 )
 
 LAYER = "layer"  # the name of the step in question
-SIGMAS = (
-    2.75  # of a normal distribution as wide as a grid of weights: what ranges by least squared error come to at 4 bits
-)
 RESULT = 2  # the tensor it writes; 1 is what it reads (quantpack: 1 is what it writes)
+SIGMAS = 2.5  # of normal weights up to the end of their grid: where 16 steps of one width have the least squared error
 
 
 def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
