@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <new>
 
@@ -42,11 +43,17 @@ Share share(int count, const Team::Member& self) {
 }
 
 std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
+    static const std::map<std::string, Algorithm> kNames = {{"", Algorithm::kAuto},
+                                                            {"direct", Algorithm::kDirect},
+                                                            {"winograd", Algorithm::kWinograd},
+                                                            {"winograd-or-direct", Algorithm::kWinogradOrDirect}};
     std::vector<Algorithm> all;
     for (const std::string& name : names) {
-        if (!name.empty() && name != "direct" && name != "winograd")
-            throw BackendError("algorithm '" + name + "' is unknown; use 'direct', 'winograd', or '' for the faster one");
-        all.push_back(name.empty() ? Algorithm::kAuto : name == "direct" ? Algorithm::kDirect : Algorithm::kWinograd);
+        const auto found = kNames.find(name);
+        if (found == kNames.end())
+            throw BackendError("algorithm '" + name +
+                               "' is unknown; use 'direct', 'winograd', 'winograd-or-direct', or '' for the faster one");
+        all.push_back(found->second);
     }
     return all;
 }
