@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bitconv2d/depthwise_kernel.h"
+#include "bitconv2d/lanes_kernel.h"
 #include "bitconv2d/winograd_kernel.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
@@ -22,9 +23,12 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         uses_tiles,
         kTileShapes,
         kWinogradShapes,
+        LBS_LANES_VECTORS,
+        LBS_LANES_PIXELS,
         conv,
         winograd_kernel,
         depthwise_kernel,
+        lanes_kernel,
         linear_kernel,
         emit_planes_kernel,
         quantpack_kernel,

@@ -14,7 +14,7 @@ struct TileShape {
 
 // How a convolution is computed; kAuto: as is expected to be fastest. kWinograd is refused where it cannot serve, there
 // kWinogradOrDirect takes the direct kernel.
-enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect };
+enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect, kLanes };
 
 struct KernelTable {
     int lanes;        // pixels in one vector
@@ -23,6 +23,7 @@ struct KernelTable {
     bool uses_tiles;  // convolutions read ConvPlan::tiles
     const TileShape* shapes;
     const TileShape* winograd_shapes;
+    int lanes_vectors, lanes_pixels;  // vectors of filters by pixels, where filters lie on the lanes
 
     // Vectors [first_vector, last_vector) of the blocks [first_block, last_block).
     void (*conv)(const ConvPlan& plan, const RunContext& run, int first_vector, int last_vector, int first_block,
@@ -32,6 +33,8 @@ struct KernelTable {
                      int last_block);
     // Vectors [first, last) of all channel groups in a row.
     void (*depthwise)(const DepthwisePlan& plan, const RunContext& run, int64_t first, int64_t last);
+    // Blocks [first_block, last_block) on all pixels.
+    void (*conv_lanes)(const LanesPlan& plan, const RunContext& run, int first_block, int last_block);
     // Groups of L outputs [first, last).
     void (*linear)(const LinearPlan& plan, const RunContext& run, int first, int last);
     // Channel groups and vectors of float planes; plane 0 of `values` is channel `base_channel`.

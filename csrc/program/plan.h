@@ -190,6 +190,26 @@ struct DepthwisePlan {
     EmitPlan emit;
 };
 
+// Filters [first, first + vectors * L); weights int8 [k_steps][vectors][L][4].
+struct LanesBlock {
+    int first = 0, vectors = 0;
+    const int8_t* weights = nullptr;
+};
+
+// A convolution of few pixels with filters on the lanes (lanes_kernel.h).
+struct LanesPlan {
+    int input = 0;
+    int k_steps = 0;
+    const int32_t* k_offsets = nullptr;      // bytes, [k_steps]
+    int padded_pixels = 0;                   // whole groups of pixels that are multiplied together
+    const int32_t* pixel_offsets = nullptr;  // bytes, [padded_pixels], the last pixel again past the end
+    int block_count = 0;
+    const LanesBlock* blocks = nullptr;
+    bool wide = false;  // products of a pair may exceed 16 bits
+    AccumulatorPlan acc;
+    EmitPlan emit;
+};
+
 struct LinearPlan {
     int input = 0;
     int outputs = 0;

@@ -4,6 +4,7 @@
 
 #include "bitconv2d/bitconv2d_cpu.h"
 #include "bitconv2d/depthwise_cpu.h"
+#include "bitconv2d/lanes_cpu.h"
 #include "bitconv2d/winograd_cpu.h"
 #include "bitlinear/bitlinear_cpu.h"
 #include "common/check.h"
@@ -48,6 +49,11 @@ std::vector<int> tensors_read(const StepSpec& step) {
     return reads;
 }
 
+[[noreturn]] void refuse_algorithm(const StepSpec& step, const char* name, const char* rule) {
+    throw BackendError("step '" + step.name + "' cannot be computed by '" + name + "' on this instruction set: " + rule +
+                       "; use 'direct', or '' for the faster one");
+}
+
 }  // namespace
 
 ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes,
@@ -64,6 +70,7 @@ ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int
 const char* ProgramPlan::algorithm(size_t step) const {
     switch (steps[step].run) {
         case StepPlan::Run::kConv: return "direct";
+        case StepPlan::Run::kLanes: return "lanes";
         case StepPlan::Run::kWinograd: return "winograd";
         default: return "";
     }
@@ -94,12 +101,17 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan_depthwise(spec, step, layout, kernels, store, plan.depthwise);
             plan.depthwise.emit = emit;
             row_count = std::max(row_count, depthwise_scratch(plan.depthwise));
+        } else if (step.kind == StepKind::kConv && algorithm != Algorithm::kWinograd &&
+                   plan_lanes(spec, step, layout, kernels, algorithm, store, plan.lanes)) {
+            plan.run = StepPlan::Run::kLanes;
+            plan.lanes.emit = emit;
+            scratch_bytes = std::max(scratch_bytes, lanes_bytes(plan.lanes, kernels));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)
-                throw BackendError("step '" + step.name +
-                                   "' cannot be computed by 'winograd' on this instruction set: that takes 3 x 3 windows of "
-                                   "stride 1, few bits and weights whose transforms are bytes; use 'direct', or '' for the "
-                                   "faster one");
+                refuse_algorithm(step, "winograd",
+                                 "that takes 3 x 3 windows of stride 1, few bits and weights whose transforms are bytes");
+            if (algorithm == Algorithm::kLanes)
+                refuse_algorithm(step, "lanes", "that takes up to 256 pixels, one group, and weights that need no sums");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = emit;

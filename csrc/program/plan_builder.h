@@ -16,6 +16,7 @@ struct StepPlan {
         kConv,
         kWinograd,
         kDepthwise,
+        kLanes,
         kLinear,
         kMaxStream,
         kAverageStream,
@@ -30,6 +31,7 @@ struct StepPlan {
     ConvPlan conv;
     WinogradPlan winograd;
     DepthwisePlan depthwise;
+    LanesPlan lanes;
     LinearPlan linear;
     PoolCodesPlan pool;
     PoolStreamPlan max;
@@ -55,7 +57,7 @@ struct ProgramPlan {
     ProgramPlan(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const KernelTable& table,
                 const std::vector<Algorithm>& algorithms);
 
-    // "direct" or "winograd"; empty where a step knows one way only.
+    // "direct", "winograd" or "lanes"; empty where a step knows one way only.
     const char* algorithm(size_t step) const;
 
     ProgramSpec spec;

@@ -45,6 +45,7 @@ Share share(int count, const Team::Member& self) {
 std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
     static const std::map<std::string, Algorithm> kNames = {{"", Algorithm::kAuto},
                                                             {"direct", Algorithm::kDirect},
+                                                            {"lanes", Algorithm::kLanes},
                                                             {"winograd", Algorithm::kWinograd},
                                                             {"winograd-or-direct", Algorithm::kWinogradOrDirect}};
     std::vector<Algorithm> all;
@@ -52,7 +53,7 @@ std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
         const auto found = kNames.find(name);
         if (found == kNames.end())
             throw BackendError("algorithm '" + name +
-                               "' is unknown; use 'direct', 'winograd', 'winograd-or-direct', or '' for the faster one");
+                               "' is unknown; use 'direct', 'lanes', 'winograd', 'winograd-or-direct', or '' for the faster one");
         all.push_back(found->second);
     }
     return all;
@@ -292,6 +293,11 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             const DepthwisePlan& plan = step.depthwise;
             const int64_t vectors = int64_t{plan.groups} * plan.emit.vectors;
             kernels.depthwise(plan, context, vectors * self.rank / self.size, vectors * (self.rank + 1) / self.size);
+            return;
+        }
+        case StepPlan::Run::kLanes: {
+            const Share blocks = share(step.lanes.block_count, self);
+            kernels.conv_lanes(step.lanes, context, blocks.first, blocks.last);
             return;
         }
         case StepPlan::Run::kLinear: {

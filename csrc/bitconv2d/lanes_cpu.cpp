@@ -1,0 +1,95 @@
+#include "bitconv2d/lanes_cpu.h"
+
+#include <algorithm>
+
+#include "bitconv2d/bitconv2d_cpu.h"
+
+namespace lbs {
+namespace {
+
+constexpr int kMostPixels = 256;  // sums and dots of a block of filters stay in the first caches
+
+// Cycles of one image, comparable with direct_cost: a step of K loads weights and broadcasts codes, two a cycle.
+double lanes_cycles(const LanesPlan& plan, int filters, const KernelTable& kernels) {
+    const double vectors = static_cast<double>(vector_count(filters, kernels.lanes));
+    const double groups = plan.padded_pixels / kernels.lanes_pixels;
+    const double loads = (kernels.lanes_vectors + kernels.lanes_pixels + 2) / 2.0 / kernels.lanes_vectors;
+    const double dots = kernels.lanes_pixels * kernels.dot_cycles;
+    constexpr double kTurn = 30, kQuad = 30;  // of a vector of dots from memory; of the epilogue, in nothing's shadow
+    const double results = vectors * kernels.lanes * vector_count(plan.padded_pixels, kernels.lanes);
+    return vectors * groups * plan.k_steps * std::max(dots, loads) + results * (kTurn + kQuad / 4);
+}
+
+double direct_cycles(const LanesPlan& plan, const StepSpec& step, const CodeLayout& layout, int filters, int height,
+                     int width, const KernelTable& kernels) {
+    const int vectors = vector_count(int64_t{height} * width, kernels.lanes);
+    int pieces = width % kernels.lanes == 0 || layout.is_row ? 1 : 1 + kernels.lanes / width;
+    if (step.kernel.y * step.kernel.x == 1 && layout.phases != step.stride.x) pieces = 1;  // of a copy
+    else if (layout.phases != step.stride.x || pieces > 4) pieces = 16;  // an offset for every lane
+    const std::vector<FilterCut> cut = cut_filters(filters, vectors, pieces, plan.k_steps, kernels.shapes);
+    return direct_cost(cut, vectors, pieces, plan.k_steps, kernels.shapes) * kernels.dot_cycles / 0.5;
+}
+
+}  // namespace
+
+bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
+                Algorithm algorithm, Store& store, LanesPlan& plan) {
+    if (step.groups != 1 || needs_sum(step) || kernels.uses_tiles) return false;
+    const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
+    const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
+    const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
+    const int pixels = height * width, filters = static_cast<int>(program.array(step.planes).shape[1]);
+    if (int64_t{height} * width > kMostPixels) return false;
+    const int taps = step.kernel.y * step.kernel.x, lanes = kernels.lanes;
+    plan.input = step.input;
+    plan.k_steps = taps * layout.groups;
+    plan.padded_pixels = vector_count(pixels, kernels.lanes_pixels) * kernels.lanes_pixels;
+    if (algorithm != Algorithm::kLanes && lanes_cycles(plan, filters, kernels) >
+                                              direct_cycles(plan, step, layout, filters, height, width, kernels))
+        return false;
+
+    plan.wide = needs_wide_dot(kernels, step, source.bits);
+    plan.k_offsets = store.keep(window_offsets(layout, step, layout.groups));
+    std::vector<int32_t> offsets(static_cast<size_t>(plan.padded_pixels));
+    const int row = layout.is_row ? pixels : width;
+    for (int i = 0; i < plan.padded_pixels; ++i) {
+        const int pixel = std::min(i, pixels - 1), y = pixel / row * step.stride.y, x = pixel % row * step.stride.x;
+        const int64_t column = layout.offset(0, x - step.padding.x) - layout.offset(0, -step.padding.x);
+        offsets[static_cast<size_t>(i)] = static_cast<int32_t>(y * layout.row_pitch() + column);
+    }
+    plan.pixel_offsets = store.keep(offsets);
+
+    const int vectors = vector_count(filters, lanes), per_block = kernels.lanes_vectors;
+    plan.block_count = (vectors + per_block - 1) / per_block;
+    const auto step_bytes = static_cast<size_t>(4 * lanes);
+    int8_t* weights = store.make<int8_t>(static_cast<size_t>(vectors) * static_cast<size_t>(plan.k_steps) * step_bytes);
+    LanesBlock* blocks = store.make<LanesBlock>(static_cast<size_t>(plan.block_count));
+    const std::vector<uint8_t> codes =
+        unpack_weight_codes(program.integers(step.planes), step.w_bits, filters, taps, source.channels);
+    for (int b = 0; b < plan.block_count; ++b) {
+        const int held = std::min(per_block, vectors - b * per_block), width_of = held * lanes;
+        blocks[b] = {b * per_block * lanes, held, weights};
+        for (int f = 0; f < width_of && blocks[b].first + f < filters; ++f)
+            for (int tap = 0; tap < taps; ++tap)
+                for (int c = 0; c < source.channels; ++c) {
+                    const int k = (tap / step.kernel.x * layout.groups + c / 4) * step.kernel.x + tap % step.kernel.x;
+                    const size_t at = (static_cast<size_t>(blocks[b].first + f) * static_cast<size_t>(taps) +
+                                       static_cast<size_t>(tap)) * static_cast<size_t>(source.channels) +
+                                      static_cast<size_t>(c);
+                    weights[(static_cast<size_t>(k) * static_cast<size_t>(width_of) + static_cast<size_t>(f)) * 4 +
+                            static_cast<size_t>(c % 4)] = static_cast<int8_t>(stored_weight(step, codes[at]));
+                }
+        weights += static_cast<size_t>(held) * static_cast<size_t>(plan.k_steps) * step_bytes;
+    }
+    plan.blocks = blocks;
+    plan.acc = plan_accumulator(program, step, source, filters, weight_sums(step, filters, codes), store);
+    return true;
+}
+
+int64_t lanes_bytes(const LanesPlan& plan, const KernelTable& kernels) {
+    const int64_t widest = int64_t{4} * kernels.lanes_vectors * kernels.lanes;
+    const int64_t whole = int64_t{vector_count(plan.padded_pixels, kernels.lanes)} * kernels.lanes;
+    return widest * (plan.padded_pixels + 2 * whole);  // sums that are read in whole vectors, dots
+}
+
+}  // namespace lbs

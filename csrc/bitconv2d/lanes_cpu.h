@@ -1,0 +1,19 @@
+// Which convolutions put filters on the lanes, and how their weights are laid out for it.
+#pragma once
+
+#include "isa/kernels.h"
+#include "program/layout.h"
+#include "program/plan.h"
+#include "program/program.h"
+
+namespace lbs {
+
+// Fills in everything of `plan` but its emit part, or answers false where pixels on the lanes have to serve or are
+// expected to be faster.
+bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
+                Algorithm algorithm, Store& store, LanesPlan& plan);
+
+// Working memory that a thread needs for it.
+int64_t lanes_bytes(const LanesPlan& plan, const KernelTable& kernels);
+
+}  // namespace lbs
