@@ -37,7 +37,7 @@ _POOLS: dict[Any, tuple[Any, dict[str, int]]] = {
     F.adaptive_avg_pool1d: (F.adaptive_avg_pool2d, {"output_size": 1}),
 }
 _MEANS = (torch.mean, "mean")
-_MOVES = frozenset("flatten view reshape squeeze unsqueeze transpose contiguous chunk split".split())
+_MOVES = frozenset(["flatten", "view", "reshape", "squeeze", "unsqueeze", "transpose", "contiguous", "chunk", "split"])
 _MOVING = (*_MOVES, *(getattr(torch, name) for name in _MOVES if hasattr(torch, name)), operator.getitem)
 
 
@@ -91,7 +91,7 @@ class _Lines:
             self._mean(node, image)
         elif (place := _place_of(node)) is not None and len(_shape(node)) == 2:
             last = slice(place, place + 1 or None)
-            pixel = self._behind(node, "call_function", operator.getitem, (image, (*[slice(None)] * 3, last)), image)
+            pixel = self._before(node, "call_function", operator.getitem, (image, (*[slice(None)] * 3, last)))
             pixel.meta["shape"] = (*_shape(node), 1, 1)
             self._flat(node, pixel)
         elif self._flattens(node):
@@ -133,7 +133,7 @@ class _Lines:
 
     def _mean(self, node: fx.Node, image: fx.Node) -> None:
         kept = bool(_argument(node, 2, "keepdim", False))
-        mean = self._behind(node, node.op, node.target, (image, (2, 3), kept), node)
+        mean = self._before(node, node.op, node.target, (image, (2, 3), kept))
         if kept:
             mean.meta["shape"] = (*_shape(node)[:2], 1, 1)
         self._replace(node, self._line(node, mean) if kept else mean)
@@ -150,8 +150,7 @@ class _Lines:
         return known and _shape(node) == (batch, channels * places)
 
     def _flat(self, node: fx.Node, image: fx.Node) -> None:
-        flat = self._behind(image if node in image.all_input_nodes else node, "call_method", "flatten", (image, 1), node)
-        self._replace(node, flat)
+        self._replace(node, self._before(node, "call_method", "flatten", (image, 1)))
 
     def _image(self, source: fx.Node) -> fx.Node:
         """A view of what comes as a line; of one place for each channel, of the channels themselves."""
@@ -159,19 +158,20 @@ class _Lines:
             return self.images[source]
         shape, before = _shape(source), source.args[0] if source.args else None
         moves = source.op != "call_module" and source.target in _MOVING
-        if isinstance(before, fx.Node) and moves and (*_shape(before), 1) == shape:
-            self.replaced.add(source)
-            image = self._behind(source, "call_method", "reshape", (before, -1, shape[1], 1, 1), source)
-        else:
-            image = self._behind(source, "call_method", "unsqueeze", (source, -2), source)
-            image.meta["layout"] = True
-            self.replaced.add(image)
-        image.meta["shape"] = (*shape[:2], 1, shape[2])
+        spread = isinstance(before, fx.Node) and moves and (*_shape(before), 1) == shape
+        with self.graph.inserting_after(source):
+            if spread:
+                image = self.graph.call_method("reshape", (before, -1, shape[1], 1, 1))
+            else:
+                image = self.graph.call_method("unsqueeze", (source, -2))
+                image.meta["layout"] = True
+        image.meta.update(shape=(*shape[:2], 1, shape[2]), dtype=source.meta["dtype"])
         self.images[source] = image
+        self.replaced |= {source, image}
         return image
 
     def _line(self, node: fx.Node, image: fx.Node) -> fx.Node:
-        line = self._behind(image, "call_method", "squeeze", (image, -2), node)
+        line = self._before(node, "call_method", "squeeze", (image, -2))
         self._view(line, image)
         return line
 
@@ -180,10 +180,11 @@ class _Lines:
         self.replaced.add(line)
         line.meta["layout"] = True  # nothing the model computes: no report speaks of it
 
-    def _behind(self, node: fx.Node, op: str, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-        with self.graph.inserting_after(node):
+    def _before(self, node: fx.Node, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """A call in front of a node, of its shape."""
+        with self.graph.inserting_before(node):
             made = self.graph.create_node(op, target, args)
-        made.meta.update(shape=_shape(like), dtype=like.meta["dtype"])
+        made.meta.update(shape=_shape(node), dtype=node.meta["dtype"])
         return made
 
     def _replace(self, node: fx.Node, by: fx.Node) -> None:

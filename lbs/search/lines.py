@@ -127,7 +127,7 @@ class _Line:
 
 
 def _with_affine(made: Tensor, source: Tensor) -> Tensor:
-    """A view, by which a norm of images finds what the output of a layer was computed from (`quant.deployed.Affine`)."""
+    """A view, by which a norm finds what the output of a layer was computed from (`lbs.quant.deployed.Affine`)."""
     affine = getattr(source, "lbs_affine", None)
     if affine is not None:
         made.lbs_affine = affine  # type: ignore[attr-defined]
