@@ -84,7 +84,7 @@ class _Lines:
             self._compute(node)
         elif image is None:
             if call in _MOVING and source in self.moved:
-                self.moved.add(node)
+                self._move(node)
         elif call in ("size", getattr):
             _ask(node, image)
         elif call in _MEANS and _is_along(node):
@@ -97,7 +97,7 @@ class _Lines:
         elif self._flattens(node):
             self._flat(node, image)
         elif call in _MOVING:
-            self.moved.add(node)
+            self._move(node)
 
     def _follows(self, node: fx.Node) -> bool:
         """Whether the same call computes images, some operand of it being one and all others lines or numbers."""
@@ -169,6 +169,11 @@ class _Lines:
         self.images[source] = image
         self.replaced |= {source, image}
         return image
+
+    def _move(self, node: fx.Node) -> None:
+        """Note what only moves elements of a line; of four dimensions on the way to others it is no image."""
+        self.moved.add(node)
+        node.meta["passing"] = all(user.op != "call_module" and user.target in _MOVING for user in node.users)
 
     def _line(self, node: fx.Node, image: fx.Node) -> fx.Node:
         line = self._before(node, "call_method", "squeeze", (image, -2))

@@ -177,9 +177,10 @@ def quantize(
     where it alone is narrower; then the float network is converted anew at these widths.
 
     Arguments:
-        model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W] (or
-            [N, C, L]) such as it is trained on, or bytes with `normalize`; a tensor, a list of batches, or a loader, of which the first 256
-            are taken. A batch may be a tuple or dictionary that holds images. A few hundred do; labels are not read.
+        model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W], or
+            [N, C, L], such as it is trained on, or bytes with `normalize`; a tensor, a list of batches, or a loader, of
+            which the first 256 are taken. A batch may be a tuple or dictionary that holds images. A few hundred do;
+            labels are not read.
         bits: of all layers but the first and the last: (weights, activations), or one number; 8 unless there is a
             budget. bops, size_mb, latency_ms, table: a budget, as in `lbs.Budget`; what `lbs tune` measured is the
             table `lbs_kernels.times.table.estimate`.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lbs.lines import widened
 from lbs.search.lookalikes import own_methods
 from lbs.search.plain import in_numbers, own_weights
-from lbs.symbolic import check_example, is_patched
+from lbs.symbolic import ValueHook, check_example, is_patched
 from lbs.traced import evaluating, run
 
 _LAYERS = (nn.Conv1d, nn.ConvTranspose1d)
@@ -111,7 +111,7 @@ def _widen(module: Any) -> None:
         in_numbers(module)
 
 
-class _Image:
+class _Image(ValueHook):
     """A hook that makes a line an image."""
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
@@ -119,7 +119,7 @@ class _Image:
         return (_with_affine(line.unsqueeze(-2), line),), {}
 
 
-class _Line:
+class _Line(ValueHook):
     """A hook that makes an image a line."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:

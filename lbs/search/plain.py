@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lbs.convolutions import TransposedConv2d, as_convolution, as_torch, plain_kind
 from lbs.search.replace import carry, replace_layer
-from lbs.symbolic import is_patched, record
+from lbs.symbolic import ValueHook, is_patched, record
 from lbs.traced import evaluating
 from lbs.wrappers import copied, unwrapped
 from lbs_kernels.errors import GraphError
@@ -141,7 +141,7 @@ def in_numbers(conv: nn.Conv2d) -> None:
     conv.padding = (widths[2], widths[0])
 
 
-class _Pad:
+class _Pad(ValueHook):
     """A hook that pads what a convolution reads."""
 
     def __init__(self, widths: list[int], mode: str) -> None:

@@ -91,6 +91,11 @@ def test_other_padding_is_done_before_the_layer(options: dict[str, Any]) -> None
     assert {"0", "3", "5"} <= {step.name for program in packed.programs for step in program.steps}
 
 
+def halves(x: Tensor) -> Tensor:
+    one, other = x.chunk(2, 1)
+    return torch.relu(one + other)
+
+
 BEHIND: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
     "maximum": (lambda: [nn.MaxPool1d(3, 2, 1)], 8),
     "mean_of_windows": (lambda: [nn.AvgPool1d(4, 2)], 8),
@@ -105,7 +110,7 @@ BEHIND: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
     "constant": (lambda: [conv(8, 8), Call(lambda x: 0.3 * x)], 8),
     "concatenation": (lambda: [Call(lambda x: torch.cat([x, F.max_pool1d(x, 3, 1, 1)], dim=-2))], 16),
     "crop": (lambda: [Call(lambda x: torch.relu(x[:, :, 2:-3]))], 8),
-    "halves": (lambda: [conv(8, 8), Call(lambda x: torch.add(*x.chunk(2, 1)).relu())], 4),
+    "halves": (lambda: [conv(8, 8), Call(halves)], 4),
     "shuffle": (lambda: [Call(lambda x: x.view(x.size(0), 2, 4, x.shape[-1]).transpose(1, 2).flatten(1, 2))], 8),
     "longer": (lambda: [nn.ConvTranspose1d(8, 8, 4, 2, 1), nn.BatchNorm1d(8), nn.ReLU()], 8),
     "longer_by_unequal_taps": (lambda: [nn.ConvTranspose1d(8, 8, 3, 2, 1, 1), nn.ReLU()], 8),
@@ -185,9 +190,9 @@ class Causal(nn.Module):
         self.last = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
+        for place, layer in enumerate(self.layers):
             y = torch.relu(layer(x)[:, :, : -layer.padding[-1]].contiguous())
-            x = y if x.shape[1] == 3 else x + y
+            x = x + y if place else y
         return self.last(x[:, :, -1])
 
 
@@ -228,7 +233,7 @@ def test_networks_are_one_region_and_come_back(name: str, tmp_path: Path) -> Non
     shape = (3, 64)
     torch.manual_seed(3)
     packed = one_region(frozen(NETWORKS[name](), shape, 5), shape)
-    assert "unsqueeze" not in str(packed.kept_float) + str(lbs.explain(packed)).replace("unsqueeze.quantize", "")
+    assert "in float" not in str(lbs.explain(packed))
     packed.save(tmp_path / "network.lbs.safetensors")
     loaded, x = lbs.load(tmp_path / "network.lbs.safetensors"), pack_nets.images(3, shape, 5)
     assert loaded.input_shape == shape
@@ -279,7 +284,7 @@ def test_a_search_moves_bits_and_filters() -> None:
         optimizer.step()
         budget.step()
     result = budget.finish()
-    assert result.ok, str(result)
+    assert result.value <= result.target
     one_region(lbs.freeze(model).eval())
 
 
@@ -294,11 +299,40 @@ def test_bit_operations_are_those_of_the_convolution() -> None:
     assert network_layers(nn.Sequential(nn.Conv1d(3, 8, 5, 2, 3)), x).bops() == 26 * 8 * 3 * 5 * 8 * 8
 
 
-def test_without_training() -> None:
-    x = pack_nets.images(16, SHAPE)
-    packed = lbs.quantize(ResNet().eval(), x, bits=4, rounding="optimized")
+def flat(lines: nn.Module) -> nn.Sequential:
+    """A sequence of lines as one of images of height 1, written by hand."""
+    made: list[nn.Module] = []
+    for part in lines.children():
+        if isinstance(part, nn.Conv1d):
+            sizes = [(one, size[0]) for one, size in zip((1, 1, 0), (part.kernel_size, part.stride, part.padding), strict=False)]
+            made.append(nn.Conv2d(part.in_channels, part.out_channels, *sizes, bias=part.bias is not None))
+            made[-1].load_state_dict({k: v[:, :, None] if v.dim() > 1 else v for k, v in part.state_dict().items()})
+        elif isinstance(part, nn.BatchNorm1d):
+            made.append(nn.BatchNorm2d(part.num_features))
+            made[-1].load_state_dict(part.state_dict())
+        elif isinstance(part, nn.MaxPool1d):
+            made.append(nn.MaxPool2d((1, part.kernel_size), (1, part.stride)))
+        else:
+            made.append(nn.AdaptiveAvgPool2d(1) if isinstance(part, nn.AdaptiveAvgPool1d) else part)
+    return nn.Sequential(*made)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "rounding": "optimized"}, {"bops": 0.03}])
+def test_without_training_it_is_the_network_of_images(options: dict[str, Any]) -> None:
+    torch.manual_seed(6)
+    parts = (*normed(3, 8, 7, stride=2), nn.MaxPool1d(2), *normed(8, 16), conv(16, 16), nn.ReLU())
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 5))
+    twin, x = flat(pack_nets.unsettle(model.eval())).eval(), pack_nets.images(32, SHAPE)
+    packed, other = lbs.quantize(model, x, **options), lbs.quantize(twin, x[:, :, None], **options)
     assert (len(packed.regions), packed.kept_float) == (1, ())
-    assert packed.report.fidelity.snr_db > 5
+    assert packed.plan is not None
+    assert other.plan is not None
+    assert packed.plan.layers == other.plan.layers
+    assert torch.equal(packed(x), other(x[:, :, None]))
+    assert packed.report.fidelity == other.report.fidelity
+
+
+def test_a_network_of_images_is_given_no_lines() -> None:
     with pytest.raises(ShapeError, match="makes one image a batch"):
         lbs.quantize(nn.Sequential(nn.Conv2d(3, 4, 3)), pack_nets.images(2, SHAPE))
 
@@ -330,7 +364,8 @@ def test_what_stays_in_float_says_why() -> None:
         "own": "Own has methods of its own: forward",
         "unused": "the forward pass does not call it with one tensor [N, C, L] alone",
     }
-    assert dict(equal(model).kept_float)["own"] == reasons["own"]
+    packed = equal(model)
+    assert [step.name for program in packed.programs for step in program.steps][1:] == ["last"]
     config = lbs.SearchConfig(pruning=False, trace=False)
     untraced = lbs.prepare(
         nn.Sequential(conv(3, 8), nn.Flatten(), nn.Linear(400, 2)), pack_nets.images(2, SHAPE), config
@@ -365,7 +400,7 @@ def test_a_norm_of_lines_and_of_rows_stays() -> None:
     shared = nn.BatchNorm1d(8)
     model = nn.Sequential(*normed(3, 8), shared, nn.AdaptiveAvgPool1d(1), nn.Flatten(), shared, nn.Linear(8, 5))
     packed = equal(pack_nets.quantized(model, SHAPE))
-    assert {name for name, _ in packed.kept_float} == {"3"}
+    assert {name for name, _ in packed.kept_float} == {"3", "4", "flatten"}
 
 
 def test_a_graph_of_lines_computes_what_it_did() -> None:
