@@ -37,7 +37,8 @@ _POOLS: dict[Any, tuple[Any, dict[str, int]]] = {
     F.adaptive_avg_pool1d: (F.adaptive_avg_pool2d, {"output_size": 1}),
 }
 _MEANS = (torch.mean, "mean")
-_MOVES = frozenset(["flatten", "view", "reshape", "squeeze", "unsqueeze", "transpose", "contiguous", "chunk", "split"])
+_WORDS = "view reshape flatten unflatten squeeze unsqueeze transpose permute contiguous chunk split"
+_MOVES = frozenset(_WORDS.split())
 _MOVING = (*_MOVES, *(getattr(torch, name) for name in _MOVES if hasattr(torch, name)), operator.getitem)
 
 

@@ -26,9 +26,11 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.AvgPool1d: nn.AvgPool2d,
     nn.AdaptiveAvgPool1d: nn.AdaptiveAvgPool2d,
     nn.Dropout1d: nn.Dropout2d,
+    nn.Upsample: nn.Upsample,
 }
 # What the other side of an image has.
 _SIDES = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "output_size": 1}
+_SIDES |= {"size": 1, "scale_factor": 1}
 
 
 def as_images(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -44,7 +46,11 @@ def as_images(model: nn.Module, example: Tensor) -> dict[str, str]:
     if not layers:
         return {}
     check_example(model, example)
-    modules = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in _KINDS and not getattr(module, "return_indices", False)
+    }
     given = _given_lines(model, {**modules, **layers}, example)
     own = own_weights(model, layers)
     left = {name: reason for name, layer in layers.items() if (reason := _unfit(name, layer, given, own))}
@@ -101,6 +107,8 @@ def _widen(module: Any) -> None:
         setattr(module, name, widened(getattr(module, name), _SIDES[name]))
     if kind is nn.AvgPool1d:
         module.divisor_override = None
+    if kind is nn.Upsample and module.mode == "linear":
+        module.mode = "bilinear"
     module.register_forward_pre_hook(_Image(), with_kwargs=True)
     module.register_forward_hook(_Line(), prepend=True)
     if kind in _LAYERS:

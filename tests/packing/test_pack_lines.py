@@ -112,6 +112,9 @@ BEHIND: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
     "crop": (lambda: [Call(lambda x: torch.relu(x[:, :, 2:-3]))], 8),
     "halves": (lambda: [conv(8, 8), Call(halves)], 4),
     "shuffle": (lambda: [Call(lambda x: x.view(x.size(0), 2, 4, x.shape[-1]).transpose(1, 2).flatten(1, 2))], 8),
+    "repeated": (lambda: [nn.Upsample(scale_factor=2)], 8),
+    "interpolated": (lambda: [nn.Upsample(scale_factor=1.5, mode="linear")], 8),
+    "interpolated_to_a_size": (lambda: [nn.Upsample(70, mode="linear", align_corners=True)], 8),
     "longer": (lambda: [nn.ConvTranspose1d(8, 8, 4, 2, 1), nn.BatchNorm1d(8), nn.ReLU()], 8),
     "longer_by_unequal_taps": (lambda: [nn.ConvTranspose1d(8, 8, 3, 2, 1, 1), nn.ReLU()], 8),
 }
@@ -233,7 +236,9 @@ def test_networks_are_one_region_and_come_back(name: str, tmp_path: Path) -> Non
     shape = (3, 64)
     torch.manual_seed(3)
     packed = one_region(frozen(NETWORKS[name](), shape, 5), shape)
-    assert "in float" not in str(lbs.explain(packed))
+    told = str(lbs.explain(packed))
+    assert "in float" not in told
+    assert ("conv 1x15 /1x2" in told) is ("stem.0" in told)
     packed.save(tmp_path / "network.lbs.safetensors")
     loaded, x = lbs.load(tmp_path / "network.lbs.safetensors"), pack_nets.images(3, shape, 5)
     assert loaded.input_shape == shape
@@ -304,7 +309,7 @@ def flat(lines: nn.Module) -> nn.Sequential:
     made: list[nn.Module] = []
     for part in lines.children():
         if isinstance(part, nn.Conv1d):
-            sizes = [(one, size[0]) for one, size in zip((1, 1, 0), (part.kernel_size, part.stride, part.padding), strict=False)]
+            sizes = [(1, *part.kernel_size), (1, *part.stride), (0, *part.padding)]
             made.append(nn.Conv2d(part.in_channels, part.out_channels, *sizes, bias=part.bias is not None))
             made[-1].load_state_dict({k: v[:, :, None] if v.dim() > 1 else v for k, v in part.state_dict().items()})
         elif isinstance(part, nn.BatchNorm1d):
@@ -394,6 +399,38 @@ def test_hooks_of_the_user_see_lines() -> None:
     seen.clear()
     network(pack_nets.images(2, SHAPE))
     assert seen == [(2, 8, 50)] * 4
+
+
+FLOATS: dict[str, tuple[Callable[[], list[nn.Module]], set[str]]] = {
+    "indices": (lambda: [nn.MaxPool1d(2, return_indices=True), Call(lambda x: x[0])], {"3", "getitem"}),
+    "norm_of_groups": (lambda: [conv(8, 8), nn.GroupNorm(2, 8), nn.ReLU()], {"4", "5"}),
+    "padding": (lambda: [nn.ReflectionPad1d(2)], {"3"}),
+    "softmax": (lambda: [Call(lambda x: torch.softmax(x, 2))], {"softmax"}),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_has_no_packed_form_is_computed_on_lines(name: str) -> None:
+    parts, kept = FLOATS[name]
+    packed = equal(pack_nets.quantized(between(*parts(), conv(8, 8)), SHAPE))
+    names = {name for name, _ in packed.kept_float}
+    assert names == kept
+    assert len(packed.regions) == 2
+
+
+def test_attention_over_channels_is_a_line() -> None:
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 3)
+            self.pool, self.line = nn.AdaptiveAvgPool2d(1), nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            gate = self.line(self.pool(x).squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1)
+            return self.last(x * torch.sigmoid(gate).expand_as(x))
+
+    one_region(pack_nets.quantized(Channels(), (3, 9, 8)), (3, 9, 8))
 
 
 def test_a_norm_of_lines_and_of_rows_stays() -> None:
