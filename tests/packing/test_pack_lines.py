@@ -433,6 +433,31 @@ def test_attention_over_channels_is_a_line() -> None:
     one_region(pack_nets.quantized(Channels(), (3, 9, 8)), (3, 9, 8))
 
 
+def test_floats_of_norms_come_out_bit_for_bit() -> None:
+    for parts in ([nn.BatchNorm1d(8)], [nn.Identity(), nn.BatchNorm1d(8)], [nn.MaxPool1d(2), nn.BatchNorm1d(8)]):
+        one_region(pack_nets.quantized(nn.Sequential(*normed(3, 8), conv(8, 8), *parts), SHAPE))
+
+
+def test_the_line_that_is_given_becomes_one_image() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.last = conv(3, 8), conv(3, 8, 5), conv(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([self.one(x), self.other(x)], 1).relu())
+
+    assert len(one_region(pack_nets.quantized(Both(), SHAPE)).programs[0].inputs) == 1
+
+
+def test_it_is_timed_beside_the_network() -> None:
+    model = pack_nets.quantized(between(conv(8, 8)), SHAPE)
+    report = lbs.bench(
+        lbs.pack(model), model=model, batches=(1,), threads=1, rounds=3, baselines=("float32", "uniform8")
+    )
+    assert {row.contender for row in report.rows} == {"packed", "torch float32", "packed uniform 8-bit"}
+
+
 def test_a_norm_of_lines_and_of_rows_stays() -> None:
     shared = nn.BatchNorm1d(8)
     model = nn.Sequential(*normed(3, 8), shared, nn.AdaptiveAvgPool1d(1), nn.Flatten(), shared, nn.Linear(8, 5))
