@@ -85,7 +85,7 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     The copy carries `lbs_record`; `conversion_report(copy)` lists every layer. Follow with `lbs.calibrate`.
 
     Arguments:
-        example: one input batch [N, C, H, W].
+        example: one input batch [N, C, H, W], or [N, C, L].
 
     Raises:
         GraphError: nothing can be converted, the model cannot be traced, weights are not finite, or a layer's sum at

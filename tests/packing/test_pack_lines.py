@@ -19,7 +19,7 @@ import lbs
 from lbs.cost import network_layers
 from lbs.graph import record_of, trace
 from lbs.search.prepare import conversion_report
-from lbs_kernels.errors import ShapeError
+from lbs_kernels.errors import GraphError, ShapeError
 
 SHAPE = (3, 50)
 
@@ -448,6 +448,20 @@ def test_the_line_that_is_given_becomes_one_image() -> None:
             return self.last(torch.cat([self.one(x), self.other(x)], 1).relu())
 
     assert len(one_region(pack_nets.quantized(Both(), SHAPE)).programs[0].inputs) == 1
+
+
+def test_lines_are_no_bytes() -> None:
+    model = pack_nets.quantized(between(), SHAPE)
+    with pytest.raises(GraphError, match="reads the images, which would be bytes"):
+        lbs.pack(model, normalize=([0.5] * 3, [0.25] * 3))
+
+
+def test_without_a_record_the_example_says_the_shape() -> None:
+    model, x = pack_nets.quantized(ResNet(), SHAPE), pack_nets.images(3, SHAPE)
+    del model.lbs_record
+    packed = lbs.pack(model, example=x)
+    assert packed.input_shape == SHAPE
+    assert lbs.verify(model, packed, x).ok
 
 
 def test_it_is_timed_beside_the_network() -> None:
