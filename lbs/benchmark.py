@@ -264,7 +264,8 @@ def _call(model: nn.Module, images: Tensor, floats: Tensor) -> Call:
     if isinstance(model, PackedModel):
         return lambda: model(images)
     dtype = next(iter(model.parameters())).dtype
-    ready = floats.to(dtype=dtype, memory_format=torch.channels_last)
+    pixels = floats.dim() == 4
+    ready = floats.to(dtype=dtype, memory_format=torch.channels_last if pixels else torch.preserve_format)
     return lambda: model(ready)
 
 

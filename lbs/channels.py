@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
+from lbs.lines import over_images
 from lbs.symbolic import ACTIVATIONS, record
 from lbs.traced import settle
 from lbs_kernels.errors import GraphError, first_line
@@ -86,6 +87,7 @@ def _training_graph(module: fx.GraphModule, model: nn.Module, example: Tensor) -
             trained = record(model, module.meta["hooks"])
             model.eval()
             settle(trained, example)
+            over_images(trained)
     finally:
         for part, training in modes:
             part.training = training

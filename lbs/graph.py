@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from lbs import cost
 from lbs.channels import NORMS, ChannelGroup, called_module, groups_of, repeated
 from lbs.convolutions import TransposedConv2d
+from lbs.lines import over_images
 from lbs.plan import LayerPlan, Plan
 from lbs.symbolic import check_example, symbolic
 from lbs.traced import evaluating, run
@@ -47,7 +48,7 @@ class ModelGraph:
 
 
 def trace(model: nn.Module, example: Tensor, strict: bool = True) -> ModelGraph:
-    """Trace a model symbolically and run it once, in eval mode and without gradients.
+    """Trace a model symbolically and run it once, in eval mode and without gradients; lines are images (lbs/lines.py).
 
     Arguments:
         example: one input batch [N, C, H, W]. strict: refuse a trace that computes something else on it than the model.
@@ -56,6 +57,7 @@ def trace(model: nn.Module, example: Tensor, strict: bool = True) -> ModelGraph:
         GraphError: as `lbs.symbolic.symbolic` does.
     """
     module = symbolic(model, example, strict)
+    over_images(module)
     calls = []
     for node in layer_nodes(module):
         source = node.args[0]

@@ -177,9 +177,10 @@ def quantize(
     where it alone is narrower; then the float network is converted anew at these widths.
 
     Arguments:
-        model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W] such as it
-            is trained on, or bytes with `normalize`; a tensor, a list of batches, or a loader, of which the first 256
-            are taken. A batch may be a tuple or dictionary that holds images. A few hundred do; labels are not read.
+        model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W], or
+            [N, C, L], such as it is trained on, or bytes with `normalize`; a tensor, a list of batches, or a loader, of
+            which the first 256 are taken. A batch may be a tuple or dictionary that holds images. A few hundred do;
+            labels are not read.
         bits: of all layers but the first and the last: (weights, activations), or one number; 8 unless there is a
             budget. bops, size_mb, latency_ms, table: a budget, as in `lbs.Budget`; what `lbs tune` measured is the
             table `lbs_kernels.times.table.estimate`.
@@ -207,7 +208,7 @@ def quantize(
     if bits is not None and targets:
         raise PlanError(f"bits={bits!r} and a budget ({', '.join(targets)}) both name widths; leave one of them out")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    given = _batches(images, pixels, device)
+    given = _batches(images, pixels, device, _ranks(model))
     floats = given if pixels is None else [pixels.values(batch).float() for batch in given]
     clock = _Clock(progress)
     outcome = None
@@ -254,7 +255,7 @@ def fidelity(model: nn.Module, network: nn.Module, images: Any) -> Fidelity:
     count, same, off, size = 0, 0, 0.0, 0.0
     classes = True
     with evaluating(model), evaluating(network):
-        for batch in _batches(images, packed.normalize if packed else None, device):
+        for batch in _batches(images, packed.normalize if packed else None, device, _ranks(model)):
             expected = run(model, packed.float_images(batch).float() if packed else batch)
             found = network(batch)
             count += len(batch)
@@ -316,7 +317,12 @@ def _pair(bits: int | tuple[int, int] | None) -> tuple[int, int]:
 # Images.
 
 
-def _batches(images: Any, pixels: Normalization | None, device: torch.device) -> list[Tensor]:
+def _ranks(model: nn.Module) -> tuple[int, ...]:
+    """Dimensions that a batch may have: 4, or 3 where a network of lines [N, C, L] takes it."""
+    return (3, 4) if any(isinstance(m, nn.Conv1d | nn.ConvTranspose1d) for m in model.modules()) else (4,)
+
+
+def _batches(images: Any, pixels: Normalization | None, device: torch.device, ranks: tuple[int, ...]) -> list[Tensor]:
     """Checked batches on the device, as the packed network is given them, small enough to be computed at once.
 
     Raises ShapeError, DataError.
@@ -327,7 +333,7 @@ def _batches(images: Any, pixels: Normalization | None, device: torch.device) ->
     dtype = torch.float32 if pixels is None else torch.uint8
     first = found[0].shape[1:]
     for index, batch in enumerate(found):
-        _check_batch(batch, index, dtype)
+        _check_batch(batch, index, dtype, ranks)
         if batch.shape[1:] != first:
             raise ShapeError(
                 f"images of batch {index} are {list(batch.shape[1:])}, those of batch 0 {list(first)}; a packed "
@@ -343,8 +349,8 @@ def _batches(images: Any, pixels: Normalization | None, device: torch.device) ->
     return [part.to(device) for batch in found for part in batch.split(rows) if len(part)]
 
 
-def _check_batch(batch: Tensor, index: int, dtype: torch.dtype) -> None:
-    if batch.dim() != 4:
+def _check_batch(batch: Tensor, index: int, dtype: torch.dtype, ranks: tuple[int, ...]) -> None:
+    if batch.dim() not in ranks:
         way = "images[None] makes one image a batch, torch.stack(images) several" if batch.dim() == 3 else "reshape it"
         raise ShapeError(f"batch {index} has shape {list(batch.shape)}; images are [N, C, H, W]: {way}")
     if not batch.numel():

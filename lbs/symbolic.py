@@ -101,6 +101,10 @@ def record(model: nn.Module, hooks: bool) -> fx.GraphModule:
     return module
 
 
+class ValueHook:
+    """A hook that a plain copy hung on a layer, which changes values: part of every graph. Others may only look."""
+
+
 class _Proxy(fx.Proxy):
     """A proxy of which `a += b` changes the tensor, as torch does, and not the name only."""
 
@@ -141,7 +145,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
         if not self.hooks:
-            return super().call_module(m, m.forward, args, kwargs)
+            return self._call_alone(m, args, kwargs)
         if not self.is_leaf_module(m, name):
             return super().call_module(m, m._call_impl, args, kwargs)
         if not hooked(m):
@@ -151,6 +155,17 @@ class _Tracer(fx.Tracer):
             return m._call_impl(*args, **kwargs)
         finally:
             del m.forward
+
+    def _call_alone(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Without hooks but those that belong to the layer."""
+        for before in m._forward_pre_hooks.values():
+            if isinstance(before, ValueHook):
+                args, kwargs = before(m, args, kwargs)
+        result = super().call_module(m, m.forward, args, kwargs)
+        for behind in m._forward_hooks.values():
+            if isinstance(behind, ValueHook):
+                result = behind(m, args, result)
+        return result
 
 
 def is_patched(module: nn.Module) -> bool:

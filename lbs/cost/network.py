@@ -57,8 +57,9 @@ class NetworkLayers:
         return sum(bops(full_precision(layer.problem)) for layer in self.layers)
 
 
-def conv_problem(module: nn.Conv2d, x: Tensor, y: Tensor) -> Problem:
-    """The Problem of an nn.Conv2d applied to x [N, C, H, W], at 8/8 bits and for one image.
+def conv_problem(module: nn.Conv1d | nn.Conv2d, x: Tensor, y: Tensor) -> Problem:
+    """The Problem of an nn.Conv2d applied to x [N, C, H, W], at 8/8 bits and for one image; of an nn.Conv1d applied to
+    [N, C, L], which is one of height 1.
 
     Raises GraphError where the padding cannot be written as one number per side.
     """
@@ -74,12 +75,11 @@ def conv_problem(module: nn.Conv2d, x: Tensor, y: Tensor) -> Problem:
             )
         padding = (spans[0] // 2, spans[1] // 2)
     else:
-        padding = _pair(module.padding)
+        padding = _pair(module.padding, 0)
     return Problem(
         "bitconv2d",
         1,
-        x.shape[-2],
-        x.shape[-1],
+        *_size(module, x),
         module.in_channels,
         module.out_channels,
         kernel,
@@ -90,11 +90,11 @@ def conv_problem(module: nn.Conv2d, x: Tensor, y: Tensor) -> Problem:
     )
 
 
-def transposed_problem(module: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Problem:
-    """The Problem of an nn.ConvTranspose2d applied to x [N, C, H, W], at 8/8 bits and for one image."""
-    kernel, stride, padding, dilation = map(_pair, (module.kernel_size, module.stride, module.padding, module.dilation))
-    size = (x.shape[-2], x.shape[-1], module.in_channels, module.out_channels)
-    return Problem(TRANSPOSED, 1, *size, kernel, stride, padding, dilation, module.groups)
+def transposed_problem(module: nn.ConvTranspose1d | nn.ConvTranspose2d, x: Tensor, y: Tensor) -> Problem:
+    """Likewise of an nn.ConvTranspose2d or nn.ConvTranspose1d."""
+    kernel, stride, dilation = map(_pair, (module.kernel_size, module.stride, module.dilation))
+    size = (*_size(module, x), module.in_channels, module.out_channels)
+    return Problem(TRANSPOSED, 1, *size, kernel, stride, _pair(module.padding, 0), dilation, module.groups)
 
 
 def linear_problem(module: nn.Linear, x: Tensor, y: Tensor) -> Problem:
@@ -108,7 +108,9 @@ def linear_problem(module: nn.Linear, x: Tensor, y: Tensor) -> Problem:
 # Kind of module -> its Problem, given the module, its input and its output.
 GEOMETRY: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Problem]] = {
     nn.Conv2d: conv_problem,
+    nn.Conv1d: conv_problem,
     nn.ConvTranspose2d: transposed_problem,
+    nn.ConvTranspose1d: transposed_problem,
     nn.Linear: linear_problem,
 }
 
@@ -155,9 +157,13 @@ def _recorder(
     return record
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    """Two sizes from one, or from a sequence of two, as nn.Conv2d keeps them."""
+def _size(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    return (1 if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) else x.shape[-2]), x.shape[-1]
+
+
+def _pair(value: Any, other: int = 1) -> tuple[int, int]:
+    """Two sizes from one, or from a sequence of two, as nn.Conv2d keeps them; nn.Conv1d's one follows `other`."""
     if isinstance(value, int):
         return value, value
-    first, second = value
+    first, second = value if len(value) == 2 else (other, *value)
     return int(first), int(second)

@@ -180,7 +180,8 @@ def _size(spec: TensorSpec) -> tuple[int, int, int]:
 def _operation(step: Step) -> str:
     if isinstance(step, ConvStep):
         window = f"conv {step.kernel[0]}x{step.kernel[1]}"
-        stride = f" /{step.stride[0]}" if step.stride != (1, 1) else ""
+        down, across = step.stride
+        stride = "" if step.stride == (1, 1) else f" /{down}" if down == across else f" /{down}x{across}"
         return window + stride + (f" groups {step.groups}" if step.groups > 1 else "")
     if isinstance(step, LinearStep):
         return "linear"

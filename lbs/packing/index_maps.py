@@ -100,7 +100,7 @@ def _moved(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _is_images(node: fx.Node) -> bool:
-    return len(node.meta.get("shape", ())) == 4
+    return len(node.meta.get("shape", ())) == 4 and not node.meta.get("passing", False)
 
 
 def _applied(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

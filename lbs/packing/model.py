@@ -23,7 +23,7 @@ from lbs_kernels.run.compiled import dtype_rule
 
 
 class PackedModel(nn.Module):
-    """A packed network: images [N, C, H, W] in, what the model returns out.
+    """A packed network: images [N, C, H, W], or lines [N, C, L], in, what the model returns out.
 
     Images are normalised float32, or bytes (uint8) where the network was packed with `normalize`. Channels may lie
     first or last in memory; both are read without a copy.
@@ -48,7 +48,7 @@ class PackedModel(nn.Module):
         """
         Args:
             graph: as `outer_graph` builds it.
-            input_shape: of one image, [C, H, W].
+            input_shape: of one image, [C, H, W], or line, [C, L].
             normalize: what the programs do to bytes; None: they take floats.
         """
         super().__init__()

@@ -40,8 +40,8 @@ def pack(
 
     Args:
         model: made by `lbs.freeze` or `lbs.uniform`.
-        example: images [N, C, H, W] such as the packed model is given, float32, or uint8 with `normalize`; needed where
-            the model carries no record of its input shape. Verification uses it.
+        example: images [N, C, H, W] (or lines [N, C, L], float32 only) such as the packed model is given, float32, or
+            uint8 with `normalize`; needed where the model carries no record of its input shape. Verification uses it.
         stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16".
         normalize: (mean, std) per channel of pixels scaled to 0..1, as torchvision's Normalize takes them. The packed
             model is then given the bytes of images, uint8 [N, C, H, W], and no float image is stored.

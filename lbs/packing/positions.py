@@ -10,26 +10,17 @@ position is a row of its own: x [..., C] becomes [rows, C].
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from lbs.graph import called_module
+from lbs.lines import POINTWISE, POINTWISE_FUNCTIONS, POINTWISE_METHODS
 from lbs.quant.layers import QuantConv2d, QuantLinear
 from lbs.traced import Evaluation
 
-_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid),
-    *(nn.Tanh, nn.ELU, nn.Mish, nn.Identity, nn.Dropout),
-)
-_NAMES = (
-    "relu relu6 hardtanh leaky_relu gelu silu hardswish hardsigmoid sigmoid tanh elu mish dropout add mul sub clamp"
-)
-_METHODS = frozenset(_NAMES.split())
-_FUNCTIONS = frozenset(getattr(home, name, None) for home in (torch, F, operator) for name in _METHODS) - {None}
+_MODULES = tuple(kind for kind in POINTWISE if kind is not nn.PReLU)  # whose channels are dimension 1
 
 
 class OverPositions(QuantConv2d):
@@ -121,7 +112,7 @@ class _Views:
         if node.op == "call_module":
             found = isinstance(called_module(self.module, node), _MODULES)
         else:
-            found = node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS)
+            found = node.target in (POINTWISE_METHODS if node.op == "call_method" else POINTWISE_FUNCTIONS)
         return found and {source.meta["shape"] for source in sources} == {node.meta["shape"]}
 
     def over_pixels(self, node: fx.Node) -> None:

@@ -73,7 +73,7 @@ def _known(module: nn.Module) -> nn.Module:
     base = next((one for one in bases if isinstance(module, one)), None)
     candidate: nn.Module | None = None
     if base in (nn.Conv2d, nn.Linear):
-        candidate = _plain(module, base) if _own_methods(kind, base) == {"forward"} else None
+        candidate = _plain(module, base) if own_methods(kind, base) == {"forward"} else None
     elif base is not None and kind.forward is not base.forward:
         candidate = _plain(module, base)
     elif base is None and _may_excite(module):
@@ -85,7 +85,7 @@ def _known(module: nn.Module) -> nn.Module:
     return candidate if candidate is not None and _same(module, candidate) else module
 
 
-def _own_methods(kind: type, base: type) -> set[str]:
+def own_methods(kind: type, base: type) -> set[str]:
     """What classes derived from torch's define besides how they are made."""
     own = {
         name for one in kind.__mro__[: kind.__mro__.index(base)] for name, value in vars(one).items() if callable(value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lbs.convolutions import TransposedConv2d, as_convolution, as_torch, plain_kind
 from lbs.search.replace import carry, replace_layer
-from lbs.symbolic import is_patched, record
+from lbs.symbolic import ValueHook, is_patched, record
 from lbs.traced import evaluating
 from lbs.wrappers import copied, unwrapped
 from lbs_kernels.errors import GraphError
@@ -39,29 +40,36 @@ def plain_copy(model: nn.Module) -> nn.Module:
             for what in _make_permanent(module):
                 _log.warning("%s: its %s is part of its weights in the copy, and training may undo it", name, what)
             if isinstance(module, nn.Conv2d) and has_own_forward(module) is None:
-                _in_numbers(module)
+                in_numbers(module)
     return model
 
 
 def as_convolutions(model: nn.Module) -> None:
-    """Make transposed convolutions nn.Conv2d, in place; not one whose weight another layer has, or the forward pass
-    reads beside it: it would read filters first.
-    """
+    """Make transposed convolutions nn.Conv2d, in place, where their weights may read filters first."""
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.ConvTranspose2d}
+    for name in own_weights(model, layers):
+        made = as_convolution(layers[name])
+        carry(made, layers[name])
+        replace_layer(model, name, made)
+
+
+def own_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Of these layers, those whose weight may be laid out anew: no other layer has it, nor does the forward pass read
+    it beside them, and their forward is their class's.
+    """
     if not layers:
-        return
+        return []
     try:
         with evaluating(model):
             read = {str(node.target) for node in record(model, hooks=False).graph.nodes if node.op == "get_attr"}
     except GraphError:
-        return  # who traces it next says why
+        return []  # who traces it next says why
     owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
-    for name, layer in layers.items():
-        own = owners[id(layer._parameters.get("weight"))] == 1 and f"{name}.weight" not in read
-        if own and not is_patched(layer):
-            made = as_convolution(layer)
-            carry(made, layer)
-            replace_layer(model, name, made)
+    return [
+        name
+        for name, layer in layers.items()
+        if owners[id(layer._parameters.get("weight"))] == 1 and f"{name}.weight" not in read and not is_patched(layer)
+    ]
 
 
 def in_torchs_form(layer: TransposedConv2d) -> nn.ConvTranspose2d:
@@ -117,7 +125,7 @@ def _without_parametrizations(module: Any) -> list[str]:
     return [_NORMS[type(step)] for chain in steps.values() for step in chain]
 
 
-def _in_numbers(conv: nn.Conv2d) -> None:
+def in_numbers(conv: nn.Conv2d) -> None:
     """Sizes as pairs; padding that zeros on both sides alike cannot express is done in front of the layer."""
     for name in ("stride", "padding", "dilation"):
         if isinstance(getattr(conv, name), int):
@@ -133,7 +141,7 @@ def _in_numbers(conv: nn.Conv2d) -> None:
     conv.padding = (widths[2], widths[0])
 
 
-class _Pad:
+class _Pad(ValueHook):
     """A hook that pads what a convolution reads."""
 
     def __init__(self, widths: list[int], mode: str) -> None:

@@ -23,6 +23,7 @@ from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
 from lbs.search.gates import PruneGate
 from lbs.search.importance import IMPORTANCE
 from lbs.search.layers import FULL_BITS, FloatInput, SearchLayer, SearchQuantizer, searched_kind
+from lbs.search.lines import as_images
 from lbs.search.lookalikes import as_torch_has_them
 from lbs.search.plain import as_convolutions, has_own_forward, in_torchs_form, plain_copy
 from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
@@ -84,7 +85,7 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     The copy carries `lbs_record`; `conversion_report(copy)` lists every layer. Follow with `lbs.calibrate`.
 
     Arguments:
-        example: one input batch [N, C, H, W].
+        example: one input batch [N, C, H, W], or [N, C, L].
 
     Raises:
         GraphError: nothing can be converted, the model cannot be traced, weights are not finite, or a layer's sum at
@@ -196,7 +197,9 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     model = plain_copy(model)
     adopt_frozen_norms(model)
     model = as_torch_has_them(model)
+    reasons = {}
     if config.trace:
+        reasons = as_images(model, example)
         as_convolutions(model)
     _check_finite(model)
     layers, found, uneven, folding = _layers_and_groups(model, example, config)
@@ -207,11 +210,7 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
             if reason:
                 unconverted.append((name, reason))
         elif _is_other_layer(module) and ".parametrizations." not in f".{name}.":
-            tied = config.trace and type(module) is nn.ConvTranspose2d
-            reason = (
-                "its weight is used beside it as well" if tied else f"{type(module).__name__} has no quantized form"
-            )
-            unconverted.append((name, reason))
+            unconverted.append((name, reasons.get(name) or _without_form(module, config)))
     _check_patterns(model, config.exclude)
     skipped = {name for name, _ in unconverted}
     for name in skipped:
@@ -230,6 +229,14 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
     record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding, in_float)
     return model, record
+
+
+def _without_form(module: nn.Module, config: SearchConfig) -> str:
+    """Why a layer of another kind stays in float."""
+    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.ConvTranspose2d) and not config.trace:
+        return f"{type(module).__name__} is converted along the traced graph only; set trace=True"
+    tied = type(module) is nn.ConvTranspose2d
+    return "its weight is used beside it as well" if tied else f"{type(module).__name__} has no quantized form"
 
 
 def _is_other_layer(module: nn.Module) -> bool:

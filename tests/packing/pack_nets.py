@@ -26,7 +26,7 @@ def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every norm statistics, signs and shifts that no fresh network has."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             size = (module.num_features,)
             with torch.no_grad():
                 module.running_mean += 0.3 * torch.randn(size, generator=generator)

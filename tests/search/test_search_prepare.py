@@ -365,25 +365,26 @@ def test_other_layers_are_told_by_every_report() -> None:
     class Sounds(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.ear, self.place = nn.Conv1d(1, 8, 9, 4), nn.Parameter(torch.zeros(1, 8))
+            self.ear, self.place = nn.Conv3d(1, 8, (1, 1, 9), 4), nn.Parameter(torch.zeros(1, 8))
             self.words, self.one, self.two = nn.Embedding(4, 8), nn.Linear(8, 8), nn.Linear(8, 4)
             self.norm = nn.LayerNorm(8)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.norm(torch.relu(self.ear(x)).mean(2) + self.place + self.words((x[:, 0, 0] > 0).long()))
+            heard = torch.relu(self.ear(x[:, :, None, None])).mean((2, 3, 4))
+            y = self.norm(heard + self.place + self.words((x[:, 0, 0] > 0).long()))
             return self.two(torch.relu(self.one(y)))
 
     x = torch.randn(4, 1, 60)
     searched = lbs.calibrate(lbs.prepare(Sounds(), x), [x])
     left = dict(conversion_report(searched))
-    assert left["ear"] == "left in float: Conv1d has no quantized form"
+    assert left["ear"] == "left in float: Conv3d has no quantized form"
     assert left["words"] == "left in float: Embedding has no quantized form"
     assert set(left) == {"ear", "words", "one", "two"}
     result = str(lbs.Budget(searched, bops=0.5).result())
     assert result.endswith("not counted, in float: ear, words")  # no formula counts them
     packed = lbs.pack(lbs.freeze(searched).eval())
-    assert dict(packed.kept_float)["ear"] == "Conv1d has no quantized form"
-    assert "in float: ear: Conv1d has no quantized form" in str(lbs.explain(packed))
+    assert dict(packed.kept_float)["ear"] == "Conv3d has no quantized form"
+    assert "in float: ear: Conv3d has no quantized form" in str(lbs.explain(packed))
 
 
 def test_what_layers_in_float_cost_is_told_beside_the_budget() -> None:
