@@ -198,12 +198,17 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
             rows = [{**row, "commit": head["commit"]} for row in apart("measure", args, folder, network, threads)]
             starts = starts_of(args, folder, network, threads) if network in args.starts else []
             for key, found in (("rows", rows), ("starts", starts)):
-                others = [row for row in body[key] if (row["network"], row["threads"]) != (network, threads)]
-                body[key] = others + found
+                measured = {_place(row) for row in found}
+                body[key] = [row for row in body[key] if _place(row) not in measured] + found
             told(rows, starts)
             if path is not None:
                 fixed = {"version": 1, "level": "networks", "header": head, "notes": args.note, "missing": missing}
                 write_json(path, {**fixed, **{key: body[key] for key in ("rows", "starts")}})
+
+
+def _place(row: dict[str, Any]) -> tuple[object, ...]:
+    """What a later run measures again as a whole."""
+    return row["network"], row["threads"], row.get("batch")
 
 
 def told(rows: list[dict[str, Any]], starts: list[dict[str, Any]]) -> None:
