@@ -183,7 +183,7 @@ def starts_of(args: argparse.Namespace, folder: Path, network: str, threads: int
 
 def run(args: argparse.Namespace, path: Path | None) -> None:
     """Measure networks, keep the file at `path` after each, and print rows as they come."""
-    body: dict[str, Any] = {"rows": [], "starts": []}
+    body: dict[str, Any] = {"rows": [], "starts": [], "notes": []}
     if path is not None and path.exists():
         body = json.loads(path.read_text())
     head = header(args)
@@ -202,7 +202,13 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
                 body[key] = [row for row in body[key] if _place(row) not in measured] + found
             told(rows, starts)
             if path is not None:
-                fixed = {"version": 1, "level": "networks", "header": head, "notes": args.note, "missing": missing}
+                fixed = {
+                    "version": 1,
+                    "level": "networks",
+                    "header": head,
+                    "notes": args.note or body["notes"],
+                    "missing": missing,
+                }
                 write_json(path, {**fixed, **{key: body[key] for key in ("rows", "starts")}})
 
 
@@ -231,7 +237,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--starts", nargs="*", default=["resnet50"], help="networks whose start is measured too")
-    parser.add_argument("--note", nargs="*", default=[], help="what else this machine was doing")
+    parser.add_argument("--note", nargs="*", help="what else this machine was doing; said of the whole file")
     parser.add_argument("--folder", type=Path, help="keep packed and exported networks here, and find them again")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/<device>/networks.json")
     parser.add_argument("--output", type=Path, help="write the JSON here instead")

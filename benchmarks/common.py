@@ -42,6 +42,7 @@ from lbs_kernels.times.stopwatch import SelfTimed, Times, cuda_graph, interleave
 from lbs_kernels.times.table import device_slug
 
 RESULTS = Path(__file__).with_name("results")
+SOURCES = ("csrc", "lbs", "lbs_kernels", "benchmarks", ":!benchmarks/results")
 Contender = Callable[[], object]
 
 
@@ -170,7 +171,7 @@ def header(args: argparse.Namespace) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD") or "unknown",
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "csrc", "lbs_kernels", "benchmarks")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", *SOURCES)),
     }
 
 
