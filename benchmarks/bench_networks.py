@@ -14,7 +14,8 @@ and the file in the page cache; memory is the growth of the peak meanwhile. Each
 
     {"version": 1, "level": "networks", "header": {...}, "notes": [...], "missing": {engine: reason},
      "rows": [{"network", "threads", "batch", "contender", "median", "p20", "p80", "fastest"  (seconds),
-               "ratios": {other: times faster}, "algorithms": {name: layers} (null for engines), "load", "commit"}],
+               "ratios": {other: times faster}, "algorithms": {name: layers} (null for engines), "load",
+               "rounds", "commit"}],
      "starts": [{"network", "threads", "contender", "seconds", "peak_bytes"}]}
 """
 
@@ -31,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, one in times.items():
             ratios = {other: one.ratio(times[other]) for other in times if other != name}
             row = {"network": network, "threads": threads, "batch": batch, "contender": name, "median": one.median}
-            row |= {"p20": one.p20, "p80": one.p80, "fastest": min(one.seconds), "ratios": ratios}
+            row |= {
+                "p20": one.p20,
+                "p80": one.p80,
+                "fastest": min(one.seconds),
+                "ratios": ratios,
+                "rounds": args.rounds,
+            }
             rows.append({**row, "algorithms": algorithms(ours[name]) if name in ours else None, "load": load})
     return rows
 
@@ -187,8 +195,9 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
     if path is not None and path.exists():
         body = json.loads(path.read_text())
     head = header(args)
-    for key in ("threads", "batch", "load"):  # of rows
+    for key in ("threads", "batch", "rounds", "load"):  # of rows
         del head[key]
+    head["engines"] = {name: version(name) for name in ("openvino", "onnxruntime") if not why_not(name)}
     missing = {ENGINES[name]: reason for name in RIVALS if (reason := why_not(name))}
     with tempfile.TemporaryDirectory(prefix="lbs-networks-") as scratch:
         for threads, network in ((threads, network) for threads in args.threads for network in args.networks):
