@@ -40,6 +40,7 @@ from lbs_kernels.run.cpu import CpuRunner
 from lbs_kernels.run.reference import ReferenceRunner
 from lbs_kernels.times.stopwatch import SelfTimed, Times, cuda_graph, interleave
 from lbs_kernels.times.table import device_slug
+from lbs_kernels.tune.roof import SIZE, int8_product
 
 RESULTS = Path(__file__).with_name("results")
 SOURCES = ("csrc", "lbs", "lbs_kernels", "benchmarks", ":!benchmarks/results")
@@ -193,12 +194,11 @@ def resident(field: str) -> int:
 def roofs(device: str) -> dict[str, float]:
     """Operations per second of a large matrix product and bytes per second of a large copy, measured here and now."""
     on_cpu = torch.device(device).type == "cpu"
-    size = 1024 if on_cpu else 8192
+    size = SIZE if on_cpu else 8192
     source = torch.randint(0, 255, (64 << 20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     if on_cpu:
-        a = torch.randint(-128, 127, (size, size), dtype=torch.int8)
-        product: Contender = lambda: torch._int_mm(a, a)  # noqa: E731
+        product: Contender = int8_product()
     else:
         h = torch.randn(size, size, dtype=torch.float16, device=device)
         product = lambda: h @ h  # noqa: E731

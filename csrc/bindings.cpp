@@ -188,8 +188,9 @@ PYBIND11_MODULE(_cpu, module) {
     py::class_<lbs::Runner>(module, "Program", "A packed program laid out for this processor.")
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
              py::arg("isa") = "auto", py::arg("algorithms") = std::vector<std::string>(),
-             "Reads the JSON text and copies what it needs of the blob. algorithms: \"direct\", \"winograd\" or \"\" (the "
-             "faster one) for every step, or none. Raises FormatError, BackendError.")
+             "Reads the JSON text and copies what it needs of the blob. algorithms: for every step, or none: "
+             "\"direct\", \"winograd\", \"winograd-or-direct\" (where it cannot serve) or \"\" (the one expected to be "
+             "faster). Raises FormatError, BackendError.")
         .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
              py::arg("channels_last") = std::vector<bool>(),
              "Inputs: addresses of images [batch, C, H, W], float32 or uint8, in memory [batch, H, W, C] where "

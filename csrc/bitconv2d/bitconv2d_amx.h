@@ -15,8 +15,7 @@ constexpr int kTileSteps = 16;  // steps of K (four channels each) in one multip
 
 // pack[vector][chunk][step][pixel][4], and the window's sums where the layer needs them.
 template <int kS>
-void pack_tiles(const lbs::ConvPlan& plan, const lbs::RunContext& run, int vector, int count) {
-    const unsigned char* in = run.tensors[plan.input];
+void pack_tiles(const lbs::ConvPlan& plan, const lbs::RunContext& run, const unsigned char* in, int vector, int count) {
     const int chunks = (plan.k_steps + kTileSteps - 1) / kTileSteps;
     for (int p = 0; p < count; ++p) {
         const PixelLoader<kS> pixels(in, plan.map, vector + p);
@@ -90,14 +89,15 @@ void conv_amx_kernel(const lbs::ConvPlan& plan, const lbs::RunContext& run, int 
                      int first_block, int last_block) {
     if (!plan.tiles) return conv_kernel(plan, run, first_vector, last_vector, first_block, last_block);
     const FastEmit fast(plan.acc, plan.emit, run);
+    const unsigned char* in = conv_input(plan, run, first_vector, last_vector);
     Tiles::configure();
     for (int vector = first_vector; vector < last_vector; vector += 2) {
         const int count = last_vector - vector > 1 ? 2 : 1;
         switch (plan.map.pieces) {
-            case 1: pack_tiles<1>(plan, run, vector, count); break;
-            case 2: pack_tiles<2>(plan, run, vector, count); break;
-            case 4: pack_tiles<4>(plan, run, vector, count); break;
-            default: pack_tiles<0>(plan, run, vector, count); break;
+            case 1: pack_tiles<1>(plan, run, in, vector, count); break;
+            case 2: pack_tiles<2>(plan, run, in, vector, count); break;
+            case 4: pack_tiles<4>(plan, run, in, vector, count); break;
+            default: pack_tiles<0>(plan, run, in, vector, count); break;
         }
         if (count == 2) tile_groups<2>(plan, run, fast, vector, first_block, last_block);
         else tile_groups<1>(plan, run, fast, vector, first_block, last_block);

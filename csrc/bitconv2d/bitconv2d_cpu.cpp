@@ -204,6 +204,16 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     plan.input = step.input;
     plan.map = load_map(store, layout, height, width, step.stride, kernels.lanes);
     plan.wide = needs_wide_dot(kernels, step, source.bits);
+    const bool is_point = taps == 1 && step.groups == 1 && step.padding.y == 0 && step.padding.x == 0;
+    if (is_point && plan.map.pieces == 0) {
+        plan.is_thinned = true;
+        plan.thinned_from = plan.map;
+        plan.thinned_first = layout.offset(0, 0);
+        plan.group_pitch = layout.group_pitch();
+        plan.groups = layout.groups;
+        plan.thinned_pitch = int64_t{4} * round_up(height * width, kernels.lanes);
+        plan.map = line_map(store, vector_count(int64_t{height} * width, kernels.lanes), kernels.lanes);
+    }
 
     const int per_group = filters / step.groups;
     const int vectors = vector_count(static_cast<int64_t>(height) * width, kernels.lanes);
@@ -215,16 +225,23 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
         const Range groups = channel_range(block, filters, per_group, channels);
         range = std::max(range, groups.last - groups.first);
     }
-    plan.k_offsets = store.keep(window_offsets(layout, step, range));
+    std::vector<int32_t> offsets = window_offsets(layout, step, range);
+    if (plan.is_thinned)
+        for (size_t k = 0; k < offsets.size(); ++k) offsets[k] = static_cast<int32_t>(k * plan.thinned_pitch);
+    plan.k_offsets = store.keep(offsets);
     const BlockWriter writer(step, codes, filters, channels, range);
     plan.k_steps = writer.steps();
+
+    // One piece of memory for all blocks, which are read one after the other.
+    size_t filled = 0;
+    for (const FilterCut& block : cut) filled += static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
+    int8_t* weights = store.make<int8_t>(filled);
 
     FilterBlock* blocks = store.make<FilterBlock>(cut.size());
     for (size_t b = 0; b < cut.size(); ++b) {
         const FilterCut& block = cut[b];
         const int first = std::min(channel_range(block, filters, per_group, channels).first, layout.groups - range);
         const size_t bytes = static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
-        int8_t* weights = store.make<int8_t>(bytes);
         writer.write(block.first, block.width, first, weights,
                      [&](int o, int tap, int c) { return stored_weight(step, writer.code(o, tap, c)); });
         blocks[b] = {block.first, block.width, static_cast<int32_t>(first * layout.group_pitch()), weights, nullptr};
@@ -233,6 +250,7 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
             writer.write(block.first, block.width, first, ones, [](int, int, int) { return 1; });
             blocks[b].ones = ones;
         }
+        weights += bytes;
     }
     plan.blocks = blocks;
     plan.block_count = static_cast<int>(cut.size());

@@ -152,11 +152,13 @@ bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeL
     if (algorithm == Algorithm::kAuto &&
         winograd_cycles(plan, cut, kernels) > direct_cycles(weights.filters, plan, kernels))
         return false;
+    size_t filters = 0;
+    for (const FilterCut& block : cut) filters += static_cast<size_t>(block.width);
+    int8_t* bytes = store.make<int8_t>(kPlaces * static_cast<size_t>(plan.groups) * filters * 4);  // read in one go
     WinogradBlock* blocks = store.make<WinogradBlock>(cut.size());
     for (size_t b = 0; b < cut.size(); ++b) {
         const int width = cut[b].width;
         const auto place_bytes = static_cast<size_t>(plan.groups) * static_cast<size_t>(width) * 4;
-        int8_t* bytes = store.make<int8_t>(kPlaces * place_bytes);
         int32_t* start = store.make<int32_t>(8 * static_cast<size_t>(width));
         for (int f = 0; f < width && cut[b].first + f < weights.filters; ++f)
             for (int c = 0; c < weights.channels; ++c) {
@@ -174,6 +176,7 @@ bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeL
                 }
             }
         blocks[b] = {cut[b].first, width, bytes, start};
+        bytes += kPlaces * place_bytes;
         plan.widest_filters = std::max(plan.widest_filters, width);
         for (const TileShape* shape = kernels.winograd_shapes; shape->filters; ++shape)
             if (shape->filters == width) plan.widest_block = std::max(plan.widest_block, shape->vectors * width);

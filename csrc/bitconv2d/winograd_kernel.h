@@ -277,6 +277,7 @@ LBS_INLINE void multiply_steps(const unsigned char* const (&x)[kP], const int8_t
     weights += first * kF;
     for (int64_t step = first; step < last; step += 4, weights += 4 * kF) {
         Simd::I codes[kP];
+        __builtin_prefetch(weights + kWeightsAhead);
 #pragma GCC unroll 8
         for (int p = 0; p < kP; ++p) codes[p] = Simd::iload(x[p] + step * Simd::L);
 #pragma GCC unroll 16
@@ -365,7 +366,7 @@ void winograd_block(const lbs::WinogradPlan& plan, const lbs::WinogradBlock& blo
 
 void winograd_kernel(const lbs::WinogradPlan& plan, const lbs::RunContext& run, int first_unit, int last_unit,
                      int first_block, int last_block) {
-    const WinogradMemory memory(plan, run.winograd);
+    const WinogradMemory memory(plan, run.scratch);
     const FastEmit fast(plan.acc, plan.emit, run);
     Pending pending(plan, fast, memory);
     const int rows = (plan.height + 1) / 2;

@@ -12,8 +12,9 @@ struct TileShape {
     int vectors, filters;
 };
 
-// How a convolution is computed; kAuto: as is expected to be fastest.
-enum class Algorithm { kAuto, kDirect, kWinograd };
+// How a convolution is computed; kAuto: as is expected to be fastest. kWinograd is refused where it cannot serve, there
+// kWinogradOrDirect takes the direct kernel.
+enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect };
 
 struct KernelTable {
     int lanes;        // pixels in one vector

@@ -211,6 +211,12 @@ PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width,
     return keep_pieces(store, vectors, pieces, false);
 }
 
+PixelMap line_map(Store& store, int vectors, int lanes) {
+    std::vector<std::vector<Piece>> pieces;
+    for (int v = 0; v < vectors; ++v) pieces.push_back({{static_cast<int32_t>(4 * lanes * v), lane_bits(0, lanes)}});
+    return keep_pieces(store, pieces, 1, false);
+}
+
 PixelMap repeat_map(Store& store, const CodeLayout& layout, int height, int width, int lanes) {
     if (layout.phases == 1 && height == layout.height && width == layout.width)
         return load_map(store, layout, height, width, {1, 1}, lanes);

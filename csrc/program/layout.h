@@ -65,6 +65,8 @@ std::vector<int32_t> window_offsets(const CodeLayout& layout, const StepSpec& st
 
 // Vectors of output pixels [height, width] as read by a step of this stride, and as written to the tensor itself.
 PixelMap load_map(Store& store, const CodeLayout& layout, int height, int width, Pair stride, int lanes);
+// Vectors of pixels that follow each other.
+PixelMap line_map(Store& store, int vectors, int lanes);
 // Of an image whose pixels are repeated by whole factors to [height, width]; offsets from pixel (0, 0) of the codes, or
 // of a plane of floats.
 PixelMap repeat_map(Store& store, const CodeLayout& layout, int height, int width, int lanes);

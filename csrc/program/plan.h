@@ -119,6 +119,13 @@ struct FilterBlock {
 
 struct ConvPlan {
     int input = 0;
+    // Where 1x1 windows read a strided part of pixels that lie side by side: that part is copied first, all pixels of a
+    // group of channels together, and stands for the input.
+    bool is_thinned = false;
+    PixelMap thinned_from;
+    int groups = 0;              // of four channels
+    int64_t thinned_pitch = 0;   // bytes from one to the next
+    int64_t thinned_first = 0, group_pitch = 0;  // of the input
     int k_steps = 0;
     const int32_t* k_offsets = nullptr;  // bytes, [k_steps]
     PixelMap map;
@@ -275,7 +282,7 @@ struct RunContext {
     int32_t* accumulators;  // [kMaxTile][kMaxLanes]
     int32_t* sums;          // as many lanes as the largest output map has, rounded up
     int8_t* tile_pack;      // AMX: [2][ceil(k_steps / 16)][16][64]
-    unsigned char* winograd;  // see WinogradMemory
+    unsigned char* scratch;  // of the step at hand: WinogradMemory, a thinned input
     int32_t* rows;          // depthwise: [ring][quads][4 spread], then dots and sums, [4][kept] each
 };
 

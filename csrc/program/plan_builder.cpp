@@ -88,7 +88,7 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                    plan_winograd(spec, step, layout, kernels, algorithm, store, plan.winograd)) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = emit;
-            winograd_bytes = std::max(winograd_bytes, lbs::winograd_bytes(plan.winograd, kernels.lanes));
+            scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
         } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, kernels.lanes)) {
             plan.run = StepPlan::Run::kDepthwise;
             plan_depthwise(spec, step, layout, kernels, store, plan.depthwise);
@@ -103,6 +103,7 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = emit;
+            scratch_bytes = std::max(scratch_bytes, plan.conv.groups * plan.conv.thinned_pitch);
             sum_lanes = std::max(sum_lanes, static_cast<int64_t>(emit.vectors) * kernels.lanes);
             tile_bytes = std::max(tile_bytes, round_up(plan.conv.k_steps, 16) * 128);
         } else {

@@ -69,7 +69,7 @@ struct ProgramPlan {
     int64_t sum_lanes = 0;  // scratch sizes of one thread
     int64_t float_count = 0;
     int64_t tile_bytes = 0;
-    int64_t winograd_bytes = 0;
+    int64_t scratch_bytes = 0;
     int64_t row_count = 0;
 
 private:

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <new>
 
@@ -42,11 +43,17 @@ Share share(int count, const Team::Member& self) {
 }
 
 std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
+    static const std::map<std::string, Algorithm> kNames = {{"", Algorithm::kAuto},
+                                                            {"direct", Algorithm::kDirect},
+                                                            {"winograd", Algorithm::kWinograd},
+                                                            {"winograd-or-direct", Algorithm::kWinogradOrDirect}};
     std::vector<Algorithm> all;
     for (const std::string& name : names) {
-        if (!name.empty() && name != "direct" && name != "winograd")
-            throw BackendError("algorithm '" + name + "' is unknown; use 'direct', 'winograd', or '' for the faster one");
-        all.push_back(name.empty() ? Algorithm::kAuto : name == "direct" ? Algorithm::kDirect : Algorithm::kWinograd);
+        const auto found = kNames.find(name);
+        if (found == kNames.end())
+            throw BackendError("algorithm '" + name +
+                               "' is unknown; use 'direct', 'winograd', 'winograd-or-direct', or '' for the faster one");
+        all.push_back(found->second);
     }
     return all;
 }
@@ -78,7 +85,7 @@ std::vector<double> shared_out(const std::vector<std::vector<double>>& clocks, d
 }  // namespace
 
 struct Runner::Memory {
-    Block arena, accumulators, sums, floats, tiles, rows, winograd;
+    Block arena, accumulators, sums, floats, tiles, rows, scratch;
     std::vector<unsigned char*> tensors;
     int64_t bytes = 0;
 
@@ -92,7 +99,7 @@ struct Runner::Memory {
         sums = make(4 * plan.sum_lanes);
         floats = make(4 * plan.float_count);
         tiles = make(plan.kernels.uses_tiles ? plan.tile_bytes : 0);
-        winograd = make(plan.winograd_bytes);
+        scratch = make(plan.scratch_bytes);
         rows = make(4 * plan.row_count);
         for (const Slot& slot : plan.slots)
             if (slot.is_codes)
@@ -230,7 +237,7 @@ void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
     context.accumulators = reinterpret_cast<int32_t*>(own.accumulators.get());
     context.sums = reinterpret_cast<int32_t*>(own.sums.get());
     context.tile_pack = reinterpret_cast<int8_t*>(own.tiles.get());
-    context.winograd = own.winograd.get();
+    context.scratch = own.scratch.get();
     context.rows = reinterpret_cast<int32_t*>(own.rows.get());
     float* floats = reinterpret_cast<float*>(own.floats.get());
 

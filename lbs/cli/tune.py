@@ -22,6 +22,7 @@ from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
 from lbs_kernels.tune.blame import Blame
+from lbs_kernels.tune.roof import measure_roof
 
 
 def pairs(text: str) -> tuple[tuple[int, int], ...]:
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         measure = functools.partial(tuner.measure_gpu, device=device, limit=limit, attempt=blame)
     else:
         measure = functools.partial(tuner.measure_cpu, threads=threads)
+    roof = measure_roof(args.again) if device.type == "cpu" else None
     progress = _Progress(out, len(tuner.distinct(todo)))
     try:
         done = tuner.tune(
@@ -104,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     ]
     for line in wrong:
         out.say(f"WRONG  {line}")
-    out.finish({**asdict(done), "wrong": wrong})
+    if roof is not None:
+        out.say(f"a matrix product of bytes reaches {roof / 1e9:.0f} G multiply-adds a second with {threads} threads")
+    out.finish({**asdict(done), "wrong": wrong, "roof": roof})
     return 1 if wrong else 0
 
 

@@ -9,17 +9,23 @@ import torch
 
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.parts import PartRow, time_parts, told, torch_threads
-from lbs.packing.region import PackedRegion
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
-from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, ResizeStep, SelectStep, Step, TensorSpec
+from lbs_kernels.program.problem import problem_of
+from lbs_kernels.program.runner import StepKernel
+from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, ResizeStep, SelectStep, Step, TensorSpec
+from lbs_kernels.times import table as tuning_table
 
 _HEADER = ("layer", "operation", "input", "output", "bits w/a", "filters", "kernel", "time us", "share")
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """One step. Shapes are height, width, channels; bits are 0 where there are none; seconds is None if unmeasured."""
+    """One step. Shapes are height, width, channels; bits are 0 where there are none; seconds is None if unmeasured.
+
+    roof: multiply-adds per second, as a share of what `lbs tune` found a matrix product of bytes to reach on this
+    processor, above 1 where an algorithm saves products; None where it was not measured.
+    """
 
     region: int
     name: str
@@ -33,6 +39,7 @@ class StepRow:
     kernel: str
     seconds: float | None
     share: float | None
+    roof: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,10 @@ class Explanation:
 
     def __str__(self) -> str:
         table = [_HEADER, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in table) for column in range(len(_HEADER))]
+        if any(row.roof is not None for row in self.rows):
+            roofs = ("" if row.roof is None else f"{row.roof:.0%}" for row in self.rows)
+            table = [(*line, cell) for line, cell in zip(table, ("of roof", *roofs), strict=True)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
         ]
@@ -96,6 +106,7 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
     _, traces = packed.run_traced(images)
     rows: list[StepRow] = []
     notes: list[str] = []
+    roof = tuning_table.roof(tuning_table.device_slug("cpu"), count) if packed.device.type == "cpu" else None
     for index, (region, trace) in enumerate(zip(packed.regions, traces, strict=True)):
         compiled = region.compiled()
         if compiled.fallback:
@@ -107,18 +118,29 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         seconds = compiled.runner.step_seconds(inputs, threads=count, rounds=rounds)
         if seconds is None:
             notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")
-        rows.extend(_rows(index, region, batch, seconds))
+        kernels = compiled.runner.kernels(batch, threads=count)
+        rows.extend(_rows(index, region.program, kernels, batch, seconds, roof))
+    if roof is not None and any(row.roof is not None for row in rows):
+        notes.append(f"roof: {roof / 1e9:.0f} G multiply-adds a second, a matrix product of bytes with {count} threads")
     with torch_threads(count):
         parts = time_parts(packed, images, rounds)
     return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes, parts)
 
 
-def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | None) -> list[StepRow]:
-    program, kernels = region.program, region.compiled().runner.kernels(batch)
+def _rows(
+    index: int,
+    program: Program,
+    kernels: list[StepKernel],
+    batch: int,
+    seconds: list[float] | None,
+    roof: float | None,
+) -> list[StepRow]:
     rows = []
     for place, step in enumerate(program.steps):
         source, result = program.tensors[step.input], program.tensors[_written(step)]
         weights = isinstance(step, ConvStep | LinearStep)
+        took = seconds[place] if seconds is not None else None
+        rate = problem_of(step, program, batch, "cpu").macs / took if weights and took else None
         rows.append(
             StepRow(
                 index,
@@ -131,8 +153,9 @@ def _rows(index: int, region: PackedRegion, batch: int, seconds: list[float] | N
                 result.channels if weights else 0,
                 step.total_filters if isinstance(step, ConvStep | LinearStep) else 0,
                 kernels[place].name,
-                seconds[place] if seconds is not None else None,
+                took,
                 None,
+                rate / roof if roof is not None and rate is not None else None,
             )
         )
     return rows

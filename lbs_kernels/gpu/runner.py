@@ -155,7 +155,7 @@ class GpuRunner:
         """The kernel and configuration of every step at one batch size, in the order of the program."""
         return [self._choice(step, self._problem(step, batch)) for step in self.program.steps]
 
-    def kernels(self, batch: int) -> list[StepKernel]:
+    def kernels(self, batch: int, *, threads: int | None = None) -> list[StepKernel]:
         """The kernel of each step with its configuration, as tuning tables name it."""
         return [StepKernel(choice.name, choice.kernel.exact) for choice in self.choices(batch)]
 

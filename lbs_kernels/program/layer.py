@@ -31,10 +31,11 @@ from lbs_kernels.program.steps import (
 
 LAYER = "layer"  # the name of the step in question
 RESULT = 2  # the tensor it writes; 1 is what it reads (quantpack: 1 is what it writes)
+SIGMAS = 2.5  # of normal weights up to the end of their grid: where 16 steps of one width have the least squared error
 
 
 def layer_program(problem: Problem, seed: int = 0) -> tuple[Program, Tensor]:
-    """A program whose step `layer` poses `problem`, behind a quantizer that makes its input; random weights.
+    """A program whose step `layer` poses `problem`, behind a quantizer that makes its input; normal weights.
 
     Convolutions write codes of the bits they read, linear layers flat floats; a selection is a copy, interpolation
     doubles a quarter of its image. `result_of` names the tensor written.
@@ -79,12 +80,16 @@ def _head(problem: Problem) -> tuple[list[TensorSpec], list[Step], dict[str, Ten
 def _weights(problem: Problem, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (problem.out_channels, *problem.kernel, problem.in_channels // problem.groups)
-    codes = torch.randint(0, _top(problem.w_bits) + 1, shape, generator=generator, dtype=torch.uint8)
-    # Products of uniform codes: this spread puts most outputs between the first and the last code.
-    largest = _top(problem.w_bits) if _grid(problem) == "odd" else 1 << (problem.w_bits - 1)
-    multiplier = 1.0 / (0.33 * problem.reduction**0.5 * largest * _top(problem.a_bits))
+    grid, top = _grid(problem), _top(problem.w_bits)
+    zero = 1 << (problem.w_bits - 1) if grid == "zero" else top / 2  # the code, or between two
+    # Trained weights are no uniform codes: transforms of those (Winograd) would not fit where a network's do.
+    spread = (top - zero) / SIGMAS
+    codes = (zero + spread * torch.randn(shape, generator=generator)).round().clamp(0, top)
+    # Products with uniform codes: this puts most outputs between the first and the last code.
+    size = float((codes - zero).square().mean().sqrt()) * (2 if grid == "odd" else 1)
+    multiplier = 1.0 / (0.58 * problem.reduction**0.5 * size * _top(problem.a_bits))
     return {
-        "planes": pack_weights(codes, problem.w_bits),
+        "planes": pack_weights(codes.to(torch.uint8), problem.w_bits),
         "multiplier": torch.full((problem.out_channels,), multiplier, dtype=torch.float32),
         "bias": torch.ones(problem.out_channels, dtype=torch.float32),
     }

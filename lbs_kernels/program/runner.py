@@ -38,8 +38,8 @@ class Runner(Protocol):
         """
         ...
 
-    def kernels(self, batch: int) -> list[StepKernel]:
-        """What runs each step at one batch size, in the order of the program."""
+    def kernels(self, batch: int, *, threads: int | None = None) -> list[StepKernel]:
+        """What runs each step at one batch size and number of threads, in the order of the program."""
         ...
 
     def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> list[float] | None:

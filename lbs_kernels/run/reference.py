@@ -30,7 +30,7 @@ class ReferenceRunner:
             trace.update(tensors)
         return [self._output(index, tensors[index]) for index in program.outputs]
 
-    def kernels(self, batch: int) -> list[StepKernel]:
+    def kernels(self, batch: int, *, threads: int | None = None) -> list[StepKernel]:
         """The definition itself, for every step."""
         return [StepKernel("reference")] * len(self.program.steps)
 

@@ -1,10 +1,12 @@
 """Measured times per device, as JSON.
 
-    {"version": 2, "device": ..., "rows": {problem: {implementation: seconds}}}
+    {"version": 2, "device": ..., "rows": {problem: {implementation: seconds}},
+     "roofs": {implementation: multiply-adds per second}}
 
 An implementation is a back end or a family of kernels, with its configuration where it has one: "reference",
-"cpu:t2" (two threads), "triton:elementwise_m32_c32_w4", "cuda:...", "fp16:torch". Problems are keyed by `key`: their
-batch is a bucket, their device without an index.
+"cpu:t2" (two threads), "cpu/winograd:t2" (of a convolution, by which algorithm), "triton:elementwise_m32_c32_w4",
+"cuda:...", "fp16:torch". Problems are keyed by `key`: their batch is a bucket, their device without an index. Roofs are
+what a matrix product of bytes reaches (`lbs_kernels.tune.roof`); older files have none.
 
 Tables shipped with the package lie in lbs_kernels/tuning/; those measured here lie in the user's cache folder
 (`LBS_TUNING_DIR`, else `$XDG_CACHE_HOME/lbs/tuning`, else `~/.cache/lbs/tuning`) and win over the shipped ones.
@@ -18,7 +20,7 @@ import math
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,14 @@ _AGAIN = "measure again: lbs_kernels.tune.tuner.tune, in a shell lbs tune"
 
 @dataclass
 class TuningTable:
-    """Median seconds by problem (its `key`) and implementation, measured on one device."""
+    """Median seconds by problem (its `key`) and implementation, measured on one device.
+
+    roofs: multiply-adds per second by implementation.
+    """
 
     device: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    roofs: dict[str, float] = field(default_factory=dict)
 
     def merged(self, newer: TuningTable) -> TuningTable:
         """This table with the rows of `newer` on top; implementations of one problem are merged one by one.
@@ -53,7 +59,7 @@ class TuningTable:
         rows = {key: dict(times) for key, times in self.rows.items()}
         for key, times in newer.rows.items():
             rows.setdefault(key, {}).update(times)
-        return TuningTable(self.device, rows)
+        return TuningTable(self.device, rows, {**self.roofs, **newer.roofs})
 
 
 def bucket(batch: int) -> int:
@@ -78,6 +84,17 @@ def kind(device: str) -> str:
 def family(implementation: str) -> str:
     """The back end or family of kernels of a row: "triton" of "triton:m64_o64"."""
     return implementation.partition(":")[0]
+
+
+def native(threads: int, algorithm: str = "") -> str:
+    """The native kernels as an implementation: "cpu:t2", "cpu/winograd:t2" where a step names its algorithm."""
+    return f"cpu/{algorithm}:t{threads}" if algorithm else f"cpu:t{threads}"
+
+
+def is_native(implementation: str, threads: int) -> bool:
+    """Whether it is the native kernels with so many threads, by whatever algorithm."""
+    back_end, _, configuration = implementation.partition(":")
+    return back_end.partition("/")[0] == "cpu" and configuration == f"t{threads}"
 
 
 def slug(name: str) -> str:
@@ -121,21 +138,25 @@ def read(path: Path) -> TuningTable:
     try:
         body = json.loads(content)
         version, device, rows = body["version"], body["device"], body["rows"]
-        table = TuningTable(str(device), {str(k): {str(b): float(t) for b, t in v.items()} for k, v in rows.items()})
+        roofs = {str(name): float(rate) for name, rate in body.get("roofs", {}).items()}
+        seconds = {str(k): {str(b): float(t) for b, t in v.items()} for k, v in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is not a tuning table ({error!r}); delete it and {_AGAIN}") from error
     if version != TABLE_VERSION:
         raise FormatError(f"{path} has version {version}; this library reads {TABLE_VERSION}, delete it and {_AGAIN}")
-    for row, times in table.rows.items():
-        for implementation, seconds in times.items():
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise FormatError(f"{path}: {row} on {implementation} took {seconds} s; times are positive, {_AGAIN}")
-    return table
+    for row, measured in seconds.items():
+        for implementation, time in measured.items():
+            if not (math.isfinite(time) and time > 0):
+                raise FormatError(f"{path}: {row} on {implementation} took {time} s; times are positive, {_AGAIN}")
+    for implementation, rate in roofs.items():
+        if not (math.isfinite(rate) and rate > 0):
+            raise FormatError(f"{path}: the roof of {implementation} is {rate}; rates are positive, {_AGAIN}")
+    return TuningTable(str(device), seconds, roofs)
 
 
 def write(path: Path, table: TuningTable) -> None:
     """Write the table whole or not at all."""
-    write_json(path, {"version": TABLE_VERSION, "device": table.device, "rows": table.rows})
+    write_json(path, {"version": TABLE_VERSION, **asdict(table)})
     forget()
 
 
@@ -189,6 +210,11 @@ def times(problem: Problem) -> dict[str, float]:
     return {}
 
 
+def roof(device: str, threads: int) -> float | None:
+    """Multiply-adds per second that a matrix product of bytes reaches on a processor (its slug); None if unmeasured."""
+    return load(device).roofs.get(native(threads))
+
+
 _KEY = re.compile(
     r"(?P<op>[a-z0-9]+)_n(?P<batch>\d+)_(?P<inputs>\d+)x(?P<size>\d+x\d+)_to(?P<outputs>\d+)_(?P<rest>.*)"
 )
@@ -203,7 +229,7 @@ def estimate(problem: Problem, threads: int | None = None) -> float | None:
 
     Args:
         problem: a convolution or linear layer.
-        threads: of the native CPU kernels; None takes the fastest row.
+        threads: of the native CPU kernels, whose fastest algorithm counts; None takes the fastest row.
 
     Returns:
         None where a neighbour was not measured: other bits, another geometry, or channels beyond the grid.
@@ -248,7 +274,7 @@ def _interpolate(grid: _Grid, problem: Problem, threads: int | None) -> float | 
     for c, c_share in inputs:
         for o, o_share in [(c, 1.0)] if diagonal else outputs:
             measured = grid.get((c, o), {})
-            own = {i: t for i, t in measured.items() if threads is None or i == f"cpu:t{threads}"}
+            own = {i: t for i, t in measured.items() if threads is None or is_native(i, threads)}
             if not own:
                 return None
             total += c_share * o_share * min(own.values())

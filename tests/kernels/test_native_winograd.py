@@ -179,6 +179,7 @@ def test_a_transform_that_is_no_byte_takes_the_direct_kernel(isa: str) -> None:
     program, blob = posed(weights, 4, 4)
     assert CpuRunner(program, blob, isa).native.algorithms[1] == "direct"
     check(program, blob, isa, batches=(1,), share=0.0)
+    assert CpuRunner(program, blob, isa, {LAYER: "winograd-or-direct"}).native.algorithms[1] == "direct"
     with pytest.raises(BackendError, match=f"step '{LAYER}' cannot be computed by 'winograd'"):
         CpuRunner(program, blob, isa, {LAYER: "winograd"})
 
@@ -186,7 +187,7 @@ def test_a_transform_that_is_no_byte_takes_the_direct_kernel(isa: str) -> None:
 def test_an_unknown_algorithm_is_refused() -> None:
     program, blob = one_conv(1, channels=4, filters=4, size=(4, 4), w_bits=2, a_bits=2)
     text = program.to_json()
-    with pytest.raises(BackendError, match="algorithm 'fft' is unknown; use 'direct', 'winograd'"):
+    with pytest.raises(BackendError, match="algorithm 'fft' is unknown; use 'direct', 'winograd', 'winograd-or-d"):
         extension.cpu.Program(text, blob.data_ptr(), blob.numel(), "auto", ["fft"] * len(program.steps))
     with pytest.raises(BackendError, match="algorithms has 1 entries for 2 steps"):
         extension.cpu.Program(text, blob.data_ptr(), blob.numel(), "auto", [""])

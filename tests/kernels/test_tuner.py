@@ -147,7 +147,11 @@ def test_programs_pose_their_problem_and_are_mostly_unsaturated(problem: Problem
 def test_the_native_step_is_checked_and_timed(problem: Problem) -> None:
     found = tuner.measure_cpu(problem, threads=1, rounds=2)
     assert not found.refused
-    assert 0 < found.seconds["cpu:t1"] < 1
+    names = {"cpu/direct:t1"} if problem.op == "bitconv2d" and not problem.depthwise else {"cpu:t1"}
+    assert set(found.seconds) == names
+    assert all(0 < seconds < 1 for seconds in found.seconds.values())
+    assert tuner.known_on_cpu(1)(problem, found.seconds)
+    assert not tuner.known_on_cpu(2)(problem, found.seconds)
 
 
 @native
@@ -162,7 +166,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReferenceRunner, "run", wrong)
     found = tuner.measure_cpu(CONV, threads=1, rounds=1)
     assert not found.seconds
-    assert "100.00% of the elements differ from the reference" in found.refused["cpu:t1"]
+    assert "100.00% of the elements differ from the reference" in found.refused["cpu/direct:t1"]
 
 
 def write_grid(base: Problem, seconds: dict[tuple[int, int], float], groups: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pack_nets
 import pytest
@@ -11,6 +12,8 @@ import pytest
 import lbs
 from lbs_kernels import extension
 from lbs_kernels.errors import ShapeError
+from lbs_kernels.times import table as tuning_table
+from lbs_kernels.times.table import TuningTable
 
 
 def test_rows_follow_the_program() -> None:
@@ -72,3 +75,27 @@ def test_senseless_requests() -> None:
         lbs.explain(pack_nets.packed_digits(), rounds=0)
     with pytest.raises(ShapeError, match="threads = 0"):
         lbs.explain(pack_nets.packed_digits(), threads=0)
+
+
+@pytest.mark.skipif(extension.cpu is None, reason="the native module is not built")
+def test_the_share_of_the_roof_is_told_where_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path))
+    tuning_table.forget()
+    without = lbs.explain(pack_nets.packed_digits(), batch=2, threads=1, rounds=1)
+    assert all(row.roof is None for row in without.rows)
+    assert "roof" not in str(without)
+    slug = tuning_table.device_slug("cpu")
+    tuning_table.write(tuning_table.user_path(slug), TuningTable(slug, roofs={"cpu:t1": 5e9, "cpu:t2": 1.0}))
+    found = lbs.explain(pack_nets.packed_digits(), batch=2, threads=1, rounds=1)
+    tuning_table.forget()
+    for row in found.rows:
+        if not row.w_bits:
+            assert row.roof is None
+            continue
+        # Every layer of the network is dense and keeps its filters, so its shapes tell its products.
+        taps = int(row.operation[5]) * int(row.operation[7]) if row.operation.startswith("conv") else 1
+        products = 2 * row.output[0] * row.output[1] * row.output[2] * taps * row.input[2]
+        assert row.seconds is not None
+        assert row.roof == pytest.approx(products / row.seconds / 5e9)
+    assert "of roof" in str(found).splitlines()[0]
+    assert "roof: 5 G multiply-adds a second, a matrix product of bytes with 1 threads" in found.notes
