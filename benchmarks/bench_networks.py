@@ -112,11 +112,11 @@ def packed_file(folder: Path, network: str, variant: str) -> Path:
     return folder / f"{variant.replace(' ', '-')}.lbs.safetensors"
 
 
-def algorithms(packed: PackedModel) -> dict[str, int]:
-    """How many layers each algorithm computes; only convolutions have more than one."""
-    kernels = [kernel.name for region in packed.regions for kernel in region.compiled().runner.kernels(1)]
-    found = Counter(name.split("/")[-1] for name in kernels)
-    return {name: found[name] for name in ALGORITHMS}
+def algorithms(packed: PackedModel, batch: int) -> dict[str, int]:
+    """How many layers each algorithm computes, of those that more than one can."""
+    kernels = [kernel.name for region in packed.regions for kernel in region.compiled().runner.kernels(batch)]
+    found = Counter(name.split("/", 2)[2] for name in kernels if name.count("/") > 1)
+    return dict.fromkeys(ALGORITHMS, 0) | found
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "ratios": ratios,
                 "rounds": args.rounds,
             }
-            rows.append({**row, "algorithms": algorithms(ours[name]) if name in ours else None, "load": load})
+            rows.append({**row, "algorithms": algorithms(ours[name], batch) if name in ours else None, "load": load})
     return rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 Row = dict[str, Any]
 Part = tuple[list[str], list[tuple[str, ...]]]
 TIMES = ["network", "threads", "batch", "contender", "ms per batch, median [p20 p80]"]
-OF_OURS = ["speed over the faster engine", "of the fastest rounds", "over w8a8", "layers by Winograd"]
+OF_OURS = ["speed over the faster engine", "of the fastest rounds", "over w8a8", "layers by algorithm"]
 STARTS = ["network", "threads", "contender", "load and first call, ms", "growth of the peak, MB"]
 
 
@@ -37,7 +37,8 @@ def _lines(rows: list[Row]) -> list[tuple[str, ...]]:
             over = f"{row['ratios'][faster]:.2f}x {faster}" if faster else ""
             best = f"{fastest / row['fastest']:.2f}x" if fastest else ""
             uniform = f"{row['ratios']['w8a8']:.2f}x" if "w8a8" in row["ratios"] else ""
-            told = (over, best, uniform, f"{row['algorithms']['winograd']} of {sum(row['algorithms'].values())}")
+            by = ", ".join(f"{count} {name}" for name, count in row["algorithms"].items() if count)
+            told = (over, best, uniform, by)
         lines.append((row["network"], str(row["threads"]), str(row["batch"]), row["contender"], times, *told))
     return lines
 

@@ -173,8 +173,8 @@ def test_networks_against_engines(tmp_path: Path) -> None:
     body = {"level": "networks", "header": {"device": "Some CPU"}, "rows": rows, "starts": starts, "notes": ["busy"]}
     text = readme_tables.measured(_root(tmp_path, networks=body))
     for line in (
-        "| net | 1 | 16 | w8a8 | 4.000 [1.000 9.000] | 2.00x fast | 1.33x |  | 0 of 3 |",
-        "| net | 1 | 16 | w4a4 | 2.000 [1.000 9.000] | 4.00x fast | 2.00x | 1.90x | 2 of 3 |",
+        "| net | 1 | 16 | w8a8 | 4.000 [1.000 9.000] | 2.00x fast | 1.33x |  | 3 direct |",
+        "| net | 1 | 16 | w4a4 | 2.000 [1.000 9.000] | 4.00x fast | 2.00x | 1.90x | 1 direct, 2 winograd |",
         "| net | 1 | 16 | fast | 8.000 [1.000 9.000] |  |  |  |  |",
         "| net | 1 | fast | 432 | 57 |",
         "Busy.",
