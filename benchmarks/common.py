@@ -43,6 +43,7 @@ from lbs_kernels.times.table import device_slug
 from lbs_kernels.tune.roof import SIZE, int8_product
 
 RESULTS = Path(__file__).with_name("results")
+SOURCES = ("csrc", "lbs", "lbs_kernels", "benchmarks", ":!benchmarks/results")
 Contender = Callable[[], object]
 
 
@@ -171,7 +172,7 @@ def header(args: argparse.Namespace) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD") or "unknown",
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "csrc", "lbs_kernels", "benchmarks")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", *SOURCES)),
     }
 
 

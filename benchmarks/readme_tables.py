@@ -4,9 +4,9 @@
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `op` as bench_<op>.py,
-`training` as bench_search.py, `quantization` as bench_quantize.py and `gpu_...` as gpu_suite.py save them, and
-benchmarks/results/search/*.json, the records of searched networks: one table for all that `lbs reproduce` made. Files
-of other kinds are listed by name.
+`networks` as bench_networks.py, `training` as bench_search.py, `quantization` as bench_quantize.py and `gpu_...` as
+gpu_suite.py save them, and benchmarks/results/search/*.json, the records of searched networks: one table for all that
+`lbs reproduce` made. Files of other kinds are listed by name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script from anywhere
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.readme_networks import network_parts  # noqa: E402
 from benchmarks.readme_search import HEADS, LEGEND, search_tables  # noqa: E402  the path above comes first
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -100,6 +101,14 @@ def model_table(path: str, body: Body) -> list[str]:
     network = Path(path).stem.removeprefix("model_")
     title = f"**{network}** on {body['device']}, {body['threads']} threads, torch {body['header']['torch']} (`{path}`)"
     lines = [title, "", *_table(["batch", "contender", "ms per batch, median [p20 p80]", "speed of packed over"], rows)]
+    return [*lines, *_remarks(body)]
+
+
+def networks_table(path: str, body: Body) -> list[str]:
+    """Networks against the engines."""
+    lines = [f"**Networks against int8 engines** on {body['header']['device']} (`{path}`)"]
+    for heads, rows in network_parts(body):
+        lines += ["", *_table(heads, rows)]
     return [*lines, *_remarks(body)]
 
 
@@ -202,6 +211,7 @@ OP_LEGEND = (
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "search": network_table,
     "quantization": quantization_table,
+    "networks": networks_table,
     "model": model_table,
     "op": op_table,
     "training": training_table,

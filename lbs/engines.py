@@ -43,18 +43,30 @@ def why_not(name: str) -> str | None:
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
-class EngineModels:
-    """One float network in the forms the engines read; files live as long as the object."""
+def onnx_file(folder: Path, bits: int, batch: int) -> Path:
+    """Where a folder keeps the network in one width, 8 or 32, for one batch size."""
+    return folder / f"model{bits}_n{batch}.onnx"
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+
+def session(name: str, path: Path, threads: int) -> Callable[[Any], Any]:
+    """An ONNX file ready to run in an engine: images, a float32 array [N, C, H, W], to its outputs."""
+    return _onnxruntime(path, threads) if name.startswith("onnxruntime") else _openvino(path, threads)
+
+
+class EngineModels:
+    """One float network in the forms the engines read."""
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], folder: Path | None = None) -> None:
         """
         Args:
             model: float network in evaluation mode. input_shape: [C, H, W].
+            folder: keeps the files, and those of this network that it has are read; None: they go with the object.
         """
         plain = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._model = optimization.fuse(plain)
         self._shape = tuple(input_shape)
-        self._folder = tempfile.TemporaryDirectory(prefix="lbs-engines-")
+        self._scratch = None if folder else tempfile.TemporaryDirectory(prefix="lbs-engines-")
+        self._folder = folder or Path(self._scratch.name)  # type: ignore[union-attr]
 
     def call(self, name: str, images: Tensor, threads: int) -> Callable[[], object]:
         """A call that computes the logits of `images` float32 [N, C, H, W] with `threads` threads, checked once.
@@ -62,8 +74,7 @@ class EngineModels:
         Raises:
             BackendError: the engine refuses the network, or computes something else.
         """
-        path = self._file(8 if name.endswith("8") else 32, images.shape[0])
-        run = _onnxruntime(path, threads) if name.startswith("onnxruntime") else _openvino(path, threads)
+        run = session(name, self.file(8 if name.endswith("8") else 32, images.shape[0]), threads)
         array = images.cpu().contiguous().numpy()
         with torch.inference_mode():
             expected = self._model(images.cpu())
@@ -75,12 +86,12 @@ class EngineModels:
             )
         return lambda: run(array)
 
-    def _file(self, bits: int, batch: int) -> Path:
+    def file(self, bits: int, batch: int) -> Path:
         """The ONNX file of one width and batch size, written on first use."""
-        path = Path(self._folder.name) / f"model{bits}_n{batch}.onnx"
+        path = onnx_file(self._folder, bits, batch)
         if not path.exists():
             if bits == 8:
-                _quantize(self._file(32, batch), path, batch, self._shape)
+                _quantize(self.file(32, batch), path, batch, self._shape)
             else:
                 self._export(path, batch)
         return path

@@ -162,6 +162,26 @@ def test_networks_without_training(tmp_path: Path) -> None:
         assert line in text
 
 
+def test_networks_against_engines(tmp_path: Path) -> None:
+    """Made-up numbers: the engine that is faster by its median is the one compared with."""
+    one = {"network": "net", "threads": 1, "batch": 16, "p20": 1e-3, "p80": 9e-3, "ratios": {}, "algorithms": None}
+    names = {"w8a8": (4e-3, 3e-3), "w4a4": (2e-3, 2e-3), "slow": (9e-3, 4e-3), "fast": (8e-3, 5e-3)}
+    rows = [{**one, "contender": name, "median": m, "fastest": f} for name, (m, f) in names.items()]
+    rows[0] |= {"algorithms": {"direct": 3, "winograd": 0}, "ratios": {"slow": 2.25, "fast": 2.0, "w4a4": 0.5}}
+    rows[1] |= {"algorithms": {"direct": 1, "winograd": 2}, "ratios": {"slow": 4.5, "fast": 4.0, "w8a8": 1.9}}
+    starts = [{"network": "net", "threads": 1, "contender": "fast", "seconds": 0.4321, "peak_bytes": 57.4e6}]
+    body = {"level": "networks", "header": {"device": "Some CPU"}, "rows": rows, "starts": starts, "notes": ["busy"]}
+    text = readme_tables.measured(_root(tmp_path, networks=body))
+    for line in (
+        "| net | 1 | 16 | w8a8 | 4.000 [1.000 9.000] | 2.00x fast | 1.33x |  | 3 direct |",
+        "| net | 1 | 16 | w4a4 | 2.000 [1.000 9.000] | 4.00x fast | 2.00x | 1.90x | 1 direct, 2 winograd |",
+        "| net | 1 | 16 | fast | 8.000 [1.000 9.000] |  |  |  |  |",
+        "| net | 1 | fast | 432 | 57 |",
+        "Busy.",
+    ):
+        assert line in text
+
+
 def test_record_of_a_searched_network(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results" / "search"
     folder.mkdir(parents=True)
