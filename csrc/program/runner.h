@@ -15,7 +15,7 @@ namespace lbs {
 
 class Runner {
 public:
-    // Copies what it needs of the blob. algorithms: "", "direct", "winograd" or "winograd-or-direct" for every step,
+    // Copies what it needs of the blob. algorithms: "", "direct", "lanes", "winograd" or "winograd-or-direct" for every step,
     // or nothing. Raises FormatError or BackendError.
     Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa,
            const std::vector<std::string>& algorithms);
