@@ -72,6 +72,7 @@ def _recipe(body: Body) -> str:
     text = f"{tuned['lr']:g}, {tuned['distill']:g}"
     text += f", decay {tuned['weight_decay']:g}" if tuned["weight_decay"] != 1e-4 else ""
     text += f", average {tuned['ema']:g}" if tuned.get("ema") else ""
+    text += ", ranges per filter" if search and search.get("ranges") == "filter" else ""
     searched = search and search["pruning"] and search["mode"] not in ("quantization-only", "greedy")
     if not searched:
         return text
