@@ -96,9 +96,7 @@ const int8_t* tile_weights(const BlockWriter& writer, const StepSpec& step, int 
     std::vector<int8_t> flat(static_cast<size_t>(steps) * 64);
     for (int group = 0; group < groups; ++group) {
         std::fill(flat.begin(), flat.end(), int8_t{0});
-        const auto value = [&](int filter, int tap, int c) {
-            return stored_weight(step, writer.code(filter, tap, c));
-        };
+        const auto value = [&](int filter, int tap, int c) { return stored_weight(step, writer.code(filter, tap, c)); };
         writer.write(16 * group, 16, 0, flat.data(), value);
         for (int k = 0; k < steps; ++k)
             for (int f = 0; f < 16; ++f)
@@ -196,8 +194,8 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     const int filters = static_cast<int>(program.array(step.planes).shape[1]);
     const int channels = source.channels / step.groups, taps = step.kernel.y * step.kernel.x;
-    const std::vector<uint8_t> codes = unpack_weight_codes(
-        program.integers(step.planes), step.w_bits, filters, taps, channels);
+    const std::vector<uint8_t> codes =
+        unpack_weight_codes(program.integers(step.planes), step.w_bits, filters, taps, channels);
 
     const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
     const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
@@ -234,7 +232,8 @@ void plan_conv(const ProgramSpec& program, const StepSpec& step, const CodeLayou
 
     // One piece of memory for all blocks, which are read one after the other.
     size_t filled = 0;
-    for (const FilterCut& block : cut) filled += static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
+    for (const FilterCut& block : cut)
+        filled += static_cast<size_t>(plan.k_steps) * static_cast<size_t>(block.width) * 4;
     int8_t* weights = store.make<int8_t>(filled);
 
     FilterBlock* blocks = store.make<FilterBlock>(cut.size());

@@ -41,8 +41,8 @@ bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLa
     for (int tap = 0; tap < step.kernel.x; ++tap) farthest = std::max(farthest, tap_offset(step, layout, tap));
     const int rows = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
     const int last = (rows - 1) * step.stride.y + (step.kernel.y - 1) * step.dilation.y - step.padding.y;
-    const int64_t end = layout.offset(last, -step.padding.x) + (layout.groups - 1) * layout.group_pitch() + farthest +
-                        4 * spread;
+    const int64_t end =
+        layout.offset(last, -step.padding.x) + (layout.groups - 1) * layout.group_pitch() + farthest + 4 * spread;
     return end <= layout.bytes() + kSlack;
 }
 

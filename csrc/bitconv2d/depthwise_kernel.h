@@ -24,7 +24,7 @@ LBS_INLINE void spread_row(const lbs::DepthwisePlan& plan, const unsigned char* 
     for (int quad = 0; quad < plan.quads; ++quad) {
         const int32_t* taps = plan.taps + 4 * quad;
         const unsigned char* pixels[4] = {in + taps[0], in + taps[1], in + taps[2], in + taps[3]};
-        for (int32_t *const end = out + int64_t{4} * plan.spread; out != end; out += 4 * Simd::L) {
+        for (int32_t* const end = out + int64_t{4} * plan.spread; out != end; out += 4 * Simd::L) {
             Simd::I codes[4];
             for (int tap = 0; tap < 4; ++tap) {
                 codes[tap] = Simd::iload(pixels[tap]);
@@ -137,8 +137,8 @@ void depthwise_group(const lbs::DepthwisePlan& plan, const lbs::RunContext& run,
     int64_t base = int64_t{first_row} * width;  // the pixel whose dot lies first
     DepthwiseEmit emit(fast, 4 * group, first, dots + (int64_t{first} * L - base), kept, sums);
     const int32_t* rows[kQuads > 0 ? kQuads : lbs::kMaxQuads];
-    int top_slot = 0;                                       // where the topmost row of the kernel is in the ring
-    int next = first_row * plan.stride, next_slot = 0;      // the row that is spread next
+    int top_slot = 0;                                   // where the topmost row of the kernel is in the ring
+    int next = first_row * plan.stride, next_slot = 0;  // the row that is spread next
     for (int y = first_row; int64_t{y} * width < end_pixel; ++y) {
         const int top = y * plan.stride, bottom = top + plan.ring;
         if (next < top) next = top, next_slot = top_slot;

@@ -25,7 +25,7 @@ double direct_cycles(const LanesPlan& plan, const StepSpec& step, const CodeLayo
     const int vectors = vector_count(int64_t{height} * width, kernels.lanes);
     int pieces = width % kernels.lanes == 0 || layout.is_row ? 1 : 1 + kernels.lanes / width;
     if (step.kernel.y * step.kernel.x == 1 && layout.phases != step.stride.x) pieces = 1;  // of a copy
-    else if (layout.phases != step.stride.x || pieces > 4) pieces = 16;  // an offset for every lane
+    else if (layout.phases != step.stride.x || pieces > 4) pieces = 16;                    // an offset for every lane
     const std::vector<FilterCut> cut = cut_filters(filters, vectors, pieces, plan.k_steps, kernels.shapes);
     return direct_cost(cut, vectors, pieces, plan.k_steps, kernels.shapes) * kernels.dot_cycles / 0.5;
 }
@@ -44,8 +44,8 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     plan.input = step.input;
     plan.k_steps = taps * layout.groups;
     plan.padded_pixels = vector_count(pixels, kernels.lanes_pixels) * kernels.lanes_pixels;
-    if (algorithm != Algorithm::kLanes && lanes_cycles(plan, filters, kernels) >
-                                              direct_cycles(plan, step, layout, filters, height, width, kernels))
+    if (algorithm != Algorithm::kLanes &&
+        lanes_cycles(plan, filters, kernels) > direct_cycles(plan, step, layout, filters, height, width, kernels))
         return false;
 
     plan.wide = needs_wide_dot(kernels, step, source.bits);
@@ -74,7 +74,8 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
                 for (int c = 0; c < source.channels; ++c) {
                     const int k = (tap / step.kernel.x * layout.groups + c / 4) * step.kernel.x + tap % step.kernel.x;
                     const size_t at = (static_cast<size_t>(blocks[b].first + f) * static_cast<size_t>(taps) +
-                                       static_cast<size_t>(tap)) * static_cast<size_t>(source.channels) +
+                                       static_cast<size_t>(tap)) *
+                                          static_cast<size_t>(source.channels) +
                                       static_cast<size_t>(c);
                     weights[(static_cast<size_t>(k) * static_cast<size_t>(width_of) + static_cast<size_t>(f)) * 4 +
                             static_cast<size_t>(c % 4)] = static_cast<int8_t>(stored_weight(step, codes[at]));

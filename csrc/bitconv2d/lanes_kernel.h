@@ -46,14 +46,15 @@ void lanes_block(const lbs::LanesPlan& plan, const lbs::RunContext& run, const l
                  const FastEmit& fast) {
     constexpr int kX = LBS_LANES_PIXELS, kFilters = kV * Simd::L;
     const unsigned char* in = run.tensors[plan.input];
-    int32_t* const sums = reinterpret_cast<int32_t*>(run.scratch);  // [pixel][filter]
+    int32_t* const sums = reinterpret_cast<int32_t*>(run.scratch);                           // [pixel][filter]
     int32_t* const dots = sums + int64_t{plan.padded_pixels} * LBS_LANES_VECTORS * Simd::L;  // [filter][pixel]
     const int64_t pitch = int64_t{plan.emit.vectors} * Simd::L;
     const int64_t bytes = int64_t{plan.k_steps} * kFilters * 4;
     const int64_t part = bytes / (plan.padded_pixels / kX);  // of the next block, per group of pixels
     for (int pixel = 0, group = 0; pixel < plan.padded_pixels; pixel += kX, ++group)
         multiply_lanes<kV, kX, kWide>(plan, in, plan.pixel_offsets + pixel, block.weights,
-                                      block.weights + bytes + group * part, part / plan.k_steps, sums + pixel * kFilters);
+                                      block.weights + bytes + group * part, part / plan.k_steps,
+                                      sums + pixel * kFilters);
     alignas(64) int32_t places[Simd::L];
     for (int i = 0; i < Simd::L; ++i) places[i] = 4 * kFilters * i;
     for (int f = 0; f < kFilters; ++f)

@@ -22,8 +22,7 @@ template <class Weight>
 Taps transform_weights(const Weight& weight) {
     const auto expand = [](int a, int b, int c) { return std::array<int, 4>{2 * a, a + b + c, a - b + c, 2 * c}; };
     std::array<std::array<int, 4>, 3> rows;  // of g, expanded
-    for (int r = 0; r < 3; ++r)
-        rows[static_cast<size_t>(r)] = expand(weight(r, 0), weight(r, 1), weight(r, 2));
+    for (int r = 0; r < 3; ++r) rows[static_cast<size_t>(r)] = expand(weight(r, 0), weight(r, 1), weight(r, 2));
     Taps all;
     for (size_t c = 0; c < 4; ++c) {
         const std::array<int, 4> column = expand(rows[0][c], rows[1][c], rows[2][c]);
@@ -45,7 +44,7 @@ std::array<int, 2> sum_starts(const Taps& taps, int column, int shift) {
 
 struct Weights {
     int filters, channels;
-    std::vector<Taps> values;  // [filter][channel]
+    std::vector<Taps> values;   // [filter][channel]
     std::vector<int64_t> sums;  // of the weights, per filter
     int largest = 0;
 };
@@ -66,8 +65,8 @@ Weights transformed(const ProgramSpec& program, const StepSpec& step, int channe
     return all;
 }
 
-// Cycles on one image, as those of the direct kernel. Measured on a Zen 5: what a place costs beyond its dots, with what
-// of the output's transform and the epilogue is not in their shadow; a group of channels of a vector of tiles.
+// Cycles on one image, as those of the direct kernel. Measured on a Zen 5: what a place costs beyond its dots, with
+// what of the output's transform and the epilogue is not in their shadow; a group of channels of a vector of tiles.
 double winograd_cycles(const WinogradPlan& plan, const std::vector<FilterCut>& cut, const KernelTable& kernels) {
     constexpr double kPlace = 64, kRun = 30, kGroup = 60;
     const double chunks = static_cast<double>(plan.unit_count) / plan.chunk_units;
@@ -110,8 +109,8 @@ double direct_cycles(int filters, const WinogradPlan& plan, const KernelTable& k
 
 bool suits_winograd(const StepSpec& step, const TensorSpec& source) {
     return step.kind == StepKind::kConv && step.kernel.y == 3 && step.kernel.x == 3 && step.stride.y == 1 &&
-           step.stride.x == 1 && step.dilation.y == 1 && step.dilation.x == 1 && step.groups == 1 &&
-           step.w_bits < 8 && source.bits <= 6;
+           step.stride.x == 1 && step.dilation.y == 1 && step.dilation.x == 1 && step.groups == 1 && step.w_bits < 8 &&
+           source.bits <= 6;
 }
 
 bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout,

@@ -7,10 +7,9 @@
 // Every step is exact in integers, the division too. A tile is 2 x 2 output pixels, a vector is L tiles, numbered
 // through the rows of tiles of a chunk; see WinogradPlan.
 //
-// The 16 places of U and V are multiplied column by column, in each as two sums that go on over two places, of which A^T
-// takes (M2 + M0) - (-M1) and the negative of M2 + (-M1 + M3).
-// What follows the products of one block of filters, A and the epilogue, runs between those of the next ones, in their
-// shadow (emit_tile.h).
+// The 16 places of U and V are multiplied column by column, in each as two sums that go on over two places, of which
+// A^T takes (M2 + M0) - (-M1) and the negative of M2 + (-M1 + M3). What follows the products of one block of filters, A
+// and the epilogue, runs between those of the next ones, in their shadow (emit_tile.h).
 #pragma once
 
 #include "bitconv2d/bitconv2d_kernel.h"
@@ -166,7 +165,7 @@ void transform_inputs(const lbs::WinogradPlan& plan, const Chunk& chunk, const W
     }
 }
 
-// Dots of a vector of tiles and a filter; `pitch` integers from one place's products to the next's.
+// Output pixels of even and odd columns, put together; `columns` are those that exist.
 LBS_INLINE void store_row(int32_t* out, uint64_t columns, Simd::I even, Simd::I odd) {
     constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << Simd::L) - 1);
     const Simd::I low = Simd::ipick(even, odd, Simd::iload(kInterleavedLanes.low));
@@ -175,6 +174,7 @@ LBS_INLINE void store_row(int32_t* out, uint64_t columns, Simd::I even, Simd::I 
     Simd::istore_mask(out + Simd::L, static_cast<uint32_t>(columns >> Simd::L), high);
 }
 
+// Dots of a vector of tiles and a filter; `pitch` integers from one row of sums to the next.
 LBS_INLINE void transform_output(const int32_t* products, int64_t pitch, const TileRun* run, const TileRun* end,
                                  int width, int32_t* dots) {
     Simd::I upper[4], lower[4];  // the negative of these
@@ -378,10 +378,8 @@ void winograd_kernel(const lbs::WinogradPlan& plan, const lbs::RunContext& run, 
         for (int b = first_block; b < last_block; ++b) {
             const lbs::WinogradBlock& block = plan.blocks[b];
             switch (block.width) {
-#define LBS_TILE(vectors, filters)                                                       \
-    case filters:                                                                        \
-        winograd_block<vectors, filters>(plan, block, chunk, memory, pending); \
-        break;
+#define LBS_TILE(vectors, filters) \
+    case filters: winograd_block<vectors, filters>(plan, block, chunk, memory, pending); break;
                 LBS_WINOGRAD_TILES(LBS_TILE)
 #undef LBS_TILE
                 default: break;

@@ -17,10 +17,10 @@ struct TileShape {
 enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect, kLanes };
 
 struct KernelTable {
-    int lanes;        // pixels in one vector
-    int dot_bits;     // largest |weight| * 2 * activation a dot instruction takes exactly; 0: all
+    int lanes;          // pixels in one vector
+    int dot_bits;       // largest |weight| * 2 * activation a dot instruction takes exactly; 0: all
     double dot_cycles;  // of a dot of vectors, where nothing else limits
-    bool uses_tiles;  // convolutions read ConvPlan::tiles
+    bool uses_tiles;    // convolutions read ConvPlan::tiles
     const TileShape* shapes;
     const TileShape* winograd_shapes;
     int lanes_vectors, lanes_pixels;  // vectors of filters by pixels, where filters lie on the lanes
@@ -53,8 +53,8 @@ struct KernelTable {
                            int last_group);
 
     // Vectors [first_vector, last_vector) of what is written, all channels; `floats`: kResizeRows rows.
-    void (*resize)(const ResizePlan& plan, const EmitPlan& emit, const RunContext& run, float* floats,
-                   int first_vector, int last_vector);
+    void (*resize)(const ResizePlan& plan, const EmitPlan& emit, const RunContext& run, float* floats, int first_vector,
+                   int last_vector);
 
     FakeQuantForwardKernel fake_quant_forward;
     FakeQuantBackwardKernel fake_quant_backward;

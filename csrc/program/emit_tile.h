@@ -53,10 +53,10 @@ struct FastEmit {
 
 // Filters by vectors, computed and not yet emitted: rows of L integers.
 struct Tile {
-    int channel = 0, filters = 0, vector = 0, quads = 0;        // a quad: four filters of one vector
-    int64_t filter_pitch = Simd::L, vector_pitch = 0;           // of dots
-    int fast_vectors = 0;   // at its start: whole ones with nothing rare about them
-    bool own_sums = false;  // sums lie as dots do, otherwise one row per vector
+    int channel = 0, filters = 0, vector = 0, quads = 0;  // a quad: four filters of one vector
+    int64_t filter_pitch = Simd::L, vector_pitch = 0;     // of dots
+    int fast_vectors = 0;                                 // at its start: whole ones with nothing rare about them
+    bool own_sums = false;                                // sums lie as dots do, otherwise one row per vector
     const int32_t* dots = nullptr;
     const int32_t* sums = nullptr;
     int64_t first = 0;  // of the stream: channel, vector

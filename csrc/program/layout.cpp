@@ -95,9 +95,9 @@ std::vector<bool> read_as_rows(const ProgramSpec& program) {
         const bool pixelwise = step.kind == StepKind::kConv && step.kernel.y == 1 && step.kernel.x == 1 &&
                                step.stride.y == 1 && step.stride.x == 1 && step.padding.y == 0 && step.padding.x == 0 &&
                                step.groups == 1;
-        const bool unchanged = step.kind == StepKind::kSelect ||
-                               (step.kind == StepKind::kMaxPool &&
-                                program.tensors[static_cast<size_t>(step.input)].form == Form::kCodes);
+        const bool unchanged =
+            step.kind == StepKind::kSelect ||
+            (step.kind == StepKind::kMaxPool && program.tensors[static_cast<size_t>(step.input)].form == Form::kCodes);
         for (int input : step.inputs)
             if (!pixelwise) rows[static_cast<size_t>(input)] = false;
         if (unchanged)

@@ -29,8 +29,8 @@ private:
 struct CodeLayout {
     int height = 0, width = 0, groups = 0;  // groups of four channels
     int top = 0, bottom = 0, left = 0, right = 0;
-    int phases = 1;  // columns are kept apart by their remainder
-    int zero = 0;    // the code that padding holds
+    int phases = 1;       // columns are kept apart by their remainder
+    int zero = 0;         // the code that padding holds
     bool is_row = false;  // all pixels in one row of whole vectors, whose padding nobody reads
 
     int phase_width() const { return (left + width + right + phases - 1) / phases; }

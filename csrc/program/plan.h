@@ -34,7 +34,7 @@ struct Piece {
 struct PixelMap {
     int pieces = 1;  // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
     bool compress = false;
-    bool over = false;  // the last vector may be stored whole
+    bool over = false;               // the last vector may be stored whole
     const Piece* table = nullptr;    // [vectors][pieces], continued with kPrefetched times the last
     const int32_t* lanes = nullptr;  // [vectors][kMaxLanes] where pieces == 0
 };
@@ -123,8 +123,8 @@ struct ConvPlan {
     // group of channels together, and stands for the input.
     bool is_thinned = false;
     PixelMap thinned_from;
-    int groups = 0;              // of four channels
-    int64_t thinned_pitch = 0;   // bytes from one to the next
+    int groups = 0;                              // of four channels
+    int64_t thinned_pitch = 0;                   // bytes from one to the next
     int64_t thinned_first = 0, group_pitch = 0;  // of the input
     int k_steps = 0;
     const int32_t* k_offsets = nullptr;  // bytes, [k_steps]
@@ -138,12 +138,12 @@ struct ConvPlan {
     EmitPlan emit;
 };
 
-// Places of the 4 x 4 in the order in which they are multiplied: rows 1, 3, 2, 0 of each column. Sums that start at a row
-// 1 or 2 go on with the next; weights of row 1 are stored negative.
+// Places of the 4 x 4 in the order in which they are multiplied: rows 1, 3, 2, 0 of each column. Sums that start at a
+// row 1 or 2 go on with the next; weights of row 1 are stored negative.
 constexpr int kPlaceOrder[16] = {4, 12, 8, 0, 5, 13, 9, 1, 6, 14, 10, 2, 7, 15, 11, 3};
 
-// `width` filters; weights int8 [place in order][groups][width][4], start int32 [sum][width]: it takes off what the shift
-// of the inputs adds.
+// `width` filters; weights int8 [place in order][groups][width][4], start int32 [sum][width]: it takes off what the
+// shift of the inputs adds.
 struct WinogradBlock {
     int first = 0, width = 0;
     const int8_t* weights = nullptr;
@@ -183,9 +183,9 @@ struct DepthwisePlan {
     int ring = 0;                    // spread rows that are kept
     int kept = 0;                    // dots that are kept of each channel
     int64_t first = 0, row_pitch = 0, group_pitch = 0;  // bytes: to the first tap of the first pixel, between rows
-    const int8_t* weights = nullptr;  // [groups][kernel rows][quads][4 channels][4 taps]
-    const int8_t* ones = nullptr;     // of one group, 1 for every tap, where sums are needed
-    bool wide = false;                // products of a pair may exceed 16 bits
+    const int8_t* weights = nullptr;                    // [groups][kernel rows][quads][4 channels][4 taps]
+    const int8_t* ones = nullptr;                       // of one group, 1 for every tap, where sums are needed
+    bool wide = false;                                  // products of a pair may exceed 16 bits
     AccumulatorPlan acc;
     EmitPlan emit;
 };
@@ -243,9 +243,9 @@ struct PoolStreamPlan {  // maximum of a stream
 // One input of a selection: pixel (0, 0) of its channel 0 or group 0, and how output pixels meet it.
 struct SelectSource {
     int tensor = 0;
-    int32_t first = 0;      // bytes, of codes
-    int64_t pitch = 0;      // bytes from one group (codes) or channel (streams) to the next
-    bool is_alike = false;  // output pixels of a row, or of a stream, lie as in the input, padding included
+    int32_t first = 0;               // bytes, of codes
+    int64_t pitch = 0;               // bytes from one group (codes) or channel (streams) to the next
+    bool is_alike = false;           // output pixels of a row, or of a stream, lie as in the input, padding included
     int64_t row = 0, row_pitch = 0;  // of codes: bytes to the first row, with its padding, and from row to row
     PixelMap map;                    // of codes, and of streams that are not alike
     // Where pixels are moved: bytes to the row and the column that are read for each of the result, of places of a
@@ -265,7 +265,7 @@ struct SelectPlan {
     const SelectPlace* places = nullptr;
     int groups = 0;
     int block_rows = 1, block_columns = 1;
-    int height = 0, width = 0;  // of the result where pixels are moved, else 0
+    int height = 0, width = 0;          // of the result where pixels are moved, else 0
     const int64_t* out_rows = nullptr;  // of codes, as in SelectSource
     const int64_t* out_columns = nullptr;
     int output = 0;  // of codes, from here on
@@ -299,11 +299,11 @@ constexpr int64_t kResizeRows = 12;
 // Where the tensors of one image are, and working memory of one thread.
 struct RunContext {
     unsigned char* const* tensors;
-    int32_t* accumulators;  // [kMaxTile][kMaxLanes]
-    int32_t* sums;          // as many lanes as the largest output map has, rounded up
-    int8_t* tile_pack;      // AMX: [2][ceil(k_steps / 16)][16][64]
+    int32_t* accumulators;   // [kMaxTile][kMaxLanes]
+    int32_t* sums;           // as many lanes as the largest output map has, rounded up
+    int8_t* tile_pack;       // AMX: [2][ceil(k_steps / 16)][16][64]
     unsigned char* scratch;  // of the step at hand: WinogradMemory, a thinned input
-    int32_t* rows;          // depthwise: [ring][quads][4 spread], then dots and sums, [4][kept] each
+    int32_t* rows;           // depthwise: [ring][quads][4 spread], then dots and sums, [4][kept] each
 };
 
 }  // namespace lbs

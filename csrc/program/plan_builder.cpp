@@ -50,8 +50,8 @@ std::vector<int> tensors_read(const StepSpec& step) {
 }
 
 [[noreturn]] void refuse_algorithm(const StepSpec& step, const char* name, const char* rule) {
-    throw BackendError("step '" + step.name + "' cannot be computed by '" + name + "' on this instruction set: " + rule +
-                       "; use 'direct', or '' for the faster one");
+    throw BackendError("step '" + step.name + "' cannot be computed by '" + name +
+                       "' on this instruction set: " + rule + "; use 'direct', or '' for the faster one");
 }
 
 }  // namespace
@@ -108,10 +108,12 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             scratch_bytes = std::max(scratch_bytes, lanes_bytes(plan.lanes, kernels));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)
-                refuse_algorithm(step, "winograd",
-                                 "that takes 3 x 3 windows of stride 1, few bits and weights whose transforms are bytes");
+                refuse_algorithm(
+                    step, "winograd",
+                    "that takes 3 x 3 windows of stride 1, few bits and weights whose transforms are bytes");
             if (algorithm == Algorithm::kLanes)
-                refuse_algorithm(step, "lanes", "that takes up to 256 pixels, one group, and weights that need no sums");
+                refuse_algorithm(step, "lanes",
+                                 "that takes up to 256 pixels, one group, and weights that need no sums");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = emit;
@@ -215,8 +217,7 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
         plan.run = StepPlan::Run::kMeanStream;
         float_count = std::max<int64_t>(float_count, source.channels + kMaxLanes);
     } else if (source.form == Form::kStream) {
-        plan.run =
-            step.kind == StepKind::kMaxPool ? StepPlan::Run::kMaxStream : StepPlan::Run::kAverageStream;
+        plan.run = step.kind == StepKind::kMaxPool ? StepPlan::Run::kMaxStream : StepPlan::Run::kAverageStream;
         float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + source.width);
         plan_max(step, source, plan.max);
         for (const StepSpec& writer : spec.steps)
@@ -225,8 +226,8 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
     } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
         // window is cut to the image instead, and no table is made of its taps.
-        const bool over_padding = source.zero == 0 && !source.is_signed &&
-                                  int64_t{step.kernel.y} * step.kernel.x <= kMaxPoolTaps;
+        const bool over_padding =
+            source.zero == 0 && !source.is_signed && int64_t{step.kernel.y} * step.kernel.x <= kMaxPoolTaps;
         plan.run = over_padding ? StepPlan::Run::kMaxCodes : StepPlan::Run::kMaxCodesAnyZero;
         const CodeLayout& in = layouts[static_cast<size_t>(step.input)];
         const int output = step.emit.consumers[0].tensor;
@@ -278,9 +279,8 @@ void ProgramPlan::plan_select(const StepSpec& step, StepPlan& plan) {
             const auto column = [&](int w) { return first.x + step.stride.x * (w / step.block.x); };
             source.pitch = codes ? layout.group_pitch() : 4 * tensor.pixels();
             source.is_dense = layout.phases == 1 && step.stride.x == 1;
-            source.rows = offsets_along(select.height, tensor.height, row, [&](int y) {
-                return codes ? layout.row(y) : int64_t{4} * y * tensor.width;
-            });
+            source.rows = offsets_along(select.height, tensor.height, row,
+                                        [&](int y) { return codes ? layout.row(y) : int64_t{4} * y * tensor.width; });
             source.columns = offsets_along(select.width, tensor.width, column, [&](int x) {
                 return codes ? layout.offset(0, x) - layout.row(0) : int64_t{4} * x;
             });
@@ -333,8 +333,7 @@ void ProgramPlan::plan_resize(const StepSpec& step, StepPlan& plan) {
     plan.resize.pixels = source.pixels();
     plan.resize.columns = step.size.x;
     plan.resize.down = resize_side(store, source.height, step.size.y, step.scale.y, step.offset.y);
-    plan.resize.across =
-        resize_columns(store, source.width, step.size.x, step.scale.x, step.offset.x, kernels.lanes);
+    plan.resize.across = resize_columns(store, source.width, step.size.x, step.scale.x, step.offset.x, kernels.lanes);
     plan.resize.pitch = round_up(step.size.x, kMaxLanes) + 2 * kMaxLanes;
     float_count = std::max(float_count, kResizeRows * plan.resize.pitch);
 }

@@ -52,8 +52,9 @@ std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
     for (const std::string& name : names) {
         const auto found = kNames.find(name);
         if (found == kNames.end())
-            throw BackendError("algorithm '" + name +
-                               "' is unknown; use 'direct', 'lanes', 'winograd', 'winograd-or-direct', or '' for the faster one");
+            throw BackendError(
+                "algorithm '" + name +
+                "' is unknown; use 'direct', 'lanes', 'winograd', 'winograd-or-direct', or '' for the faster one");
         all.push_back(found->second);
     }
     return all;
@@ -268,8 +269,8 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
     switch (step.run) {
         case StepPlan::Run::kQuantPack: {
             const Share part = share(step.emit.vectors, self);
-            const bool last = step.place >= 0 && !call.channels_last.empty() &&
-                              call.channels_last[static_cast<size_t>(step.place)];
+            const bool last =
+                step.place >= 0 && !call.channels_last.empty() && call.channels_last[static_cast<size_t>(step.place)];
             kernels.quantpack(step.read, step.emit, context, in, last, part.first, part.last);
             return;
         }
