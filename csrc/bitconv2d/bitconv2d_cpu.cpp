@@ -132,12 +132,25 @@ std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_s
     return blocks;
 }
 
-double direct_cost(const std::vector<FilterCut>& cut, int vectors, int pieces, int k_steps, const TileShape* shapes) {
+double direct_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
+                     const KernelTable& kernels) {
+    const int vectors = vector_count(int64_t{height} * width, kernels.lanes);
+    const int taps = step.kernel.y * step.kernel.x, steps = taps * layout.groups;
+    int pieces = width % kernels.lanes == 0 || layout.is_row ? 1 : 1 + kernels.lanes / width;
+    if (taps == 1 && layout.phases != step.stride.x) pieces = 1;         // of a copy
+    else if (layout.phases != step.stride.x || pieces > 4) pieces = 16;  // an offset for every lane
     double cost = 0;
-    for (const FilterCut& block : cut)
-        for (const TileShape* shape = shapes; shape->filters; ++shape)
-            if (shape->filters == block.width) cost += block_cost(*shape, vectors, pieces, k_steps);
-    return cost;
+    for (const FilterCut& block : cut_filters(filters, vectors, pieces, steps, kernels.shapes))
+        for (const TileShape* shape = kernels.shapes; shape->filters; ++shape)
+            if (shape->filters == block.width) cost += block_cost(*shape, vectors, pieces, steps);
+    return cost * kernels.dot_cycles / 0.5;
+}
+
+void write_weights(const StepSpec& step, const std::vector<uint8_t>& codes, int filters, int channels, int first,
+                   int width, int8_t* out) {
+    const BlockWriter writer(step, codes, filters, channels, (channels + 3) / 4);
+    writer.write(first, width, 0, out,
+                 [&](int o, int tap, int c) { return stored_weight(step, writer.code(o, tap, c)); });
 }
 
 std::vector<uint8_t> unpack_weight_codes(const int32_t* planes, int bits, int filters, int taps, int channels) {

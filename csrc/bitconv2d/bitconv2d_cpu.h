@@ -43,8 +43,14 @@ struct FilterCut {
 // The cheapest cut of `filters` (rounded up to four) on that many vectors of pixels, each in `pieces`.
 std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_steps, const TileShape* shapes);
 
-// Cycles of the direct kernel on one image: what cut_filters weighs, of all its blocks.
-double direct_cost(const std::vector<FilterCut>& cut, int vectors, int pieces, int k_steps, const TileShape* shapes);
+// Cycles of the direct kernel on one image of [height, width] output pixels, cut as cut_filters cuts it.
+double direct_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
+                     const KernelTable& kernels);
+
+// Bytes of the filters [first, first + width) of an ungrouped convolution: int8 [k_steps][width][4], k as in
+// window_offsets. `codes` are those of unpack_weight_codes.
+void write_weights(const StepSpec& step, const std::vector<uint8_t>& codes, int filters, int channels, int first,
+                   int width, int8_t* out);
 
 // Whether a pair of products may exceed what the instruction set's dot takes.
 bool needs_wide_dot(const KernelTable& kernels, const StepSpec& step, int a_bits);

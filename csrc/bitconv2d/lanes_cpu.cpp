@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMostPixels = 256;  // sums and dots of a block of filters stay in the first caches
 
-// Cycles of one image, comparable with direct_cost: a step of K loads weights and broadcasts codes, two a cycle.
+// Cycles of one image, comparable with direct_cycles: a step of K loads weights and broadcasts codes, two a cycle.
 double lanes_cycles(const LanesPlan& plan, int filters, const KernelTable& kernels) {
     const double vectors = static_cast<double>(vector_count(filters, kernels.lanes));
     const double groups = plan.padded_pixels / kernels.lanes_pixels;
@@ -18,16 +18,6 @@ double lanes_cycles(const LanesPlan& plan, int filters, const KernelTable& kerne
     constexpr double kTurn = 30, kQuad = 30;  // of a vector of dots from memory; of the epilogue, in nothing's shadow
     const double results = vectors * kernels.lanes * vector_count(plan.padded_pixels, kernels.lanes);
     return vectors * groups * plan.k_steps * std::max(dots, loads) + results * (kTurn + kQuad / 4);
-}
-
-double direct_cycles(const LanesPlan& plan, const StepSpec& step, const CodeLayout& layout, int filters, int height,
-                     int width, const KernelTable& kernels) {
-    const int vectors = vector_count(int64_t{height} * width, kernels.lanes);
-    int pieces = width % kernels.lanes == 0 || layout.is_row ? 1 : 1 + kernels.lanes / width;
-    if (step.kernel.y * step.kernel.x == 1 && layout.phases != step.stride.x) pieces = 1;  // of a copy
-    else if (layout.phases != step.stride.x || pieces > 4) pieces = 16;                    // an offset for every lane
-    const std::vector<FilterCut> cut = cut_filters(filters, vectors, pieces, plan.k_steps, kernels.shapes);
-    return direct_cost(cut, vectors, pieces, plan.k_steps, kernels.shapes) * kernels.dot_cycles / 0.5;
 }
 
 }  // namespace
@@ -45,7 +35,7 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     plan.k_steps = taps * layout.groups;
     plan.padded_pixels = vector_count(pixels, kernels.lanes_pixels) * kernels.lanes_pixels;
     if (algorithm != Algorithm::kLanes &&
-        lanes_cycles(plan, filters, kernels) > direct_cycles(plan, step, layout, filters, height, width, kernels))
+        lanes_cycles(plan, filters, kernels) > direct_cycles(step, layout, filters, height, width, kernels))
         return false;
 
     plan.wide = needs_wide_dot(kernels, step, source.bits);
@@ -67,19 +57,9 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     const std::vector<uint8_t> codes =
         unpack_weight_codes(program.integers(step.planes), step.w_bits, filters, taps, source.channels);
     for (int b = 0; b < plan.block_count; ++b) {
-        const int held = std::min(per_block, vectors - b * per_block), width_of = held * lanes;
+        const int held = std::min(per_block, vectors - b * per_block);
         blocks[b] = {b * per_block * lanes, held, weights};
-        for (int f = 0; f < width_of && blocks[b].first + f < filters; ++f)
-            for (int tap = 0; tap < taps; ++tap)
-                for (int c = 0; c < source.channels; ++c) {
-                    const int k = (tap / step.kernel.x * layout.groups + c / 4) * step.kernel.x + tap % step.kernel.x;
-                    const size_t at = (static_cast<size_t>(blocks[b].first + f) * static_cast<size_t>(taps) +
-                                       static_cast<size_t>(tap)) *
-                                          static_cast<size_t>(source.channels) +
-                                      static_cast<size_t>(c);
-                    weights[(static_cast<size_t>(k) * static_cast<size_t>(width_of) + static_cast<size_t>(f)) * 4 +
-                            static_cast<size_t>(c % 4)] = static_cast<int8_t>(stored_weight(step, codes[at]));
-                }
+        write_weights(step, codes, filters, source.channels, blocks[b].first, held * lanes, weights);
         weights += static_cast<size_t>(held) * static_cast<size_t>(plan.k_steps) * step_bytes;
     }
     plan.blocks = blocks;

@@ -98,13 +98,6 @@ int choose_chunk(const WinogradPlan& plan, int lanes) {
     return best;
 }
 
-double direct_cycles(int filters, const WinogradPlan& plan, const KernelTable& kernels) {
-    const int vectors = vector_count(int64_t{plan.height} * plan.width, kernels.lanes), steps = 9 * plan.groups;
-    const int pieces = plan.width % kernels.lanes == 0 ? 1 : 1 + kernels.lanes / plan.width;
-    const std::vector<FilterCut> cut = cut_filters(filters, vectors, pieces, steps, kernels.shapes);
-    return direct_cost(cut, vectors, pieces, steps, kernels.shapes) * kernels.dot_cycles / 0.5;
-}
-
 }  // namespace
 
 bool suits_winograd(const StepSpec& step, const TensorSpec& source) {
@@ -149,7 +142,8 @@ bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeL
     const std::vector<FilterCut> cut =
         cut_filters(weights.filters, plan.chunk_vectors, 1, kPlaces * plan.groups, kernels.winograd_shapes);
     if (algorithm == Algorithm::kAuto &&
-        winograd_cycles(plan, cut, kernels) > direct_cycles(weights.filters, plan, kernels))
+        winograd_cycles(plan, cut, kernels) >
+            direct_cycles(step, layout, weights.filters, plan.height, plan.width, kernels))
         return false;
     size_t filters = 0;
     for (const FilterCut& block : cut) filters += static_cast<size_t>(block.width);

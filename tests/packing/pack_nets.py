@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,17 @@ from lbs.packing.packing import pack
 from lbs.packing.verify import verify
 from lbs.quant.layers import QuantLayer
 from lbs_kernels.program.steps import Program
+
+
+class Call(nn.Module):
+    """A function as a module that is traced through."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def images(batch: int, shape: tuple[int, ...], seed: int = 1) -> Tensor:

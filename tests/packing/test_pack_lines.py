@@ -24,17 +24,6 @@ from lbs_kernels.errors import GraphError, ShapeError
 SHAPE = (3, 50)
 
 
-class Call(nn.Module):
-    """A function as a module that is traced through."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def conv(inputs: int, filters: int, taps: int = 3, **options: Any) -> nn.Conv1d:
     return nn.Conv1d(inputs, filters, taps, padding=taps // 2, **options)
 
@@ -100,18 +89,21 @@ BEHIND: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
     "maximum": (lambda: [nn.MaxPool1d(3, 2, 1)], 8),
     "mean_of_windows": (lambda: [nn.AvgPool1d(4, 2)], 8),
     "padded_mean_of_windows": (lambda: [nn.AvgPool1d(3, 2, 1)], 8),
-    "maximum_as_a_function": (lambda: [Call(lambda x: F.max_pool1d(x, 2, padding=1))], 8),
-    "mean_as_a_function": (lambda: [Call(lambda x: F.avg_pool1d(x, kernel_size=2))], 8),
+    "maximum_as_a_function": (lambda: [pack_nets.Call(lambda x: F.max_pool1d(x, 2, padding=1))], 8),
+    "mean_as_a_function": (lambda: [pack_nets.Call(lambda x: F.avg_pool1d(x, kernel_size=2))], 8),
     "slopes_of_channels": (lambda: [conv(8, 8), nn.PReLU(8)], 8),
     "activations": (lambda: [conv(8, 8), nn.SiLU(), nn.BatchNorm1d(8), nn.GELU()], 8),
     "norm_first": (lambda: [conv(8, 8), nn.MaxPool1d(2), nn.BatchNorm1d(8), nn.ReLU()], 8),
     "dropout": (lambda: [nn.Dropout(0.5), nn.Dropout1d(0.5)], 8),
-    "clamp": (lambda: [conv(8, 8), Call(lambda x: x.clamp(-0.5, 1.0))], 8),
-    "constant": (lambda: [conv(8, 8), Call(lambda x: 0.3 * x)], 8),
-    "concatenation": (lambda: [Call(lambda x: torch.cat([x, F.max_pool1d(x, 3, 1, 1)], dim=-2))], 16),
-    "crop": (lambda: [Call(lambda x: torch.relu(x[:, :, 2:-3]))], 8),
-    "halves": (lambda: [conv(8, 8), Call(halves)], 4),
-    "shuffle": (lambda: [Call(lambda x: x.view(x.size(0), 2, 4, x.shape[-1]).transpose(1, 2).flatten(1, 2))], 8),
+    "clamp": (lambda: [conv(8, 8), pack_nets.Call(lambda x: x.clamp(-0.5, 1.0))], 8),
+    "constant": (lambda: [conv(8, 8), pack_nets.Call(lambda x: 0.3 * x)], 8),
+    "concatenation": (lambda: [pack_nets.Call(lambda x: torch.cat([x, F.max_pool1d(x, 3, 1, 1)], dim=-2))], 16),
+    "crop": (lambda: [pack_nets.Call(lambda x: torch.relu(x[:, :, 2:-3]))], 8),
+    "halves": (lambda: [conv(8, 8), pack_nets.Call(halves)], 4),
+    "shuffle": (
+        lambda: [pack_nets.Call(lambda x: x.view(x.size(0), 2, 4, x.shape[-1]).transpose(1, 2).flatten(1, 2))],
+        8,
+    ),
     "repeated": (lambda: [nn.Upsample(scale_factor=2)], 8),
     "interpolated": (lambda: [nn.Upsample(scale_factor=1.5, mode="linear")], 8),
     "interpolated_to_a_size": (lambda: [nn.Upsample(70, mode="linear", align_corners=True)], 8),
@@ -128,11 +120,11 @@ def test_what_stands_between_layers(name: str) -> None:
 
 ENDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "pool": (lambda: nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten()), 8),
-    "pool_as_a_function": (lambda: Call(lambda x: F.adaptive_avg_pool1d(x, 1).squeeze(-1)), 8),
-    "index_of_a_pool": (lambda: nn.Sequential(nn.AdaptiveAvgPool1d(1), Call(lambda x: x[..., 0])), 8),
-    "all_places": (lambda: Call(lambda x: x.view(x.size(0), -1)), 8 * 50),
-    "last_place": (lambda: Call(lambda x: x[:, :, -1]), 8),
-    "place_in_the_middle": (lambda: Call(lambda x: x[:, :, 7]), 8),
+    "pool_as_a_function": (lambda: pack_nets.Call(lambda x: F.adaptive_avg_pool1d(x, 1).squeeze(-1)), 8),
+    "index_of_a_pool": (lambda: nn.Sequential(nn.AdaptiveAvgPool1d(1), pack_nets.Call(lambda x: x[..., 0])), 8),
+    "all_places": (lambda: pack_nets.Call(lambda x: x.view(x.size(0), -1)), 8 * 50),
+    "last_place": (lambda: pack_nets.Call(lambda x: x[:, :, -1]), 8),
+    "place_in_the_middle": (lambda: pack_nets.Call(lambda x: x[:, :, 7]), 8),
 }
 
 
@@ -144,7 +136,7 @@ def test_linear_layers_behind_lines(name: str) -> None:
 
 @pytest.mark.parametrize("mean", [lambda x: x.mean(-1), lambda x: torch.mean(x, dim=2, keepdim=True).flatten(1)])
 def test_a_mean_that_is_called_is_a_pool(mean: Callable[[Tensor], Tensor]) -> None:
-    model = nn.Sequential(*normed(3, 8), Call(mean), nn.Linear(8, 5))
+    model = nn.Sequential(*normed(3, 8), pack_nets.Call(mean), nn.Linear(8, 5))
     packed = pack_nets.check_equal(pack_nets.quantized(model, SHAPE), SHAPE)  # torch adds in an order of its own
     assert (len(packed.regions), packed.kept_float) == (1, ())
 
@@ -402,10 +394,10 @@ def test_hooks_of_the_user_see_lines() -> None:
 
 
 FLOATS: dict[str, tuple[Callable[[], list[nn.Module]], set[str]]] = {
-    "indices": (lambda: [nn.MaxPool1d(2, return_indices=True), Call(lambda x: x[0])], {"3", "getitem"}),
+    "indices": (lambda: [nn.MaxPool1d(2, return_indices=True), pack_nets.Call(lambda x: x[0])], {"3", "getitem"}),
     "norm_of_groups": (lambda: [conv(8, 8), nn.GroupNorm(2, 8), nn.ReLU()], {"4", "5"}),
     "padding": (lambda: [nn.ReflectionPad1d(2)], {"3"}),
-    "softmax": (lambda: [Call(lambda x: torch.softmax(x, 2))], {"softmax"}),
+    "softmax": (lambda: [pack_nets.Call(lambda x: torch.softmax(x, 2))], {"softmax"}),
 }
 
 

@@ -27,17 +27,6 @@ from lbs_kernels.program.steps import ConvStep, Program, QuantPackStep, SelectSt
 SHAPE = (3, 7, 6)
 
 
-class Call(nn.Module):
-    """A function as a module that is traced through."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def conv(inputs: int, filters: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, filters, 3, padding=1)
 
@@ -105,9 +94,9 @@ BEHIND: dict[str, tuple[Callable[[], list[nn.Module]], int]] = {
     "activation": (lambda: [nn.BatchNorm2d(12), nn.SiLU()], 12),
     "maximum": (lambda: [nn.ReLU(), nn.MaxPool2d(2)], 12),
     "another": (lambda: [nn.ReLU(), nn.ConvTranspose2d(12, 6, 2, 2), nn.ReLU()], 6),
-    "constant": (lambda: [Call(lambda x: 0.3 * x), nn.ReLU()], 12),
+    "constant": (lambda: [pack_nets.Call(lambda x: 0.3 * x), nn.ReLU()], 12),
     "shuffle": (lambda: [nn.PixelShuffle(2), nn.ReLU()], 3),
-    "crop": (lambda: [nn.ReLU(), Call(lambda x: x[:, :, 1:-2, 3:])], 12),
+    "crop": (lambda: [nn.ReLU(), pack_nets.Call(lambda x: x[:, :, 1:-2, 3:])], 12),
 }
 
 
@@ -225,8 +214,10 @@ CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_products_with_constants(name: str) -> None:
-    one_region(pack_nets.quantized(between(conv(8, 12), Call(CONSTANTS[name]), inputs=12), SHAPE))
-    packed = pack_nets.quantized(nn.Sequential(Call(CONSTANTS[name]), conv(3, 6), nn.ReLU(), conv(6, 2)), SHAPE)
+    one_region(pack_nets.quantized(between(conv(8, 12), pack_nets.Call(CONSTANTS[name]), inputs=12), SHAPE))
+    packed = pack_nets.quantized(
+        nn.Sequential(pack_nets.Call(CONSTANTS[name]), conv(3, 6), nn.ReLU(), conv(6, 2)), SHAPE
+    )
     pack_nets.check_equal(packed, SHAPE)
 
 
@@ -244,7 +235,9 @@ def test_a_learned_number_is_a_constant() -> None:
 
 
 def test_a_constant_that_is_none_stays_in_float() -> None:
-    model = pack_nets.quantized(between(conv(8, 12), Call(lambda x: x * float("inf")), nn.ReLU6(), inputs=12), SHAPE)
+    model = pack_nets.quantized(
+        between(conv(8, 12), pack_nets.Call(lambda x: x * float("inf")), nn.ReLU6(), inputs=12), SHAPE
+    )
     assert [name for name, _ in lbs.pack(model).kept_float] == ["mul"]
 
 
@@ -276,13 +269,13 @@ def test_pixels_are_moved(name: str) -> None:
     function, inputs, count = MOVES[name]
     shape = (3, 8, 6)
     packed = one_region(
-        pack_nets.quantized(between(conv(8, 12), nn.ReLU(), Call(function), inputs=inputs), shape), shape
+        pack_nets.quantized(between(conv(8, 12), nn.ReLU(), pack_nets.Call(function), inputs=inputs), shape), shape
     )
     assert sum(isinstance(step, SelectStep) for step in packed.programs[0].steps) == count
 
 
 def test_what_no_block_says_stays_in_float() -> None:
-    turned = between(conv(8, 12), Call(lambda x: x.transpose(2, 3)), inputs=12)
+    turned = between(conv(8, 12), pack_nets.Call(lambda x: x.transpose(2, 3)), inputs=12)
     packed = lbs.pack(pack_nets.quantized(turned, (3, 9, 9)))
     assert [name for name, _ in packed.kept_float] == ["transpose"]
 
