@@ -81,6 +81,19 @@ class Evaluation(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.fetch_attr(target).forward(*args, **kwargs)
 
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return with_affine(result, self.env[n.all_input_nodes[0]]) if n.meta.get("affine") else result
+
+
+def with_affine(made: Any, source: Any) -> Any:
+    """A view of a layer's output, by which a norm still finds what that was computed from (`lbs.quant.deployed`)."""
+    if isinstance(made, fx.Proxy):
+        made.node.meta["affine"] = True
+    elif (affine := getattr(source, "lbs_affine", None)) is not None:
+        made.lbs_affine = affine
+    return made
+
 
 def settle(module: fx.GraphModule, example: Tensor) -> Any:
     """Run a recorded graph once, note shapes, and take in-place operations and dead ones out; its outputs."""

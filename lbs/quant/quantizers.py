@@ -29,7 +29,8 @@ class ActivationQuantizer(nn.Module):
         self.range = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))
         # An integer, kept as a float: averages of a model's buffers truncate integers.
         self.register_buffer("zero_point", torch.tensor(0.0, dtype=torch.float32))
-        self._read: tuple[int, int, int] = (0, -1, 0)  # storage and version of the buffer that was read, and its value
+        # The buffer that was read (held, so that no other gets its address), its storage and version, and its value.
+        self._read: tuple[Tensor | None, int, int, int] = (None, 0, -1, 0)
 
     @property
     def bits(self) -> int:
@@ -43,9 +44,9 @@ class ActivationQuantizer(nn.Module):
             return codec.SIGNED
         point = self.zero_point
         key = (point.data_ptr(), 0 if point.is_inference() else point._version)
-        if self._read[:2] != key:
-            self._read = (*key, round(float(point)))
-        zero = self._read[2]
+        if self._read[0] is not point or self._read[1:3] != key:
+            self._read = (point, *key, round(float(point)))
+        zero = self._read[3]
         return codec.Coding("unsigned", zero, codec.levels(self.zero_bits)) if zero else codec.UNSIGNED
 
     @property

@@ -15,7 +15,7 @@ from lbs.lines import widened
 from lbs.search.lookalikes import own_methods
 from lbs.search.plain import in_numbers, own_weights
 from lbs.symbolic import ValueHook, check_example, is_patched
-from lbs.traced import evaluating, run
+from lbs.traced import evaluating, run, with_affine
 
 _LAYERS = (nn.Conv1d, nn.ConvTranspose1d)
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
@@ -124,19 +124,11 @@ class _Image(ValueHook):
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
         line = args[0] if args else kwargs["input"]
-        return (_with_affine(line.unsqueeze(-2), line),), {}
+        return (with_affine(line.unsqueeze(-2), line),), {}
 
 
 class _Line(ValueHook):
     """A hook that makes an image a line."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return _with_affine(output.squeeze(-2), output)
-
-
-def _with_affine(made: Tensor, source: Tensor) -> Tensor:
-    """A view, by which a norm finds what the output of a layer was computed from (`lbs.quant.deployed.Affine`)."""
-    affine = getattr(source, "lbs_affine", None)
-    if affine is not None:
-        made.lbs_affine = affine  # type: ignore[attr-defined]
-    return made
+        return with_affine(output.squeeze(-2), output)

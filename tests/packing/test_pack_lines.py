@@ -19,6 +19,8 @@ import lbs
 from lbs.cost import network_layers
 from lbs.graph import record_of, trace
 from lbs.search.prepare import conversion_report
+from lbs.symbolic import symbolic
+from lbs.traced import Evaluation, evaluating, run
 from lbs_kernels.errors import GraphError, ShapeError
 
 SHAPE = (3, 50)
@@ -68,6 +70,15 @@ WINDOWS: dict[str, dict[str, Any]] = {
 def test_windows(name: str, bits: tuple[int, int]) -> None:
     model = between(nn.Conv1d(8, 8, **WINDOWS[name]), nn.BatchNorm1d(8), nn.ReLU())
     one_region(pack_nets.quantized(model, SHAPE, *bits))
+
+
+def test_the_graph_rounds_once_behind_a_layer_as_the_network_does() -> None:
+    """A norm that lost what its layer computed rounds twice: half of the outputs differ in their last bit."""
+    model = pack_nets.quantized(nn.Sequential(*normed(3, 8), conv(8, 8), nn.BatchNorm1d(8)), SHAPE, 8, 8)
+    x = pack_nets.images(8, SHAPE, 6)
+    with evaluating(model):
+        graph = symbolic(model, x, strict=False)
+        pack_nets.assert_same(Evaluation(graph).run(x), run(model, x))
 
 
 @pytest.mark.parametrize(

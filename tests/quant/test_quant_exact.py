@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -85,3 +86,13 @@ def test_one_image_without_a_batch_computes_the_same() -> None:
     x = torch.rand(1, 16, 90, 90)  # more numbers than are worked on at once
     with torch.no_grad():
         assert torch.equal(layer(x[0]), layer(x)[0])
+
+
+def test_another_buffer_at_the_same_address_is_read_again() -> None:
+    memory = np.zeros((), np.float32)
+    quantizer = ActivationQuantizer(8)
+    quantizer.zero_point = torch.from_numpy(memory)
+    assert quantizer.zero == 0
+    memory[...] = 3
+    quantizer.zero_point = torch.from_numpy(memory)
+    assert quantizer.zero == 3
