@@ -35,7 +35,8 @@ SEARCH: dict[str, Any] = {
     "augment": False,  # mirrored digits are other digits
     "batch_size": 64,
     "float_epochs": 6,
-    "epochs": 10,
+    "epochs": 12,  # ends where the thresholds meet the budget
+    "prune_lr": 0.3,
     "lr": 0.005,
     "schedule": "cosine",
     "bops": 0.008,

@@ -151,6 +151,13 @@ FAST = {"torch float32": 9.2, "packed uniform 8-bit": 1.5}
             "batch 64: 0.50x as fast as torch float32 (99.00 % right)",
         ),
         ((FAST, FAST), 0.97, "1.50x", "bad", "(98.50 % right)"),  # faster, and not the same accuracy
+        (
+            ({**FAST, "OpenVINO int8": 1.2},) * 2,
+            0.976,
+            "1.20x",
+            "bad",
+            "as fast as OpenVINO int8",
+        ),  # that is like float
     ],
 )
 def test_speed_is_told_against_the_fastest_other(
