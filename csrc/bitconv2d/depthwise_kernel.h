@@ -69,6 +69,9 @@ struct DepthwiseDots<0, kWide> {
     }
 };
 
+// A constant, as a constructor that is not inlined would be one symbol for all instruction sets.
+constexpr lbs::ConsumerPlan kNoConsumer;
+
 // The epilogue of one group, vector by vector. What the usual one needs is copied here: the stores of codes may alias
 // everything that has an address.
 struct DepthwiseEmit {
@@ -89,7 +92,7 @@ struct DepthwiseEmit {
           sums(sums_),
           vectors(f.plan->vectors),
           usual(f.only && f.plain && channels_are_free(*f.plan, channel + 4)),
-          consumer(usual ? *f.only : lbs::ConsumerPlan()),
+          consumer(usual ? *f.only : kNoConsumer),
           floor(f.floor),
           base(usual ? f.codes(consumer, channel) : nullptr),
           gain(f.acc->multiplier + channel),
