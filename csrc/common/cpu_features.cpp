@@ -17,6 +17,12 @@
 namespace lbs {
 namespace {
 
+#if defined(__aarch64__)
+constexpr bool kIsArm = true;
+#else
+constexpr bool kIsArm = false;
+#endif
+
 struct Flags {
     bool avx2 = false, fma = false, f16c = false, avxvnni = false;
     bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512vnni = false;
@@ -132,6 +138,8 @@ const char* isa_name(Isa isa) {
 }
 
 std::string isa_reason(Isa isa) {
+    const bool is_arm = isa == Isa::kNeon || isa == Isa::kNeonI8mm;
+    if (isa != Isa::kPortable && is_arm != kIsArm) return "it is of another kind of processor";
     switch (isa) {
         case Isa::kPortable: return "";
         case Isa::kAvx2:
