@@ -152,7 +152,8 @@ struct Simd {
             const auto pair = [&](int k) { return vtrnq_u8(bytes(x[k].v[i]), bytes(x[k + 1].v[i])); };
             const uint8x16x2_t low = pair(0), high = pair(2);  // bytes 0 and 2, 1 and 3, of two vectors
             for (int j = 0; j < 2; ++j) {
-                const uint16x8x2_t four = vtrnq_u16(vreinterpretq_u16_u8(low.val[j]), vreinterpretq_u16_u8(high.val[j]));
+                const uint16x8x2_t four =
+                    vtrnq_u16(vreinterpretq_u16_u8(low.val[j]), vreinterpretq_u16_u8(high.val[j]));
                 x[j].v[i] = vreinterpretq_s32_u16(four.val[0]);
                 x[j + 2].v[i] = vreinterpretq_s32_u16(four.val[1]);
             }

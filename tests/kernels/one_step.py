@@ -49,7 +49,7 @@ class OneStep:
     result: int
 
     def run(self, backend: str, device: str = "cpu") -> Tensor:
-        """What the operation writes: codes uint8 or floats, [N, H, W, C]. "cpu/avx2" is "cpu" by that instruction set."""
+        """What the operation writes: codes uint8 or floats, [N, H, W, C]. "cpu/avx2": "cpu" by these instructions."""
         trace: dict[int, Tensor] = {}
         self._run(backend, device, trace)
         if self.result in self.program.outputs:  # the same without a trace

@@ -3,8 +3,8 @@
 //     replay CASES                         every instruction set that can run here, against what the reference made
 //     replay CASES --callers N --seconds S N threads call one program, some of them another one beside it
 //
-// CASES is written by tests/kernels/replay.py. One line for each instruction set goes to stdout; the first difference is
-// told on stderr and ends the process with 1.
+// CASES is written by tests/kernels/replay.py. One line for each instruction set goes to stdout; the first difference
+// is told on stderr and ends the process with 1.
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -124,7 +124,9 @@ bool same_values(const Bytes& found, const Bytes& expected, size_t element) {
 
 // Runs the first `batch` images; what is wrong with them, or nothing.
 std::string wrong(const Case& one, lbs::Runner& runner, int64_t batch, int threads, bool traced) {
-    const auto part = [&](const Bytes& all) { return all.size() / static_cast<size_t>(one.batch) * static_cast<size_t>(batch); };
+    const auto part = [&](const Bytes& all) {
+        return all.size() / static_cast<size_t>(one.batch) * static_cast<size_t>(batch);
+    };
     std::vector<const void*> inputs;
     std::vector<float*> outputs;
     std::vector<Bytes> found, traces;
@@ -249,7 +251,8 @@ int call_at_once(const std::vector<Case>& cases, int callers, double seconds) {
             });
         for (std::thread& thread : threads) thread.join();
     }
-    std::printf("%lld calls of %zu programs by %d threads\n", static_cast<long long>(calls.load()), cases.size(), callers);
+    const auto total = static_cast<long long>(calls.load());
+    std::printf("%lld calls of %zu programs by %d threads\n", total, cases.size(), callers);
     return calls.load() > 0 ? 0 : 1;
 }
 
