@@ -6,8 +6,6 @@
 // interleaved).
 #pragma once
 
-#include <cmath>
-
 #include "program/emit_kernel.h"
 #include "program/plan.h"
 
@@ -45,14 +43,14 @@ struct FastEmit {
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
         for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted;
-        if (!e.is_usual || !is_bounded(a, e)) return;
+        if (!e.is_usual) return;
         only = e.consumers;
         float floor = only->least;  // multiplying by a scale and rounding keep the order of floats
         if (e.has_low && e.low * only->scale > floor) floor = e.low * only->scale;
         lowest = Simd::iset_bytes(code(floor < only->high ? floor : only->high));
         highest = Simd::iset_bytes(code(only->high));
     }
-    LBS_INLINE int code(float t) const { return static_cast<int>(std::nearbyint(t)) + only->zero; }
+    LBS_INLINE int code(float t) const { return static_cast<int>(__builtin_nearbyintf(t)) + only->zero; }
     LBS_INLINE unsigned char* codes(const lbs::ConsumerPlan& c, int channel) const {
         return run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
     }
@@ -101,6 +99,9 @@ LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int
     store_word(base, c.map, vector, kAllLanes, word);
 }
 
+// A constant, as a constructor that is not inlined would be one symbol for all instruction sets.
+constexpr lbs::ConsumerPlan kNoConsumer;
+
 // The usual epilogue of four channels, vector after vector: fast.only, and the dot product is the accumulator. What it
 // needs is copied here, as the stores of codes may alias everything that has an address.
 struct UsualEmit {
@@ -113,7 +114,7 @@ struct UsualEmit {
 
     LBS_INLINE UsualEmit(const FastEmit& fast, int channel)
         : usable(fast.only && channels_are_free(*fast.plan, channel + 4)),
-          consumer(usable ? *fast.only : lbs::ConsumerPlan()),
+          consumer(usable ? *fast.only : kNoConsumer),
           base(usable ? fast.codes(consumer, channel) : nullptr),
           lowest(fast.lowest),
           highest(fast.highest),

@@ -14,7 +14,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 namespace lbs {
 
@@ -88,7 +87,9 @@ struct EmitPlan {
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool is_plain = true;           // neither activation nor gate
-    bool is_usual = false;          // codes for one reader are all that is made, unsigned ones and without a norm
+    // Codes for one reader are all that is made, unsigned ones and without a norm, of numbers that are 32-bit integers
+    // once they are rounded, and a zero is added, though they are not clamped yet.
+    bool is_usual = false;
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;
     int consumer_count = 0;
@@ -110,14 +111,8 @@ struct AccumulatorPlan {
     const int32_t* constant = nullptr;
     const float* multiplier = nullptr;
     const float* bias = nullptr;
-    float largest = std::numeric_limits<float>::infinity();  // magnitude of what any 32-bit accumulator becomes
+    float largest = 0.0f;  // magnitude of what any 32-bit accumulator becomes
 };
-
-// Whether the numbers that become codes are 32-bit integers once they are rounded, and a zero is added, though they are
-// not clamped yet.
-inline bool is_bounded(const AccumulatorPlan& acc, const EmitPlan& emit) {
-    return acc.largest * emit.consumers->scale < 0x1p30f;
-}
 
 // `width` filters that share an input range; weights int8 [k_steps][width][4], `ones` the same with 1 where a channel
 // counts.

@@ -7,31 +7,11 @@ namespace lbs {
 namespace schema {
 
 constexpr CodePoints kNotPrintable[] = {
-    {0x0, 0x1f},
-    {0x7f, 0xa0},
-    {0xad, 0xad},
-    {0x600, 0x605},
-    {0x61c, 0x61c},
-    {0x6dd, 0x6dd},
-    {0x70f, 0x70f},
-    {0x890, 0x891},
-    {0x8e2, 0x8e2},
-    {0x1680, 0x1680},
-    {0x180e, 0x180e},
-    {0x2000, 0x200f},
-    {0x2028, 0x202f},
-    {0x205f, 0x206f},
-    {0x3000, 0x3000},
-    {0xd800, 0xf8ff},
-    {0xfeff, 0xfeff},
-    {0xfff0, 0xfffb},
-    {0xfffe, 0xffff},
-    {0x110bd, 0x110bd},
-    {0x110cd, 0x110cd},
-    {0x13430, 0x1343f},
-    {0x1bca0, 0x1bca3},
-    {0x1d173, 0x1d17a},
-    {0xe0000, 0xe00ff},
+    {0x0, 0x1f},         {0x7f, 0xa0},       {0xad, 0xad},       {0x600, 0x605},     {0x61c, 0x61c},
+    {0x6dd, 0x6dd},      {0x70f, 0x70f},     {0x890, 0x891},     {0x8e2, 0x8e2},     {0x1680, 0x1680},
+    {0x180e, 0x180e},    {0x2000, 0x200f},   {0x2028, 0x202f},   {0x205f, 0x206f},   {0x3000, 0x3000},
+    {0xd800, 0xf8ff},    {0xfeff, 0xfeff},   {0xfff0, 0xfffb},   {0xfffe, 0xffff},   {0x110bd, 0x110bd},
+    {0x110cd, 0x110cd},  {0x13430, 0x1343f}, {0x1bca0, 0x1bca3}, {0x1d173, 0x1d17a}, {0xe0000, 0xe00ff},
     {0xf0000, 0x10ffff},
 };
 
@@ -63,7 +43,8 @@ constexpr Field kConsumerFields[] = {
 };
 constexpr Record kConsumer = {"Consumer", kConsumerFields, 8};
 
-constexpr const char* kActivation_kind[] = {"elu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "leaky_relu", "mish", "prelu", "sigmoid", "silu", "tanh", nullptr};
+constexpr const char* kActivation_kind[] = {"elu",  "gelu",  "gelu_tanh", "hardsigmoid", "hardswish", "leaky_relu",
+                                            "mish", "prelu", "sigmoid",   "silu",        "tanh",      nullptr};
 constexpr Field kActivationFields[] = {
     {"kind", Kind::kChoice, Count::kOne, false, nullptr, kActivation_kind, nullptr},
     {"value", Kind::kNumber, Count::kOne, false, "0.0", nullptr, nullptr},
@@ -182,12 +163,8 @@ constexpr Record kProgram = {"Program", kProgramFields, 8};
 
 // By their op.
 constexpr StepRecord kSteps[] = {
-    {"quantpack", &kQuantPackStep},
-    {"bitconv2d", &kConvStep},
-    {"bitlinear", &kLinearStep},
-    {"pool", &kPoolStep},
-    {"select", &kSelectStep},
-    {"resize", &kResizeStep},
+    {"quantpack", &kQuantPackStep}, {"bitconv2d", &kConvStep}, {"bitlinear", &kLinearStep},
+    {"pool", &kPoolStep},           {"select", &kSelectStep},  {"resize", &kResizeStep},
 };
 
 }  // namespace schema
