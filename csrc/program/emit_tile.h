@@ -25,6 +25,7 @@ struct FastEmit {
     float floor;                    // of its codes before they are rounded: what low and ReLU leave
     int64_t pixels;
     const float* residual;
+    const lbs::CodedPlan* coded;  // the residual, where it is of codes
     float* stream;
 
     LBS_INLINE FastEmit(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& context)
@@ -38,6 +39,7 @@ struct FastEmit {
           floor(0.0f),
           pixels(e.pixels),
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
+          coded(e.coded.tensor >= 0 ? &e.coded : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
         for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted;
         const bool alone = e.is_plain && !residual && !stream && !e.has_high && e.consumer_count == 1;
@@ -88,9 +90,10 @@ __attribute__((noinline)) void emit_rare(const FastEmit& fast, const Tile& tile,
             tile.sums ? tile.sums_of(p, f) : nullptr, tile.sum_pitch());
 }
 
-// `base`: where the codes of these four channels begin.
-LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int vector, Quad u) {
+// `base`: where the codes of these four channels begin. `u` becomes what codes with a step stand for.
+LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int vector, Quad& u) {
     Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
+    if (c.step > 0.0f) u = stood_for(c, q);
     if (c.zero)
         for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
     const Simd::I word = Simd::ipack4(q[0], q[1], q[2], q[3]);
@@ -107,7 +110,8 @@ LBS_INLINE void emit_only(const lbs::ConsumerPlan& c, float floor, unsigned char
     store_codes(c, base, vector, y);
 }
 
-LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad u) {
+LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad& y) {
+    Quad u = y;
     const Simd::F scale = Simd::fset(c.scale), high = Simd::fset(c.high);
     if (c.gain) {
         const float* gain = c.gain + channel;
@@ -119,6 +123,7 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     store_codes(c, fast.codes(c, channel), vector, u);
+    if (c.step > 0.0f) y = u;
 }
 
 // Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
@@ -147,6 +152,7 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     Quad y;
     for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
     if (fast.only) {
+        if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
         unsigned char* base = fast.codes(*fast.only, channel);
         return emit_only(*fast.only, fast.floor, base, tile.vector + p, y);
     }
@@ -155,6 +161,8 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     if (__builtin_expect(!e.is_plain, 0)) {
         const Quad z = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
         for (int j = 0; j < 4; ++j) y.v[j] = z.v[j];
+    } else if (fast.coded) {
+        y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
     } else if (fast.residual) {
         const float* residual = fast.residual + first;
         y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });

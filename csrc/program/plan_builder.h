@@ -77,6 +77,7 @@ struct ProgramPlan {
 private:
     void plan_steps(const std::vector<Algorithm>& algorithms);
     EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
+    CodedPlan plan_coded(const EmitSpec& emit);
     void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);
     void plan_select(const StepSpec& step, StepPlan& plan);
