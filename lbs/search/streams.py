@@ -70,13 +70,19 @@ class _Search:
         """Every stream, with why it stays in floats."""
         stored = {one.other for one in self.sums.values()}
         for node in sorted(stored, key=self.order.__getitem__):
-            names = [name for name in node.meta.get("returned_by", ()) if name and self.calls[name] == 1]
+            names = self._modules(node)
             read, reason = self._layers_behind(node)
             if reason is None and self._ends_in(node, TransposedConv2d):
                 reason = "a transposed convolution makes it piece by piece"
             if reason is None and not names:
                 reason = "no module returns it that is called once"
             yield ResidualStream(names[0] if names else node.name, tuple(read), reason or "")
+
+    def _modules(self, node: fx.Node) -> list[str]:
+        """Modules that give out a node to all its readers and are called once, the innermost first."""
+        names = [name for name in node.meta.get("returned_by", ()) if name and self.calls[name] == 1]
+        users = list(node.users)
+        return names + (self._modules(users[0]) if len(users) == 1 and self._is_alias(users[0]) else [])
 
     def _layers_behind(self, node: fx.Node) -> tuple[list[str], str | None]:
         """Layers that read a node as it is or its maxima, or who needs floats of it."""
@@ -164,3 +170,12 @@ def share_quantizers(model: nn.Module, record: ModelRecord) -> None:
             own = layer.quantizer
             if type(own) is ActivationQuantizer and own.bits == WIDTHS[0] and not own.signed:
                 layer.quantizer = getattr(model.get_submodule(stream.name), NAME)
+
+
+def take_quantizers_off(model: nn.Module) -> None:
+    """Make streams floats again, in place."""
+    for module in model.modules():
+        if hasattr(module, NAME):
+            delattr(module, NAME)
+            for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Encoded)]:
+                del module._forward_hooks[key]
