@@ -226,12 +226,15 @@ def test_what_stays_in_floats_says_why() -> None:
     pack_nets.check_equal(lbs.calibrate(network, [example]).eval(), SHAPE)
 
 
-def test_a_stream_that_somebody_reads_floats_of_is_kept_outside() -> None:
+def test_a_stream_that_somebody_reads_floats_of_is_kept_outside(tmp_path: Path) -> None:
     network = made("stem", 8, 8)
     network.pool.register_forward_hook(lambda module, args, output: torch.nn.functional.softplus(output))  # type: ignore[union-attr]
     packed = pack_nets.check_equal(network, SHAPE)
     assert len(packed.programs) == 2
     assert "reads its floats" in dict(packed.kept_float)[f"pool.{NAME}"]
+    packed.save(tmp_path / "net.lbs.safetensors")
+    x = pack_nets.images(2, SHAPE, 4)
+    assert torch.equal(lbs.load(tmp_path / "net.lbs.safetensors")(x), packed(x))
 
 
 def test_a_network_of_lines() -> None:
