@@ -81,7 +81,7 @@ def calibrate(
             statistics.estimate(model, stored, run)
     told: list[LbsError] = []
     streams = {name: m for name, m in model.named_modules() if isinstance(m, StreamQuantizer)}
-    for name, values in _observe(model, layers, streams, stored, run).items():
+    for name, values in _observe(model, {**layers, **streams}, stored, run).items():
         try:
             if not bool(values.isfinite().all()):
                 raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
@@ -185,15 +185,14 @@ def images_of(batch: Any, index: int) -> Tensor:
 
 def _observe(
     model: nn.Module,
-    layers: dict[str, QuantLayer],
-    streams: dict[str, StreamQuantizer],
+    watched: dict[str, QuantLayer | StreamQuantizer],
     batches: _Images,
     run: Callable[[Tensor], None],
 ) -> dict[str, Tensor]:
-    """Inputs of layers and values of streams while the model computes in float, thinned to a bounded sample with its
-    extremes.
+    """What layers and quantizers of streams read while the model computes in float, thinned to a bounded sample with
+    its extremes.
     """
-    watched: dict[str, nn.Module] = {**layers, **streams}
+    layers = [one for one in watched.values() if isinstance(one, QuantLayer)]
     collected: dict[str, list[Tensor]] = {name: [] for name in watched}
     handles = []
     share = max(64, _SAMPLES // batches.expected)
@@ -216,7 +215,7 @@ def _observe(
         with (
             torch.no_grad(),
             still(model),
-            statistics.observing(model, layers.values()),
+            statistics.observing(model, layers),
             statistics.in_torch_arithmetic(model),
         ):
             for batch in batches:
