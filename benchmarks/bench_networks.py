@@ -5,8 +5,8 @@
 
 Ours are uniform 8/8 and 4/4 bits, 4/4 without 30 % of the filters of each layer that can lose some, and the network
 that ships where there is one; the engines run the whole float network, post-training quantized (`lbs/engines.py`).
-Residual streams have 8 bits, as the engines' have, where that is faster than floats: at 8/8, and at 4/4 of networks that
-are named below.
+Residual streams have 8 bits, as the engines' have, where that is faster than floats: at 8/8, and at 4/4 of the networks
+that are named below.
 Weights are random, norms and ranges those of smooth random images: codes are distributed as rounding leaves them, which
 is what the choice of an algorithm looks at. Every packed network equals the reference bit for bit on an image first.
 
