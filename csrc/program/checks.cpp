@@ -94,8 +94,7 @@ void check_version_3(const StepSpec& step, const std::string& where) {
 
 void check_version_4(const StepSpec& step, const std::string& where) {
     const auto stands = [](const ConsumerSpec& consumer) { return consumer.step.has_value(); };
-    if (step.emit.residual_step ||
-        std::any_of(step.emit.consumers.begin(), step.emit.consumers.end(), stands))
+    if (step.emit.residual_step || std::any_of(step.emit.consumers.begin(), step.emit.consumers.end(), stands))
         refuse(rule::kVersion4, "step '" + step.name + "' has a step of codes" + where);
 }
 
