@@ -92,12 +92,19 @@ void check_version_3(const StepSpec& step, const std::string& where) {
         refuse(rule::kVersion3, "step '" + step.name + "' moves pixels" + where);
 }
 
+void check_version_4(const StepSpec& step, const std::string& where) {
+    const auto stands = [](const ConsumerSpec& consumer) { return consumer.step.has_value(); };
+    if (step.emit.residual_step || std::any_of(step.emit.consumers.begin(), step.emit.consumers.end(), stands))
+        refuse(rule::kVersion4, "step '" + step.name + "' has a step of codes" + where);
+}
+
 void check_version(const ProgramSpec& program) {
     const std::string where = " in a program of version " + std::to_string(program.version);
     if (program.version < 2) check_version_1(program);
     for (const StepSpec& step : program.steps) {
         if (program.version < 3) check_version_2(step, where);
         if (program.version < 4) check_version_3(step, where);
+        if (program.version < 5) check_version_4(step, where);
     }
 }
 

@@ -53,8 +53,18 @@ struct ConsumerPlan {
     int zero = 0;
     const float* gain = nullptr;  // pre-activation norm, or none
     const float* offset = nullptr;
+    float step = 0.0f;  // of codes that stand for the value from here on; 0: they do not
     PixelMap map;
     int32_t group_pitch = 0;  // bytes from one group of four channels to the next
+};
+
+// A residual of codes: float(q - zero) * step.
+struct CodedPlan {
+    int tensor = -1;
+    float zero = 0.0f, step = 0.0f;
+    PixelMap map;
+    int64_t first = 0;        // bytes to pixel (0, 0)
+    int32_t group_pitch = 0;  // as above
 };
 
 enum class ActivationKind : int {
@@ -83,7 +93,8 @@ struct EmitPlan {
     int64_t pixels = 0;      // of the output map
     int vectors = 0;         // ceil(pixels / L)
     uint32_t tail_mask = 0;  // valid lanes of the last vector
-    int gate = -1, residual = -1, stream = -1;
+    int gate = -1, residual = -1, stream = -1;  // residual: of floats
+    CodedPlan coded;
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool is_plain = true;           // neither activation nor gate

@@ -30,6 +30,7 @@ struct ConsumerSpec {
     bool is_signed = false, relu = false;
     double scale = 1.0;  // exact in float32, as low and high are
     std::optional<std::string> pre_scale, pre_bias;
+    std::optional<double> step;  // exact in float32
 };
 
 constexpr int kNoTensor = -1;
@@ -45,6 +46,7 @@ struct EmitSpec {
     int gate = kNoTensor, residual = kNoTensor, stream = kNoTensor;
     std::optional<ActivationSpec> activation;
     std::optional<double> low, high;
+    std::optional<double> residual_step;  // of a residual of codes, exact in float32
     std::vector<ConsumerSpec> consumers;
 };
 

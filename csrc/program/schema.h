@@ -7,11 +7,31 @@ namespace lbs {
 namespace schema {
 
 constexpr CodePoints kNotPrintable[] = {
-    {0x0, 0x1f},         {0x7f, 0xa0},       {0xad, 0xad},       {0x600, 0x605},     {0x61c, 0x61c},
-    {0x6dd, 0x6dd},      {0x70f, 0x70f},     {0x890, 0x891},     {0x8e2, 0x8e2},     {0x1680, 0x1680},
-    {0x180e, 0x180e},    {0x2000, 0x200f},   {0x2028, 0x202f},   {0x205f, 0x206f},   {0x3000, 0x3000},
-    {0xd800, 0xf8ff},    {0xfeff, 0xfeff},   {0xfff0, 0xfffb},   {0xfffe, 0xffff},   {0x110bd, 0x110bd},
-    {0x110cd, 0x110cd},  {0x13430, 0x1343f}, {0x1bca0, 0x1bca3}, {0x1d173, 0x1d17a}, {0xe0000, 0xe00ff},
+    {0x0, 0x1f},
+    {0x7f, 0xa0},
+    {0xad, 0xad},
+    {0x600, 0x605},
+    {0x61c, 0x61c},
+    {0x6dd, 0x6dd},
+    {0x70f, 0x70f},
+    {0x890, 0x891},
+    {0x8e2, 0x8e2},
+    {0x1680, 0x1680},
+    {0x180e, 0x180e},
+    {0x2000, 0x200f},
+    {0x2028, 0x202f},
+    {0x205f, 0x206f},
+    {0x3000, 0x3000},
+    {0xd800, 0xf8ff},
+    {0xfeff, 0xfeff},
+    {0xfff0, 0xfffb},
+    {0xfffe, 0xffff},
+    {0x110bd, 0x110bd},
+    {0x110cd, 0x110cd},
+    {0x13430, 0x1343f},
+    {0x1bca0, 0x1bca3},
+    {0x1d173, 0x1d17a},
+    {0xe0000, 0xe00ff},
     {0xf0000, 0x10ffff},
 };
 
@@ -40,11 +60,11 @@ constexpr Field kConsumerFields[] = {
     {"pre_scale", Kind::kText, Count::kOne, true, "null", nullptr, nullptr},
     {"pre_bias", Kind::kText, Count::kOne, true, "null", nullptr, nullptr},
     {"relu", Kind::kBool, Count::kOne, false, "false", nullptr, nullptr},
+    {"step", Kind::kNumber, Count::kOne, true, "null", nullptr, nullptr},
 };
-constexpr Record kConsumer = {"Consumer", kConsumerFields, 8};
+constexpr Record kConsumer = {"Consumer", kConsumerFields, 9};
 
-constexpr const char* kActivation_kind[] = {"elu",  "gelu",  "gelu_tanh", "hardsigmoid", "hardswish", "leaky_relu",
-                                            "mish", "prelu", "sigmoid",   "silu",        "tanh",      nullptr};
+constexpr const char* kActivation_kind[] = {"elu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "leaky_relu", "mish", "prelu", "sigmoid", "silu", "tanh", nullptr};
 constexpr Field kActivationFields[] = {
     {"kind", Kind::kChoice, Count::kOne, false, nullptr, kActivation_kind, nullptr},
     {"value", Kind::kNumber, Count::kOne, false, "0.0", nullptr, nullptr},
@@ -61,8 +81,9 @@ constexpr Field kEmitFields[] = {
     {"consumers", Kind::kRecord, Count::kList, false, "[]", nullptr, &kConsumer},
     {"activation", Kind::kRecord, Count::kOne, true, "null", nullptr, &kActivation},
     {"gate", Kind::kInt, Count::kOne, true, "null", nullptr, nullptr},
+    {"residual_step", Kind::kNumber, Count::kOne, true, "null", nullptr, nullptr},
 };
-constexpr Record kEmit = {"Emit", kEmitFields, 7};
+constexpr Record kEmit = {"Emit", kEmitFields, 8};
 
 constexpr Field kQuantPackStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},
@@ -163,8 +184,12 @@ constexpr Record kProgram = {"Program", kProgramFields, 8};
 
 // By their op.
 constexpr StepRecord kSteps[] = {
-    {"quantpack", &kQuantPackStep}, {"bitconv2d", &kConvStep}, {"bitlinear", &kLinearStep},
-    {"pool", &kPoolStep},           {"select", &kSelectStep},  {"resize", &kResizeStep},
+    {"quantpack", &kQuantPackStep},
+    {"bitconv2d", &kConvStep},
+    {"bitlinear", &kLinearStep},
+    {"pool", &kPoolStep},
+    {"select", &kSelectStep},
+    {"resize", &kResizeStep},
 };
 
 }  // namespace schema

@@ -261,8 +261,8 @@ def test_text_that_is_not_a_program(text: str) -> None:
 
 def test_a_newer_version_is_refused() -> None:
     program, blob = CASES["one_pixel"](0)
-    text = program.to_json().replace('"version":4', '"version":5')
-    with pytest.raises(FormatError, match="version 5; this library reads up to 4, update it"):
+    text = program.to_json().replace('"version":5', '"version":6')
+    with pytest.raises(FormatError, match="version 6; this library reads up to 5, update it"):
         extension.cpu.Program(text, blob.data_ptr(), blob.numel())
 
 

@@ -206,6 +206,15 @@ def test_a_launch_holds_what_it_reads_and_writes() -> None:
     assert bool(held[step.emit.stream]().any())
 
 
+def test_codes_that_stand_for_values_are_refused() -> None:
+    program, _ = programs.CASES["coded_residual"](seed=5)
+    convs = [step for step in program.steps if isinstance(step, ConvStep) and step.emit.gate is None]
+    coded = [step for step in convs if step.emit.residual_step is not None]
+    assert len(coded) == 4
+    for step in coded:
+        assert "codes that stand for values" in str(step_why_not(step, program.tensors[step.input]))
+
+
 @pytest.mark.parametrize("name", sorted(programs.CASES))
 def test_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=5)

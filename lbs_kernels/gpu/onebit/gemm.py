@@ -56,6 +56,8 @@ def step_why_not(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
         return f"{len(step.emit.consumers)} consumers; the one-bit kernels write at most {MAX_CONSUMERS}"
     if (step.emit.activation, step.emit.gate) != (None, None):
         return "it has an activation or a gate; the one-bit kernels have clamps and residuals"
+    if step.emit.residual_step is not None or any(consumer.step is not None for consumer in step.emit.consumers):
+        return "it has codes that stand for values; the one-bit kernels have residuals of floats"
     if source.zero and isinstance(step, ConvStep) and step.padding != (0, 0):
         return f"{source.name} pads with code {source.zero}; the one-bit kernels pad with 0"
     return None
