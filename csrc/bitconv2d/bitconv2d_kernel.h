@@ -106,6 +106,97 @@ LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* 
     conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, dots, fast, before);
 }
 
+// Sums of few products, the usual epilogue behind them: its results need not wait in memory, as several of them fit in
+// the processor's reorder buffer. kP vectors of four filters; their activations stay in the nearest cache while one
+// group of four filters follows the other (on a Zen 5, 16 products of 16 channels: 35 cycles per four vectors as
+// tiles).
+constexpr int kShortBand = 16;  // vectors
+
+// Four filters of a block.
+template <int kS, bool kWide>
+struct ShortFilters {
+    const lbs::ConvPlan& plan;
+    const unsigned char* const in;
+    const int8_t* const weights;
+    const int64_t pitch;  // of weights, from step to step
+    const int channel;
+    const int32_t* const start;  // of the sums, or none
+    const FastEmit& fast;
+    const UsualEmit usual;
+
+    LBS_INLINE ShortFilters(const lbs::ConvPlan& plan_, const unsigned char* in_, const lbs::FilterBlock& block,
+                            int filter, const FastEmit& fast_)
+        : plan(plan_),
+          in(in_ + block.in_offset),
+          weights(block.weights + 4 * filter),
+          pitch(4 * block.width),
+          channel(block.first + filter),
+          start(plan_.acc.constant ? plan_.acc.constant + channel : nullptr),
+          fast(fast_),
+          usual(fast_, channel) {}
+
+    template <int kP>
+    LBS_INLINE void compute(int vector) const {
+        PixelLoader<kS> pixels[kP];
+#pragma GCC unroll 4
+        for (int p = 0; p < kP; ++p) pixels[p] = PixelLoader<kS>(in, plan.map, vector + p);
+        Simd::I acc[kP][4];
+#pragma GCC unroll 4
+        for (int p = 0; p < kP; ++p)
+#pragma GCC unroll 4
+            for (int f = 0; f < 4; ++f) acc[p][f] = start ? Simd::iset(start[f]) : Simd::izero();
+        const int32_t* const offsets = plan.k_offsets;
+        const int steps = plan.k_steps;
+#pragma GCC unroll 4
+        for (int k = 0; k < steps; ++k) {
+            const int8_t* const row = weights + k * pitch;
+            Simd::I x[kP];
+#pragma GCC unroll 4
+            for (int p = 0; p < kP; ++p) x[p] = pixels[p].load(offsets[k]);
+#pragma GCC unroll 4
+            for (int f = 0; f < 4; ++f) {
+                const Simd::I w = Simd::ibroadcast(row + 4 * f);
+#pragma GCC unroll 4
+                for (int p = 0; p < kP; ++p) acc[p][f] = Simd::template dot<kWide>(acc[p][f], x[p], w);
+            }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < kP; ++p) {
+            if (__builtin_expect(usual.takes(vector + p, fast.plan->vectors), 1)) {
+                usual.emit(vector + p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
+            } else {
+                const Simd::I sums[4] = {acc[p][0], acc[p][1], acc[p][2], acc[p][3]};
+                emit_others(vector + p, sums);
+            }
+        }
+    }
+
+    __attribute__((noinline)) void emit_others(int vector, const Simd::I* sums) const {
+        int32_t dots[4 * Simd::L];  // without the constant, which the epilogue adds
+        for (int f = 0; f < 4; ++f)
+            Simd::istore(dots + f * Simd::L, start ? Simd::isub(sums[f], Simd::iset(start[f])) : sums[f]);
+        emit_rare(fast, Tile(fast, channel, 4, vector, 1, dots), 0, 0);
+    }
+};
+
+template <int kS, bool kWide>
+void short_blocks(const lbs::ConvPlan& plan, const unsigned char* in, int first, int last, int first_block,
+                  int last_block, const FastEmit& fast) {
+    constexpr int kP = Simd::kShortVectors;
+    for (int begin = first; begin < last; begin += kShortBand) {
+        const int end = last - begin < kShortBand ? last : begin + kShortBand;
+        for (int b = first_block; b < last_block; ++b) {
+            const lbs::FilterBlock& block = plan.blocks[b];
+            for (int f = 0; f < block.width; f += 4) {
+                const ShortFilters<kS, kWide> filters(plan, in, block, f, fast);
+                int vector = begin;
+                for (; vector + kP <= end; vector += kP) filters.template compute<kP>(vector);
+                for (; vector < end; ++vector) filters.template compute<1>(vector);
+            }
+        }
+    }
+}
+
 // The codes to convolve.
 inline const unsigned char* conv_input(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first, int last) {
     const unsigned char* in = run.tensors[plan.input];
@@ -146,6 +237,8 @@ void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int firs
                  int first_block, int last_block) {
     const FastEmit fast(plan.acc, plan.emit, run);
     const unsigned char* in = conv_input(plan, run, first_vector, last_vector);
+    if (plan.is_short)
+        return short_blocks<kS, kWide>(plan, in, first_vector, last_vector, first_block, last_block, fast);
     Tile before;  // nothing to emit yet
     if (plan.shared_ones) {
         constexpr int kP = Simd::kSumVectors;

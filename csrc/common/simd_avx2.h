@@ -1,4 +1,5 @@
-// Vector type of the AVX2 kernels (with FMA and F16C): 8 lanes. The names are explained in simd_portable.h.
+// Vector type of the AVX2 kernels (with FMA and F16C), and of those with AVX-VNNI beside it: 8 lanes. The names are
+// explained in simd_portable.h.
 #pragma once
 
 #include <immintrin.h>
@@ -9,9 +10,15 @@ namespace {
 
 struct Simd {
     static constexpr int L = 8;
+#if defined(__AVXVNNI__)
+    static constexpr double kDotCycles = 0.5;
+    static constexpr bool kNarrowDot = false;
+#else
     static constexpr double kDotCycles = 1.5;
-    static constexpr int kSumVectors = 4;
     static constexpr bool kNarrowDot = true;  // dot<false> takes pairs of products of at most 16 bits
+#endif
+    static constexpr int kSumVectors = 4;
+    static constexpr int kShortVectors = 2;
 
     using I = __m256i;
     using F = __m256;
@@ -58,6 +65,13 @@ struct Simd {
         const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
         return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
     }
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+        const I bytes = _mm256_packus_epi16(_mm256_packs_epi32(q0, q1), _mm256_packs_epi32(q2, q3));
+        const I codes = _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
+        // Four pixels of a channel lie together, and become four channels of a pixel.
+        return _mm256_shuffle_epi8(
+            codes, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    }
     static I ibytes(const uint8_t* p) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
@@ -88,6 +102,12 @@ struct Simd {
         x[3] = _mm256_unpackhi_epi16(high01, high23);
     }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
+#if defined(__AVXVNNI__)
+    template <bool kWide>
+    static I dot(I acc, I a, I w) {
+        return _mm256_dpbusd_avx_epi32(acc, a, w);
+    }
+#else
     // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the
     // wide way.
     template <bool kWide>
@@ -104,6 +124,7 @@ struct Simd {
             return _mm256_add_epi32(acc, sum);
         }
     }
+#endif
 
     static F fset(float value) { return _mm256_set1_ps(value); }
     static F fload(const float* p) { return _mm256_loadu_ps(p); }

@@ -44,14 +44,14 @@ void check_tensor(const TensorSpec& spec, const std::string& place) {
     check_name(spec.name, place);
     for (int size : {spec.channels, spec.height, spec.width})
         if (!within(size, 1, kMaxSize))
-            refuse(rule::kSize, place + " has a size of " + std::to_string(size) + "; sizes are 1 to " +
-                                    std::to_string(kMaxSize));
+            refuse(rule::kSize,
+                   place + " has a size of " + std::to_string(size) + "; sizes are 1 to " + std::to_string(kMaxSize));
     if (spec.pixels() > kMaxElements || spec.pixels() * spec.channels > kMaxElements)
         refuse(rule::kElements, place + " has more than " + std::to_string(kMaxElements) + " elements per image");
     if (spec.form == Form::kCodes) {
         if (!within(spec.bits, 1, kMaxBits))
-            refuse(rule::kBits, place + " has " + std::to_string(spec.bits) + " bits; codes have 1 to " +
-                                    std::to_string(kMaxBits));
+            refuse(rule::kBits,
+                   place + " has " + std::to_string(spec.bits) + " bits; codes have 1 to " + std::to_string(kMaxBits));
         if (!within(spec.zero, 0, (1 << spec.bits) - 1))
             refuse(rule::kZero, place + " has zero = " + std::to_string(spec.zero) + "; it is a code");
         if (spec.is_signed && spec.zero) refuse(rule::kSignedZero, place + " is signed and has a zero");

@@ -152,9 +152,7 @@ StepSpec read_step(const Json& value) {
     }
     if (op == "pool") {
         const std::string& kind = text(value, "kind");
-        step.kind = kind == "max"    ? StepKind::kMaxPool
-                    : kind == "mean" ? StepKind::kMeanPool
-                                     : StepKind::kAveragePool;
+        step.kind = kind == "max" ? StepKind::kMaxPool : kind == "mean" ? StepKind::kMeanPool : StepKind::kAveragePool;
     } else {
         step.kind = op == "quantpack" ? StepKind::kQuantPack : op == "bitconv2d" ? StepKind::kConv : StepKind::kLinear;
         step.multiplier = optional_text(at(value, "multiplier"));

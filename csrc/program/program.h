@@ -63,9 +63,9 @@ enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAverageP
 struct StepSpec {
     StepKind kind = StepKind::kQuantPack;
     std::string name;
-    int input = 0;              // the first of a selection
-    std::vector<int> inputs;    // all of them
-    std::vector<int> channels;  // of a selection; empty: all, in order
+    int input = 0;               // the first of a selection
+    std::vector<int> inputs;     // all of them
+    std::vector<int> channels;   // of a selection; empty: all, in order
     std::vector<int> top, left;  // of a selection: one for each input; empty: 0
     EmitSpec emit;
     int w_bits = 0, groups = 1, total_filters = 0;

@@ -313,8 +313,7 @@ private:
         expect_form(source, {Form::kStream});
         const bool whole = step.kernel.y == source.height && step.kernel.x == source.width;
         const bool one = step.kernel.y == 1 && step.kernel.x == 1;
-        if (!(whole || one) || !is_zero(step.padding))
-            refuse_here(rule::kMeanWindow, "the mean is global, unpadded");
+        if (!(whole || one) || !is_zero(step.padding)) refuse_here(rule::kMeanWindow, "the mean is global, unpadded");
         return {1, 1, source.channels};
     }
 

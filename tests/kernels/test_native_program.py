@@ -246,12 +246,8 @@ MAXIMA = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("size", [(7, 6), (6, 15), (5, 17), (9, 34), (3, 70)])
-@pytest.mark.parametrize("name", MAXIMA)
-@pytest.mark.parametrize("low", [None, -1.5])
-def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
-    """Not a number wins where no bound has replaced it; padding never does. Of vectors and what is left of them."""
+def maximum_of_floats(name: str, size: tuple[int, int], low: float | None) -> tuple[Program, Tensor, Tensor]:
+    """A maximum of a stream, its blob, and images with zeros of both signs, infinities and what is not a number."""
     kernel, stride, padding = MAXIMA[name]
     b = Builder(0)
     image = b.image(6, *size)
@@ -266,6 +262,16 @@ def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], 
     images[chosen < 0.2] = 0.0
     images[chosen < 0.1] = -math.inf
     images[chosen < 0.03] = math.nan
+    return program, blob, images
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(7, 6), (6, 15), (5, 17), (9, 34), (3, 70)])
+@pytest.mark.parametrize("name", MAXIMA)
+@pytest.mark.parametrize("low", [None, -1.5])
+def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
+    """Not a number wins where no bound has replaced it; padding never does. Of vectors and what is left of them."""
+    program, blob, images = maximum_of_floats(name, size, low)
     expected = ReferenceRunner(program, blob).run([images])[0]
     assert expected.isnan().any() == (low is None)
     for threads in (1, 2):
