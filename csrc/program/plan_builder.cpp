@@ -199,7 +199,8 @@ void ProgramPlan::cut_rows_apart(const StepSpec& step, const CodeLayout& layout,
     const CodeLayout& to = layouts[static_cast<size_t>(consumer.tensor)];
     const TensorSpec& target = spec.tensors[static_cast<size_t>(consumer.tensor)];
     const int vectors = vector_count(target.width, kernels.lanes) * target.height;
-    if (plan.is_thinned || plan.emit.coded.tensor >= 0 || plan.map.pieces == 1 || 4 * vectors > 5 * plan.emit.vectors) return;
+    if (plan.is_thinned || plan.emit.coded.tensor >= 0 || plan.map.pieces == 1) return;
+    if (4 * vectors > 5 * plan.emit.vectors) return;
     const RowMaps maps = row_maps(store, layout, to, target, step.stride, kernels.lanes);
     if (maps.vectors == 0) return;
     ConsumerPlan* own = store.make<ConsumerPlan>(1);

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lbs.packing.transposed import Part
 
 Shape = tuple[int, int, int]  # channels, height, width
+DECODED = "@values"  # behind the name of codes, in the name of the step that makes their values
 Norm = tuple[str, nn.BatchNorm2d]
 
 
@@ -99,6 +100,7 @@ class Draft:
     selection: Selection | None = None
     pixels: tuple[Tensor, Tensor] | None = None
     factor: float = 1.0  # of a step without a layer: what its input is multiplied by
+    decodes: float | None = None  # of a step that makes values of codes: their step
     norms: list[Norm] = field(default_factory=list)
     function: Function | None = None
     function_first: bool = False  # in front of gate and residual
@@ -248,6 +250,8 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
             return ResizeStep(draft.name, source, emit, op.size, op.scale, op.offset)
         kind = op.kind.removesuffix("_pool")
         return PoolStep(draft.name, source, emit, kind, *op.window.fields()[:3])  # type: ignore[arg-type]
+    if draft.decodes is not None:
+        return _decoding(draft, source, emit, arrays, draft.decodes)
     if draft.layer is None:
         return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))
     return _layer_step(draft, draft.layer, source, emit, arrays)
@@ -256,6 +260,16 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
 def _rank(target: Target) -> int:
     """Codes that stand for the value come behind those of the value itself, and before what is made of them."""
     return 2 if target.behind is not None else int(target.step is not None)
+
+
+def _decoding(draft: Draft, source: int, emit: Emit, arrays: dict[str, Tensor], step: float) -> ConvStep:
+    """(q - zero) * step, rounded once: every channel by itself times 1, which is a code of one bit."""
+    channels = draft.shape[0]
+    keys = (f"{draft.name}.planes", f"{draft.name}.multiplier", f"{draft.name}.bias")
+    arrays[keys[0]] = pack_weights(torch.ones(channels, 1, 1, 1, dtype=torch.uint8), 1)
+    arrays[keys[1]] = torch.full((channels,), step, dtype=torch.float32)
+    arrays[keys[2]] = torch.zeros(channels, dtype=torch.float32)
+    return ConvStep(draft.name, source, emit, 1, *Window(groups=channels).fields(), channels, *keys)
 
 
 def _activation(draft: Draft, arrays: dict[str, Tensor]) -> Activation | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lbs.packing.draft import DECODED
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.parts import PartRow, time_parts, told, torch_threads
 from lbs_kernels.device import default_threads
@@ -147,7 +148,7 @@ def _rows(
     rows = []
     for place, step in enumerate(program.steps):
         source, result = program.tensors[step.input], program.tensors[_written(step)]
-        weights = isinstance(step, ConvStep | LinearStep)
+        weights = isinstance(step, ConvStep | LinearStep) and not step.name.endswith(DECODED)
         took = seconds[place] if seconds is not None else None
         rate = problem_of(step, program, batch, "cpu").macs / took if weights and took else None
         rows.append(
@@ -157,10 +158,10 @@ def _rows(
                 _operation(step),
                 _size(source),
                 _size(result),
-                step.w_bits if isinstance(step, ConvStep | LinearStep) else 0,
+                getattr(step, "w_bits", 0) if weights else 0,
                 source.bits,
                 result.channels if weights else 0,
-                step.total_filters if isinstance(step, ConvStep | LinearStep) else 0,
+                getattr(step, "total_filters", 0) if weights else 0,
                 kernels[place].name,
                 took,
                 None,
@@ -187,6 +188,8 @@ def _size(spec: TensorSpec) -> tuple[int, int, int]:
 
 
 def _operation(step: Step) -> str:
+    if step.name.endswith(DECODED):
+        return "decode"
     if isinstance(step, ConvStep):
         window = f"conv {step.kernel[0]}x{step.kernel[1]}"
         down, across = step.stride

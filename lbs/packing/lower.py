@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from lbs.convolutions import TransposedConv2d
 from lbs.graph import ModelGraph, called_module
 from lbs.packing.checks import check_layer, check_stream
-from lbs.packing.draft import Draft, Norm, Selection, Slot, Target, assemble
+from lbs.packing.draft import DECODED, Draft, Norm, Selection, Slot, Target, assemble
 from lbs.packing.index_maps import Grid, IndexMap
 from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
@@ -263,6 +263,7 @@ class _Walk:
         self.codes: dict[tuple[object, ...], Slot] = {}
         self.chosen: dict[Draft, _Chosen] = {}  # of selections
         self.constants: dict[tuple[float, int], Slot] = {}
+        self.decoded: dict[Slot, Draft] = {}  # steps that make values of codes
         for node in region:
             getattr(self, f"_{ops[node].kind}")(node, ops[node])
         self.results = self._results(region)
@@ -393,8 +394,10 @@ class _Walk:
         if not isinstance(quantizer, StreamQuantizer):
             raise GraphError(f"{label_of(node)} is a {type(quantizer).__name__}, not a quantizer of streams")
         check_stream(label_of(node), quantizer)
-        if source.norm is not None or source.stream is not None or source.draft.is_spread():
-            raise _NotPackable(node, "no step writes its value: it is read of a norm, of codes or of several pieces")
+        if source.stream is not None:
+            source = _Value(self._decoded(source))
+        if source.norm is not None or source.draft.is_spread():
+            raise _NotPackable(node, "no step writes its value: it is read of a norm, or of several pieces")
         pool = None if source.pool is None else source.pool[0]
         self.values[node] = replace(source, stream=_Stream(node, quantizer, pool))
 
@@ -415,9 +418,7 @@ class _Walk:
     def _select(self, node: fx.Node, op: Op) -> None:
         found = []
         for source in operands(node, op):
-            if (stream := self._read(source).stream) is not None:
-                raise _NotPackable(stream.node, f"{label_of(node)} reads its floats")
-            draft = self._read(source).draft
+            draft = self._draft(source)
             if len(shape_of(source)) == 2 and draft.shape[1:] != (1, 1):
                 raise _NotPackable(node, f"it reads pixels of {draft.shape}, flattened")
             found.append(self.chosen[draft] if draft.moves_only() else _Chosen.all_of(draft))
@@ -426,7 +427,7 @@ class _Walk:
             chosen = found[0] if found[0].is_of_channels(draft) else _Chosen.all_of(draft)
             chosen = chosen.moved(op.moved)
         elif len(grids) > 1 or (grids != {None} and op.channels is not None):
-            chosen = _Chosen.side_by_side([_Chosen.all_of(self._read(source).draft) for source in operands(node, op)])
+            chosen = _Chosen.side_by_side([_Chosen.all_of(self._draft(source)) for source in operands(node, op)])
         else:
             chosen = _Chosen.side_by_side(found)
         shape = (*shape_of(node), 1, 1)
@@ -547,9 +548,25 @@ class _Walk:
         assert value.stream is not None
         return self._encode(value, value.stream.quantizer, "")
 
+    def _draft(self, node: fx.Node) -> Draft:
+        """The step that makes the floats of a node."""
+        value = self._read(node)
+        return value.draft if value.stream is None else self._decoded(value)
+
+    def _decoded(self, value: _Value) -> Draft:
+        """The step that makes floats of the codes of a value that codes stand for."""
+        codes, stream = self._coded(value), value.stream
+        assert stream is not None
+        if codes not in self.decoded:
+            node = stream.node if value.pool is None or value.pool[0] is stream.pool else value.pool[0]
+            step = stream.quantizer.value_step()
+            self.decoded[codes] = Draft(f"{codes.name}{DECODED}", node, (codes,), codes.shape, decodes=step)
+            self.drafts.append(self.decoded[codes])
+        return self.decoded[codes]
+
     def _stored(self, value: _Value, reader: fx.Node) -> Slot:
         if value.stream is not None:
-            raise _NotPackable(value.stream.node, f"{label_of(reader)} reads its floats")
+            return self._decoded(value).stored()
         if value.pool is not None:
             raise _NotPackable(value.pool[0], f"{label_of(reader)} reads its floats")
         if value.norm is not None:
@@ -567,7 +584,9 @@ class _Walk:
         held = None  # the codes that stand for the value, where others are made of it
         if stream is not None and _coding(quantizer) == _coding(stream.quantizer):
             name = stream.node.name if pool is stream.pool else f"{stream.node.name}@{name}"
-        elif stream is not None and pool is None:
+        elif stream is not None and pool is not None:  # of the maxima that are there, rather than other maxima
+            return self._encode(_Value(self._decoded(value)), quantizer, name)
+        elif stream is not None:
             held = self._coded(value)
         draft, scale = value.draft, quantizer.scale()
         bits, zero, signed = quantizer.bits, quantizer.zero, quantizer.signed

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lbs.packing.draft import DECODED
 from lbs.packing.transposed import PART, Part
 from lbs_kernels.errors import GraphError
 from lbs_kernels.program.planes import unpack_weights
@@ -34,7 +35,7 @@ class PackedTensors:
         for region, program in enumerate(programs):
             writers: dict[int, str] = {}
             for step in program.steps:
-                if isinstance(step, ConvStep | LinearStep):
+                if isinstance(step, ConvStep | LinearStep) and not step.name.endswith(DECODED):
                     self.steps.setdefault(step.name.partition(PART)[0], []).append((region, step))
                 writers.update((consumer.tensor, step.name) for consumer in step.emit.consumers)
                 if step.emit.stream is not None:

@@ -46,8 +46,7 @@ def test_variants_are_built_and_timed(bench: ModuleType, tmp_path: Path, monkeyp
     bench.build(asked(tmp_path))
     plans = {name: lbs.load(bench.packed_file(tmp_path, "digits_resnet8", name)).plan for name in bench.BITS}
     loaded = {name: lbs.load(bench.packed_file(tmp_path, "digits_resnet8", name)) for name in bench.BITS}
-    coded = {name: bool(streams_of_codes(packed.programs[0])) for name, packed in loaded.items()}
-    assert coded == {name: name == "w8a8" for name in bench.BITS}
+    assert all(streams_of_codes(packed.programs[0]) for packed in loaded.values())
     inner = {name: plan.layers[1:-1] for name, plan in plans.items()}
     assert {layer.w_bits for layer in inner["w8a8"]} == {8}
     assert {layer.a_bits for layer in inner["w4a4"] + inner["w4a4 pruned"]} == {4}

@@ -451,6 +451,29 @@ def coded_residual(seed: int, stream_dtype: str = "float32") -> tuple[Program, T
     return b.build()
 
 
+def coded_sums(filters: int, size: tuple[int, int], reader: str, groups: int = 1) -> tuple[Program, Tensor]:
+    """Two 3x3 convolutions of 4 bits that add codes: where codes that stand for the sum and others are made, and where
+    codes alone are. reader: of the first residual beside the sum: "none", "1x1", or "stride" of 2.
+    """
+    b = Builder(filters)
+    image = b.image(filters, *size)
+    shape = (*size, filters)
+    codes, held = b.consumer(shape, 4), b.consumer(shape, 8, zero=90, top=2.0)
+    b.quantize(image, Emit(consumers=(codes, held)))
+    coded, narrow = b.consumer(shape, 8, zero=77, stands=True), b.consumer(shape, 3, zero=2)
+    emit = Emit(residual=held.tensor, residual_step=b.step(held.scale), high=1.75, consumers=(coded, narrow))
+    b.conv(codes.tensor, emit, filters, w_bits=4, groups=groups)
+    window = {"kernel": (1, 1), "padding": (0, 0), "stride": (2, 2) if reader == "stride" else (1, 1)}
+    if reader != "none":
+        seen = b.stream(b.conv_shape(held.tensor, 5, **window), output=True)
+        b.conv(held.tensor, Emit(stream=seen), 5, w_bits=8, **window)  # type: ignore[arg-type]
+    alone = b.consumer(shape, 8)
+    emit = Emit(residual=coded.tensor, residual_step=b.step(coded.scale), low=0.0, consumers=(alone,))
+    b.conv(narrow.tensor, emit, filters, w_bits=4, groups=groups)
+    b.conv(alone.tensor, Emit(stream=b.stream((*size, 6), output=True)), 6, w_bits=8, kernel=(1, 1), padding=(0, 0))
+    return b.build()
+
+
 def depthwise(seed: int) -> tuple[Program, Tensor]:
     """Inverted residual: 1x1 expand, 3x3 depthwise, 1x1 project (signed input), grouped and dilated convolutions."""
     b = Builder(seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from programs import CASES, Builder, one_conv, random_inputs, random_program, share_unsaturated
+from programs import CASES, Builder, coded_sums, one_conv, random_inputs, random_program, share_unsaturated
 from test_activations import one_activation
 from torch import Tensor
 
@@ -106,27 +106,7 @@ def test_activations_of_any_bits(kind: str, isa: str) -> None:
 @pytest.mark.parametrize("size", [(9, 7), (5, 16), (3, 33), (1, 1), (14, 14)])
 def test_residuals_of_codes(size: tuple[int, int], algorithm: str, isa: str) -> None:
     for reader, filters in (("none", 13), ("1x1", 24), ("stride", 21)):
-        b = Builder(filters)
-        image = b.image(filters, *size)
-        shape = (*size, filters)
-        codes, held = b.consumer(shape, 4), b.consumer(shape, 8, zero=90, top=2.0)
-        b.quantize(image, Emit(consumers=(codes, held)))
-        coded, narrow = b.consumer(shape, 8, zero=77, stands=True), b.consumer(shape, 3, zero=2)
-        emit = Emit(residual=held.tensor, residual_step=b.step(held.scale), high=1.75, consumers=(coded, narrow))
-        groups = filters if algorithm == "depthwise" else 1
-        b.conv(codes.tensor, emit, filters, w_bits=4, groups=groups)
-        if reader != "none":
-            stride = (1, 1) if reader == "1x1" else (2, 2)
-            seen = b.conv_shape(held.tensor, 5, (1, 1), stride, (0, 0))
-            b.conv(held.tensor, Emit(stream=b.stream(seen, output=True)), 5, w_bits=8, kernel=(1, 1), stride=stride,
-                   padding=(0, 0))  # fmt: skip
-        alone = b.consumer(shape, 8)  # all that is made: beside the next tile
-        emit = Emit(residual=coded.tensor, residual_step=b.step(coded.scale), low=0.0, consumers=(alone,))
-        b.conv(narrow.tensor, emit, filters, w_bits=4, groups=groups)
-        b.conv(
-            alone.tensor, Emit(stream=b.stream(shape, output=True)), filters, w_bits=8, kernel=(1, 1), padding=(0, 0)
-        )
-        program, blob = b.build()
+        program, blob = coded_sums(filters, size, reader, filters if algorithm == "depthwise" else 1)
         convs = [i for i, step in enumerate(program.steps) if step.emit.residual_step is not None]
         free = algorithm == "depthwise" or (algorithm == "lanes" and isa.startswith("amx"))  # which has no such tiles
         wanted = ["" if free or i not in convs else algorithm for i in range(len(program.steps))]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lbs
 import lbs.models
+from lbs.packing.draft import DECODED
 from lbs.packing.explain import streams_of_codes
 from lbs.quant import codec
 from lbs.quant.quantizers import ActivationQuantizer, StreamQuantizer
@@ -226,12 +227,30 @@ def test_what_stays_in_floats_says_why() -> None:
     pack_nets.check_equal(lbs.calibrate(network, [example]).eval(), SHAPE)
 
 
-def test_a_stream_that_somebody_reads_floats_of_is_kept_outside(tmp_path: Path) -> None:
-    network = made("stem", 8, 8)
+def test_a_stream_whose_floats_are_read_is_decoded() -> None:
+    """By a function no program has, outside the region; by another sum, and by a mean, inside."""
+    network = made("stem", 8, 4)
     network.pool.register_forward_hook(lambda module, args, output: torch.nn.functional.softplus(output))  # type: ignore[union-attr]
     packed = pack_nets.check_equal(network, SHAPE)
     assert len(packed.programs) == 2
-    assert "reads its floats" in dict(packed.kept_float)[f"pool.{NAME}"]
+    assert [name for name, _ in packed.kept_float] == ["softplus"]
+    network = made("basic", 8, 8)
+    network.blocks.register_forward_hook(lambda module, args, output: output + network.blocks[1].kept)  # type: ignore[union-attr]
+    network.blocks[1].register_forward_hook(lambda module, args, output: setattr(module, "kept", output))
+    network.register_forward_hook(lambda module, args, output: (output, module.blocks[1].kept.mean((2, 3))))
+    packed = pack_nets.check_equal(network, SHAPE)
+    assert packed.kept_float == ()
+    decoded = [row.operation for row in lbs.explain(packed, rounds=1).rows if row.name.endswith(DECODED)]
+    assert decoded == ["decode"]
+
+
+def test_a_stream_between_float_parts_is_torchs_operations(tmp_path: Path) -> None:
+    network = made("stem", 8, 8)
+    network.fc.add_module(NAME, StreamQuantizer().eval())
+    soft = torch.nn.functional.softplus
+    network.fc.register_forward_hook(lambda module, args, output: soft(getattr(module, NAME)(soft(output))))
+    packed = pack_nets.check_equal(network, SHAPE)
+    assert dict(packed.kept_float)[f"fc.{NAME}"] == "it touches no packed layer"
     packed.save(tmp_path / "net.lbs.safetensors")
     x = pack_nets.images(2, SHAPE, 4)
     assert torch.equal(lbs.load(tmp_path / "net.lbs.safetensors")(x), packed(x))
