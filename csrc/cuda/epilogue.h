@@ -1,16 +1,16 @@
 // What becomes of one thread's run of consecutive channels of one pixel: steps 1 to 6 of the format, or thresholds.
 #pragma once
 
-#include "onebit/params.h"
+#include "cuda/layer.h"
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 
 constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22, leaves rint(t) in the low bits
 constexpr uint32_t kRintMagicBits = 0x4B400000u;
 
 // Eight values of a stream [M][C] from `index` on, of which `count` exist; in wide pieces where C makes them whole and
 // aligned.
-LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[8]) {
+LBS_HD void load_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
         const float* from = static_cast<const float*>(p.residual) + index;
         LBS_UNROLL for (int i = 0; i < 8; i += 4) {
@@ -36,7 +36,7 @@ LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[8]
 }
 
 // Stores y in the stream type; y becomes the stored value.
-LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[8]) {
+LBS_HD void store_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
         float* to = static_cast<float*>(p.stream) + index;
         LBS_UNROLL for (int i = 0; i < 8; i += 4) {
@@ -66,7 +66,7 @@ LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[8
 
 // Steps 1 to 5.
 template <int kRun>
-LBS_HD void stored_values(const Params& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
+LBS_HD void stored_values(const Layer& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
     LBS_UNROLL for (int c = 0; c < kRun; c += 8) {
         const int64_t index = static_cast<int64_t>(row) * p.filters + first + c;
         const int count = p.filters - first - c;
@@ -120,14 +120,14 @@ LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, u
 
 // Which channels of a run exist, one bit each.
 template <int kRun>
-LBS_HD uint32_t existing(const Params& p, int first) {
+LBS_HD uint32_t existing(const Layer& p, int first) {
     const int count = p.filters - first;
     return count >= kRun ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
 // A run's bits of one plane. Filters that do not exist are 0 bits: words are written whole, or by halves.
 template <int kRun>
-LBS_HD void store_plane(const Params& p, const ConsumerTarget& k, int plane, uint32_t bits, int row, int first) {
+LBS_HD void store_plane(const Layer& p, const ConsumerTarget& k, int plane, uint32_t bits, int row, int first) {
     const int words = (p.filters + 31) / 32;
     if (first / 32 >= words) return;
     uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + plane * words + first / 32;
@@ -138,7 +138,7 @@ LBS_HD void store_plane(const Params& p, const ConsumerTarget& k, int plane, uin
 
 // Planes or biased bytes of a run of codes.
 template <int kRun>
-LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
+LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
                         int first) {
     if (k.bits == 8) {
         int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
@@ -163,7 +163,7 @@ LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, const uint32_t
 // `acc <= T` is `~acc >= ~T`, and ~T is what is stored then. Thresholds are ordered, so bit p of the number is the
 // parity of how many of those at multiples of 2^p are reached: planes come without codes.
 template <int kRun>
-LBS_HD void compare(const Params& p, const int (&acc)[kRun], int row, int first) {
+LBS_HD void compare(const Layer& p, const int (&acc)[kRun], int row, int first) {
     const ConsumerTarget& k = p.consumer[0];
     const int levels = (1 << k.bits) - 1, block = first / (4 * kRun);
     const uint32_t flips = p.flips[first / 32] >> first % 32;
@@ -188,7 +188,7 @@ LBS_HD void compare(const Params& p, const int (&acc)[kRun], int row, int first)
 
 // All of it for the accumulators of channels first .. first + kRun - 1 of output pixel `row`.
 template <int kRun>
-LBS_HD void emit(const Params& p, const int (&acc)[kRun], int row, int first) {
+LBS_HD void emit(const Layer& p, const int (&acc)[kRun], int row, int first) {
     static_assert(kRun == 32 || kRun == 16, "a run is a word, or half of one");
     if (p.accumulators) {
         LBS_UNROLL for (int c = 0; c < kRun; ++c) {
@@ -206,4 +206,4 @@ LBS_HD void emit(const Params& p, const int (&acc)[kRun], int row, int first) {
     }
 }
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

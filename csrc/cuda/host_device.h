@@ -18,7 +18,7 @@
 #define LBS_NO_UNROLL
 #endif
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 
 struct alignas(16) Words4 {
     uint32_t v[4];
@@ -55,6 +55,15 @@ LBS_HD int quotient(int n, const FastDivisor& d) {
 }
 
 LBS_HD int remainder(int n, int quotient, const FastDivisor& d) { return n - quotient * static_cast<int>(d.divisor); }
+
+// What follows from `value` is computed behind this place: ahead of a loop it would hold registers all through it.
+LBS_HD void compute_here(int& value) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(value));
+#else
+    static_cast<void>(value);
+#endif
+}
 
 LBS_HD int popcount(uint32_t value) {
 #if defined(__CUDA_ARCH__)
@@ -128,4 +137,4 @@ LBS_HD float from_float16(uint16_t bits) {
 #endif
 }
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

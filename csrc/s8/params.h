@@ -1,0 +1,21 @@
+// Everything the s8 kernel reads, as one plain structure that is a kernel argument.
+#pragma once
+
+#include "cuda/index.h"
+
+namespace lbs::s8 {
+
+using namespace gpu;
+
+// Pieces of K are units of 16 channels. Activations are q - 128 and weights what they count as: signed bytes, both.
+//
+//     acc = dot_scale * sum of w x + offset[o]
+struct Params : Layer {
+    const int8_t* x;        // [N][H][W][pitch]
+    const int8_t* w;        // in the order of weight_block(); 0 where a filter or a channel does not exist
+    const int8_t* padding;  // [pitch]: a pixel of the code of 0
+    int pitch;
+    int last_steps;  // multiplications of the last chunk of K; the others have kChunkSteps
+};
+
+}  // namespace lbs::s8
