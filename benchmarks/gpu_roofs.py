@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import gpu_device
 from lbs_kernels import extension
-from lbs_kernels.gpu.configs.onebit import machines
+from lbs_kernels.gpu.configs.cuda import machines
 from lbs_kernels.times import stopwatch
 from lbs_kernels.times.stopwatch import Times
 

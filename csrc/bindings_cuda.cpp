@@ -64,4 +64,13 @@ PYBIND11_MODULE(_cuda, module) {
         "Enqueues products on operands in shared memory and returns how many one-bit multiplications they are: the "
         "roof. out: int32 [onebit_peak_threads(device)].");
     module.def("onebit_peak_threads", &lbs::onebit::peak_threads, py::arg("device"), "Elements of out of onebit_peak.");
+    module.def(
+        "s8_peak",
+        [](int repeats, uintptr_t out, int device, uintptr_t stream) {
+            return lbs::s8::enqueue_peak(repeats, pointer<int>(out), device, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("repeats"), py::arg("out_ptr"), py::arg("device"), py::arg("stream"),
+        "Enqueues products on operands in shared memory and returns how many multiplications of bytes they are: the "
+        "roof. out: int32 [s8_peak_threads(device)].");
+    module.def("s8_peak_threads", &lbs::s8::peak_threads, py::arg("device"), "Elements of out of s8_peak.");
 }

@@ -10,11 +10,13 @@
 #define LBS_HD __host__ __device__ __forceinline__
 #define LBS_UNROLL _Pragma("unroll")
 #define LBS_UNROLL_2 _Pragma("unroll 2")
+#define LBS_UNROLL_4 _Pragma("unroll 4")
 #define LBS_NO_UNROLL _Pragma("unroll 1")
 #else
 #define LBS_HD inline
 #define LBS_UNROLL
 #define LBS_UNROLL_2
+#define LBS_UNROLL_4
 #define LBS_NO_UNROLL
 #endif
 

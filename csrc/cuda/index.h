@@ -73,24 +73,23 @@ LBS_HD Window window_of(const Layer& p, int row) {
     return {(image * p.height + y) * p.width + x, y, x, 0};
 }
 
-// What lies at one place of K.
+// What lies at one place of K. Behind its end taps lie so far above any window that they enter no image.
 struct Tap {
     int dy, dx, pixel;  // in input pixels
     int piece;          // of the pixel
-    bool inside;        // K goes this far
 };
 
 // At place k = tap * pieces of a pixel + piece.
 LBS_HD Tap tap_of(const Layer& p, int k) {
     const int tap = quotient(k, p.tap_pieces), tap_row = quotient(tap, p.kernel_width);
     const int dy = tap_row * p.dilation_h, dx = remainder(tap, tap_row, p.kernel_width) * p.dilation_w;
-    return {dy, dx, dy * p.width + dx, remainder(k, tap, p.tap_pieces), k < p.k_pieces};
+    return {k < p.k_pieces ? dy : -(1 << 30), dx, dy * p.width + dx, remainder(k, tap, p.tap_pieces)};
 }
 
 // Whether the tap of a window lies in the image and in K.
 LBS_HD bool enters(const Layer& p, const Window& window, const Tap& tap) {
-    const int y = window.y + tap.dy, x = window.x + tap.dx;
-    return tap.inside && y >= 0 && y < p.height && x >= 0 && x < p.width;
+    return static_cast<unsigned>(window.y + tap.dy) < static_cast<unsigned>(p.height) &&
+           static_cast<unsigned>(window.x + tap.dx) < static_cast<unsigned>(p.width);
 }
 
 }  // namespace lbs::gpu

@@ -16,7 +16,7 @@ namespace lbs::gpu {
 struct Task {
     const void* x = nullptr;
     const void* w = nullptr;
-    const void* padding = nullptr;
+    const void* border = nullptr;  // a pixel of what padding holds
     const int* offset = nullptr;
     int* accumulators = nullptr;
     const float* multiplier = nullptr;

@@ -1,6 +1,6 @@
 // A Task from a Python dict: the one argument of the native functions.
 //
-//     x, w, offset, padding            addresses: activations in their GPU form, laid-out weights, int32 [slots], and a
+//     x, w, offset, border             addresses: activations in their GPU form, laid-out weights, int32 [slots], and a
 //                                      pixel of what padding holds, or 0 where that is zeros
 //     accumulators                     address of int32 [M, O], or 0; if not 0 nothing else is written
 //     multiplier, bias                 addresses of float32 [slots]
@@ -67,7 +67,7 @@ inline Task read_task(const pybind11::dict& task) {
     Task t;
     t.x = address<const void>(task, "x");
     t.w = address<const void>(task, "w");
-    t.padding = address<const void>(task, "padding");
+    t.border = address<const void>(task, "border");
     t.offset = address<const int>(task, "offset");
     t.accumulators = address<int>(task, "accumulators");
     t.multiplier = address<const float>(task, "multiplier");

@@ -10,6 +10,7 @@ constexpr int kChunkSteps = kRowBytes / kStepBytes;
 constexpr int kConsumers = 2;  // groups of 128 threads that multiply
 constexpr int kProducerWarps = kWarpgroup / 32;
 constexpr int kTurnRows = 32 / kChunkUnits;  // rows that a warp copies at once: neighbouring threads fetch whole rows
+constexpr int kTurnBytes = kProducerWarps * kTurnRows * kRowBytes;  // that lie between those of one turn and the next
 
 // Bytes of the weight operand before a block: [filter block][chunk][column][8 units, swizzled].
 template <int kN>
@@ -19,13 +20,20 @@ LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
 
 // Row i of those that warp `warp` of the producer copies. A lane's rows are 16 apart, so that they differ by nothing but
 // their number: all have the same place in the swizzle.
-LBS_HD int copied_row(int warp, int i) { return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows; }
+LBS_HD int copied_row(int warp, int i) {
+    return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
+}
 
-// Where 16 channels of a window under a tap are read. Outside the image that is a pixel of the code of 0, and behind the
-// end of K any bytes: the weights there are 0.
-LBS_HD const int8_t* unit_of(const Params& p, const Window& window, const Tap& tap) {
-    if (enters(p, window, tap)) return p.x + (window.pixel + tap.pixel) * p.pitch + tap.piece * kUnitBytes;
-    return p.padding + tap.piece * kUnitBytes;
+// The window of an output pixel with its place in bytes, and the place of 16 channels of a tap relative to a window.
+// Windows may begin before the first pixel: then places wrap around, and back where a tap enters the image.
+LBS_HD Window byte_window(const Params& p, int row) {
+    Window window = window_of(p, row);
+    window.pixel = static_cast<int>(static_cast<unsigned>(window.pixel) * static_cast<unsigned>(p.pitch));
+    return window;
+}
+LBS_HD unsigned tap_byte(const Params& p, const Tap& tap) {
+    return static_cast<unsigned>(tap.pixel) * static_cast<unsigned>(p.pitch) +
+           static_cast<unsigned>(tap.piece * kUnitBytes);
 }
 
 }  // namespace lbs::s8

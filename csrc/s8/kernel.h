@@ -64,7 +64,7 @@ template <class T, class Machine>
 LBS_HD void find_windows(Machine& machine, const Params& p, int first_row) {
     const int warp = machine.thread() / 32, lane = machine.thread() % 32;
     machine.sync_warp();  // nobody copies by the windows of the tile before any more
-    if (lane < T::kWarpRows) warp_windows<T>(machine)[lane] = window_of(p, first_row + copied_row(warp, lane));
+    if (lane < T::kWarpRows) warp_windows<T>(machine)[lane] = byte_window(p, first_row + copied_row(warp, lane));
     machine.sync_warp();
 }
 
@@ -76,12 +76,17 @@ LBS_HD void copy_chunk(Machine& machine, const Params& p, int filter_block, int 
         machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kN>(p, filter_block, chunk), T::kWeightBytes,
                           T::full(stage));
     }
-    const int unit = lane % kChunkUnits;
+    // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
+    const int unit = lane % kChunkUnits, first = lane / kChunkUnits;
     const Tap tap = tap_of(p, chunk * kChunkUnits + unit);
-    const Window* windows = warp_windows<T>(machine);
-    LBS_UNROLL_2 for (int i = lane / kChunkUnits; i < T::kWarpRows; i += kTurnRows) {
-        machine.template copy<kUnitBytes>(byte + swizzled_byte(copied_row(warp, i), unit * 4),
-                                          unit_of(p, windows[i], tap), true);
+    const int8_t* outside = p.border + tap.piece * kUnitBytes;
+    const unsigned from = tap_byte(p, tap);
+    const int to = byte + swizzled_byte(copied_row(warp, first), unit * 4);
+    const Window* windows = warp_windows<T>(machine) + first;
+    LBS_UNROLL_4 for (int turn = 0; turn < T::kWarpRows / kTurnRows; ++turn) {
+        const Window window = windows[turn * kTurnRows];
+        const int8_t* inside = p.x + (static_cast<unsigned>(window.pixel) + from);
+        machine.template copy<kUnitBytes>(to + turn * kTurnBytes, enters(p, window, tap) ? inside : outside, true);
     }
     machine.commit_copies();
 }
@@ -161,34 +166,37 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, int (&acc)[T::kGrou
     at.step();
 }
 
-// Writes the sums of a tile, which are gone then: one row of the thread's fragments after another moves to the front, so
-// that the epilogue is there once and not once for every row.
+// Row `part` of those of a thread's fragments.
 template <class T>
-LBS_HD void write_tile(const Params& p, int thread, int tile, int (&acc)[T::kGroups][T::kN / 2]) {
-    constexpr int kRun = T::kN / 4, kParts = 2 * T::kGroups;
-    const TilePlace place = place_of(p, tile);
-    int first = place.filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));
-    const int front = place.row_block * T::kRows + fragment_row(thread / 32 % 4, thread % 32, 0);
-    LBS_NO_UNROLL for (int part = 0; part < kParts; ++part) {
-        compute_here(first);
-        const int row = front + part / 2 * kWarpgroupRows + fragment_row(0, 0, part % 2 * 2);
-        int run[kRun];
-        LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
-            const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
-            LBS_UNROLL for (int i = 0; i < 4; ++i) {
-                // Terms may pass 2^31, their sum does not.
-                const unsigned dot = static_cast<unsigned>(acc[0][fragment_register(c + i, 0)]);
-                run[c + i] = static_cast<int>(static_cast<unsigned>(p.dot_scale) * dot +
-                                              static_cast<unsigned>(offset.v[i]));
-            }
+LBS_HD void take_run(const Params& p, const int (&acc)[T::kGroups][T::kN / 2], int part, int first,
+                     int (&run)[T::kN / 4]) {
+    LBS_UNROLL for (int c = 0; c < T::kN / 4; c += 4) {
+        const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
+        LBS_UNROLL for (int i = 0; i < 4; ++i) run[c + i] = offset.v[i];
+    }
+    LBS_UNROLL for (int which = 0; which < 2 * T::kGroups; ++which) {
+        if (which != part) continue;
+        LBS_UNROLL for (int c = 0; c < T::kN / 4; ++c) {
+            // Terms may pass 2^31, their sum does not.
+            const unsigned dot = static_cast<unsigned>(acc[which / 2][fragment_register(c, which % 2)]);
+            run[c] = static_cast<int>(static_cast<unsigned>(p.dot_scale) * dot + static_cast<unsigned>(run[c]));
         }
-        LBS_UNROLL for (int next = 1; next < kParts; ++next) {
-            LBS_UNROLL for (int c = 0; c < kRun; ++c) {
-                acc[(next - 1) / 2][fragment_register(c, (next - 1) % 2)] = acc[next / 2][fragment_register(c, next % 2)];
-            }
-        }
-        if (row < p.rows) emit<kRun>(p, run, row, first);
-        LBS_UNROLL for (int c = 0; c < kRun; ++c) acc[T::kGroups - 1][fragment_register(c, 1)] = 0;  // not kept alive
+    }
+}
+
+// Writes the sums of a tile, one row of the thread's fragments after another, so that the epilogue is there once and not
+// once for every row.
+template <class T>
+LBS_HD void write_tile(const Params& p, int thread, int tile, const int (&acc)[T::kGroups][T::kN / 2]) {
+    LBS_NO_UNROLL for (int part = 0; part < 2 * T::kGroups; ++part) {
+        compute_here(tile);
+        const TilePlace place = place_of(p, tile);
+        const int first = place.filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));
+        const int row = place.row_block * T::kRows + part / 2 * kWarpgroupRows +
+                        fragment_row(thread / 32 % 4, thread % 32, part % 2 * 2);
+        int run[T::kN / 4];
+        take_run<T>(p, acc, part, first, run);
+        if (row < p.rows) emit<T::kN / 4>(p, run, row, first);
     }
 }
 
@@ -219,7 +227,7 @@ LBS_HD void run_tiles(Machine& machine, const Params& p) {
         machine.publish();
     }
     machine.sync();
-    const int consumer = machine.thread() / kWarpgroup - 1;
+    const int consumer = machine.warpgroup() - 1;
     if (consumer < 0) {
         machine.give_registers();
         produce<T>(machine, p);

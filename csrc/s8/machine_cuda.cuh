@@ -12,6 +12,8 @@ class WgmmaMachine : public gpu::WgmmaBlock {
 public:
     using WgmmaBlock::WgmmaBlock;
 
+    // Told to be the same in all threads of a warp, so that what follows from it is computed once for the warp.
+    __device__ int warpgroup() const { return __shfl_sync(0xffffffffu, thread() / gpu::kWarpgroup, 0); }
     __device__ void make_barrier(int byte, int arrivals) const {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(byte)), "r"(arrivals) : "memory");
     }

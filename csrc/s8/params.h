@@ -13,7 +13,7 @@ using namespace gpu;
 struct Params : Layer {
     const int8_t* x;        // [N][H][W][pitch]
     const int8_t* w;        // in the order of weight_block(); 0 where a filter or a channel does not exist
-    const int8_t* padding;  // [pitch]: a pixel of the code of 0
+    const int8_t* border;   // [pitch]: a pixel of the code of 0
     int pitch;
     int last_steps;  // multiplications of the last chunk of K; the others have kChunkSteps
 };

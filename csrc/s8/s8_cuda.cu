@@ -18,6 +18,40 @@ __global__ void __launch_bounds__(T::kThreads, 1) s8_wgmma(const __grid_constant
 #endif
 }
 
+using Peak = Tile<2, 128, 4>;
+constexpr int kPeakThreads = kConsumers * kWarpgroup;
+
+__global__ void __launch_bounds__(kPeakThreads, 1) peak_wgmma(int repeats, int* out) {
+#if defined(LBS_HAS_WGMMA)
+    WgmmaMachine machine(shared_memory);
+    // Any bits but constant ones: the clock depends on what switches.
+    for (int byte = 4 * machine.thread(); byte < Peak::kStageBytes; byte += 4 * kPeakThreads) {
+        *reinterpret_cast<uint32_t*>(machine.shared(byte)) = (byte + 1u) * 2654435761u;
+    }
+    machine.publish();
+    machine.sync();
+    int acc[Peak::kGroups][Peak::kN / 2];
+    LBS_UNROLL for (int group = 0; group < Peak::kGroups; ++group) {
+        LBS_UNROLL for (int i = 0; i < Peak::kN / 2; ++i) acc[group][i] = 0;
+    }
+    const uint64_t stage = matrix_descriptor(machine.address(0));
+    LBS_NO_UNROLL do {
+        machine.open_products();
+        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) multiply_step<Peak>(machine, acc, stage, step);
+        machine.close_products();
+        machine.wait_products<1>();
+    } while (--repeats > 0);
+    machine.finish_products(acc);
+    int sum = 0;
+    LBS_UNROLL for (int group = 0; group < Peak::kGroups; ++group) {
+        LBS_UNROLL for (int i = 0; i < Peak::kN / 2; ++i) sum += acc[group][i];
+    }
+    out[machine.block() * kPeakThreads + machine.thread()] = sum;
+#else
+    __trap();
+#endif
+}
+
 Kernel kernel_of(const TileRow& row) {
 #define LBS_KERNEL(machine, groups, filters, stages)                                          \
     if (same_row(row, {#machine, groups, filters, stages, 0}))                                \
@@ -35,6 +69,21 @@ Launch bind(const Task& task, const TileRow& row, int device) {
     const DeviceGuard guard(device);
     check_capability("s8", false, device);
     return Launch(params, kernel_of(row), device);
+}
+
+int64_t peak_threads(int device) { return int64_t{kPeakThreads} * multiprocessors(device); }
+
+int64_t enqueue_peak(int repeats, int* out, int device, cudaStream_t stream) {
+    check_range(repeats, 1, 1 << 24, "the number of repeats");
+    const DeviceGuard guard(device);
+    check_capability("s8", false, device);
+    const int blocks = multiprocessors(device);
+    const Kernel kernel{reinterpret_cast<const void*>(&peak_wgmma), kPeakThreads, Peak::kStageBytes + kSwizzleBytes, 64};
+    check_built(kernel);
+    void* arguments[] = {&repeats, &out};
+    cuda_check(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
+               "launching the roof of the s8 tensor cores");
+    return int64_t{blocks} * repeats * kConsumers * Peak::kRows * Peak::kN * kRowBytes;
 }
 
 }  // namespace lbs::s8

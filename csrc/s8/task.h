@@ -10,13 +10,13 @@ namespace lbs::s8 {
 inline Params make_params(const Task& t, const TileRow& row) {
     require(t.a_bits == 8, "s8 kernel: activations of " + std::to_string(t.a_bits) + " bits; it takes 8");
     require(t.w_bits < 8 || !t.w_odd, "s8 kernel: weights of 8 bits without a zero are no bytes");
-    require(t.padding, "s8 kernel: there is no pixel that padding holds");
+    require(t.border, "s8 kernel: there is no pixel that padding holds");
     Params p{};
     const int64_t units = (t.channels + kUnitBytes - 1) / kUnitBytes;
     fill_layer(t, {row.groups * kWarpgroupRows, row.filters, units, kChunkUnits}, p);
     check_range(t.batch * t.height * t.width * units * kUnitBytes, 0, kMost, "the number of input bytes");
     p.x = static_cast<const int8_t*>(t.x), p.w = static_cast<const int8_t*>(t.w);
-    p.padding = static_cast<const int8_t*>(t.padding);
+    p.border = static_cast<const int8_t*>(t.border);
     p.pitch = static_cast<int>(units) * kUnitBytes;
     constexpr int kStepUnits = kStepBytes / kUnitBytes;
     p.last_steps = (p.k_pieces - (p.chunks - 1) * kChunkUnits + kStepUnits - 1) / kStepUnits;

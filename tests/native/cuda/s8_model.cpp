@@ -16,6 +16,7 @@ class WgmmaModel : public WgmmaBlockModel<dot_bytes> {
 public:
     using WgmmaBlockModel::WgmmaBlockModel;
 
+    int warpgroup() const { return thread_ / kWarpgroup; }
     void make_barrier(int byte, int arrivals) {
         require(arrivals > 0 && barrier(byte).count == 0, "model: a barrier is made twice, or for nobody");
         barrier(byte).count = arrivals;
@@ -81,7 +82,7 @@ void run_model(const Task& task, const TileRow& row, const Order& order) {
     const Operands operands{
         {reinterpret_cast<uintptr_t>(task.x), static_cast<uintptr_t>(pixels * params.pitch)},
         {reinterpret_cast<uintptr_t>(task.w), static_cast<uintptr_t>(weight_rows * kRowBytes)},
-        {reinterpret_cast<uintptr_t>(task.padding), static_cast<uintptr_t>(params.pitch)}};
+        {reinterpret_cast<uintptr_t>(task.border), static_cast<uintptr_t>(params.pitch)}};
     const int blocks = blocks_used(order, params.tiles);
 #define LBS_RUN(machine, groups, filters, stages)                                                  \
     if (same_row(row, {#machine, groups, filters, stages, 0})) {                                   \
