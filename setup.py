@@ -46,7 +46,13 @@ ISA_FILES = {
     "amx": ["isa/amx.cpp"],
 }
 # Begun first, 27 to 9 s of a Zen 4 core each: else one processor is left with the last of them.
-LONGEST = ("csrc.isa.portable.cpp.o", "csrc.onebit.onebit_cuda.cu.o", "csrc.s8.s8_cuda.cu.o", "csrc.bindings.cpp.o", "csrc.bindings_cuda.cpp.o")
+LONGEST = (
+    "csrc.isa.portable.cpp.o",
+    "csrc.onebit.onebit_cuda.cu.o",
+    "csrc.s8.s8_cuda.cu.o",
+    "csrc.bindings.cpp.o",
+    "csrc.bindings_cuda.cpp.o",
+)
 
 
 Runs = dict[Path, list["subprocess.CompletedProcess[str]"]]  # by library: the commands that were run for it

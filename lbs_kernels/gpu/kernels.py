@@ -177,9 +177,9 @@ def default(
     """
     *preferred, last = (Choice(kernel_of(config), config) for config in DEFAULTS[problem.op](problem))
     for choice in preferred:
-        if allowed is None or choice.kernel.family in allowed:
-            if choice.why_not(problem) is None and why_not(choice) is None:
-                return choice
+        welcome = allowed is None or choice.kernel.family in allowed
+        if welcome and choice.why_not(problem) is None and why_not(choice) is None:
+            return choice
     return last
 
 

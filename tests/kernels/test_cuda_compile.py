@@ -47,7 +47,9 @@ class Kernel:
 
     def loops(self, pattern: str) -> list[list[str]]:
         """Instructions of the loops that hold one of the pattern and no smaller loop that does, without predicates."""
-        code = [(int(at, 16), re.sub(r"^@!?U?P\w+\s+", "", text.strip())) for at, text in INSTRUCTION.findall(self.sass)]
+        code = [
+            (int(at, 16), re.sub(r"^@!?U?P\w+\s+", "", text.strip())) for at, text in INSTRUCTION.findall(self.sass)
+        ]
         place = {at: index for index, (at, _) in enumerate(code)}
         found: list[tuple[int, int]] = []
         for end, (_, text) in enumerate(code):
@@ -133,8 +135,10 @@ def s8_kernels() -> list[Kernel]:
 
 
 def test_s8_kernels_multiply_bytes_asynchronously() -> None:
-    """A loop of whole chunks, four steps each, and one of the steps of the last: while a group of products runs the next
-    is begun. All products of a tile are waited for once, behind the loops."""
+    """A loop of whole chunks, four steps each, and one of the steps of the last; all are waited for behind them once.
+
+    In both a group of products may still run when the next is begun.
+    """
     for kernel in s8_kernels():
         product = rf"IGMMA\.64x{kernel.filters}x32\.S8\.S8"
         whole, last = kernel.loops("IGMMA")
@@ -155,7 +159,7 @@ def test_few_instructions_of_s8_kernels_stand_between_products() -> None:
 
 
 def test_s8_operands_come_by_asynchronous_copies_alone() -> None:
-    """Bytes of activations by LDGSTS of 16, weights by one bulk copy a chunk; what is stored is a window, once a tile."""
+    """Bytes of activations by LDGSTS of 16, weights by one bulk copy a chunk; stored is a window alone, once a tile."""
     for kernel in s8_kernels():
         copies = kernel.loops("LDGSTS")[0]
         assert not [text for text in copies if re.match(r"STS\b|LDG\b|BAR\b", text)]

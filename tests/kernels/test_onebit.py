@@ -12,8 +12,8 @@ import programs
 import pytest
 import torch
 from contenders import assert_same
-from gpu_model import launches_on_the_model, native
 from cuda_steps import bound, check_steps
+from gpu_model import launches_on_the_model, native
 from torch import Tensor
 
 from lbs_kernels import extension
@@ -237,7 +237,7 @@ def test_weights_have_an_exact_inverse(shape: tuple[int, int, int, int], block_o
     kept = torch.zeros_like(laid_out) + (layout.forward(torch.full_like(planes, -1)) == 0)
     assert bool((laid_out[kept.bool()] == 0).all())  # what does not exist is 0
     assert int((kept == 0).sum()) == planes.numel()  # and every word has one place
-    with pytest.raises(FormatError, match="the layout was made for torch.int32"):
+    with pytest.raises(FormatError, match=r"the layout was made for torch\.int32"):
         layout.forward(planes[:, :, :, :0])
 
 

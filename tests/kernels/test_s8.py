@@ -95,7 +95,9 @@ def test_nothing_depends_on_moments_and_orders(
 
 # 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
 @pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("filters", "config"), [(130, WIDE), (72, NARROW), (68, CONFIGS[2]), (33, CONFIGS[1])], ids=str)
+@pytest.mark.parametrize(
+    ("filters", "config"), [(130, WIDE), (72, NARROW), (68, CONFIGS[2]), (33, CONFIGS[1])], ids=str
+)
 def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Config, stream_dtype: str) -> None:
     b = programs.Builder(filters, stream_dtype)
     image = b.image(40, 6, 5)
@@ -154,7 +156,7 @@ def test_weights_have_an_exact_inverse(shape: tuple[int, int, int], block_o: int
     assert (tuple(laid_out.shape), laid_out.dtype) == (layout.shape, torch.int8)
     assert torch.equal(layout.inverse(laid_out), weights)
     assert int((laid_out != 0).sum()) == weights.numel()  # every byte has one place, the others are 0
-    with pytest.raises(FormatError, match="the layout was made for torch.int8"):
+    with pytest.raises(FormatError, match=r"the layout was made for torch\.int8"):
         layout.forward(weights[:, :, :0])
 
 
@@ -248,7 +250,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
         prepare_weights(planes, (1, 3), 1, source, "cpu", "zero")
     with pytest.raises(FormatError, match="the 32-bit accumulator ends below"):
-        prepare_weights(torch.zeros(8, 1, 1, 1100, dtype=torch.int32), (1, 1), 1, replace(source, channels=35200), "cpu", "zero")
+        prepare_weights(
+            torch.zeros(8, 1, 1, 1100, dtype=torch.int32), (1, 1), 1, replace(source, channels=35200), "cpu", "zero"
+        )
     problem = problem_of(step, program, 1, "cpu")
     buffers = {step.input: input_buffer(x, source, "cpu"), made.result: torch.zeros(1, 2, 2, 3)}
     arrays = {key: program.array(made.blob, key) for key in program.arrays}

@@ -141,8 +141,8 @@ def s8_why_not(problem: Problem) -> str | None:
 def s8_default(problem: Problem) -> S8Config | None:
     """The s8 kernel where nothing was measured, or None where Triton serves instead: the one rule for it.
 
-    On compute capability 9.0 Triton ends every INT8 product before the next begins (docs/triton.md) and these kernels do
-    not, so they come first. But they do not share the reduction of a tile, and one of two tiles is written while the
+    On compute capability 9.0 Triton ends every INT8 product before the next begins (docs/triton.md), these kernels do
+    not: so they come first. But they do not share the reduction of a tile, and one of two tiles is written while the
     other is multiplied: with fewer than two tiles for every multiprocessor, 64 x 64 the smallest, Triton's split
     reduction serves. Larger tiles move fewer bytes for each product: the largest of which there are enough is taken, no
     wider than the filters. A rule from counts, not a measurement.

@@ -1,11 +1,11 @@
 """How the CUDA kernels keep weights and thresholds: the order in which shared memory wants them.
 
-A chunk of K of one filter is a row of 128 bytes, eight units of 16, and unit u of column c is stored at place u ^ (c % 8).
+A chunk of K of one filter is a row of 128 bytes, eight units of 16; unit u of column c is stored at place u ^ (c % 8).
 Columns of a block of B filters are ordered such that a thread of the tensor core holds B / 4 neighbouring channels:
 
     channel(column) = column // 2 % 4 * (B // 4) + column // 8 * 2 + column % 2
 
-One-bit kernels flatten K over (tap, word) and cut it into chunks of 16 words (512 bits). A row holds planes 2 j and 2 j + 1:
+One-bit kernels flatten K over (tap, word) and cut it into chunks of 16 words. A row holds planes 2 j and 2 j + 1:
 
     unit 4 p + u = words 4 u .. 4 u + 3 of plane 2 j + p
 

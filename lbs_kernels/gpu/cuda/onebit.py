@@ -1,7 +1,7 @@
 """K2: implicit GEMM on the one-bit tensor cores, from bit-planes to planes, bytes or streams (csrc/onebit).
 
-    acc = 2 sum_{p,r} 2^(p+r) popc(W_p & X_r) - n_w sum_k qx                   unsigned activations
-    acc = 2 (the same) - n_x sum_k (2 qw - n_w)                                signed ones
+acc = 2 sum_{p,r} 2^(p+r) popc(W_p & X_r) - n_w sum_k qx                   unsigned activations
+acc = 2 (the same) - n_x sum_k (2 qw - n_w)                                signed ones
 """
 
 from __future__ import annotations

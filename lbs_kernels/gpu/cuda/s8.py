@@ -76,11 +76,11 @@ def prepare_weights(
         BackendError: bits, groups or a grid that are not served.
     """
     check_taps(planes, kernel)
-    w_bits, filters, taps, _ = planes.shape
+    w_bits, _, taps, _ = planes.shape
     if source.bits != MAX_BITS or groups != 1 or (w_bits, grid) == (MAX_BITS, "odd"):
         raise BackendError(
-            f"s8 kernels cannot read {source.name}: {source.bits} bits, {groups} groups, weights of {w_bits} bits on the "
-            f"grid {grid!r}; they take 8 bits, one group, and weights that are bytes"
+            f"s8 kernels cannot read {source.name}: {source.bits} bits, {groups} groups, weights of {w_bits} bits on "
+            f"the grid {grid!r}; they take 8 bits, one group, and weights that are bytes"
         )
     check_accumulator(taps * source.channels, w_bits, source.bits, source.name)
     scale, shift = weight_units(w_bits, grid)

@@ -38,9 +38,7 @@ def check_taps(planes: Tensor, kernel: tuple[int, int]) -> None:
     """Raises FormatError for planes int32 [w_bits, O, T, CW] of another window."""
     taps = planes.shape[2]
     if taps != kernel[0] * kernel[1]:
-        raise FormatError(
-            f"planes have {taps} taps; a window of {kernel[0]} x {kernel[1]} has {kernel[0] * kernel[1]}"
-        )
+        raise FormatError(f"planes have {taps} taps; a window of {kernel[0]} x {kernel[1]} has {kernel[0] * kernel[1]}")
 
 
 def bind_task(
