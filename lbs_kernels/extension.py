@@ -28,7 +28,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "isa_reasons",
         "resolve_isa",
     ),
-    "cuda": ("Launch.enqueue", "onebit_launch", "s8_launch"),
+    "cuda": ("onebit_launch", "s8_launch"),
 }
 
 

@@ -36,7 +36,7 @@ def older(name: str, lacks: str) -> ModuleType:
 @pytest.mark.parametrize(
     ("name", "lacks", "told"),
     [
-        ("cuda", "OneBitLaunch", "OneBitLaunch.enqueue"),
+        ("cuda", "s8_launch", "s8_launch"),
         ("cpu", "Program.step_times", "Program.step_times"),
         ("cpu", "resolve_isa", "resolve_isa"),
     ],

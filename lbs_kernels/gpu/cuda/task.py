@@ -5,7 +5,7 @@ Tests run the same sources on a model of the GPU (tests/native/cuda); docs/gpu.m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,11 @@ from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Consumer, ConvStep, Emit, LinearStep, Program, build_blob
 
 MAX_CONSUMERS = 8
+# What binds a task, by the kind of its configuration.
+LAUNCHES: dict[str, Callable[[], Any]] = {
+    "onebit": lambda: require_cuda().onebit_launch,
+    "s8": lambda: require_cuda().s8_launch,
+}
 
 
 def emit_why_not(step: ConvStep | LinearStep) -> str | None:
@@ -155,7 +160,7 @@ def launch_of(task: dict[str, Any], config: CudaConfig, device: torch.device, ke
     if device.type != "cuda":
         raise BackendError(f"CUDA kernels run on a GPU, the tensors are on {device}; move them: .to('cuda')")
     index = torch.cuda.current_device() if device.index is None else device.index
-    bound = getattr(require_cuda(), f"{config.kind}_launch")(task, *config.row, index)
+    bound = LAUNCHES[config.kind]()(task, *config.row, index)
 
     def launch(inputs: list[Tensor], kept: list[Tensor] = kept) -> None:
         bound.enqueue(torch.cuda.current_stream(index).cuda_stream)
