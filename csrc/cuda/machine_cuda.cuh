@@ -51,9 +51,14 @@ private:
 
 #if defined(LBS_HAS_WGMMA)
 
-// d[0 .. 31] or d[0 .. 63] += the product of `instruction` on two matrices in shared memory, by their descriptors.
+// d[0 .. 3], d[0 .. 31] or d[0 .. 63] += the product of `instruction` on two matrices in shared memory, by their descriptors.
 #define LBS_R4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define LBS_R16(d, i) LBS_R4(d, i), LBS_R4(d, i + 4), LBS_R4(d, i + 8), LBS_R4(d, i + 12)
+#define LBS_WGMMA_4(instruction, d, a, b) \
+    asm volatile( \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction " {%0, %1, %2, %3}, %4, %5, add;\n}" \
+        : LBS_R4(d, 0) \
+        : "l"(a), "l"(b))
 #define LBS_WGMMA_32(instruction, d, a, b) \
     asm volatile( \
         "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction " {" \

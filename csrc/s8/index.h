@@ -12,10 +12,12 @@ constexpr int kProducerWarps = kWarpgroup / 32;
 constexpr int kTurnRows = 32 / kChunkUnits;  // rows that a warp copies at once: neighbouring threads fetch whole rows
 constexpr int kTurnBytes = kProducerWarps * kTurnRows * kRowBytes;  // that lie between those of one turn and the next
 
+constexpr int kSumColumns = 8;  // of ones where a channel exists, behind the filters: the fewest that are multiplied
+
 // Bytes of the weight operand before a block: [filter block][chunk][column][8 units, swizzled].
-template <int kN>
+template <int kColumns>
 LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
-    return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kN * kRowBytes);
+    return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kColumns * kRowBytes);
 }
 
 // Row i of those that warp `warp` of the producer copies. A lane's rows are 16 apart, so that they differ by nothing but

@@ -1,6 +1,6 @@
 // The s8 implicit GEMM, written once against a Machine: the GPU's tensor cores, or a model of them on a processor.
 //
-//     acc[m][o] = dot_scale * sum_k x[m][k] w[o][k] + offset[o]
+//     acc[m][o] = dot_scale * sum_k x[m][k] w[o][k] + sum_scale * sum_k x[m][k] + offset[o]
 //
 // A block of threads stays and works off tiles of kRows pixels by kN filters, in the order of place_of(). One group of
 // 128 threads copies chunks of K into a ring of stages, two groups multiply: tiles go to them in turn, so that one
@@ -11,6 +11,9 @@
 // asynchronous copies of 16 bytes that every thread publishes for the tensor core and then arrives for, and the
 // weights, one run of bytes that a bulk copy counts on the barrier. `empty` completes when the four warps that
 // multiply have left the stage.
+//
+// Where sum_scale is not 0, kernels of their own (kSums) multiply the activations by eight columns of ones as well: of a
+// fragment of eight columns a thread holds the sums of the very rows whose products it holds.
 #pragma once
 
 #include "cuda/epilogue.h"
@@ -18,16 +21,18 @@
 
 namespace lbs::s8 {
 
-template <int kGroups_, int kN_, int kStages_>
+template <int kGroups_, int kN_, int kStages_, bool kSums_>
 struct Tile {
     static constexpr int kGroups = kGroups_;  // of 64 pixels, all of one consumer
     static constexpr int kN = kN_;
     static constexpr int kStages = kStages_;
+    static constexpr bool kSums = kSums_;
+    static constexpr int kColumns = kN + (kSums ? kSumColumns : 0);
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
     static constexpr int kRows = kGroups * kWarpgroupRows;
     static constexpr int kWarpRows = kRows / kProducerWarps;  // that a warp of the producer copies
     static constexpr int kWeightByte = kRows * kRowBytes;     // in a stage
-    static constexpr int kWeightBytes = kN * kRowBytes;
+    static constexpr int kWeightBytes = kColumns * kRowBytes;
     static constexpr int kStageBytes = kWeightByte + kWeightBytes;
     static constexpr int kWindowByte = kStages * kStageBytes;
     static constexpr int kBarrierByte = kWindowByte + kRows * static_cast<int>(sizeof(Window));
@@ -73,7 +78,7 @@ LBS_HD void copy_chunk(Machine& machine, const Params& p, int filter_block, int 
     const int byte = stage * T::kStageBytes, warp = machine.thread() / 32, lane = machine.thread() % 32;
     if (machine.thread() == 0) {
         machine.expect(T::full(stage), T::kWeightBytes);
-        machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kN>(p, filter_block, chunk), T::kWeightBytes,
+        machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kColumns>(p, filter_block, chunk), T::kWeightBytes,
                           T::full(stage));
     }
     // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
@@ -124,13 +129,31 @@ LBS_HD void leave(Machine& machine, int stage) {
     if (machine.thread() % 32 == 0) machine.arrive(T::empty(stage));
 }
 
+// The accumulators of a thread: fragments of products, and of sums of codes.
+template <class T>
+struct Sums {
+    int acc[T::kGroups][T::kN / 2];
+    int codes[T::kGroups][kSumColumns / 2];
+};
+
+template <class T>
+LBS_HD void clear(Sums<T>& sums) {
+    LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
+        LBS_UNROLL for (int i = 0; i < T::kN / 2; ++i) sums.acc[group][i] = 0;
+        LBS_UNROLL for (int i = 0; i < kSumColumns / 2; ++i) sums.codes[group][i] = 0;
+    }
+}
+
 // The multiplications of one step of a stage, whose descriptor is given: operands are 32 bytes of every row.
 template <class T, class Machine>
-LBS_HD void multiply_step(Machine& machine, int (&acc)[T::kGroups][T::kN / 2], uint64_t stage, int step) {
+LBS_HD void multiply_step(Machine& machine, Sums<T>& sums, uint64_t stage, int step) {
     const uint64_t b = stage + descriptor_step(T::kWeightByte + step * kStepBytes);
     LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
-        const int byte = group * (kWarpgroupRows * kRowBytes) + step * kStepBytes;
-        machine.template wgmma<T::kN>(acc[group], stage + descriptor_step(byte), b);
+        const uint64_t a = stage + descriptor_step(group * (kWarpgroupRows * kRowBytes) + step * kStepBytes);
+        machine.template wgmma<T::kN>(sums.acc[group], a, b);
+        if (T::kSums) {
+            machine.template wgmma<kSumColumns>(sums.codes[group], a, b + descriptor_step(T::kN * kRowBytes));
+        }
     }
 }
 
@@ -138,13 +161,13 @@ LBS_HD void multiply_step(Machine& machine, int (&acc)[T::kGroups][T::kN / 2], u
 // No condition stands around a product, else the compiler would end each of them where it began: so the last chunk,
 // which may be shorter, has a loop of its own that surely begins.
 template <class T, class Machine>
-LBS_HD void multiply_tile(Machine& machine, const Params& p, int (&acc)[T::kGroups][T::kN / 2], Place<T>& at) {
+LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Place<T>& at) {
     int before = -1;  // the stage whose products may still run
     LBS_NO_UNROLL for (int left = p.chunks - 1; left > 0; --left) {
         const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
         machine.wait(T::full(at.stage()), at.round());
         machine.open_products();
-        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) multiply_step<T>(machine, acc, stage, step);
+        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) multiply_step(machine, sums, stage, step);
         machine.close_products();
         machine.template wait_products<1>();
         if (before >= 0) leave<T>(machine, before);
@@ -156,30 +179,32 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, int (&acc)[T::kGrou
     int step = 0;
     LBS_NO_UNROLL do {
         machine.open_products();
-        multiply_step<T>(machine, acc, stage, step);
+        multiply_step(machine, sums, stage, step);
         machine.close_products();
         machine.template wait_products<1>();
     } while (++step < p.last_steps);
-    machine.finish_products(acc);
+    machine.finish_products(sums.acc);
+    if (T::kSums) machine.finish_products(sums.codes);
     if (before >= 0) leave<T>(machine, before);
     leave<T>(machine, at.stage());
     at.step();
 }
 
-// Row `part` of those of a thread's fragments.
+// Row `part` of those of a thread's fragments, with the offset.
 template <class T>
-LBS_HD void take_run(const Params& p, const int (&acc)[T::kGroups][T::kN / 2], int part, int first,
-                     int (&run)[T::kN / 4]) {
+LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[T::kN / 4]) {
     LBS_UNROLL for (int c = 0; c < T::kN / 4; c += 4) {
         const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
         LBS_UNROLL for (int i = 0; i < 4; ++i) run[c + i] = offset.v[i];
     }
     LBS_UNROLL for (int which = 0; which < 2 * T::kGroups; ++which) {
         if (which != part) continue;
+        // Terms may pass 2^31, their sum does not.
+        const unsigned codes = static_cast<unsigned>(sums.codes[which / 2][fragment_register(0, which % 2)]);
+        const unsigned shift = T::kSums ? static_cast<unsigned>(p.sum_scale) * codes : 0u;
         LBS_UNROLL for (int c = 0; c < T::kN / 4; ++c) {
-            // Terms may pass 2^31, their sum does not.
-            const unsigned dot = static_cast<unsigned>(acc[which / 2][fragment_register(c, which % 2)]);
-            run[c] = static_cast<int>(static_cast<unsigned>(p.dot_scale) * dot + static_cast<unsigned>(run[c]));
+            const unsigned dot = static_cast<unsigned>(sums.acc[which / 2][fragment_register(c, which % 2)]);
+            run[c] = static_cast<int>(static_cast<unsigned>(p.dot_scale) * dot + static_cast<unsigned>(run[c]) + shift);
         }
     }
 }
@@ -187,15 +212,16 @@ LBS_HD void take_run(const Params& p, const int (&acc)[T::kGroups][T::kN / 2], i
 // Writes the sums of a tile, one row of the thread's fragments after another, so that the epilogue is there once and not
 // once for every row.
 template <class T>
-LBS_HD void write_tile(const Params& p, int thread, int tile, const int (&acc)[T::kGroups][T::kN / 2]) {
+LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sums) {
     LBS_NO_UNROLL for (int part = 0; part < 2 * T::kGroups; ++part) {
         compute_here(tile);
+        compute_here(thread);
         const TilePlace place = place_of(p, tile);
         const int first = place.filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));
         const int row = place.row_block * T::kRows + part / 2 * kWarpgroupRows +
                         fragment_row(thread / 32 % 4, thread % 32, part % 2 * 2);
         int run[T::kN / 4];
-        take_run<T>(p, acc, part, first, run);
+        take_run(p, sums, part, first, run);
         if (row < p.rows) emit<T::kN / 4>(p, run, row, first);
     }
 }
@@ -207,13 +233,11 @@ LBS_HD void consume(Machine& machine, const Params& p, int consumer) {
     at.advance(consumer * p.chunks);
     int tile = machine.block() + consumer * machine.blocks();
     LBS_NO_UNROLL for (; tile < p.tiles; tile += kConsumers * machine.blocks()) {
-        int acc[T::kGroups][T::kN / 2];
-        LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
-            LBS_UNROLL for (int i = 0; i < T::kN / 2; ++i) acc[group][i] = 0;
-        }
-        multiply_tile<T>(machine, p, acc, at);
+        Sums<T> sums;
+        clear(sums);
+        multiply_tile(machine, p, sums, at);
         at.advance((kConsumers - 1) * p.chunks);
-        write_tile<T>(p, machine.thread(), tile, acc);
+        write_tile(p, machine.thread(), tile, sums);
     }
 }
 

@@ -47,7 +47,8 @@ public:
     __device__ void take_registers() const { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
     template <int kN>
     __device__ void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) const {
-        if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", d, a, b);
+        if constexpr (kN == 8) LBS_WGMMA_4("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8", d, a, b);
+        else if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", d, a, b);
         else LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8", d, a, b);
     }
 };

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) s8_wgmma(const __grid_constant
 #endif
 }
 
-using Peak = Tile<2, 128, 4>;
+using Peak = Tile<2, 128, 4, false>;
 constexpr int kPeakThreads = kConsumers * kWarpgroup;
 
 __global__ void __launch_bounds__(kPeakThreads, 1) peak_wgmma(int repeats, int* out) {
@@ -30,21 +30,19 @@ __global__ void __launch_bounds__(kPeakThreads, 1) peak_wgmma(int repeats, int* 
     }
     machine.publish();
     machine.sync();
-    int acc[Peak::kGroups][Peak::kN / 2];
-    LBS_UNROLL for (int group = 0; group < Peak::kGroups; ++group) {
-        LBS_UNROLL for (int i = 0; i < Peak::kN / 2; ++i) acc[group][i] = 0;
-    }
+    Sums<Peak> sums;
+    clear(sums);
     const uint64_t stage = matrix_descriptor(machine.address(0));
     LBS_NO_UNROLL do {
         machine.open_products();
-        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) multiply_step<Peak>(machine, acc, stage, step);
+        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) multiply_step(machine, sums, stage, step);
         machine.close_products();
         machine.wait_products<1>();
     } while (--repeats > 0);
-    machine.finish_products(acc);
+    machine.finish_products(sums.acc);
     int sum = 0;
     LBS_UNROLL for (int group = 0; group < Peak::kGroups; ++group) {
-        LBS_UNROLL for (int i = 0; i < Peak::kN / 2; ++i) sum += acc[group][i];
+        LBS_UNROLL for (int i = 0; i < Peak::kN / 2; ++i) sum += sums.acc[group][i];
     }
     out[machine.block() * kPeakThreads + machine.thread()] = sum;
 #else
@@ -52,11 +50,15 @@ __global__ void __launch_bounds__(kPeakThreads, 1) peak_wgmma(int repeats, int* 
 #endif
 }
 
-Kernel kernel_of(const TileRow& row) {
-#define LBS_KERNEL(machine, groups, filters, stages)                                          \
-    if (same_row(row, {#machine, groups, filters, stages, 0}))                                \
-        return {reinterpret_cast<const void*>(&s8_##machine<Tile<groups, filters, stages>>),  \
-                Tile<groups, filters, stages>::kThreads, row.shared_bytes, 64};
+template <class T>
+Kernel kernel_of() {
+    return {reinterpret_cast<const void*>(&s8_wgmma<T>), T::kThreads, T::kSharedBytes, 64};
+}
+
+Kernel kernel_of(const TileRow& row, bool sums) {
+#define LBS_KERNEL(machine, groups, filters, stages)           \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) \
+        return sums ? kernel_of<Tile<groups, filters, stages, true>>() : kernel_of<Tile<groups, filters, stages, false>>();
     LBS_S8_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
     return {};  // find_row() knows the rows of the same table only
@@ -68,7 +70,7 @@ Launch bind(const Task& task, const TileRow& row, int device) {
     const Params params = make_params(task, row);
     const DeviceGuard guard(device);
     check_capability("s8", false, device);
-    return Launch(params, kernel_of(row), device);
+    return Launch(params, kernel_of(row, needs_sums(task)), device);
 }
 
 int64_t peak_threads(int device) { return int64_t{kPeakThreads} * multiprocessors(device); }

@@ -6,10 +6,12 @@
 
 namespace lbs::s8 {
 
+// Weights of 8 bits on the odd grid, 2 q - 255, are no bytes: they are multiplied as w = q - 128 and count as 2 w + 1.
+inline bool needs_sums(const Task& t) { return t.w_odd && t.w_bits == 8; }
+
 // Parameters of `row` for the task. Raises FormatError for what no kernel serves.
 inline Params make_params(const Task& t, const TileRow& row) {
     require(t.a_bits == 8, "s8 kernel: activations of " + std::to_string(t.a_bits) + " bits; it takes 8");
-    require(t.w_bits < 8 || !t.w_odd, "s8 kernel: weights of 8 bits without a zero are no bytes");
     require(t.border, "s8 kernel: there is no pixel that padding holds");
     Params p{};
     const int64_t units = (t.channels + kUnitBytes - 1) / kUnitBytes;
@@ -20,7 +22,9 @@ inline Params make_params(const Task& t, const TileRow& row) {
     p.pitch = static_cast<int>(units) * kUnitBytes;
     constexpr int kStepUnits = kStepBytes / kUnitBytes;
     p.last_steps = (p.k_pieces - (p.chunks - 1) * kChunkUnits + kStepUnits - 1) / kStepUnits;
-    p.dot_scale = t.is_signed ? 2 : 1;
+    const int x_scale = t.is_signed ? 2 : 1;
+    p.dot_scale = (needs_sums(t) ? 2 : 1) * x_scale;
+    p.sum_scale = needs_sums(t) ? x_scale : 0;
     return p;
 }
 

@@ -40,6 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 READINGS: dict[str, dict[str, Any]] = {
     "w8": {"w_bits": 8, "grid": "zero"},
     "w8_zero": {"w_bits": 8, "grid": "zero", "zero": 117},
+    "w8_odd": {"w_bits": 8, "grid": "odd", "zero": 40},
+    "w8_odd_signed": {"w_bits": 8, "grid": "odd", "signed": True},
     "w8_signed": {"w_bits": 8, "grid": "zero", "signed": True},
     "w7_odd": {"w_bits": 7, "grid": "odd", "zero": 255},
     "w4_odd": {"w_bits": 4, "grid": "odd"},

@@ -34,6 +34,7 @@ class Kernel:
     machine: str
     groups: int
     filters: int
+    sums: bool  # of codes as well, by products of eight columns
     sass: str
     registers: int
     stack: int
@@ -68,14 +69,14 @@ def ask(option: str, arch: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def sections(text: str) -> dict[tuple[str, str, int, int], str]:
+def sections(text: str) -> dict[tuple[str, str, int, int, bool], str]:
     """Text after the name of every kernel of a table of tiles, up to the next kernel."""
     parts = re.split(r"Function :? ?(\S+?):?\n", text)
     found = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
-        match = re.search(r"(onebit|s8)_(wgmma|mma)I.*?TileILi(\d+)ELi(\d+)ELi\d+E", name)
+        match = re.search(r"(onebit|s8)_(wgmma|mma)I.*?TileILi(\d+)ELi(\d+)ELi\d+E(?:Lb([01])E)?", name)
         if match:
-            found[match[1], match[2], int(match[3]), int(match[4])] = body
+            found[match[1], match[2], int(match[3]), int(match[4]), match[5] == "1"] = body
     return found
 
 
@@ -87,7 +88,8 @@ def kernels(arch: str) -> list[Kernel]:
         registers, stack = (int(re.search(rf"{word}:(\d+)", usage[key]).group(1)) for word in ("REG", "STACK"))  # type: ignore[union-attr]
         rows.append(Kernel(*key, sass, registers, stack))
     tiles = {"onebit": extension.cuda.onebit_tiles(), "s8": extension.cuda.s8_tiles()}  # type: ignore[union-attr]
-    built = {(family, *row[:3]) for family, rows_of in tiles.items() for row in rows_of}
+    built = {(family, *row[:3], False) for family, rows_of in tiles.items() for row in rows_of}
+    built |= {("s8", *row[:3], True) for row in tiles["s8"]}
     assert set(code) == built
     return rows
 
@@ -144,10 +146,12 @@ def test_s8_kernels_multiply_bytes_asynchronously() -> None:
         whole, last = kernel.loops("IGMMA")
         for loop, steps in ((whole, 4), (last, 1)):
             assert sum(bool(re.match(product, text)) for text in loop) == steps * kernel.groups
+            sums = sum(bool(re.match(r"IGMMA\.64x8x32\.S8\.S8", text)) for text in loop)
+            assert sums == (steps * kernel.groups if kernel.sums else 0)
             assert [text for text in loop if "DEPBAR" in text] == ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
             assert sum("WARPGROUP.ARRIVE" in text for text in loop) == 1
-        assert kernel.count("IGMMA") == 5 * kernel.groups
-        assert kernel.count(r"DEPBAR\.LE gsb0, 0x0") == 1
+        assert kernel.count("IGMMA") == 5 * kernel.groups * (2 if kernel.sums else 1)
+        assert kernel.count(r"DEPBAR\.LE gsb0, 0x0") == 1 + kernel.sums  # before accumulators of either kind are read
 
 
 def test_few_instructions_of_s8_kernels_stand_between_products() -> None:

@@ -78,7 +78,7 @@ def test_what_serves_tests_alone_is_not_shipped() -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_every_name_that_is_used_is_needed(name: str) -> None:
-    use = re.compile(rf"(?:require_{name}\(\)|extension\.{name})\.([A-Za-z_]+)")
+    use = re.compile(rf"(?:require_{name}\(\)|extension\.{name})\.([A-Za-z_]\w*)")
     folders = [Path(package.__file__ or "").parent for package in (lbs, lbs_kernels)]
     used = {found for folder in folders for path in folder.rglob("*.py") for found in use.findall(path.read_text())}
     assert used == {needed.partition(".")[0] for needed in extension.NEEDED[name]}

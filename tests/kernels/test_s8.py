@@ -26,7 +26,7 @@ from lbs_kernels.program.steps import ConvStep, Emit
 from lbs_kernels.times import table
 
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
-WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 13)
+WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 12)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,7 @@ def test_geometry(config: S8Config, name: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_tile(config: S8Config) -> None:
     check(layer("strided", "w4_odd"), config)
+    check(layer("odd", "w8_odd"), config)  # with sums of codes, over channels that leave bytes of a pixel unused
 
 
 @pytest.mark.parametrize("reading", sorted(READINGS))
@@ -141,7 +142,7 @@ def test_named_programs(name: str) -> None:
     bytes_read = [
         step.name for step in program.steps
         if getattr(step, "w_bits", 0) and program.tensors[step.input].bits == 8 and getattr(step, "groups", 1) == 1  # type: ignore[union-attr]
-        and (step.w_bits, step.w_grid) != (8, "odd") and (step.emit.activation, step.emit.gate) == (None, None)  # type: ignore[union-attr]
+        and (step.emit.activation, step.emit.gate) == (None, None)  # type: ignore[union-attr]
     ]  # fmt: skip
     assert check_steps(program, blob, images, kind=S8Config) == bytes_read
 
@@ -156,6 +157,12 @@ def test_weights_have_an_exact_inverse(shape: tuple[int, int, int], block_o: int
     assert (tuple(laid_out.shape), laid_out.dtype) == (layout.shape, torch.int8)
     assert torch.equal(layout.inverse(laid_out), weights)
     assert int((laid_out != 0).sum()) == weights.numel()  # every byte has one place, the others are 0
+    with_sums = replace(layout, sums=True).forward(weights)
+    assert torch.equal(with_sums[:, :, :block_o], laid_out)
+    # A column of ones is the first filter of a block, the same places at the same turns, as if all its weights were 1.
+    ones = layout.forward(torch.ones_like(weights))[:1, :, :1].expand(layout.blocks, -1, -1, -1)
+    assert torch.equal(with_sums[:, :, block_o : block_o + 1], ones)
+    assert bool((with_sums[:, :, block_o:].sum(-1) == ones.sum(-1)).all())
     with pytest.raises(FormatError, match=r"the layout was made for torch\.int8"):
         layout.forward(weights[:, :, :0])
 
@@ -214,7 +221,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *instructions: str) -> None:
 def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert s8_default(LAYER) is None  # no GPU was asked
     on_a_gpu(monkeypatch, "wgmma", "mma")
-    assert kernels.default(LAYER).name == "cuda:s8_wgmma_m64_o128_s9_t2"
+    assert kernels.default(LAYER).name == "cuda:s8_wgmma_m64_o128_s8_t2"
     assert s8_default(replace(LAYER, batch=128)) == WIDE
     assert s8_default(replace(LAYER, batch=128, out_channels=64)) == CONFIGS[2]
     few = replace(LAYER, batch=1)
@@ -240,13 +247,14 @@ def test_what_is_refused() -> None:
     assert "2 groups" in str(s8_why_not(replace(LAYER, groups=2)))
     assert s8_why_not(LAYER) is None
     x, planes = random_codes(0, (1, 4, 4, 8), 3, (3, 3), 8)
-    made = one_step.conv(x, planes, a_bits=8, kernel=(3, 3))  # on the odd grid
+    made = one_step.conv(x, planes, a_bits=8, kernel=(3, 3))
     program, step = made.program, made.program.steps[1]
     assert isinstance(step, ConvStep)
     source = program.tensors[step.input]
-    assert "2 q - 255 is no byte" in str(step_why_not(step, source))
-    with pytest.raises(BackendError, match="weights of 8 bits on the grid 'odd'"):
-        prepare_weights(planes, (3, 3), 1, source, "cpu", "odd")
+    gated = replace(step, emit=replace(step.emit, gate=0))
+    assert "an activation or a gate" in str(step_why_not(gated, source))
+    with pytest.raises(BackendError, match="4 bits and 2 groups; they take 8 bits, one group"):
+        prepare_weights(planes, (3, 3), 2, replace(source, bits=4), "cpu", "zero")
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
         prepare_weights(planes, (1, 3), 1, source, "cpu", "zero")
     with pytest.raises(FormatError, match="the 32-bit accumulator ends below"):
@@ -256,9 +264,8 @@ def test_what_is_refused() -> None:
     problem = problem_of(step, program, 1, "cpu")
     buffers = {step.input: input_buffer(x, source, "cpu"), made.result: torch.zeros(1, 2, 2, 3)}
     arrays = {key: program.array(made.blob, key) for key in program.arrays}
-    zero = replace(step, w_grid="zero")
     with pytest.raises(BackendError, match="no such kernel is built; there are wgmma 128 x 128, 6 stages"):
-        bound(program, arrays, zero, problem, S8Config("wgmma", 256, 128, 6), buffers)
+        bound(program, arrays, step, problem, S8Config("wgmma", 256, 128, 6), buffers)
 
 
 def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +273,6 @@ def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> Non
     check(layer("smallest"), NARROW)
     for change, words in (
         ({"a_bits": 4}, "activations of 4 bits; it takes 8"),
-        ({"w_odd": True}, "weights of 8 bits without a zero are no bytes"),
         ({"border": 0}, "there is no pixel that padding holds"),
         ({"batch": 2**28, "channels": 128}, "the number of input bytes is 34359738368"),
     ):

@@ -97,9 +97,9 @@ class S8Config(CudaConfig):
     kind = "s8"
     tiles = (
         ("wgmma", 128, 128, 6),
-        ("wgmma", 64, 128, 9),
-        ("wgmma", 128, 64, 9),
-        ("wgmma", 64, 64, 13),
+        ("wgmma", 64, 128, 8),
+        ("wgmma", 128, 64, 8),
+        ("wgmma", 64, 64, 12),
     )
 
 

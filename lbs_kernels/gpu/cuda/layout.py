@@ -10,7 +10,8 @@ One-bit kernels flatten K over (tap, word) and cut it into chunks of 16 words. A
     unit 4 p + u = words 4 u .. 4 u + 3 of plane 2 j + p
 
 The s8 kernels flatten it over (tap, channel), channels padded to 16 for each tap, and cut it into chunks of 128 bytes.
-Bytes of filters and channels that do not exist are 0.
+Bytes of filters and channels that do not exist are 0. Kernels that sum codes find eight more columns in every block,
+which hold 1 where a channel exists.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lbs_kernels.gpu.layout import byte_pitch
 ROW_BYTES = 128
 UNIT_BYTES = 16
 SWIZZLE = 8  # rows after which the order of units repeats
+SUM_COLUMNS = 8
 CHUNK_WORDS = 16
 
 
@@ -33,6 +35,13 @@ def channel_order(block_o: int) -> Tensor:
     """int64 [block_o]: the channel, inside its block, of every column."""
     column = torch.arange(block_o)
     return column // 2 % 4 * (block_o // 4) + column // 8 * 2 + column % 2
+
+
+def swizzled(rows: Tensor) -> Tensor:
+    """Rows of 128 bytes [..., columns, 128] with their units at their places, and the other way round."""
+    units = rows.reshape(*rows.shape[:-1], SWIZZLE, UNIT_BYTES)
+    place = torch.arange(SWIZZLE) ^ (torch.arange(rows.shape[-2]) % SWIZZLE).unsqueeze(1)  # [columns, units]
+    return units.gather(-2, place[..., None].expand(*units.shape)).reshape(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -73,19 +82,14 @@ class FilterBlocks:
 
     def to_columns(self, rows: Tensor) -> Tensor:
         """uint8 [..., block_o channels, 128] in the order of columns, swizzled."""
-        return self._swizzled(rows[..., channel_order(self.block_o), :])
+        return swizzled(rows[..., channel_order(self.block_o), :])
 
     def to_channels(self, columns: Tensor) -> Tensor:
         """The inverse of `to_columns`."""
-        rows = self._swizzled(columns)  # the swizzle undoes itself
+        rows = swizzled(columns)  # the swizzle undoes itself
         by_channel = torch.empty_like(rows)
         by_channel[..., channel_order(self.block_o), :] = rows
         return by_channel
-
-    def _swizzled(self, rows: Tensor) -> Tensor:
-        units = rows.reshape(*rows.shape[:-1], SWIZZLE, UNIT_BYTES)
-        place = torch.arange(SWIZZLE) ^ (torch.arange(self.block_o) % SWIZZLE).unsqueeze(1)  # [columns, units]
-        return units.gather(-2, place[..., None].expand(*units.shape)).reshape(rows.shape)
 
     def _check(self, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         if given.dtype != dtype or tuple(given.shape) != shape:
@@ -136,6 +140,7 @@ class S8Layout(FilterBlocks):
 
     taps: int
     channels: int
+    sums: bool = False
 
     @property
     def chunks(self) -> int:
@@ -144,22 +149,32 @@ class S8Layout(FilterBlocks):
     @property
     def shape(self) -> tuple[int, ...]:
         """[blocks, chunks, columns, bytes]."""
-        return self.blocks, self.chunks, self.block_o, ROW_BYTES
+        return self.blocks, self.chunks, self.block_o + (SUM_COLUMNS if self.sums else 0), ROW_BYTES
 
     def forward(self, weights: Tensor) -> Tensor:
         """int8 of `shape` from int8 [O, T, C]."""
         self._check(weights, torch.int8, (self.filters, self.taps, self.channels))
-        pitch = byte_pitch(self.channels)
-        flat = torch.nn.functional.pad(weights, (0, pitch - self.channels)).flatten(1)
-        padded = torch.nn.functional.pad(
-            flat, (0, self.chunks * ROW_BYTES - flat.shape[1], 0, self.slots - self.filters)
-        )
+        padded = torch.nn.functional.pad(self._flat(weights), (0, 0, 0, self.slots - self.filters))
         rows = padded.reshape(self.blocks, self.block_o, self.chunks, ROW_BYTES).transpose(1, 2)
-        return self.to_columns(rows)
+        columns = self.to_columns(rows)
+        if not self.sums:
+            return columns
+        ones = self._flat(torch.ones_like(weights[:1])).reshape(self.chunks, 1, ROW_BYTES)
+        ones = swizzled(ones.expand(self.blocks, self.chunks, SUM_COLUMNS, ROW_BYTES))
+        return torch.cat([columns, ones], dim=2)
+
+    def _flat(self, weights: Tensor) -> Tensor:
+        """[O, bytes of all chunks] of [O, T, C]."""
+        flat = torch.nn.functional.pad(weights, (0, byte_pitch(self.channels) - self.channels)).flatten(1)
+        return torch.nn.functional.pad(flat, (0, self.chunks * ROW_BYTES - flat.shape[1]))
 
     def inverse(self, laid_out: Tensor) -> Tensor:
         """int8 [O, T, C] of what `forward` made."""
-        flat = self.to_channels(laid_out).transpose(1, 2).reshape(self.slots, self.chunks * ROW_BYTES)
+        flat = (
+            self.to_channels(laid_out[:, :, : self.block_o])
+            .transpose(1, 2)
+            .reshape(self.slots, self.chunks * ROW_BYTES)
+        )
         pitch = byte_pitch(self.channels)
         kept = flat[: self.filters, : self.taps * pitch].reshape(self.filters, self.taps, pitch)
         return kept[..., : self.channels].contiguous()
