@@ -27,14 +27,17 @@ int device_count() {
 template <size_t kRows>
 void define(py::module_& module, const char* tiles, const char* launch, const lbs::gpu::TileRow (&rows)[kRows],
             lbs::gpu::Launch (*bind)(const lbs::gpu::Task&, const lbs::gpu::TileRow&, int)) {
-    module.def(tiles, [&rows] { return lbs::gpu::tile_rows(rows); },
-               "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def(
+        tiles, [&rows] { return lbs::gpu::tile_rows(rows); },
+        "[(machine, groups, filters, stages, shared bytes)] as built.");
     module.def(
         launch,
-        [&rows, bind](const py::dict& task, const std::string& machine, int groups, int filters, int stages, int device) {
+        [&rows, bind](const py::dict& task, const std::string& machine, int groups, int filters, int stages,
+                      int device) {
             return bind(lbs::gpu::read_task(task), lbs::gpu::find_row(rows, machine, groups, filters, stages), device);
         },
-        py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"), py::arg("stages"), py::arg("device"),
+        py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"), py::arg("stages"),
+        py::arg("device"),
         "task: see csrc/cuda/task_python.h; the rest names a row of the tiles. Raises FormatError, BackendError.");
 }
 

@@ -9,12 +9,12 @@
 
 namespace lbs::gpu {
 
-constexpr int kRowBytes = 128;        // of a chunk
-constexpr int kUnitBytes = 16;        // of a copy, and of the swizzle
-constexpr int kStepBytes = 32;        // of a row in one multiplication of the tensor core
-constexpr int kSwizzleBytes = 1024;   // after which the swizzle repeats
-constexpr int kWarpgroup = 128;       // threads
-constexpr int kWarpgroupRows = 64;    // rows of one multiplication
+constexpr int kRowBytes = 128;       // of a chunk
+constexpr int kUnitBytes = 16;       // of a copy, and of the swizzle
+constexpr int kStepBytes = 32;       // of a row in one multiplication of the tensor core
+constexpr int kSwizzleBytes = 1024;  // after which the swizzle repeats
+constexpr int kWarpgroup = 128;      // threads
+constexpr int kWarpgroupRows = 64;   // rows of one multiplication
 
 // Byte at which word `word` (0..31) of a row lies, row included.
 LBS_HD int swizzled_byte(int row, int word) {

@@ -29,19 +29,21 @@ void check_built(const Kernel& kernel) {
     cudaFuncAttributes found{};
     cuda_check(cudaFuncGetAttributes(&found, kernel.function), "asking for the kernel");
     if (found.numRegs < kernel.least_registers)
-        throw BackendError("the kernel was built without the instruction it needs; build again with 90a in "
-                           "LBS_CUDA_ARCHS");
+        throw BackendError(
+            "the kernel was built without the instruction it needs; build again with 90a in "
+            "LBS_CUDA_ARCHS");
 }
 
 Launch::Launch(const void* params, size_t bytes, int tiles, const Kernel& kernel, int device)
     : params_(static_cast<const unsigned char*>(params), static_cast<const unsigned char*>(params) + bytes),
-      kernel_(kernel), device_(device) {
+      kernel_(kernel),
+      device_(device) {
     const DeviceGuard guard(device);
     check_built(kernel_);
     kernel_.shared_bytes += kSwizzleBytes;  // room to begin where the swizzle does
-    cuda_check(cudaFuncSetAttribute(kernel_.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    kernel_.shared_bytes),
-               "asking for " + std::to_string(kernel_.shared_bytes) + " bytes of shared memory");
+    cuda_check(
+        cudaFuncSetAttribute(kernel_.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel_.shared_bytes),
+        "asking for " + std::to_string(kernel_.shared_bytes) + " bytes of shared memory");
     cuda_check(cudaFuncSetAttribute(kernel_.function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared),
                "asking for more shared memory than cache");
@@ -60,8 +62,8 @@ void Launch::enqueue(cudaStream_t stream) const {
     if (blocks_ == 0) return;
     const DeviceGuard guard(device_);
     void* arguments[] = {const_cast<unsigned char*>(params_.data())};
-    cuda_check(cudaLaunchKernel(kernel_.function, dim3(blocks_), dim3(kernel_.threads), arguments,
-                                kernel_.shared_bytes, stream),
+    cuda_check(cudaLaunchKernel(kernel_.function, dim3(blocks_), dim3(kernel_.threads), arguments, kernel_.shared_bytes,
+                                stream),
                "launching the kernel");
 }
 

@@ -22,10 +22,10 @@ struct ConsumerTarget {
 // A part of a kernel argument. K is flattened over (tap, piece): the pieces of one pixel are words or units of 16
 // bytes, as the kernel copies them.
 struct Layer {
-    const int* offset;   // int32 [filter slots]
-    int* accumulators;   // int32 [M][O]: written instead of everything else, for tests
+    const int* offset;  // int32 [filter slots]
+    int* accumulators;  // int32 [M][O]: written instead of everything else, for tests
     const float* multiplier;
-    const float* bias;   // float32 [filter slots]
+    const float* bias;  // float32 [filter slots]
 
     int rows, filters, height, width;
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;

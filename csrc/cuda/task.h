@@ -10,9 +10,9 @@
 
 namespace lbs::gpu {
 
-// One convolution with its epilogue; a matrix product is one of 1 x 1 pixels. Pointers as in Layer and the parameters of
-// the kernel; a filter slot is a place in a block of filters, `filters` rounded up to whole blocks. Null where there is
-// no such thing.
+// One convolution with its epilogue; a matrix product is one of 1 x 1 pixels. Pointers as in Layer and the parameters
+// of the kernel; a filter slot is a place in a block of filters, `filters` rounded up to whole blocks. Null where there
+// is no such thing.
 struct Task {
     const void* x = nullptr;
     const void* w = nullptr;

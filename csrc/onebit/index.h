@@ -6,10 +6,10 @@
 
 namespace lbs::onebit {
 
-constexpr int kChunkWords = 16;       // words of K in a chunk, of one plane
-constexpr int kStepWords = 8;         // words of K in one multiplication of the tensor core, 256 bits
-constexpr int kPlaneBytes = 64;       // of one plane in a row
-constexpr int kMultiplyGroups = 3;    // accumulators of p + r = 0, 1, 2
+constexpr int kChunkWords = 16;     // words of K in a chunk, of one plane
+constexpr int kStepWords = 8;       // words of K in one multiplication of the tensor core, 256 bits
+constexpr int kPlaneBytes = 64;     // of one plane in a row
+constexpr int kMultiplyGroups = 3;  // accumulators of p + r = 0, 1, 2
 
 // Where step `step` of plane `plane` starts, relative to the tile.
 LBS_HD uint32_t operand_byte(int plane, int step) { return plane * kPlaneBytes + step * kStepBytes; }

@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(PeakWgmma::kThreads, 1) peak_wgmma(int repeats
 }
 
 Kernel kernel_of(const TileRow& row) {
-#define LBS_KERNEL(machine, groups, filters, stages)                                                        \
-    if (same_row(row, {#machine, groups, filters, stages, 0}))                                              \
-        return {reinterpret_cast<const void*>(&onebit_##machine<Tile<groups, filters, stages>>),            \
-                groups * kWarpgroup, row.shared_bytes, 64};
+#define LBS_KERNEL(machine, groups, filters, stages)                                                                  \
+    if (same_row(row, {#machine, groups, filters, stages, 0}))                                                        \
+        return {reinterpret_cast<const void*>(&onebit_##machine<Tile<groups, filters, stages>>), groups * kWarpgroup, \
+                row.shared_bytes, 64};
     LBS_ONEBIT_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
     return {};  // find_row() knows the rows of the same table only
@@ -87,9 +87,7 @@ Launch bind(const Task& task, const TileRow& row, int device) {
     return Launch(params, kernel_of(row), device);
 }
 
-int64_t peak_threads(int device) {
-    return int64_t{PeakWgmma::kThreads} * multiprocessors(device);
-}
+int64_t peak_threads(int device) { return int64_t{PeakWgmma::kThreads} * multiprocessors(device); }
 
 int64_t enqueue_peak(const std::string& machine, int repeats, int* out, int device, cudaStream_t stream) {
     check_range(repeats, 1, 1 << 24, "the number of repeats");
@@ -98,7 +96,8 @@ int64_t enqueue_peak(const std::string& machine, int repeats, int* out, int devi
     const DeviceGuard guard(device);
     check_capability("one-bit " + machine, !wgmma, device);
     const int blocks = multiprocessors(device);
-    const void* function = wgmma ? reinterpret_cast<const void*>(&peak_wgmma) : reinterpret_cast<const void*>(&peak_mma);
+    const void* function =
+        wgmma ? reinterpret_cast<const void*>(&peak_wgmma) : reinterpret_cast<const void*>(&peak_mma);
     const int bytes = (wgmma ? PeakWgmma::kStageBytes : PeakMma::kStageBytes) + kSwizzleBytes;
     check_built({function, PeakWgmma::kThreads, bytes, 64});
     void* arguments[] = {&repeats, &out};

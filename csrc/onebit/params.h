@@ -18,8 +18,8 @@ struct Pass {
 
 // Pieces of K are 32-channel words.
 struct Params : Layer {
-    const uint32_t* x;  // planes int32 [N][H][W][a_bits][CW]
-    const uint32_t* w;  // in the order of weight_block()
+    const uint32_t* x;       // planes int32 [N][H][W][a_bits][CW]
+    const uint32_t* w;       // in the order of weight_block()
     int words, pixel_words;  // of one plane, and of all planes of a pixel
     int copy_words;          // 4, 2 or 1: words in one copy, a divisor of `words`
     int steps;               // of one pass: 256 bits of K; a chunk has two

@@ -20,8 +20,8 @@ LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
     return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kColumns * kRowBytes);
 }
 
-// Row i of those that warp `warp` of the producer copies. A lane's rows are 16 apart, so that they differ by nothing but
-// their number: all have the same place in the swizzle.
+// Row i of those that warp `warp` of the producer copies. A lane's rows are 16 apart, so that they differ by nothing
+// but their number: all have the same place in the swizzle.
 LBS_HD int copied_row(int warp, int i) {
     return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
 }

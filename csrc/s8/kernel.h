@@ -12,8 +12,8 @@
 // weights, one run of bytes that a bulk copy counts on the barrier. `empty` completes when the four warps that
 // multiply have left the stage.
 //
-// Where sum_scale is not 0, kernels of their own (kSums) multiply the activations by eight columns of ones as well: of a
-// fragment of eight columns a thread holds the sums of the very rows whose products it holds.
+// Where sum_scale is not 0, kernels of their own (kSums) multiply the activations by eight columns of ones as well: of
+// a fragment of eight columns a thread holds the sums of the very rows whose products it holds.
 #pragma once
 
 #include "cuda/epilogue.h"
@@ -37,8 +37,8 @@ struct Tile {
     static constexpr int kWindowByte = kStages * kStageBytes;
     static constexpr int kBarrierByte = kWindowByte + kRows * static_cast<int>(sizeof(Window));
     static constexpr int kSharedBytes = kBarrierByte + 2 * kStages * 8;
-    // Chunks that are on their way before the first of them is waited for. The consumer leaves a stage when it has begun
-    // with the next one, so that at least two must be there.
+    // Chunks that are on their way before the first of them is waited for. The consumer leaves a stage when it has
+    // begun with the next one, so that at least two must be there.
     static constexpr int kAhead = kStages / 2;
     static_assert(kAhead <= kStages - 2, "the producer would wait for a stage that is not left without the next");
     static_assert(kWarpRows <= 32, "a lane finds the window of one row");
@@ -78,8 +78,8 @@ LBS_HD void copy_chunk(Machine& machine, const Params& p, int filter_block, int 
     const int byte = stage * T::kStageBytes, warp = machine.thread() / 32, lane = machine.thread() % 32;
     if (machine.thread() == 0) {
         machine.expect(T::full(stage), T::kWeightBytes);
-        machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kColumns>(p, filter_block, chunk), T::kWeightBytes,
-                          T::full(stage));
+        machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kColumns>(p, filter_block, chunk),
+                          T::kWeightBytes, T::full(stage));
     }
     // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
     const int unit = lane % kChunkUnits, first = lane / kChunkUnits;
@@ -209,8 +209,8 @@ LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, 
     }
 }
 
-// Writes the sums of a tile, one row of the thread's fragments after another, so that the epilogue is there once and not
-// once for every row.
+// Writes the sums of a tile, one row of the thread's fragments after another, so that the epilogue is there once and
+// not once for every row.
 template <class T>
 LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sums) {
     LBS_NO_UNROLL for (int part = 0; part < 2 * T::kGroups; ++part) {

@@ -36,11 +36,10 @@ public:
         } while (!done);
     }
     __device__ void bulk_copy(int byte, const void* from, int bytes, int barrier) const {
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                address(byte)),
-            "l"(from), "r"(bytes), "r"(address(barrier))
-            : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         address(byte)),
+                     "l"(from), "r"(bytes), "r"(address(barrier))
+                     : "memory");
     }
     // 65536 registers for three groups of 128 threads: the producer needs few, the consumers hold sums.
     __device__ void give_registers() const { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }

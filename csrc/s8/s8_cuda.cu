@@ -56,9 +56,10 @@ Kernel kernel_of() {
 }
 
 Kernel kernel_of(const TileRow& row, bool sums) {
-#define LBS_KERNEL(machine, groups, filters, stages)           \
-    if (same_row(row, {#machine, groups, filters, stages, 0})) \
-        return sums ? kernel_of<Tile<groups, filters, stages, true>>() : kernel_of<Tile<groups, filters, stages, false>>();
+#define LBS_KERNEL(machine, groups, filters, stages)                   \
+    if (same_row(row, {#machine, groups, filters, stages, 0}))         \
+        return sums ? kernel_of<Tile<groups, filters, stages, true>>() \
+                    : kernel_of<Tile<groups, filters, stages, false>>();
     LBS_S8_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
     return {};  // find_row() knows the rows of the same table only
@@ -80,11 +81,13 @@ int64_t enqueue_peak(int repeats, int* out, int device, cudaStream_t stream) {
     const DeviceGuard guard(device);
     check_capability("s8", false, device);
     const int blocks = multiprocessors(device);
-    const Kernel kernel{reinterpret_cast<const void*>(&peak_wgmma), kPeakThreads, Peak::kStageBytes + kSwizzleBytes, 64};
+    const Kernel kernel{reinterpret_cast<const void*>(&peak_wgmma), kPeakThreads, Peak::kStageBytes + kSwizzleBytes,
+                        64};
     check_built(kernel);
     void* arguments[] = {&repeats, &out};
-    cuda_check(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
-               "launching the roof of the s8 tensor cores");
+    cuda_check(
+        cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
+        "launching the roof of the s8 tensor cores");
     return int64_t{blocks} * repeats * kConsumers * Peak::kRows * Peak::kN * kRowBytes;
 }
 

@@ -5,7 +5,7 @@ Activations are x = q - 128, as the GPU keeps codes of 8 bits. With u what a wei
     acc = sum_k u (x + 128 - zero) = sum_k u x + (128 - zero) sum_k u            unsigned activations
     acc = sum_k u (2 x + 1)        = 2 sum_k u x + sum_k u                       signed ones
 
-Padding is a pixel of the code `zero`, so that the second sum runs over all of K and is a constant of the filter. Bytes w
+Padding is a pixel of the code `zero`, so that the second sum runs over all of K, a constant of the filter. Bytes w
 are multiplied: u itself, but on the odd grid at 8 bits u = 2 w + 1, and then sum_k u x = 2 sum_k w x + sum_k x.
 """
 

@@ -13,13 +13,15 @@ using namespace lbs;
 namespace {
 
 constexpr const char* kRunDoc =
-    "Runs one launch; task: see csrc/cuda/task_python.h. late: asynchronous operations happen where they are waited for, "
+    "Runs one launch; task: see csrc/cuda/task_python.h. late: asynchronous operations happen where they are waited "
+    "for, "
     "else where they are issued; seed: of the order of the threads, 0 for that of their numbers.";
 
 template <size_t kRows, class Run>
 void define(py::module_& module, const char* tiles, const char* run_name, const gpu::TileRow (&rows)[kRows], Run run) {
-    module.def(tiles, [&rows] { return gpu::tile_rows(rows); },
-               "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def(
+        tiles, [&rows] { return gpu::tile_rows(rows); },
+        "[(machine, groups, filters, stages, shared bytes)] as built.");
     module.def(
         run_name,
         [&rows, run](const py::dict& task, const std::string& machine, int groups, int filters, int stages, int blocks,

@@ -51,7 +51,11 @@ struct Barrier {
 // What the threads of one block share.
 struct Block {
     Block(int threads, int shared_bytes, int index_, int count_, const Operands& operands_, Timing timing_)
-        : memory(shared_bytes, kPoison), mail(threads / 32), index(index_), count(count_), operands(operands_),
+        : memory(shared_bytes, kPoison),
+          mail(threads / 32),
+          index(index_),
+          count(count_),
+          operands(operands_),
           timing(timing_) {
         all.count = threads;
         for (Mail& warp : mail) warp.meeting.count = 32;
@@ -231,7 +235,8 @@ private:
 
 // Runs `run(machine)` for every thread of `blocks` blocks, one block after another.
 template <class Machine, class Run>
-void run_blocks(int threads, int shared_bytes, int blocks, const Operands& operands, const Order& order, const Run& run) {
+void run_blocks(int threads, int shared_bytes, int blocks, const Operands& operands, const Order& order,
+                const Run& run) {
     for (int index = 0; index < blocks; ++index) {
         Block block(threads, shared_bytes, index, blocks, operands, order.timing);
         Fibers::run(threads, order.seed, [&](int thread) {
@@ -241,6 +246,8 @@ void run_blocks(int threads, int shared_bytes, int blocks, const Operands& opera
     }
 }
 
-inline int blocks_used(const Order& order, int tiles) { return std::min(std::max(order.blocks, 1), std::max(tiles, 1)); }
+inline int blocks_used(const Order& order, int tiles) {
+    return std::min(std::max(order.blocks, 1), std::max(tiles, 1));
+}
 
 }  // namespace lbs::gpu

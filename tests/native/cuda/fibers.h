@@ -23,7 +23,8 @@ public:
     static void run(int count, unsigned seed, const std::function<void(int)>& body);
     // Called by a fiber: returns when `meeting.count` of them have called it.
     static void meet(Meeting& meeting);
-    // Called by a fiber that waits for something else: lets the others go on, and says whether it moved itself meanwhile.
+    // Called by a fiber that waits for something else: lets the others go on, and says whether it moved itself
+    // meanwhile.
     static void pause();
     static void moved();
 

@@ -20,9 +20,9 @@ struct Order {
 
 }  // namespace lbs::gpu
 
-// Each runs the kernel of `row` for a task whose pointers are addresses of this process. Raises FormatError for a task no
-// kernel serves, and for what the hardware would not forgive: an address out of bounds or not aligned, a descriptor of
-// another layout, a copy from beyond the operands, a missing fence, threads that wait for one another.
+// Each runs the kernel of `row` for a task whose pointers are addresses of this process. Raises FormatError for a task
+// no kernel serves, and for what the hardware would not forgive: an address out of bounds or not aligned, a descriptor
+// of another layout, a copy from beyond the operands, a missing fence, threads that wait for one another.
 namespace lbs::onebit {
 void run_model(const gpu::Task& task, const gpu::TileRow& row, const gpu::Order& order);
 }

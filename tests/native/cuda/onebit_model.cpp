@@ -85,11 +85,11 @@ void run_model(const Task& task, const TileRow& row, const Order& order) {
     const int blocks = blocks_used(order, params.tiles);
 #define LBS_MODEL_wgmma WgmmaModel
 #define LBS_MODEL_mma MmaModel
-#define LBS_RUN(machine, groups, filters, stages)                                                              \
-    if (same_row(row, {#machine, groups, filters, stages, 0})) {                                               \
-        using T = Tile<groups, filters, stages>;                                                               \
-        return run_blocks<LBS_MODEL_##machine>(T::kThreads, T::kSharedBytes, blocks, operands, order,          \
-                                               [&](auto& model) { run_tiles<T>(model, params); });             \
+#define LBS_RUN(machine, groups, filters, stages)                                                     \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) {                                      \
+        using T = Tile<groups, filters, stages>;                                                      \
+        return run_blocks<LBS_MODEL_##machine>(T::kThreads, T::kSharedBytes, blocks, operands, order, \
+                                               [&](auto& model) { run_tiles<T>(model, params); });    \
     }
     LBS_ONEBIT_TILES(LBS_RUN)
 #undef LBS_RUN

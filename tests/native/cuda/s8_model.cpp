@@ -84,18 +84,17 @@ void run(const Params& params, int blocks, const Operands& operands, const Order
 void run_model(const Task& task, const TileRow& row, const Order& order) {
     const Params params = make_params(task, row);
     const int64_t pixels = task.batch * task.height * task.width;
-    const int64_t weight_rows = int64_t{params.filter_blocks} * params.chunks *
-                                (row.filters + (needs_sums(task) ? kSumColumns : 0));
-    const Operands operands{
-        {reinterpret_cast<uintptr_t>(task.x), static_cast<uintptr_t>(pixels * params.pitch)},
-        {reinterpret_cast<uintptr_t>(task.w), static_cast<uintptr_t>(weight_rows * kRowBytes)},
-        {reinterpret_cast<uintptr_t>(task.border), static_cast<uintptr_t>(params.pitch)}};
+    const int64_t weight_rows =
+        int64_t{params.filter_blocks} * params.chunks * (row.filters + (needs_sums(task) ? kSumColumns : 0));
+    const Operands operands{{reinterpret_cast<uintptr_t>(task.x), static_cast<uintptr_t>(pixels * params.pitch)},
+                            {reinterpret_cast<uintptr_t>(task.w), static_cast<uintptr_t>(weight_rows * kRowBytes)},
+                            {reinterpret_cast<uintptr_t>(task.border), static_cast<uintptr_t>(params.pitch)}};
     const int blocks = blocks_used(order, params.tiles);
-#define LBS_RUN(machine, groups, filters, stages)                                   \
-    if (same_row(row, {#machine, groups, filters, stages, 0})) {                    \
+#define LBS_RUN(machine, groups, filters, stages)                                                        \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) {                                         \
         if (needs_sums(task)) run<Tile<groups, filters, stages, true>>(params, blocks, operands, order); \
         else run<Tile<groups, filters, stages, false>>(params, blocks, operands, order);                 \
-        return;                                                                     \
+        return;                                                                                          \
     }
     LBS_S8_TILES(LBS_RUN)
 #undef LBS_RUN
