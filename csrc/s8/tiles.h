@@ -1,4 +1,4 @@
-// The kernels that are built: one row each. lbs_kernels/gpu/configs/s8.py states the same rows and a test compares them.
+// The kernels that are built: one row each. lbs_kernels/gpu/configs/cuda.py states the same rows and a test compares them.
 #pragma once
 
 #include "cuda/tile_row.h"
