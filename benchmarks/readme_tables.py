@@ -3,10 +3,10 @@
     python benchmarks/readme_tables.py            rewrite README.md
     python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
 
-Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `op` as bench_<op>.py,
-`networks` as bench_networks.py, `training` as bench_search.py, `quantization` as bench_quantize.py and `gpu_...` as
-gpu_suite.py save them, and benchmarks/results/search/*.json, the records of searched networks: one table for all that
-`lbs reproduce` made. Files of other kinds are listed by name.
+Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `quickstart` as `lbs
+quickstart --json`, `op` as bench_<op>.py, `networks` as bench_networks.py, `training` as bench_search.py,
+`quantization` as bench_quantize.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the
+records of searched networks: one table for all that `lbs reproduce` made. Files of other kinds are listed by name.
 """
 
 from __future__ import annotations
@@ -102,6 +102,16 @@ def model_table(path: str, body: Body) -> list[str]:
     title = f"**{network}** on {body['device']}, {body['threads']} threads, torch {body['header']['torch']} (`{path}`)"
     lines = [title, "", *_table(["batch", "contender", "ms per batch, median [p20 p80]", "speed of packed over"], rows)]
     return [*lines, *_remarks(body)]
+
+
+def quickstart_table(path: str, body: Body) -> list[str]:
+    """The last lines of `lbs quickstart`, as it printed them, but for where the page is."""
+    bench = body["bench"]
+    title = (
+        f"**The end of `make quickstart`** on {bench['device']}, {bench['threads']} threads, torch "
+        f"{bench['header']['torch']} (`{path}`, of `lbs quickstart --json`)"
+    )
+    return [title, "", "```", *body["summary"], "```", *_remarks(bench)]
 
 
 def networks_table(path: str, body: Body) -> list[str]:
@@ -209,6 +219,7 @@ OP_LEGEND = (
 
 # Level of a file, or its folder where it states none, in the order of the README.
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {
+    "quickstart": quickstart_table,
     "search": network_table,
     "quantization": quantization_table,
     "networks": networks_table,

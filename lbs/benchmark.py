@@ -112,6 +112,7 @@ def bench(
     baselines: Sequence[str] = DEFAULT_BASELINES,
     rounds: int = 30,
     first_call: bool = False,
+    uniform8: PackedModel | None = None,
 ) -> BenchReport:
     """Time a packed network against baselines of the same architecture.
 
@@ -124,6 +125,8 @@ def bench(
         rounds: measurements of each contender.
         first_call: on the CPU, time the first call after a pause, when threads sleep and caches are cold, instead of
             calls in a loop.
+        uniform8: the network of that row, such as `lbs.quantize(model, images)` makes; unless it is given, `model` is
+            packed at 8 bits with ranges of random images, which takes as long and is of no other use.
 
     Raises:
         LbsError: an unknown baseline, batches below 1, or first_call on a GPU. BackendError: a wrong packed result;
@@ -145,7 +148,7 @@ def bench(
         raise LbsError(f"first_call is timed on the CPU; the network is on {device}. Leave it out, or move the network")
     rows: list[BenchRow] = []
     with torch_threads(threads) as count, torch.inference_mode(), _no_tf32():
-        models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes)
+        models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes, uniform8)
         engines = _engines(packed, model, baselines, missing)
         for batch in batches:
             images = packed.random_images(batch)
@@ -177,6 +180,7 @@ def _models(
     baselines: Sequence[str],
     missing: dict[str, str],
     notes: list[str],
+    uniform8: PackedModel | None,
 ) -> dict[str, nn.Module]:
     """Contenders by row name, every packed one checked."""
     models: dict[str, nn.Module] = {PACKED: packed}
@@ -187,7 +191,7 @@ def _models(
     plain = _float_model(model, notes).to(packed.device).eval()
     for name in baselines:
         if name == "uniform8":
-            models[BASELINES[name]] = _uniform8(plain, packed)
+            models[BASELINES[name]] = uniform8 or _uniform8(plain, packed)
         else:
             models[BASELINES[name]] = _baseline(name, plain)
     for contender in models.values():

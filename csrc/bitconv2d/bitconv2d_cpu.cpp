@@ -1,6 +1,7 @@
 #include "bitconv2d/bitconv2d_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "common/format.h"
@@ -194,6 +195,9 @@ AccumulatorPlan plan_accumulator(const ProgramSpec& program, const StepSpec& ste
     }
     plan.multiplier = store.padded(program.floats(*step.multiplier), filters);
     plan.bias = store.padded(program.floats(*step.bias), filters);
+    plan.largest = 0.0f;
+    for (int o = 0; o < filters; ++o)
+        plan.largest = std::max(plan.largest, std::fabs(plan.multiplier[o]) * 0x1p31f + std::fabs(plan.bias[o]));
     return plan;
 }
 

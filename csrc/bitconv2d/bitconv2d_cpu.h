@@ -52,6 +52,11 @@ double direct_cycles(const StepSpec& step, const CodeLayout& layout, int filters
 void write_weights(const StepSpec& step, const std::vector<uint8_t>& codes, int filters, int channels, int first,
                    int width, int8_t* out);
 
+// Whether sums of so many steps are short, and emitted as they are made.
+inline bool is_short(const StepSpec& step, const TensorSpec& source, int k_steps, const EmitPlan& emit) {
+    return k_steps <= kShortSteps && emit.is_usual && !needs_sum(step) && !source.is_signed;
+}
+
 // Whether a pair of products may exceed what the instruction set's dot takes.
 bool needs_wide_dot(const KernelTable& kernels, const StepSpec& step, int a_bits);
 

@@ -10,7 +10,8 @@ namespace lbs {
 
 // Whether the kernel of depthwise convolutions computes this step on codes of this layout: one filter for every
 // channel, columns kept apart as the step reads them, and nothing read past the slack behind them.
-bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, int lanes);
+bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const EmitPlan& emit,
+                  int lanes);
 
 // Everything of `plan` but its emit part.
 void plan_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout,

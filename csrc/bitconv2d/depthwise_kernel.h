@@ -69,41 +69,25 @@ struct DepthwiseDots<0, kWide> {
     }
 };
 
-// The epilogue of one group, vector by vector. What the usual one needs is copied here: the stores of codes may alias
-// everything that has an address.
+// The epilogue of one group, vector by vector.
 struct DepthwiseEmit {
     const FastEmit& fast;
     Tile tile;
     const int64_t sums;  // integers from dots to sums, 0: none
     const int vectors;
-    const bool usual;
-    const lbs::ConsumerPlan consumer;
-    const float floor;
-    unsigned char* const base;
-    const float* const gain;
-    const float* const offset;
+    const UsualEmit usual;
 
     LBS_INLINE DepthwiseEmit(const FastEmit& f, int channel, int vector, const int32_t* dots, int pitch, int64_t sums_)
-        : fast(f),
-          tile(f, channel, 4, vector, 1, dots),
-          sums(sums_),
-          vectors(f.plan->vectors),
-          usual(f.only && f.plain && channels_are_free(*f.plan, channel + 4)),
-          consumer(usual ? *f.only : lbs::ConsumerPlan()),
-          floor(f.floor),
-          base(usual ? f.codes(consumer, channel) : nullptr),
-          gain(f.acc->multiplier + channel),
-          offset(f.acc->bias + channel) {
+        : fast(f), tile(f, channel, 4, vector, 1, dots), sums(sums_), vectors(f.plan->vectors), usual(f, channel) {
         tile.filter_pitch = pitch;
         tile.own_sums = true;
     }
     LBS_INLINE void next() {
-        if (usual && (tile.vector + 1 < vectors || consumer.map.over)) {
-            Quad y;
-            for (int j = 0; j < 4; ++j)
-                y.v[j] = Simd::ffma(Simd::fcvt(Simd::iload(tile.dots + j * tile.filter_pitch)), Simd::fset(gain[j]),
-                                    Simd::fset(offset[j]));
-            emit_only(consumer, floor, base, tile.vector, y);
+        if (fast.plain && usual.takes(tile.vector, vectors)) {
+            const int32_t* const dots = tile.dots;
+            const int64_t pitch = tile.filter_pitch;
+            usual.emit(tile.vector, Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),
+                       Simd::iload(dots + 3 * pitch));
         } else {
             any();
         }

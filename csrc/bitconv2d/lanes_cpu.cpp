@@ -1,6 +1,7 @@
 #include "bitconv2d/lanes_cpu.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "bitconv2d/bitconv2d_cpu.h"
 
@@ -9,33 +10,40 @@ namespace {
 
 constexpr int kMostPixels = 256;  // sums and dots of a block of filters stay in the first caches
 
-// Cycles of one image, comparable with direct_cycles: a step of K loads weights and broadcasts codes, two a cycle.
-double lanes_cycles(const LanesPlan& plan, int filters, const KernelTable& kernels) {
-    const double vectors = static_cast<double>(vector_count(filters, kernels.lanes));
-    const double groups = plan.padded_pixels / kernels.lanes_pixels;
-    const double loads = (kernels.lanes_vectors + kernels.lanes_pixels + 2) / 2.0 / kernels.lanes_vectors;
-    const double dots = kernels.lanes_pixels * kernels.dot_cycles;
-    constexpr double kTurn = 30, kQuad = 30;  // of a vector of dots from memory; of the epilogue, in nothing's shadow
-    const double results = vectors * kernels.lanes * vector_count(plan.padded_pixels, kernels.lanes);
-    return vectors * groups * plan.k_steps * std::max(dots, loads) + results * (kTurn + kQuad / 4);
+bool suits_lanes(const StepSpec& step, int height, int width, const KernelTable& kernels) {
+    return step.groups == 1 && !needs_sum(step) && !kernels.uses_tiles && int64_t{height} * width <= kMostPixels;
 }
 
 }  // namespace
 
+// A step of K loads weights and broadcasts codes, two a cycle.
+double lanes_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
+                    const KernelTable& kernels) {
+    if (!suits_lanes(step, height, width, kernels)) return std::numeric_limits<double>::infinity();
+    const int k_steps = step.kernel.y * step.kernel.x * layout.groups;
+    const double vectors = static_cast<double>(vector_count(filters, kernels.lanes));
+    const int groups = vector_count(height * width, kernels.lanes_pixels);
+    const double loads = (kernels.lanes_vectors + kernels.lanes_pixels + 2) / 2.0 / kernels.lanes_vectors;
+    const double dots = kernels.lanes_pixels * kernels.dot_cycles;
+    constexpr double kTurn = 30, kQuad = 30;  // of a vector of dots from memory; of the epilogue, in nothing's shadow
+    const double results = vectors * kernels.lanes * vector_count(groups * kernels.lanes_pixels, kernels.lanes);
+    return vectors * groups * k_steps * std::max(dots, loads) + results * (kTurn + kQuad / 4);
+}
+
 bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
                 Algorithm algorithm, Store& store, LanesPlan& plan) {
-    if (step.groups != 1 || needs_sum(step) || kernels.uses_tiles) return false;
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
     const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
     const int pixels = height * width, filters = static_cast<int>(program.array(step.planes).shape[1]);
-    if (int64_t{height} * width > kMostPixels) return false;
+    if (!suits_lanes(step, height, width, kernels)) return false;
     const int taps = step.kernel.y * step.kernel.x, lanes = kernels.lanes;
     plan.input = step.input;
     plan.k_steps = taps * layout.groups;
     plan.padded_pixels = vector_count(pixels, kernels.lanes_pixels) * kernels.lanes_pixels;
     if (algorithm != Algorithm::kLanes &&
-        lanes_cycles(plan, filters, kernels) > direct_cycles(step, layout, filters, height, width, kernels))
+        lanes_cycles(step, layout, filters, height, width, kernels) >
+            direct_cycles(step, layout, filters, height, width, kernels))
         return false;
 
     plan.wide = needs_wide_dot(kernels, step, source.bits);

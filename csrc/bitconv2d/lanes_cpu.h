@@ -13,6 +13,10 @@ namespace lbs {
 bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
                 Algorithm algorithm, Store& store, LanesPlan& plan);
 
+// Cycles on one image of [height, width] output pixels, comparable with direct_cycles; infinite where it cannot serve.
+double lanes_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
+                    const KernelTable& kernels);
+
 // Working memory that a thread needs for it.
 int64_t lanes_bytes(const LanesPlan& plan, const KernelTable& kernels);
 

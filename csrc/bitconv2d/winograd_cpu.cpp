@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "bitconv2d/bitconv2d_cpu.h"
+#include "bitconv2d/lanes_cpu.h"
 
 namespace lbs {
 namespace {
@@ -141,9 +142,11 @@ bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeL
 
     const std::vector<FilterCut> cut =
         cut_filters(weights.filters, plan.chunk_vectors, 1, kPlaces * plan.groups, kernels.winograd_shapes);
+    const auto otherwise = [&](auto cycles) {
+        return cycles(step, layout, weights.filters, plan.height, plan.width, kernels);
+    };
     if (algorithm == Algorithm::kAuto &&
-        winograd_cycles(plan, cut, kernels) >
-            direct_cycles(step, layout, weights.filters, plan.height, plan.width, kernels))
+        winograd_cycles(plan, cut, kernels) > std::min(otherwise(direct_cycles), otherwise(lanes_cycles)))
         return false;
     size_t filters = 0;
     for (const FilterCut& block : cut) filters += static_cast<size_t>(block.width);

@@ -58,6 +58,13 @@ struct Simd {
         const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
         return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
     }
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+        const I bytes = _mm256_packus_epi16(_mm256_packs_epi32(q0, q1), _mm256_packs_epi32(q2, q3));
+        const I codes = _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
+        // Four pixels of a channel lie together, and become four channels of a pixel.
+        return _mm256_shuffle_epi8(
+            codes, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    }
     static I ibytes(const uint8_t* p) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }

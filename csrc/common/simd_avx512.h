@@ -32,8 +32,8 @@ struct Simd {
         _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1u), low);
     }
     static void istore_apart(void* even, void* odd, I a) {
-        const I lanes = _mm512_permutexvar_epi32(
-            _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), a);
+        const I lanes =
+            _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), a);
         _mm256_storeu_si256(static_cast<__m256i*>(even), _mm512_castsi512_si256(lanes));
         _mm256_storeu_si256(static_cast<__m256i*>(odd), _mm512_extracti64x4_epi64(lanes, 1));
     }
@@ -52,6 +52,13 @@ struct Simd {
     static I ipack4(I q0, I q1, I q2, I q3) {
         const I low = _mm512_or_si512(q0, _mm512_slli_epi32(q1, 8));
         return _mm512_ternarylogic_epi32(low, _mm512_slli_epi32(q2, 16), _mm512_slli_epi32(q3, 24), 0xfe);
+    }
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+        const I bytes = _mm512_packus_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
+        const I codes = _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
+        // Four pixels of a channel lie together, and become four channels of a pixel.
+        return _mm512_shuffle_epi8(
+            codes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
     }
     static I ibytes(const uint8_t* p) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -11,7 +11,7 @@ namespace {
 
 struct Simd {
     static constexpr int L = 16;               // lanes: 32-bit integers, floats, or groups of four code bytes
-    static constexpr double kDotCycles = 8;  // of `dot`, where nothing else limits; on a Zen 5
+    static constexpr double kDotCycles = 8;    // of `dot`, where nothing else limits; on a Zen 5
     static constexpr int kSumVectors = 1;      // summed together
     static constexpr bool kNarrowDot = false;  // true where dot<false> takes pairs of products of at most 16 bits only
 
@@ -96,6 +96,14 @@ struct Simd {
             q0.v[i] = static_cast<int32_t>(static_cast<uint32_t>(q0.v[i]) | static_cast<uint32_t>(q1.v[i]) << 8 |
                                            static_cast<uint32_t>(q2.v[i]) << 16 | static_cast<uint32_t>(q3.v[i]) << 24);
         return q0;
+    }
+    // The same of any integers, clamped to the bytes of low and high, low <= high
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+        const int32_t least = low.v[0] & 255, most = high.v[0] & 255;
+        I q[4] = {q0, q1, q2, q3};
+        for (I& one : q)
+            for (int i = 0; i < L; ++i) one.v[i] = one.v[i] < least ? least : one.v[i] > most ? most : one.v[i];
+        return ipack4(q[0], q[1], q[2], q[3]);
     }
     // p[0 .. L - 1] as integers
     static I ibytes(const uint8_t* p) {

@@ -1,4 +1,5 @@
-// From a float value to everything made of it: activation, gate, residual, clamp, stream, codes (steps 3 to 6 of the epilogue).
+// From a float value to everything made of it: activation, gate, residual, clamp, stream, codes (steps 3 to 6 of the
+// epilogue).
 #pragma once
 
 #include "program/activation_kernel.h"
@@ -59,6 +60,11 @@ LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int 
     constexpr uint32_t kEven = 0x55555555u & ((1u << Simd::L) - 1u);
     if (map.compress && piece[0].mask == kEven && piece[1].mask == kEven << 1)
         return Simd::istore_apart(base + piece[0].offset, base + piece[1].offset, word);
+    if (!map.compress && map.pieces <= 2) {  // without a branch on whether a row ends here
+        Simd::istore_mask(base + piece[0].offset, piece[0].mask, word);
+        if (map.pieces == 2) Simd::istore_mask(base + piece[1].offset, piece[1].mask, word);
+        return;
+    }
     for (int i = 0; i < map.pieces; ++i) {
         if (piece[i].mask == 0) break;
         if (map.compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);
@@ -76,7 +82,7 @@ LBS_INLINE void prefetch_stores(const unsigned char* base, const lbs::PixelMap& 
 }
 
 LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
-    if (map.pieces == 1) Simd::istore(base + map.table[vector].offset, word);
+    if (map.pieces == 1 && !map.masked) Simd::istore(base + map.table[vector].offset, word);
     else store_pieces(base, map, vector, valid, word);
 }
 

@@ -6,6 +6,8 @@
 // interleaved).
 #pragma once
 
+#include <cmath>
+
 #include "program/emit_kernel.h"
 #include "program/plan.h"
 
@@ -21,8 +23,10 @@ struct FastEmit {
     bool usable;  // nothing rarer than an activation, a gate, a residual, bounds, a float32 stream, no signed codes
     bool plain;   // the dot product is the accumulator
     bool positive;
-    const lbs::ConsumerPlan* only;  // where codes for one reader, without a norm, are all that is made
-    float floor;                    // of its codes before they are rounded: what low and ReLU leave
+    // Where codes for one reader, without a norm, are all that is made, of numbers that an integer holds before they
+    // are clamped; and the bounds of its codes, what ReLU and the like leave.
+    const lbs::ConsumerPlan* only;
+    Simd::I lowest, highest;
     int64_t pixels;
     const float* residual;
     float* stream;
@@ -35,17 +39,20 @@ struct FastEmit {
           plain(!a.shift && !a.needs_sum && !a.constant),
           positive(e.has_low && e.low >= 0.0f),
           only(nullptr),
-          floor(0.0f),
+          lowest(Simd::izero()),
+          highest(Simd::izero()),
           pixels(e.pixels),
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
         for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted;
-        const bool alone = e.is_plain && !residual && !stream && !e.has_high && e.consumer_count == 1;
-        if (!usable || !alone || e.consumers->gain) return;
+        if (!e.is_usual || !is_bounded(a, e)) return;
         only = e.consumers;
-        floor = only->least;  // multiplying by a scale keeps the order of floats, rounding included
+        float floor = only->least;  // multiplying by a scale and rounding keep the order of floats
         if (e.has_low && e.low * only->scale > floor) floor = e.low * only->scale;
+        lowest = Simd::iset_bytes(code(floor < only->high ? floor : only->high));
+        highest = Simd::iset_bytes(code(only->high));
     }
+    LBS_INLINE int code(float t) const { return static_cast<int>(std::nearbyint(t)) + only->zero; }
     LBS_INLINE unsigned char* codes(const lbs::ConsumerPlan& c, int channel) const {
         return run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
     }
@@ -89,22 +96,56 @@ __attribute__((noinline)) void emit_rare(const FastEmit& fast, const Tile& tile,
 }
 
 // `base`: where the codes of these four channels begin.
-LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int vector, Quad u) {
-    Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
-    if (c.zero)
-        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
-    const Simd::I word = Simd::ipack4(q[0], q[1], q[2], q[3]);
+LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int vector, Simd::I word) {
     prefetch_stores(base, c.map, vector);
-    if (c.map.pieces == 1) Simd::istore(base + c.map.table[vector].offset, word);
-    else store_pieces(base, c.map, vector, kAllLanes, word);
+    store_word(base, c.map, vector, kAllLanes, word);
 }
 
-// Steps 5 and 6 where `c` is fast.only.
-LBS_INLINE void emit_only(const lbs::ConsumerPlan& c, float floor, unsigned char* base, int vector, Quad y) {
-    y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
-    y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(floor)); });
-    y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(c.high)); });
-    store_codes(c, base, vector, y);
+// The usual epilogue of four channels, vector after vector: fast.only, and the dot product is the accumulator. What it
+// needs is copied here, as the stores of codes may alias everything that has an address.
+struct UsualEmit {
+    const bool usable;  // for whole vectors
+    const lbs::ConsumerPlan consumer;
+    unsigned char* const base;
+    const Simd::I lowest, highest;
+    const Simd::F scale;
+    Simd::F gain[4], offset[4];
+
+    LBS_INLINE UsualEmit(const FastEmit& fast, int channel)
+        : usable(fast.only && channels_are_free(*fast.plan, channel + 4)),
+          consumer(usable ? *fast.only : lbs::ConsumerPlan()),
+          base(usable ? fast.codes(consumer, channel) : nullptr),
+          lowest(fast.lowest),
+          highest(fast.highest),
+          scale(Simd::fset(consumer.scale)) {
+        for (int j = 0; j < 4; ++j) {
+            gain[j] = Simd::fset(fast.acc->multiplier[channel + j]);
+            offset[j] = Simd::fset(fast.acc->bias[channel + j]);
+        }
+    }
+    LBS_INLINE Simd::I code(Simd::I acc, int j) const {
+        return Simd::ifromf(Simd::fmul(Simd::ffma(Simd::fcvt(acc), gain[j], offset[j]), scale));
+    }
+    // Whether it takes this one of `count` vectors: no lane is to be left out.
+    LBS_INLINE bool takes(int vector, int count) const { return usable && (vector + 1 < count || consumer.map.over); }
+    // Bounds of codes are integers, so numbers may be rounded before they are clamped.
+    LBS_INLINE void emit(int vector, Simd::I a0, Simd::I a1, Simd::I a2, Simd::I a3) const {
+        Simd::I q[4] = {code(a0, 0), code(a1, 1), code(a2, 2), code(a3, 3)};
+        if (consumer.zero)
+            for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(consumer.zero));
+        store_codes(consumer, base, vector, Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest));
+    }
+};
+
+// Steps 5 and 6 where codes for fast.only are all that is made.
+LBS_INLINE void emit_only(const FastEmit& fast, int channel, int vector, Quad y) {
+    const lbs::ConsumerPlan& c = *fast.only;
+    Simd::I q[4];
+    for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], Simd::fset(c.scale)));
+    if (c.zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    const Simd::I word = Simd::ipack4_clamped(q[0], q[1], q[2], q[3], fast.lowest, fast.highest);
+    store_codes(c, fast.codes(c, channel), vector, word);
 }
 
 LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad u) {
@@ -118,7 +159,10 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     // Where zero is code 0, nothing lies below it, so this is the consumer's ReLU too.
     if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
-    store_codes(c, fast.codes(c, channel), vector, u);
+    Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
+    if (c.zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    store_codes(c, fast.codes(c, channel), vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
 }
 
 // Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
@@ -146,10 +190,7 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     const float* offset = a.bias + channel;
     Quad y;
     for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
-    if (fast.only) {
-        unsigned char* base = fast.codes(*fast.only, channel);
-        return emit_only(*fast.only, fast.floor, base, tile.vector + p, y);
-    }
+    if (fast.only) return emit_only(fast, channel, tile.vector + p, y);
     const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
     const lbs::EmitPlan& e = *fast.plan;
     if (__builtin_expect(!e.is_plain, 0)) {

@@ -16,17 +16,18 @@ struct Run {
     int y, x;
 };
 
-std::vector<std::vector<Run>> cut_into_rows(int height, int width, int lanes) {
-    const int64_t pixels = static_cast<int64_t>(height) * width;
-    std::vector<std::vector<Run>> vectors(static_cast<size_t>(vector_count(pixels, lanes)));
-    for (size_t v = 0; v < vectors.size(); ++v) {
-        int64_t pixel = static_cast<int64_t>(v) * lanes;
-        const int64_t end = std::min(pixel + lanes, pixels);
-        while (pixel < end) {
-            const int y = static_cast<int>(pixel / width), x = static_cast<int>(pixel % width);
-            const int count = static_cast<int>(std::min<int64_t>(end - pixel, width - x));
-            vectors[v].push_back({static_cast<int>(pixel - static_cast<int64_t>(v) * lanes), count, y, x});
-            pixel += count;
+// `apart`: every row begins a vector.
+std::vector<std::vector<Run>> cut_into_rows(int height, int width, int lanes, bool apart = false) {
+    std::vector<std::vector<Run>> vectors;
+    int lane = 0;  // of the last vector, the first that is free
+    for (int y = 0; y < height; ++y) {
+        if (apart) lane = 0;
+        for (int x = 0; x < width;) {
+            if (lane == 0) vectors.emplace_back();
+            const int count = std::min(lanes - lane, width - x);
+            vectors.back().push_back({lane, count, y, x});
+            x += count;
+            lane = (lane + count) % lanes;
         }
     }
     return vectors;
@@ -70,6 +71,33 @@ PixelMap keep_lanes(Store& store, int height, int width, int lanes, const Offset
                 static_cast<int32_t>(offset(static_cast<int>(pixel / width), static_cast<int>(pixel % width)));
         }
     map.lanes = table;
+    return map;
+}
+
+// Pieces of runs as they are stored; `offset(y, x)` is where a pixel lies.
+template <class Offset>
+PixelMap store_runs(Store& store, const CodeLayout& layout, const std::vector<std::vector<Run>>& vectors, int lanes,
+                    const Offset& offset) {
+    std::vector<std::vector<Piece>> stored;
+    size_t most = 1;
+    bool whole = true;
+    for (const std::vector<Run>& runs : vectors) {
+        stored.emplace_back();
+        for (const Run& run : runs)
+            for (int phase = 0; phase < std::min(layout.phases, run.count); ++phase) {
+                uint32_t mask = 0;
+                for (int i = phase; i < run.count; i += layout.phases) mask |= 1u << (run.first_lane + i);
+                // Compressed lanes start at the address itself, plain ones keep their place in the vector.
+                const int64_t first = offset(run.y, run.x + phase) - (layout.phases > 1 ? 0 : 4 * run.first_lane);
+                stored.back().push_back({static_cast<int32_t>(first), mask});
+            }
+        most = std::max(most, stored.back().size());
+        whole = whole && stored.back().size() == 1 && stored.back()[0].mask == lane_bits(0, lanes);
+    }
+    const int pieces = supported_pieces(most, 8);
+    if (pieces == 0) return keep_lanes(store, layout.height, layout.width, lanes, offset);
+    PixelMap map = keep_pieces(store, stored, pieces, layout.phases > 1);
+    map.masked = pieces == 1 && !whole && !layout.is_row;  // else the tail would overwrite what follows
     return map;
 }
 
@@ -233,29 +261,31 @@ PixelMap repeat_map(Store& store, const TensorSpec& stream, int height, int widt
 }
 
 PixelMap store_map(Store& store, const CodeLayout& layout, int lanes) {
-    const auto offset = [&](int y, int x) { return layout.offset(y, x); };
-    std::vector<std::vector<Piece>> vectors;
-    size_t most = 1;
-    bool whole = true;
-    for (const std::vector<Run>& runs : cut_into_rows(layout.height, layout.width, lanes)) {
-        vectors.emplace_back();
-        for (const Run& run : runs)
-            for (int phase = 0; phase < std::min(layout.phases, run.count); ++phase) {
-                uint32_t mask = 0;
-                for (int i = phase; i < run.count; i += layout.phases) mask |= 1u << (run.first_lane + i);
-                // Compressed lanes start at the address itself, plain ones keep their place in the vector.
-                const int64_t first = offset(run.y, run.x + phase) - (layout.phases > 1 ? 0 : 4 * run.first_lane);
-                vectors.back().push_back({static_cast<int32_t>(first), mask});
-            }
-        most = std::max(most, vectors.back().size());
-        whole = whole && vectors.back().size() == 1 && vectors.back()[0].mask == lane_bits(0, lanes);
-    }
-    int pieces = supported_pieces(most, 8);
-    if (pieces == 0) return keep_lanes(store, layout.height, layout.width, lanes, offset);
-    if (pieces == 1 && !whole && !layout.is_row) pieces = 2;  // the tail must not overwrite what follows
-    PixelMap map = keep_pieces(store, vectors, pieces, layout.phases > 1);
+    PixelMap map = store_runs(store, layout, cut_into_rows(layout.height, layout.width, lanes), lanes,
+                              [&](int y, int x) { return layout.offset(y, x); });
     map.over = layout.is_row;
     return map;
+}
+
+RowMaps row_maps(Store& store, const CodeLayout& from, const CodeLayout& to, const TensorSpec& target, Pair stride,
+                 int lanes) {
+    RowMaps maps;
+    if (from.phases != stride.x) return maps;
+    const std::vector<std::vector<Run>> rows = cut_into_rows(target.height, target.width, lanes, true);
+    std::vector<std::vector<Piece>> loads;
+    for (const std::vector<Run>& runs : rows) {
+        const Run& run = runs[0];
+        const int64_t row = from.is_row ? int64_t{4} * target.width : stride.y * from.row_pitch();
+        loads.push_back({{static_cast<int32_t>(run.y * row + 4 * run.x), lane_bits(0, run.count)}});
+    }
+    maps.load = keep_pieces(store, loads, 1, false);
+    maps.store = store_runs(store, to, rows, lanes, [&](int y, int x) {
+        return to.is_row ? to.offset(0, y * target.width + x) : to.offset(y, x);
+    });
+    maps.store.over = true;
+    maps.store.masked = maps.store.pieces == 1 && target.width % lanes != 0;
+    maps.vectors = maps.store.pieces == 0 ? 0 : static_cast<int>(rows.size());
+    return maps;
 }
 
 }  // namespace lbs

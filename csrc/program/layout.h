@@ -73,6 +73,14 @@ PixelMap repeat_map(Store& store, const CodeLayout& layout, int height, int widt
 PixelMap repeat_map(Store& store, const TensorSpec& stream, int height, int width, int lanes);
 PixelMap store_map(Store& store, const CodeLayout& layout, int lanes);
 
+// Vectors that end where a row of the output does: one piece each, where rows do not fill whole vectors.
+struct RowMaps {
+    PixelMap load, store;
+    int vectors = 0;  // 0: there are none
+};
+RowMaps row_maps(Store& store, const CodeLayout& from, const CodeLayout& to, const TensorSpec& target, Pair stride,
+                 int lanes);
+
 inline int vector_count(int64_t pixels, int lanes) { return static_cast<int>((pixels + lanes - 1) / lanes); }
 uint32_t tail_mask(int64_t pixels, int lanes);
 

@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace lbs {
 
@@ -21,6 +22,7 @@ constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 64;         // vectors of accumulators in the scratch of one thread
 constexpr int kSlack = 128;          // bytes readable past the end of every buffer
 constexpr int kPrefetched = 4;       // vectors whose lines are asked for before they are stored
+constexpr int kShortSteps = 16;      // of four products, of sums that are short
 constexpr int kMaxQuads = 128;       // of four taps, of a depthwise kernel: 22 x 22
 constexpr int kChannelPadding = 16;  // arrays per channel are padded to a multiple of this
 
@@ -32,9 +34,10 @@ struct Piece {
 };
 
 struct PixelMap {
-    int pieces = 1;  // 1: every vector whole and contiguous; 2, 4, 8: masked pieces; 0: one offset per lane
+    int pieces = 1;  // 1: every vector contiguous, and whole if not `masked`; 2, 4, 8: pieces; 0: one offset per lane
     bool compress = false;
-    bool over = false;               // the last vector may be stored whole
+    bool over = false;  // the last vector may be stored whole
+    bool masked = false;
     const Piece* table = nullptr;    // [vectors][pieces], continued with kPrefetched times the last
     const int32_t* lanes = nullptr;  // [vectors][kMaxLanes] where pieces == 0
 };
@@ -85,6 +88,7 @@ struct EmitPlan {
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool is_plain = true;           // neither activation nor gate
+    bool is_usual = false;          // codes for one reader are all that is made, unsigned ones and without a norm
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;
     int consumer_count = 0;
@@ -106,7 +110,14 @@ struct AccumulatorPlan {
     const int32_t* constant = nullptr;
     const float* multiplier = nullptr;
     const float* bias = nullptr;
+    float largest = std::numeric_limits<float>::infinity();  // magnitude of what any 32-bit accumulator becomes
 };
+
+// Whether the numbers that become codes are 32-bit integers once they are rounded, and a zero is added, though they are
+// not clamped yet.
+inline bool is_bounded(const AccumulatorPlan& acc, const EmitPlan& emit) {
+    return acc.largest * emit.consumers->scale < 0x1p30f;
+}
 
 // `width` filters that share an input range; weights int8 [k_steps][width][4], `ones` the same with 1 where a channel
 // counts.
@@ -134,6 +145,7 @@ struct ConvPlan {
     const int8_t* shared_ones = nullptr;  // [k_steps][1][4]: the window's sum, the same for all filters
     const int8_t* tiles = nullptr;        // AMX: [ceil(filters / 16)][ceil(k_steps / 16)][16][64]
     bool wide = false;                    // products of a pair may exceed 16 bits
+    bool is_short = false;                // few products in a sum, and the usual epilogue
     AccumulatorPlan acc;
     EmitPlan emit;
 };

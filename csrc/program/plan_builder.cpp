@@ -96,7 +96,7 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = emit;
             scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
-        } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, kernels.lanes)) {
+        } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, emit, kernels.lanes)) {
             plan.run = StepPlan::Run::kDepthwise;
             plan_depthwise(spec, step, layout, kernels, store, plan.depthwise);
             plan.depthwise.emit = emit;
@@ -117,6 +117,8 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = emit;
+            plan.conv.is_short = is_short(step, source, plan.conv.k_steps, emit) && is_bounded(plan.conv.acc, emit);
+            if (plan.conv.is_short) cut_rows_apart(step, layout, plan.conv);
             scratch_bytes = std::max(scratch_bytes, plan.conv.groups * plan.conv.thinned_pitch);
             sum_lanes = std::max(sum_lanes, static_cast<int64_t>(emit.vectors) * kernels.lanes);
             tile_bytes = std::max(tile_bytes, round_up(plan.conv.k_steps, 16) * 128);
@@ -178,7 +180,27 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     }
     plan.consumers = consumers;
     fold_high(plan, consumers);
+    plan.is_usual = plan.is_plain && plan.residual < 0 && plan.stream < 0 && !plan.has_high &&
+                    plan.consumer_count == 1 && !consumers->gain && !consumers->shifted;
     return plan;
+}
+
+// Loads of one piece instead of two, for an eighth more products (depthwise on rows of 56 and of 28 pixels: 1.15 times
+// as fast).
+void ProgramPlan::cut_rows_apart(const StepSpec& step, const CodeLayout& layout, ConvPlan& plan) {
+    const ConsumerPlan& consumer = *plan.emit.consumers;
+    const CodeLayout& to = layouts[static_cast<size_t>(consumer.tensor)];
+    const TensorSpec& target = spec.tensors[static_cast<size_t>(consumer.tensor)];
+    const int vectors = vector_count(target.width, kernels.lanes) * target.height;
+    if (plan.is_thinned || plan.map.pieces == 1 || 4 * vectors > 5 * plan.emit.vectors) return;
+    const RowMaps maps = row_maps(store, layout, to, target, step.stride, kernels.lanes);
+    if (maps.vectors == 0) return;
+    ConsumerPlan* own = store.make<ConsumerPlan>(1);
+    *own = consumer;
+    own->map = maps.store;
+    plan.map = maps.load;
+    plan.emit.consumers = own;
+    plan.emit.vectors = maps.vectors;
 }
 
 void ProgramPlan::plan_quantpack(const StepSpec& step, StepPlan& plan) {

@@ -76,6 +76,7 @@ struct ProgramPlan {
 
 private:
     void plan_steps(const std::vector<Algorithm>& algorithms);
+    void cut_rows_apart(const StepSpec& step, const CodeLayout& layout, ConvPlan& plan);
     EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
     void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);

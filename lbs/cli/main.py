@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "quickstart": "search, pack, verify and time a small network on real digits, in about two minutes",
+    "quickstart": "search, pack, verify and time a small network on real digits, in about a minute",
     "search": "find bits and filters of every layer within a budget",
     "finetune": "train the searched network at its fixed bits",
     "reproduce": "make one row of the published results: float network, search, fine-tune, pack, verify, record",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.models.cifar_resnet import CifarResNet, cifar_resnet20, cifar_resnet56, digits_resnet8
+from lbs.models.digits_vgg import DigitsVGG, digits_vgg5
 from lbs.models.mobilenet_v2 import MobileNetV2, mobilenet_v2
 from lbs.models.preresnet import PreResNet, preresnet20, preresnet56
 from lbs.models.resnet import ResNet, resnet18, resnet50
@@ -33,6 +34,7 @@ class ModelEntry:
 
 REGISTRY: dict[str, ModelEntry] = {
     "digits_resnet8": ModelEntry(digits_resnet8, 10, (1, 8, 8), 4),
+    "digits_vgg5": ModelEntry(digits_vgg5, 10, (1, 8, 8), 16),
     "cifar_resnet20": ModelEntry(cifar_resnet20, 100, (3, 32, 32), 4),
     "cifar_resnet56": ModelEntry(cifar_resnet56, 100, (3, 32, 32), 4),
     "preresnet20": ModelEntry(preresnet20, 100, (3, 32, 32), 4),
@@ -70,6 +72,7 @@ def example(name: str, batch: int = 1) -> Tensor:
 __all__ = [
     "REGISTRY",
     "CifarResNet",
+    "DigitsVGG",
     "MobileNetV2",
     "ModelEntry",
     "PreResNet",
@@ -78,6 +81,7 @@ __all__ = [
     "cifar_resnet56",
     "create",
     "digits_resnet8",
+    "digits_vgg5",
     "entry",
     "example",
     "mobilenet_v2",

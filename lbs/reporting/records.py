@@ -12,6 +12,12 @@ from lbs.run_folder import RunFolder, read_json
 from lbs_kernels.errors import CheckpointError
 
 PHASES = ("float", "search", "finetune")
+# Row of the benchmark -> section and key of results.json.
+_ACCURACY = {
+    "packed": ("verify", "packed_accuracy"),
+    "torch float32": ("float", "accuracy"),
+    "packed uniform 8-bit": ("uniform8", "accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,20 @@ class Record:
         order = {"float": ("float", "search"), "": PHASES[::-1]}.get(phase, (phase,))
         sections = (self.config.get(name) for name in order)
         return next((section["seed"] for section in sections if section and "seed" in section), None)
+
+    def accuracy(self, contender: str) -> float | None:
+        """Share of the test images that a row of the benchmark gets right, where that was measured."""
+        section, key = _ACCURACY.get(contender, ("", ""))
+        found = self.value(section, key)
+        return None if found is None else float(found)
+
+    def rivals(self) -> list[tuple[int, str, float]]:
+        """(batch, fastest other contender, how many times faster than it the packed network is), batch by batch."""
+        return [
+            (row["batch"], *min(row["ratios"].items(), key=lambda item: item[1]))
+            for row in self.bench_rows()
+            if row["contender"] == "packed" and row.get("ratios")
+        ]
 
     def bench_rows(self) -> list[dict[str, Any]]:
         """Rows of the benchmark."""

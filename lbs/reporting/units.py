@@ -63,7 +63,7 @@ def percent(value: float | None) -> str:
 def times(value: float) -> str:
     """A ratio.
 
-    >>> times(8.04), times(63.2)
-    ('8.0x', '63x')
+    >>> times(0.97), times(8.04), times(63.2)
+    ('0.97x', '8.0x', '63x')
     """
-    return f"{value:.0f}x" if value >= 20 else f"{value:.1f}x"
+    return f"{value:.0f}x" if value >= 20 else f"{value:.1f}x" if value >= 2 else f"{value:.2f}x"

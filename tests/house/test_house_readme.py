@@ -90,6 +90,14 @@ def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None
         assert f"`benchmarks/results/cpu/{name}.json`" in text
 
 
+def test_the_end_of_the_quickstart_is_shown_as_it_was_printed(tmp_path: Path) -> None:
+    lines = ["test images right: searched 98.00 %", "batch 1: 0.90x as fast as packed uniform 8-bit"]
+    body = {"level": "quickstart", "summary": lines, "bench": {**MODEL, "notes": []}}
+    text = readme_tables.measured(_root(tmp_path, quickstart=body, model_net=MODEL))
+    assert "\n```\n" + "\n".join(lines) + "\n```\n" in text
+    assert text.index("on Some CPU, 2 threads") < text.index("model_net")
+
+
 GPU = {"device": "NVIDIA Example", "torch": "2.11", "triton": "3.6"}
 LAYER = "bitconv2d_n128_64x56x56_to64_k3x3_s1_p1_w4a4_cuda"
 

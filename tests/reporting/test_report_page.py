@@ -43,7 +43,7 @@ def bench_rows() -> list[dict[str, Any]]:
                     "median": median,
                     "p20": 0.9 * median,
                     "p80": 1.2 * median,
-                    "ratios": {"torch float32": base / median},
+                    "ratios": {"torch float32": base / median, "torch bfloat16": 0.7 * base / median},
                 }
             )
     return rows
@@ -105,7 +105,15 @@ def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) 
         assert folder.file(f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert "Not in this run yet" not in text
-    for expected in ("70.00 %", "12 / 16", "abc123", "50 of 50", "10.0x at batch 1", "20.0 kB", ">met<"):
+    for expected in (
+        "70.00 %",
+        "12 / 16",
+        "abc123",
+        "50 of 50",
+        "batch 1: 7.0x as fast as torch bfloat16",
+        "20.0 kB",
+        ">met<",
+    ):
         assert expected in text, expected
     record = records.read(folder.path)
     found = {table.title: table.rows for table in tables.tables(record)}
@@ -117,6 +125,83 @@ def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) 
     assert [row[:2] for row in found["Training"]] == [("float", "7"), ("search", "7"), ("finetune", "-")]
     detail = next(tile.detail for tile in tables.tiles(record) if tile.label == "Budget")
     assert detail == f"{cost} of {units.bops(2 * PLAN.bops())}, 5.4 kB of 5.5 kB allowed"
+
+
+FAST = {"torch float32": 9.2, "packed uniform 8-bit": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "right", "value", "state", "told"),
+    [
+        ((FAST, FAST), 0.98, "1.50x", "good", "batch 64: 1.50x as fast as packed uniform 8-bit (98.50 % right)"),
+        # The fastest other is another one at each batch, and the tile shows the least that is gained.
+        ((FAST, {**FAST, "OpenVINO int8": 1.2}), 0.98, "1.20x", "good", "batch 64: 1.20x as fast as OpenVINO int8"),
+        (
+            ({**FAST, "packed uniform 8-bit": 0.96}, FAST),
+            0.98,
+            "0.96x",
+            "bad",
+            "batch 1: 0.96x as fast as packed uniform 8-bit (98.50 % right); batch 64: 1.50x",
+        ),
+        (
+            (FAST, {"torch float32": 0.5}),
+            0.98,
+            "0.50x",
+            "bad",
+            "batch 64: 0.50x as fast as torch float32 (99.00 % right)",
+        ),
+        ((FAST, FAST), 0.97, "1.50x", "bad", "(98.50 % right)"),  # faster, and not the same accuracy
+        (
+            ({**FAST, "OpenVINO int8": 1.2},) * 2,
+            0.976,
+            "1.20x",
+            "bad",
+            "as fast as OpenVINO int8",
+        ),  # that is like float
+    ],
+)
+def test_speed_is_told_against_the_fastest_other(
+    ratios: tuple[dict[str, float], ...], right: float, value: str, state: str, told: str
+) -> None:
+    rows = [
+        {"contender": "packed", "batch": batch, "median": 1e-3, "p20": 1e-3, "p80": 1e-3, "ratios": found}
+        for batch, found in zip((1, 64), ratios, strict=True)
+    ]
+    results = {
+        "float": {"accuracy": 0.99},
+        "uniform8": {"accuracy": 0.985},
+        "verify": {"packed_accuracy": right},
+        "bench": {"rows": rows},
+    }
+    found = {tile.label: tile for tile in tables.tiles(records.Record("run", results=results))}
+    tile = found["Against the fastest other"]
+    assert (tile.value, tile.state) == (value, state)
+    assert told in tile.detail
+    accuracy = found["Accuracy, packed"].detail
+    assert (
+        accuracy
+        == f"float 99.00 %, {100 * right - 99:+.2f} points; uniform 8 bits 98.50 %, {100 * right - 98.5:+.2f} points"
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_bits", "told"),
+    [
+        ({"1": 1.0, "64": 1.02}, "1.00x at batch 1, 1.02x at batch 64; fewer bits save memory here and no time"),
+        ({"1": 0.9, "64": 1.3}, "0.90x at batch 1, 1.30x at batch 64; fewer bits pay at batch 64"),
+        ({}, ""),
+    ],
+)
+def test_what_bits_alone_bring_is_told(of_bits: dict[str, float], told: str) -> None:
+    record = records.Record("run", results={"bench": {"rows": bench_rows(), "of_bits": of_bits}})
+    line = tables.bits_pay(record)
+    assert line == (f"against the same filters at 8 bits: {told}" if told else "")
+    assert line in tables.latency_table(record).note
+
+
+def test_filters_that_are_left_are_told() -> None:
+    record = records.Record("run", layers=records.layer_rows(PLAN))
+    assert tables.kept_filters(record) == "filters kept: 54 of 58; a 12 of 16"
 
 
 @pytest.mark.parametrize("section", [{"target_bops": 3e6}, {"targets": {"bops": {"target": 3e6, "value": 2e6}}}])
