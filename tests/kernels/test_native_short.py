@@ -85,9 +85,7 @@ def test_bits_and_bounds(bits: tuple[int, int, int], grid: str, layer: str, isa:
     most = (1 << bits[1]) - 1, (1 << bits[2]) - 1
     for zeros in ((0, 0), (most[0] // 3, 0), (0, most[1] // 2), (1, most[1])):
         for low, high, relu in ((0.0, None, False), (None, None, False), (-0.25, 1.125, False), (None, None, True)):
-            program, blob = net(
-                layer, "3x3", (5, 19), bits=bits, zeros=zeros, low=low, high=high, relu=relu, grid=grid
-            )
+            program, blob = net(layer, "3x3", (5, 19), bits=bits, zeros=zeros, low=low, high=high, relu=relu, grid=grid)
             check(program, blob, isa, batches=(1,), threads=(1,), share=0.0)
 
 

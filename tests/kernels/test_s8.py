@@ -24,6 +24,7 @@ from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, Emit
 from lbs_kernels.times import table
+from lbs_kernels.tune import tuner
 
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
 WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 12)
@@ -224,6 +225,9 @@ def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.default(LAYER).name == "cuda:s8_wgmma_m64_o128_s8_t2"
     assert s8_default(replace(LAYER, batch=128)) == WIDE
     assert s8_default(replace(LAYER, batch=128, out_channels=64)) == CONFIGS[2]
+    names = [choice.name for choice in tuner.shortlist(LAYER, 2)]
+    assert names[0] == str(kernels.default(LAYER).name)
+    assert any(name.startswith("triton:gemm") for name in names)
     few = replace(LAYER, batch=1)
     assert kernels.default(few).config == conv_default(few)  # a split reduction keeps the multiprocessors at work
     for other in (replace(LAYER, a_bits=4), replace(LAYER, groups=2)):
