@@ -94,10 +94,16 @@ LBS_HD void stored_values(const Layer& p, const int (&acc)[kRun], int row, int f
 }
 
 // Step 6 for one consumer, four codes to a register, channel by channel from the lowest byte on.
+//
+// All bounds are integers, or the value of 0 where a ReLU stands in front: clamping before rint gives what clamping
+// after it gives, and as a scale is positive, no negative u reaches beyond the value of 0 in either order. A sum of
+// four codes, each shifted to its byte, is exact modulo 2^32 whatever its terms were, so what every code lacks is added
+// once.
 template <int kRun>
 LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, uint32_t (&codes)[kRun / 4]) {
-    const float levels = static_cast<float>((1 << k.bits) - 1);
-    const float lowest = -static_cast<float>(k.zero), highest = levels - static_cast<float>(k.zero);
+    const float levels = static_cast<float>((1 << k.bits) - 1), centre = k.is_signed ? levels * 0.5f : 0.0f;
+    const float lowest = k.relu ? centre : -static_cast<float>(k.zero), highest = levels - static_cast<float>(k.zero);
+    const uint32_t lacking = (static_cast<uint32_t>(k.zero) - kRintMagicBits) * 0x01010101u;
     LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
         float u[4];
         LBS_UNROLL for (int i = 0; i < 4; ++i) u[i] = y[c + i];
@@ -106,13 +112,10 @@ LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, u
             const Floats4 bias = *reinterpret_cast<const Floats4*>(k.pre_bias + first + c);
             LBS_UNROLL for (int i = 0; i < 4; ++i) u[i] = fused(u[i], scale.v[i], bias.v[i]);
         }
-        uint32_t four = 0;
+        uint32_t four = lacking;
         LBS_UNROLL for (int i = 0; i < 4; ++i) {
-            float t = (k.relu ? fmaxf(u[i], 0.0f) : u[i]) * k.scale;
-            if (k.is_signed) t = t + levels * 0.5f;
-            // The bounds are integers: clamping before rint gives what clamping after it gives.
-            t = fminf(fmaxf(t, lowest), highest);
-            four |= (float_bits(t + kRintMagic) - kRintMagicBits + static_cast<uint32_t>(k.zero)) << 8 * i;
+            const float t = fminf(fmaxf(u[i] * k.scale + centre, lowest), highest);
+            four += float_bits(t + kRintMagic) << 8 * i;
         }
         codes[c / 4] = four;
     }
@@ -162,16 +165,16 @@ LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t 
 // Codes by comparisons with integers: q = number of thresholds reached, from below or (one bit per filter) from above.
 // `acc <= T` is `~acc >= ~T`, and ~T is what is stored then. Thresholds are ordered, so bit p of the number is the
 // parity of how many of those at multiples of 2^p are reached: planes come without codes.
-template <int kRun>
+template <int kRun, int kBlock>
 LBS_HD void compare(const Layer& p, const int (&acc)[kRun], int row, int first) {
     const ConsumerTarget& k = p.consumer[0];
-    const int levels = (1 << k.bits) - 1, block = first / (4 * kRun);
+    const int levels = (1 << k.bits) - 1, block = first / kBlock;
     const uint32_t flips = p.flips[first / 32] >> first % 32;
-    const int* table = p.thresholds + static_cast<int64_t>(block) * levels * 4 * kRun + first % (4 * kRun);
+    const int* table = p.thresholds + static_cast<int64_t>(block) * levels * kBlock + first % kBlock;
     int value[kRun];
     LBS_UNROLL for (int c = 0; c < kRun; ++c) value[c] = acc[c] ^ -static_cast<int>(flips >> c & 1u);
     uint32_t planes[4] = {0, 0, 0, 0};
-    LBS_NO_UNROLL for (int level = 1; level <= levels; ++level, table += 4 * kRun) {
+    LBS_NO_UNROLL for (int level = 1; level <= levels; ++level, table += kBlock) {
         uint32_t reached = 0;
         LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
             const Ints4 least = *reinterpret_cast<const Ints4*>(table + c);
@@ -186,8 +189,9 @@ LBS_HD void compare(const Layer& p, const int (&acc)[kRun], int row, int first) 
     }
 }
 
-// All of it for the accumulators of channels first .. first + kRun - 1 of output pixel `row`.
-template <int kRun>
+// All of it for the accumulators of channels first .. first + kRun - 1 of output pixel `row`, in blocks of kBlock
+// filters.
+template <int kRun, int kBlock>
 LBS_HD void emit(const Layer& p, const int (&acc)[kRun], int row, int first) {
     static_assert(kRun == 32 || kRun == 16, "a run is a word, or half of one");
     if (p.accumulators) {
@@ -196,7 +200,7 @@ LBS_HD void emit(const Layer& p, const int (&acc)[kRun], int row, int first) {
         }
         return;
     }
-    if (p.thresholds) return compare<kRun>(p, acc, row, first);
+    if (p.thresholds) return compare<kRun, kBlock>(p, acc, row, first);
     uint32_t codes[kRun / 4];
     float y[kRun];
     stored_values<kRun>(p, acc, row, first, y);

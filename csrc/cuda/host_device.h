@@ -10,13 +10,11 @@
 #define LBS_HD __host__ __device__ __forceinline__
 #define LBS_UNROLL _Pragma("unroll")
 #define LBS_UNROLL_2 _Pragma("unroll 2")
-#define LBS_UNROLL_4 _Pragma("unroll 4")
 #define LBS_NO_UNROLL _Pragma("unroll 1")
 #else
 #define LBS_HD inline
 #define LBS_UNROLL
 #define LBS_UNROLL_2
-#define LBS_UNROLL_4
 #define LBS_NO_UNROLL
 #endif
 
@@ -57,15 +55,6 @@ LBS_HD int quotient(int n, const FastDivisor& d) {
 }
 
 LBS_HD int remainder(int n, int quotient, const FastDivisor& d) { return n - quotient * static_cast<int>(d.divisor); }
-
-// What follows from `value` is computed behind this place: ahead of a loop it would hold registers all through it.
-LBS_HD void compute_here(int& value) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(value));
-#else
-    static_cast<void>(value);
-#endif
-}
 
 LBS_HD int popcount(uint32_t value) {
 #if defined(__CUDA_ARCH__)

@@ -161,7 +161,7 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const int (&acc)[T
                                               static_cast<unsigned>(offset.v[i]));
             }
         }
-        emit<kRun>(p, run, row, first);
+        emit<kRun, T::kN>(p, run, row, first);
     }
 }
 

@@ -10,6 +10,7 @@ constexpr int kChunkSteps = kRowBytes / kStepBytes;
 constexpr int kConsumers = 2;  // groups of 128 threads that multiply
 constexpr int kProducerWarps = kWarpgroup / 32;
 constexpr int kTurnRows = 32 / kChunkUnits;  // rows that a warp copies at once: neighbouring threads fetch whole rows
+constexpr int kTurns = 4;                    // whose windows are read before the first of them is copied
 constexpr int kTurnBytes = kProducerWarps * kTurnRows * kRowBytes;  // that lie between those of one turn and the next
 
 constexpr int kSumColumns = 8;  // of ones where a channel exists, behind the filters: the fewest that are multiplied

@@ -88,10 +88,14 @@ LBS_HD void copy_chunk(Machine& machine, const Params& p, int filter_block, int 
     const unsigned from = tap_byte(p, tap);
     const int to = byte + swizzled_byte(copied_row(warp, first), unit * 4);
     const Window* windows = warp_windows<T>(machine) + first;
-    LBS_UNROLL_4 for (int turn = 0; turn < T::kWarpRows / kTurnRows; ++turn) {
-        const Window window = windows[turn * kTurnRows];
-        const int8_t* inside = p.x + (static_cast<unsigned>(window.pixel) + from);
-        machine.template copy<kUnitBytes>(to + turn * kTurnBytes, enters(p, window, tap) ? inside : outside, true);
+    LBS_NO_UNROLL for (int turn = 0; turn < T::kWarpRows / kTurnRows; turn += kTurns) {
+        Window window[kTurns];
+        LBS_UNROLL for (int i = 0; i < kTurns; ++i) window[i] = windows[(turn + i) * kTurnRows];
+        LBS_UNROLL for (int i = 0; i < kTurns; ++i) {
+            const int8_t* inside = p.x + (static_cast<unsigned>(window[i].pixel) + from);
+            machine.template copy<kUnitBytes>(to + (turn + i) * kTurnBytes,
+                                              enters(p, window[i], tap) ? inside : outside, true);
+        }
     }
     machine.commit_copies();
 }
@@ -190,39 +194,44 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Plac
     at.step();
 }
 
-// Row `part` of those of a thread's fragments, with the offset.
+// A run of channels of one pixel, of those of a thread: what is written at once, so that little is held beside the
+// sums.
+constexpr int kRun = 16;
+
+// Run `part` of the accumulators of a thread, with the offset; runs of one row follow one another.
 template <class T>
-LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[T::kN / 4]) {
-    LBS_UNROLL for (int c = 0; c < T::kN / 4; c += 4) {
+LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[kRun]) {
+    constexpr int kRuns = T::kN / 4 / kRun;
+    LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
         const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
         LBS_UNROLL for (int i = 0; i < 4; ++i) run[c + i] = offset.v[i];
     }
-    LBS_UNROLL for (int which = 0; which < 2 * T::kGroups; ++which) {
+    LBS_UNROLL for (int which = 0; which < 2 * T::kGroups * kRuns; ++which) {
         if (which != part) continue;
+        const int group = which / kRuns / 2, half = which / kRuns % 2, from = which % kRuns * kRun;
         // Terms may pass 2^31, their sum does not.
-        const unsigned codes = static_cast<unsigned>(sums.codes[which / 2][fragment_register(0, which % 2)]);
+        const unsigned codes = static_cast<unsigned>(sums.codes[group][fragment_register(0, half)]);
         const unsigned shift = T::kSums ? static_cast<unsigned>(p.sum_scale) * codes : 0u;
-        LBS_UNROLL for (int c = 0; c < T::kN / 4; ++c) {
-            const unsigned dot = static_cast<unsigned>(sums.acc[which / 2][fragment_register(c, which % 2)]);
+        LBS_UNROLL for (int c = 0; c < kRun; ++c) {
+            const unsigned dot = static_cast<unsigned>(sums.acc[group][fragment_register(from + c, half)]);
             run[c] = static_cast<int>(static_cast<unsigned>(p.dot_scale) * dot + static_cast<unsigned>(run[c]) + shift);
         }
     }
 }
 
-// Writes the sums of a tile, one row of the thread's fragments after another, so that the epilogue is there once and
-// not once for every row.
+// Writes the sums of a tile, one run after another, so that the epilogue is there once and not once for every run.
 template <class T>
 LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sums) {
-    LBS_NO_UNROLL for (int part = 0; part < 2 * T::kGroups; ++part) {
-        compute_here(tile);
-        compute_here(thread);
-        const TilePlace place = place_of(p, tile);
-        const int first = place.filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));
-        const int row = place.row_block * T::kRows + part / 2 * kWarpgroupRows +
-                        fragment_row(thread / 32 % 4, thread % 32, part % 2 * 2);
-        int run[T::kN / 4];
+    constexpr int kRuns = T::kN / 4 / kRun;
+    const TilePlace place = place_of(p, tile);
+    const int front = place.row_block * T::kRows + fragment_row(thread / 32 % 4, thread % 32, 0);
+    const int begin = place.filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));
+    LBS_NO_UNROLL for (int part = 0; part < 2 * T::kGroups * kRuns; ++part) {
+        const int row = front + part / kRuns / 2 * kWarpgroupRows + part / kRuns % 2 * fragment_row(0, 0, 2);
+        const int first = begin + part % kRuns * kRun;
+        int run[kRun];
         take_run(p, sums, part, first, run);
-        if (row < p.rows) emit<T::kN / 4>(p, run, row, first);
+        if (row < p.rows) emit<kRun, T::kN>(p, run, row, first);
     }
 }
 

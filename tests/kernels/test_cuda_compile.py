@@ -177,6 +177,6 @@ def test_s8_operands_come_by_asynchronous_copies_alone() -> None:
 def test_floats_are_contracted_nowhere_but_where_the_format_says() -> None:
     """Fused multiply-adds: one per channel and row for step 2, and one for a norm before a consumer."""
     for kernel in kernels("sm_90a"):
-        rows = 1 if kernel.family == "s8" else 2  # of a quarter of the filters: the s8 kernels loop over them
-        runs = rows * kernel.filters // 4
+        # Two rows of a quarter of the filters; the s8 kernels loop over runs of 16 channels.
+        runs = 16 if kernel.family == "s8" else 2 * kernel.filters // 4
         assert kernel.count(r"\bFFMA\b") == 2 * runs, kernel.count(r"\bFFMA\b")

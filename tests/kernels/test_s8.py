@@ -112,7 +112,8 @@ def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Con
         b.consumer(shape, 8, zero=90, norm=True),
         b.consumer(shape, 2, norm=True, relu=True),
         b.consumer(shape, 4, signed=True),
-        b.consumer(shape, 8),
+        b.consumer(shape, 4, signed=True, relu=True, norm=True),
+        b.consumer(shape, 8, zero=3, relu=True),
         b.consumer(shape, 7, zero=11, norm=True),
     )
     emit = Emit(residual=residual, low=-0.7, high=1.5, stream=b.stream(shape, output=True), consumers=consumers)
