@@ -40,10 +40,17 @@ ISA_FLAGS["avx512vnni"] = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq",
 # GCC 12's own AVX-512 headers read what they did not set: 62,000 lines of warnings for one file.
 ISA_FLAGS["avx512vnni"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"]
+ISA_FLAGS["avxvnni"] = [*ISA_FLAGS["avx2"], "-mavxvnni"]
+ISA_FLAGS["neon"] = ["-march=armv8.2-a+dotprod"]
+ISA_FLAGS["neon_i8mm"] = ["-march=armv8.2-a+dotprod+i8mm"]
+# No other source has flags of its own: whatever runs before the processor was asked is compiled for any of its kind.
 ISA_FILES = {
     "avx2": ["isa/avx2.cpp"],
+    "avxvnni": ["isa/avxvnni.cpp"],
     "avx512vnni": ["isa/avx512vnni.cpp", "isa/amx_model.cpp"],
     "amx": ["isa/amx.cpp"],
+    "neon": ["isa/neon.cpp"],
+    "neon_i8mm": ["isa/neon_i8mm.cpp"],
 }
 # Begun first, 27 to 9 s of a Zen 4 core each: else one processor is left with the last of them.
 LONGEST = (
@@ -97,7 +104,8 @@ def takes_flags(compiler: str, flags: list[str]) -> bool:
     """Whether the compiler accepts `flags`."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <immintrin.h>\nint main() { return 0; }\n")
+        arm = "#if defined(__aarch64__)\n#include <arm_neon.h>\n#else\n#include <immintrin.h>\n#endif\n"
+        source.write_text(f"{arm}int main() {{ return 0; }}\n")
         command = [*compiler.split(), "-std=c++17", *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -291,8 +299,16 @@ def failure_of(runs: list[subprocess.CompletedProcess[str]]) -> BuildFailure:
 
 
 def plan_cpu(ninja: NinjaFile, library: Path, part: Part) -> None:
-    """lbs_kernels._cpu: one object per instruction set, each with its own flags."""
-    compiler, link = find_compiler(), cxx_rule(ninja, "cpu", part)
+    """lbs_kernels._cpu."""
+    link = cxx_rule(ninja, "cpu", part)
+    bindings = ninja.compile("cpu", SOURCES / "bindings.cpp", [])
+    ninja.link(library, [bindings, *cpu_objects(ninja, "cpu", part)], link)
+
+
+def cpu_objects(ninja: NinjaFile, rule: str, part: Part) -> list[str]:
+    """The kernels for processors and all that runs them, without Python: one object per instruction set, each with its
+    own flags."""
+    compiler = find_compiler()
     isas = {isa: takes_flags(compiler, isa_flags) for isa, isa_flags in ISA_FLAGS.items()}
     part.details = {isa: "built" if ok else "left out: the compiler refuses its flags" for isa, ok in isas.items()}
     defines = [f"-DLBS_BUILD_{isa.upper()}" for isa, ok in isas.items() if ok]
@@ -300,9 +316,9 @@ def plan_cpu(ninja: NinjaFile, library: Path, part: Part) -> None:
     objects = []
     for source in sorted(SOURCES.rglob("*.cpp")):
         isa = special.get(source)
-        if not source.name.endswith("_cuda.cpp") and (isa is None or isas[isa]):
-            objects.append(ninja.compile("cpu", source, [*defines, *(ISA_FLAGS[isa] if isa else [])]))
-    ninja.link(library, objects, link)
+        if not source.name.startswith("bindings") and (isa is None or isas[isa]):
+            objects.append(ninja.compile(rule, source, [*defines, *(ISA_FLAGS[isa] if isa else [])]))
+    return objects
 
 
 def plan_cuda(ninja: NinjaFile, library: Path, part: Part) -> None:
@@ -329,11 +345,12 @@ def plan_tests(ninja: NinjaFile, library: Path, part: Part) -> None:
     ninja.link(library, [ninja.compile("tests", source, slow.get(source.name, [])) for source in sources], link)
 
 
-def cxx_rule(ninja: NinjaFile, name: str, part: Part) -> list[str]:
-    """The rule `name`, which compiles C++; returns the command that links. Raises BuildFailure."""
+def cxx_rule(ninja: NinjaFile, name: str, part: Part, for_python: bool = True) -> list[str]:
+    """The rule `name`, which compiles C++; returns the command that links a library. Raises BuildFailure."""
     compiler, extra = find_compiler(), os.environ.get("LBS_CXXFLAGS", "").split()
     part.compiler = f"{compiler}: {version_line(compiler)}"
-    words = [*compiler.split(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *extra, *include_flags()]
+    words = [*compiler.split(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *extra]
+    words += include_flags() if for_python else [f"-I{SOURCES}"]
     ninja.rule(name, [*words, "$flags", "-c", "$in", "-o", "$out"])
     return [*compiler.split(), "-shared", "$in", "-o", "$out", "-pthread", *extra]
 

@@ -89,8 +89,7 @@ std::pair<double, std::vector<double>> fake_quant_backward(uintptr_t x, uintptr_
 
 py::dict isa_reasons() {
     py::dict reasons;
-    for (lbs::Isa isa :
-         {lbs::Isa::kPortable, lbs::Isa::kAvx2, lbs::Isa::kAvx512Vnni, lbs::Isa::kAmx, lbs::Isa::kAmxModel})
+    for (lbs::Isa isa : lbs::kIsas)
         reasons[lbs::isa_name(isa)] = lbs::isa_reason(isa);
     return reasons;
 }

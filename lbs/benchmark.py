@@ -28,6 +28,7 @@ from lbs.quant.layers import QuantLayer
 from lbs.run_folder import environment
 from lbs.search.prepare import uniform
 from lbs.search.replace import carry, layer_arguments, layer_options, replace_layer
+from lbs.search.streams import take_quantizers_off
 from lbs_kernels.errors import BackendError, LbsError, first_line
 from lbs_kernels.times.stopwatch import SETTLE, Times, cuda_graph, interleave
 
@@ -210,6 +211,7 @@ def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
         plain.bias = layer.bias
         carry(plain, layer)
         replace_layer(model, name, plain)
+    take_quantizers_off(model)
     for module in model.modules():
         undeploy(module)
     if any(layer.kept is not None for _, layer in layers):

@@ -19,7 +19,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs_kernels.errors import TrainingError
 
 CONFIG_VERSION = 2
-_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "max_unreadable", "row", "exclude")
+_INHERITED = ("data", "model", "mean", "std", "augment", "train_images", "max_unreadable", "row", "exclude", "streams")
 C = TypeVar("C", bound="RunConfig")
 
 
@@ -102,6 +102,7 @@ class SearchRun(RunConfig):
     ranges: str = "layer"  # of the weights; the committed rows have one for every layer, as the paper's
     pruning: bool = True
     exclude: tuple[str, ...] = ()  # name patterns of layers that stay in float
+    streams: int = 32  # bits of residual streams: 8, or 32 for floats
     group_size: int = 0  # filters pruned together; 0: the model's own
     filter_tile: int = 1  # kept filters of a layer are a multiple of it
     max_pruning_ratio: float = 0.5
@@ -153,6 +154,7 @@ class FinetuneRun(RunConfig):
     teacher_weights: str = ""
     teacher_weights_digest: str = ""
     exclude: tuple[str, ...] = ()  # name patterns of layers that stay in float, with plan or uniform
+    streams: int = 32  # bits of residual streams, likewise: 8, or 32 for floats
     uniform: tuple[int, ...] = ()  # (weight bits, activation bits) of a uniform baseline instead of a plan
 
     def __post_init__(self) -> None:

@@ -19,6 +19,17 @@ from lbs_kernels.errors import GraphError
 
 
 @dataclass(frozen=True)
+class ResidualStream:
+    """A value that a sum reads later on: the module that returns it (or its node), the layers that read it as it is,
+    and why it is kept in floats; "": in codes of 8 bits.
+    """
+
+    name: str
+    readers: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """What packing and costing need to know of a model besides its modules. Kept on it as `lbs_record`."""
 
@@ -28,6 +39,7 @@ class ModelRecord:
     unconverted: tuple[tuple[str, str], ...] = ()  # (layer, reason)
     folding: frozenset[str] = frozenset()  # as in ModelGraph
     in_float: tuple[LayerPlan, ...] = ()  # of the unconverted, those that are called and have a formula
+    streams: tuple[ResidualStream, ...] = ()  # where streams of 8 bits were asked for
 
     @property
     def float_bops(self) -> int:

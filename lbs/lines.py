@@ -19,9 +19,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from lbs.symbolic import ACTIVATIONS
+from lbs.symbolic import ACTIVATIONS, Whole
 
-POINTWISE = (*ACTIVATIONS, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout)
+POINTWISE = (*ACTIVATIONS, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout, Whole)
 _NAMES = (
     "relu relu6 hardtanh leaky_relu gelu silu hardswish hardsigmoid sigmoid tanh elu mish dropout add mul sub clamp"
 )

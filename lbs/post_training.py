@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lbs import cost
 from lbs.benchmark import PACKED, BenchReport, bench
-from lbs.graph import record_of
+from lbs.graph import ResidualStream, record_of
 from lbs.packing.model import PackedModel
 from lbs.packing.packing import pack
 from lbs.packing.pixels import Normalization
@@ -29,6 +29,7 @@ from lbs.search.freeze import plan_of
 from lbs.search.outcome import BudgetResult
 from lbs.search.prepare import SearchConfig, at_widths, prepare, uniform
 from lbs.search.quantities import Table
+from lbs.search.streams import FLOAT
 from lbs.traced import evaluating, run, tensors_of
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import DataError, GraphError, PlanError, ShapeError
@@ -82,7 +83,8 @@ class QuantizationReport:
     float_bytes, packed_bytes: parameters and buffers. bops: bit operations of one image in packed layers; float_bops:
     in layers that stay in float, at 32 x 32 bits; full_precision_bops: of all these layers at 32 x 32 bits. widths:
     (weight bits, activation bits, layers). unpacked: (name, reason) of what stays in float, or is never called.
-    uncounted: of that, layers whose bit operations no formula counts. seconds: of each step.
+    uncounted: of that, layers whose bit operations no formula counts. seconds: of each step. streams: residual ones,
+    where streams of 8 bits were asked for.
     """
 
     model: str
@@ -98,6 +100,7 @@ class QuantizationReport:
     uncounted: tuple[str, ...] = ()
     outcome: BudgetResult | None = None
     times: BenchReport | None = field(default=None, repr=False)
+    streams: tuple[ResidualStream, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """The table's rows."""
@@ -110,6 +113,7 @@ class QuantizationReport:
             ("bytes", f"{units.size(self.packed_bytes)}, float {units.size(self.float_bytes)}"),
             ("bit operations", self._bit_operations()),
             ("layers", ", ".join(f"{count} at {w}/{a} bits" for w, a, count in self.widths)),
+            *self._streams(),
             *(("not packed", f"{name}: {reason}{self._took(name)}") for name, reason in self.unpacked),
             ("seconds", steps),
         ]
@@ -117,6 +121,12 @@ class QuantizationReport:
             slower = f", packed is {units.times(1 / row.ratios[PACKED])} as fast" if row.contender != PACKED else ""
             rows.append(("one image", f"{row.contender} {units.seconds(row.median)}{slower}"))
         return rows
+
+    def _streams(self) -> list[tuple[str, str]]:
+        floats = [one for one in self.streams if one.reason]
+        count = f"{len(self.streams) - len(floats)} of {len(self.streams)} residual ones are codes of 8 bits"
+        left = [("stream in float", f"{one.name}: {one.reason}") for one in floats]
+        return [("streams", count), *left] if self.streams else []
 
     def _bit_operations(self) -> str:
         told = units.bops(self.bops)
@@ -147,6 +157,7 @@ class QuantizationReport:
             "uncounted": list(self.uncounted),
             "widths": [list(row) for row in self.widths],
             "unpacked": [list(row) for row in self.unpacked],
+            "streams": [[one.name, one.reason] for one in self.streams],
             "seconds": self.seconds,
             "bench": None if self.times is None else self.times.to_json(),
         }
@@ -167,6 +178,7 @@ def quantize(
     rounding: Literal["nearest", "optimized"] = "nearest",
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     exclude: tuple[str, ...] = (),
+    streams: int = FLOAT,
     measure: bool = False,
     progress: Callable[[str], None] = _log.info,
 ) -> PackedModel:
@@ -186,7 +198,8 @@ def quantize(
             table `lbs_kernels.times.table.estimate`.
         rounding: of weights of fewer than 8 bits, each to its nearest code, or so that layers compute on these images
             what they compute in float (`lbs/quant/rounding.py`; half a minute more for MobileNetV2 at 4 bits).
-        normalize: see `lbs.pack`. exclude: name patterns left in float. measure: time one image beside float and
+        normalize: see `lbs.pack`. exclude: name patterns left in float. streams: bits of what residual sums store until
+            they add it: 8, or 32 for floats. measure: time one image beside float and
             uniform 8 bits. progress: is told what begins.
 
     Raises:
@@ -214,11 +227,11 @@ def quantize(
     outcome = None
     if targets:
         with clock.step("plan"):
-            plan, outcome = _planned(model, floats, exclude, table, targets)
-            network = at_widths(model, floats[0][:2], plan, exclude)
+            plan, outcome = _planned(model, floats, exclude, streams, table, targets)
+            network = at_widths(model, floats[0][:2], plan, exclude, streams)
     else:
         with clock.step("convert"):
-            network = uniform(model, floats[0][:2], *_pair(bits), exclude=exclude)
+            network = uniform(model, floats[0][:2], *_pair(bits), exclude=exclude, streams=streams)
     with clock.step("calibrate"):
         calibrate(network.eval(), floats, norms="correct" if rounding == "nearest" else "keep")
     if rounding == "optimized":
@@ -288,11 +301,16 @@ def _distance(found: Any, expected: Any) -> Tensor:
 
 
 def _planned(
-    model: nn.Module, floats: list[Tensor], exclude: tuple[str, ...], table: Table | None, targets: dict[str, Any]
+    model: nn.Module,
+    floats: list[Tensor],
+    exclude: tuple[str, ...],
+    streams: int,
+    table: Table | None,
+    targets: dict[str, Any],
 ) -> tuple[Plan, BudgetResult]:
     """Widths of every layer from measured losses, and what the budget reached."""
     for chain in CHAINS:
-        searched = prepare(model, floats[0][:2], SearchConfig(bits=chain, pruning=False, exclude=exclude))
+        searched = prepare(model, floats[0][:2], SearchConfig(bits=chain, pruning=False, exclude=exclude), streams)
         try:
             Budget(searched, table=table, **targets)
             break
@@ -433,6 +451,7 @@ def _report(
         tuple(name for name in told if name in others),
         outcome,
         times,
+        record.streams,
     )
 
 

@@ -34,6 +34,10 @@ LEAVES = (
 )
 
 
+class Whole:
+    """A mark on modules of this package: a graph holds a call of one as a whole, like those of torch's layers."""
+
+
 def check_example(model: nn.Module, example: object) -> None:
     """Refuse what is no batch, and a forward that needs more than one.
 
@@ -140,9 +144,16 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m is self.root or is_patched(m):
             return False
-        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*LEAVES, Whole)) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Every node knows which modules return it, the innermost first."""
+        result = self._called(m, forward, args, kwargs)
+        if isinstance(result, fx.Proxy):
+            result.node.meta.setdefault("returned_by", []).append(self.path_of_module(m))
+        return result
+
+    def _called(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
         if not self.hooks:
             return self._call_alone(m, args, kwargs)

@@ -110,74 +110,88 @@ LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* 
 // the processor's reorder buffer. kP vectors of four filters; their activations stay in the nearest cache while one
 // group of four filters follows the other (on a Zen 5, 16 products of 16 channels: 35 cycles per four vectors as
 // tiles).
-constexpr int kShortVectors = 16;
+constexpr int kShortBand = 16;  // vectors
 
-__attribute__((noinline)) void emit_short_rare(const FastEmit& fast, int channel, int vector, const Simd::I* acc) {
-    const int32_t* constant = fast.acc->constant;  // which the epilogue adds
-    int32_t dots[4 * Simd::L];
-    for (int f = 0; f < 4; ++f)
-        Simd::istore(dots + f * Simd::L, constant ? Simd::isub(acc[f], Simd::iset(constant[channel + f])) : acc[f]);
-    emit_rare(fast, Tile(fast, channel, 4, vector, 1, dots), 0, 0);
-}
+// Four filters of a block.
+template <int kS, bool kWide>
+struct ShortFilters {
+    const lbs::ConvPlan& plan;
+    const unsigned char* const in;
+    const int8_t* const weights;
+    const int64_t pitch;  // of weights, from step to step
+    const int channel;
+    const int32_t* const start;  // of the sums, or none
+    const FastEmit& fast;
+    const UsualEmit usual;
 
-template <int kP, int kS, bool kWide>
-LBS_INLINE void short_vectors(const lbs::ConvPlan& plan, const unsigned char* in, int vector, const int8_t* weights,
-                              int pitch, const FastEmit& fast, const UsualEmit& usual, int channel,
-                              const int32_t* start) {
-    PixelLoader<kS> pixels[kP];
+    LBS_INLINE ShortFilters(const lbs::ConvPlan& plan_, const unsigned char* in_, const lbs::FilterBlock& block,
+                            int filter, const FastEmit& fast_)
+        : plan(plan_),
+          in(in_ + block.in_offset),
+          weights(block.weights + 4 * filter),
+          pitch(4 * block.width),
+          channel(block.first + filter),
+          start(plan_.acc.constant ? plan_.acc.constant + channel : nullptr),
+          fast(fast_),
+          usual(fast_, channel) {}
+
+    template <int kP>
+    LBS_INLINE void compute(int vector) const {
+        PixelLoader<kS> pixels[kP];
 #pragma GCC unroll 4
-    for (int p = 0; p < kP; ++p) pixels[p] = PixelLoader<kS>(in, plan.map, vector + p);
-    Simd::I acc[kP][4];
+        for (int p = 0; p < kP; ++p) pixels[p] = PixelLoader<kS>(in, plan.map, vector + p);
+        Simd::I acc[kP][4];
 #pragma GCC unroll 4
-    for (int p = 0; p < kP; ++p)
+        for (int p = 0; p < kP; ++p)
 #pragma GCC unroll 4
-        for (int f = 0; f < 4; ++f) acc[p][f] = start ? Simd::iset(start[f]) : Simd::izero();
-    const int32_t* const offsets = plan.k_offsets;
-    const int steps = plan.k_steps;
+            for (int f = 0; f < 4; ++f) acc[p][f] = start ? Simd::iset(start[f]) : Simd::izero();
+        const int32_t* const offsets = plan.k_offsets;
+        const int steps = plan.k_steps;
 #pragma GCC unroll 4
-    for (int k = 0; k < steps; ++k) {
-        const int8_t* const row = weights + int64_t{k} * pitch;
-        Simd::I x[kP];
+        for (int k = 0; k < steps; ++k) {
+            const int8_t* const row = weights + k * pitch;
+            Simd::I x[kP];
 #pragma GCC unroll 4
-        for (int p = 0; p < kP; ++p) x[p] = pixels[p].load(offsets[k]);
+            for (int p = 0; p < kP; ++p) x[p] = pixels[p].load(offsets[k]);
 #pragma GCC unroll 4
-        for (int f = 0; f < 4; ++f) {
-            const Simd::I w = Simd::ibroadcast(row + 4 * f);
+            for (int f = 0; f < 4; ++f) {
+                const Simd::I w = Simd::ibroadcast(row + 4 * f);
 #pragma GCC unroll 4
-            for (int p = 0; p < kP; ++p) acc[p][f] = Simd::template dot<kWide>(acc[p][f], x[p], w);
+                for (int p = 0; p < kP; ++p) acc[p][f] = Simd::template dot<kWide>(acc[p][f], x[p], w);
+            }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < kP; ++p) {
+            if (__builtin_expect(usual.takes(vector + p, fast.plan->vectors), 1)) {
+                usual.emit(vector + p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
+            } else {
+                const Simd::I sums[4] = {acc[p][0], acc[p][1], acc[p][2], acc[p][3]};
+                emit_others(vector + p, sums);
+            }
         }
     }
-#pragma GCC unroll 4
-    for (int p = 0; p < kP; ++p) {
-        if (__builtin_expect(usual.takes(vector + p, fast.plan->vectors), 1)) {
-            usual.emit(vector + p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
-        } else {
-            const Simd::I four[4] = {acc[p][0], acc[p][1], acc[p][2], acc[p][3]};
-            emit_short_rare(fast, channel, vector + p, four);
-        }
+
+    __attribute__((noinline)) void emit_others(int vector, const Simd::I* sums) const {
+        int32_t dots[4 * Simd::L];  // without the constant, which the epilogue adds
+        for (int f = 0; f < 4; ++f)
+            Simd::istore(dots + f * Simd::L, start ? Simd::isub(sums[f], Simd::iset(start[f])) : sums[f]);
+        emit_rare(fast, Tile(fast, channel, 4, vector, 1, dots), 0, 0);
     }
-}
+};
 
 template <int kS, bool kWide>
 void short_blocks(const lbs::ConvPlan& plan, const unsigned char* in, int first, int last, int first_block,
                   int last_block, const FastEmit& fast) {
-    for (int begin = first; begin < last; begin += kShortVectors) {
-        const int end = last - begin < kShortVectors ? last : begin + kShortVectors;
+    constexpr int kP = Simd::kShortVectors;
+    for (int begin = first; begin < last; begin += kShortBand) {
+        const int end = last - begin < kShortBand ? last : begin + kShortBand;
         for (int b = first_block; b < last_block; ++b) {
             const lbs::FilterBlock& block = plan.blocks[b];
             for (int f = 0; f < block.width; f += 4) {
-                const int channel = block.first + f, pitch = 4 * block.width;
-                const UsualEmit usual(fast, channel);
-                const int32_t* const start = plan.acc.constant ? plan.acc.constant + channel : nullptr;
-                const int8_t* const weights = block.weights + 4 * f;
-                const unsigned char* const from = in + block.in_offset;
+                const ShortFilters<kS, kWide> filters(plan, in, block, f, fast);
                 int vector = begin;
-                for (; vector + 4 <= end; vector += 4)
-                    short_vectors<4, kS, kWide>(plan, from, vector, weights, pitch, fast, usual, channel, start);
-                for (; vector + 2 <= end; vector += 2)
-                    short_vectors<2, kS, kWide>(plan, from, vector, weights, pitch, fast, usual, channel, start);
-                if (vector < end)
-                    short_vectors<1, kS, kWide>(plan, from, vector, weights, pitch, fast, usual, channel, start);
+                for (; vector + kP <= end; vector += kP) filters.template compute<kP>(vector);
+                for (; vector < end; ++vector) filters.template compute<1>(vector);
             }
         }
     }

@@ -4,6 +4,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,10 +17,17 @@
 namespace lbs {
 namespace {
 
+#if defined(__aarch64__)
+constexpr bool kIsArm = true;
+#else
+constexpr bool kIsArm = false;
+#endif
+
 struct Flags {
-    bool avx2 = false, fma = false, f16c = false;
+    bool avx2 = false, fma = false, f16c = false, avxvnni = false;
     bool avx512f = false, avx512bw = false, avx512vl = false, avx512dq = false, avx512vnni = false;
     bool amx_tile = false, amx_int8 = false, amx_permitted = false;
+    bool asimddp = false, i8mm = false;
 };
 
 #if defined(__x86_64__)
@@ -65,6 +73,16 @@ Flags read_flags() {
     flags.amx_tile = tiles && (d >> 24 & 1);
     flags.amx_int8 = tiles && (d >> 25 & 1);
     if (flags.amx_tile && flags.amx_int8) flags.amx_permitted = request_tile_data();
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) flags.avxvnni = ymm && (a >> 4 & 1);
+    return flags;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+Flags read_flags() {
+    Flags flags;
+    flags.asimddp = getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+    flags.i8mm = getauxval(AT_HWCAP2) >> 13 & 1;    // HWCAP2_I8MM
     return flags;
 }
 
@@ -109,14 +127,19 @@ const char* isa_name(Isa isa) {
     switch (isa) {
         case Isa::kPortable: return "portable";
         case Isa::kAvx2: return "avx2";
+        case Isa::kAvxVnni: return "avxvnni";
         case Isa::kAvx512Vnni: return "avx512vnni";
         case Isa::kAmx: return "amx";
         case Isa::kAmxModel: return "amx-model";
+        case Isa::kNeon: return "neon";
+        case Isa::kNeonI8mm: return "neon-i8mm";
     }
     return "unknown";
 }
 
 std::string isa_reason(Isa isa) {
+    const bool is_arm = isa == Isa::kNeon || isa == Isa::kNeonI8mm;
+    if (isa != Isa::kPortable && is_arm != kIsArm) return "it is of another kind of processor";
     switch (isa) {
         case Isa::kPortable: return "";
         case Isa::kAvx2:
@@ -124,6 +147,11 @@ std::string isa_reason(Isa isa) {
             return "this build has no AVX2 part: the compiler did not take its flags";
 #endif
             return has_avx2() ? "" : "this processor lacks AVX2, FMA or F16C";
+        case Isa::kAvxVnni:
+#if !defined(LBS_BUILD_AVXVNNI)
+            return "this build has no AVX-VNNI part: the compiler did not take its flags";
+#endif
+            return has_avx2() && flags().avxvnni ? "" : "this processor lacks AVX-VNNI, or AVX2, FMA or F16C";
         case Isa::kAvx512Vnni:
 #if !defined(LBS_BUILD_AVX512VNNI)
             return "this build has no AVX-512 VNNI part: the compiler did not take its flags";
@@ -143,23 +171,36 @@ std::string isa_reason(Isa isa) {
 #endif
             if (!has_avx512()) return "the tile model uses AVX-512 outside the tiles, which this processor lacks";
             return amx_model_works() ? "" : "its tile multiply failed the self-check";
+        case Isa::kNeon:
+#if !defined(LBS_BUILD_NEON)
+            return "this build has no NEON part: the compiler did not take its flags";
+#endif
+            return flags().asimddp ? "" : "this processor lacks the dot products of NEON (asimddp)";
+        case Isa::kNeonI8mm:
+#if !defined(LBS_BUILD_NEON_I8MM)
+            return "this build has no NEON part with I8MM: the compiler did not take its flags";
+#endif
+            return flags().asimddp && flags().i8mm ? "" : "this processor lacks I8MM";
     }
     return "unknown instruction set";
 }
 
 Isa resolve_isa(const std::string& name) {
     if (name == "auto") {
-        for (Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvx2})
+        for (Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvxVnni, Isa::kAvx2, Isa::kNeonI8mm, Isa::kNeon})
             if (isa_reason(isa).empty()) return isa;
         return Isa::kPortable;
     }
-    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx, Isa::kAmxModel}) {
-        if (name != isa_name(isa)) continue;
-        const std::string reason = isa_reason(isa);
-        if (!reason.empty()) throw BackendError("isa '" + name + "' cannot run: " + reason + "; use isa='auto'");
-        return isa;
+    std::string names;
+    for (Isa isa : kIsas) {
+        if (name == isa_name(isa)) {
+            const std::string reason = isa_reason(isa);
+            if (!reason.empty()) throw BackendError("isa '" + name + "' cannot run: " + reason + "; use isa='auto'");
+            return isa;
+        }
+        names += std::string(isa_name(isa)) + ", ";
     }
-    throw BackendError("isa '" + name + "' is unknown; it is one of portable, avx2, avx512vnni, amx, amx-model, auto");
+    throw BackendError("isa '" + name + "' is unknown; it is one of " + names + "auto");
 }
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
@@ -167,6 +208,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
     return {{"avx2", f.avx2},
             {"fma", f.fma},
             {"f16c", f.f16c},
+            {"avxvnni", f.avxvnni},
             {"avx512f", f.avx512f},
             {"avx512bw", f.avx512bw},
             {"avx512vl", f.avx512vl},
@@ -174,7 +216,9 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
             {"avx512vnni", f.avx512vnni},
             {"amx_tile", f.amx_tile},
             {"amx_int8", f.amx_int8},
-            {"amx_permitted", f.amx_permitted}};
+            {"amx_permitted", f.amx_permitted},
+            {"asimddp", f.asimddp},
+            {"i8mm", f.i8mm}};
 }
 
 }  // namespace lbs

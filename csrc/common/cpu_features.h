@@ -7,9 +7,12 @@
 
 namespace lbs {
 
-enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAmx, kAmxModel };
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kAmxModel, kNeon, kNeonI8mm };
 
-// Isa for one of "portable", "avx2", "avx512vnni", "amx", "amx-model", "auto" (the best one that can run).
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2,     Isa::kAvxVnni, Isa::kAvx512Vnni,
+                         Isa::kAmx,      Isa::kAmxModel, Isa::kNeon,    Isa::kNeonI8mm};
+
+// Isa for the name of one, or "auto" (the best one that can run).
 // Raises BackendError for another name, and for an instruction set this machine or this build lacks.
 Isa resolve_isa(const std::string& name);
 const char* isa_name(Isa isa);

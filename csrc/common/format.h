@@ -7,7 +7,7 @@ namespace lbs {
 
 constexpr int kWord = 32;  // channels in one plane word
 constexpr int kFormatVersion = 1;  // planes
-constexpr int kProgramVersion = 4;  // program text
+constexpr int kProgramVersion = 5;  // program text
 constexpr int kBlobAlignment = 64;  // bytes
 constexpr int kMaxBits = 8;  // of a code
 constexpr int64_t kMaxText = 67108864;  // characters of a program text

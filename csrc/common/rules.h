@@ -56,6 +56,8 @@ constexpr char kVersion1[] = "version-1";
 constexpr char kVersion2[] = "version-2";
 // versions 1 to 3 have no interpolation and no selections that move pixels
 constexpr char kVersion3[] = "version-3";
+// versions 1 to 4 have no steps of codes, so no residuals of codes
+constexpr char kVersion4[] = "version-4";
 // arrays are float32 or int32
 constexpr char kArrayDtype[] = "array-dtype";
 // an array has 1 to 4 sizes of 1 to MAX_SIZE
@@ -132,6 +134,8 @@ constexpr char kWritesNothing[] = "writes-nothing";
 constexpr char kCodeKind[] = "code-kind";
 // a scale is positive and exact in float32
 constexpr char kScale[] = "scale";
+// a step is positive and exact in float32, of unsigned codes of MAX_BITS bits that are there
+constexpr char kCodeStep[] = "code-step";
 // a consumer has both pre_scale and pre_bias, or none
 constexpr char kNormPair[] = "norm-pair";
 // a program returns streams

@@ -1,4 +1,5 @@
-// Vector type of the AVX2 kernels (with FMA and F16C): 8 lanes. The names are explained in simd_portable.h.
+// Vector type of the AVX2 kernels (with FMA and F16C), and of those with AVX-VNNI beside it: 8 lanes. The names are
+// explained in simd_portable.h.
 #pragma once
 
 #include <immintrin.h>
@@ -9,9 +10,15 @@ namespace {
 
 struct Simd {
     static constexpr int L = 8;
+#if defined(__AVXVNNI__)
+    static constexpr double kDotCycles = 0.5;
+    static constexpr bool kNarrowDot = false;
+#else
     static constexpr double kDotCycles = 1.5;
-    static constexpr int kSumVectors = 4;
     static constexpr bool kNarrowDot = true;  // dot<false> takes pairs of products of at most 16 bits
+#endif
+    static constexpr int kSumVectors = 4;
+    static constexpr int kShortVectors = 2;
 
     using I = __m256i;
     using F = __m256;
@@ -95,6 +102,12 @@ struct Simd {
         x[3] = _mm256_unpackhi_epi16(high01, high23);
     }
     static I max_bytes(I a, I b) { return _mm256_max_epu8(a, b); }
+#if defined(__AVXVNNI__)
+    template <bool kWide>
+    static I dot(I acc, I a, I w) {
+        return _mm256_dpbusd_avx_epi32(acc, a, w);
+    }
+#else
     // vpmaddubsw saturates at 16 bits: two products of 255 * 64 still fit, those of full 8 bits do not and take the
     // wide way.
     template <bool kWide>
@@ -111,6 +124,7 @@ struct Simd {
             return _mm256_add_epi32(acc, sum);
         }
     }
+#endif
 
     static F fset(float value) { return _mm256_set1_ps(value); }
     static F fload(const float* p) { return _mm256_loadu_ps(p); }

@@ -11,6 +11,7 @@ struct Simd {
     static constexpr int L = 16;
     static constexpr double kDotCycles = 0.5;
     static constexpr int kSumVectors = 6;
+    static constexpr int kShortVectors = 4;
     static constexpr bool kNarrowDot = false;
 
     using I = __m512i;

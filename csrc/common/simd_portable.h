@@ -13,6 +13,7 @@ struct Simd {
     static constexpr int L = 16;               // lanes: 32-bit integers, floats, or groups of four code bytes
     static constexpr double kDotCycles = 8;    // of `dot`, where nothing else limits; on a Zen 5
     static constexpr int kSumVectors = 1;      // summed together
+    static constexpr int kShortVectors = 1;    // of four filters each, where sums are short
     static constexpr bool kNarrowDot = false;  // true where dot<false> takes pairs of products of at most 16 bits only
 
     struct I {

@@ -35,6 +35,17 @@ LBS_HD void load_stream(const Layer& p, int64_t index, int count, float (&y)[8])
     LBS_UNROLL for (int i = 0; i < 8; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
 }
 
+// Adds what eight codes of a residual stand for; bytes behind the last channel hold anything, and none is read behind
+// the pixel.
+LBS_HD void add_coded(const Coded& r, int row, int first, float (&y)[8]) {
+    if (first >= r.pitch) return;
+    const Words2 codes = *reinterpret_cast<const Words2*>(r.codes + static_cast<int64_t>(row) * r.pitch + first);
+    LBS_UNROLL for (int i = 0; i < 8; ++i) {
+        const int code = static_cast<int8_t>(codes.v[i / 4] >> 8 * (i % 4));
+        y[i] += static_cast<float>(code + 128 - r.zero) * r.step;
+    }
+}
+
 // Stores y in the stream type; y becomes the stored value.
 LBS_HD void store_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
@@ -82,6 +93,7 @@ LBS_HD void stored_values(const Layer& p, const int (&acc)[kRun], int row, int f
             load_stream(p, index, count, add);
             LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] += add[i];
         }
+        if (p.coded.codes) add_coded(p.coded, row, first + c, eight);
         if (p.has_low) {
             LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fmaxf(eight[i], p.low);
         }
@@ -118,6 +130,14 @@ LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, u
             four += float_bits(t + kRintMagic) << 8 * i;
         }
         codes[c / 4] = four;
+    }
+}
+
+// What a run of codes stands for.
+template <int kRun>
+LBS_HD void stand_for(const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], float (&y)[kRun]) {
+    LBS_UNROLL for (int c = 0; c < kRun; ++c) {
+        y[c] = static_cast<float>(static_cast<int>(codes[c / 4] >> 8 * (c % 4) & 255u) - k.zero) * k.step;
     }
 }
 
@@ -207,6 +227,7 @@ LBS_HD void emit(const Layer& p, const int (&acc)[kRun], int row, int first) {
     LBS_NO_UNROLL for (int k = 0; k < p.consumers; ++k) {
         encode<kRun>(p.consumer[k], y, first, codes);
         store_codes<kRun>(p, p.consumer[k], codes, row, first);
+        if (p.consumer[k].stands) stand_for<kRun>(p.consumer[k], codes, y);
     }
 }
 

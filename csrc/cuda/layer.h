@@ -17,6 +17,15 @@ struct ConsumerTarget {
     float scale;
     int bits, pitch, zero;  // pitch: bytes or words of one pixel
     bool is_signed, relu;
+    bool stands;  // (q - zero) * step is y for the consumers behind this one
+    float step;
+};
+
+// A residual of codes: (q - zero) * step.
+struct Coded {
+    const int8_t* codes;  // biased bytes [M][pitch], or null
+    int pitch, zero;
+    float step;
 };
 
 // A part of a kernel argument. K is flattened over (tap, piece): the pieces of one pixel are words or units of 16
@@ -41,7 +50,8 @@ struct Layer {
     // Steps 3 to 6, or thresholds [filter block][level][slot] with one bit per slot that says "less or equal".
     const int* thresholds;
     const uint32_t* flips;
-    const void* residual;
+    const void* residual;  // a stream; or codes, not both
+    Coded coded;
     void* stream;
     StreamType stream_type;
     bool has_low, has_high;

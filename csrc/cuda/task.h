@@ -24,6 +24,7 @@ struct Task {
     const int* thresholds = nullptr;
     const uint32_t* flips = nullptr;
     const void* residual = nullptr;
+    Coded coded{};
     void* stream = nullptr;
     int64_t batch = 0, height = 0, width = 0, channels = 0, filters = 0;
     int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
@@ -51,8 +52,10 @@ inline void check_task(const Task& t) {
     for (int64_t size : {t.pad_h, t.pad_w}) check_range(size, 0, 1 << 16, "the padding");
     check_range(static_cast<int64_t>(t.consumers.size()), 0, kMaxConsumers, "the number of consumers");
     for (const ConsumerTarget& k : t.consumers) check_range(k.bits, 1, kMaxBits, "the bits of a consumer");
-    require(!t.thresholds || (t.consumers.size() == 1 && !t.stream && !t.residual && t.consumers[0].bits <= 4),
+    const bool residual = t.residual || t.coded.codes;
+    require(!t.thresholds || (t.consumers.size() == 1 && !t.stream && !residual && t.consumers[0].bits <= 4),
             "CUDA kernel: thresholds serve one consumer of at most 4 bits, without stream or residual");
+    require(!t.residual || !t.coded.codes, "CUDA kernel: a residual is a stream or codes, not both");
     require(!t.is_signed || (t.pad_h == 0 && t.pad_w == 0), "CUDA kernel: signed codes cannot be padded");
 }
 
@@ -66,7 +69,7 @@ inline void fill_layer(const Task& t, const Cut& cut, Layer& p) {
     check_task(t);
     p.offset = t.offset, p.accumulators = t.accumulators;
     p.multiplier = t.multiplier, p.bias = t.bias, p.thresholds = t.thresholds, p.flips = t.flips;
-    p.residual = t.residual, p.stream = t.stream, p.stream_type = t.stream_type;
+    p.residual = t.residual, p.coded = t.coded, p.stream = t.stream, p.stream_type = t.stream_type;
     p.has_low = t.has_low, p.has_high = t.has_high, p.low = t.low, p.high = t.high;
     p.consumers = static_cast<int>(t.consumers.size());
     for (int k = 0; k < p.consumers; ++k) p.consumer[k] = t.consumers[k];

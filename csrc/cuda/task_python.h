@@ -6,10 +6,14 @@
 //     multiplier, bias                 addresses of float32 [slots]
 //     thresholds, flips                addresses of int32 [blocks, levels, filters of a block] and bits, or 0
 //     residual, stream, stream_type    addresses of [M, O] or 0; "float32", "float16" or "bfloat16"
+//     residual_step                    None, or a float: then residual is biased bytes [M, residual_pitch] of codes
+//     whose
+//                                      0 is residual_zero
 //     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, w_odd, a_bits, signed
 //     low, high                        floats or None
 //     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, pitch (words
-//                                      or bytes from pixel to pixel), zero, signed, relu
+//                                      or bytes from pixel to pixel), zero, signed, relu, step (None, or a float: the
+//                                      codes stand for the value of the consumers behind them)
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -59,6 +63,7 @@ inline ConsumerTarget consumer_target(const pybind11::dict& k) {
     target.zero = field<int>(k, "zero");
     target.is_signed = field<bool>(k, "signed");
     target.relu = field<bool>(k, "relu");
+    target.stands = bound(k, "step", target.step);
     return target;
 }
 
@@ -75,6 +80,12 @@ inline Task read_task(const pybind11::dict& task) {
     t.thresholds = address<const int>(task, "thresholds");
     t.flips = address<const uint32_t>(task, "flips");
     t.residual = address<const void>(task, "residual");
+    if (t.residual && bound(task, "residual_step", t.coded.step)) {
+        t.coded.codes = static_cast<const int8_t*>(t.residual);
+        t.coded.pitch = field<int>(task, "residual_pitch");
+        t.coded.zero = field<int>(task, "residual_zero");
+        t.residual = nullptr;
+    }
     t.stream = address<void>(task, "stream");
     t.stream_type = stream_type(field<std::string>(task, "stream_type"));
     t.batch = field<int64_t>(task, "batch");

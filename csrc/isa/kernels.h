@@ -62,9 +62,12 @@ struct KernelTable {
 
 extern const KernelTable kPortableKernels;
 extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvxVnniKernels;
 extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAmxKernels;
 extern const KernelTable kAmxModelKernels;
+extern const KernelTable kNeonKernels;
+extern const KernelTable kNeonI8mmKernels;
 
 // Whether tile multiplies give what plain loops give; only to be called where they can be executed.
 bool amx_self_check();

@@ -6,17 +6,19 @@
 
 namespace {
 
+// All groups of a vector follow one another, as they do in memory: rows that several windows read stay in the cache.
 template <int kS>
 void pool_codes_pieces(const lbs::PoolCodesPlan& plan, const lbs::RunContext& run, int first_group, int last_group) {
     constexpr uint32_t kAll = (1u << Simd::L) - 1u;
-    for (int group = first_group; group < last_group; ++group) {
-        const unsigned char* in = run.tensors[plan.input] + group * plan.in_pitch;
-        unsigned char* out = run.tensors[plan.output] + group * plan.out_pitch;
-        for (int vector = 0; vector < plan.vectors; ++vector) {
-            const PixelLoader<kS> pixels(in, plan.in_map, vector);
-            Simd::I best = pixels.load(plan.window_offsets[0]);
-            for (int k = 1; k < plan.window; ++k) best = Simd::max_bytes(best, pixels.load(plan.window_offsets[k]));
-            store_word(out, plan.out_map, vector, vector + 1 < plan.vectors ? kAll : plan.tail_mask, best);
+    for (int vector = 0; vector < plan.vectors; ++vector) {
+        const uint32_t valid = vector + 1 < plan.vectors ? kAll : plan.tail_mask;
+        const PixelLoader<kS> pixels(run.tensors[plan.input], plan.in_map, vector);
+        for (int group = first_group; group < last_group; ++group) {
+            const int32_t first = group * plan.in_pitch;
+            Simd::I best = pixels.load(first + plan.window_offsets[0]);
+            for (int k = 1; k < plan.window; ++k)
+                best = Simd::max_bytes(best, pixels.load(first + plan.window_offsets[k]));
+            store_word(run.tensors[plan.output] + group * plan.out_pitch, plan.out_map, vector, valid, best);
         }
     }
 }

@@ -44,14 +44,14 @@ void check_tensor(const TensorSpec& spec, const std::string& place) {
     check_name(spec.name, place);
     for (int size : {spec.channels, spec.height, spec.width})
         if (!within(size, 1, kMaxSize))
-            refuse(rule::kSize, place + " has a size of " + std::to_string(size) + "; sizes are 1 to " +
-                                    std::to_string(kMaxSize));
+            refuse(rule::kSize,
+                   place + " has a size of " + std::to_string(size) + "; sizes are 1 to " + std::to_string(kMaxSize));
     if (spec.pixels() > kMaxElements || spec.pixels() * spec.channels > kMaxElements)
         refuse(rule::kElements, place + " has more than " + std::to_string(kMaxElements) + " elements per image");
     if (spec.form == Form::kCodes) {
         if (!within(spec.bits, 1, kMaxBits))
-            refuse(rule::kBits, place + " has " + std::to_string(spec.bits) + " bits; codes have 1 to " +
-                                    std::to_string(kMaxBits));
+            refuse(rule::kBits,
+                   place + " has " + std::to_string(spec.bits) + " bits; codes have 1 to " + std::to_string(kMaxBits));
         if (!within(spec.zero, 0, (1 << spec.bits) - 1))
             refuse(rule::kZero, place + " has zero = " + std::to_string(spec.zero) + "; it is a code");
         if (spec.is_signed && spec.zero) refuse(rule::kSignedZero, place + " is signed and has a zero");
@@ -92,12 +92,19 @@ void check_version_3(const StepSpec& step, const std::string& where) {
         refuse(rule::kVersion3, "step '" + step.name + "' moves pixels" + where);
 }
 
+void check_version_4(const StepSpec& step, const std::string& where) {
+    const auto stands = [](const ConsumerSpec& consumer) { return consumer.step.has_value(); };
+    if (step.emit.residual_step || std::any_of(step.emit.consumers.begin(), step.emit.consumers.end(), stands))
+        refuse(rule::kVersion4, "step '" + step.name + "' has a step of codes" + where);
+}
+
 void check_version(const ProgramSpec& program) {
     const std::string where = " in a program of version " + std::to_string(program.version);
     if (program.version < 2) check_version_1(program);
     for (const StepSpec& step : program.steps) {
         if (program.version < 3) check_version_2(step, where);
         if (program.version < 4) check_version_3(step, where);
+        if (program.version < 5) check_version_4(step, where);
     }
 }
 

@@ -91,8 +91,7 @@ void read_field(Json& value, const Field& field, const Place& place) {
     if (!items) refuse_at(place, rule::kType, "is not a list");
     if (field.count == Count::kPair && items->size() != 2)
         refuse_at(place, rule::kItems, "has " + std::to_string(items->size()) + " items; expected 2");
-    for (size_t i = 0; i < items->size(); ++i)
-        read_one((*items)[i], field, {&place, "[" + std::to_string(i) + "]"});
+    for (size_t i = 0; i < items->size(); ++i) read_one((*items)[i], field, {&place, "[" + std::to_string(i) + "]"});
 }
 
 void read_record(Json& value, const Record& record, const Place& place, const char* tag) {

@@ -26,9 +26,18 @@ LBS_INLINE Quad each(Quad a, const Op& op) {
     return {{op(a.v[0], 0), op(a.v[1], 1), op(a.v[2], 2), op(a.v[3], 3)}};
 }
 
+// What codes q - zero stand for.
+LBS_INLINE Quad stood_for(const lbs::ConsumerPlan& c, const Simd::I* units) {
+    const Simd::F step = Simd::fset(c.step);
+    Quad y;
+    for (int j = 0; j < 4; ++j) y.v[j] = Simd::fmul(Simd::fcvt(units[j]), step);
+    return y;
+}
+
 // Codes of four channels, packed: q = clamp(rint(u * scale [+ n / 2]) + zero, 0, n). Clamping before rounding gives the
-// same, its bounds being integers; not a number becomes the low bound.
-LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positive, Quad u) {
+// same, its bounds being integers; not a number becomes the low bound. `y` becomes what codes with a step stand for.
+LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positive, Quad& y) {
+    Quad u = y;
     if (c.gain)
         u = each(u, [&](Simd::F x, int j) {
             return Simd::ffma(x, Simd::fset(c.gain[channel + j]), Simd::fset(c.offset[channel + j]));
@@ -40,6 +49,7 @@ LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positiv
     if (!positive || c.gain || c.zero) t = each(t, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.low)); });
     t = each(t, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     Simd::I q[4] = {Simd::ifromf(t.v[0]), Simd::ifromf(t.v[1]), Simd::ifromf(t.v[2]), Simd::ifromf(t.v[3])};
+    if (c.step > 0.0f) y = stood_for(c, q);
     if (c.zero)
         for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
     return Simd::ipack4(q[0], q[1], q[2], q[3]);
@@ -86,6 +96,29 @@ LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int ve
     else store_pieces(base, map, vector, valid, word);
 }
 
+// What store_pieces stores, but for lanes that nothing was stored in.
+LBS_INLINE Simd::I load_pieces(const unsigned char* base, const lbs::PixelMap& map, int vector) {
+    if (map.pieces == 0) return Simd::igather(base, map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes);
+    const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
+    Simd::I word = Simd::iload(base + piece[0].offset);
+    for (int i = 1; i < map.pieces && piece[i].mask; ++i)
+        word = Simd::iload_mask(word, piece[i].mask, base + piece[i].offset);
+    return word;
+}
+
+// y plus a residual of codes, of the channels [channel, channel + 4): those past the end lie in the padding.
+LBS_INLINE Quad add_coded(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector, Quad y) {
+    const unsigned char* base =
+        run.tensors[c.tensor] + c.first + static_cast<int64_t>(static_cast<uint32_t>(channel) / 4) * c.group_pitch;
+    const Simd::I word =
+        c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
+    const Simd::F zero = Simd::fset(c.zero), step = Simd::fset(c.step);
+    const Simd::I bytes[4] = {Simd::ibyte(word, 0), Simd::ibyte(word, 1), Simd::ibyte(word, 2), Simd::ibyte(word, 3)};
+    return each(y, [&](Simd::F x, int j) {
+        return Simd::fadd(x, Simd::fmul(Simd::fsub(Simd::fcvt(bytes[j]), zero), step));
+    });
+}
+
 // Activation, gate and residual of the first `live` channels from `channel` on, in the lanes of `valid`.
 __attribute__((noinline)) Quad combine4(const lbs::EmitPlan& e, const lbs::RunContext& run, int channel, int vector,
                                         int live, uint32_t valid, Quad y) {
@@ -100,6 +133,8 @@ __attribute__((noinline)) Quad combine4(const lbs::EmitPlan& e, const lbs::RunCo
         y = each(y, [&](Simd::F x, int j) {
             return Simd::fadd(x, Simd::fload_mask(residual + j * e.pixels, j < live ? valid : 0));
         });
+    } else if (e.coded.tensor >= 0) {
+        y = add_coded(e.coded, run, channel, vector, y);
     }
     activate4(e.behind, channel, y.v);
     return y;
@@ -111,7 +146,9 @@ LBS_INLINE void emit4(const lbs::EmitPlan& e, const lbs::RunContext& run, int ch
                       Quad y) {
     const int live = kWhole || e.channels - channel >= 4 ? 4 : e.channels - channel;
     const int64_t first = channel * e.pixels + static_cast<int64_t>(vector) * Simd::L;
-    if (e.is_plain && e.residual >= 0) {
+    if (e.is_plain && e.coded.tensor >= 0) {
+        y = add_coded(e.coded, run, channel, vector, y);
+    } else if (e.is_plain && e.residual >= 0) {
         const float* residual = reinterpret_cast<const float*>(run.tensors[e.residual]) + first;
         y = each(y, [&](Simd::F x, int j) {
             if constexpr (kWhole) return Simd::fadd(x, Simd::fload(residual + j * e.pixels));

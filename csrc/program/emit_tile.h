@@ -6,8 +6,6 @@
 // interleaved).
 #pragma once
 
-#include <cmath>
-
 #include "program/emit_kernel.h"
 #include "program/plan.h"
 
@@ -29,6 +27,7 @@ struct FastEmit {
     Simd::I lowest, highest;
     int64_t pixels;
     const float* residual;
+    const lbs::CodedPlan* coded;  // the residual, where it is of codes
     float* stream;
 
     LBS_INLINE FastEmit(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& context)
@@ -43,16 +42,17 @@ struct FastEmit {
           highest(Simd::izero()),
           pixels(e.pixels),
           residual(e.residual >= 0 ? reinterpret_cast<const float*>(context.tensors[e.residual]) : nullptr),
+          coded(e.coded.tensor >= 0 ? &e.coded : nullptr),
           stream(e.stream >= 0 ? reinterpret_cast<float*>(context.tensors[e.stream]) : nullptr) {
         for (int k = 0; k < e.consumer_count; ++k) usable = usable && !e.consumers[k].shifted;
-        if (!e.is_usual || !is_bounded(a, e)) return;
+        if (!e.is_usual) return;
         only = e.consumers;
         float floor = only->least;  // multiplying by a scale and rounding keep the order of floats
         if (e.has_low && e.low * only->scale > floor) floor = e.low * only->scale;
         lowest = Simd::iset_bytes(code(floor < only->high ? floor : only->high));
         highest = Simd::iset_bytes(code(only->high));
     }
-    LBS_INLINE int code(float t) const { return static_cast<int>(std::nearbyint(t)) + only->zero; }
+    LBS_INLINE int code(float t) const { return static_cast<int>(__builtin_nearbyintf(t)) + only->zero; }
     LBS_INLINE unsigned char* codes(const lbs::ConsumerPlan& c, int channel) const {
         return run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
     }
@@ -101,9 +101,14 @@ LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int
     store_word(base, c.map, vector, kAllLanes, word);
 }
 
+// A constant, as a constructor that is not inlined would be one symbol for all instruction sets.
+constexpr lbs::ConsumerPlan kNoConsumer;
+
 // The usual epilogue of four channels, vector after vector: fast.only, and the dot product is the accumulator. What it
 // needs is copied here, as the stores of codes may alias everything that has an address.
 struct UsualEmit {
+    const FastEmit& fast;
+    const int channel;
     const bool usable;  // for whole vectors
     const lbs::ConsumerPlan consumer;
     unsigned char* const base;
@@ -111,9 +116,11 @@ struct UsualEmit {
     const Simd::F scale;
     Simd::F gain[4], offset[4];
 
-    LBS_INLINE UsualEmit(const FastEmit& fast, int channel)
-        : usable(fast.only && channels_are_free(*fast.plan, channel + 4)),
-          consumer(usable ? *fast.only : lbs::ConsumerPlan()),
+    LBS_INLINE UsualEmit(const FastEmit& fast_, int channel_)
+        : fast(fast_),
+          channel(channel_),
+          usable(fast.only && channels_are_free(*fast.plan, channel + 4)),
+          consumer(usable ? *fast.only : kNoConsumer),
           base(usable ? fast.codes(consumer, channel) : nullptr),
           lowest(fast.lowest),
           highest(fast.highest),
@@ -123,14 +130,15 @@ struct UsualEmit {
             offset[j] = Simd::fset(fast.acc->bias[channel + j]);
         }
     }
-    LBS_INLINE Simd::I code(Simd::I acc, int j) const {
-        return Simd::ifromf(Simd::fmul(Simd::ffma(Simd::fcvt(acc), gain[j], offset[j]), scale));
-    }
+    LBS_INLINE Simd::F value(Simd::I acc, int j) const { return Simd::ffma(Simd::fcvt(acc), gain[j], offset[j]); }
     // Whether it takes this one of `count` vectors: no lane is to be left out.
     LBS_INLINE bool takes(int vector, int count) const { return usable && (vector + 1 < count || consumer.map.over); }
     // Bounds of codes are integers, so numbers may be rounded before they are clamped.
     LBS_INLINE void emit(int vector, Simd::I a0, Simd::I a1, Simd::I a2, Simd::I a3) const {
-        Simd::I q[4] = {code(a0, 0), code(a1, 1), code(a2, 2), code(a3, 3)};
+        Quad y = {{value(a0, 0), value(a1, 1), value(a2, 2), value(a3, 3)}};
+        if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, vector, y);
+        Simd::I q[4];
+        for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], scale));
         if (consumer.zero)
             for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(consumer.zero));
         store_codes(consumer, base, vector, Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest));
@@ -148,7 +156,8 @@ LBS_INLINE void emit_only(const FastEmit& fast, int channel, int vector, Quad y)
     store_codes(c, fast.codes(c, channel), vector, word);
 }
 
-LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad u) {
+LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad& y) {
+    Quad u = y;
     const Simd::F scale = Simd::fset(c.scale), high = Simd::fset(c.high);
     if (c.gain) {
         const float* gain = c.gain + channel;
@@ -160,6 +169,7 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     if (c.gain || !fast.positive) u = each(u, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
+    if (c.step > 0.0f) y = stood_for(c, q);
     if (c.zero)
         for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
     store_codes(c, fast.codes(c, channel), vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
@@ -190,12 +200,17 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     const float* offset = a.bias + channel;
     Quad y;
     for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
-    if (fast.only) return emit_only(fast, channel, tile.vector + p, y);
+    if (fast.only) {
+        if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
+        return emit_only(fast, channel, tile.vector + p, y);
+    }
     const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
     const lbs::EmitPlan& e = *fast.plan;
     if (__builtin_expect(!e.is_plain, 0)) {
         const Quad z = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
         for (int j = 0; j < 4; ++j) y.v[j] = z.v[j];
+    } else if (fast.coded) {
+        y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
     } else if (fast.residual) {
         const float* residual = fast.residual + first;
         y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });

@@ -164,12 +164,15 @@ std::vector<CodeLayout> choose_layouts(const ProgramSpec& program) {
         layouts[i].groups = (tensor.channels + 3) / 4;
         layouts[i].zero = tensor.zero;
     }
+    const auto read = [&](size_t input, int stride) {
+        strides[input] = strides[input] == 0 || strides[input] == stride ? stride : -1;
+    };
     for (const StepSpec& step : program.steps) {
+        if (step.emit.residual_step) read(static_cast<size_t>(step.emit.residual), 1);
         const auto input = static_cast<size_t>(step.input);
         if (program.tensors[input].form != Form::kCodes || step.kind == StepKind::kSelect) continue;  // no window
         widen(layouts[input], step, program.tensors[input]);
-        if (strides[input] == 0) strides[input] = step.stride.x;
-        else if (strides[input] != step.stride.x) strides[input] = -1;
+        read(input, step.stride.x);
     }
     // Rows of what a selection reads lie as those it writes, so that whole groups are copied.
     for (auto step = program.steps.rbegin(); step != program.steps.rend(); ++step) {

@@ -14,7 +14,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 namespace lbs {
 
@@ -54,8 +53,18 @@ struct ConsumerPlan {
     int zero = 0;
     const float* gain = nullptr;  // pre-activation norm, or none
     const float* offset = nullptr;
+    float step = 0.0f;  // of codes that stand for the value from here on; 0: they do not
     PixelMap map;
     int32_t group_pitch = 0;  // bytes from one group of four channels to the next
+};
+
+// A residual of codes: float(q - zero) * step.
+struct CodedPlan {
+    int tensor = -1;
+    float zero = 0.0f, step = 0.0f;
+    PixelMap map;
+    int64_t first = 0;        // bytes to pixel (0, 0)
+    int32_t group_pitch = 0;  // as above
 };
 
 enum class ActivationKind : int {
@@ -84,11 +93,14 @@ struct EmitPlan {
     int64_t pixels = 0;      // of the output map
     int vectors = 0;         // ceil(pixels / L)
     uint32_t tail_mask = 0;  // valid lanes of the last vector
-    int gate = -1, residual = -1, stream = -1;
+    int gate = -1, residual = -1, stream = -1;  // residual: of floats
+    CodedPlan coded;
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool is_plain = true;           // neither activation nor gate
-    bool is_usual = false;          // codes for one reader are all that is made, unsigned ones and without a norm
+    // Codes for one reader are all that is made, unsigned ones and without a norm, of numbers that are 32-bit integers
+    // once they are rounded, and a zero is added, though they are not clamped yet.
+    bool is_usual = false;
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;
     int consumer_count = 0;
@@ -110,14 +122,8 @@ struct AccumulatorPlan {
     const int32_t* constant = nullptr;
     const float* multiplier = nullptr;
     const float* bias = nullptr;
-    float largest = std::numeric_limits<float>::infinity();  // magnitude of what any 32-bit accumulator becomes
+    float largest = 0.0f;  // magnitude of what any 32-bit accumulator becomes
 };
-
-// Whether the numbers that become codes are 32-bit integers once they are rounded, and a zero is added, though they are
-// not clamped yet.
-inline bool is_bounded(const AccumulatorPlan& acc, const EmitPlan& emit) {
-    return acc.largest * emit.consumers->scale < 0x1p30f;
-}
 
 // `width` filters that share an input range; weights int8 [k_steps][width][4], `ones` the same with 1 where a channel
 // counts.

@@ -36,10 +36,15 @@ bool is_matrix(const StepSpec& step, const TensorSpec& source) {
 void fold_high(EmitPlan& plan, ConsumerPlan* consumers) {
     if (!plan.has_high || !plan.has_low || plan.high < 0.0f || plan.stream >= 0) return;
     for (int i = 0; i < plan.consumer_count; ++i)
-        if (consumers[i].gain || consumers[i].shifted) return;
+        if (consumers[i].gain || consumers[i].shifted || consumers[i].step > 0.0f) return;
     plan.has_high = false;
     for (int i = 0; i < plan.consumer_count; ++i)
         consumers[i].high = std::min(consumers[i].high, plan.high * consumers[i].scale);
+}
+
+EmitPlan bounded(EmitPlan emit, const AccumulatorPlan& acc) {
+    if (emit.is_usual) emit.is_usual = (acc.largest + 255.0f * emit.coded.step) * emit.consumers->scale < 0x1p30f;
+    return emit;
 }
 
 std::vector<int> tensors_read(const StepSpec& step) {
@@ -94,17 +99,17 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
         } else if (step.kind == StepKind::kConv &&
                    plan_winograd(spec, step, layout, kernels, algorithm, store, plan.winograd)) {
             plan.run = StepPlan::Run::kWinograd;
-            plan.winograd.emit = emit;
+            plan.winograd.emit = bounded(emit, plan.winograd.acc);
             scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
         } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, emit, kernels.lanes)) {
             plan.run = StepPlan::Run::kDepthwise;
             plan_depthwise(spec, step, layout, kernels, store, plan.depthwise);
-            plan.depthwise.emit = emit;
+            plan.depthwise.emit = bounded(emit, plan.depthwise.acc);
             row_count = std::max(row_count, depthwise_scratch(plan.depthwise));
         } else if (step.kind == StepKind::kConv && algorithm != Algorithm::kWinograd &&
                    plan_lanes(spec, step, layout, kernels, algorithm, store, plan.lanes)) {
             plan.run = StepPlan::Run::kLanes;
-            plan.lanes.emit = emit;
+            plan.lanes.emit = bounded(emit, plan.lanes.acc);
             scratch_bytes = std::max(scratch_bytes, lanes_bytes(plan.lanes, kernels));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)
@@ -116,8 +121,8 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                                  "that takes up to 256 pixels, one group, and weights that need no sums");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
-            plan.conv.emit = emit;
-            plan.conv.is_short = is_short(step, source, plan.conv.k_steps, emit) && is_bounded(plan.conv.acc, emit);
+            plan.conv.emit = bounded(emit, plan.conv.acc);
+            plan.conv.is_short = is_short(step, source, plan.conv.k_steps, plan.conv.emit);
             if (plan.conv.is_short) cut_rows_apart(step, layout, plan.conv);
             scratch_bytes = std::max(scratch_bytes, plan.conv.groups * plan.conv.thinned_pitch);
             sum_lanes = std::max(sum_lanes, static_cast<int64_t>(emit.vectors) * kernels.lanes);
@@ -140,7 +145,8 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     plan.tail_mask = tail_mask(plan.pixels, kernels.lanes);
     plan.gate = step.emit.gate;
     plan.is_plain = !step.emit.activation && step.emit.gate < 0;
-    plan.residual = step.emit.residual;
+    if (step.emit.residual_step) plan.coded = plan_coded(step.emit);
+    else plan.residual = step.emit.residual;
     if (step.emit.activation) {
         const ActivationSpec& activation = *step.emit.activation;
         ActivationPlan& made = activation.first ? plan.before : plan.behind;
@@ -170,6 +176,7 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
         c.half = levels / 2.0f;
         c.shifted = consumer.is_signed;
         c.relu = consumer.relu;
+        c.step = static_cast<float>(consumer.step.value_or(0.0));
         if (consumer.pre_scale) {
             c.gain = store.padded(spec.floats(*consumer.pre_scale), target.channels);
             c.offset = store.padded(spec.floats(*consumer.pre_bias), target.channels);
@@ -192,7 +199,7 @@ void ProgramPlan::cut_rows_apart(const StepSpec& step, const CodeLayout& layout,
     const CodeLayout& to = layouts[static_cast<size_t>(consumer.tensor)];
     const TensorSpec& target = spec.tensors[static_cast<size_t>(consumer.tensor)];
     const int vectors = vector_count(target.width, kernels.lanes) * target.height;
-    if (plan.is_thinned || plan.map.pieces == 1 || 4 * vectors > 5 * plan.emit.vectors) return;
+    if (plan.is_thinned || plan.emit.coded.tensor >= 0 || plan.map.pieces == 1 || 4 * vectors > 5 * plan.emit.vectors) return;
     const RowMaps maps = row_maps(store, layout, to, target, step.stride, kernels.lanes);
     if (maps.vectors == 0) return;
     ConsumerPlan* own = store.make<ConsumerPlan>(1);
@@ -201,6 +208,20 @@ void ProgramPlan::cut_rows_apart(const StepSpec& step, const CodeLayout& layout,
     plan.map = maps.load;
     plan.emit.consumers = own;
     plan.emit.vectors = maps.vectors;
+}
+
+CodedPlan ProgramPlan::plan_coded(const EmitSpec& emit) {
+    const auto index = static_cast<size_t>(emit.residual);
+    const TensorSpec& codes = spec.tensors[index];
+    const CodeLayout& layout = layouts[index];
+    CodedPlan plan;
+    plan.tensor = emit.residual;
+    plan.zero = static_cast<float>(codes.zero);
+    plan.step = static_cast<float>(*emit.residual_step);
+    plan.map = load_map(store, layout, codes.height, codes.width, {1, 1}, kernels.lanes);
+    plan.first = layout.offset(0, 0);
+    plan.group_pitch = static_cast<int32_t>(layout.group_pitch());
+    return plan;
 }
 
 void ProgramPlan::plan_quantpack(const StepSpec& step, StepPlan& plan) {
@@ -403,7 +424,7 @@ void ProgramPlan::assign_slots() {
             if (external[static_cast<size_t>(tensor)]) continue;
             // Each element of the residual is read just before the stream's is written, so they may share where nothing
             // else of the step reads it.
-            const bool in_place = tensor == emit.stream && emit.residual >= 0 &&
+            const bool in_place = tensor == emit.stream && emit.residual >= 0 && !emit.residual_step &&
                                   std::count(reads.begin(), reads.end(), emit.residual) == 1 &&
                                   last_use[static_cast<size_t>(emit.residual)] == static_cast<int>(i) &&
                                   slot_of[static_cast<size_t>(emit.residual)] >= 0;

@@ -78,6 +78,7 @@ private:
     void plan_steps(const std::vector<Algorithm>& algorithms);
     void cut_rows_apart(const StepSpec& step, const CodeLayout& layout, ConvPlan& plan);
     EmitPlan plan_emit(const StepSpec& step, const TensorSpec& target);
+    CodedPlan plan_coded(const EmitSpec& emit);
     void plan_quantpack(const StepSpec& step, StepPlan& plan);
     void plan_pool(const StepSpec& step, StepPlan& plan);
     void plan_select(const StepSpec& step, StepPlan& plan);

@@ -83,6 +83,7 @@ ConsumerSpec read_consumer(const Json& value) {
     consumer.pre_scale = optional_text(at(value, "pre_scale"));
     consumer.pre_bias = optional_text(at(value, "pre_bias"));
     consumer.relu = truth(value, "relu");
+    consumer.step = optional_number(at(value, "step"));
     return consumer;
 }
 
@@ -114,6 +115,7 @@ EmitSpec read_emit(const Json& value) {
     if (!activation.is_null()) emit.activation = read_activation(activation);
     emit.gate = optional_tensor(at(value, "gate"));
     emit.residual = optional_tensor(at(value, "residual"));
+    emit.residual_step = optional_number(at(value, "residual_step"));
     emit.low = optional_number(at(value, "low"));
     emit.high = optional_number(at(value, "high"));
     emit.stream = optional_tensor(at(value, "stream"));
@@ -150,9 +152,7 @@ StepSpec read_step(const Json& value) {
     }
     if (op == "pool") {
         const std::string& kind = text(value, "kind");
-        step.kind = kind == "max"    ? StepKind::kMaxPool
-                    : kind == "mean" ? StepKind::kMeanPool
-                                     : StepKind::kAveragePool;
+        step.kind = kind == "max" ? StepKind::kMaxPool : kind == "mean" ? StepKind::kMeanPool : StepKind::kAveragePool;
     } else {
         step.kind = op == "quantpack" ? StepKind::kQuantPack : op == "bitconv2d" ? StepKind::kConv : StepKind::kLinear;
         step.multiplier = optional_text(at(value, "multiplier"));

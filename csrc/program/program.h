@@ -30,6 +30,7 @@ struct ConsumerSpec {
     bool is_signed = false, relu = false;
     double scale = 1.0;  // exact in float32, as low and high are
     std::optional<std::string> pre_scale, pre_bias;
+    std::optional<double> step;  // exact in float32
 };
 
 constexpr int kNoTensor = -1;
@@ -45,6 +46,7 @@ struct EmitSpec {
     int gate = kNoTensor, residual = kNoTensor, stream = kNoTensor;
     std::optional<ActivationSpec> activation;
     std::optional<double> low, high;
+    std::optional<double> residual_step;  // of a residual of codes, exact in float32
     std::vector<ConsumerSpec> consumers;
 };
 
@@ -61,9 +63,9 @@ enum class StepKind { kQuantPack, kConv, kLinear, kMaxPool, kMeanPool, kAverageP
 struct StepSpec {
     StepKind kind = StepKind::kQuantPack;
     std::string name;
-    int input = 0;              // the first of a selection
-    std::vector<int> inputs;    // all of them
-    std::vector<int> channels;  // of a selection; empty: all, in order
+    int input = 0;               // the first of a selection
+    std::vector<int> inputs;     // all of them
+    std::vector<int> channels;   // of a selection; empty: all, in order
     std::vector<int> top, left;  // of a selection: one for each input; empty: 0
     EmitSpec emit;
     int w_bits = 0, groups = 1, total_filters = 0;

@@ -15,8 +15,8 @@ namespace lbs {
 
 class Runner {
 public:
-    // Copies what it needs of the blob. algorithms: "", "direct", "lanes", "winograd" or "winograd-or-direct" for every step,
-    // or nothing. Raises FormatError or BackendError.
+    // Copies what it needs of the blob. algorithms: "", "direct", "lanes", "winograd" or "winograd-or-direct" for every
+    // step, or nothing. Raises FormatError or BackendError.
     Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa,
            const std::vector<std::string>& algorithms);
     ~Runner();
@@ -27,8 +27,8 @@ public:
 
     // inputs[i]: [batch, C, H, W] of the i-th input, float32 or uint8 as its tensor says, in memory [batch, H, W, C]
     // where channels_last[i] (empty: nowhere); outputs[i]: float32 [batch, C, H, W], written. Calls from several
-    // threads take turns. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds: where
-    // given, gets the time spent in every step by all threads, scaled to add up to the time of the call.
+    // threads take turns. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds:
+    // where given, gets the time spent in every step by all threads, scaled to add up to the time of the call.
     void run(const std::vector<const void*>& inputs, const std::vector<bool>& channels_last,
              const std::vector<float*>& outputs, int64_t batch, int threads, const std::map<int, void*>& traces,
              std::vector<double>* seconds);

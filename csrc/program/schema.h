@@ -60,8 +60,9 @@ constexpr Field kConsumerFields[] = {
     {"pre_scale", Kind::kText, Count::kOne, true, "null", nullptr, nullptr},
     {"pre_bias", Kind::kText, Count::kOne, true, "null", nullptr, nullptr},
     {"relu", Kind::kBool, Count::kOne, false, "false", nullptr, nullptr},
+    {"step", Kind::kNumber, Count::kOne, true, "null", nullptr, nullptr},
 };
-constexpr Record kConsumer = {"Consumer", kConsumerFields, 8};
+constexpr Record kConsumer = {"Consumer", kConsumerFields, 9};
 
 constexpr const char* kActivation_kind[] = {"elu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish", "leaky_relu", "mish", "prelu", "sigmoid", "silu", "tanh", nullptr};
 constexpr Field kActivationFields[] = {
@@ -80,8 +81,9 @@ constexpr Field kEmitFields[] = {
     {"consumers", Kind::kRecord, Count::kList, false, "[]", nullptr, &kConsumer},
     {"activation", Kind::kRecord, Count::kOne, true, "null", nullptr, &kActivation},
     {"gate", Kind::kInt, Count::kOne, true, "null", nullptr, nullptr},
+    {"residual_step", Kind::kNumber, Count::kOne, true, "null", nullptr, nullptr},
 };
-constexpr Record kEmit = {"Emit", kEmitFields, 7};
+constexpr Record kEmit = {"Emit", kEmitFields, 8};
 
 constexpr Field kQuantPackStepFields[] = {
     {"name", Kind::kText, Count::kOne, false, nullptr, nullptr, nullptr},

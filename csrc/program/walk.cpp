@@ -247,7 +247,7 @@ private:
     void check_emit(const EmitSpec& emit, const Shape& shape, bool scaled) {
         if (emit.activation) check_activation(*emit.activation, shape);
         check_operand(emit.gate, {1, 1, shape.channels});
-        check_operand(emit.residual, shape);
+        check_residual(emit, shape);
         for (const std::optional<double>& bound : {emit.low, emit.high})
             if (bound && !is_float32(*bound)) refuse_here(rule::kBound, "low and high are exact float32 values");
         if (emit.low && emit.high && *emit.low > *emit.high) refuse_here(rule::kClamp, "low is at most high");
@@ -278,6 +278,21 @@ private:
         expect_shape(tensor, shape);
     }
 
+    void check_residual(const EmitSpec& emit, const Shape& shape) const {
+        if (!emit.residual_step) return check_operand(emit.residual, shape);
+        if (emit.residual == kNoTensor) refuse_here(rule::kCodeStep, "a residual_step is given and no residual");
+        const TensorSpec& tensor = read(emit.residual);
+        expect_form(tensor, {Form::kCodes});
+        expect_shape(tensor, shape);
+        check_code_step(*emit.residual_step, tensor);
+    }
+
+    void check_code_step(double step, const TensorSpec& codes) const {
+        if (!is_float32(step) || !(step > 0) || codes.bits != kMaxBits || codes.is_signed)
+            refuse_here(rule::kCodeStep, "a step is positive and exact in float32, of unsigned codes of " +
+                                             std::to_string(kMaxBits) + " bits; " + codes.name + " has another");
+    }
+
     void check_consumer(const ConsumerSpec& consumer, const Shape& shape, bool scaled) {
         const TensorSpec& target = write(consumer.tensor);
         expect_form(target, {Form::kCodes});
@@ -286,6 +301,7 @@ private:
             refuse_here(rule::kCodeKind, "a consumer has the bits, zero and sign of " + target.name);
         if (scaled && !(is_float32(consumer.scale) && consumer.scale > 0))
             refuse_here(rule::kScale, "a scale is positive and exact in float32");
+        if (consumer.step) check_code_step(*consumer.step, target);
         if (consumer.pre_scale.has_value() != consumer.pre_bias.has_value())
             refuse_here(rule::kNormPair, "only one of pre_scale and pre_bias is given");
         if (!consumer.pre_scale) return;
@@ -297,8 +313,7 @@ private:
         expect_form(source, {Form::kStream});
         const bool whole = step.kernel.y == source.height && step.kernel.x == source.width;
         const bool one = step.kernel.y == 1 && step.kernel.x == 1;
-        if (!(whole || one) || !is_zero(step.padding))
-            refuse_here(rule::kMeanWindow, "the mean is global, unpadded");
+        if (!(whole || one) || !is_zero(step.padding)) refuse_here(rule::kMeanWindow, "the mean is global, unpadded");
         return {1, 1, source.channels};
     }
 
@@ -341,9 +356,9 @@ private:
     // Codes pass a maximum or a selection unchanged: exactly one consumer of the same kind, and nothing else.
     void check_unchanged(const EmitSpec& emit, const TensorSpec& source) const {
         const bool plain = !emit.activation && emit.gate == kNoTensor && emit.residual == kNoTensor && !emit.low &&
-                           !emit.high && emit.stream == kNoTensor;
+                           !emit.high && emit.stream == kNoTensor && !emit.residual_step;
         if (!plain || emit.consumers.size() != 1 || emit.consumers[0].pre_scale || emit.consumers[0].relu ||
-            !same_codes(emit.consumers[0], source))
+            emit.consumers[0].step || !same_codes(emit.consumers[0], source))
             refuse_here(rule::kCodesUnchanged, "codes are passed on to one plain consumer of the kind of the inputs");
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lbs.cli.console import console
-from lbs.cli.options import add_exclude, add_training, asked, decimal, numbers, session
+from lbs.cli.options import add_exclude, add_streams, add_training, asked, decimal, numbers, session
 from lbs.config import FinetuneRun, open_run
 from lbs.reporting.units import bops
 from lbs.runs.phases import run_finetune
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_training(parser, FinetuneRun)
     parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
     add_exclude(parser)
+    add_streams(parser)
     parser.add_argument(
         "--ema",
         type=decimal,

@@ -12,6 +12,7 @@ from lbs.cli.console import Console
 from lbs.config import RunConfig
 from lbs.run_folder import RunFolder
 from lbs.runs.phases import Session, file_digest
+from lbs.search.streams import WIDTHS
 from lbs.train import distributed
 from lbs_kernels.errors import BackendError, LbsError
 
@@ -68,6 +69,17 @@ def add_exclude(parser: argparse._ActionsContainer) -> None:
         default=_UNSET,
         metavar="PATTERN",
         help="leave layers in float whose name matches, such as 'layer1.*'; may be given several times",
+    )
+
+
+def add_streams(parser: argparse._ActionsContainer) -> None:
+    """--streams, of commands that make a network quantized."""
+    parser.add_argument(
+        "--streams",
+        type=int,
+        choices=WIDTHS,
+        default=_UNSET,
+        help="bits of what residual sums store: 8, codes that layers of 8 bits read as well, or 32, floats (default)",
     )
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream-dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="what residual streams are stored in",
+        help="what residual streams of floats are stored in",
     )
     parser.add_argument(
         "--uint8",
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     section = pack_run(RunFolder(args.run), args.stream_dtype, args.uint8)
     for name, reason in section["kept_float"]:
         out.say(f"{name} stays in float: {reason}")
+    if section["coded_streams"]:
+        out.say(f"residual streams of 8 bits: {', '.join(section['coded_streams'])}")
     out.say(
         f"packed: {section['file']}, {size(section['bytes'])}, for {section['input_dtype']} images; "
         "codes of every layer checked"

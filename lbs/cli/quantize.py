@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lbs.cli.console import console
-from lbs.cli.options import add_exclude, bit_operations, decimal, decimals, numbers, set_threads
+from lbs.cli.options import add_exclude, add_streams, bit_operations, decimal, decimals, numbers, set_threads
 from lbs.reporting.units import size
 from lbs.runs.quantized import quantize_files
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights below 8 bits: to the nearest code (default), or so that layers compute the same (minutes)",
     )
     add_exclude(widths)
+    add_streams(widths)
     pictures = parser.add_argument_group("images")
     pictures.add_argument("--count", type=int, default=_UNSET, metavar="N", help="how many are used (default 256)")
     pictures.add_argument("--size", type=int, default=_UNSET, metavar="N", help="sides after scaling and cropping")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lbs.cli.console import console
-from lbs.cli.options import add_exclude, add_training, asked, bit_operations, decimal, numbers, session
+from lbs.cli.options import add_exclude, add_streams, add_training, asked, bit_operations, decimal, numbers, session
 from lbs.config import SearchRun, open_run
 from lbs.reporting.units import bops
 from lbs.runs.limits import NO_TARGET, TARGETS
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
     add_exclude(parser)
+    add_streams(parser)
     parser.add_argument(
         "--group-size", type=int, default=_UNSET, metavar="N", help="filters pruned together (default: the model's)"
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lbs.convolutions import TransposedConv2d
 from lbs.quant.layers import QuantConv2d, QuantLayer, QuantLinear
-from lbs.quant.quantizers import InputQuantizer
+from lbs.quant.quantizers import InputQuantizer, StreamQuantizer
 from lbs_kernels.errors import GraphError
 
 
@@ -84,6 +84,13 @@ def check_layer(name: str, layer: QuantLayer) -> None:
             f"{name} pads signed activations with zeros (padding {getattr(layer, 'padding', None)}), and signed codes "
             "have no zero; put a ReLU before it, or leave it in float (SearchConfig(exclude=...))"
         )
+
+
+def check_stream(name: str, quantizer: StreamQuantizer) -> None:
+    """Refuse a range of a residual stream that is not positive and finite. Raises GraphError."""
+    if not quantizer.quantize:
+        raise GraphError(f"{name} gives out floats at present (quantize is False); set it to True, or calibrate again")
+    _check_positive(name, "the step of its codes", quantizer.value_step())
 
 
 def _check_positive(name: str, what: str, value: float) -> None:

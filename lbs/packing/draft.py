@@ -64,6 +64,8 @@ class Target:
     scale: float
     norm: Norm | None = None
     relu: bool = False
+    step: float | None = None  # where targets behind it read what its codes stand for
+    behind: Target | None = None  # the target whose codes stand for the value this one is of
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Draft:
     function_first: bool = False  # in front of gate and residual
     gate: Slot | None = None
     residual: Slot | None = None
+    residual_step: float | None = None  # of a residual of codes
     low: float | None = None
     high: float | None = None
     clamped: bool = False
@@ -146,9 +149,20 @@ class Draft:
         """Absorb y * gate[c]."""
         self.gate, self.function_first = gate, self.function is not None
 
-    def add(self, residual: Slot) -> None:
-        """Absorb y + residual."""
-        self.residual, self.function_first = residual, self.function is not None
+    def add(self, residual: Slot, step: float | None) -> None:
+        """Absorb y + residual; the step is that of codes."""
+        self.residual, self.residual_step, self.function_first = residual, step, self.function is not None
+
+    def target_of(self, slot: Slot) -> Target:
+        """The target that writes a tensor of this step's."""
+        return next(target for target in self.targets if target.slot is slot)
+
+    def stand_for_value(self, target: Target, step: float) -> bool:
+        """Let codes stand for the value of targets behind them; whether they can: those of one target do, at most."""
+        if any(other.step is not None for other in self.targets if other is not target):
+            return False
+        target.step = step
+        return True
 
     def stored(self) -> Slot:
         """The stream of the value."""
@@ -219,9 +233,10 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
         draft.low,
         draft.high,
         number[draft.stream] if draft.stream is not None else None,
-        tuple(_consumer(target, number, arrays) for target in draft.targets),
+        tuple(_consumer(target, number, arrays) for target in sorted(draft.targets, key=_rank)),
         _activation(draft, arrays),
         number[draft.gate] if draft.gate is not None else None,
+        draft.residual_step,
     )
     if draft.selection is not None:
         inputs = tuple(number[slot] for slot in draft.sources)
@@ -236,6 +251,11 @@ def _step(draft: Draft, number: dict[Slot, int], arrays: dict[str, Tensor]) -> S
     if draft.layer is None:
         return QuantPackStep(draft.name, source, emit, *_affine_keys(draft, arrays))
     return _layer_step(draft, draft.layer, source, emit, arrays)
+
+
+def _rank(target: Target) -> int:
+    """Codes that stand for the value come behind those of the value itself, and before what is made of them."""
+    return 2 if target.behind is not None else int(target.step is not None)
 
 
 def _activation(draft: Draft, arrays: dict[str, Tensor]) -> Activation | None:
@@ -271,7 +291,9 @@ def _consumer(target: Target, number: dict[Slot, int], arrays: dict[str, Tensor]
             arrays[scale_key] = rounded(gain, f"the scale of {name}")
             arrays[shift_key] = rounded(shift, f"the shift of {name}")
     return Consumer(
-        number[slot], slot.bits, target.scale, slot.zero, slot.signed, scale_key, shift_key, relu=target.relu
+        *(number[slot], slot.bits, target.scale, slot.zero, slot.signed, scale_key, shift_key),
+        relu=target.relu,
+        step=target.step,
     )
 
 

@@ -114,6 +114,9 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         inexact = sorted(packed.inexact_layers(batch) & {step.name for step in region.program.steps})
         if inexact:
             notes.append(f"region {index}: in half precision, not exact: {', '.join(inexact)}")
+        coded = streams_of_codes(region.program)
+        if coded:
+            notes.append(f"region {index}: residual streams of 8 bits: {', '.join(coded)}")
         inputs = [trace[place].contiguous() for place in region.program.inputs]
         seconds = compiled.runner.step_seconds(inputs, threads=count, rounds=rounds)
         if seconds is None:
@@ -125,6 +128,12 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
     with torch_threads(count):
         parts = time_parts(packed, images, rounds)
     return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes, parts)
+
+
+def streams_of_codes(program: Program) -> list[str]:
+    """The names of the codes that sums read, each once."""
+    read = (step.emit.residual for step in program.steps if step.emit.residual_step is not None)
+    return list(dict.fromkeys(program.tensors[index].name for index in read if index is not None))
 
 
 def _rows(

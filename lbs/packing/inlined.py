@@ -22,6 +22,7 @@ from lbs.packing.float_modules import kind_of
 from lbs.packing.graph_json import unsaved
 from lbs.packing.recorded import BATCHES, CONSTANTS, PART, NotRecordable, recorded
 from lbs.quant.deployed import undeploy
+from lbs.quant.quantizers import StreamQuantizer
 from lbs.traced import Evaluation, Recorded
 
 # torch.fx writes names that are no identifiers between double quotes, where these characters would not stand for
@@ -41,6 +42,8 @@ def settled(module: nn.Module) -> nn.Module:
     """A copy that computes in evaluation mode what its node in the graph stands for: with weights of its own, without
     hooks, which are nodes themselves, and changing nothing in place.
     """
+    if isinstance(module, StreamQuantizer):
+        return _Stream(module)
     kept = copy.deepcopy(module)
     undeploy(kept)
     for part in list(kept.modules()):
@@ -51,6 +54,17 @@ def settled(module: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(part):
             _make_permanent(part)
     return kept
+
+
+class _Stream(nn.Module):
+    """A quantizer of a stream in torch's operations of floats."""
+
+    def __init__(self, quantizer: StreamQuantizer) -> None:
+        super().__init__()
+        self.scale, self.zero, self.step = quantizer.scale(), quantizer.zero, quantizer.value_step()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (((x * self.scale).round() + self.zero).clamp(0, 255) - self.zero) * self.step
 
 
 def _make_permanent(module: nn.Module) -> None:

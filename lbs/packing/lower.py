@@ -15,14 +15,14 @@ from torch import Tensor, fx, nn
 
 from lbs.convolutions import TransposedConv2d
 from lbs.graph import ModelGraph, called_module
-from lbs.packing.checks import check_layer
+from lbs.packing.checks import check_layer, check_stream
 from lbs.packing.draft import Draft, Norm, Selection, Slot, Target, assemble
 from lbs.packing.index_maps import Grid, IndexMap
 from lbs.packing.patterns import Op, classify, shape_of
 from lbs.packing.regions import Partition, operands, partition
 from lbs.packing.transposed import NoWindow, expanded, parts_of
 from lbs.quant.layers import QuantLayer
-from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer, StreamQuantizer
 from lbs_kernels.errors import GraphError, LbsError, raise_together
 from lbs_kernels.program.steps import Program
 
@@ -57,17 +57,34 @@ class _NotPackable(Exception):
 
 
 @dataclass(frozen=True)
+class _Stream:
+    """A node that makes codes stand for a value; `pool`: the maximum in front of it."""
+
+    node: fx.Node
+    quantizer: StreamQuantizer
+    pool: fx.Node | None
+
+
+@dataclass(frozen=True)
 class _Value:
-    """A float value: that of a step, of a norm (and ReLU) on it, or of a maximum of either."""
+    """A float value: that of a step, of a norm (and ReLU) on it, or of a maximum of either.
+
+    stream: what codes of the step's value stand for, or of maxima of it, which is the same.
+    """
 
     draft: Draft
     norm: Norm | None = None
     relu: bool = False
+    stream: _Stream | None = None
     pool: tuple[fx.Node, Op] | None = None
 
     @property
     def plain(self) -> bool:
-        return self.norm is None and self.pool is None
+        return self.norm is None and self.pool is None and self.stream is None
+
+
+def _coding(quantizer: ActivationQuantizer | InputQuantizer) -> tuple[int, float, int, bool]:
+    return quantizer.bits, quantizer.scale(), quantizer.zero, quantizer.signed
 
 
 _HERE = (0, 0)
@@ -311,12 +328,13 @@ class _Walk:
             if draft is not None and draft.takes_residual():
                 break
         else:
-            other = second
-            draft = self._copy(node, self._read(first))
-        residual = self._floats(other, node)
+            coded = self._read(first).stream is not None and self._read(second).stream is None
+            main, other = (second, first) if coded else (first, second)
+            draft = self._copy(node, self._read(main))
+        residual, step = self._residual(other, node)
         if residual.shape != draft.shape:
             raise _NotPackable(node, f"it adds pixels of {draft.shape} and {residual.shape}, flattened")
-        draft.add(residual)
+        draft.add(residual, step)
         draft.value = node
         self.values[node] = _Value(draft)
 
@@ -356,10 +374,29 @@ class _Walk:
     def _max_pool(self, node: fx.Node, op: Op) -> None:
         source = self._operand(node)
         readers = self._readers(node)
-        if readers and all(self._kind(reader) == "layer" for reader in readers) and source.pool is None:
+        if readers and all(self._takes_maximum(source, reader) for reader in readers) and source.pool is None:
             self.values[node] = replace(source, pool=(node, op))
             return
         self._pool(node, op)
+
+    def _takes_maximum(self, source: _Value, reader: fx.Node) -> bool:
+        """Whether a reader of maxima of `source` may be given those of codes."""
+        kinds = {"layer"}
+        if source.stream is not None:
+            kinds.add("add")
+        elif source.norm is None:
+            kinds.add("stream")
+        return self._kind(reader) in kinds
+
+    def _stream(self, node: fx.Node, op: Op) -> None:
+        source, quantizer = self._operand(node), called_module(self.module, node)
+        if not isinstance(quantizer, StreamQuantizer):
+            raise GraphError(f"{label_of(node)} is a {type(quantizer).__name__}, not a quantizer of streams")
+        check_stream(label_of(node), quantizer)
+        if source.norm is not None or source.stream is not None or source.draft.is_spread():
+            raise _NotPackable(node, "no step writes its value: it is read of a norm, of codes or of several pieces")
+        pool = None if source.pool is None else source.pool[0]
+        self.values[node] = replace(source, stream=_Stream(node, quantizer, pool))
 
     def _mean_pool(self, node: fx.Node, op: Op) -> None:
         self._pool(node, op)
@@ -378,6 +415,8 @@ class _Walk:
     def _select(self, node: fx.Node, op: Op) -> None:
         found = []
         for source in operands(node, op):
+            if (stream := self._read(source).stream) is not None:
+                raise _NotPackable(stream.node, f"{label_of(node)} reads its floats")
             draft = self._read(source).draft
             if len(shape_of(source)) == 2 and draft.shape[1:] != (1, 1):
                 raise _NotPackable(node, f"it reads pixels of {draft.shape}, flattened")
@@ -496,7 +535,21 @@ class _Walk:
     def _floats(self, node: fx.Node, reader: fx.Node) -> Slot:
         return self._stored(self._read(node), reader)
 
+    def _residual(self, node: fx.Node, reader: fx.Node) -> tuple[Slot, float | None]:
+        """What a sum adds, and the step of codes."""
+        value = self._read(node)
+        if value.stream is None:
+            return self._stored(value, reader), None
+        return self._coded(value), value.stream.quantizer.value_step()
+
+    def _coded(self, value: _Value) -> Slot:
+        """The codes of a value that codes stand for."""
+        assert value.stream is not None
+        return self._encode(value, value.stream.quantizer, "")
+
     def _stored(self, value: _Value, reader: fx.Node) -> Slot:
+        if value.stream is not None:
+            raise _NotPackable(value.stream.node, f"{label_of(reader)} reads its floats")
         if value.pool is not None:
             raise _NotPackable(value.pool[0], f"{label_of(reader)} reads its floats")
         if value.norm is not None:
@@ -507,10 +560,15 @@ class _Walk:
         """Codes of a value as `quantizer` wants them, shared between layers that want the same."""
         norm = value.norm[0] if value.norm is not None else None
         pool = value.pool[0] if value.pool is not None else None
-        coding = (quantizer.bits, quantizer.scale(), quantizer.zero, quantizer.signed)
-        key = (value.draft, norm, value.relu, pool, *coding)
+        stream = value.stream
+        key = (value.draft, norm, value.relu, pool, stream, *_coding(quantizer))
         if key in self.codes:
             return self.codes[key]
+        held = None  # the codes that stand for the value, where others are made of it
+        if stream is not None and _coding(quantizer) == _coding(stream.quantizer):
+            name = stream.node.name if pool is stream.pool else f"{stream.node.name}@{name}"
+        elif stream is not None and pool is None:
+            held = self._coded(value)
         draft, scale = value.draft, quantizer.scale()
         bits, zero, signed = quantizer.bits, quantizer.zero, quantizer.signed
         if value.pool is not None:
@@ -526,10 +584,20 @@ class _Walk:
             draft = Draft(f"{draft.name}@{name}", draft.value, parts, draft.shape, selection=selection)
             self.drafts.append(draft)
         slot = Slot(name, "codes", draft.shape, bits, zero, signed)
-        plain = value.pool is not None
-        draft.targets.append(Target(slot, scale, None if plain else value.norm, False if plain else value.relu))
+        target = Target(slot, scale)
+        if value.pool is None:
+            target.norm, target.relu = value.norm, value.relu
+            target.behind = None if held is None or stream is None else self._standing(draft, held, stream)
+        draft.targets.append(target)
         self.codes[key] = slot
         return slot
+
+    def _standing(self, draft: Draft, held: Slot, stream: _Stream) -> Target:
+        """The target of a stream's codes, which from now on stand for the value of the step."""
+        target = draft.target_of(held)
+        if not draft.stand_for_value(target, stream.quantizer.value_step()):
+            raise _NotPackable(stream.node, "other codes stand for the same value")
+        return target
 
     def _results(self, region: tuple[fx.Node, ...]) -> dict[fx.Node, Slot]:
         """Streams of the nodes that are read outside."""

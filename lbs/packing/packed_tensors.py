@@ -17,7 +17,8 @@ class PackedTensors:
     """Tensors of one traced run of all regions, in the shapes of the float model.
 
     steps: of the packed layers by their names, of a transposed convolution its parts. streams: node -> where its floats
-    are stored. images: node -> what float modules gave to a region.
+    are stored. codes: layer (`.input`) or node of a stream -> where its codes are. images: node -> what float modules
+    gave to a region.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class PackedTensors:
         self.steps: dict[str, list[tuple[int, ConvStep | LinearStep]]] = {}
         self.inexact: frozenset[str] = frozenset()  # layers that ran in half precision
         self.streams: dict[str, list[tuple[int, int]]] = {}
+        self.codes: dict[str, tuple[int, int]] = {}
         self.images: dict[str, Tensor] = {}
         self._writers: list[dict[int, str]] = []
         for region, program in enumerate(programs):
@@ -41,6 +43,8 @@ class PackedTensors:
             for index, spec in enumerate(program.tensors):
                 if spec.form == "stream":
                     self.streams.setdefault(spec.name, []).append((region, index))
+                elif spec.form == "codes":
+                    self.codes[spec.name] = (region, index)
                 elif spec.form == "image" and spec.name not in self.streams:  # else an earlier region's result
                     self.images[spec.name] = traces[region][index]
 
@@ -48,6 +52,11 @@ class PackedTensors:
         """float64 codes that the layer `name` read, as `shape` [N, C, H, W], [N, C] or flattened."""
         region, step = self.steps[name][0]
         return _logical(self._traces[region][step.input], shape, name).double()
+
+    def coded(self, name: str, shape: torch.Size) -> tuple[Tensor, str]:
+        """float64 codes of the stream `name`, as `shape`, and the step that wrote them."""
+        region, index = self.codes[name]
+        return _logical(self._traces[region][index], shape, name).double(), self._writers[region][index]
 
     def writer_of_input(self, name: str) -> str:
         """Name of the step that wrote the codes the layer `name` read."""

@@ -17,6 +17,7 @@ from lbs.packing.index_maps import IndexMap, index_map, is_on_the_way
 from lbs.quant.activations import FUNCTIONS, Function, float32, function_of
 from lbs.quant.deployed import computes_as, positions
 from lbs.quant.layers import QuantConv2d, QuantLinear
+from lbs.quant.quantizers import StreamQuantizer
 from lbs_kernels.program.window import Window
 
 Kind = Literal[
@@ -32,6 +33,7 @@ Kind = Literal[
     "mean_pool",
     "select",
     "resize",
+    "stream",
     "alias",
     "shape",
 ]
@@ -46,7 +48,7 @@ class Op:
     alias: the same values, possibly flattened, or on the way of a select. shape: sizes only, no values (`x.size(0)`).
     gate: a product with one number for each image and channel; scale: with one that is always the same. select:
     channels of what it reads side by side, or pixels of it in other places. resize: bilinear interpolation, `size`
-    pixels at positions `scale` apart from `offset` on.
+    pixels at positions `scale` apart from `offset` on. stream: what 8-bit codes of a residual stream stand for.
     """
 
     kind: Kind
@@ -221,6 +223,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, fx.Node], Op | str | None]] = {
     nn.AdaptiveAvgPool2d: _mean_pool,
     nn.AvgPool2d: _avg_pool,
     nn.Flatten: _flatten,
+    StreamQuantizer: lambda module, node: Op("stream"),
     nn.Identity: _identity,
     nn.Dropout: _identity,
     nn.Dropout2d: _identity,

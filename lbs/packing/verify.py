@@ -42,6 +42,7 @@ from lbs.packing.verify_report import Check, VerifyReport, merged
 from lbs.quant import codec
 from lbs.quant.activations import Function
 from lbs.quant.layers import QuantLayer, still
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer, StreamQuantizer
 from lbs.traced import Evaluation, evaluating, run, tensors_of
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import GraphError
@@ -141,6 +142,8 @@ class _Judge(Evaluation):
         layer = called_module(self.traced, n)
         if isinstance(layer, QuantLayer) and self.names[n] in self.tensors.steps:
             value, bound = self._layer(n, layer)
+        elif isinstance(layer, StreamQuantizer) and n.name in self.tensors.codes:
+            value, bound = self._coded(n, layer)
         else:
             value = super().run_node(n)
             if isinstance(value, tuple | list) and n.op != "output" and self._is_moved(n):
@@ -175,7 +178,8 @@ class _Judge(Evaluation):
         name = self.names[node]
         value, bound = self.env[node.args[0]], self.bounds[node.args[0]]  # type: ignore[index]
         codes = self.tensors.input_codes(name, value.shape)
-        self._compare_codes(name, layer, value, bound, codes)
+        writer = self.tensors.writer_of_input(name)
+        self._compare_codes(writer, f"codes read by {name}", layer.quantizer, value, bound, codes)
         weights = self._weights(name, layer, node)
         # In units of the two steps every sum is an exact integer, so that what is 0 stays 0.
         units = (layer.quantizer.values(codes) / layer.quantizer.step()).round()
@@ -199,8 +203,23 @@ class _Judge(Evaluation):
         """Real value of one unit of the sums of each filter, broadcastable to them."""
         return (layer.weight_step() * layer.quantizer.step()).view(-1, *[1] * (like.dim() - 2))
 
-    def _compare_codes(self, name: str, layer: QuantLayer, value: Tensor, bound: Tensor, codes: Tensor) -> None:
-        quantizer = layer.quantizer
+    def _coded(self, node: fx.Node, quantizer: StreamQuantizer) -> tuple[Tensor, Tensor]:
+        """Compare the codes of a stream, and go on with what they stand for: the step and the product are rounded."""
+        value, bound = self.env[node.args[0]], self.bounds[node.args[0]]  # type: ignore[index]
+        codes, writer = self.tensors.coded(node.name, value.shape)
+        self._compare_codes(writer, f"codes of stream {node.name}", quantizer, value, bound, codes)
+        value = quantizer.values(codes)
+        return value, 2 * UNIT * value.abs()
+
+    def _compare_codes(
+        self,
+        writer: str,
+        what: str,
+        quantizer: ActivationQuantizer | InputQuantizer,
+        value: Tensor,
+        bound: Tensor,
+        codes: Tensor,
+    ) -> None:
         scale = quantizer.scale()
         expected = quantizer.codes(value)
         n = codec.levels(quantizer.bits)
@@ -209,11 +228,10 @@ class _Judge(Evaluation):
         lowest, highest = (((t + d).round() + quantizer.zero).clamp(0, n) for d in (-tolerance, tolerance))
         differs = expected != codes
         excused = differs & (lowest <= codes) & (codes <= highest)
-        writer = self.tensors.writer_of_input(name)
         self.checks.append(
             Check(
                 writer,
-                f"codes read by {name}",
+                what,
                 codes.numel(),
                 int((differs & ~excused).sum()),
                 int(excused.sum()),

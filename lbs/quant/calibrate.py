@@ -14,7 +14,7 @@ from lbs.cost import FULL_PRECISION_BITS
 from lbs.quant import codec
 from lbs.quant import norms as statistics
 from lbs.quant.layers import QuantLayer, still
-from lbs.quant.quantizers import InputQuantizer
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer, StreamQuantizer
 from lbs_kernels.errors import GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.steps import WeightGrid
 
@@ -77,14 +77,18 @@ def calibrate(
 
     if statistics.fresh(model):
         logger.info("norms that never saw a batch are estimated from the calibration images")
-        with statistics.observing(layers.values()):
+        with statistics.observing(model, layers.values()):
             statistics.estimate(model, stored, run)
     told: list[LbsError] = []
-    for name, values in _observe(model, layers, stored, run).items():
+    streams = {name: m for name, m in model.named_modules() if isinstance(m, StreamQuantizer)}
+    for name, values in _observe(model, {**layers, **streams}, stored, run).items():
         try:
             if not bool(values.isfinite().all()):
                 raise GraphError(f"the input of {name} holds NaN or infinite values; check the data and the weights")
-            _set_ranges(name, layers[name], values, bits)
+            if name in streams:
+                _set_activation_range(streams[name], values, streams[name].bits)
+            else:
+                _set_ranges(layers[name], values, bits)
         except (GraphError, PlanError) as error:
             told.append(error)
     raise_together(told)
@@ -180,10 +184,16 @@ def images_of(batch: Any, index: int) -> Tensor:
 
 
 def _observe(
-    model: nn.Module, layers: dict[str, QuantLayer], batches: _Images, run: Callable[[Tensor], None]
+    model: nn.Module,
+    watched: dict[str, QuantLayer | StreamQuantizer],
+    batches: _Images,
+    run: Callable[[Tensor], None],
 ) -> dict[str, Tensor]:
-    """Inputs of every layer while the model computes in float, thinned to a bounded sample with its extremes."""
-    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
+    """What layers and quantizers of streams read while the model computes in float, thinned to a bounded sample with
+    its extremes.
+    """
+    layers = [one for one in watched.values() if isinstance(one, QuantLayer)]
+    collected: dict[str, list[Tensor]] = {name: [] for name in watched}
     handles = []
     share = max(64, _SAMPLES // batches.expected)
 
@@ -199,13 +209,13 @@ def _observe(
 
     was_training = model.training
     model.eval()
-    for name, layer in layers.items():
+    for name, layer in watched.items():
         handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
     try:
         with (
             torch.no_grad(),
             still(model),
-            statistics.observing(layers.values()),
+            statistics.observing(model, layers),
             statistics.in_torch_arithmetic(model),
         ):
             for batch in batches:
@@ -234,10 +244,15 @@ def _stride(count: int, share: int) -> int:
 
 
 @torch.no_grad()
-def _set_ranges(name: str, layer: QuantLayer, values: Tensor, bits: int | None) -> None:
+def _set_ranges(layer: QuantLayer, values: Tensor, bits: int | None) -> None:
     w_bits, a_bits = (bits, bits) if bits is not None else layer.range_widths
     _set_weight_range(layer, w_bits)
-    quantizer = layer.quantizer
+    if not isinstance(layer.quantizer, StreamQuantizer):  # whose range is that of the stream
+        _set_activation_range(layer.quantizer, values, a_bits)
+
+
+@torch.no_grad()
+def _set_activation_range(quantizer: ActivationQuantizer | InputQuantizer, values: Tensor, a_bits: int) -> None:
     low, high = float(values.min()), float(values.max())
     if isinstance(quantizer, InputQuantizer):
         quantizer.set_range(low, high)

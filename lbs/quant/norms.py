@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant.layers import QuantLayer, still
+from lbs.quant.quantizers import StreamQuantizer
 from lbs_kernels.errors import GraphError
 
 _CACHED = 32_000  # values worked on at once: in cache as float64, and too few for torch to wake its threads for
@@ -43,16 +44,16 @@ def fresh(model: nn.Module) -> bool:
 
 
 @contextmanager
-def observing(layers: Iterable[QuantLayer]) -> Iterator[None]:
-    """Layers compute in float meanwhile."""
-    held = list(layers)
-    for layer in held:
-        layer.quantize = False
+def observing(model: nn.Module, layers: Iterable[QuantLayer]) -> Iterator[None]:
+    """Layers, and streams of the model, are in float meanwhile."""
+    held: list[Any] = [*layers, *(m for m in model.modules() if isinstance(m, StreamQuantizer))]
+    for one in held:
+        one.quantize = False
     try:
         yield
     finally:
-        for layer in held:
-            layer.quantize = True
+        for one in held:
+            one.quantize = True
 
 
 @contextmanager
@@ -205,7 +206,7 @@ def correct(
         for batch in batches:
             try:
                 with ExitStack() as stack:
-                    stack.enter_context(observing(held))
+                    stack.enter_context(observing(model, held))
                     for norm, one in norms:
                         stack.callback(norm.register_forward_pre_hook(one.watch).remove)
                     for layer, bias in biases:

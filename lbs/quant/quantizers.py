@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lbs.quant import codec, fake
+from lbs.symbolic import Whole
 from lbs_kernels.errors import PlanError
 
 
@@ -106,6 +107,23 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, zero={self.zero}" + (", signed" if self.signed else "")
+
+
+class StreamQuantizer(ActivationQuantizer, Whole):
+    """8-bit codes of a residual stream. What reads the value reads these; layers of 8-bit activations have it for their
+    own quantizer, and encode(decode(q)) == q makes one tensor of the two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.quantize = True  # False while a float model is being observed
+
+    def value_step(self) -> float:
+        """Real value of one code unit, exactly as `values` has it in float32."""
+        return float(codec.code_step(self.range.detach().float().abs(), self.bits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.quantize else x
 
 
 def _check_step(step: float, what: str) -> None:

@@ -33,6 +33,7 @@ from lbs.convolutions import TransposedConv2d
 from lbs.graph import trace
 from lbs.quant import codec, norms
 from lbs.quant.layers import QuantLayer
+from lbs.quant.quantizers import StreamQuantizer
 from lbs.traced import Evaluation, evaluating
 
 LARGEST = 8192  # products of one sum whose matrix H is still worth its memory (256 MB) and time
@@ -100,6 +101,8 @@ class _Paired(Evaluation):
             return self._layer(n, part, plain[0][0], coded[0][0])
         if isinstance(part, norms.NORMS) and part.track_running_stats:
             return self._norm(str(n.target), part, plain[0][0], coded[0][0])
+        if isinstance(part, StreamQuantizer):
+            return _Pair(plain[0][0], part(coded[0][0]))
         call = getattr(self, n.op)
         return _Pair(call(n.target, *plain), call(n.target, *coded))
 

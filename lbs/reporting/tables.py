@@ -64,12 +64,15 @@ def _cost_tiles(record: Record) -> list[Tile | None]:
     found: list[Tile | None] = [Tile("Bit operations", bops(now), detail)]
     packed, before = record.value("pack", "bytes"), record.value("float", "bytes")
     if packed is not None:
-        found.append(Tile("Packed file", size(packed), f"float weights {size(before)}" if before else ""))
+        coded = record.value("pack", "coded_streams")
+        parts = [f"float weights {size(before)}" if before else ""]
+        parts += [f"{len(coded)} residual streams of 8 bits" if coded else ""]
+        found.append(Tile("Packed file", size(packed), "; ".join(filter(None, parts))))
     targets = record.targets()
     if targets:
         met = all((row["value"] or 0) <= (row["target"] or 0) for row in targets.values())
-        parts = (f"{quantity(name, row['value'])} of {quantity(name, row['target'])}" for name, row in targets.items())
-        found.append(Tile("Budget", "met" if met else "missed", f"{', '.join(parts)} allowed", _state(met)))
+        told = (f"{quantity(name, row['value'])} of {quantity(name, row['target'])}" for name, row in targets.items())
+        found.append(Tile("Budget", "met" if met else "missed", f"{', '.join(told)} allowed", _state(met)))
     return found
 
 

@@ -22,6 +22,7 @@ from lbs.run_folder import RunFolder, read_json, write_json
 from lbs.search.freeze import freeze
 from lbs.search.layers import FULL_BITS
 from lbs.search.prepare import SearchConfig, check_sum, prepare
+from lbs.search.streams import FLOAT as FLOAT_STREAMS
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 
@@ -41,6 +42,7 @@ class NetworkCard:
     signed: tuple[str, ...] = ()  # layers whose input codes are signed
     exclude: tuple[str, ...] = ()  # patterns of layers the search left in float
     fingerprint: str = ""  # of the data
+    streams: int = 32  # bits of residual streams
 
     def example(self) -> Tensor:
         """Zeros float32 [1, C, H, W]."""
@@ -141,6 +143,7 @@ def card_of(config: RunConfig, data: lbs.data.ImageSet) -> NetworkCard:
         data.std,
         exclude=getattr(config, "exclude", ()),
         fingerprint=data.fingerprint,
+        streams=getattr(config, "streams", 32),
     )
 
 
@@ -158,7 +161,7 @@ def check_same_network(card: NetworkCard, folder: RunFolder) -> NetworkCard:
     """
     there = NetworkCard.read(folder)
     _check_fingerprint(there, card.fingerprint)
-    for label in ("model", "num_classes", "input_shape", "mean", "std"):
+    for label in ("model", "num_classes", "input_shape", "mean", "std", "streams"):
         old, new = getattr(there, label), getattr(card, label)
         if old != new:
             raise TrainingError(
@@ -207,7 +210,8 @@ def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
     # Any width but 32 makes layers that take the bits of the plan; the least lets every sum pass that the plan allows.
     bits = FULL_BITS if plan.in_float else min(min(layer.w_bits, layer.a_bits) for layer in plan.layers)
     settings = SearchConfig(bits=(bits,), pruning=prunes, exclude=card.exclude)
-    network = freeze(prepare(model, card.example(), settings), plan)
+    streams = FLOAT_STREAMS if plan.in_float else card.streams
+    network = freeze(prepare(model, card.example(), settings, streams), plan)
     for layer in () if plan.in_float else record_of(network).plan.layers:
         check_sum(layer, layer.w_bits, layer.a_bits)
     for name in card.signed:

@@ -239,7 +239,9 @@ def _start_of_finetuning(
         network.load_float(model, path, card)
         if config.uniform:
             w_bits, a_bits = config.uniform
-            quantized = uniform(model, card.example(), w_bits, a_bits, config.exclude, ranges="layer")  # as plans have
+            quantized = uniform(
+                model, card.example(), w_bits, a_bits, config.exclude, ranges="layer", streams=config.streams
+            )  # ranges as plans have them
         else:
             quantized = network.apply_plan(model, card, Plan.load(config.plan))
         quantized = quantized.to(session.device)

@@ -29,6 +29,7 @@ from lbs.search.freeze import freeze, plan_of
 from lbs.search.layers import FULL_BITS
 from lbs.search.outcome import BudgetResult
 from lbs.search.prepare import SearchConfig, conversion_report, prepare
+from lbs.search.streams import FLOAT, check_streams
 from lbs.train.trainer import Trainer
 from lbs_kernels.errors import PlanError, TrainingError
 
@@ -58,7 +59,8 @@ class SearchJob:
 
     def prepared(self, model: nn.Module, settings: SearchConfig) -> nn.Module:
         """A searchable, calibrated copy; says what became of every layer."""
-        searched = prepare(model, self.example.to(self.session.device), settings)
+        streams = FLOAT if settings.bits == (FULL_BITS,) else self.config.streams
+        searched = prepare(model, self.example.to(self.session.device), settings, streams)
         for name, fate in conversion_report(searched):
             self.session.say(f"{name}: {fate}")
         return calibrate(searched, self.images(), bits=4, norms="estimate")
@@ -206,6 +208,9 @@ def check_reach(config: SearchRun, model: nn.Module, example: Tensor) -> None:
         PlanError: a target out of reach, or a layer that the latency table does not know.
     """
     settings = search_settings(config)
+    check_streams(config.streams)
+    if config.streams != FLOAT and settings.bits == (FULL_BITS,):
+        raise PlanError(f"mode={config.mode} searches no bits, so there are no streams={config.streams}; leave it out")
     if config.mode == "two-stage":
         between_stages(config)
         Budget(prepare(model, example, replace(settings, bits=(FULL_BITS,))), config.prune_bops)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lbs
 import lbs.data
 from lbs.benchmark import PACKED as PACKED_ROW
+from lbs.packing.explain import streams_of_codes
 from lbs.packing.model import PackedModel
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
@@ -48,6 +49,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
         "bytes": path.stat().st_size,
         "packed_bytes": packed.packed_bytes,
         "stream_dtype": stream_dtype,
+        "coded_streams": [name for program in packed.programs for name in streams_of_codes(program)],
         "input_dtype": str(packed.input_dtype).removeprefix("torch."),
         "kept_float": [list(row) for row in packed.kept_float],
         "seconds": time.monotonic() - started,

@@ -12,11 +12,12 @@ from lbs.graph import ModelRecord, record_of
 from lbs.plan import LayerPlan, Plan, check_layer, grid_at
 from lbs.quant.deployed import deploy
 from lbs.quant.layers import QuantLayer, fixed_kind
-from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer
+from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer, StreamQuantizer
 from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
 from lbs.search.multi_path import settled_range
 from lbs.search.replace import carry, kept_like, layer_arguments, layer_options, like, replace_layer
+from lbs.search.streams import share_quantizers
 from lbs.wrappers import copied, unwrapped
 from lbs_kernels.errors import PlanError
 
@@ -54,6 +55,8 @@ def _rounded_as(entry: LayerPlan, module: nn.Module) -> LayerPlan:
 def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     """A copy of a searchable (or uniform) model with fixed bits and without its pruned filters.
 
+    Layers whose activations are fixed at 8 bits take the quantizer of the stream of 8 bits that they read.
+
     Arguments:
         plan: bits and kept filters to apply, in any order of layers; None takes what the gates say.
 
@@ -84,6 +87,7 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         if rows is not None and group.prunable:
             for norm in group.norms:
                 _cut_norm(model.get_submodule(norm), rows)  # type: ignore[arg-type]
+    share_quantizers(model, record)
     model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
     if not plan.in_float:
         deploy(model, record.folding)
@@ -209,6 +213,8 @@ def _quantized_layer(old: nn.Module, entry: LayerPlan) -> QuantLayer:
         quantizer = ActivationQuantizer(entry.a_bits, old.quantizer.signed)
         quantizer.zero_point.fill_(old.quantizer.coding.zero_at(entry.a_bits))
         quantizer.range = settled_range(old.quantizer.range, getattr(old.quantizer, "gate", None))
+        if isinstance(old.quantizer, StreamQuantizer):  # the stream keeps its own
+            quantizer.range = kept_like(quantizer.range, quantizer.range)
     kind, options = fixed_kind(old), layer_options(old)
     new = kind(*layer_arguments(old), w_bits=entry.w_bits, quantizer=quantizer, standardize=old.standardize, **options)
     like(new, old)

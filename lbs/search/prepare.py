@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbs.channels import ChannelGroup, groups_in_training
 from lbs.convolutions import TransposedConv2d, plain_kind
 from lbs.cost import EDGE_BITS
-from lbs.graph import ModelRecord, observe_layers, record_of, template_plan, trace
+from lbs.graph import ModelGraph, ModelRecord, observe_layers, record_of, template_plan, trace
 from lbs.plan import RANGES, LayerPlan, Plan, grid_at
 from lbs.quant.codec import check_chain
 from lbs.quant.deployed import deploy
@@ -27,6 +27,7 @@ from lbs.search.lines import as_images
 from lbs.search.lookalikes import as_torch_has_them
 from lbs.search.plain import as_convolutions, has_own_forward, in_torchs_form, plain_copy
 from lbs.search.replace import adopt, layer_arguments, layer_options, like, replace_layer
+from lbs.search.streams import FLOAT, check_streams, hang_quantizers, residual_streams, share_quantizers
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.planes import accumulator_fits, check_accumulator
@@ -79,20 +80,22 @@ class SearchConfig:
             raise PlanError(f"importance={self.importance!r} is unknown; use {', '.join(IMPORTANCE)}")
 
 
-def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = None) -> nn.Module:
+def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = None, streams: int = FLOAT) -> nn.Module:
     """A copy of `model` whose convolution and linear layers have searchable bits and filters.
 
     The copy carries `lbs_record`; `conversion_report(copy)` lists every layer. Follow with `lbs.calibrate`.
 
     Arguments:
-        example: one input batch [N, C, H, W], or [N, C, L].
+        example: one input batch [N, C, H, W], or [N, C, L]. streams: bits of what residual sums store until they add
+            it: 8, or 32 for floats (`conversion_report` lists them).
 
     Raises:
         GraphError: nothing can be converted, the model cannot be traced, weights are not finite, or a layer's sum at
-            the widest bits of the chain could overflow once it is packed.
+            the widest bits of the chain could overflow once it is packed. PlanError: streams of other bits, or of 8
+            where nothing is traced or all computes in float.
     """
     config = config or SearchConfig()
-    model, record = _copy_and_trace(model, example, config)
+    model, record = _copy_and_trace(model, example, config, streams)
     edges = record.plan.edges
     if config.trace and config.bits != (FULL_BITS,):  # others are never packed
         chains = [(EDGE_BITS,) if layer.name in edges else config.bits for layer in record.plan.layers]
@@ -116,6 +119,8 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         if config.ranges == "filter" and chain != (FULL_BITS,):
             new.range_by_filter()
         replace_layer(model, layer.name, new)
+    hang_quantizers(model, record)
+    share_quantizers(model, record)
     if config.pruning:
         _add_prune_gates(model, record, config)
     model.lbs_record = record  # type: ignore[assignment]
@@ -129,25 +134,28 @@ def uniform(
     activation_bits: int = 8,
     exclude: tuple[str, ...] = (),
     ranges: Literal["filter", "layer"] = "filter",
+    streams: int = FLOAT,
 ) -> nn.Module:
     """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate.
 
     ranges: of the weights, one for every filter, or one for the layer (as in LBS). exclude: name patterns left in
-    float, as in `SearchConfig`. Raises GraphError as `prepare`.
+    float, as in `SearchConfig`. streams: as in `prepare`. Raises GraphError, PlanError as `prepare`.
     """
     for width in (weight_bits, activation_bits):
         check_chain((width,))
-    model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
+    model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude), streams)
     return _at_widths(model, record, record.plan.with_bits(weight_bits, activation_bits), ranges)
 
 
-def at_widths(model: nn.Module, example: Tensor, plan: Plan, exclude: tuple[str, ...] = ()) -> nn.Module:
+def at_widths(
+    model: nn.Module, example: Tensor, plan: Plan, exclude: tuple[str, ...] = (), streams: int = FLOAT
+) -> nn.Module:
     """A copy of a float `model` at the widths of a plan that `prepare` and `plan_of` made for it; then calibrate.
 
     Unlike a frozen copy of the searched model it knows nothing of the search: no range and no statistics. All filters
     stay. Raises GraphError as `prepare`, PlanError for a plan of other layers.
     """
-    model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude))
+    model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude), streams)
     asked = ((entry, plan.layer(entry.name)) for entry in record.plan.layers)
     layers = (replace(own, w_bits=one.w_bits, a_bits=one.a_bits, w_grid=grid_at(one.w_bits)) for own, one in asked)
     return _at_widths(model, record, replace(record.plan, layers=tuple(layers)), "filter")
@@ -164,13 +172,17 @@ def _at_widths(model: nn.Module, record: ModelRecord, plan: Plan, ranges: str) -
         if ranges == "filter":
             fixed.range_by_filter()
         replace_layer(model, layer.name, fixed)
+    hang_quantizers(model, record)
+    share_quantizers(model, record)
     model.lbs_record = replace(record, plan=plan)  # type: ignore[assignment]
     deploy(model, record.folding)
     return model
 
 
 def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
-    """(layer, what became of it) for every layer of a prepared model, also those left in float and why."""
+    """(layer, what became of it) for every layer of a prepared model, also those left in float and why; and where
+    streams of 8 bits were asked for, (module that returns it, what became of it) for every residual stream.
+    """
     record = record_of(model)
     reasons = {g.producer: g.reason for g in record.groups}
     rows = []
@@ -188,10 +200,22 @@ def conversion_report(model: nn.Module) -> list[tuple[str, str]]:
         searched = getattr(module, "w_gate", None)
         bits = searched.chain if searched is not None else f"fixed at {module.w_bits}/{module.a_bits}"
         rows.append((layer.name, f"bits {bits}; {pruning}"))
-    return rows + [(name, f"left in float: {reason}") for name, reason in record.unconverted]
+    streams = [
+        (one.name, f"residual stream: {f'floats, as {one.reason}' if one.reason else 'codes of 8 bits'}")
+        for one in record.streams
+    ]
+    return [*rows, *streams, *((name, f"left in float: {reason}") for name, reason in record.unconverted)]
 
 
-def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> tuple[nn.Module, ModelRecord]:
+def _copy_and_trace(
+    model: nn.Module, example: Tensor, config: SearchConfig, streams: int
+) -> tuple[nn.Module, ModelRecord]:
+    check_streams(streams)
+    if streams != FLOAT and (not config.trace or config.bits == (FULL_BITS,)):
+        raise PlanError(
+            f"streams={streams} of a network that is not traced, or whose layers compute in float: it is never packed; "
+            "leave streams= out"
+        )
     if any(isinstance(m, QuantLayer) for m in unwrapped(model).modules()):
         raise GraphError(f"{type(model).__name__} already holds quantized layers; give the float model")
     model = plain_copy(model)
@@ -202,7 +226,7 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
         reasons = as_images(model, example)
         as_convolutions(model)
     _check_finite(model)
-    layers, found, uneven, folding = _layers_and_groups(model, example, config)
+    graph, layers, found, uneven = _layers_and_groups(model, example, config)
     unconverted = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -227,8 +251,11 @@ def _copy_and_trace(model: nn.Module, example: Tensor, config: SearchConfig) -> 
     if not plan.layers:
         listed = "; ".join(f"{n}: {r}" for n, r in unconverted) or "it has no Conv2d and no Linear"
         raise GraphError(f"{type(model).__name__} has no layer that can be converted ({listed}); nothing to search")
-    record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), folding, in_float)
-    return model, record
+    record = ModelRecord(tuple(example.shape[1:]), plan, tuple(groups.values()), tuple(unconverted), in_float=in_float)
+    if graph is None:
+        return model, record
+    residuals = () if streams == FLOAT else residual_streams(graph, kept)
+    return model, replace(record, folding=graph.folding, streams=residuals)
 
 
 def _without_form(module: nn.Module, config: SearchConfig) -> str:
@@ -247,13 +274,13 @@ def _is_other_layer(module: nn.Module) -> bool:
 
 def _layers_and_groups(
     model: nn.Module, example: Tensor, config: SearchConfig
-) -> tuple[dict[str, LayerPlan], dict[str, ChannelGroup], frozenset[str], frozenset[str]]:
+) -> tuple[ModelGraph | None, dict[str, LayerPlan], dict[str, ChannelGroup], frozenset[str]]:
     if not config.trace:
         layers, uneven = observe_layers(model, example)
-        return layers, {}, uneven, frozenset()
+        return None, layers, {}, uneven
     graph = trace(model, example)
     groups = groups_in_training(graph.groups, graph.module, model, example)
-    return graph.layers, groups, graph.uneven, graph.folding
+    return graph, graph.layers, groups, graph.uneven
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -71,6 +71,8 @@ def _check_version(program: Program) -> None:
             _check_version_2(step, program.version)
         if program.version < 4:
             _check_version_3(step, program.version)
+        if program.version < 5:
+            _check_version_4(step, program.version)
 
 
 def _moves_pixels(step: SelectStep) -> bool:
@@ -118,6 +120,14 @@ def _check_version_3(step: Step, version: int) -> None:
     if isinstance(step, SelectStep) and _moves_pixels(step):
         raise FormatError(
             f"step {step.name!r} moves pixels in a program of version {version}; write it as version 4", "version-3"
+        )
+
+
+def _check_version_4(step: Step, version: int) -> None:
+    if step.emit.residual_step is not None or any(consumer.step is not None for consumer in step.emit.consumers):
+        raise FormatError(
+            f"step {step.name!r} has a step of codes in a program of version {version}; write it as version 5",
+            "version-4",
         )
 
 

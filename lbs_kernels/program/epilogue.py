@@ -3,9 +3,10 @@
     f = float32(acc);  y = fma(f, M[o], B[o])                       one rounding
     y = activation(y);  y = y * float32(gate);  y = y + float32(residual);  y = max(y, low);  y = min(y, high)
                        (the activation perhaps behind the residual)
+                       (the activation perhaps behind the residual, which may be codes: (q - zero) * residual_step)
     stream: y is rounded to the stream type, and from here on y is the STORED value
     consumer: u = fma(y, G[c], H[c]);  u = max(u, 0);  t = u * scale;  t = t + n / 2 (signed)
-              q = clamp(rint(t) + zero, 0, n)
+              q = clamp(rint(t) + zero, 0, n);  y = (q - zero) * step (where there is a step)
 
 `max` and `min` are those of IEEE maxNum: a NaN loses against the bound, so a NaN input becomes the lowest code.
 """
@@ -117,6 +118,11 @@ def encode_reference(u: Tensor, consumer: Consumer) -> Tensor:
     return at_most(at_least(t.round() + consumer.zero, 0.0), float(levels)).to(torch.uint8)
 
 
+def decode_reference(codes: Tensor, zero: int, step: float) -> Tensor:
+    """float32((q - zero) * step), one rounding, of codes uint8 of any shape."""
+    return (codes.float() - zero) * torch.tensor(step, dtype=torch.float32, device=codes.device)
+
+
 def consume_reference(y: Tensor, consumer: Consumer, program: Program, blob: Tensor) -> Tensor:
     """Step 6 for one consumer: codes uint8 [..., C] of stored values y [..., C] (any float dtype)."""
     u = y.float()
@@ -134,15 +140,18 @@ def emit_reference(y: Tensor, emit: Emit, program: Program, blob: Tensor, tensor
         y: float32 [N, H, W, C].
         emit: what to write.
         program, blob: source of the stream type and of pre-norm arrays; the blob lies on y's device.
-        tensors: by index; gate and residual are read here (stream dtype [N, 1, 1, C] and [N, H, W, C]), the targets
-            are stored here: the stream in the stream dtype, codes as uint8, both [N, H, W, C].
+        tensors: by index; gate and residual are read here (stream dtype [N, 1, 1, C] and [N, H, W, C], a residual also
+            as uint8 codes), the targets are stored here: the stream in the stream dtype, codes as uint8, both
+            [N, H, W, C].
     """
     activation = emit.activation
     if activation is not None and activation.first:
         y = _activated(y, activation, program, blob)
     if emit.gate is not None:
         y = y * tensors[emit.gate].float()
-    if emit.residual is not None:
+    if emit.residual is not None and emit.residual_step is not None:
+        y = y + decode_reference(tensors[emit.residual], program.tensors[emit.residual].zero, emit.residual_step)
+    elif emit.residual is not None:
         y = y + tensors[emit.residual].float()
     if activation is not None and not activation.first:
         y = _activated(y, activation, program, blob)
@@ -152,7 +161,10 @@ def emit_reference(y: Tensor, emit: Emit, program: Program, blob: Tensor, tensor
         tensors[emit.stream] = stored
         y = stored.float()
     for consumer in emit.consumers:
-        tensors[consumer.tensor] = consume_reference(y, consumer, program, blob)
+        codes = consume_reference(y, consumer, program, blob)
+        tensors[consumer.tensor] = codes
+        if consumer.step is not None:
+            y = decode_reference(codes, consumer.zero, consumer.step)
 
 
 def thresholds(

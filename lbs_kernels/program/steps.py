@@ -26,8 +26,8 @@ from lbs_kernels.errors import FormatError
 from lbs_kernels.program.window import Window
 
 # 2: images of bytes, and quantpack steps with a multiplier and a bias. 3: weights with a zero, activations and gates in
-# `emit`, averages, selections. 4: interpolation, selections that move pixels.
-PROGRAM_VERSION = 4
+# `emit`, averages, selections. 4: interpolation, selections that move pixels. 5: residuals of codes.
+PROGRAM_VERSION = 5
 BLOB_ALIGNMENT = 64
 WeightGrid = Literal["odd", "zero"]  # a weight code counts as 2 q - n, or as q - 2^(bits - 1)
 IMAGE_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
@@ -60,6 +60,7 @@ class Consumer:
     t = u * scale                 rounded to float32
     t = t + n / 2                 if signed, rounded to float32
     q = clamp(rint(t) + zero, 0, n),  n = 2^bits - 1, half to even
+    y = float32((q - zero) * step)  if step: what the consumers behind this one are given
     """
 
     tensor: int
@@ -70,6 +71,7 @@ class Consumer:
     pre_scale: str | None = None  # float32 [C], key of an array
     pre_bias: str | None = None
     relu: bool = False
+    step: float | None = None  # float32 value of v / n, of unsigned codes of 8 bits that stand for y from here on
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,19 @@ class Emit:
 
     y = activation(y)          if it comes first
     y = y * gate[n, c]         if gate
-    y = y + residual           if residual
+    y = y + residual           if residual: a stream, or float32((q - zero) * residual_step) of codes
     y = activation(y)          if it comes behind
     y = min(max(y, low), high)
     """
 
-    residual: int | None = None
+    residual: int | None = None  # a stream, or unsigned codes of 8 bits
     low: float | None = None  # 0.0 for ReLU
     high: float | None = None  # 6.0 for ReLU6
     stream: int | None = None  # y is stored here; consumers read the stored value
     consumers: tuple[Consumer, ...] = ()
     activation: Activation | None = None
     gate: int | None = None  # a stream of one pixel
+    residual_step: float | None = None  # float32 value of v / n of a residual of codes
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,11 @@ class Program:
 
 def _drop_additions(body: dict[str, Any], version: int) -> None:
     """Leave out what a version does not know; a valid program of that version holds the defaults there."""
+    if version < 5:
+        for step in body["steps"]:
+            del step["emit"]["residual_step"]
+            for consumer in step["emit"]["consumers"]:
+                del consumer["step"]
     if version < 4:
         for step in body["steps"]:
             if step["op"] == SelectStep.op:

@@ -255,7 +255,7 @@ class Walk:
         if emit.activation is not None:
             self._check_activation(emit.activation, shape, place)
         self._check_operand(emit.gate, (1, 1, shape[2]), f"{place} (gate)")
-        self._check_operand(emit.residual, shape, f"{place} (residual)")
+        self._check_residual(emit, shape, f"{place} (residual)")
         for name, bound in (("low", emit.low), ("high", emit.high)):
             if bound is not None and not is_float32(bound):
                 raise FormatError(
@@ -294,6 +294,17 @@ class Walk:
             _expect_form(spec, ("stream",), place)
             _expect_shape(spec, shape, place)
 
+    def _check_residual(self, emit: Emit, shape: Shape, place: str) -> None:
+        if emit.residual_step is None:
+            self._check_operand(emit.residual, shape, place)
+            return
+        if emit.residual is None:
+            raise FormatError(f"{place} has a step of {emit.residual_step!r} and no codes it is of", "code-step")
+        spec = self._read(emit.residual, place)
+        _expect_form(spec, ("codes",), place)
+        _expect_shape(spec, shape, place)
+        _check_code_step(emit.residual_step, spec, place)
+
     def _check_consumer(self, consumer: Consumer, shape: Shape, place: str, scaled: bool) -> None:
         target = self._write(consumer.tensor, place)
         _expect_form(target, ("codes",), f"{place} (consumer)")
@@ -309,6 +320,8 @@ class Walk:
             raise FormatError(
                 f"{place} has scale {consumer.scale!r}; it is positive and exact in float32, round it first", "scale"
             )
+        if consumer.step is not None:
+            _check_code_step(consumer.step, target, place)
         if (consumer.pre_scale is None) != (consumer.pre_bias is None):
             raise FormatError(f"{place} has only one of pre_scale and pre_bias; give both or none", "norm-pair")
         if consumer.pre_scale is not None and consumer.pre_bias is not None:
@@ -367,9 +380,10 @@ def _check_padded(source: TensorSpec, padding: tuple[int, int], place: str) -> N
 
 def _check_unchanged(emit: Emit, source: TensorSpec, place: str) -> None:
     """Codes pass a maximum or a selection unchanged: exactly one consumer of the same kind, and nothing else."""
-    floats = (emit.activation, emit.gate, emit.residual, emit.low, emit.high, emit.stream)
+    floats = (emit.activation, emit.gate, emit.residual, emit.low, emit.high, emit.stream, emit.residual_step)
     plain = all(item is None for item in floats)
-    if not plain or len(emit.consumers) != 1 or emit.consumers[0].pre_scale is not None or emit.consumers[0].relu:
+    bare = len(emit.consumers) == 1 and (emit.consumers[0].pre_scale, emit.consumers[0].step) == (None, None)
+    if not plain or not bare or emit.consumers[0].relu:
         raise FormatError(
             f"{place} passes codes on; it has one plain consumer and nothing else to emit", "codes-unchanged"
         )
@@ -377,6 +391,15 @@ def _check_unchanged(emit: Emit, source: TensorSpec, place: str) -> None:
     if (consumer.bits, consumer.zero, consumer.signed) != (source.bits, source.zero, source.signed):
         raise FormatError(
             f"{place} passes codes on; its consumer has the bits, zero and sign of its inputs", "codes-unchanged"
+        )
+
+
+def _check_code_step(step: float, spec: TensorSpec, place: str) -> None:
+    if not (is_float32(step) and step > 0) or spec.bits != MAX_BITS or spec.signed:
+        raise FormatError(
+            f"{place} has step {step!r} of {spec.name}, {'signed ' if spec.signed else ''}codes of {spec.bits} bits; a "
+            f"step is positive and exact in float32, of unsigned codes of {MAX_BITS} bits",
+            "code-step",
         )
 
 

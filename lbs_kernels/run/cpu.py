@@ -30,7 +30,7 @@ class CpuRunner:
         """
         Args:
             blob: uint8, contiguous, on the CPU; kept, and copied into every layout.
-            isa: instruction set ("portable", "avx2", "avx512vnni", "amx"), or "auto" for the best one present.
+            isa: instruction set, a key of `device.isa_reasons`, or "auto" for the best one present.
             algorithms: step name -> "direct", "lanes", "winograd", or "winograd-or-direct" (the latter where the
                 former cannot serve); of other steps the native module guesses the faster one. Unless given, what was
                 measured decides, for the isa "auto" alone: tables tell of no other.

@@ -14,6 +14,7 @@ import pytest
 
 import lbs
 from lbs.engines import ENGINES, why_not
+from lbs.packing.explain import streams_of_codes
 from lbs_kernels.device import default_isa
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -44,6 +45,9 @@ def test_variants_are_built_and_timed(bench: ModuleType, tmp_path: Path, monkeyp
     monkeypatch.setattr(bench, "why_not", lambda name: "left out of this test")
     bench.build(asked(tmp_path))
     plans = {name: lbs.load(bench.packed_file(tmp_path, "digits_resnet8", name)).plan for name in bench.BITS}
+    loaded = {name: lbs.load(bench.packed_file(tmp_path, "digits_resnet8", name)) for name in bench.BITS}
+    coded = {name: bool(streams_of_codes(packed.programs[0])) for name, packed in loaded.items()}
+    assert coded == {name: name == "w8a8" for name in bench.BITS}
     inner = {name: plan.layers[1:-1] for name, plan in plans.items()}
     assert {layer.w_bits for layer in inner["w8a8"]} == {8}
     assert {layer.a_bits for layer in inner["w4a4"] + inner["w4a4 pruned"]} == {4}

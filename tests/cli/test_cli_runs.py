@@ -94,6 +94,24 @@ def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> Non
     assert [row["kept_filters"] for row in alone["rows"]] == [row["kept_filters"] for row in explained["rows"]]
 
 
+def test_streams_of_8_bits_go_through_all_of_it(home: Path, lbs_command: Command) -> None:
+    search = SEARCH.replace("tiny_cli_net:Net", "digits_resnet8").replace("--epochs 2 ", "--epochs 1 ")
+    assert lbs_command(f"search --run coded {search} --streams 8")[0] == 0
+    code, _, told = lbs_command(f"finetune --run coded {FINETUNE} --streams 32")
+    assert code != 0
+    assert "streams 8, asked is 32" in told
+    assert lbs_command(f"finetune --run coded {FINETUNE}")[0] == 0
+    code, packed, _ = lbs_command("pack --run coded")
+    assert len(packed["coded_streams"]) > 1
+    code, verified, _ = lbs_command("verify --run coded --images 40 --strict")
+    assert verified["equal_predictions"] == verified["identical_outputs"] == verified["images"] == 360
+    code, explained, _ = lbs_command("explain --run coded")
+    assert any("residual streams of 8 bits" in note for note in explained["notes"])
+    assert lbs_command("bench --run coded --batches 1 --rounds 2 --threads 1 --baselines float32")[0] == 0
+    assert lbs_command("report coded")[0] == 0
+    assert f"{len(packed['coded_streams'])} residual streams of 8 bits" in (home / "coded" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("command", "kill", "often"),
     [("search", 9, False), ("search", 30, False), ("search", 60, True), ("finetune", 30, True)],

@@ -182,7 +182,7 @@ class Stranger:
 
     def __init__(self, text: str, blob: bytes) -> None:
         self.program: dict[str, Any] = json.loads(text)
-        assert self.program["version"] in (1, 2, 3, 4)
+        assert self.program["version"] in (1, 2, 3, 4, 5)
         digest = self.program.get("digest", "")
         assert digest in ("", hashlib.sha256(blob).hexdigest())
         self.blob = blob
@@ -330,7 +330,9 @@ class Stranger:
             y = self.activate(activation, y)
         if emit.get("gate") is not None:
             y = y * self.tensors[emit["gate"]]
-        if emit.get("residual") is not None:
+        if emit.get("residual_step") is not None:
+            y = y + self.decoded(emit["residual"], emit["residual_step"])
+        elif emit.get("residual") is not None:
             y = y + self.tensors[emit["residual"]]
         if not activation.get("first"):
             y = self.activate(activation, y)
@@ -353,3 +355,9 @@ class Stranger:
                 t = t + F32(n / 2)
             q = np.fmin(np.fmax(np.rint(t) + F32(consumer.get("zero", 0)), F32(0)), F32(n))
             self.tensors[consumer["tensor"]] = q.astype(np.uint8)
+            if consumer.get("step") is not None:
+                y = self.decoded(consumer["tensor"], consumer["step"])
+
+    def decoded(self, index: int, step: float) -> np.ndarray:
+        zero = self.program["tensors"][index].get("zero", 0)
+        return (self.tensors[index].astype(F32) - F32(zero)) * F32(step)

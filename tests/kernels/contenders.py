@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lbs_kernels.device import isa_reasons
 from lbs_kernels.run.backends import why_not
 
 
@@ -22,6 +23,10 @@ def _contender(backend: str, device: str) -> object:
 
 # (back end, device of the tensors); Triton on the CPU is its interpreter.
 CONTENDERS = [_contender("cpu", "cpu"), _contender("triton", "cpu"), _contender("triton", "cuda")]
+# The native kernels by every instruction set of this machine, for `OneStep.run`.
+ISA_CONTENDERS = [
+    pytest.param(f"cpu/{isa}", "cpu", id=f"cpu-{isa}") for isa, reason in isa_reasons().items() if reason == ""
+]
 
 
 @contextmanager

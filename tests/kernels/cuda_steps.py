@@ -107,7 +107,10 @@ def check_steps(
         names.append(step.name)
         buffers = {step.input: input_buffer(expected[step.input], program.tensors[step.input], device)}
         if step.emit.residual is not None:
-            buffers[step.emit.residual] = expected[step.emit.residual].to(device)
+            added = program.tensors[step.emit.residual]
+            values = expected[step.emit.residual]
+            coded = added.form == "codes"
+            buffers[step.emit.residual] = input_buffer(values, added, device) if coded else values.to(device)
         written = [consumer.tensor for consumer in step.emit.consumers]
         written += [] if step.emit.stream is None else [step.emit.stream]
         guarded = {}

@@ -31,6 +31,7 @@ from lbs_kernels.program.steps import (
     build_blob,
 )
 from lbs_kernels.program.window import Window
+from lbs_kernels.run.cpu import CpuRunner
 from lbs_kernels.run.loaded import run_program
 
 STEP, INPUT = "step", "input"  # names of the operation and of what makes its input
@@ -48,14 +49,19 @@ class OneStep:
     result: int
 
     def run(self, backend: str, device: str = "cpu") -> Tensor:
-        """What the operation writes: codes uint8 or floats, [N, H, W, C]."""
-        blob, image = self.blob.to(device), self.image.to(device)
+        """What the operation writes: codes uint8 or floats, [N, H, W, C]. "cpu/avx2": "cpu" by these instructions."""
         trace: dict[int, Tensor] = {}
-        run_program(self.program, blob, [image], backend=backend, trace=trace)
+        self._run(backend, device, trace)
         if self.result in self.program.outputs:  # the same without a trace
-            (y,) = run_program(self.program, blob, [image], backend=backend)
+            (y,) = self._run(backend, device, None)
             assert_same(y, trace[self.result].permute(0, 3, 1, 2), "output without a trace")
         return trace[self.result]
+
+    def _run(self, backend: str, device: str, trace: dict[int, Tensor] | None) -> list[Tensor]:
+        name, _, isa = backend.partition("/")
+        if isa:
+            return CpuRunner(self.program, self.blob, isa).run([self.image], trace)
+        return run_program(self.program, self.blob.to(device), [self.image.to(device)], backend=name, trace=trace)
 
 
 @dataclass

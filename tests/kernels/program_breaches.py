@@ -85,6 +85,14 @@ def gated_emit(body: Body) -> Body:
     return next(step["emit"] for step in body["steps"] if step["emit"]["gate"] is not None)
 
 
+def coded_emit(body: Body) -> Body:
+    return next(step["emit"] for step in body["steps"] if step["emit"]["residual_step"] is not None)
+
+
+def standing(body: Body) -> Body:
+    return next(c for step in body["steps"] for c in step["emit"]["consumers"] if c["step"] is not None)
+
+
 def consumer(body: Body) -> Body:
     return body["steps"][0]["emit"]["consumers"][0]
 
@@ -108,6 +116,18 @@ def bias(body: Body) -> Body:
 def signed_codes(body: Body) -> None:
     for item in (consumer(body), codes(body)):
         item.update(signed=True, zero=0)
+
+
+def signed_standing(body: Body) -> None:
+    held = standing(body)
+    for item in (held, body["tensors"][held["tensor"]]):
+        item.update(signed=True, zero=0)
+
+
+def narrow_standing(body: Body) -> None:
+    held = standing(body)
+    for item in (held, body["tensors"][held["tensor"]]):
+        item.update(bits=7, zero=0)
 
 
 def many_arrays(body: Body) -> None:
@@ -142,7 +162,7 @@ def wide_linear(body: Body) -> None:
 
 # rule, program, the object that is changed, and what is put into it: one mutant for each.
 VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
-    ("version", "chain", top, [{"version": v} for v in (0, 5, -1, True, "2", None, 2.0, 10**30)]),
+    ("version", "chain", top, [{"version": v} for v in (0, 6, -1, True, "2", None, 2.0, 10**30)]),
     ("type", "chain", codes, [{"channels": c} for c in (3.0, True, "3", None, [], {})]),
     ("type", "chain", top, [{"inputs": {}}, {"arrays": []}, {"digest": None}, {"steps": [1]}]),
     ("type", "chain", consumer, [{"scale": True}, {"scale": "1"}, {"relu": 0}, {"pre_scale": 1}]),
@@ -174,6 +194,7 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("version-3", "interpolated", top, [{"version": 3}]),
     ("version-3", "moved", top, [{"version": 3}]),
     ("version-3", "moved_streams", top, [{"version": 3}]),
+    ("version-4", "coded_residual", top, [{"version": v} for v in (3, 4)]),
     ("select-size", "concatenated", selection, [{"top": [0, 0]}, {"left": [0]}, {"block": [1, 2]}, {"stride": [2, 1]}]),
     ("select-size", "moved", selection, [{"size": s} for s in ([16, 0], [-1, 12], [16, MAX_SIZE + 1], [1, 12])]),
     ("select-size", "moved", selection, [{"repeat": [1, 2]}, {"block": [0, 2]}, {"stride": [1, 10**30]}]),
@@ -261,6 +282,16 @@ VALUES: list[tuple[str, str, Callable[[Body], Body], list[Body]]] = [
     ("writes-nothing", "chain", conv_emit, [{"consumers": []}]),
     ("code-kind", "chain", consumer, [{"bits": 4}, {"zero": 5}, {"signed": True}]),
     ("scale", "chain", consumer, [{"scale": s} for s in (0.1, 0, -1.0, 1e300, Raw("1e-400"), Raw("-0"))]),
+    ("code-step", "coded_residual", coded_emit, [{"residual_step": s} for s in (0.1, 0, -1.0, 1e300, Raw("1e-400"))]),
+    ("code-step", "coded_residual", coded_emit, [{"residual": None}]),
+    ("code-step", "coded_residual", standing, [{"step": s} for s in (0.1, 0, -1.0, 1e300, Raw("1e-400"))]),
+    ("code-step", "chain", conv_consumer, [{"step": 1.0}]),
+    ("form", "coded_residual", coded_emit, [{"residual_step": None}, {"residual": 0}]),
+    ("shape", "coded_residual", coded_emit, [{"residual": 1}]),
+    ("codes-unchanged", "coded_residual", max_consumer, [{"step": 1.0}]),
+    ("codes-unchanged", "coded_residual", max_emit, [{"residual_step": 1.0}]),
+    ("tensor-number", "coded_residual", coded_emit, [{"residual": -1}, {"residual": 99}]),
+    ("read-unwritten", "coded_residual", coded_emit, [{"residual": 5}]),
     ("norm-pair", "preact_residual", conv_consumer, [{"pre_bias": None}, {"pre_scale": None}]),
     ("output-form", "chain", top, [{"outputs": [1]}]),
     ("outputs", "chain", top, [{"outputs": []}]),
@@ -278,6 +309,8 @@ ACTIONS: list[tuple[str, str, Callable[[Body], object]]] = [
     ("select-channels", "selected_streams", too_many_channels),
     ("signed-padding", "chain", signed_codes),
     ("accumulator", "imagenet_stem", wide_linear),
+    ("code-step", "coded_residual", signed_standing),
+    ("code-step", "coded_residual", narrow_standing),
     ("outputs", "chain", lambda b: b.update(outputs=b["outputs"] * 2)),
     ("never-written", "chain", lambda b: b["tensors"].append(dict(codes(b)))),
 ]

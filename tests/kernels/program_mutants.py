@@ -35,6 +35,7 @@ SOURCES = (
     "interpolated",
     "moved",
     "moved_streams",
+    "coded_residual",
 )
 
 

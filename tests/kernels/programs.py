@@ -104,14 +104,24 @@ class Builder:
         top: float = 2.5,
         norm: bool = False,
         relu: bool = False,
+        stands: bool = False,
     ) -> Consumer:
-        """A new code tensor that holds 0 .. top (or -top .. top if signed, or -zero/n .. of the range) of y."""
+        """A new code tensor that holds 0 .. top (or -top .. top if signed, or -zero/n .. of the range) of y; whether it
+        stands for y for those behind it.
+        """
         n = (1 << bits) - 1
         scale = float32(n / (2 * top) if signed or zero else n / top)
         tensor = self._tensor("codes", shape, bits=bits, zero=zero, signed=signed)
         scale_key = self.floats("norm.scale", shape[2], 0.4, 1.2, signs=True) if norm else None
         bias_key = self.floats("norm.bias", shape[2], -0.2, 0.8) if norm else None
-        return Consumer(tensor, bits, scale, zero, signed, scale_key, bias_key, relu)
+        return Consumer(
+            tensor, bits, scale, zero, signed, scale_key, bias_key, relu, self.step(scale) if stands else None
+        )
+
+    @staticmethod
+    def step(scale: float) -> float:
+        """Of codes of that scale."""
+        return float32(1 / scale)
 
     def activation(self, kind: str, channels: int, first: bool = False) -> Activation:
         value = {"elu": 0.75, "leaky_relu": 0.125}.get(kind, 0.0)
@@ -398,6 +408,46 @@ def imagenet_stem(seed: int) -> tuple[Program, Tensor]:
     top = b.stream(halved, output=True)
     b.pool(joined, Emit(stream=top, consumers=(b.consumer(halved, 4, norm=True, relu=True),)), "max", (2, 2), (2, 2))
     _head(b, top, 5)
+    return b.build()
+
+
+def coded_residual(seed: int, stream_dtype: str = "float32") -> tuple[Program, Tensor]:
+    """Residuals of codes: of a maximum, beside layers of 8 bits and of fewer; of rows that 1x1 windows read, with a
+    zero and without a bound; behind an activation and a gate, next to a stream; of 13 channels. A last one of floats.
+    """
+    b = Builder(seed, stream_dtype)
+    x = _stem(b, 3, (23, 21))
+    shape = b.conv_shape(x, 13, stride=(2, 2))
+    wide = b.consumer(shape, 8)
+    b.conv(x, Emit(low=0.0, high=2.0, consumers=(wide,)), 13, w_bits=8, stride=(2, 2))
+    shape = b.conv_shape(wide.tensor, 13, (3, 3), (2, 2), (1, 1))
+    pooled = b.consumer(shape, 8)
+    b.pool(wide.tensor, Emit(consumers=(pooled,)), "max", (3, 3), (2, 2), (1, 1))
+    held, scale = pooled.tensor, wide.scale
+    for bits, zero, kernel, high in ((8, 0, 3, None), (4, 0, 3, 6.0), (8, 101, 1, None), (2, 93, 1, None)):
+        window = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
+        middle = b.consumer(shape, bits)
+        b.conv(held, Emit(low=0.0, consumers=(middle,)), 13, w_bits=4, **window)  # type: ignore[arg-type]
+        coded = b.consumer(shape, 8, zero=zero, stands=bits < 8)
+        narrow = (b.consumer(shape, bits),) if bits < 8 else ()
+        emit = Emit(residual=held, residual_step=b.step(scale), low=None if zero else 0.0, high=high)
+        emit = replace(emit, consumers=(coded, *narrow))
+        b.conv(middle.tensor, emit, 13, w_bits=8, **window)  # type: ignore[arg-type]
+        held, scale = coded.tensor, coded.scale
+    gate = b.stream((1, 1, 13))
+    seen = b.stream(shape)
+    b.conv(narrow[0].tensor, Emit(stream=seen), 13, w_bits=2, kernel=(1, 1), padding=(0, 0))
+    b.pool(seen, Emit(activation=Activation("sigmoid"), stream=gate), "mean")
+    joined = b.stream(shape)
+    emit = Emit(residual=held, residual_step=b.step(scale), gate=gate, activation=Activation("silu"), stream=joined)
+    coded = b.consumer(shape, 8, zero=77, stands=True)
+    again = b.consumer(shape, 8, zero=50, norm=True)
+    b.conv(held, replace(emit, consumers=(coded, again)), 13, w_bits=8, groups=13)
+    last = b.stream(shape)
+    b.conv(again.tensor, Emit(residual=joined, stream=last), 13, w_bits=8)
+    tail = b.stream(shape)
+    b.quantize(last, Emit(residual=coded.tensor, residual_step=b.step(coded.scale), stream=tail))
+    _head(b, tail, 5)
     return b.build()
 
 
@@ -720,6 +770,8 @@ CASES: dict[str, Callable[[int], tuple[Program, Tensor]]] = {
     "preact_residual_bfloat16": lambda seed: preact_residual(seed, "bfloat16"),
     "preact_residual_float16": lambda seed: preact_residual(seed, "float16"),
     "imagenet_stem": imagenet_stem,
+    "coded_residual": coded_residual,
+    "coded_residual_bfloat16": lambda seed: coded_residual(seed, "bfloat16"),
     "depthwise": depthwise,
     "many_consumers": many_consumers,
     "byte_image": byte_image,

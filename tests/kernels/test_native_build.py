@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from project_setup import ROOT, load_setup
 
 if not (ROOT / "setup.py").exists():
     pytest.skip("the tests run without the source tree", allow_module_level=True)
@@ -243,17 +242,3 @@ def test_the_longest_compilations_begin_first(project: Project, monkeypatch: pyt
     project.log.write_text("")
     project.build_libraries({project.library: ("a/one.cpp", "two.cpp")})
     assert project.log.read_text().split() == ["two.cpp.o", "a.one.cpp.o", "library.part"]
-
-
-def load_setup(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """setup.py as a module, without running a command."""
-    import setuptools
-
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "project_setup", module)
-    spec.loader.exec_module(module)
-    return module

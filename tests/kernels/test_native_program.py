@@ -99,6 +99,40 @@ def test_activations_of_any_bits(kind: str, isa: str) -> None:
     assert torch.equal(output.permute(0, 2, 3, 1), expected)
 
 
+# Codes that a sum reads: pieces of rows, whole rows, pixels side by side where 1x1 windows alone read them, columns
+# that are read with a stride as well, and a tail of a vector.
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("algorithm", ["direct", "winograd-or-direct", "lanes", "depthwise"])
+@pytest.mark.parametrize("size", [(9, 7), (5, 16), (3, 33), (1, 1), (14, 14)])
+def test_residuals_of_codes(size: tuple[int, int], algorithm: str, isa: str) -> None:
+    for reader, filters in (("none", 13), ("1x1", 24), ("stride", 21)):
+        b = Builder(filters)
+        image = b.image(filters, *size)
+        shape = (*size, filters)
+        codes, held = b.consumer(shape, 4), b.consumer(shape, 8, zero=90, top=2.0)
+        b.quantize(image, Emit(consumers=(codes, held)))
+        coded, narrow = b.consumer(shape, 8, zero=77, stands=True), b.consumer(shape, 3, zero=2)
+        emit = Emit(residual=held.tensor, residual_step=b.step(held.scale), high=1.75, consumers=(coded, narrow))
+        groups = filters if algorithm == "depthwise" else 1
+        b.conv(codes.tensor, emit, filters, w_bits=4, groups=groups)
+        if reader != "none":
+            stride = (1, 1) if reader == "1x1" else (2, 2)
+            seen = b.conv_shape(held.tensor, 5, (1, 1), stride, (0, 0))
+            b.conv(held.tensor, Emit(stream=b.stream(seen, output=True)), 5, w_bits=8, kernel=(1, 1), stride=stride,
+                   padding=(0, 0))  # fmt: skip
+        alone = b.consumer(shape, 8)  # all that is made: beside the next tile
+        emit = Emit(residual=coded.tensor, residual_step=b.step(coded.scale), low=0.0, consumers=(alone,))
+        b.conv(narrow.tensor, emit, filters, w_bits=4, groups=groups)
+        b.conv(
+            alone.tensor, Emit(stream=b.stream(shape, output=True)), filters, w_bits=8, kernel=(1, 1), padding=(0, 0)
+        )
+        program, blob = b.build()
+        convs = [i for i, step in enumerate(program.steps) if step.emit.residual_step is not None]
+        free = algorithm == "depthwise" or (algorithm == "lanes" and isa.startswith("amx"))  # which has no such tiles
+        wanted = ["" if free or i not in convs else algorithm for i in range(len(program.steps))]
+        check(program, blob, isa, batches=(1, 3), share=0.0, algorithms=wanted)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs(seed: int, isa: str) -> None:
@@ -232,12 +266,8 @@ MAXIMA = {
 }
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("size", [(7, 6), (6, 15), (5, 17), (9, 34), (3, 70)])
-@pytest.mark.parametrize("name", MAXIMA)
-@pytest.mark.parametrize("low", [None, -1.5])
-def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
-    """Not a number wins where no bound has replaced it; padding never does. Of vectors and what is left of them."""
+def maximum_of_floats(name: str, size: tuple[int, int], low: float | None) -> tuple[Program, Tensor, Tensor]:
+    """A maximum of a stream, its blob, and images with zeros of both signs, infinities and what is not a number."""
     kernel, stride, padding = MAXIMA[name]
     b = Builder(0)
     image = b.image(6, *size)
@@ -252,6 +282,16 @@ def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], 
     images[chosen < 0.2] = 0.0
     images[chosen < 0.1] = -math.inf
     images[chosen < 0.03] = math.nan
+    return program, blob, images
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(7, 6), (6, 15), (5, 17), (9, 34), (3, 70)])
+@pytest.mark.parametrize("name", MAXIMA)
+@pytest.mark.parametrize("low", [None, -1.5])
+def test_maximum_of_floats(low: float | None, name: str, size: tuple[int, int], isa: str) -> None:
+    """Not a number wins where no bound has replaced it; padding never does. Of vectors and what is left of them."""
+    program, blob, images = maximum_of_floats(name, size, low)
     expected = ReferenceRunner(program, blob).run([images])[0]
     assert expected.isnan().any() == (low is None)
     for threads in (1, 2):

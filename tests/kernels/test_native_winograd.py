@@ -112,7 +112,9 @@ def test_every_pair_of_bits(a_bits: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", WINOGRAD_ISAS)
-@pytest.mark.parametrize("case", ["chain", "weights_with_a_zero", "preact_residual_float16", "gated", "concatenated"])
+@pytest.mark.parametrize(
+    "case", ["chain", "weights_with_a_zero", "preact_residual_float16", "gated", "concatenated", "coded_residual"]
+)
 def test_whatever_an_epilogue_does(case: str, isa: str) -> None:
     program, blob = CASES[case](11)
     check_winograd(program, blob, isa, batches=(1, 3), share=0.0)

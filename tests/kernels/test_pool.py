@@ -4,7 +4,7 @@ import numpy as np
 import one_step
 import pytest
 import torch
-from contenders import CONTENDERS, assert_same, filled_memory
+from contenders import CONTENDERS, ISA_CONTENDERS, assert_same, filled_memory
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
@@ -53,7 +53,7 @@ def test_reference_maximum(name: str, make: object) -> None:
     assert_same(y, slow_max(x, kernel, stride, padding), "maximum")
 
 
-@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize(("backend", "device"), [*CONTENDERS, *ISA_CONTENDERS])
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("make", [codes_of, floats_of])
 def test_back_ends_equal_the_reference(name: str, make: object, backend: str, device: str) -> None:
@@ -96,7 +96,7 @@ def test_the_order_of_the_mean_matters() -> None:
     assert not torch.equal(one_step.pool(x, kind="mean").run("auto"), one_step.pool(turned, kind="mean").run("auto"))
 
 
-@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize(("backend", "device"), [*CONTENDERS, *ISA_CONTENDERS])
 @pytest.mark.parametrize("name", MEANS)
 def test_back_ends_equal_the_reference_mean(name: str, backend: str, device: str) -> None:
     step = one_step.pool(floats_of(*MEANS[name]), kind="mean")

@@ -56,7 +56,16 @@ def test_version_3_moves_no_pixels() -> None:
     again = read_program(old.to_json(), blob.numel())
     assert again == old
     with pytest.raises(FormatError, match="moves pixels in a program of version 3"):
-        read_program(CASES["moved"](0)[0].to_json().replace('"version":4', '"version":3'))
+        read_program(CASES["moved"](0)[0].to_json().replace('"version":5', '"version":3'))
+
+
+def test_version_4_has_no_residuals_of_codes() -> None:
+    program, blob = CASES["moved"](0)
+    old = replace(program, version=4)
+    assert not any(f'"{key}"' in old.to_json() for key in ("residual_step", "step"))
+    assert read_program(old.to_json(), blob.numel()) == old
+    with pytest.raises(FormatError, match="has a step of codes in a program of version 4; write it as version 5"):
+        read_program(CASES["coded_residual"](0)[0].to_json().replace('"version":5', '"version":4'))
 
 
 def test_version_2_has_no_grid_of_weights() -> None:
@@ -110,7 +119,7 @@ def signed_codes(text: dict[str, Any]) -> None:
 
 # What is done to a good program -> what the message says.
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer version": (lambda t: t.update(version=5), "version 5; this library reads 1 to 4"),
+    "newer version": (lambda t: t.update(version=6), "version 6; this library reads 1 to 5"),
     "no version": (lambda t: t.pop("version"), "version None"),
     "version is true": (lambda t: t.update(version=True), "version True"),
     "unknown key": (lambda t: t.update(extra=1), "unknown key 'extra'"),

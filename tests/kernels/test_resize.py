@@ -6,7 +6,7 @@ import numpy as np
 import one_step
 import pytest
 import torch
-from contenders import CONTENDERS, assert_same, filled_memory
+from contenders import CONTENDERS, ISA_CONTENDERS, assert_same, filled_memory
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,7 +56,7 @@ def test_reference(name: str) -> None:
     assert_same(one_step.resize(x, *resize).run("reference"), torch.from_numpy(slow(x.numpy(), *resize)), "resize")
 
 
-@pytest.mark.parametrize(("backend", "device"), CONTENDERS)
+@pytest.mark.parametrize(("backend", "device"), [*CONTENDERS, *ISA_CONTENDERS])
 @pytest.mark.parametrize("name", CASES)
 def test_back_ends_equal_the_reference(name: str, backend: str, device: str) -> None:
     size, channels, *resize = CASES[name]

@@ -86,6 +86,7 @@ def bind_task(
             "zero": consumer.zero,
             "signed": consumer.signed,
             "relu": consumer.relu,
+            "step": consumer.step,
         }
 
     addresses = ("border", "accumulators", "thresholds", "flips", "residual", "stream")
@@ -114,7 +115,9 @@ def bind_task(
         "consumers": [target(consumer) for consumer in emit.consumers],
     }
     if emit.residual is not None:
-        task["residual"] = _kept(buffers[emit.residual], kept)
+        added = program.tensors[emit.residual]
+        task.update(residual=_kept(buffers[emit.residual], kept), residual_step=emit.residual_step)
+        task.update(residual_pitch=pixel_elements(added), residual_zero=added.zero)
     if emit.stream is not None:
         task["stream"] = _kept(buffers[emit.stream], kept)
     if compares(emit, config):

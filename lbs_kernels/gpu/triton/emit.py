@@ -33,12 +33,14 @@ class ConsumerMeta(NamedTuple):
     signed: bool
     relu: bool
     pre_norm: bool
+    stands: bool  # for y, of those behind it
 
 
 class EmitMeta(NamedTuple):
     """What the compiler knows of steps 3-6; everything here selects code, nothing is read at run time."""
 
-    residual: bool
+    residual: bool  # of a stream
+    coded: int | None  # the zero of a residual of codes
     low: float | None
     high: float | None
     stream: bool
@@ -57,6 +59,15 @@ class ConsumerTarget(NamedTuple):
     scale: float
     pre_scale: Tensor | None
     pre_bias: Tensor | None
+    step: float
+
+
+class Coded(NamedTuple):
+    """A residual of codes: biased bytes int8 [M, pitch]."""
+
+    codes: Tensor
+    pitch: int
+    step: float
 
 
 class Gate(NamedTuple):
@@ -70,6 +81,7 @@ class EmitTarget(NamedTuple):
     """Pointers of steps 3-6. Streams are [M, C]; bfloat16 is passed as int16, so that the rounding is ours."""
 
     residual: Tensor | None
+    coded: Coded | None
     stream: Tensor | None
     consumers: tuple[ConsumerTarget, ...]
     gate: Gate | None
@@ -78,7 +90,9 @@ class EmitTarget(NamedTuple):
 
 @triton.jit
 def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
-    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes."""
+    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes; returns
+    y, or what codes with a step stand for.
+    """
     CONSUMER: tl.constexpr = META.consumers[INDEX]
     BITS: tl.constexpr = CONSUMER.bits
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -103,6 +117,9 @@ def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, I
         tl.store(target.codes + row[:, None] * target.pitch + column[None, :], (codes - 128).to(tl.int8), mask=mask)
     else:
         store_planes(target.codes, codes, row, row_mask, first, columns, BITS)
+    if CONSUMER.stands:
+        y = (codes - CONSUMER.zero).to(tl.float32) * target.step
+    return y
 
 
 @triton.jit
@@ -139,6 +156,11 @@ def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
         y = y * load_stream(target.gate.stream + (image[:, None] * columns + column[None, :]), mask, DTYPE)
     if META.residual:
         y = y + load_stream(target.residual + index, mask, DTYPE)
+    if META.coded is not None:
+        ZERO: tl.constexpr = META.coded
+        place = row[:, None] * target.coded.pitch + column[None, :]
+        codes = tl.load(target.coded.codes + place, mask=mask, other=0).to(tl.int32)
+        y = y + (codes + (128 - ZERO)).to(tl.float32) * target.coded.step
     if BEHIND is not None:
         y = activated(y, column, columns, target, BEHIND)
     if LOW is not None:
@@ -148,7 +170,7 @@ def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
     if META.stream:
         y = store_stream(target.stream + index, y, mask, DTYPE)
     for i in tl.static_range(len(META.consumers)):
-        store_codes(y, row, row_mask, first, columns, target.consumers, META, i)
+        y = store_codes(y, row, row_mask, first, columns, target.consumers, META, i)
 
 
 def kernel_view(stream: Tensor) -> Tensor:
@@ -170,11 +192,12 @@ def bind_emit(
     def pointers(consumer: Consumer) -> ConsumerTarget:
         pitch = pixel_elements(program.tensors[consumer.tensor])
         scale, bias = (None if key is None else arrays[key] for key in (consumer.pre_scale, consumer.pre_bias))
-        return ConsumerTarget(buffers[consumer.tensor], pitch, consumer.scale, scale, bias)
+        return ConsumerTarget(buffers[consumer.tensor], pitch, consumer.scale, scale, bias, consumer.step or 0.0)
 
     def facts(consumer: Consumer) -> ConsumerMeta:
         pre_norm = consumer.pre_scale is not None
-        return ConsumerMeta(consumer.bits, consumer.zero, consumer.signed, consumer.relu, pre_norm)
+        stands = consumer.step is not None
+        return ConsumerMeta(consumer.bits, consumer.zero, consumer.signed, consumer.relu, pre_norm, stands)
 
     written = emit.consumers[0].tensor if emit.stream is None else emit.stream
     pixels = program.tensors[written].height * program.tensors[written].width
@@ -184,15 +207,20 @@ def bind_emit(
     value: Tensor | float = 0.0
     if activation is not None:
         value = activation.value if activation.slope is None else arrays[activation.slope]
+    coded = None
+    if emit.residual is not None and emit.residual_step is not None:
+        coded = Coded(buffers[emit.residual], pixel_elements(program.tensors[emit.residual]), emit.residual_step)
     target = EmitTarget(
-        None if emit.residual is None else kernel_view(buffers[emit.residual]),
+        None if emit.residual is None or coded is not None else kernel_view(buffers[emit.residual]),
+        coded,
         None if emit.stream is None else kernel_view(buffers[emit.stream]),
         tuple(pointers(consumer) for consumer in emit.consumers),
         None if emit.gate is None else Gate(kernel_view(buffers[emit.gate]), pixels),
         value,
     )
     meta = EmitMeta(
-        emit.residual is not None,
+        emit.residual is not None and coded is None,
+        None if coded is None else program.tensors[emit.residual or 0].zero,
         emit.low,
         emit.high,
         emit.stream is not None,

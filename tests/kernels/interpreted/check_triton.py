@@ -90,6 +90,13 @@ def test_interpolation(name: str) -> None:
     assert programs.share_unsaturated(program, trace) > 0.3
 
 
+@pytest.mark.parametrize("name", ["coded_residual", "coded_residual_bfloat16"])
+def test_residuals_of_codes(name: str) -> None:
+    program, blob = programs.CASES[name](seed=1)
+    trace = check(program, blob, programs.random_inputs(program, batch=2, seed=2))
+    assert programs.share_unsaturated(program, trace) > 0.3
+
+
 @pytest.mark.parametrize("name", ["imagenet_stem", "preact_residual", "preact_residual_float16"])
 def test_more_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=3)
