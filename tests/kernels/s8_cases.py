@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import one_step
+import programs
 import torch
 from torch import Tensor
 
 from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.steps import Emit, Program
 
 # K is counted in units of 16 channels under a tap: 8 of them are a chunk, 2 a multiplication.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -73,3 +76,43 @@ def layer(name: str, reading: str = "w8", seed: int = 0, batch: int | None = Non
     shape = shape if batch is None else (batch, *shape[1:])
     x, planes = random_codes(seed, shape, filters, window["kernel"], w_bits)
     return one_step.conv(x, planes, a_bits=8, **window, **how)
+
+
+def residuals(filters: int, stream_dtype: str) -> tuple[Program, Tensor]:
+    """A convolution that adds a stream, clamps, stores and writes codes of all kinds, behind one that makes it."""
+    b = programs.Builder(filters, stream_dtype)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 8, zero=31)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, filters)
+    residual = b.stream(shape)
+    b.conv(codes.tensor, Emit(stream=residual), filters, w_bits=4)
+    consumers = (
+        b.consumer(shape, 8, zero=90, norm=True),
+        b.consumer(shape, 2, norm=True, relu=True),
+        b.consumer(shape, 4, signed=True),
+        b.consumer(shape, 4, signed=True, relu=True, norm=True),
+        b.consumer(shape, 8, zero=3, relu=True),
+        b.consumer(shape, 7, zero=11, norm=True),
+    )
+    emit = Emit(residual=residual, low=-0.7, high=1.5, stream=b.stream(shape, output=True), consumers=consumers)
+    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
+    return b.build()
+
+
+def coded_residuals(filters: int) -> tuple[Program, Tensor]:
+    """A convolution that adds codes with a zero, whose own codes stand for the value of the consumers behind them."""
+    b = programs.Builder(filters)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 8, zero=31)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, filters)
+    held = b.consumer(shape, 8, zero=77)
+    b.conv(codes.tensor, Emit(consumers=(held,)), filters, w_bits=4)
+    before = b.consumer(shape, 2)
+    coded = b.consumer(shape, 8, zero=50, stands=True)
+    behind = (b.consumer(shape, 4), b.consumer(shape, 8, zero=9, norm=True))
+    emit = Emit(residual=held.tensor, residual_step=b.step(held.scale), low=-0.7, stream=b.stream(shape, output=True))
+    emit = replace(emit, consumers=(before, coded, *behind))
+    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
+    return b.build()

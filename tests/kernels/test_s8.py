@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_steps import bound, check_steps, input_buffer
 from gpu_model import launches_on_the_model, native
-from s8_cases import READINGS, SHAPES, layer, random_codes
+from s8_cases import READINGS, SHAPES, coded_residuals, layer, random_codes, residuals
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
@@ -101,44 +101,14 @@ def test_nothing_depends_on_moments_and_orders(
     ("filters", "config"), [(130, WIDE), (72, NARROW), (68, CONFIGS[2]), (33, CONFIGS[1])], ids=str
 )
 def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Config, stream_dtype: str) -> None:
-    b = programs.Builder(filters, stream_dtype)
-    image = b.image(40, 6, 5)
-    codes = b.consumer((6, 5, 40), 8, zero=31)
-    b.quantize(image, Emit(consumers=(codes,)))
-    shape = b.conv_shape(codes.tensor, filters)
-    residual = b.stream(shape)
-    b.conv(codes.tensor, Emit(stream=residual), filters, w_bits=4)
-    consumers = (
-        b.consumer(shape, 8, zero=90, norm=True),
-        b.consumer(shape, 2, norm=True, relu=True),
-        b.consumer(shape, 4, signed=True),
-        b.consumer(shape, 4, signed=True, relu=True, norm=True),
-        b.consumer(shape, 8, zero=3, relu=True),
-        b.consumer(shape, 7, zero=11, norm=True),
-    )
-    emit = Emit(residual=residual, low=-0.7, high=1.5, stream=b.stream(shape, output=True), consumers=consumers)
-    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
-    program, blob = b.build()
+    program, blob = residuals(filters, stream_dtype)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
 # 72 and 13: a piece of 8 channels begun inside the pitch of 80, and one that is partly behind the channels.
 @pytest.mark.parametrize(("filters", "config"), [(130, WIDE), (72, NARROW), (13, CONFIGS[1])], ids=str)
 def test_residuals_of_codes_and_codes_that_stand_for_values(filters: int, config: S8Config) -> None:
-    b = programs.Builder(filters)
-    image = b.image(40, 6, 5)
-    codes = b.consumer((6, 5, 40), 8, zero=31)
-    b.quantize(image, Emit(consumers=(codes,)))
-    shape = b.conv_shape(codes.tensor, filters)
-    held = b.consumer(shape, 8, zero=77)
-    b.conv(codes.tensor, Emit(consumers=(held,)), filters, w_bits=4)
-    before = b.consumer(shape, 2)
-    coded = b.consumer(shape, 8, zero=50, stands=True)
-    behind = (b.consumer(shape, 4), b.consumer(shape, 8, zero=9, norm=True))
-    emit = Emit(residual=held.tensor, residual_step=b.step(held.scale), low=-0.7, stream=b.stream(shape, output=True))
-    emit = replace(emit, consumers=(before, coded, *behind))
-    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
-    program, blob = b.build()
+    program, blob = coded_residuals(filters)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 

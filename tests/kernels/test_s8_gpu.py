@@ -7,14 +7,14 @@ import programs
 import pytest
 import torch
 from cuda_steps import check_steps
-from s8_cases import READINGS, SHAPES, layer, random_codes
+from s8_cases import READINGS, SHAPES, coded_residuals, layer, random_codes, residuals
 
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.cuda import S8Config, machines
 from lbs_kernels.program.layer import LAYER, layer_program
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import Emit
+from lbs_kernels.program.steps import STREAM_DTYPES, Emit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +52,14 @@ def test_linear(config: S8Config, rows: int) -> None:
     x, planes = random_codes(rows, (rows, 512), 1000, (1, 1), 8)
     made = one_step.linear(x, planes, a_bits=8, grid="zero", zero=9)
     assert check_steps(made.program, made.blob, [made.image], "cuda", config) == [one_step.STEP]
+
+
+@pytest.mark.parametrize("filters", [130, 72, 68, 33, 13])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_residuals_and_several_consumers(config: S8Config, filters: int) -> None:
+    for program, blob in (*(residuals(filters, dtype) for dtype in STREAM_DTYPES), coded_residuals(filters)):
+        images = programs.random_inputs(program, 70, 1)
+        assert check_steps(program, blob, images, "cuda", config) == ["step1", "step2"]
 
 
 @pytest.mark.parametrize("thresholds", [0, 4])
