@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
-NATIVE_SOURCES := setup.py $(shell find csrc tests/native/onebit -type f 2>/dev/null)
+NATIVE_SOURCES := setup.py $(shell find csrc tests/native/cuda -type f 2>/dev/null)
 
 # What does not wait for one another runs at once: packages beside the native build, mypy beside the tests.
 MAKEFLAGS += --jobs=4

@@ -2,7 +2,7 @@
 
 `lbs_kernels._cpu` is built wherever a C++17 compiler is found, `lbs_kernels._cuda` where nvcc is. Neither can break an
 installation: what failed, why, and the command that mends it go to lbs_kernels/_build_report.json (`lbs doctor`
-shows it). `onebit_model` (tests/native) serves tests: it is built in place only and part of no wheel. Environment:
+shows it). `cuda_model` (tests/native) serves tests: it is built in place only and part of no wheel. Environment:
 
     LBS_BUILD_CPU=0|1|auto       0 leaves the C++ module out, 1 makes its failure an error
     LBS_BUILD_CUDA=0|1|auto      the same for the CUDA module; auto (the default) records a failure and goes on
@@ -53,7 +53,13 @@ ISA_FILES = {
     "neon_i8mm": ["isa/neon_i8mm.cpp"],
 }
 # Begun first, 27 to 9 s of a Zen 4 core each: else one processor is left with the last of them.
-LONGEST = ("csrc.isa.portable.cpp.o", "csrc.onebit.onebit_cuda.cu.o", "csrc.bindings.cpp.o", "csrc.bindings_cuda.cpp.o")
+LONGEST = (
+    "csrc.isa.portable.cpp.o",
+    "csrc.onebit.onebit_cuda.cu.o",
+    "csrc.s8.s8_cuda.cu.o",
+    "csrc.bindings.cpp.o",
+    "csrc.bindings_cuda.cpp.o",
+)
 
 
 Runs = dict[Path, list["subprocess.CompletedProcess[str]"]]  # by library: the commands that were run for it
@@ -332,10 +338,10 @@ def plan_cuda(ninja: NinjaFile, library: Path, part: Part) -> None:
 
 
 def plan_tests(ninja: NinjaFile, library: Path, part: Part) -> None:
-    """onebit_model: the headers of the one-bit CUDA kernels on a model of the GPU (docs/cuda.md)."""
+    """cuda_model: the headers of the CUDA kernels on a model of the GPU (docs/cuda.md)."""
     link = cxx_rule(ninja, "tests", part)
     slow = {"bindings.cpp": ["-O0"]}  # nothing is computed there, and optimisation is a third of its compilation
-    sources = sorted((TEST_SOURCES / "onebit").glob("*.cpp"))
+    sources = sorted((TEST_SOURCES / "cuda").glob("*.cpp"))
     ninja.link(library, [ninja.compile("tests", source, slow.get(source.name, [])) for source in sources], link)
 
 
@@ -364,7 +370,7 @@ class BuildNative(build_ext):
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         libraries = {name: target / f"_{name}{suffix}" for name in ("cpu", "cuda")}
         if in_place:
-            libraries["tests"] = TEST_SOURCES / f"onebit_model{suffix}"
+            libraries["tests"] = TEST_SOURCES / f"cuda_model{suffix}"
         ninja = NinjaFile(Path(self.build_temp).resolve())
         parts = {name: self.plan(ninja, name, library) for name, library in libraries.items()}
         failures = ninja.build()

@@ -10,13 +10,13 @@ import torch
 
 from benchmarks import gpu_device
 from lbs_kernels import extension
-from lbs_kernels.gpu.configs.onebit import machines
+from lbs_kernels.gpu.configs.cuda import machines
 from lbs_kernels.times import stopwatch
 from lbs_kernels.times.stopwatch import Times
 
 COPY_BYTES = 1 << 30  # far beyond any L2, so that the copy runs at the speed of the memory
 SIZE = 8192  # of a square matrix product that fills the chip
-REPEATS = 1 << 14  # chunks of one-bit products in one launch: some milliseconds
+REPEATS = 1 << 14  # steps of one-bit products, or chunks of bytes, in one launch: some milliseconds
 
 
 def measure(save: Callable[[dict[str, Any]], object], attempt: Callable[[str], bool]) -> dict[str, Any]:
@@ -86,9 +86,25 @@ def _one_bit() -> dict[str, float]:
     return {**rows[best], "machine": best}  # type: ignore[dict-item]
 
 
+def _bytes() -> dict[str, float]:
+    """Products of bytes on operands that stay in shared memory: what the s8 kernels could reach."""
+    native = extension.require_cuda()
+    index = torch.cuda.current_device()
+    if "wgmma" not in machines(gpu_device.DEVICE):
+        raise RuntimeError("this GPU has no tensor core that multiplies bytes asynchronously")
+    out = torch.zeros(native.s8_peak_threads(index), dtype=torch.int32, device=gpu_device.DEVICE)
+
+    def multiply() -> int:
+        return int(native.s8_peak(REPEATS, out.data_ptr(), index, torch.cuda.current_stream(index).cuda_stream))
+
+    times = stopwatch.interleave({"s8": multiply}, device=gpu_device.DEVICE, rounds=20, warmup=0.02)["s8"]
+    return row(times, operations=2 * multiply())
+
+
 CONTENDERS: dict[str, Callable[[], dict[str, float]]] = {
     "copy": _copy,
     "float16": lambda: _product(torch.float16),
     "int8": lambda: _product(torch.int8),
+    "s8": _bytes,
     "b1": _one_bit,
 }

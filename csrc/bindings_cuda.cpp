@@ -4,8 +4,9 @@
 
 #include "common/cuda_check.cuh"
 #include "common/python_errors.h"
+#include "cuda/task_python.h"
 #include "onebit/onebit_cuda.cuh"
-#include "onebit/task_python.h"
+#include "s8/s8_cuda.cuh"
 
 namespace py = pybind11;
 
@@ -22,10 +23,22 @@ int device_count() {
     return count;
 }
 
-std::unique_ptr<lbs::onebit::Launch> onebit_launch(const py::dict& task, const std::string& machine, int groups,
-                                                   int filters, int stages, int device) {
-    return std::make_unique<lbs::onebit::Launch>(lbs::onebit::read_task(task),
-                                                 lbs::onebit::find_row(machine, groups, filters, stages), device);
+// `tiles` lists the rows of a kernel, `launch` binds a task to one of them.
+template <size_t kRows>
+void define(py::module_& module, const char* tiles, const char* launch, const lbs::gpu::TileRow (&rows)[kRows],
+            lbs::gpu::Launch (*bind)(const lbs::gpu::Task&, const lbs::gpu::TileRow&, int)) {
+    module.def(
+        tiles, [&rows] { return lbs::gpu::tile_rows(rows); },
+        "[(machine, groups, filters, stages, shared bytes)] as built.");
+    module.def(
+        launch,
+        [&rows, bind](const py::dict& task, const std::string& machine, int groups, int filters, int stages,
+                      int device) {
+            return bind(lbs::gpu::read_task(task), lbs::gpu::find_row(rows, machine, groups, filters, stages), device);
+        },
+        py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"), py::arg("stages"),
+        py::arg("device"),
+        "task: see csrc/cuda/task_python.h; the rest names a row of the tiles. Raises FormatError, BackendError.");
 }
 
 }  // namespace
@@ -35,7 +48,15 @@ PYBIND11_MODULE(_cuda, module) {
     lbs::register_errors();
     module.attr("CUDART_VERSION") = CUDART_VERSION;
     module.def("device_count", &device_count, "Number of GPUs. Raises BackendError where there is no driver.");
-    module.def("onebit_tiles", &lbs::onebit::tile_rows, "[(machine, groups, filters, stages, shared bytes)] as built.");
+    py::class_<lbs::gpu::Launch>(module, "Launch", "A convolution, bound once.")
+        .def(
+            "enqueue",
+            [](const lbs::gpu::Launch& launch, uintptr_t stream) {
+                launch.enqueue(reinterpret_cast<cudaStream_t>(stream));
+            },
+            py::arg("stream"), "Launches on a stream; neither allocates nor waits, and can be captured.");
+    define(module, "onebit_tiles", "onebit_launch", lbs::onebit::kTileRows, &lbs::onebit::bind);
+    define(module, "s8_tiles", "s8_launch", lbs::s8::kTileRows, &lbs::s8::bind);
     module.def(
         "onebit_peak",
         [](const std::string& machine, int repeats, uintptr_t out, int device, uintptr_t stream) {
@@ -46,15 +67,13 @@ PYBIND11_MODULE(_cuda, module) {
         "Enqueues products on operands in shared memory and returns how many one-bit multiplications they are: the "
         "roof. out: int32 [onebit_peak_threads(device)].");
     module.def("onebit_peak_threads", &lbs::onebit::peak_threads, py::arg("device"), "Elements of out of onebit_peak.");
-    py::class_<lbs::onebit::Launch>(module, "OneBitLaunch", "A convolution on the one-bit tensor cores, bound once.")
-        .def(py::init(&onebit_launch), py::arg("task"), py::arg("machine"), py::arg("groups"), py::arg("filters"),
-             py::arg("stages"), py::arg("device"),
-             "task: see csrc/onebit/task_python.h; the rest names a row of onebit_tiles(). Raises FormatError, "
-             "BackendError.")
-        .def(
-            "enqueue",
-            [](const lbs::onebit::Launch& launch, uintptr_t stream) {
-                launch.enqueue(reinterpret_cast<cudaStream_t>(stream));
-            },
-            py::arg("stream"), "Launches on a stream; neither allocates nor waits, and can be captured.");
+    module.def(
+        "s8_peak",
+        [](int repeats, uintptr_t out, int device, uintptr_t stream) {
+            return lbs::s8::enqueue_peak(repeats, pointer<int>(out), device, reinterpret_cast<cudaStream_t>(stream));
+        },
+        py::arg("repeats"), py::arg("out_ptr"), py::arg("device"), py::arg("stream"),
+        "Enqueues products on operands in shared memory and returns how many multiplications of bytes they are: the "
+        "roof. out: int32 [s8_peak_threads(device)].");
+    module.def("s8_peak_threads", &lbs::s8::peak_threads, py::arg("device"), "Elements of out of s8_peak.");
 }

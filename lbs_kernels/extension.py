@@ -28,7 +28,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "isa_reasons",
         "resolve_isa",
     ),
-    "cuda": ("OneBitLaunch.enqueue",),
+    "cuda": ("onebit_launch", "s8_launch"),
 }
 
 

@@ -106,11 +106,10 @@ LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* 
     conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, dots, fast, before);
 }
 
-// Sums of few products, the usual epilogue behind them: its results need not wait in memory, as several of them fit in
-// the processor's reorder buffer. kP vectors of four filters; their activations stay in the nearest cache while one
-// group of four filters follows the other (on a Zen 5, 16 products of 16 channels: 35 cycles per four vectors as
-// tiles).
-constexpr int kShortBand = 16;  // vectors
+// Sums of few products, the usual epilogue behind them: results need not wait in memory, as the processor's reorder
+// buffer holds several tiles of four filters whole. On a Zen 5 an expanding layer of 16 channels takes 100 us instead
+// of 160, one of 128 channels 150 instead of 162, and longer sums are faster as tiles.
+constexpr int kShortBytes = 1 << 14;  // of activations, which one group of four filters after the other reads
 
 // Four filters of a block.
 template <int kS, bool kWide>
@@ -183,8 +182,10 @@ template <int kS, bool kWide>
 void short_blocks(const lbs::ConvPlan& plan, const unsigned char* in, int first, int last, int first_block,
                   int last_block, const FastEmit& fast) {
     constexpr int kP = Simd::kShortVectors;
-    for (int begin = first; begin < last; begin += kShortBand) {
-        const int end = last - begin < kShortBand ? last : begin + kShortBand;
+    int band = kShortBytes / (plan.k_steps * 4 * Simd::L) / kP * kP;
+    if (band < kP) band = kP;
+    for (int begin = first; begin < last; begin += band) {
+        const int end = last - begin < band ? last : begin + band;
         for (int b = first_block; b < last_block; ++b) {
             const lbs::FilterBlock& block = plan.blocks[b];
             for (int f = 0; f < block.width; f += 4) {

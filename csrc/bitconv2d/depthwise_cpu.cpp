@@ -34,7 +34,8 @@ bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLa
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     if (step.groups != source.channels || program.array(step.planes).shape[1] != source.channels) return false;
     // As sums over four channels each, three of them times zero, which need no codes to be spread.
-    if (is_short(step, source, step.kernel.y * step.kernel.x, emit)) return false;
+    const int taps = step.kernel.y * step.kernel.x;
+    if (taps <= kShortTaps && is_short(step, source, taps, emit)) return false;
     if (layout.phases != step.stride.x || layout.is_row) return false;
     if (int64_t{step.kernel.y} * quads_of(step) > kMaxQuads) return false;
     const int64_t spread = whole_vectors(width_of(step, source), lanes);

@@ -2,9 +2,8 @@
 //
 //     acc[m][o] = dot_scale * sum_{p,r} 2^(p+r) popc(W_p[o] & X_r[m]) + sum_scale * sum_k x[m][k] + offset[o]
 //
-// A block of threads works off tiles of kRows pixels by kN filters, the filter blocks of one row of pixels one after
-// another, so that the blocks at work share its activations and all weights in the second-level cache. Copies run
-// some chunks ahead of the multiplications, across tiles: the next tile's operands arrive while this one is written.
+// A block of threads works off tiles of kRows pixels by kN filters, in the order of place_of(). Copies run some chunks
+// ahead of the multiplications, across tiles: the next tile's operands arrive while this one is written.
 //
 // Products of equal weight p + r share an accumulator: three for two planes against two. More planes take several
 // passes over K; between passes the three are folded into the first, times 4: no further register is needed.
@@ -13,7 +12,7 @@
 // popcounts per thread and chunk on idle units, and no spare column, which whole blocks of filters do not have.
 #pragma once
 
-#include "onebit/epilogue.h"
+#include "cuda/epilogue.h"
 #include "onebit/index.h"
 
 namespace lbs::onebit {
@@ -79,22 +78,21 @@ LBS_HD void copy_activations(Machine& machine, const Params& p, int a_pair, int 
     static_assert(kPieces * kWords == 32, "a warp copies kWords rows at once");
     const int warp = machine.thread() / 32, lane = machine.thread() % 32;
     const int piece = lane % kPieces, plane = piece / (kPieces / 2), word = piece % (kPieces / 2) * kWords;
-    const TapWord tap = tap_word(p, chunk * kChunkWords + word, 2 * a_pair + plane);
+    const Tap tap = tap_of(p, chunk * kChunkWords + word);
     const Window* windows = warp_windows<T>(machine);
     LBS_UNROLL_2 for (int turn = 0; turn < kWarpRows / kWords; ++turn) {
         const int i = turn * kWords + lane / kPieces;
         const int row = copied_row<T::kThreads>(kWords, warp, i);
-        const Piece from = gather(p, windows[i], tap);
-        machine.template copy<4 * kWords>(byte + swizzled_byte(row, plane * kChunkWords + word), p.x + from.word,
-                                          from.inside);
+        const bool inside = enters(p, windows[i], tap);
+        const uint32_t* from = p.x + (inside ? word_of(p, windows[i], tap, 2 * a_pair + plane) : 0);
+        machine.template copy<4 * kWords>(byte + swizzled_byte(row, plane * kChunkWords + word), from, inside);
     }
 }
 
 template <class T, class Machine>
 LBS_HD void copy_chunk(Machine& machine, const Params& p, const Cursor& at) {
     if (at.tile >= p.tiles) return;
-    const int row_block = quotient(at.tile, p.filter_block_divisor);
-    const int filter_block = remainder(at.tile, row_block, p.filter_block_divisor);
+    const auto [row_block, filter_block] = place_of(p, at.tile);
     if (at.pass == 0 && at.chunk == 0) find_windows<T>(machine, p, row_block * T::kRows);
     const int byte = at.stage * T::kStageBytes, a_pair = p.pass[at.pass].a_pair;
     if (p.copy_words == 4) copy_activations<T, 4>(machine, p, a_pair, at.chunk, byte);
@@ -146,8 +144,7 @@ LBS_HD void share_sums(Machine& machine, int counted, int (&sums)[2]) {
 template <class T>
 LBS_HD void write_tile(const Params& p, int thread, int tile, const int (&acc)[T::kN / 2], const int (&sums)[2]) {
     constexpr int kRun = T::kN / 4;
-    const int row_block = quotient(tile, p.filter_block_divisor);
-    const int filter_block = remainder(tile, row_block, p.filter_block_divisor);
+    const auto [row_block, filter_block] = place_of(p, tile);
     const int first = filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));
     LBS_UNROLL for (int half = 0; half < 2; ++half) {
         const int row = row_block * T::kRows + thread / kWarpgroup * kWarpgroupRows +
@@ -157,15 +154,14 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const int (&acc)[T
         LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
             const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
             LBS_UNROLL for (int i = 0; i < 4; ++i) {
-                // Column pair j of the fragment holds channels 2 j and 2 j + 1 of the run.
-                const int dot = acc[(c + i) / 2 * 4 + 2 * half + (c + i) % 2];
+                const int dot = acc[fragment_register(c + i, half)];
                 // Terms may pass 2^31, their sum does not.
                 run[c + i] = static_cast<int>(static_cast<unsigned>(p.dot_scale) * static_cast<unsigned>(dot) +
                                               static_cast<unsigned>(p.sum_scale) * static_cast<unsigned>(sums[half]) +
                                               static_cast<unsigned>(offset.v[i]));
             }
         }
-        emit<kRun>(p, run, row, first);
+        emit<kRun, T::kN>(p, run, row, first);
     }
 }
 

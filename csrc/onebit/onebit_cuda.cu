@@ -67,91 +67,44 @@ __global__ void __launch_bounds__(PeakWgmma::kThreads, 1) peak_wgmma(int repeats
 #endif
 }
 
-const void* kernel_of(const TileRow& row) {
-#define LBS_KERNEL(machine, groups, filters, stages)           \
-    if (same_row(row, {#machine, groups, filters, stages, 0})) \
-        return reinterpret_cast<const void*>(&onebit_##machine<Tile<groups, filters, stages>>);
+Kernel kernel_of(const TileRow& row) {
+#define LBS_KERNEL(machine, groups, filters, stages)                                                                  \
+    if (same_row(row, {#machine, groups, filters, stages, 0}))                                                        \
+        return {reinterpret_cast<const void*>(&onebit_##machine<Tile<groups, filters, stages>>), groups * kWarpgroup, \
+                row.shared_bytes, 64};
     LBS_ONEBIT_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
-    return nullptr;  // find_row() knows the rows of the same table only
-}
-
-int attribute(cudaDeviceAttr name, int device) {
-    int value = 0;
-    cuda_check(cudaDeviceGetAttribute(&value, name, device), "asking GPU " + std::to_string(device) + " for its size");
-    return value;
-}
-
-void check_capability(const std::string& machine, int device) {
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-    const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-    const bool hopper = major == 9 && minor == 0;
-    if (hopper || (machine == "mma" && major == 8)) return;
-    throw BackendError("one-bit " + machine + " kernels cannot run on GPU " + std::to_string(device) +
-                       ", compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-                       "; wgmma runs on 9.0, mma on 8.x and 9.0");
-}
-
-// A module built for sm_90 has no wgmma, only sm_90a does: its kernels hold nothing and use next to no registers.
-void check_built(const void* kernel) {
-    cudaFuncAttributes found{};
-    cuda_check(cudaFuncGetAttributes(&found, kernel), "asking for the one-bit kernel");
-    if (found.numRegs < 64)
-        throw BackendError("the one-bit kernel was built without the instruction it needs; build again with 90a in "
-                           "LBS_CUDA_ARCHS");
+    return {};  // find_row() knows the rows of the same table only
 }
 
 }  // namespace
 
-Launch::Launch(const Task& task, const TileRow& row, int device) : params_(make_params(task, row)), device_(device) {
+Launch bind(const Task& task, const TileRow& row, int device) {
+    const Params params = make_params(task, row);
     const DeviceGuard guard(device);
-    check_capability(row.machine, device);
-    kernel_ = kernel_of(row);
-    check_built(kernel_);
-    threads_ = row.groups * kWarpgroup;
-    shared_bytes_ = row.shared_bytes + kSwizzleBytes;  // room to begin where the swizzle does
-    cuda_check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_),
-               "asking for " + std::to_string(shared_bytes_) + " bytes of shared memory");
-    cuda_check(cudaFuncSetAttribute(kernel_, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared),
-               "asking for more shared memory than cache");
-    int at_once = 0;
-    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel_, threads_, shared_bytes_),
-               "counting blocks of the one-bit kernel");
-    if (at_once < 1)
-        throw BackendError("the one-bit kernel needs " + std::to_string(shared_bytes_) +
-                           " bytes of shared memory per block, more than this GPU has; take fewer stages");
-    const int64_t places = static_cast<int64_t>(at_once) * attribute(cudaDevAttrMultiProcessorCount, device);
-    blocks_ = static_cast<int>(places < params_.tiles ? places : params_.tiles);
+    const std::string machine = row.machine;
+    check_capability("one-bit " + machine, machine == "mma", device);
+    return Launch(params, kernel_of(row), device);
 }
 
-int64_t peak_threads(int device) {
-    return int64_t{PeakWgmma::kThreads} * attribute(cudaDevAttrMultiProcessorCount, device);
-}
+int64_t peak_threads(int device) { return int64_t{PeakWgmma::kThreads} * multiprocessors(device); }
 
 int64_t enqueue_peak(const std::string& machine, int repeats, int* out, int device, cudaStream_t stream) {
     check_range(repeats, 1, 1 << 24, "the number of repeats");
     const bool wgmma = machine == "wgmma";
     require(wgmma || machine == "mma", "one-bit roof: machine is '" + machine + "'; there are wgmma and mma");
     const DeviceGuard guard(device);
-    check_capability(machine, device);
-    const int blocks = attribute(cudaDevAttrMultiProcessorCount, device);
-    const void* kernel = wgmma ? reinterpret_cast<const void*>(&peak_wgmma) : reinterpret_cast<const void*>(&peak_mma);
-    check_built(kernel);
+    check_capability("one-bit " + machine, !wgmma, device);
+    const int blocks = multiprocessors(device);
+    const void* function =
+        wgmma ? reinterpret_cast<const void*>(&peak_wgmma) : reinterpret_cast<const void*>(&peak_mma);
     const int bytes = (wgmma ? PeakWgmma::kStageBytes : PeakMma::kStageBytes) + kSwizzleBytes;
+    check_built({function, PeakWgmma::kThreads, bytes, 64});
     void* arguments[] = {&repeats, &out};
-    cuda_check(cudaLaunchKernel(kernel, dim3(blocks), dim3(PeakWgmma::kThreads), arguments, bytes, stream),
+    cuda_check(cudaLaunchKernel(function, dim3(blocks), dim3(PeakWgmma::kThreads), arguments, bytes, stream),
                "launching the roof of the one-bit tensor cores");
     constexpr int64_t kProducts = 4 * PeakWgmma::kRows * kStepWords * 32;  // of a block, a step and a column
     return int64_t{blocks} * repeats * kProducts * (wgmma ? PeakWgmma::kN : PeakMma::kN);
-}
-
-void Launch::enqueue(cudaStream_t stream) const {
-    if (blocks_ == 0) return;
-    const DeviceGuard guard(device_);
-    void* arguments[] = {const_cast<Params*>(&params_)};
-    cuda_check(cudaLaunchKernel(kernel_, dim3(blocks_), dim3(threads_), arguments, shared_bytes_, stream),
-               "launching the one-bit kernel");
 }
 
 }  // namespace lbs::onebit

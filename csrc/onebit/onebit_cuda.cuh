@@ -1,24 +1,13 @@
-// A launch of the one-bit kernel, bound once and enqueued often.
+// The one-bit kernels as they are launched.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "cuda/launch_cuda.cuh"
 #include "onebit/task.h"
 
 namespace lbs::onebit {
 
-// Everything is chosen, checked and allowed when it is made; `enqueue` only launches: it neither allocates nor waits.
-class Launch {
-public:
-    // Raises FormatError for a task no kernel serves, BackendError where the GPU cannot run the kernel of `row`.
-    Launch(const Task& task, const TileRow& row, int device);
-    void enqueue(cudaStream_t stream) const;
-
-private:
-    Params params_;
-    const void* kernel_;
-    int device_, threads_, shared_bytes_, blocks_;
-};
+// Raises FormatError for a task no kernel serves, BackendError where the GPU cannot run the kernel of `row`.
+Launch bind(const Task& task, const TileRow& row, int device);
 
 // Enqueues `repeats` steps of products per warp group on every multiprocessor, on operands that stay in shared memory:
 // the roof of the one-bit tensor cores. `machine` is wgmma (64 x 128 per group) or mma (64 x 64). `out` receives an

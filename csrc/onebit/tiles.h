@@ -1,8 +1,7 @@
-// The kernels that are built: one row each. lbs_kernels/gpu/configs/onebit.py states the same rows and a test compares them.
+// The kernels that are built: one row each. lbs_kernels/gpu/configs/cuda.py states the same rows and a test compares them.
 #pragma once
 
-#include <string>
-
+#include "cuda/tile_row.h"
 #include "onebit/kernel.h"
 
 // row(machine, groups of 64 pixels, filters, stages). Stages fill the shared memory of as many blocks as the registers
@@ -18,19 +17,9 @@
 
 namespace lbs::onebit {
 
-struct TileRow {
-    const char* machine;
-    int groups, filters, stages, shared_bytes;
-};
-
 #define LBS_ROW(machine, groups, filters, stages) \
     {#machine, groups, filters, stages, Tile<groups, filters, stages>::kSharedBytes},
 constexpr TileRow kTileRows[] = {LBS_ONEBIT_TILES(LBS_ROW)};
 #undef LBS_ROW
-
-inline bool same_row(const TileRow& a, const TileRow& b) {
-    return std::string(a.machine) == b.machine && a.groups == b.groups && a.filters == b.filters &&
-           a.stages == b.stages;
-}
 
 }  // namespace lbs::onebit

@@ -112,11 +112,11 @@ LBS_INLINE Quad add_coded(const lbs::CodedPlan& c, const lbs::RunContext& run, i
         run.tensors[c.tensor] + c.first + static_cast<int64_t>(static_cast<uint32_t>(channel) / 4) * c.group_pitch;
     const Simd::I word =
         c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
-    const Simd::F zero = Simd::fset(c.zero), step = Simd::fset(c.step);
-    const Simd::I bytes[4] = {Simd::ibyte(word, 0), Simd::ibyte(word, 1), Simd::ibyte(word, 2), Simd::ibyte(word, 3)};
-    return each(y, [&](Simd::F x, int j) {
-        return Simd::fadd(x, Simd::fmul(Simd::fsub(Simd::fcvt(bytes[j]), zero), step));
-    });
+    const Simd::F step = Simd::fset(c.step);
+    Quad units;
+    for (int j = 0; j < 4; ++j) units.v[j] = Simd::fcvt(Simd::ibyte(word, j));
+    if (c.zero != 0.0f) units = each(units, [&](Simd::F x, int) { return Simd::fsub(x, Simd::fset(c.zero)); });
+    return each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fmul(units.v[j], step)); });
 }
 
 // Activation, gate and residual of the first `live` channels from `channel` on, in the lanes of `valid`.

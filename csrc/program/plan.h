@@ -21,7 +21,8 @@ constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 64;         // vectors of accumulators in the scratch of one thread
 constexpr int kSlack = 128;          // bytes readable past the end of every buffer
 constexpr int kPrefetched = 4;       // vectors whose lines are asked for before they are stored
-constexpr int kShortSteps = 16;      // of four products, of sums that are short
+constexpr int kShortSteps = 32;      // of four products, of sums that are short
+constexpr int kShortTaps = 16;       // of a depthwise kernel that is computed so
 constexpr int kMaxQuads = 128;       // of four taps, of a depthwise kernel: 22 x 22
 constexpr int kChannelPadding = 16;  // arrays per channel are padded to a multiple of this
 

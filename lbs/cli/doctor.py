@@ -12,6 +12,7 @@ import torch
 import lbs
 from lbs.cli.console import console
 from lbs_kernels import device, extension
+from lbs_kernels.gpu.configs import cuda
 
 PACKAGES = {
     "numpy": "numpy",
@@ -118,9 +119,19 @@ def _triton() -> Finding:
 
 def _native_cuda() -> Finding:
     if extension.cuda is not None:
-        return Finding("native CUDA module", "ok", "loaded")
+        return Finding("native CUDA module", "ok", f"loaded; {_cuda_kernels()}")
     reason, fix = _build_words("cuda", extension.cuda_reason)
     return Finding("native CUDA module", "absent", f"{reason}; needed on a GPU only, Triton serves without it", fix)
+
+
+def _cuda_kernels() -> str:
+    """Which kernels of the module this machine runs."""
+    if device.gpu_name() is None:
+        return "its kernels need a GPU: s8 compute capability 9.0, one-bit 8.x or 9.0"
+    instructions = cuda.machines("cuda")
+    kinds = [name for name, needed in (("s8", "wgmma"), ("one-bit", "mma")) if needed in instructions]
+    runs = f"runs its {' and '.join(kinds)} kernels" if kinds else "runs none of its kernels"
+    return f"this GPU {runs} (s8 takes compute capability 9.0, one-bit 8.x or 9.0)"
 
 
 def _build_words(name: str, reason: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, LbsError
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, onebit_why_not, s8_why_not
 from lbs_kernels.gpu.configs.defaults import DEFAULTS
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
@@ -23,7 +24,6 @@ from lbs_kernels.gpu.configs.direct import (
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, triton_why_not
 from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
-from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_why_not
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
 
@@ -73,9 +73,15 @@ def _elementwise(op: str) -> ModuleType:
 
 
 def _onebit(op: str) -> ModuleType:
-    from lbs_kernels.gpu.onebit import gemm
+    from lbs_kernels.gpu.cuda import onebit
 
-    return gemm
+    return onebit
+
+
+def _s8(op: str) -> ModuleType:
+    from lbs_kernels.gpu.cuda import s8
+
+    return s8
 
 
 def _half(op: str) -> ModuleType:
@@ -90,7 +96,8 @@ KERNELS: list[Kernel] = [
     Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, GroupedConfig, grouped_candidates, _weighted, triton_why_not),
-    Kernel("cuda", WEIGHTED, OneBitConfig, onebit_candidates, _onebit, onebit_why_not),
+    Kernel("cuda", WEIGHTED, S8Config, S8Config.candidates, _s8, s8_why_not),
+    Kernel("cuda", WEIGHTED, OneBitConfig, OneBitConfig.candidates, _onebit, onebit_why_not),
     Kernel("triton", ELEMENTWISE, ElementwiseConfig, elementwise_candidates, _elementwise),
     Kernel("fp16", WEIGHTED, HalfConfig, half_candidates, _half, exact=False),
 ]
@@ -159,10 +166,21 @@ def candidates(problem: Problem) -> list[Choice]:
     return found
 
 
-def default(problem: Problem) -> Choice:
-    """The choice where nothing was measured: the operation's rule of thumb."""
-    config = DEFAULTS[problem.op](problem)
-    return Choice(kernel_of(config), config)
+def default(
+    problem: Problem,
+    allowed: tuple[str, ...] | None = None,
+    why_not: Callable[[Choice], str | None] = lambda choice: None,
+) -> Choice:
+    """The choice where nothing was measured: the first of the operation's defaults that serves, else the last of them.
+
+    allowed, why_not: as `choose` takes them; the last default may be refused by them.
+    """
+    *preferred, last = (Choice(kernel_of(config), config) for config in DEFAULTS[problem.op](problem))
+    for choice in preferred:
+        welcome = allowed is None or choice.kernel.family in allowed
+        if welcome and choice.why_not(problem) is None and why_not(choice) is None:
+            return choice
+    return last
 
 
 def choose(
@@ -187,7 +205,7 @@ def choose(
             continue
         if found.why_not(problem) is None and why_not(found) is None:
             return Choice(found.kernel, found.config, measured[name])
-    found = default(problem)
+    found = default(problem, allowed, why_not)
     refused = found.why_not(problem) or why_not(found)
     if refused is not None:
         raise BackendError(f"{found.kernel.family} cannot serve {problem}: {refused}")

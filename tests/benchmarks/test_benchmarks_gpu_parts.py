@@ -431,7 +431,7 @@ def test_the_children_measure_and_save_with_interpreted_kernels(tmp_path: Path) 
         json.loads((tmp_path / f"{part}.json").read_text()) for part in ("roofs", "layers", "models")
     )
     assert set(roofs["rows"]) == {"copy", "float16", "int8"}
-    assert set(roofs["missing"]) == {"b1"}
+    assert set(roofs["missing"]) == {"b1", "s8"}
     assert (layers["complete"], layers["passes"]) == (True, 2)
     contenders = {row["contender"].split(":")[0] for row in layers["rows"]}
     assert contenders >= {"float16", "triton"}

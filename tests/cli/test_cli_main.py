@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -176,6 +177,21 @@ def test_doctor_needs_triton_where_there_is_a_gpu(gpu: str | None, state: str, m
     monkeypatch.setattr(doctor.device, "gpu_name", lambda: gpu)
     finding = doctor._triton()
     assert (finding.state, finding.fix) == (state, "pip install triton")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "words"),
+    [(("wgmma", "mma"), "runs its s8 and one-bit kernels"), (("mma",), "its one-bit kernels"), ((), "none of its")],
+)
+def test_doctor_names_the_cuda_kernels_of_a_gpu(
+    instructions: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    monkeypatch.setattr(doctor.device, "gpu_name", lambda: None)
+    assert "its kernels need a GPU" in doctor._native_cuda().detail
+    monkeypatch.setattr(doctor.device, "gpu_name", lambda: "a GPU")
+    monkeypatch.setattr(doctor.cuda, "machines", lambda device: instructions)
+    assert words in doctor._native_cuda().detail
 
 
 @pytest.mark.parametrize(

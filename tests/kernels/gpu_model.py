@@ -1,4 +1,4 @@
-"""The one-bit kernels' source on a model of the GPU: `onebit_model` (tests/native/onebit), in the place of launches."""
+"""The CUDA kernels' source on a model of the GPU: `cuda_model` (tests/native/cuda), in the place of launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels import extension
-from lbs_kernels.gpu.configs.onebit import OneBitConfig
+from lbs_kernels.gpu.configs.cuda import CudaConfig
 from lbs_kernels.gpu.launch import Launch
 
 BLOCKS = 3  # thread blocks of a launch: several, so that each works off more than one tile
@@ -20,14 +20,14 @@ FOLDER = Path(__file__).resolve().parents[1] / "native"
 
 
 def native() -> ModuleType:
-    """`onebit_model`. Skips where nothing native was built; fails where it alone was forgotten."""
+    """`cuda_model`. Skips where nothing native was built; fails where it alone was forgotten."""
     try:
-        return importlib.import_module("onebit_model")
+        return importlib.import_module("cuda_model")
     except ImportError as error:
         if extension.cpu is None:
             pytest.skip(f"CPU module missing: {extension.cpu_reason}")
         build = "make setup, or LBS_BUILD_TESTS=1 python setup.py build_ext --inplace"
-        pytest.fail(f"onebit_model is not in {FOLDER} ({error}); build it: {build}")
+        pytest.fail(f"cuda_model is not in {FOLDER} ({error}); build it: {build}")
 
 
 def launches_on_the_model(
@@ -36,15 +36,16 @@ def launches_on_the_model(
     """From now on tensors of the processor are served by the model; the tasks it was given, one for each launch."""
     model, tasks = native(), []
 
-    def launch_of(task: dict[str, Any], config: OneBitConfig, device: torch.device, kept: list[Tensor]) -> Launch:
+    def launch_of(task: dict[str, Any], config: CudaConfig, device: torch.device, kept: list[Tensor]) -> Launch:
         assert device.type == "cpu", "the model reads memory of the processor"
 
         def launch(inputs: list[Tensor], kept: list[Tensor] = kept) -> None:
             tasks.append(task)
-            model.run(task, *config.row, blocks=blocks, late=late, seed=seed)
+            run = getattr(model, f"run_{config.kind}")
+            run(task, *config.row, blocks=blocks, late=late, seed=seed)
 
         return launch
 
-    monkeypatch.setattr("lbs_kernels.gpu.onebit.gemm.launch_of", launch_of)
-    monkeypatch.setattr("lbs_kernels.gpu.configs.onebit.machines", lambda device: ("wgmma", "mma"))
+    monkeypatch.setattr("lbs_kernels.gpu.cuda.task.launch_of", launch_of)
+    monkeypatch.setattr("lbs_kernels.gpu.configs.cuda.machines", lambda device: ("wgmma", "mma"))
     return tasks

@@ -36,7 +36,7 @@ def older(name: str, lacks: str) -> ModuleType:
 @pytest.mark.parametrize(
     ("name", "lacks", "told"),
     [
-        ("cuda", "OneBitLaunch", "OneBitLaunch.enqueue"),
+        ("cuda", "s8_launch", "s8_launch"),
         ("cpu", "Program.step_times", "Program.step_times"),
         ("cpu", "resolve_isa", "resolve_isa"),
     ],
@@ -73,12 +73,12 @@ def test_this_release_has_what_is_needed(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(extension.cpu is None, reason=f"CPU module missing: {extension.cpu_reason}")
 def test_what_serves_tests_alone_is_not_shipped() -> None:
-    assert [name for name in vars(extension.cpu) if name.startswith("onebit")] == []
+    assert [name for name in vars(extension.cpu) if name.startswith(("onebit", "s8"))] == []
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_every_name_that_is_used_is_needed(name: str) -> None:
-    use = re.compile(rf"(?:require_{name}\(\)|extension\.{name})\.([A-Za-z_]+)")
+    use = re.compile(rf"(?:require_{name}\(\)|extension\.{name})\.([A-Za-z_]\w*)")
     folders = [Path(package.__file__ or "").parent for package in (lbs, lbs_kernels)]
     used = {found for folder in folders for path in folder.rglob("*.py") for found in use.findall(path.read_text())}
     assert used == {needed.partition(".")[0] for needed in extension.NEEDED[name]}

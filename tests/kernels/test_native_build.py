@@ -96,7 +96,7 @@ def test_the_module_of_the_tests_is_part_of_no_installation(tmp_path: Path) -> N
     assert sorted(report) == ["cpu", "cuda"]
     assert [path.name for path in (tmp_path / "lbs_kernels").iterdir()] == ["_build_report.json"]
     assert [path.name for path in (tmp_path / "temp").iterdir()] == ["build.ninja"]
-    assert "onebit" not in (tmp_path / "temp" / "build.ninja").read_text()
+    assert "tests.native" not in (tmp_path / "temp" / "build.ninja").read_text()
 
 
 def test_torch_stands_in_for_pybind11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

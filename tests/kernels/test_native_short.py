@@ -16,14 +16,14 @@ from torch import Tensor
 from lbs_kernels.program.steps import Emit, Program
 from lbs_kernels.run.reference import ReferenceRunner
 
-# (channels, filters, window): four channels a step, 16 steps at most; 7 channels and 7 filters end within a group.
+# (channels, filters, window): four channels a step, 32 steps at most, 16 of depthwise windows; 7 channels and 7 filters end within a group.
 LAYERS = {
     "1x1, one step": (3, 7, {"kernel": (1, 1), "padding": (0, 0)}),
-    "1x1, 16 steps": (64, 12, {"kernel": (1, 1), "padding": (0, 0)}),
-    "1x1, 17 steps": (68, 12, {"kernel": (1, 1), "padding": (0, 0)}),
+    "1x1, 32 steps": (128, 12, {"kernel": (1, 1), "padding": (0, 0)}),
+    "1x1, 33 steps": (132, 12, {"kernel": (1, 1), "padding": (0, 0)}),
     "1x1, stride 2": (7, 16, {"kernel": (1, 1), "padding": (0, 0), "stride": (2, 2)}),
     "3x3 of an image": (3, 20, {"stride": (2, 2)}),
-    "3x3, 18 steps": (7, 8, {}),
+    "3x3, 27 steps": (10, 8, {}),
     "4x4": (2, 5, {"kernel": (4, 4), "padding": (2, 1)}),
     "depthwise": (10, 10, {"groups": 10}),
     "depthwise, stride 2": (12, 12, {"groups": 12, "stride": (2, 2)}),
@@ -77,7 +77,7 @@ def test_layers_and_their_readers(layer: str, reader: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layer", ["1x1, 16 steps", "3x3 of an image", "depthwise"])
+@pytest.mark.parametrize("layer", ["1x1, 32 steps", "3x3 of an image", "depthwise"])
 @pytest.mark.parametrize("grid", ["odd", "zero"])
 @pytest.mark.parametrize("bits", [(8, 8, 8), (8, 8, 4), (4, 4, 4), (4, 8, 2), (2, 2, 8), (7, 7, 1)])
 def test_bits_and_bounds(bits: tuple[int, int, int], grid: str, layer: str, isa: str) -> None:
@@ -90,7 +90,7 @@ def test_bits_and_bounds(bits: tuple[int, int, int], grid: str, layer: str, isa:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("layer", ["1x1, 16 steps", "depthwise"])
+@pytest.mark.parametrize("layer", ["1x1, 32 steps", "depthwise"])
 @pytest.mark.parametrize("largest", [1e3, 1e6, 1e12, -1e30])
 def test_numbers_that_no_integer_holds(largest: float, layer: str, isa: str) -> None:
     """The last filter's multiplier: y in code units stays below 2^31, passes it, and is infinite as a product."""

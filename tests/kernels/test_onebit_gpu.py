@@ -7,11 +7,11 @@ import programs
 import pytest
 import torch
 from contenders import assert_same
-from onebit_steps import bound, check_steps
+from cuda_steps import bound, check_steps
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gpu.configs.onebit import TILES, OneBitConfig, machines, onebit_candidates
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, machines
 from lbs_kernels.gpu.layout import from_logical, storage, to_logical
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.problem import problem_of
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}"),
 ]
-CONFIGS = [OneBitConfig(*tile) for tile in TILES]
+CONFIGS = [OneBitConfig(*tile) for tile in OneBitConfig.tiles]
 
 
 def require(config: OneBitConfig) -> None:
@@ -133,7 +133,7 @@ def test_a_captured_launch_replays_and_follows_its_inputs() -> None:
         dtype, shape = storage(program.tensors[index], program.stream_dtype, 3)
         buffers[index] = torch.zeros(shape, dtype=dtype, device="cuda")
     problem = problem_of(step, program, 3, "cuda")
-    launch = bound(program, arrays, step, problem, next(onebit_candidates(problem)), buffers)  # type: ignore[arg-type]
+    launch = bound(program, arrays, step, problem, next(OneBitConfig.candidates(problem)), buffers)  # type: ignore[arg-type]
     launch([])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

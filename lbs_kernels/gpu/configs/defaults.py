@@ -1,10 +1,11 @@
-"""Which configuration runs an operation where nothing was measured: one rule for each operation. Needs no Triton."""
+"""Which configurations run an operation where nothing was measured: one rule for each operation. Needs no Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from lbs_kernels.gpu.configs.cuda import s8_default
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
@@ -31,11 +32,20 @@ def pool_default(problem: Problem) -> ElementwiseConfig:
     return elementwise_default(problem)
 
 
-DEFAULTS: dict[str, Callable[[Problem], Any]] = {
-    "bitconv2d": conv_default,
-    "bitlinear": gemm_default,
-    "pool": pool_default,
-    "quantpack": elementwise_default,
-    "resize": elementwise_default,
-    "select": elementwise_default,
+def weighted_defaults(problem: Problem) -> Iterator[Any]:
+    """The s8 kernel where its rule takes it, and Triton's."""
+    preferred = s8_default(problem)
+    if preferred is not None:
+        yield preferred
+    yield conv_default(problem)
+
+
+# In the order of preference; the last serves every problem of the operation.
+DEFAULTS: dict[str, Callable[[Problem], Iterator[Any]]] = {
+    "bitconv2d": weighted_defaults,
+    "bitlinear": weighted_defaults,
+    "pool": lambda problem: iter([pool_default(problem)]),
+    "quantpack": lambda problem: iter([elementwise_default(problem)]),
+    "resize": lambda problem: iter([elementwise_default(problem)]),
+    "select": lambda problem: iter([elementwise_default(problem)]),
 }

@@ -11,16 +11,21 @@ import gc
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pack_nets
 import programs
 import pytest
 from contenders import assert_same
+from cuda_steps import served
+from gpu_model import launches_on_the_model
 from torch import Tensor
 
 import lbs
+from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import runner as gpu_runner
+from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.configs.half import HalfConfig
@@ -165,6 +170,21 @@ def test_the_measured_configuration_runs(net: tuple[Program, Tensor]) -> None:
     assert f"triton:{OTHER}" not in [kernel.name for kernel in runner.kernels(256)]  # another bucket: nothing measured
     check(runner, net[1], 2, 0)
     assert runner.plan(2).choices == tuple(runner.choices(2))
+
+
+@pytest.mark.parametrize("name", ["weights_with_a_zero", "imagenet_stem", "preact_residual"])
+def test_cuda_and_triton_kernels_share_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step that an s8 kernel serves runs on one, on a model of the GPU, in the buffers of the plan."""
+    launched = launches_on_the_model(monkeypatch)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    program, blob = programs.CASES[name](seed=2)
+    s8 = S8Config(*S8Config.tiles[-1])
+    configs = {step.name: s8 for step in program.steps if served(program, step, 2, "cpu", S8Config)}
+    assert configs
+    runner = GpuRunner(program, blob, "cpu", configs)
+    check(runner, blob, batch=2, seed=4)
+    assert len(launched) == len(configs)
+    assert {choice.kernel.family for choice in runner.choices(2)} == {"cuda", "triton"}
 
 
 def test_plans_free_what_they_hold(net: tuple[Program, Tensor]) -> None:

@@ -6,7 +6,7 @@
 
 #include "common/check.h"
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
@@ -57,7 +57,7 @@ void Fibers::run(int count, unsigned seed, const std::function<void(int)>& body)
         }
         if (!self.moved_ && !self.error_) {
             running = nullptr;
-            throw FormatError("one-bit model: " + std::to_string(left) + " threads wait for one another");
+            throw FormatError("model: " + std::to_string(left) + " threads wait for one another");
         }
     }
     running = nullptr;
@@ -73,7 +73,11 @@ void Fibers::meet(Meeting& meeting) {
         self.moved_ = true;
         return;
     }
-    while (meeting.times == before) swapcontext(&self.fibers_[self.current_].context, &self.home_);
+    while (meeting.times == before) pause();
 }
 
-}  // namespace lbs::onebit
+void Fibers::pause() { swapcontext(&running->fibers_[running->current_].context, &running->home_); }
+
+void Fibers::moved() { running->moved_ = true; }
+
+}  // namespace lbs::gpu

@@ -1,4 +1,4 @@
-"""Runs single steps of a program through the one-bit kernels, each on the reference's own inputs.
+"""Runs single steps of a program through the CUDA kernels, each on the reference's own inputs.
 
 On "cuda" the kernels run; on "cpu" their source, where `gpu_model.launches_on_the_model` was called. What a step writes
 lies between guards of garbage that must stay as they were.
@@ -6,16 +6,18 @@ lies between guards of garbage that must stay as they were.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from contenders import assert_same
 from torch import Tensor
 
-from lbs_kernels.gpu.configs.onebit import OneBitConfig, onebit_candidates, onebit_why_not
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.cuda import CudaConfig, OneBitConfig
 from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.layout import from_logical, storage, to_logical
-from lbs_kernels.gpu.onebit import gemm
+from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, storage, to_logical
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import ConvStep, LinearStep, Program
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program, TensorSpec
 from lbs_kernels.run.reference import ReferenceRunner
 
 GUARD = 256  # bytes on either side, so that the buffer keeps its alignment
@@ -38,13 +40,30 @@ class Guarded:
         assert torch.equal(now[-GUARD:], self.before[-GUARD:]), "bytes after the buffer were written"
 
 
-def served(program: Program, step: object, batch: int, device: str) -> Problem | None:
-    """The step's problem, or None where the one-bit kernels leave it to others."""
+def module_of(kind: type[CudaConfig]) -> Any:
+    """The module that binds steps to the kernels of `kind`."""
+    return kernels.kernel_of(kind(*kind.tiles[0])).implementation("bitconv2d")
+
+
+def served(
+    program: Program, step: object, batch: int, device: str, kind: type[CudaConfig] = OneBitConfig
+) -> Problem | None:
+    """The step's problem, or None where the kernels of `kind` leave it to others."""
     if not isinstance(step, ConvStep | LinearStep):
         return None
     problem = problem_of(step, program, batch, device)
-    refused = onebit_why_not(problem) or gemm.step_why_not(step, program.tensors[step.input])
+    row = kernels.kernel_of(kind(*kind.tiles[0]))
+    refused = row.why_none(problem) or module_of(kind).step_why_not(step, program.tensors[step.input])
     return None if refused else problem
+
+
+def input_buffer(codes: Tensor, spec: TensorSpec, device: str) -> Tensor:
+    """Codes in their GPU form; bytes beyond the last channel hold garbage."""
+    buffer = from_logical(codes, spec).contiguous()
+    if spec.bits == BYTE_BITS:
+        rest = buffer[..., spec.channels :]
+        rest.copy_(torch.randint(-128, 128, rest.shape, dtype=torch.int8))
+    return buffer.to(device)
 
 
 def bound(
@@ -52,14 +71,16 @@ def bound(
     arrays: dict[str, Tensor],
     step: ConvStep | LinearStep,
     problem: Problem,
-    config: OneBitConfig,
+    config: CudaConfig,
     buffers: dict[int, Tensor],
 ) -> Launch:
     """The launch of one step on buffers in their GPU form, by tensor index."""
-    groups = step.groups if isinstance(step, ConvStep) else 1
+    kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
+    module = module_of(type(config))
     source = program.tensors[step.input]
-    weights = gemm.prepare_weights(arrays[step.planes], problem.kernel, groups, source, problem.device, step.w_grid)
-    return gemm.bind(step, problem, config, program, arrays, weights, buffers)
+    weights = module.prepare_weights(arrays[step.planes], kernel, groups, source, problem.device, step.w_grid)
+    launch: Launch = module.bind(step, problem, config, program, arrays, weights, buffers)
+    return launch
 
 
 def check_steps(
@@ -67,21 +88,29 @@ def check_steps(
     blob: Tensor,
     images: list[Tensor],
     device: str = "cpu",
-    config: OneBitConfig | None = None,
+    config: CudaConfig | None = None,
+    kind: type[CudaConfig] = OneBitConfig,
 ) -> list[str]:
-    """Every step the one-bit kernels serve equals the reference in everything it writes; returns their names."""
+    """Every step the kernels serve equals the reference in everything it writes; returns their names.
+
+    config: the one that runs, else the first candidate of `kind`.
+    """
+    kind = kind if config is None else type(config)
     expected: dict[int, Tensor] = {}
     ReferenceRunner(program, blob).run(images, expected)
     arrays = {key: program.array(blob, key).to(device) for key in program.arrays}
     names = []
     for step in program.steps:
-        problem = served(program, step, images[0].shape[0], device)
+        problem = served(program, step, images[0].shape[0], device, kind)
         if problem is None or not isinstance(step, ConvStep | LinearStep):
             continue
         names.append(step.name)
-        buffers = {step.input: from_logical(expected[step.input], program.tensors[step.input]).to(device)}
+        buffers = {step.input: input_buffer(expected[step.input], program.tensors[step.input], device)}
         if step.emit.residual is not None:
-            buffers[step.emit.residual] = expected[step.emit.residual].to(device)
+            added = program.tensors[step.emit.residual]
+            values = expected[step.emit.residual]
+            coded = added.form == "codes"
+            buffers[step.emit.residual] = input_buffer(values, added, device) if coded else values.to(device)
         written = [consumer.tensor for consumer in step.emit.consumers]
         written += [] if step.emit.stream is None else [step.emit.stream]
         guarded = {}
@@ -89,7 +118,7 @@ def check_steps(
             dtype, shape = storage(program.tensors[index], program.stream_dtype, images[0].shape[0])
             guarded[index] = Guarded(dtype, shape, device, index)
             buffers[index] = guarded[index].tensor
-        used = next(onebit_candidates(problem)) if config is None else config
+        used = next(kind.candidates(problem)) if config is None else config
         bound(program, arrays, step, problem, used, buffers)([])
         for index in written:
             actual = to_logical(buffers[index], program.tensors[index])

@@ -1,16 +1,16 @@
 // What becomes of one thread's run of consecutive channels of one pixel: steps 1 to 6 of the format, or thresholds.
 #pragma once
 
-#include "onebit/params.h"
+#include "cuda/layer.h"
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 
 constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22, leaves rint(t) in the low bits
 constexpr uint32_t kRintMagicBits = 0x4B400000u;
 
 // Eight values of a stream [M][C] from `index` on, of which `count` exist; in wide pieces where C makes them whole and
 // aligned.
-LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[8]) {
+LBS_HD void load_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
         const float* from = static_cast<const float*>(p.residual) + index;
         LBS_UNROLL for (int i = 0; i < 8; i += 4) {
@@ -35,8 +35,19 @@ LBS_HD void load_stream(const Params& p, int64_t index, int count, float (&y)[8]
     LBS_UNROLL for (int i = 0; i < 8; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
 }
 
+// Adds what eight codes of a residual stand for; bytes behind the last channel hold anything, and none is read behind
+// the pixel.
+LBS_HD void add_coded(const Coded& r, int row, int first, float (&y)[8]) {
+    if (first >= r.pitch) return;
+    const Words2 codes = *reinterpret_cast<const Words2*>(r.codes + static_cast<int64_t>(row) * r.pitch + first);
+    LBS_UNROLL for (int i = 0; i < 8; ++i) {
+        const int code = static_cast<int8_t>(codes.v[i / 4] >> 8 * (i % 4));
+        y[i] += static_cast<float>(code + 128 - r.zero) * r.step;
+    }
+}
+
 // Stores y in the stream type; y becomes the stored value.
-LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[8]) {
+LBS_HD void store_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
     if (p.stream_type == StreamType::kFloat32) {
         float* to = static_cast<float*>(p.stream) + index;
         LBS_UNROLL for (int i = 0; i < 8; i += 4) {
@@ -66,7 +77,7 @@ LBS_HD void store_stream(const Params& p, int64_t index, int count, float (&y)[8
 
 // Steps 1 to 5.
 template <int kRun>
-LBS_HD void stored_values(const Params& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
+LBS_HD void stored_values(const Layer& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
     LBS_UNROLL for (int c = 0; c < kRun; c += 8) {
         const int64_t index = static_cast<int64_t>(row) * p.filters + first + c;
         const int count = p.filters - first - c;
@@ -82,6 +93,7 @@ LBS_HD void stored_values(const Params& p, const int (&acc)[kRun], int row, int 
             load_stream(p, index, count, add);
             LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] += add[i];
         }
+        if (p.coded.codes) add_coded(p.coded, row, first + c, eight);
         if (p.has_low) {
             LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fmaxf(eight[i], p.low);
         }
@@ -94,10 +106,16 @@ LBS_HD void stored_values(const Params& p, const int (&acc)[kRun], int row, int 
 }
 
 // Step 6 for one consumer, four codes to a register, channel by channel from the lowest byte on.
+//
+// All bounds are integers, or the value of 0 where a ReLU stands in front: clamping before rint gives what clamping
+// after it gives, and as a scale is positive, no negative u reaches beyond the value of 0 in either order. A sum of
+// four codes, each shifted to its byte, is exact modulo 2^32 whatever its terms were, so what every code lacks is added
+// once.
 template <int kRun>
 LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, uint32_t (&codes)[kRun / 4]) {
-    const float levels = static_cast<float>((1 << k.bits) - 1);
-    const float lowest = -static_cast<float>(k.zero), highest = levels - static_cast<float>(k.zero);
+    const float levels = static_cast<float>((1 << k.bits) - 1), centre = k.is_signed ? levels * 0.5f : 0.0f;
+    const float lowest = k.relu ? centre : -static_cast<float>(k.zero), highest = levels - static_cast<float>(k.zero);
+    const uint32_t lacking = (static_cast<uint32_t>(k.zero) - kRintMagicBits) * 0x01010101u;
     LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
         float u[4];
         LBS_UNROLL for (int i = 0; i < 4; ++i) u[i] = y[c + i];
@@ -106,28 +124,33 @@ LBS_HD void encode(const ConsumerTarget& k, const float (&y)[kRun], int first, u
             const Floats4 bias = *reinterpret_cast<const Floats4*>(k.pre_bias + first + c);
             LBS_UNROLL for (int i = 0; i < 4; ++i) u[i] = fused(u[i], scale.v[i], bias.v[i]);
         }
-        uint32_t four = 0;
+        uint32_t four = lacking;
         LBS_UNROLL for (int i = 0; i < 4; ++i) {
-            float t = (k.relu ? fmaxf(u[i], 0.0f) : u[i]) * k.scale;
-            if (k.is_signed) t = t + levels * 0.5f;
-            // The bounds are integers: clamping before rint gives what clamping after it gives.
-            t = fminf(fmaxf(t, lowest), highest);
-            four |= (float_bits(t + kRintMagic) - kRintMagicBits + static_cast<uint32_t>(k.zero)) << 8 * i;
+            const float t = fminf(fmaxf(u[i] * k.scale + centre, lowest), highest);
+            four += float_bits(t + kRintMagic) << 8 * i;
         }
         codes[c / 4] = four;
     }
 }
 
+// What a run of codes stands for.
+template <int kRun>
+LBS_HD void stand_for(const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], float (&y)[kRun]) {
+    LBS_UNROLL for (int c = 0; c < kRun; ++c) {
+        y[c] = static_cast<float>(static_cast<int>(codes[c / 4] >> 8 * (c % 4) & 255u) - k.zero) * k.step;
+    }
+}
+
 // Which channels of a run exist, one bit each.
 template <int kRun>
-LBS_HD uint32_t existing(const Params& p, int first) {
+LBS_HD uint32_t existing(const Layer& p, int first) {
     const int count = p.filters - first;
     return count >= kRun ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
 // A run's bits of one plane. Filters that do not exist are 0 bits: words are written whole, or by halves.
 template <int kRun>
-LBS_HD void store_plane(const Params& p, const ConsumerTarget& k, int plane, uint32_t bits, int row, int first) {
+LBS_HD void store_plane(const Layer& p, const ConsumerTarget& k, int plane, uint32_t bits, int row, int first) {
     const int words = (p.filters + 31) / 32;
     if (first / 32 >= words) return;
     uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + plane * words + first / 32;
@@ -138,7 +161,7 @@ LBS_HD void store_plane(const Params& p, const ConsumerTarget& k, int plane, uin
 
 // Planes or biased bytes of a run of codes.
 template <int kRun>
-LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
+LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
                         int first) {
     if (k.bits == 8) {
         int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
@@ -162,16 +185,16 @@ LBS_HD void store_codes(const Params& p, const ConsumerTarget& k, const uint32_t
 // Codes by comparisons with integers: q = number of thresholds reached, from below or (one bit per filter) from above.
 // `acc <= T` is `~acc >= ~T`, and ~T is what is stored then. Thresholds are ordered, so bit p of the number is the
 // parity of how many of those at multiples of 2^p are reached: planes come without codes.
-template <int kRun>
-LBS_HD void compare(const Params& p, const int (&acc)[kRun], int row, int first) {
+template <int kRun, int kBlock>
+LBS_HD void compare(const Layer& p, const int (&acc)[kRun], int row, int first) {
     const ConsumerTarget& k = p.consumer[0];
-    const int levels = (1 << k.bits) - 1, block = first / (4 * kRun);
+    const int levels = (1 << k.bits) - 1, block = first / kBlock;
     const uint32_t flips = p.flips[first / 32] >> first % 32;
-    const int* table = p.thresholds + static_cast<int64_t>(block) * levels * 4 * kRun + first % (4 * kRun);
+    const int* table = p.thresholds + static_cast<int64_t>(block) * levels * kBlock + first % kBlock;
     int value[kRun];
     LBS_UNROLL for (int c = 0; c < kRun; ++c) value[c] = acc[c] ^ -static_cast<int>(flips >> c & 1u);
     uint32_t planes[4] = {0, 0, 0, 0};
-    LBS_NO_UNROLL for (int level = 1; level <= levels; ++level, table += 4 * kRun) {
+    LBS_NO_UNROLL for (int level = 1; level <= levels; ++level, table += kBlock) {
         uint32_t reached = 0;
         LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
             const Ints4 least = *reinterpret_cast<const Ints4*>(table + c);
@@ -186,9 +209,10 @@ LBS_HD void compare(const Params& p, const int (&acc)[kRun], int row, int first)
     }
 }
 
-// All of it for the accumulators of channels first .. first + kRun - 1 of output pixel `row`.
-template <int kRun>
-LBS_HD void emit(const Params& p, const int (&acc)[kRun], int row, int first) {
+// All of it for the accumulators of channels first .. first + kRun - 1 of output pixel `row`, in blocks of kBlock
+// filters.
+template <int kRun, int kBlock>
+LBS_HD void emit(const Layer& p, const int (&acc)[kRun], int row, int first) {
     static_assert(kRun == 32 || kRun == 16, "a run is a word, or half of one");
     if (p.accumulators) {
         LBS_UNROLL for (int c = 0; c < kRun; ++c) {
@@ -196,14 +220,15 @@ LBS_HD void emit(const Params& p, const int (&acc)[kRun], int row, int first) {
         }
         return;
     }
-    if (p.thresholds) return compare<kRun>(p, acc, row, first);
+    if (p.thresholds) return compare<kRun, kBlock>(p, acc, row, first);
     uint32_t codes[kRun / 4];
     float y[kRun];
     stored_values<kRun>(p, acc, row, first, y);
     LBS_NO_UNROLL for (int k = 0; k < p.consumers; ++k) {
         encode<kRun>(p.consumer[k], y, first, codes);
         store_codes<kRun>(p, p.consumer[k], codes, row, first);
+        if (p.consumer[k].stands) stand_for<kRun>(p.consumer[k], codes, y);
     }
 }
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

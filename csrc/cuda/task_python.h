@@ -1,14 +1,19 @@
-// A Task from a Python dict: the one argument of the native one-bit functions.
+// A Task from a Python dict: the one argument of the native functions.
 //
-//     x, w, offset                     addresses: planes int32 [N, H, W, a_bits, CW], laid-out weights, int32 [slots]
+//     x, w, offset, border             addresses: activations in their GPU form, laid-out weights, int32 [slots], and a
+//                                      pixel of what padding holds, or 0 where that is zeros
 //     accumulators                     address of int32 [M, O], or 0; if not 0 nothing else is written
 //     multiplier, bias                 addresses of float32 [slots]
 //     thresholds, flips                addresses of int32 [blocks, levels, filters of a block] and bits, or 0
 //     residual, stream, stream_type    addresses of [M, O] or 0; "float32", "float16" or "bfloat16"
+//     residual_step                    None, or a float: then residual is biased bytes [M, residual_pitch] of codes
+//     whose
+//                                      0 is residual_zero
 //     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, w_odd, a_bits, signed
 //     low, high                        floats or None
 //     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, pitch (words
-//                                      or bytes from pixel to pixel), zero, signed, relu
+//                                      or bytes from pixel to pixel), zero, signed, relu, step (None, or a float: the
+//                                      codes stand for the value of the consumers behind them)
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,13 +22,14 @@
 #include <tuple>
 #include <utility>
 
-#include "onebit/task.h"
+#include "cuda/task.h"
+#include "cuda/tile_row.h"
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 
 template <class T>
 T field(const pybind11::dict& task, const char* name) {
-    require(task.contains(name), std::string("one-bit task: field '") + name + "' is missing");
+    require(task.contains(name), std::string("CUDA task: field '") + name + "' is missing");
     return task[name].template cast<T>();
 }
 
@@ -35,7 +41,7 @@ T* address(const pybind11::dict& task, const char* name) {
 inline StreamType stream_type(const std::string& name) {
     if (name == "float32") return StreamType::kFloat32;
     if (name == "float16") return StreamType::kFloat16;
-    require(name == "bfloat16", "one-bit task: stream_type is '" + name + "'; float32, float16 and bfloat16 exist");
+    require(name == "bfloat16", "CUDA task: stream_type is '" + name + "'; float32, float16 and bfloat16 exist");
     return StreamType::kBfloat16;
 }
 
@@ -57,14 +63,16 @@ inline ConsumerTarget consumer_target(const pybind11::dict& k) {
     target.zero = field<int>(k, "zero");
     target.is_signed = field<bool>(k, "signed");
     target.relu = field<bool>(k, "relu");
+    target.stands = bound(k, "step", target.step);
     return target;
 }
 
 inline Task read_task(const pybind11::dict& task) {
     using Pair = std::pair<int, int>;
     Task t;
-    t.x = address<const uint32_t>(task, "x");
-    t.w = address<const uint32_t>(task, "w");
+    t.x = address<const void>(task, "x");
+    t.w = address<const void>(task, "w");
+    t.border = address<const void>(task, "border");
     t.offset = address<const int>(task, "offset");
     t.accumulators = address<int>(task, "accumulators");
     t.multiplier = address<const float>(task, "multiplier");
@@ -72,6 +80,12 @@ inline Task read_task(const pybind11::dict& task) {
     t.thresholds = address<const int>(task, "thresholds");
     t.flips = address<const uint32_t>(task, "flips");
     t.residual = address<const void>(task, "residual");
+    if (t.residual && bound(task, "residual_step", t.coded.step)) {
+        t.coded.codes = static_cast<const int8_t*>(t.residual);
+        t.coded.pitch = field<int>(task, "residual_pitch");
+        t.coded.zero = field<int>(task, "residual_zero");
+        t.residual = nullptr;
+    }
     t.stream = address<void>(task, "stream");
     t.stream_type = stream_type(field<std::string>(task, "stream_type"));
     t.batch = field<int64_t>(task, "batch");
@@ -95,11 +109,12 @@ inline Task read_task(const pybind11::dict& task) {
 }
 
 // [(machine, groups, filters, stages, bytes of shared memory)] of all kernels.
-inline pybind11::list tile_rows() {
-    pybind11::list rows;
-    for (const TileRow& row : kTileRows)
-        rows.append(pybind11::make_tuple(row.machine, row.groups, row.filters, row.stages, row.shared_bytes));
-    return rows;
+template <size_t kRows>
+pybind11::list tile_rows(const TileRow (&rows)[kRows]) {
+    pybind11::list listed;
+    for (const TileRow& row : rows)
+        listed.append(pybind11::make_tuple(row.machine, row.groups, row.filters, row.stages, row.shared_bytes));
+    return listed;
 }
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

@@ -1,13 +1,19 @@
-#include "model.h"
+// What the models of all kernels share: a block of threads as fibers, its memory, copies and barriers, and wgmma.
+#pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
+#include <map>
+#include <string>
+#include <vector>
 
+#include "cuda/task.h"
+#include "cuda/tile_row.h"
 #include "fibers.h"
-#include "onebit/products.h"
+#include "model.h"
 
-namespace lbs::onebit {
-namespace {
+namespace lbs::gpu {
 
 constexpr uint32_t kBase = 5 * kSwizzleBytes;  // where shared memory begins: not at 0, so that a forgotten base shows
 constexpr int kPoison = 0xA5;
@@ -18,13 +24,38 @@ struct Operands {
         uintptr_t first, bytes;
         bool holds(uintptr_t at, uintptr_t count) const { return at >= first && at - first + count <= bytes; }
     };
-    Range x, w;
+    Range x, w, padding;
+    bool holds(uintptr_t at, uintptr_t count) const {
+        return x.holds(at, count) || w.holds(at, count) || padding.holds(at, count);
+    }
+};
+
+struct Copy {
+    uint8_t* to;
+    const void* from;  // null: zeros
+    int bytes;
+};
+
+inline void finish(const Copy& copy) {
+    if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
+    else std::memset(copy.to, 0, copy.bytes);
+}
+
+// A barrier in shared memory. A phase is over when all have arrived and all bytes that were expected are there.
+struct Barrier {
+    int count = 0, arrived = 0, phase = 0;
+    int64_t bytes = 0;  // expected and not there; copies may be counted before they are expected
+    std::vector<Copy> copies;
 };
 
 // What the threads of one block share.
 struct Block {
     Block(int threads, int shared_bytes, int index_, int count_, const Operands& operands_, Timing timing_)
-        : memory(shared_bytes, kPoison), mail(threads / 32), index(index_), count(count_), operands(operands_),
+        : memory(shared_bytes, kPoison),
+          mail(threads / 32),
+          index(index_),
+          count(count_),
+          operands(operands_),
           timing(timing_) {
         all.count = threads;
         for (Mail& warp : mail) warp.meeting.count = 32;
@@ -41,7 +72,7 @@ struct Block {
 
     uint8_t* at(uint32_t address, int bytes, int alignment) {
         require(address % alignment == 0 && address >= kBase && address - kBase + bytes <= memory.size(),
-                "one-bit model: address " + std::to_string(address) + " of " + std::to_string(bytes) +
+                "model: address " + std::to_string(address) + " of " + std::to_string(bytes) +
                     " bytes is outside shared memory or not aligned to " + std::to_string(alignment));
         return memory.data() + (address - kBase);
     }
@@ -52,6 +83,7 @@ struct Block {
     }
 
     std::vector<uint8_t> memory;
+    std::map<uint32_t, Barrier> barriers;  // by address
     Meeting all;
     std::vector<Mail> mail;
     int index, count;
@@ -97,11 +129,10 @@ public:
     void copy(int byte, const void* from, bool inside) {
         uint8_t* to = block_.at(address(byte), kBytes, kBytes);
         const uintptr_t source = reinterpret_cast<uintptr_t>(from);
-        require(!inside || source % kBytes == 0, "one-bit model: unaligned source of a copy");
-        require(!inside || block_.operands.x.holds(source, kBytes) || block_.operands.w.holds(source, kBytes),
-                "one-bit model: a copy from outside the operands");
+        require(!inside || source % kBytes == 0, "model: unaligned source of a copy");
+        require(!inside || block_.operands.holds(source, kBytes), "model: a copy from outside the operands");
         const Copy copy{to, inside ? from : nullptr, kBytes};
-        if (block_.timing == Timing::kEarly) finish(copy);
+        if (block_.timing == Timing::kEarly) gpu::finish(copy);
         else std::memset(to, kPoison, kBytes);
         copies_.add(copy);
     }
@@ -110,22 +141,14 @@ public:
     void wait_copies() {
         const bool late = block_.timing == Timing::kLate;
         unpublished_ |= copies_.wait(kPending, [&](const Copy& copy) {
-            if (late) finish(copy);
+            if (late) gpu::finish(copy);
         });
     }
     void sync() { Fibers::meet(block_.all); }
     void sync_warp() { Fibers::meet(block_.mail[thread_ / 32].meeting); }
 
 protected:
-    struct Copy {
-        uint8_t* to;
-        const void* from;
-        int bytes;
-    };
-    static void finish(const Copy& copy) {
-        if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
-        else std::memset(copy.to, 0, copy.bytes);
-    }
+    int lane() const { return thread_ % 32; }
 
     Block& block_;
     Groups<Copy> copies_;
@@ -133,92 +156,44 @@ protected:
     bool unpublished_ = false;
 };
 
-class MmaModel : public BlockModel {
+// The fences and products of wgmma. `kDot` is what one row and one column of 32 bytes give.
+template <int (*kDot)(const uint64_t (&)[4], const uint64_t (&)[4])>
+class WgmmaBlockModel : public BlockModel {
 public:
     using BlockModel::BlockModel;
-    static constexpr int kInFlight = 0;
-
-    void publish() {}
-    // Lane l gives the address of row l % 8 of matrix l / 8 and gets word l % 4 of row l / 4 of every matrix.
-    void load_matrices(int byte, uint32_t (&r)[4]) {
-        const Block::Letter* letters = exchange({{address(byte)}});
-        for (int matrix = 0; matrix < 4; ++matrix) {
-            const uint32_t row = letters[8 * matrix + lane() / 4].words[0];
-            block_.at(row, 16, 16);
-            r[matrix] = block_.word(row + lane() % 4 * 4);
-        }
-    }
-    // m16n8k256. A: words k of row g are a0 (k < 4) and a2 of lanes 4 g + k % 4, those of row g + 8 are a1 and a3.
-    // B: words k of column g are b0 and b1 of lanes 4 g + k % 4. D: d0, d1 are row g, columns 2 t and 2 t + 1; d2, d3
-    // row g + 8.
-    void mma(int* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        const Block::Letter* letters = exchange({{a[0], a[1], a[2], a[3], b0, b1}});
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane() / 4, column = lane() % 4 * 2 + i % 2;
-            for (int k = 0; k < 8; ++k) {
-                const uint32_t a_word = letters[4 * row + k % 4].words[k / 4 * 2 + i / 2];
-                const uint32_t b_word = letters[4 * column + k % 4].words[4 + k / 4];
-                d[i] += popcount(a_word & b_word);
-            }
-        }
-    }
-    template <int kN>
-    void multiply(int (&acc)[kMultiplyGroups][kN / 2], int a_byte, int b_byte, int step) {
-        mma_step<kN>(*this, acc, a_byte, b_byte, step);
-    }
-    template <int kPending>
-    void wait_products() {}
-    template <int kRegisters>
-    void finish_products(int (&)[kMultiplyGroups][kRegisters]) {}
-
-private:
-    int lane() const { return thread_ % 32; }
-    const Block::Letter* exchange(const Block::Letter& letter) {
-        Block::Mail& mail = block_.mail[thread_ / 32];
-        Block::Letter* letters = mail.letters[exchanges_++ % 2];
-        letters[lane()] = letter;
-        Fibers::meet(mail.meeting);
-        return letters;
-    }
-
-    unsigned exchanges_ = 0;
-};
-
-class WgmmaModel : public BlockModel {
-public:
-    using BlockModel::BlockModel;
-    static constexpr int kInFlight = 1;
-
     void publish() { unpublished_ = false; }
     void sync() {
-        require(!unpublished_, "one-bit model: copies reached a barrier without a fence for the tensor core");
+        check_published();
         BlockModel::sync();
     }
     void open_products() { fenced_ = true; }
     void close_products() { products_.commit(); }
     template <int kN>
     void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) {
-        require(fenced_, "one-bit model: a product without a fence for its registers");
+        require(fenced_, "model: a product without a fence for its registers");
         const Product product{d, a, b, kN};
         if (block_.timing == Timing::kEarly) finish(product);
         products_.add(product);
     }
-    template <int kN>
-    void multiply(int (&acc)[kMultiplyGroups][kN / 2], int a_byte, int b_byte, int step) {
-        wgmma_step<kN>(*this, acc, a_byte, b_byte, step);
-    }
+    // All lanes of a warp come back together, when all its products are done.
     template <int kPending>
     void wait_products() {
         const bool late = block_.timing == Timing::kLate;
         products_.wait(kPending, [&](const Product& product) {
             if (late) finish(product);
         });
+        sync_warp();
     }
-    template <int kRegisters>
-    void finish_products(int (&)[kMultiplyGroups][kRegisters]) {
+    template <int kGroups, int kRegisters>
+    void finish_products(int (&)[kGroups][kRegisters]) {
         wait_products<0>();
-        require(products_.idle(), "one-bit model: registers are read before their product was committed");
+        require(products_.idle(), "model: registers are read before their product was committed");
         fenced_ = false;
+    }
+
+protected:
+    void check_published() const {
+        require(!unpublished_, "model: copies reached a barrier without a fence for the tensor core");
     }
 
 private:
@@ -232,7 +207,7 @@ private:
     // address turned over by bits 7-9.
     void load_row(uint64_t descriptor, int row, uint64_t (&words)[4]) {
         require(descriptor >> 62 == 1 && (descriptor >> 49 & 7) == 0,
-                "one-bit model: a descriptor of another layout than 128-byte swizzle at offset 0");
+                "model: a descriptor of another layout than 128-byte swizzle at offset 0");
         const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
         const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
         for (int half = 0; half < 2; ++half) {
@@ -250,47 +225,29 @@ private:
         for (int i = 0; i < product.columns / 2; ++i) {
             if (i % 4 >= 2) continue;
             load_row(product.b, i / 4 * 8 + lane % 4 * 2 + i % 2, b);
-            for (int half = 0; half < 2; ++half) {
-                for (int k = 0; k < 4; ++k) product.d[i + 2 * half] += __builtin_popcountll(a[half][k] & b[k]);
-            }
+            for (int half = 0; half < 2; ++half) product.d[i + 2 * half] += kDot(a[half], b);
         }
     }
 
     Groups<Product> products_;
     bool fenced_ = false;
-    using BlockModel::finish;
 };
 
-template <class Machine, class T>
-void run_blocks(const Params& params, int blocks, const Operands& operands, Timing timing, unsigned seed) {
+// Runs `run(machine)` for every thread of `blocks` blocks, one block after another.
+template <class Machine, class Run>
+void run_blocks(int threads, int shared_bytes, int blocks, const Operands& operands, const Order& order,
+                const Run& run) {
     for (int index = 0; index < blocks; ++index) {
-        Block block(T::kThreads, T::kSharedBytes, index, blocks, operands, timing);
-        Fibers::run(T::kThreads, seed, [&](int thread) {
+        Block block(threads, shared_bytes, index, blocks, operands, order.timing);
+        Fibers::run(threads, order.seed, [&](int thread) {
             Machine machine(block, thread);
-            run_tiles<T>(machine, params);
+            run(machine);
         });
     }
 }
 
-}  // namespace
-
-void run_model(const Task& task, const TileRow& row, int blocks, Timing timing, unsigned seed) {
-    const Params params = make_params(task, row);
-    const int64_t pixels = task.batch * task.height * task.width;
-    const int64_t weight_rows = int64_t{task.w_bits / 2} * params.filter_blocks * params.chunks * row.filters;
-    const Operands operands{
-        {reinterpret_cast<uintptr_t>(task.x), static_cast<uintptr_t>(pixels * params.pixel_words * 4)},
-        {reinterpret_cast<uintptr_t>(task.w), static_cast<uintptr_t>(weight_rows * kRowBytes)}};
-    const int used = std::min(std::max(blocks, 1), std::max(params.tiles, 1));
-#define LBS_MODEL_wgmma WgmmaModel
-#define LBS_MODEL_mma MmaModel
-#define LBS_RUN(machine, groups, filters, stages)                 \
-    if (same_row(row, {#machine, groups, filters, stages, 0}))    \
-        return run_blocks<LBS_MODEL_##machine, Tile<groups, filters, stages>>(params, used, operands, timing, seed);
-    LBS_ONEBIT_TILES(LBS_RUN)
-#undef LBS_RUN
-#undef LBS_MODEL_wgmma
-#undef LBS_MODEL_mma
+inline int blocks_used(const Order& order, int tiles) {
+    return std::min(std::max(order.blocks, 1), std::max(tiles, 1));
 }
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

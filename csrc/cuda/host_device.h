@@ -18,8 +18,11 @@
 #define LBS_NO_UNROLL
 #endif
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 
+struct alignas(8) Words2 {
+    uint32_t v[2];
+};
 struct alignas(16) Words4 {
     uint32_t v[4];
 };
@@ -128,4 +131,4 @@ LBS_HD float from_float16(uint16_t bits) {
 #endif
 }
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

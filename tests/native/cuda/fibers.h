@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-namespace lbs::onebit {
+namespace lbs::gpu {
 
 // A place where `count` fibers meet.
 struct Meeting {
@@ -23,6 +23,10 @@ public:
     static void run(int count, unsigned seed, const std::function<void(int)>& body);
     // Called by a fiber: returns when `meeting.count` of them have called it.
     static void meet(Meeting& meeting);
+    // Called by a fiber that waits for something else: lets the others go on, and says whether it moved itself
+    // meanwhile.
+    static void pause();
+    static void moved();
 
 private:
     struct Fiber {
@@ -40,4 +44,4 @@ private:
     bool moved_ = false;
 };
 
-}  // namespace lbs::onebit
+}  // namespace lbs::gpu

@@ -1,0 +1,41 @@
+// A launch of a kernel, bound once and enqueued often.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <vector>
+
+#include "cuda/layer.h"
+
+namespace lbs::gpu {
+
+// A kernel whose one argument is its parameters, for blocks that stay and share the tiles.
+struct Kernel {
+    const void* function;
+    int threads, shared_bytes, least_registers;  // a kernel with fewer registers was built without its instruction
+};
+
+// Everything is chosen, checked and allowed when it is made; `enqueue` only launches: it neither allocates nor waits.
+class Launch {
+public:
+    // `params` is a structure that begins with a Layer. Raises BackendError where the GPU cannot run the kernel.
+    template <class Params>
+    Launch(const Params& params, const Kernel& kernel, int device)
+        : Launch(&params, sizeof(Params), params.tiles, kernel, device) {}
+    void enqueue(cudaStream_t stream) const;
+
+private:
+    Launch(const void* params, size_t bytes, int tiles, const Kernel& kernel, int device);
+
+    std::vector<unsigned char> params_;
+    Kernel kernel_;
+    int device_, blocks_;
+};
+
+int multiprocessors(int device);
+// Raises BackendError unless `device` is of compute capability 9.0, or 8.x where `ampere`; `name` is what is refused.
+void check_capability(const std::string& name, bool ampere, int device);
+void check_built(const Kernel& kernel);
+
+}  // namespace lbs::gpu

@@ -1,0 +1,42 @@
+// Index arithmetic of the s8 kernel. A chunk is 128 bytes of K: 8 units, 4 multiplications.
+#pragma once
+
+#include "s8/params.h"
+
+namespace lbs::s8 {
+
+constexpr int kChunkUnits = kRowBytes / kUnitBytes;
+constexpr int kChunkSteps = kRowBytes / kStepBytes;
+constexpr int kConsumers = 2;  // groups of 128 threads that multiply
+constexpr int kProducerWarps = kWarpgroup / 32;
+constexpr int kTurnRows = 32 / kChunkUnits;  // rows that a warp copies at once: neighbouring threads fetch whole rows
+constexpr int kTurns = 4;                    // whose windows are read before the first of them is copied
+constexpr int kTurnBytes = kProducerWarps * kTurnRows * kRowBytes;  // that lie between those of one turn and the next
+
+constexpr int kSumColumns = 8;  // of ones where a channel exists, behind the filters: the fewest that are multiplied
+
+// Bytes of the weight operand before a block: [filter block][chunk][column][8 units, swizzled].
+template <int kColumns>
+LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
+    return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kColumns * kRowBytes);
+}
+
+// Row i of those that warp `warp` of the producer copies. A lane's rows are 16 apart, so that they differ by nothing
+// but their number: all have the same place in the swizzle.
+LBS_HD int copied_row(int warp, int i) {
+    return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
+}
+
+// The window of an output pixel with its place in bytes, and the place of 16 channels of a tap relative to a window.
+// Windows may begin before the first pixel: then places wrap around, and back where a tap enters the image.
+LBS_HD Window byte_window(const Params& p, int row) {
+    Window window = window_of(p, row);
+    window.pixel = static_cast<int>(static_cast<unsigned>(window.pixel) * static_cast<unsigned>(p.pitch));
+    return window;
+}
+LBS_HD unsigned tap_byte(const Params& p, const Tap& tap) {
+    return static_cast<unsigned>(tap.pixel) * static_cast<unsigned>(p.pitch) +
+           static_cast<unsigned>(tap.piece * kUnitBytes);
+}
+
+}  // namespace lbs::s8

@@ -1,0 +1,57 @@
+// What the GPU does for the s8 kernel: barriers in shared memory, bulk copies and the tensor-core instruction, as PTX.
+#pragma once
+
+#include "cuda/machine_cuda.cuh"
+
+namespace lbs::s8 {
+
+#if defined(LBS_HAS_WGMMA)
+
+// sm_90a.
+class WgmmaMachine : public gpu::WgmmaBlock {
+public:
+    using WgmmaBlock::WgmmaBlock;
+
+    // Told to be the same in all threads of a warp, so that what follows from it is computed once for the warp.
+    __device__ int warpgroup() const { return __shfl_sync(0xffffffffu, thread() / gpu::kWarpgroup, 0); }
+    __device__ void make_barrier(int byte, int arrivals) const {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(byte)), "r"(arrivals) : "memory");
+    }
+    __device__ void arrive(int byte) const {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(byte)) : "memory");
+    }
+    __device__ void expect(int byte, int bytes) const {
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address(byte)), "r"(bytes)
+                     : "memory");
+    }
+    __device__ void wait(int byte, int parity) const {
+        int done;
+        do {
+            asm volatile(
+                "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                "selp.b32 %0, 1, 0, done;\n}"
+                : "=r"(done)
+                : "r"(address(byte)), "r"(parity)
+                : "memory");
+        } while (!done);
+    }
+    __device__ void bulk_copy(int byte, const void* from, int bytes, int barrier) const {
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         address(byte)),
+                     "l"(from), "r"(bytes), "r"(address(barrier))
+                     : "memory");
+    }
+    // 65536 registers for three groups of 128 threads: the producer needs few, the consumers hold sums.
+    __device__ void give_registers() const { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+    __device__ void take_registers() const { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+    template <int kN>
+    __device__ void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) const {
+        if constexpr (kN == 8) LBS_WGMMA_4("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8", d, a, b);
+        else if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", d, a, b);
+        else LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8", d, a, b);
+    }
+};
+
+#endif
+
+}  // namespace lbs::s8

@@ -1,0 +1,31 @@
+// The parameters of an s8 kernel for a task.
+#pragma once
+
+#include "cuda/task.h"
+#include "s8/tiles.h"
+
+namespace lbs::s8 {
+
+// Weights of 8 bits on the odd grid, 2 q - 255, are no bytes: they are multiplied as w = q - 128 and count as 2 w + 1.
+inline bool needs_sums(const Task& t) { return t.w_odd && t.w_bits == 8; }
+
+// Parameters of `row` for the task. Raises FormatError for what no kernel serves.
+inline Params make_params(const Task& t, const TileRow& row) {
+    require(t.a_bits == 8, "s8 kernel: activations of " + std::to_string(t.a_bits) + " bits; it takes 8");
+    require(t.border, "s8 kernel: there is no pixel that padding holds");
+    Params p{};
+    const int64_t units = (t.channels + kUnitBytes - 1) / kUnitBytes;
+    fill_layer(t, {row.groups * kWarpgroupRows, row.filters, units, kChunkUnits}, p);
+    check_range(t.batch * t.height * t.width * units * kUnitBytes, 0, kMost, "the number of input bytes");
+    p.x = static_cast<const int8_t*>(t.x), p.w = static_cast<const int8_t*>(t.w);
+    p.border = static_cast<const int8_t*>(t.border);
+    p.pitch = static_cast<int>(units) * kUnitBytes;
+    constexpr int kStepUnits = kStepBytes / kUnitBytes;
+    p.last_steps = (p.k_pieces - (p.chunks - 1) * kChunkUnits + kStepUnits - 1) / kStepUnits;
+    const int x_scale = t.is_signed ? 2 : 1;
+    p.dot_scale = (needs_sums(t) ? 2 : 1) * x_scale;
+    p.sum_scale = needs_sums(t) ? x_scale : 0;
+    return p;
+}
+
+}  // namespace lbs::s8

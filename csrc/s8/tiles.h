@@ -1,0 +1,22 @@
+// The kernels that are built: one row each. lbs_kernels/gpu/configs/cuda.py states the same rows and a test compares them.
+#pragma once
+
+#include "cuda/tile_row.h"
+#include "s8/kernel.h"
+
+// row(machine, groups of 64 pixels, filters, stages): two kernels, with sums of codes and without. Stages fill the shared memory of one block: the registers of its
+// three groups of threads allow no second one.
+#define LBS_S8_TILES(row) \
+    row(wgmma, 2, 128, 6) \
+    row(wgmma, 1, 128, 8) \
+    row(wgmma, 2, 64, 8)  \
+    row(wgmma, 1, 64, 12)
+
+namespace lbs::s8 {
+
+#define LBS_ROW(machine, groups, filters, stages) \
+    {#machine, groups, filters, stages, Tile<groups, filters, stages, true>::kSharedBytes},
+constexpr TileRow kTileRows[] = {LBS_S8_TILES(LBS_ROW)};
+#undef LBS_ROW
+
+}  // namespace lbs::s8

@@ -1,0 +1,157 @@
+"""Launch configurations of the GEMMs in CUDA, and when they are legal. Needs no GPU, no native module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar, TypeVar
+
+import torch
+
+from lbs_kernels.gpu.configs.direct import BLOCKS
+from lbs_kernels.gpu.configs.text import match_text
+from lbs_kernels.program.planes import MAX_BITS
+from lbs_kernels.program.problem import Problem
+
+GROUP_ROWS = 64  # pixels of one multiplication of 128 threads
+BITS = (2, 4)  # of the one-bit kernels: codes are multiplied in pairs of planes
+Config = TypeVar("Config", bound="CudaConfig")
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """One way to launch a kernel. A tile is `block_m` output pixels by `block_o` filters."""
+
+    machine: str  # "wgmma" (compute capability 9.0) or "mma" (8.x and 9.0)
+    block_m: int
+    block_o: int
+    stages: int  # chunks of K in shared memory: 512 bits of every plane, or 128 channels
+    thresholds: int = 2  # where one code tensor of at most so many bits is all that is written: integers, no floats
+
+    kind: ClassVar[str]  # prefix of the text, and of the functions of the native module
+    tiles: ClassVar[tuple[tuple[str, int, int, int], ...]]  # (machine, pixels, filters, stages), as they are built
+
+    def __str__(self) -> str:
+        return f"{self.kind}_{self.machine}_m{self.block_m}_o{self.block_o}_s{self.stages}_t{self.thresholds}"
+
+    @classmethod
+    def parse(cls: type[Config], text: str) -> Config:
+        """The configuration that prints as `text`. Raises FormatError.
+
+        >>> OneBitConfig.parse("onebit_wgmma_m128_o128_s6_t2").block_o
+        128
+        """
+        pattern = rf"{cls.kind}_(wgmma|mma)_m(\d+)_o(\d+)_s(\d+)_t(\d+)"
+        found = match_text(pattern, text, f"{cls.kind} kernels", cls(*cls.tiles[0]))
+        block_m, block_o, stages, thresholds = (int(found[index]) for index in range(2, 6))
+        return cls(found[1], block_m, block_o, stages, thresholds)
+
+    @property
+    def row(self) -> tuple[str, int, int, int]:
+        """How the native modules name the kernel: machine, groups of 64 pixels, filters, stages."""
+        return self.machine, self.block_m // GROUP_ROWS, self.block_o, self.stages
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None: the tile is built, and the device has its instruction."""
+        if (self.machine, self.block_m, self.block_o, self.stages) not in self.tiles:
+            tiles = ", ".join(f"{machine} {m} x {o}, {stages} stages" for machine, m, o, stages in self.tiles)
+            return f"{self}: no such kernel is built; there are {tiles}"
+        if self.machine not in machines(problem.device):
+            return f"{self}: {problem.device} has no {self.machine}; it runs {', '.join(machines(problem.device))}"
+        if not 0 <= self.thresholds <= 4:
+            return f"{self}: thresholds serve codes of at most 4 bits"
+        return None
+
+    @classmethod
+    def candidates(cls: type[Config], problem: Problem) -> Iterator[Config]:
+        """Valid configurations worth timing, every tile first: no tile twice as large as the problem."""
+        rows = problem.rows
+        for thresholds, (machine, block_m, block_o, stages) in product((2, 4, 0), cls.tiles):
+            wasteful = (block_m > 64 and block_m >= 2 * rows) or (block_o > 64 and block_o >= 2 * problem.out_channels)
+            config = cls(machine, block_m, block_o, stages, thresholds)
+            if not wasteful and config.why_not(problem) is None:
+                yield config
+
+
+@dataclass(frozen=True)
+class OneBitConfig(CudaConfig):
+    """Of the one-bit kernels: rows of LBS_ONEBIT_TILES in csrc/onebit/tiles.h."""
+
+    kind = "onebit"
+    tiles = (
+        ("wgmma", 128, 128, 6),
+        ("wgmma", 64, 128, 4),
+        ("wgmma", 128, 64, 8),
+        ("wgmma", 64, 64, 4),
+        ("mma", 128, 64, 3),
+        ("mma", 64, 64, 3),
+    )
+
+
+@dataclass(frozen=True)
+class S8Config(CudaConfig):
+    """Of the s8 kernels: rows of LBS_S8_TILES in csrc/s8/tiles.h."""
+
+    kind = "s8"
+    tiles = (
+        ("wgmma", 128, 128, 6),
+        ("wgmma", 64, 128, 8),
+        ("wgmma", 128, 64, 8),
+        ("wgmma", 64, 64, 12),
+    )
+
+
+@functools.cache
+def machines(device: str) -> tuple[str, ...]:
+    """The kernels a device runs: none on "cpu"; both on "cuda" where there is none to ask."""
+    if device.split(":")[0] != "cuda":
+        return ()
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) == (9, 0):
+            return "wgmma", "mma"
+        return ("mma",) if major == 8 else ()
+    return "wgmma", "mma"
+
+
+def onebit_why_not(problem: Problem) -> str | None:
+    """Why no one-bit kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/cuda."""
+    if problem.w_bits not in BITS or problem.a_bits not in BITS:
+        return f"w{problem.w_bits}a{problem.a_bits}; the one-bit kernels take codes of 2 or 4 bits"
+    if problem.groups != 1:
+        return f"{problem.groups} groups; the one-bit kernels take one"
+    if not machines(problem.device):
+        return "one-bit tensor cores that multiply by AND are those of compute capability 8.x and 9.0"
+    return None
+
+
+def s8_why_not(problem: Problem) -> str | None:
+    """Why no s8 kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/cuda."""
+    if problem.a_bits != MAX_BITS:
+        return f"activations of {problem.a_bits} bits are planes; the s8 kernels take bytes, of 8 bits"
+    if problem.groups != 1:
+        return f"{problem.groups} groups; the s8 kernels take one"
+    if "wgmma" not in machines(problem.device):
+        return "tensor cores that multiply bytes asynchronously are those of compute capability 9.0"
+    return None
+
+
+def s8_default(problem: Problem) -> S8Config | None:
+    """The s8 kernel where nothing was measured, or None where Triton serves instead: the one rule for it.
+
+    On compute capability 9.0 Triton ends every INT8 product before the next begins (docs/triton.md), these kernels do
+    not: so they come first. But they do not share the reduction of a tile, and one of two tiles is written while the
+    other is multiplied: with fewer than two tiles for every multiprocessor, 64 x 64 the smallest, Triton's split
+    reduction serves. Larger tiles move fewer bytes for each product: the largest of which there are enough is taken, no
+    wider than the filters. A rule from counts, not a measurement.
+    """
+    if s8_why_not(problem) is not None or not torch.cuda.is_available():
+        return None
+
+    def count(block_m: int, block_o: int) -> int:
+        return -(-problem.rows // block_m) * -(-problem.out_channels // block_o)
+
+    fitting = [tile for tile in S8Config.tiles if tile[2] == GROUP_ROWS or problem.out_channels > GROUP_ROWS]
+    return next((S8Config(*tile) for tile in fitting if count(*tile[1:3]) >= BLOCKS), None)

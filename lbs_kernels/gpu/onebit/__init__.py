@@ -1,1 +1,0 @@
-"""GPU kernels in CUDA C++: the implicit GEMM on one-bit tensor cores."""

@@ -1,0 +1,285 @@
+"""The s8 tensor-core kernels: their own source on a model of the GPU, equal to the reference in every element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import one_step
+import programs
+import pytest
+import torch
+from cuda_steps import bound, check_steps, input_buffer
+from gpu_model import launches_on_the_model, native
+from s8_cases import READINGS, SHAPES, layer, random_codes
+
+from lbs_kernels import extension
+from lbs_kernels.errors import BackendError, FormatError
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs import cuda
+from lbs_kernels.gpu.configs.cuda import S8Config, s8_default, s8_why_not
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.cuda.layout import S8Layout, channel_order
+from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.steps import ConvStep, Emit
+from lbs_kernels.times import table
+from lbs_kernels.tune import tuner
+
+CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
+WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 12)
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches_on_the_model(monkeypatch)
+
+
+def check(made: one_step.OneStep, config: S8Config) -> None:
+    assert check_steps(made.program, made.blob, [made.image], config=config) == [one_step.STEP]
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+@pytest.mark.parametrize("config", [WIDE, NARROW], ids=str)
+def test_geometry(config: S8Config, name: str) -> None:
+    check(layer(name, "w8_zero" if SHAPES[name].get("padding") else "w8"), config)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_tile(config: S8Config) -> None:
+    check(layer("strided", "w4_odd"), config)
+    check(layer("odd", "w8_odd"), config)  # with sums of codes, over channels that leave bytes of a pixel unused
+
+
+@pytest.mark.parametrize("reading", sorted(READINGS))
+def test_weights_and_zero_points(reading: str) -> None:
+    check(layer("pixel", reading), NARROW)  # no padding, which signed codes have not
+    if not READINGS[reading].get("signed"):
+        check(layer("dilated", reading), NARROW)
+
+
+@pytest.mark.parametrize(("rows", "channels", "filters"), [(1, 512, 10), (65, 100, 33), (0, 64, 8), (130, 16, 64)])
+def test_linear(rows: int, channels: int, filters: int) -> None:
+    x, planes = random_codes(rows, (rows, channels), filters, (1, 1), 8)
+    check(one_step.linear(x, planes, a_bits=8, grid="zero", zero=9), NARROW)
+
+
+@pytest.mark.parametrize("weight", [0, 255])
+def test_sums_near_the_end_of_32_bits(weight: int) -> None:
+    """33,000 products of the largest codes: 2^31 less 1,616,352 or so, and of both signs."""
+    x = torch.full((1, 33000), 255, dtype=torch.uint8)
+    planes = random_codes(0, (1, 33000), 1, (1, 1), 8)[1]
+    planes = torch.where(torch.tensor(weight > 0), -1, 0).to(torch.int32).expand_as(planes).clone()
+    planes[..., -1] &= (1 << 33000 % 32) - 1
+    check(one_step.linear(x, planes, a_bits=8, grid="zero"), NARROW)
+
+
+# Several tiles for each consumer; K of five chunks, and of one, so that copies run several tiles ahead.
+@pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+@pytest.mark.parametrize(("blocks", "channels", "kernel"), [(1, 64, 3), (2, 64, 3), (100, 64, 3), (1, 40, 1)])
+@pytest.mark.parametrize("config", [WIDE, NARROW], ids=str)
+def test_nothing_depends_on_moments_and_orders(
+    config: S8Config,
+    blocks: int,
+    channels: int,
+    kernel: int,
+    late: bool,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies and products happen where they are issued, or where they are waited for; threads run in another order."""
+    launched = launches_on_the_model(monkeypatch, blocks, late, seed)
+    x, planes = random_codes(blocks, (1, 20, 20, channels), 70, (kernel, kernel), 4)
+    padding = (kernel // 2, kernel // 2)
+    check(one_step.conv(x, planes, a_bits=8, kernel=(kernel, kernel), padding=padding, zero=77), config)
+    assert len(launched) == 1
+
+
+# 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
+@pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("filters", "config"), [(130, WIDE), (72, NARROW), (68, CONFIGS[2]), (33, CONFIGS[1])], ids=str
+)
+def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Config, stream_dtype: str) -> None:
+    b = programs.Builder(filters, stream_dtype)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 8, zero=31)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, filters)
+    residual = b.stream(shape)
+    b.conv(codes.tensor, Emit(stream=residual), filters, w_bits=4)
+    consumers = (
+        b.consumer(shape, 8, zero=90, norm=True),
+        b.consumer(shape, 2, norm=True, relu=True),
+        b.consumer(shape, 4, signed=True),
+        b.consumer(shape, 4, signed=True, relu=True, norm=True),
+        b.consumer(shape, 8, zero=3, relu=True),
+        b.consumer(shape, 7, zero=11, norm=True),
+    )
+    emit = Emit(residual=residual, low=-0.7, high=1.5, stream=b.stream(shape, output=True), consumers=consumers)
+    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
+    program, blob = b.build()
+    assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
+
+
+@pytest.mark.parametrize("thresholds", [0, 4])
+@pytest.mark.parametrize("out_bits", [2, 4])
+def test_codes_alone_by_thresholds_or_floats(out_bits: int, thresholds: int) -> None:
+    b = programs.Builder(out_bits)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 8)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, 77)
+    b.conv(codes.tensor, Emit(low=0.0, consumers=(b.consumer(shape, out_bits, norm=True),)), 77, w_bits=4)
+    b.conv(codes.tensor, Emit(stream=b.stream(shape, output=True)), 77, w_bits=2)
+    program, blob = b.build()
+    config = replace(NARROW, thresholds=thresholds)
+    assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
+
+
+@pytest.mark.parametrize("name", sorted(programs.CASES))
+def test_named_programs(name: str) -> None:
+    program, blob = programs.CASES[name](seed=5)
+    images = programs.random_inputs(program, batch=2, seed=3)
+    bytes_read = [
+        step.name for step in program.steps
+        if getattr(step, "w_bits", 0) and program.tensors[step.input].bits == 8 and getattr(step, "groups", 1) == 1  # type: ignore[union-attr]
+        and (step.emit.activation, step.emit.gate) == (None, None)  # type: ignore[union-attr]
+    ]  # fmt: skip
+    assert check_steps(program, blob, images, kind=S8Config) == bytes_read
+
+
+@pytest.mark.parametrize("block_o", [64, 128])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 9, 20), (64, 1, 128), (129, 9, 33), (128, 49, 3)])
+def test_weights_have_an_exact_inverse(shape: tuple[int, int, int], block_o: int) -> None:
+    weights = torch.randint(1, 128, shape, generator=torch.Generator().manual_seed(block_o)).to(torch.int8)
+    filters, taps, channels = shape
+    layout = S8Layout(filters, block_o, taps, channels)
+    laid_out = layout.forward(weights)
+    assert (tuple(laid_out.shape), laid_out.dtype) == (layout.shape, torch.int8)
+    assert torch.equal(layout.inverse(laid_out), weights)
+    assert int((laid_out != 0).sum()) == weights.numel()  # every byte has one place, the others are 0
+    with_sums = replace(layout, sums=True).forward(weights)
+    assert torch.equal(with_sums[:, :, :block_o], laid_out)
+    # A column of ones is the first filter of a block, the same places at the same turns, as if all its weights were 1.
+    ones = layout.forward(torch.ones_like(weights))[:1, :, :1].expand(layout.blocks, -1, -1, -1)
+    assert torch.equal(with_sums[:, :, block_o : block_o + 1], ones)
+    assert bool((with_sums[:, :, block_o:].sum(-1) == ones.sum(-1)).all())
+    with pytest.raises(FormatError, match=r"the layout was made for torch\.int8"):
+        layout.forward(weights[:, :, :0])
+
+
+def test_one_byte_has_the_place_the_layout_says() -> None:
+    """Filter 37 of a block of 128, tap 2, channel 21 of 40: byte 2 * 48 + 21 = 117, unit 7."""
+    weights = torch.zeros(64, 4, 40, dtype=torch.int8)
+    weights[37, 2, 21] = -5
+    laid_out = S8Layout(64, 128, 4, 40).forward(weights)
+    column = 8 * ((37 % 32) // 2) + 2 * (37 // 32) + 37 % 2
+    assert int(channel_order(128)[column]) == 37
+    assert (laid_out != 0).nonzero().tolist() == [[0, 0, column, 16 * (7 ^ (column % 8)) + 117 % 16]]
+
+
+@pytest.mark.parametrize("address", [0, 1024, 5 * 1024, 227 * 1024])
+def test_descriptors_say_where_a_matrix_lies_and_how(address: int) -> None:
+    """The fields as the manual of the instruction has them: start / 16, distances / 16, offset, kind of swizzle."""
+    descriptor = native().matrix_descriptor(address)
+    fields = {"start": (0, 14), "along_k": (16, 14), "groups_of_8": (32, 14), "offset": (49, 3), "swizzle": (62, 2)}
+    found = {name: descriptor >> first & (1 << count) - 1 for name, (first, count) in fields.items()}
+    assert found == {"start": address // 16, "along_k": 1, "groups_of_8": 64, "offset": 0, "swizzle": 1}
+    assert descriptor == sum(found[name] << first for name, (first, _) in fields.items())  # and nothing else is set
+
+
+def test_both_sides_state_the_same_tiles() -> None:
+    rows = [row[:4] for row in native().s8_tiles()]
+    assert rows == [config.row for config in CONFIGS]
+    assert all(row[4] + 1024 <= 227 * 1024 for row in native().s8_tiles())  # 1 KB more is asked for the alignment
+    if extension.cuda is not None:
+        assert extension.cuda.s8_tiles() == native().s8_tiles()
+
+
+LAYER = Problem("bitconv2d", 32, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=8, device="cuda")
+
+
+def test_configurations() -> None:
+    for problem in (LAYER, replace(LAYER, batch=1, height=1, width=1, kernel=(1, 1), padding=(0, 0))):
+        found = list(S8Config.candidates(problem))
+        assert len(set(map(str, found))) == len(found) >= 3
+        assert all(S8Config.parse(str(config)) == config for config in found)
+        assert {kernels.parse(f"cuda:{config}") for config in found} == {
+            kernels.Choice(kernels.kernel_of(config), config) for config in found
+        }
+    with pytest.raises(FormatError, match="is no configuration of the s8 kernels"):
+        S8Config.parse("onebit_wgmma_m128_o128_s6_t2")
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *instructions: str) -> None:
+    """As if this machine had a GPU of these instructions and the module that was built for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "machines", lambda device: instructions)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    monkeypatch.setattr(table, "times", lambda problem: {})
+
+
+def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert s8_default(LAYER) is None  # no GPU was asked
+    on_a_gpu(monkeypatch, "wgmma", "mma")
+    assert kernels.default(LAYER).name == "cuda:s8_wgmma_m64_o128_s8_t2"
+    assert s8_default(replace(LAYER, batch=128)) == WIDE
+    assert s8_default(replace(LAYER, batch=128, out_channels=64)) == CONFIGS[2]
+    names = [choice.name for choice in tuner.shortlist(LAYER, 2)]
+    assert names[0] == str(kernels.default(LAYER).name)
+    assert any(name.startswith("triton:gemm") for name in names)
+    few = replace(LAYER, batch=1)
+    assert kernels.default(few).config == conv_default(few)  # a split reduction keeps the multiprocessors at work
+    for other in (replace(LAYER, a_bits=4), replace(LAYER, groups=2)):
+        assert kernels.default(other).config == conv_default(other)
+    assert kernels.choose(LAYER, ("triton",)).config == conv_default(LAYER)
+    refused = kernels.choose(LAYER, why_not=lambda choice: "no" if choice.kernel.family == "cuda" else None)
+    assert refused.config == conv_default(LAYER)
+    monkeypatch.setattr(extension, "cuda", None)
+    monkeypatch.setattr(extension, "cuda_reason", "nvcc was not found")
+    assert kernels.default(LAYER).config == conv_default(LAYER)
+
+
+def test_the_default_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, "mma")
+    assert kernels.default(LAYER).config == conv_default(LAYER)
+    assert "of compute capability 9.0" in str(s8_why_not(LAYER))
+
+
+def test_what_is_refused() -> None:
+    assert "activations of 4 bits are planes" in str(s8_why_not(replace(LAYER, a_bits=4, device="cpu")))
+    assert "2 groups" in str(s8_why_not(replace(LAYER, groups=2)))
+    assert s8_why_not(LAYER) is None
+    x, planes = random_codes(0, (1, 4, 4, 8), 3, (3, 3), 8)
+    made = one_step.conv(x, planes, a_bits=8, kernel=(3, 3))
+    program, step = made.program, made.program.steps[1]
+    assert isinstance(step, ConvStep)
+    source = program.tensors[step.input]
+    gated = replace(step, emit=replace(step.emit, gate=0))
+    assert "an activation or a gate" in str(step_why_not(gated, source))
+    with pytest.raises(BackendError, match="4 bits and 2 groups; they take 8 bits, one group"):
+        prepare_weights(planes, (3, 3), 2, replace(source, bits=4), "cpu", "zero")
+    with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
+        prepare_weights(planes, (1, 3), 1, source, "cpu", "zero")
+    with pytest.raises(FormatError, match="the 32-bit accumulator ends below"):
+        prepare_weights(
+            torch.zeros(8, 1, 1, 1100, dtype=torch.int32), (1, 1), 1, replace(source, channels=35200), "cpu", "zero"
+        )
+    problem = problem_of(step, program, 1, "cpu")
+    buffers = {step.input: input_buffer(x, source, "cpu"), made.result: torch.zeros(1, 2, 2, 3)}
+    arrays = {key: program.array(made.blob, key) for key in program.arrays}
+    with pytest.raises(BackendError, match="no such kernel is built; there are wgmma 128 x 128, 6 stages"):
+        bound(program, arrays, step, problem, S8Config("wgmma", 256, 128, 6), buffers)
+
+
+def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = launches_on_the_model(monkeypatch)
+    check(layer("smallest"), NARROW)
+    for change, words in (
+        ({"a_bits": 4}, "activations of 4 bits; it takes 8"),
+        ({"border": 0}, "there is no pixel that padding holds"),
+        ({"batch": 2**28, "channels": 128}, "the number of input bytes is 34359738368"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            native().run_s8({**tasks[0], **change}, *NARROW.row)
