@@ -16,7 +16,8 @@ from torch import Tensor
 from lbs_kernels.program.steps import Emit, Program
 from lbs_kernels.run.reference import ReferenceRunner
 
-# (channels, filters, window): four channels a step, 32 steps at most, 16 of depthwise windows; 7 channels and 7 filters end within a group.
+# (channels, filters, window): four channels a step, 32 steps at most, 16 of depthwise windows; 7 channels and 7 filters
+# end within a group.
 LAYERS = {
     "1x1, one step": (3, 7, {"kernel": (1, 1), "padding": (0, 0)}),
     "1x1, 32 steps": (128, 12, {"kernel": (1, 1), "padding": (0, 0)}),
