@@ -122,6 +122,26 @@ def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Con
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
+# 72 and 13: a piece of 8 channels begun inside the pitch of 80, and one that is partly behind the channels.
+@pytest.mark.parametrize(("filters", "config"), [(130, WIDE), (72, NARROW), (13, CONFIGS[1])], ids=str)
+def test_residuals_of_codes_and_codes_that_stand_for_values(filters: int, config: S8Config) -> None:
+    b = programs.Builder(filters)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 8, zero=31)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, filters)
+    held = b.consumer(shape, 8, zero=77)
+    b.conv(codes.tensor, Emit(consumers=(held,)), filters, w_bits=4)
+    before = b.consumer(shape, 2)
+    coded = b.consumer(shape, 8, zero=50, stands=True)
+    behind = (b.consumer(shape, 4), b.consumer(shape, 8, zero=9, norm=True))
+    emit = Emit(residual=held.tensor, residual_step=b.step(held.scale), low=-0.7, stream=b.stream(shape, output=True))
+    emit = replace(emit, consumers=(before, coded, *behind))
+    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
+    program, blob = b.build()
+    assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
+
+
 @pytest.mark.parametrize("thresholds", [0, 4])
 @pytest.mark.parametrize("out_bits", [2, 4])
 def test_codes_alone_by_thresholds_or_floats(out_bits: int, thresholds: int) -> None:
