@@ -154,7 +154,7 @@ class _Judge(Evaluation):
                 value = value.double()
             bound = self._bound(n, value)
         if n.name in self.tensors.images:
-            value, bound = self._image(n, value)
+            value, bound = self._image(n, value, bound)
         if n.name in self.tensors.streams:
             value, bound = self._stream(n, value, bound)
         self.bounds[n] = bound
@@ -263,10 +263,10 @@ class _Judge(Evaluation):
             self._compare_floats(writer, f"stream {node.name}", value, stored, tolerance)
         return stored, torch.zeros_like(stored)
 
-    def _image(self, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _image(self, node: fx.Node, value: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         """What a later region is given by float modules."""
         given = self.tensors.images[node.name].double().reshape(value.shape)
-        tolerance = torch.full_like(value, OUTER_TOLERANCE * finite_peak(value))
+        tolerance = bound + OUTER_TOLERANCE * finite_peak(value)
         self._compare_floats(node.name, "float input of a region", value, given, tolerance)
         return given, torch.zeros_like(given)
 
@@ -325,11 +325,22 @@ class _Judge(Evaluation):
             # Weights are rounded by half a step of 1 at most, so that a pixel counts whose weight is hardly any.
             source = self.env[sources[0]].abs().amax((2, 3), keepdim=True)
             return self.bounds[sources[0]].amax((2, 3), keepdim=True).expand_as(value) + 8 * UNIT * source
+        if op.kind == "stream":
+            return bound + self._code_bound(node, self.env[sources[0]])
         if op.kind == "mean_pool":
             source = self.env[sources[0]]
             pixels = source.shape[2] * source.shape[3]
             return (bound.mean((2, 3)) + (pixels + 2) * UNIT * source.abs().mean((2, 3))).reshape(value.shape)
         return bound
+
+    def _code_bound(self, node: fx.Node, source: Tensor) -> Tensor:
+        """One step of a stream's codes where a float part in front of it may round to the other side, else none."""
+        quantizer = called_module(self.traced, node)
+        if not isinstance(quantizer, StreamQuantizer):
+            return torch.zeros_like(source)
+        scale = quantizer.scale()
+        apart = ((source * scale) % 1 - 0.5).abs()
+        return (apart <= OUTER_TOLERANCE * finite_peak(source) * scale) * quantizer.value_step()
 
     def _is_moved(self, node: fx.Node) -> bool:
         op = classify(self.traced, node)

@@ -144,7 +144,7 @@ class _Search:
         return self._is_layer(node) and isinstance(called_module(self.module, node), kind)
 
 
-class _Encoded(ValueHook):
+class Encoded(ValueHook):
     """A hook that gives out what the codes of a module's result stand for."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def hang_quantizers(model: nn.Module, record: ModelRecord) -> None:
             module = model.get_submodule(stream.name)
             like = next(model.parameters())
             module.add_module(NAME, StreamQuantizer().to(like.device).train(module.training))
-            module.register_forward_hook(_Encoded())
+            module.register_forward_hook(Encoded())
 
 
 def share_quantizers(model: nn.Module, record: ModelRecord) -> None:
@@ -177,5 +177,5 @@ def take_quantizers_off(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, NAME):
             delattr(module, NAME)
-            for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Encoded)]:
+            for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, Encoded)]:
                 del module._forward_hooks[key]

@@ -48,10 +48,12 @@ def unsettle(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def quantized(model: nn.Module, shape: tuple[int, ...], w_bits: int = 4, a_bits: int = 4, seed: int = 0) -> nn.Module:
+def quantized(
+    model: nn.Module, shape: tuple[int, ...], w_bits: int = 4, a_bits: int = 4, seed: int = 0, streams: int = 32
+) -> nn.Module:
     """Uniform bits, calibrated; a net of one layer has 8-bit edges only."""
     calibration = images(8, shape, seed + 100)
-    frozen = lbs.uniform(unsettle(model.eval(), seed), calibration, w_bits, a_bits)
+    frozen = lbs.uniform(unsettle(model.eval(), seed), calibration, w_bits, a_bits, streams=streams)
     return lbs.calibrate(frozen, [calibration], bits=None, norms="keep").eval()
 
 

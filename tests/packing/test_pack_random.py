@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lbs
+from lbs.packing.explain import streams_of_codes
+from lbs.quant.quantizers import StreamQuantizer
+from lbs.search.streams import NAME, Encoded
+
 SHAPE = (3, 8, 8)
 CHANNELS = 4
 
@@ -109,6 +114,27 @@ def test_random_network(seed: int) -> None:
         x = pack_nets.images(100, SHAPE, 6)
         with torch.no_grad():
             pack_nets.assert_same(model(x), packed(x))
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (4, 4)])
+def test_random_networks_with_streams_anywhere(bits: tuple[int, int]) -> None:
+    """Of 8 bits: where they are planned, and behind every second part, whoever reads it."""
+    coded = []
+    for seed in range(8):
+        model = pack_nets.quantized(RandomNet(seed), SHAPE, *bits, streams=8)
+        coded += streams_of_codes(pack_nets.check_equal(model, SHAPE, batch=2).programs[0])
+        called = ("conv", "conv1", "norm", "pool", "drop", "activation")
+        free = [
+            part
+            for part, (kind, *_) in zip(model.parts, model.steps, strict=True)  # type: ignore[arg-type]
+            if kind in called and not hasattr(part, NAME)
+        ]
+        for part in free[::2]:
+            part.add_module(NAME, StreamQuantizer())
+            part.register_forward_hook(Encoded())
+        lbs.calibrate(model, [pack_nets.images(8, SHAPE, 100)], norms="keep").eval()
+        coded += streams_of_codes(pack_nets.check_equal(model, SHAPE, batch=2).programs[0])
+    assert len(coded) > 8
 
 
 @pytest.mark.slow
