@@ -63,33 +63,6 @@ std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
 // What the longest of `size` shares of `count` is beyond an even one.
 double idle(int count, int size) { return static_cast<double>((count + size - 1) / size * size) / count; }
 
-// A thread's part of a convolution: some vectors of pixels with all filters, or some filters with all pixels.
-struct Part {
-    Share vectors, blocks;
-};
-
-constexpr double kSharedBytes = 16;  // a cycle, that a thread reads of what lies in another's cache or in the common one
-
-// Either way some threads wait for those with one tile more. Threads that share pixels all read the weights; threads that
-// share filters all read codes that others wrote.
-Part part_of(const ConvPlan& plan, const TensorSpec& source, const KernelTable& kernels, const Team::Member& self) {
-    const int vectors = plan.emit.vectors, blocks = plan.block_count, width = plan.blocks[0].width;
-    if (self.size == 1) return {{0, vectors}, {0, blocks}};
-    int tile = 1;
-    for (const TileShape* shape = kernels.shapes; shape->filters; ++shape)
-        if (shape->filters == width) tile = shape->vectors;
-    const int tiles = (vectors + tile - 1) / tile;
-    const double dots = kernels.dot_cycles * plan.k_steps * blocks * width * vectors / self.size;
-    const double weights = 4.0 * plan.k_steps * blocks * width / kSharedBytes;
-    const double codes = static_cast<double>(source.pixels()) * source.channels / kSharedBytes;
-    const double others = (self.size - 1.0) / self.size;
-    const double by_pixels = dots * idle(tiles, self.size) + weights;
-    const double by_filters = dots * idle(blocks, self.size) + weights / self.size + codes * others;
-    if (by_pixels > by_filters) return {{0, vectors}, share(blocks, self)};
-    const Share part = share(tiles, self);
-    return {{part.first * tile, std::min(part.last * tile, vectors)}, {0, blocks}};
-}
-
 // Releases those who wait to be let in, whatever ends the work of the first member.
 struct Closing {
     Team* team;
@@ -302,9 +275,11 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
             return;
         }
         case StepPlan::Run::kConv: {
-            const Part part = part_of(step.conv, source, kernels, self);
-            kernels.conv(step.conv, context, part.vectors.first, part.vectors.last, part.blocks.first,
-                         part.blocks.last);
+            // Pixels are shared where every thread gets some, otherwise filters (late layers of small images).
+            const bool by_pixels = step.conv.emit.vectors >= self.size;
+            const Share vectors = by_pixels ? share(step.conv.emit.vectors, self) : Share{0, step.conv.emit.vectors};
+            const Share blocks = by_pixels ? Share{0, step.conv.block_count} : share(step.conv.block_count, self);
+            kernels.conv(step.conv, context, vectors.first, vectors.last, blocks.first, blocks.last);
             return;
         }
         case StepPlan::Run::kWinograd: {

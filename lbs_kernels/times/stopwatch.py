@@ -2,7 +2,7 @@
 
 Every round times each contender once, in an order that rotates, so that a machine that slows down for a while slows
 all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`, after a pause in which the
-threads of the contender before fall asleep and `AWAKE` of calls that are not timed, in which its own wake up: the speed
+threads of the contender before fall asleep (however long they spin) and `AWAKE` of calls that are not timed, in which its own wake up: the speed
 of calls in a loop. The first call after a pause can be timed instead. On a GPU it is a pair of CUDA events around calls
 one after the other for `GPU_SPAN`, or around one where the cache shall be cold. Ratios are medians of the ratios inside
 each round.
@@ -22,6 +22,8 @@ from lbs_kernels.errors import ShapeError
 from lbs_kernels.times.graph import record
 
 SETTLE = 25e-3  # seconds: OpenMP's idle threads spin after a torch call and hold a core; 5 ms were too few (Zen 5)
+LOOK = 5e-3  # seconds: after those, as long as threads of this process still work half of such a time
+MAX_SETTLE = 2.0  # seconds; those of ONNX Runtime spin for longer than SETTLE
 AWAKE = 2e-3  # seconds: a sleeping thread was seen to take 300 us to start on a virtual machine (Zen 4)
 MIN_SPAN = 2e-4  # seconds of one CPU measurement: a thousand times the resolution and cost of the clock
 # Seconds of one GPU measurement. The first event is over before the first call has reached the device, say 20 us
@@ -166,7 +168,7 @@ def _warm_up(call: Callable[[], object], seconds: float, device: torch.device) -
 def _wall_clock(call: Callable[[], object], calls: int) -> float:
     if isinstance(call, SelfTimed):
         return sum(call.seconds() for _ in range(calls)) / calls
-    time.sleep(SETTLE)
+    _settle()
     start = time.perf_counter()
     while time.perf_counter() - start < AWAKE:
         call()
@@ -176,10 +178,20 @@ def _wall_clock(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def _settle() -> None:
+    """Wait until the threads of the contender before sleep."""
+    time.sleep(SETTLE)
+    end, worked = time.perf_counter() + MAX_SETTLE, LOOK
+    while worked > LOOK / 2 and time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(LOOK)
+        worked = time.process_time() - before
+
+
 def _first_call_clock(call: Callable[[], object], calls: int) -> float:
     if isinstance(call, SelfTimed):
         return _wall_clock(call, calls)
-    time.sleep(SETTLE)
+    _settle()
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

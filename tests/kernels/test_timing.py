@@ -54,9 +54,29 @@ def test_a_contender_is_called_until_its_threads_are_awake(monkeypatch: pytest.M
 def test_the_first_call_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(stopwatch.time, "sleep", lambda seconds: clock.order.append(f"pause {seconds}"))
+    monkeypatch.setattr(stopwatch.time, "process_time", lambda: 0.0)
     times = interleave({"a": clock.contender("a", 2.0**-20)}, rounds=2, warmup=0.0, first_call=True)
-    assert clock.order == ["a", *[f"pause {stopwatch.SETTLE}", "a"] * 2]
+    assert clock.order == ["a", *[f"pause {stopwatch.SETTLE}", f"pause {stopwatch.LOOK}", "a"] * 2]
     assert times["a"].median == pytest.approx(2.0**-20)
+
+
+@pytest.mark.parametrize(("spinning", "looks"), [(0.0, 1), (0.09, 14), (1e9, 395)])
+def test_threads_that_spin_are_waited_for_as_long_as_it_takes(
+    spinning: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work for `spinning` seconds from now on, all of every pause; nobody waits for ever."""
+    clock = Clock(monkeypatch)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr(stopwatch.time, "sleep", sleep)
+    monkeypatch.setattr(stopwatch.time, "process_time", lambda: min(clock.now, spinning))
+    interleave({"a": clock.contender("a", stopwatch.AWAKE)}, rounds=1, warmup=0.0)
+    assert pauses[0] == stopwatch.SETTLE
+    assert abs(len(pauses) - 1 - looks) <= 6
 
 
 def test_warm_up_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
