@@ -2,10 +2,10 @@
 
 Every round times each contender once, in an order that rotates, so that a machine that slows down for a while slows
 all of them. On the CPU a measurement is wall clock over enough calls to last `MIN_SPAN`, after a pause in which the
-threads of the contender before fall asleep (however long they spin) and `AWAKE` of calls that are not timed, in which its own wake up: the speed
-of calls in a loop. The first call after a pause can be timed instead. On a GPU it is a pair of CUDA events around calls
-one after the other for `GPU_SPAN`, or around one where the cache shall be cold. Ratios are medians of the ratios inside
-each round.
+threads of the contender before fall asleep, however long they spin, and `AWAKE` of calls that are not timed, in which
+its own wake up: the speed of calls in a loop. The first call after a pause can be timed instead. On a GPU it is a pair
+of CUDA events around calls one after the other for `GPU_SPAN`, or around one where the cache shall be cold. Ratios are
+medians of the ratios inside each round.
 """
 
 from __future__ import annotations
