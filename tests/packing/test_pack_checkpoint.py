@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ LIES: dict[str, tuple[Callable[[Header], None], str]] = {
     "graph_that_gives_nothing": (change_json("graph", '"op": "output"', '"op": "placeholder"'), "damaged"),
     "unknown_field": (change_tensor(extra=1), "lacks dtype, shape or offsets"),
     "float_planes": (change_tensor(dtype="F32"), "array conv1.planes is torch.float32"),
-    "program_of_a_newer_version": (change_json("program0", '"version":4', '"version":7'), "program has version 7"),
+    "program_of_a_newer_version": (change_json("program0", '"version":5', '"version":7'), "program has version 7"),
     "program_with_huge_tensor": (change_json("program0", '"height":8', '"height":16777216'), "at most 268435456 per"),
     "array_outside": (change_json("program0", '"offset":0', '"offset":6400000'), "ends at byte"),
     "other_digest": (change_json("program0", '"digest":"', '"digest":"0'), "digest|sha256|hexadecimal"),
@@ -266,8 +267,8 @@ def test_a_file_of_version_3_is_the_same_network(tmp_path: Path) -> None:
     header, data = header_of(path)
     metadata = header["__metadata__"]
     metadata["version"] = "3"
-    for key in ("program0", "program1"):
-        metadata[key] = metadata[key].replace('"version":4', '"version":3')
+    for index, program in enumerate(packed.programs):
+        metadata[f"program{index}"] = replace(program, version=3).to_json()
     graph = json.loads(metadata["graph"])
     assert any(node.pop("part", None) for node in graph["nodes"])
     metadata["graph"] = json.dumps(graph)
