@@ -141,7 +141,9 @@ struct UsualEmit {
         for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], scale));
         if (consumer.zero)
             for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(consumer.zero));
-        store_codes(consumer, base, vector, Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest));
+        const Simd::I word = Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest);
+        store_word(base, consumer.map, vector, kAllLanes,
+                   word);  // asking for lines ahead would cost more than it saves
     }
 };
 
