@@ -26,6 +26,12 @@ LBS_INLINE Quad each(Quad a, const Op& op) {
     return {{op(a.v[0], 0), op(a.v[1], 1), op(a.v[2], 2), op(a.v[3], 3)}};
 }
 
+// Codes of what is rounded already.
+LBS_INLINE void add_zero(const lbs::ConsumerPlan& c, Simd::I (&q)[4]) {
+    if (c.zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+}
+
 // What codes q - zero stand for.
 LBS_INLINE Quad stood_for(const lbs::ConsumerPlan& c, const Simd::I* units) {
     const Simd::F step = Simd::fset(c.step);
@@ -50,8 +56,7 @@ LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positiv
     t = each(t, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     Simd::I q[4] = {Simd::ifromf(t.v[0]), Simd::ifromf(t.v[1]), Simd::ifromf(t.v[2]), Simd::ifromf(t.v[3])};
     if (c.step > 0.0f) y = stood_for(c, q);
-    if (c.zero)
-        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    add_zero(c, q);
     return Simd::ipack4(q[0], q[1], q[2], q[3]);
 }
 

@@ -101,6 +101,14 @@ LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int
     store_word(base, c.map, vector, kAllLanes, word);
 }
 
+// Steps 5 and 6 for fast.only. Bounds of codes are integers, so numbers may be rounded before they are clamped.
+LBS_INLINE Simd::I bounded_codes(const lbs::ConsumerPlan& c, Simd::F scale, Simd::I lowest, Simd::I highest, Quad y) {
+    Simd::I q[4];
+    for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], scale));
+    add_zero(c, q);
+    return Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest);
+}
+
 // A constant, as a constructor that is not inlined would be one symbol for all instruction sets.
 constexpr lbs::ConsumerPlan kNoConsumer;
 
@@ -133,30 +141,13 @@ struct UsualEmit {
     LBS_INLINE Simd::F value(Simd::I acc, int j) const { return Simd::ffma(Simd::fcvt(acc), gain[j], offset[j]); }
     // Whether it takes this one of `count` vectors: no lane is to be left out.
     LBS_INLINE bool takes(int vector, int count) const { return usable && (vector + 1 < count || consumer.map.over); }
-    // Bounds of codes are integers, so numbers may be rounded before they are clamped.
     LBS_INLINE void emit(int vector, Simd::I a0, Simd::I a1, Simd::I a2, Simd::I a3) const {
         Quad y = {{value(a0, 0), value(a1, 1), value(a2, 2), value(a3, 3)}};
         if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, vector, y);
-        Simd::I q[4];
-        for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], scale));
-        if (consumer.zero)
-            for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(consumer.zero));
-        const Simd::I word = Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest);
-        store_word(base, consumer.map, vector, kAllLanes,
-                   word);  // asking for lines ahead would cost more than it saves
+        // Asking for lines ahead would cost more than it saves.
+        store_word(base, consumer.map, vector, kAllLanes, bounded_codes(consumer, scale, lowest, highest, y));
     }
 };
-
-// Steps 5 and 6 where codes for fast.only are all that is made.
-LBS_INLINE void emit_only(const FastEmit& fast, int channel, int vector, Quad y) {
-    const lbs::ConsumerPlan& c = *fast.only;
-    Simd::I q[4];
-    for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], Simd::fset(c.scale)));
-    if (c.zero)
-        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
-    const Simd::I word = Simd::ipack4_clamped(q[0], q[1], q[2], q[3], fast.lowest, fast.highest);
-    store_codes(c, fast.codes(c, channel), vector, word);
-}
 
 LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad& y) {
     Quad u = y;
@@ -172,8 +163,7 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     u = each(u, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     Simd::I q[4] = {Simd::ifromf(u.v[0]), Simd::ifromf(u.v[1]), Simd::ifromf(u.v[2]), Simd::ifromf(u.v[3])};
     if (c.step > 0.0f) y = stood_for(c, q);
-    if (c.zero)
-        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+    add_zero(c, q);
     store_codes(c, fast.codes(c, channel), vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
 }
 
@@ -204,7 +194,9 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
     if (fast.only) {
         if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
-        return emit_only(fast, channel, tile.vector + p, y);
+        const lbs::ConsumerPlan& c = *fast.only;
+        const Simd::I word = bounded_codes(c, Simd::fset(c.scale), fast.lowest, fast.highest, y);
+        return store_codes(c, fast.codes(c, channel), tile.vector + p, word);
     }
     const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
     const lbs::EmitPlan& e = *fast.plan;

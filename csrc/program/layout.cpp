@@ -97,7 +97,7 @@ PixelMap store_runs(Store& store, const CodeLayout& layout, const std::vector<st
     const int pieces = supported_pieces(most, 8);
     if (pieces == 0) return keep_lanes(store, layout.height, layout.width, lanes, offset);
     PixelMap map = keep_pieces(store, stored, pieces, layout.phases > 1);
-    map.masked = pieces == 1 && !whole && !layout.is_row;  // else the tail would overwrite what follows
+    map.masked = pieces == 1 && !whole;  // else the tail would overwrite what follows
     return map;
 }
 
@@ -266,7 +266,8 @@ PixelMap repeat_map(Store& store, const TensorSpec& stream, int height, int widt
 PixelMap store_map(Store& store, const CodeLayout& layout, int lanes) {
     PixelMap map = store_runs(store, layout, cut_into_rows(layout.height, layout.width, lanes), lanes,
                               [&](int y, int x) { return layout.offset(y, x); });
-    map.over = layout.is_row;
+    map.over = layout.is_row;  // nothing follows
+    if (map.over) map.masked = false;
     return map;
 }
 
@@ -286,7 +287,6 @@ RowMaps row_maps(Store& store, const CodeLayout& from, const CodeLayout& to, con
         return to.is_row ? to.offset(0, y * target.width + x) : to.offset(y, x);
     });
     maps.store.over = true;
-    maps.store.masked = maps.store.pieces == 1 && target.width % lanes != 0;
     maps.vectors = maps.store.pieces == 0 ? 0 : static_cast<int>(rows.size());
     return maps;
 }
