@@ -241,6 +241,17 @@ def open_runs(
     Raises:
         TrainingError: as `open_run`; what differs is listed for all commands together.
     """
+    with folder.held():
+        return _open_runs(wanted, folder, resume, inherit, processes)
+
+
+def _open_runs(
+    wanted: Sequence[tuple[type[RunConfig], dict[str, Any]]],
+    folder: RunFolder,
+    resume: bool,
+    inherit: str,
+    processes: int,
+) -> list[RunConfig]:
     path = folder.file("config.json")
     sections: dict[str, Any] = dict(read_json(path)) if path.exists() else {}
     found = sections.get("processes")

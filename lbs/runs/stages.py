@@ -14,10 +14,10 @@ import lbs.data
 from lbs.benchmark import PACKED as PACKED_ROW
 from lbs.packing.explain import streams_of_codes
 from lbs.packing.model import PackedModel
-from lbs.plan import Plan
 from lbs.run_folder import RunFolder
 from lbs.runs import network
 from lbs.runs.packed import PACKED, of_run
+from lbs.runs.session import one_writer
 from lbs_kernels.errors import CheckpointError, GraphError, LbsError
 
 UNIFORM8 = "uniform8.lbs.safetensors"
@@ -25,6 +25,7 @@ _EXAMPLES = 4
 _BATCH = 256
 
 
+@one_writer
 def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = False) -> dict[str, Any]:
     """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer.
 
@@ -32,7 +33,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
     """
     started = time.monotonic()
     model, card = network.load_network(folder)
-    if Plan.load(folder.file("plan.json")).in_float:
+    if network.plan_of_run(folder).in_float:
         raise GraphError(
             f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
             "search bits too, in a new run with --mode joint or two-stage"
@@ -58,6 +59,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
     return section
 
 
+@one_writer
 def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dict[str, Any]:
     """Compare the saved file with the trained network: every code on `images` test images, every prediction on all.
 
@@ -68,7 +70,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
         raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
     started = time.monotonic()
     model, card = network.load_network(folder)
-    packed = of_run(folder).packed
+    packed = of_run(folder, with_float=False).packed
     data = network.images_of(card)
     spread = torch.linspace(
         0, data.test_count - 1, min(images, data.test_count), dtype=torch.float32
@@ -97,6 +99,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     return section
 
 
+@one_writer
 def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
     """The float network of a run at 8 bits in every layer, with all its filters: what a search is to beat.
 
@@ -120,6 +123,7 @@ def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
     return section
 
 
+@one_writer
 def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
     """Time the packed network of a run against its float network and the one of `uniform8_run`, options as `lbs.bench`.
 

@@ -66,9 +66,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """The model's state dict as a plain safetensors file, which any tool can read."""
+    """The model's state dict as a plain safetensors file, which any tool can read, with a digest of its tensors."""
     flat = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    write_bytes(path, safetensors.torch.save(flat))
+    write_bytes(path, safetensors.torch.save(flat, metadata={"lbs-digest": digest(flat)}))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -81,8 +81,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no weights at {path}; give a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _load_safetensors(path)
         body = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}; save a plain state dict") from error
     except Exception as error:
@@ -95,6 +97,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(body, dict) or not body or not all(isinstance(value, Tensor) for value in body.values()):
         raise CheckpointError(f"{path} holds no state dict (names to tensors); save model.state_dict()")
     return {key.removeprefix("module."): value for key, value in body.items()}
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors, which fit their digest where the file has one: those of other tools have none."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        expected = (file.metadata() or {}).get("lbs-digest")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    if expected is not None and digest(tensors) != expected:
+        raise CheckpointError(f"{path} is damaged: its tensors do not match their digest; restore it")
+    return tensors
 
 
 def apply_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
