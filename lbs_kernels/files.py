@@ -21,14 +21,18 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         OSError: it is missing, may not be read, or is no regular file.
     """
-    # O_NONBLOCK: opening a pipe that nobody writes to returns, so that it can be looked at.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    file = open(path, "rb", opener=_open)  # noqa: SIM115 (the caller closes it)
     try:
-        _check_regular(os.fstat(handle).st_mode, path)
-        return os.fdopen(handle, "rb")
+        _check_regular(os.fstat(file.fileno()).st_mode, path)
     except BaseException:
-        os.close(handle)
+        file.close()
         raise
+    return file
+
+
+def _open(path: str, flags: int) -> int:
+    """Opening a pipe that nobody writes to returns, so that it can be looked at."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_regular(path: str | Path) -> bytes:

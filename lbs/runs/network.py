@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import lbs.data
 import lbs.models
 from lbs.config import RunConfig
+from lbs.data.image_data import MAX_CLASSES
 from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import QuantLayer
@@ -27,6 +29,7 @@ from lbs.search.prepare import SearchConfig, check_sum, prepare
 from lbs.search.streams import FLOAT as FLOAT_STREAMS
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
+from lbs_kernels.program.rules import MAX_ELEMENTS
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
 
@@ -59,14 +62,32 @@ class NetworkCard:
         """Raises CheckpointError where the folder holds no run, or a damaged one."""
         path = folder.file("network.json")
         body = unsealed(read_json(path), path)
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
         try:
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
-            return NetworkCard(**values)
-        except TypeError as error:
+            card = NetworkCard(**values)
+            card._check()
+            return card
+        except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start "
-                "the run in a new folder"
+                f"{path} lacks or has odd fields: {error}; restore it, or start the run in a new folder"
             ) from error
+
+    def _check(self) -> None:
+        """Raises ValueError for a field of another kind, or of a size that nothing is allocated for."""
+        for name in ("model", "data", "fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, no text")
+        for name, kind in (("mean", int | float), ("std", int | float), ("signed", str), ("exclude", str)):
+            found = getattr(self, name)
+            if not isinstance(found, tuple) or not all(isinstance(value, kind) for value in found):
+                raise ValueError(f"{name} is {found!r}")
+        sizes = self.input_shape
+        if not isinstance(sizes, tuple) or len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"input_shape is {sizes!r}, no three sizes")
+        if math.prod(sizes) > MAX_ELEMENTS:
+            raise ValueError(f"input_shape is {sizes!r}; an image has at most {MAX_ELEMENTS} values")
+        if type(self.num_classes) is not int or type(self.streams) is not int:
+            raise ValueError(f"num_classes {self.num_classes!r} and streams {self.streams!r} are whole numbers")
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -76,8 +97,10 @@ def build(name: str, num_classes: int) -> nn.Module:
     order as the one that was trained.
 
     Raises:
-        LbsError: an unknown name, or a function that gives no module.
+        LbsError: an unknown name, more classes than networks are built for, or a function that gives no module.
     """
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise LbsError(f"{num_classes} classes; networks are built for 1 to {MAX_CLASSES}, leave out or merge some")
     made = lbs.models.create(name, num_classes) if ":" not in name else _import(name, num_classes)
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -27,6 +27,7 @@ from lbs.search.prepare import uniform
 from lbs.train import checkpoint, distributed
 from lbs.train.evaluation import evaluate
 from lbs.train.trainer import Trainer
+from lbs_kernels import files
 from lbs_kernels.errors import CheckpointError, PlanError, TrainingError
 
 
@@ -35,7 +36,7 @@ def file_digest(path: str) -> str:
     if not path:
         return ""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(files.read_regular(path)).hexdigest()[:16]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; give the path of a file") from error
 

@@ -110,7 +110,10 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def apply_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
-    """load_state_dict with an error that names what does not fit. Raises CheckpointError."""
+    """load_state_dict with an error that names what does not fit. Raises CheckpointError.
+
+    Floats of any width go into floats; integers and complex numbers, which torch would convert without a word, do not.
+    """
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     other = [
@@ -118,15 +121,32 @@ def apply_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Pa
         for key in sorted(own.keys() & tensors.keys())
         if tensors[key].shape != own[key].shape
     ]
+    kinds = [
+        f"{key} {tensors[key].dtype} for {own[key].dtype}".replace("torch.", "")
+        for key in sorted(own.keys() & tensors.keys())
+        if _kind(tensors[key]) != _kind(own[key])
+    ]
     missing = [key for key in missing if not key.endswith(("num_batches_tracked", "quantizer.zero_point"))]
-    if missing or foreign or other:
+    if missing or foreign or other or kinds:
         parts = [
             f"{label}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"
-            for label, names in (("missing", missing), ("not in the model", foreign), ("other shape", other))
+            for label, names in (
+                ("missing", missing),
+                ("not in the model", foreign),
+                ("other shape", other),
+                ("other numbers", kinds),
+            )
             if names
         ]
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(parts)}; name the model it was saved from")
     model.load_state_dict(tensors, strict=False)
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor's numbers are: floating, complex, bool or integer."""
+    if tensor.is_floating_point():
+        return "floating"
+    return "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "integer"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def test_scratch_files_have_names_of_their_own(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_two_commands_at_once_leave_the_record_of_one(tmp_path: Path) -> None:
     line = f"search --run {tmp_path / 'run'} --data digits --model digits_resnet8 --float-epochs 1 --bops 0.05"
-    command = [sys.executable, "-m", "lbs", *line.split(), *["--epochs", "1", "--threads", "1", "--train-images", "256"]]
+    command = [sys.executable, "-m", "lbs", *f"{line} --epochs 1 --threads 1 --train-images 256".split()]
     both = [
         subprocess.Popen([*command, "--seed", seed], cwd=ROOT, stderr=subprocess.PIPE, text=True) for seed in ("1", "2")
     ]
