@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lbs import cost
 from lbs_kernels import files
-from lbs_kernels.errors import PlanError
+from lbs_kernels.errors import PlanError, printable
 from lbs_kernels.program.problem import TRANSPOSED, Problem
 from lbs_kernels.program.steps import WeightGrid
 from lbs_kernels.program.window import is_depthwise
@@ -169,7 +169,7 @@ class Plan:
                 )
             layers = tuple(_read_layer(entry) for entry in body["layers"])
             _check_names(layers)
-            return Plan(layers, str(body.get("model", "")))
+            return Plan(layers, printable(str(body.get("model", ""))))
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise

@@ -83,6 +83,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return body
 
 
+def read_sections(path: Path) -> dict[str, Any]:
+    """The objects of a JSON file by name; other values than objects are numbers of versions. Empty where it is missing.
+
+    Raises CheckpointError where it is damaged.
+    """
+    sections = read_json(path) if path.exists() else {}
+    for name, body in sections.items():
+        if not isinstance(body, dict) and name != "version":
+            raise CheckpointError(
+                f"{path}: section {name!r} is a {type(body).__name__}, no object; restore it, or start the run in a "
+                "new folder"
+            )
+    return sections
+
+
 def sealed(body: dict[str, Any]) -> dict[str, Any]:
     """`body` with a `hash` of it, which `unsealed` compares."""
     return {**body, "hash": _hash(body)}
@@ -219,8 +234,7 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         """All sections of results.json; empty before the first."""
-        path = self.file("results.json")
-        return dict(read_json(path)) if path.exists() else {}
+        return read_sections(self.file("results.json"))
 
     def add_result(self, section: str, body: dict[str, Any], stale: Collection[str] = ()) -> None:
         """Replace one section of results.json and drop those that told of what this one replaces.
@@ -263,13 +277,13 @@ class RunFolder:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{line} is no object")
+                if not isinstance(row, dict) or type(row.get("step", 0)) is not int:
+                    raise ValueError(f"{line[:80]} is no object with a number of steps")
                 rows.append(row)
             except ValueError as error:
                 if number == len(lines):
                     break
-                raise CheckpointError(f"{path}, line {number} is not JSON: {error}; delete that line") from error
+                raise CheckpointError(f"{path}, line {number} is no row: {error}; delete that line") from error
         return rows
 
 

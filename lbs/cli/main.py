@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
     from lbs.train import distributed
-    from lbs_kernels.errors import LbsError
+    from lbs_kernels.errors import LbsError, printable
 
     try:
         code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (LbsError, OSError) as error:
-        message = as_options(" ".join(str(error).split("\n")), args.command, arguments)
+        message = printable(as_options(" ".join(str(error).split("\n")), args.command, arguments))
         print(f"lbs {args.command}: {message}", file=sys.stderr)
         if args.json:
             print(json.dumps({"error": message, "kind": type(error).__name__}))

@@ -16,7 +16,7 @@ from lbs.packing.float_modules import module_from_json, module_to_json
 from lbs.packing.region import PackedRegion
 from lbs.packing.values import NoForm, decode, encode
 from lbs.packing.vocabulary import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
-from lbs_kernels.errors import CheckpointError
+from lbs_kernels.errors import CheckpointError, printable
 
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
 _GETATTR = "builtins.getattr"
@@ -148,7 +148,7 @@ def _add_node(
         _identifier(key)
     made[entry["name"]] = graph.create_node(op, target, args, kwargs, name=name)
     if "part" in entry:
-        made[entry["name"]].meta["part"] = str(entry["part"])
+        made[entry["name"]].meta["part"] = printable(str(entry["part"]))
 
 
 def _known_function(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from lbs.packing.graph_json import graph_from_json, graph_to_json
 from lbs.packing.pixels import Normalization
 from lbs.packing.region import PackedRegion
 from lbs.plan import Plan
-from lbs_kernels.errors import CheckpointError, FormatError, PlanError
+from lbs_kernels.errors import CheckpointError, FormatError, PlanError, printable
 from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blob_digest
 from lbs_kernels.program.text import read_program
@@ -85,12 +85,14 @@ def read(path: Path) -> PackedParts:
         floats = {key.removeprefix(_FLOAT): value for key, value in tensors.items() if key.startswith(_FLOAT)}
         model = json.loads(metadata["model"])
         shape = tuple(_size(value) for value in model["input_shape"])
-        kept = tuple((str(label), str(reason)) for label, reason in model["kept_float"])
+        kept = tuple((printable(str(label)), printable(str(reason))) for label, reason in model["kept_float"])
         plan = Plan.from_json(metadata["plan"]) if metadata["plan"] else None
         graph = graph_from_json(json.loads(metadata["graph"]), regions, floats)
         if not regions:
             raise CheckpointError("it holds no program")
-        return PackedParts(graph, shape, kept, plan, str(model["name"]), _normalization(model, shape, regions))
+        return PackedParts(
+            graph, shape, kept, plan, printable(str(model["name"])), _normalization(model, shape, regions)
+        )
     except (CheckpointError, FormatError, PlanError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
