@@ -8,7 +8,7 @@ from pathlib import Path
 import lbs
 import lbs.models
 import lbs.zoo
-from lbs.cli.options import device_of, folder_of, set_threads
+from lbs.cli.options import decimal, device_of, folder_of, set_threads
 from lbs.runs.packed import Source, of_run
 from lbs_kernels.errors import LbsError
 
@@ -19,6 +19,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="the packed network of a run folder")
     parser.add_argument("--zoo", metavar="NAME", help=f"a shipped network: {', '.join(lbs.zoo.ENTRIES)}")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
+    parser.add_argument(
+        "--budget", type=decimal, default=1.0, metavar="X", help="of FILE: times what one image may cost (default 1)"
+    )
     parser.add_argument("--device", default="cpu", help="where it runs: cpu (default) or cuda")
 
 
@@ -40,4 +43,4 @@ def source_of(args: argparse.Namespace, with_float: bool = False) -> Source:
         )
     if args.run:
         return of_run(folder_of(args), device, with_float)
-    return Source(lbs.load(args.file, device), Path(args.file))
+    return Source(lbs.load(args.file, device, budget=args.budget), Path(args.file))

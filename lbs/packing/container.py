@@ -25,7 +25,7 @@ from lbs.run_folder import write_bytes
 from lbs_kernels import files
 from lbs_kernels.errors import CheckpointError
 
-MAX_HEADER = 1 << 27
+MAX_HEADER = 1 << 24  # a ResNet-152 has about 2^19; the values of one may take twenty times its bytes
 MAX_TENSORS = 1 << 16
 _LENGTH_BYTES = 8
 _NO_DIGEST = "0" * 64

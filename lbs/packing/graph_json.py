@@ -103,9 +103,12 @@ def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str
         CheckpointError: something unknown, missing or of another shape.
     """
     root: dict[str, Any] = {f"region{index}": region for index, region in enumerate(regions)}
+    regions_named = frozenset(root)
     try:
         for path, entry in body["modules"].items():
             prefix = f"{_path(path)}."
+            if path.partition(".")[0] in regions_named:
+                raise CheckpointError(f"its float module {path} has the name of a packed part; it is damaged")
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             root[path] = module_from_json(path, entry, own).eval()
         graph = fx.Graph()
