@@ -1,6 +1,6 @@
 """`lbs`: finds the sub-command, runs it, and turns errors into one clear line and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted,
+Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted, 143 terminated,
 141 whoever read the output went away.
 """
 
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -97,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps({"error": message, "kind": type(error).__name__}))
         return 2
-    except KeyboardInterrupt:
-        print(f"lbs {args.command}: interrupted; a training command goes on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = as_options(str(stop), args.command, arguments) or "interrupted; a training command goes on with --resume"
+        print(f"lbs {args.command}: {printable(told)}", file=sys.stderr)
+        return 128 + (getattr(stop, "number", 0) or signal.SIGINT)
 
 
 if __name__ == "__main__":

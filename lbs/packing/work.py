@@ -175,8 +175,8 @@ class _Walk(fx.Interpreter):
         self.shapes.at = f"node {n.name} ({n.target if isinstance(n.target, str) else n.name})"
         return super().run_node(n)
 
-    def fetch_args_and_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        args, kwargs = super().fetch_args_and_kwargs_from_env(n)
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
         if n.target == "to" or "device" in kwargs:
             args, kwargs = tuple(map(_no_device, args)), {key: _no_device(value) for key, value in kwargs.items()}
         return args, kwargs
@@ -253,7 +253,7 @@ class _Counted(TorchDispatchMode):
 def _terms(name: str, args: Any) -> int:
     """How many products every element is a sum of."""
     operation = name.partition(".")[0].strip("_")
-    shapes = [value.shape if isinstance(value, Tensor) else () for value in args]
+    shapes: list[Any] = [value.shape if isinstance(value, Tensor) else () for value in args]
     if operation == "convolution":
         image, weight, transposed = shapes[0], shapes[1], args[6]
         return math.prod(weight[1:]) if not transposed else math.prod(weight) * math.prod(image) // max(1, image[1])

@@ -38,6 +38,7 @@ class Session:
     def held(self) -> Iterator[None]:
         """Inside, no other process writes to the run folder. Raises CheckpointError, or TrainingError of rank 0."""
         with ExitStack() as stack:
+            stack.enter_context(distributed.answered())
             distributed.first(lambda: stack.enter_context(self.folder.held()))
             yield
 

@@ -220,6 +220,14 @@ def enlarge(path: Path, size: int) -> None:
     rewrite(path, header, data)
 
 
+def test_devices_that_a_file_names_are_not_looked_for(saved: Path) -> None:
+    append(
+        saved,
+        [call("y", "to", "%last", "cpu"), {**call("z", "to", "%y"), "kwargs": {"dict": {"device": {"device": "cpu"}}}}],
+    )
+    assert lbs.load(saved)(torch.zeros(2, *SHAPE, dtype=torch.float32)).shape == (2, 64, 8)
+
+
 def test_a_recurrence_is_counted_step_by_step(saved: Path) -> None:
     short = check_work(lbs.load(saved).body, SHAPE, torch.float32, 1.0)
     assert short.operations > 64 * 5
