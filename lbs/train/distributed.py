@@ -151,7 +151,7 @@ def answered() -> Iterator[None]:
             raise
         ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
         raise TrainingError(
-            f"rank {rank()}: {ranks} of {world_size()} gives no answer ({first_line(error)[:200]}): killed, stopped, or "
+            f"rank {rank()}: {ranks} of {world_size()} gives no answer ({first_line(error)[:99]}): killed, stopped, or "
             "at something that takes longer than LBS_RANK_TIMEOUT. End what is left of the processes, and go on with "
             "resume=True from the last checkpoint"
         ) from error
