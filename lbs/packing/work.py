@@ -129,18 +129,8 @@ class _Shapes:
 
     def of_image(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Walk for one image."""
-        first = next(node for node in self.graph.graph.nodes if node.op == "placeholder")
-        calls = [node for node in self.graph.graph.nodes if node.op not in ("placeholder", "output")]
-        if len(calls) == 2 and len(self.regions) == 1 and calls[0].op == "call_module" and calls[0].args == (first,):
-            self._whole(calls[1], shape, dtype)
-            return
         with torch.no_grad(), _Counted(self.work):
             _Walk(self).run(torch.empty((1, *shape), dtype=dtype, device="meta"))
-
-    def _whole(self, item: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """A network that is one region: nothing computes but its program."""
-        self.at = str(self.graph.graph.find_nodes(op="call_module")[0].name)
-        _outputs(self.regions[0], [torch.empty((1, *shape), dtype=dtype, device="meta")])
 
     def told(self, error: Exception) -> str:
         """What went wrong, in words of the file."""

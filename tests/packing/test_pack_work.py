@@ -253,4 +253,4 @@ def test_networks_of_the_zoo_are_far_below_the_budget() -> None:
         work = check_work(packed.body, packed.input_shape, packed.input_dtype, 1.0)
         assert work.elements < MAX_ELEMENTS / 64
         assert 1 << 20 < work.products < MAX_PRODUCTS / 64
-        assert len(packed.programs[0].steps) == work.operations
+        assert len(packed.programs[0].steps) <= work.operations < MAX_OPERATIONS / 64
