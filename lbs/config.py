@@ -175,8 +175,6 @@ def from_dict(kind: type[C], body: dict[str, Any], origin: str) -> C:
         TrainingError: a key this release does not know, one that is missing, or a hash that does not fit.
     """
     known = {field.name for field in fields(kind)}
-    if not isinstance(body, dict):
-        raise TrainingError(f"{origin} is a {type(body).__name__}, no object; restore it, or start in a new run folder")
     odd = sorted(body.keys() - known - {"hash"}) + [f"no {key}" for key in sorted(known - body.keys())]
     if odd:
         raise TrainingError(f"{origin} was written by another release ({', '.join(odd)}); finish the run with that one")

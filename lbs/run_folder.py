@@ -277,13 +277,15 @@ class RunFolder:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                if not isinstance(row, dict) or type(row.get("step", 0)) is not int:
-                    raise ValueError(f"{line[:80]} is no object with a number of steps")
+                if not isinstance(row, dict):
+                    raise ValueError(f"{line} is no object")
+                if type(row.get("step", 0)) is not int:
+                    raise ValueError(f"its step is {row['step']!r}, no whole number")
                 rows.append(row)
             except ValueError as error:
                 if number == len(lines):
                     break
-                raise CheckpointError(f"{path}, line {number} is no row: {error}; delete that line") from error
+                raise CheckpointError(f"{path}, line {number} is not JSON: {error}; delete that line") from error
         return rows
 
 

@@ -231,6 +231,7 @@ class _Counted(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.work.add(0, 0, _pieces(func.__name__, args))  # before they are made: views take no elements, and memory
         found = func(*args, **(kwargs or {}))
         if func.is_view:
             self.work.add(0, 0)
@@ -238,6 +239,16 @@ class _Counted(TorchDispatchMode):
             written, read = (sum(x.numel() for x in _tensors(value)) for value in (found, (args, kwargs)))
             self.work.add(written, max(written, read, written * _terms(func.__name__, args)))
         return found
+
+
+def _pieces(name: str, args: Any) -> int:
+    """How many views an operation makes."""
+    operation = name.partition(".")[0]
+    if operation not in ("unbind", "split") or not isinstance(args[0], Tensor) or not args[0].dim():
+        return 0
+    dim = args[1:2] if operation == "unbind" else args[2:3]
+    size = args[0].shape[dim[0] if dim else 0]
+    return size if operation == "unbind" else -(-size // max(1, int(args[1])))
 
 
 def _terms(name: str, args: Any) -> int:

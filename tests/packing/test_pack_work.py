@@ -107,6 +107,12 @@ BOMBS: dict[str, tuple[list[dict[str, Any]], str]] = {
         [call(f"n{i}", "neg", f"%n{i - 1}" if i else "%last") for i in range(MAX_OPERATIONS)],
         "operations, at node",
     ),
+    "unbound": ([call("y", "expand", "%last", 1 << 26, 64, 8), call("z", "unbind", "%y")], "operations, at node z"),
+    "split": ([call("y", "expand", "%last", 1 << 26, 64, 8), call("z", "split", "%y", 2)], "operations, at node z"),
+    "chunked": (
+        [call("y", "expand", "%last", 1 << 26, 64, 8), call("z", "chunk", "%y", 1 << 25)],
+        "operations, at node z",
+    ),
     "windows": (
         [
             call("y", "repeat", "%last", 1, 64, 512),

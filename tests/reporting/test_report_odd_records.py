@@ -161,7 +161,7 @@ def test_text_of_files_reaches_the_terminal_spelled_out(capsys: pytest.CaptureFi
         ("results.json", '{"float": []}', "section 'float' is a list, no object"),
         ("results.json", "[]", "holds a JSON list"),
         ("config.json", '{"search": 3}', "section 'search' is a int, no object"),
-        ("metrics.jsonl", '{"step": "one"}\n{}', "line 1 is no row"),
+        ("metrics.jsonl", '{"step": "one"}\n{}', "line 1 is not JSON: its step is 'one'"),
     ],
 )
 def test_odd_sections_are_named(tmp_path: Path, name: str, content: str, says: str) -> None:
