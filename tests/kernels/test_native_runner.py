@@ -82,7 +82,7 @@ def test_threads_join_whenever_they_wake() -> None:
 
 
 def test_calls_from_several_threads_at_once() -> None:
-    """One program is shared and takes turns; others compete for the pool and then run alone."""
+    """They share programs, and compete for the pool; who does not get it runs alone."""
     cases = [CASES[name](4) for name in ("chain", "depthwise", "preact_residual")]
     inputs = [random_inputs(program, 3, seed=2) for program, _ in cases]
     expected = [ReferenceRunner(*case).run(x) for case, x in zip(cases, inputs, strict=True)]
@@ -163,12 +163,12 @@ def test_working_memory_is_reused() -> None:
     runner = native(program, blob)
     inputs = random_inputs(program, 9, seed=0)
     assert runner.held_bytes == 0  # type: ignore[attr-defined]
-    call(runner, program, inputs, threads=2)
+    call(runner, program, inputs, threads=1)
     held = runner.held_bytes  # type: ignore[attr-defined]
     assert 0 < runner.image_bytes < held  # type: ignore[attr-defined]
-    for _ in range(3):
-        call(runner, program, inputs, threads=2)
-        assert runner.held_bytes == held  # type: ignore[attr-defined]
+    for threads in (1, 2, 2, 2, 1):
+        call(runner, program, inputs, threads)
+        assert runner.held_bytes in (held, 2 * held)[: threads + 1]  # a thread that came late took none  # type: ignore[attr-defined]
     # Tensors that never live together share memory: less than all of them side by side.
     assert runner.image_bytes < sum(s.channels * s.height * s.width * 4 for s in program.tensors) * 4  # type: ignore[attr-defined]
 
