@@ -7,13 +7,13 @@
 
 namespace lbs {
 
-// What LBS_GUARD makes of memory that kernels work in, so that one that leaves it ends the process, whatever instruction
-// it does so by. kNone unless set; else pages lie around every buffer, with no bytes between, that
+// What LBS_GUARD makes of memory that kernels work in, so that one that leaves it ends the process, by whatever
+// instruction. kNone unless set; else a page lies at an end of every buffer, without a byte between.
 enum class Guard {
     kNone,
-    kReads,   // behind it and its slack cannot be touched
-    kWrites,  // behind it can be read only: the slack
-    kStart    // in front of it cannot be touched
+    kReads,   // that behind it and its slack cannot be touched
+    kWrites,  // that behind it can be read only: the slack
+    kStart    // that in front of it cannot be touched
 };
 
 // Raises BackendError where LBS_GUARD is none of "reads", "writes" and "start".
