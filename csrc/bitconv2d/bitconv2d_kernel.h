@@ -41,7 +41,7 @@ struct PixelLoader {
         if constexpr (kS == 0) {
             return Simd::igather(base[0] + offset, lanes);
         } else {
-            // The first piece starts at lane 0; what is read past its end is replaced by the others, or never used.
+            // The first piece starts at lane 0. Slack: what is read past its end others replace, or nobody uses.
             Simd::I x = Simd::iload(base[0] + offset);
             for (int s = 1; s < kS; ++s) x = Simd::iload_mask(x, mask[s], base[s] + offset);
             return x;

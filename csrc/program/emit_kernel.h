@@ -105,6 +105,7 @@ LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int ve
 LBS_INLINE Simd::I load_pieces(const unsigned char* base, const lbs::PixelMap& map, int vector) {
     if (map.pieces == 0) return Simd::igather(base, map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes);
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
+    // Slack: lanes past the end of the first piece, as in PixelLoader.
     Simd::I word = Simd::iload(base + piece[0].offset);
     for (int i = 1; i < map.pieces && piece[i].mask; ++i)
         word = Simd::iload_mask(word, piece[i].mask, base + piece[i].offset);

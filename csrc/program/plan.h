@@ -19,7 +19,7 @@ namespace lbs {
 
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 64;         // vectors of accumulators in the scratch of one thread
-constexpr int kSlack = 128;          // bytes readable past the end of every buffer
+constexpr int kSlack = 128;          // bytes readable past the end of every buffer; who reads there says "Slack:"
 constexpr int kPrefetched = 4;       // vectors whose lines are asked for before they are stored
 constexpr int kShortSteps = 32;      // of four products, of sums that are short
 constexpr int kShortTaps = 16;       // of a depthwise kernel that is computed so
