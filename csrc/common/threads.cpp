@@ -31,7 +31,7 @@ using Clock = std::chrono::steady_clock;
 // asleep there is missed for the whole next call (seen on Zen 4 with 60 us: 250 us a call instead of 147).
 constexpr auto kSpin = std::chrono::microseconds(250);
 constexpr int kMostSpin = 1000000;  // microseconds that LBS_SPIN_US may ask for
-// A system that had no thread to give is asked again after this long: each question costs a call some 20 us.
+// A system that had no thread to give is asked again after this long: each question costs a call 4 us and more.
 constexpr auto kAskAgain = std::chrono::seconds(1);
 // What the first member of a team waits for threads that are awake: some ten times what an answer takes.
 constexpr auto kJoin = std::chrono::microseconds(2);
