@@ -83,7 +83,7 @@ struct DepthwiseEmit {
         tile.own_sums = true;
     }
     LBS_INLINE void next() {
-        if (fast.plain && usual.takes(tile.vector, vectors)) {
+        if (fast.plain && !fast.constant && usual.takes(tile.vector, vectors)) {
             const int32_t* const dots = tile.dots;
             const int64_t pitch = tile.filter_pitch;
             usual.emit(tile.vector, Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),
