@@ -1,18 +1,27 @@
-"""Which problems to measure so that the latency of a network can be told for any kept filters and bits.
+"""What a call takes: which problems to measure so that it can be told for any kept filters and bits, and how it is.
 
-Times are measured by `lbs tune`, kept in tuning tables, and read with `lbs_kernels.times.table.estimate`.
+    seconds of a call = sum of the layers' steps + what surrounds them
+
+`lbs tune` measures both and keeps them in tuning tables: layers one by one, at many sizes, and whole calls of the
+network at uniform bits. What a call takes beyond its layers surrounds them: entering the program, quantizing the image,
+residuals, pools, sums, what stays in float. It depends on bits and filters little (ResNet-20 at batch 1, AMD EPYC
+family 26: 22 us of 115 at 2, 4 and 8 bits), so it is one number a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import hashlib
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from lbs.cost.edges import EDGE_BITS
 from lbs.cost.network import NetworkLayers
 from lbs_kernels.errors import PlanError
 from lbs_kernels.program.problem import TRANSPOSED, Problem
 from lbs_kernels.program.transposed import phases
 from lbs_kernels.program.window import Window
+from lbs_kernels.times import table
 
 
 def kept_sizes(channels: int, group: int, points: int) -> list[int]:
@@ -92,3 +101,129 @@ def _cuts(problem: Problem, inputs: Sequence[int], outputs: Sequence[int]) -> It
     elif problem.depthwise:
         for c in inputs:
             yield replace(problem, in_channels=c, out_channels=c, groups=c)
+
+
+def at_uniform_bits(layers: Sequence[Problem], w_bits: int, a_bits: int) -> list[Problem]:
+    """A network's layers, in execution order, at one pair of widths, its edges at `EDGE_BITS`."""
+    inner = [replace(layer, w_bits=w_bits, a_bits=a_bits) for layer in layers]
+    for edge in (0, -1):
+        inner[edge] = replace(inner[edge], w_bits=EDGE_BITS, a_bits=EDGE_BITS)
+    return inner
+
+
+def call_key(layers: Sequence[Problem], batch: int, w_bits: int, a_bits: int, device: str) -> str:
+    """The name of a network at uniform bits in tuning tables: by its whole layers, as executed, of one image."""
+    return f"{_network(layers)}n{batch}_w{w_bits}a{a_bits}_{device}"
+
+
+def _network(layers: Sequence[Problem]) -> str:
+    text = "\n".join(str(replace(layer, w_bits=EDGE_BITS, a_bits=EDGE_BITS, device="")) for layer in layers)
+    return f"network-{hashlib.sha256(text.encode()).hexdigest()[:16]}_"
+
+
+def surroundings(layers: Sequence[Problem], *, batch: int = 1, device: str = "cpu") -> dict[int, tuple[float, float]]:
+    """What surrounds the steps of a network in a call, as far as calls and layers were measured.
+
+    Args:
+        layers: of the network, whole, in execution order, of one image.
+
+    Returns:
+        Threads -> (seconds beside the layers, seconds of a call), medians over the uniform bits that were measured.
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    prefix = f"{_network(layers)}n{batch}_w"
+    for name, times in table.calls(device).items():
+        if not (name.startswith(prefix) and name.endswith(f"_{device}")):
+            continue
+        w_bits, a_bits = map(int, name.removeprefix(prefix).removesuffix(f"_{device}").split("a"))
+        uniform = at_uniform_bits(layers, w_bits, a_bits)
+        for implementation, seconds in times.items():
+            threads = table.threads_of(implementation)
+            steps = layer_seconds(uniform, batch=batch, threads=threads, device=device)
+            if threads is not None and steps is not None:
+                found.setdefault(threads, []).append((max(0.0, seconds - steps), seconds))
+    return {
+        threads: (statistics.median(rest for rest, _ in pairs), statistics.median(call for _, call in pairs))
+        for threads, pairs in found.items()
+    }
+
+
+def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None, device: str = "cpu") -> float | None:
+    """Sum of the measured times of layers of one image, at a batch; None where one of them is not known."""
+    total = 0.0
+    for layer in layers:
+        for step in timed(replace(layer, batch=layer.batch * batch, device=device)):
+            seconds = table.estimate(step, threads)
+            if seconds is None:
+                return None
+            total += seconds
+    return total
+
+
+def call_seconds(
+    layers: Sequence[Problem], kept: Iterable[Problem], *, batch: int = 1, threads: int = 1, device: str = "cpu"
+) -> float | None:
+    """What a call of a network is estimated to take; None where something that it needs was not measured.
+
+    Args:
+        layers: as `surroundings`. kept: the same with the channels that live, at the bits they have.
+    """
+    around = surroundings(layers, batch=batch, device=device).get(threads)
+    steps = layer_seconds(kept, batch=batch, threads=threads, device=device)
+    return None if around is None or steps is None else steps + around[0]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `lbs tune` measured on this machine, as the table of a budget: `lbs.Budget(..., table=lbs.cost.Tuned())`.
+
+    device: whose times. threads: of the processor's; None takes the number with which calls of the network were
+    measured to be fastest. model: the network's name, for messages. Calls are measured on the processor alone: on a GPU
+    what surrounds the steps counts nothing.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    model: str = "NAME"
+
+    def of_network(self, layers: Sequence[Problem]) -> tuple[Callable[[Problem], float], float]:
+        """(Seconds of a step, seconds of a call that no step takes), of a network's layers as `surroundings` has them.
+
+        Raises:
+            PlanError: no call of the network was measured; the first also, later on, for a step that was not.
+        """
+        if table.kind(self.device) != "cpu":
+            return self._steps(layers, None), 0.0
+        found = surroundings(layers, device=self.device)
+        usable = {count: pair for count, pair in found.items() if self.threads in (None, count)}
+        if not usable:
+            few = f" with {self.threads} threads" if self.threads else ""
+            raise PlanError(
+                f"for latency_ms= no call of this network{few} is known on this machine, so not what surrounds its "
+                f"steps; measure layers and calls first, with {self._command(layers)}"
+            )
+        threads = min(usable, key=lambda count: usable[count][1])
+        return self._steps(layers, threads), usable[threads][0]
+
+    def _steps(self, layers: Sequence[Problem], threads: int | None) -> Callable[[Problem], float]:
+        def seconds(problem: Problem) -> float:
+            problem = replace(problem, device=self.device)
+            known = table.estimate(problem, threads)
+            if known is None:
+                raise PlanError(
+                    f"for latency_ms= no time of {problem} is known on this machine; measure the layers first, with "
+                    f"{self._command(layers)} (and --bits with the pairs that are searched), or in Python with "
+                    "lbs_kernels.tune.tuner.tune"
+                )
+            return known
+
+        return seconds
+
+    def _command(self, layers: Sequence[Problem]) -> str:
+        first, last = layers[0], layers[-1]
+        shape = f"{first.in_channels},{first.height},{first.width}"
+        threads = f" --threads {self.threads}" if self.threads else ""
+        return (
+            f"lbs tune --shapes {self.model} --input-shape {shape} --classes {last.out_channels} "
+            f"--device {self.device}{threads}"
+        )

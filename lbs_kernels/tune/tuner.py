@@ -250,7 +250,9 @@ def tune(
     progress: Callable[[Measured | None], None] = lambda measured: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuning:
-    """Measure problems and write this machine's table after every one, so that whatever ends the run keeps it.
+    """Measure problems and put each into this machine's table at once, so that whatever ends the run keeps it.
+
+    Several processes may measure at a time: none loses the rows of another, and none measures what another has by then.
 
     Args:
         problems: see `distinct`.
@@ -264,12 +266,14 @@ def tune(
     """
     slug = tuning_table.device_slug(device)
     path = tuning_table.user_path(slug)
-    table = tuning_table.read(path) if path.exists() else TuningTable(slug)
+    table = _read(path, slug)
     result = Tuning(path)
     start = clock()
     todo = distinct(problems)
     for place, problem in enumerate(todo):
         row = tuning_table.key(problem)
+        if not again and not known(problem, table.rows.get(row, {})):
+            table = _read(path, slug)  # another process may have measured it meanwhile
         if not again and known(problem, table.rows.get(row, {})):
             result.skipped += 1
             progress(None)
@@ -279,13 +283,16 @@ def tune(
             break
         found = measure(problem)
         if found.seconds:
-            table = table.merged(TuningTable(slug, {row: found.seconds}))
-            tuning_table.write(path, table)
+            tuning_table.add(TuningTable(slug, {row: found.seconds}))
             result.measured += 1
         if found.refused:
             result.refused[row] = found.refused
         progress(found)
     return result
+
+
+def _read(path: Path, slug: str) -> TuningTable:
+    return tuning_table.read(path) if path.exists() else TuningTable(slug)
 
 
 def known_on_cpu(threads: int) -> Callable[[Problem, dict[str, float]], bool]:
