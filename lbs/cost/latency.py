@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lbs.cost.edges import EDGE_BITS
@@ -148,12 +148,22 @@ def surroundings(layers: Sequence[Problem], *, batch: int = 1, device: str = "cp
     }
 
 
+def fastest(around: Mapping[int, tuple[float, float]]) -> int:
+    """Of what `surroundings` returns, the number of threads with which calls take least."""
+    return min(around, key=lambda threads: around[threads][1])
+
+
 def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None, device: str = "cpu") -> float | None:
-    """Sum of the measured times of layers of one image, at a batch; None where one of them is not known."""
+    """Sum of the measured times of layers of one image, at a batch; None where one of them is not known.
+
+    Weights on another grid than the usual one of their width take what these take, where nobody measured them.
+    """
     total = 0.0
     for layer in layers:
         for step in timed(replace(layer, batch=layer.batch * batch, device=device)):
             seconds = table.estimate(step, threads)
+            if seconds is None and step.grid is not None:
+                seconds = table.estimate(replace(step, grid=None), threads)
             if seconds is None:
                 return None
             total += seconds
@@ -202,7 +212,7 @@ class Tuned:
                 f"for latency_ms= no call of this network{few} is known on this machine, so not what surrounds its "
                 f"steps; measure layers and calls first, with {self._command(layers)}"
             )
-        threads = min(usable, key=lambda count: usable[count][1])
+        threads = fastest(usable)
         return self._steps(layers, threads), usable[threads][0]
 
     def _steps(self, layers: Sequence[Problem], threads: int | None) -> Callable[[Problem], float]:

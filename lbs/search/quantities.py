@@ -108,7 +108,7 @@ def seconds(table: Table, plan: Plan | None = None) -> Quantity:
     if isinstance(table, NetworkTimes):
         if plan is None:
             raise PlanError("a table of calls needs the plan of the network whose calls they are; give plan=")
-        look_up, constant = table.of_network([layer.problem() for layer in plan.layers])
+        look_up, constant = table.of_network(plan.whole_problems())
     else:
         look_up = table.estimate if isinstance(table, Estimates) else table
 
