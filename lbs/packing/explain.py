@@ -49,8 +49,9 @@ class Explanation:
     """Rows in execution order, and what is not packed. Printing it gives a table.
 
     parts: regions and parts in float, each with its time in a call; empty on a GPU. call: measured seconds of a call,
-    None on a GPU. estimated: the same by what `lbs tune` measured, as a latency budget counts it (`lbs.cost.latency`);
-    None where something that takes was not measured, or there is no plan.
+    the 20th percentile of the rounds, as in tuning tables; None on a GPU. estimated: the same by what `lbs tune`
+    measured, as a latency budget counts it (`lbs.cost.latency`); None where something that takes was not measured, or
+    there is no plan.
     """
 
     rows: tuple[StepRow, ...]
@@ -142,7 +143,7 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         notes.append(f"roof: {roof / 1e9:.0f} G multiply-adds a second, a matrix product of bytes with {count} threads")
     with torch_threads(count):
         parts = time_parts(packed, images, rounds)
-        call = time_call(packed, images, rounds).median if packed.device.type == "cpu" else None
+        call = time_call(packed, images, rounds).p20 if packed.device.type == "cpu" else None
     about = (batch, count, packed.packed_bytes, parts, call, estimated_call(packed, batch, count))
     return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), *about)
 

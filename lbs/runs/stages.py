@@ -70,7 +70,7 @@ def _latency(packed: PackedModel) -> dict[str, Any]:
     around = {} if plan is None else surroundings(plan.whole_problems())
     threads = fastest(around) if around else default_threads()
     with torch_threads(threads):
-        measured = time_call(packed, packed.random_images(1)).median
+        measured = time_call(packed, packed.random_images(1)).p20
     return {"threads": threads, "measured": measured, "estimated": estimated_call(packed, 1, threads)}
 
 

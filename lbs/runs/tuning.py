@@ -112,12 +112,12 @@ class Call:
     make: Callable[[], PackedModel]
 
     def measure(self, threads: int, again: bool = False) -> float | None:
-        """Median seconds with torch's `threads`, put into this machine's table; None if they were there."""
+        """Seconds with torch's `threads`, put into this machine's table; None if they were there."""
         slug, implementation = table.device_slug("cpu"), table.native(threads)
         if not again and implementation in table.load(slug).calls.get(self.name, {}):
             return None
         packed = self.make()
-        seconds = time_call(packed, packed.random_images(self.batch)).median
+        seconds = time_call(packed, packed.random_images(self.batch)).p20
         table.add(TuningTable(slug, calls={self.name: {implementation: seconds}}))
         return seconds
 

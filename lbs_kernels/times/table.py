@@ -43,9 +43,10 @@ _AGAIN = "measure again: lbs_kernels.tune.tuner.tune, in a shell lbs tune"
 
 @dataclass
 class TuningTable:
-    """Median seconds by problem (its `key`) and implementation, measured on one device.
+    """Seconds by problem (its `key`) and implementation, measured on one device.
 
-    roofs: multiply-adds per second by implementation. calls: median seconds of whole networks, as `rows`.
+    Medians on a GPU. On a processor the 20th percentile of what was measured, which others at work disturb least.
+    roofs: multiply-adds per second by implementation. calls: seconds of whole networks, as `rows`.
     """
 
     device: str
@@ -237,7 +238,7 @@ def load(device: str) -> TuningTable:
 
 
 def times(problem: Problem) -> dict[str, float]:
-    """Median seconds of each measured implementation of `problem`, on the device it names.
+    """Seconds of each measured implementation of `problem`, on the device it names.
 
     Taken at the nearest measured bucket of its batch, at most a factor of 4 away; empty where there is none.
     """
@@ -260,7 +261,7 @@ def roof(device: str, threads: int) -> float | None:
 
 
 def calls(device: str) -> dict[str, dict[str, float]]:
-    """Median seconds of whole networks, of a device ("cpu"), as they were added."""
+    """Seconds of whole networks, of a device ("cpu"), as they were added."""
     return load(device_slug(device)).calls
 
 

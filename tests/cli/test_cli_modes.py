@@ -172,6 +172,12 @@ def test_bytes_and_milliseconds_are_targets_too(
     assert targets["latency_ms"]["value"] == pytest.approx(by_hand)
     assert section["target_bops"] is None
     assert all(layer.kept_filters % 8 == 0 for layer in plan.layers[:-1])
+    code, packed, _ = lbs_command("pack --run sized")
+    assert code == 0
+    took = packed["latency"]
+    assert (took["target"], took["threads"]) == (pytest.approx(0.29e-3), 1)
+    assert took["estimated"] == pytest.approx(by_hand)
+    assert took["measured"] > 0
 
 
 @pytest.fixture
