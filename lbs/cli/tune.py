@@ -37,7 +37,7 @@ def pairs(text: str) -> tuple[tuple[int, int], ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, for how long."""
-    add_source(parser)
+    add_source(parser, plans=True)
     parser.add_argument(
         "--shapes",
         metavar="NAME,..",

@@ -11,6 +11,7 @@ family 26: 22 us of 115 at 2, 4 and 8 bits), so it is one number a network.
 from __future__ import annotations
 
 import hashlib
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,12 +132,12 @@ def surroundings(layers: Sequence[Problem], *, batch: int = 1, device: str = "cp
         Threads -> (seconds beside the layers, seconds of a call), medians over the uniform bits that were measured.
     """
     found: dict[int, list[tuple[float, float]]] = {}
-    prefix = f"{_network(layers)}n{batch}_w"
+    own = re.compile(rf"{_network(layers)}n{batch}_w(\d+)a(\d+)_{device}")
     for name, times in table.calls(device).items():
-        if not (name.startswith(prefix) and name.endswith(f"_{device}")):
+        bits = own.fullmatch(name)
+        if bits is None:
             continue
-        w_bits, a_bits = map(int, name.removeprefix(prefix).removesuffix(f"_{device}").split("a"))
-        uniform = at_uniform_bits(layers, w_bits, a_bits)
+        uniform = at_uniform_bits(layers, int(bits[1]), int(bits[2]))
         for implementation, seconds in times.items():
             threads = table.threads_of(implementation)
             steps = layer_seconds(uniform, batch=batch, threads=threads, device=device)
@@ -188,13 +189,15 @@ class Tuned:
     """What `lbs tune` measured on this machine, as the table of a budget: `lbs.Budget(..., table=lbs.cost.Tuned())`.
 
     device: whose times. threads: of the processor's; None takes the number with which calls of the network were
-    measured to be fastest. model: the network's name, for messages. Calls are measured on the processor alone: on a GPU
-    what surrounds the steps counts nothing.
+    measured to be fastest. model: the network's name, for messages. whole: its layers, where the network that is
+    searched has lost filters already. Calls are measured on the processor alone: on a GPU what surrounds the steps
+    counts nothing.
     """
 
     device: str = "cpu"
     threads: int | None = None
     model: str = "NAME"
+    whole: tuple[Problem, ...] = ()
 
     def of_network(self, layers: Sequence[Problem]) -> tuple[Callable[[Problem], float], float]:
         """(Seconds of a step, seconds of a call that no step takes), of a network's layers as `surroundings` has them.
@@ -202,6 +205,7 @@ class Tuned:
         Raises:
             PlanError: no call of the network was measured; the first also, later on, for a step that was not.
         """
+        layers = self.whole or layers
         if table.kind(self.device) != "cpu":
             return self._steps(layers, None), 0.0
         found = surroundings(layers, device=self.device)

@@ -180,6 +180,26 @@ def test_bytes_and_milliseconds_are_targets_too(
     assert took["measured"] > 0
 
 
+def test_two_stages_count_calls_of_the_whole_network(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage searches a network that has lost filters, of which no call was ever measured."""
+    whole = [layer.in_channels for layer in Plan.load(home / "greedy/plan.json").layers]
+    measured(monkeypatch, times)
+    known = latency.surroundings
+    monkeypatch.setattr(
+        latency,
+        "surroundings",
+        lambda layers, **options: known(layers) if [layer.in_channels for layer in layers] == whole else {},
+    )
+    code, section, errors = lbs_command(f"{SEARCH} --run staged --mode two-stage --prune-bops 0.7 --latency-ms 0.25")
+    assert code == 0, errors
+    plan = Plan.load(home / "staged/plan.json")
+    assert [plan.kept_inputs(layer) for layer in plan.layers] != whole
+    by_hand = AROUND + sum(1e-6 * layer.kept_filters * layer.w_bits for layer in plan.layers)
+    assert section["targets"]["latency_ms"]["value"] == pytest.approx(by_hand)
+
+
 @pytest.fixture
 def no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing was measured."""
