@@ -157,6 +157,7 @@ def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
     lines = str(result).splitlines()
     assert [line.split(":")[0].split()[-1] for line in lines] == ["bops", "size_mb", "latency_ms"]
     assert all("target" in line and "result" in line and "thresholds reached" in line for line in lines)
+    assert ["by running minima of measured times" in line for line in lines] == [False, False, True]
     values = (plan_of(model).bops(), plan_bytes(model), plan_seconds(model))
     for row, value in zip(result.reached, values, strict=True):
         assert row.value == pytest.approx(value, rel=1e-12)
