@@ -14,10 +14,11 @@ import torch
 
 import lbs.models
 from lbs.cli.console import BarProgress, Console, console
-from lbs.cli.options import add_exclude, device_of, numbers, set_threads
+from lbs.cli.options import add_exclude, add_streams, device_of, numbers, set_threads
 from lbs.cli.packed import add_source, source_of
 from lbs.run_folder import RunFolder
 from lbs.runs import tuning
+from lbs.search.streams import FLOAT
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import BackendError, LbsError, first_line
 from lbs_kernels.program.problem import Problem
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--classes", type=int, metavar="N", help="classes of --shapes (default: the model's)")
     add_exclude(parser)
+    add_streams(parser)
     parser.add_argument("--batch", type=numbers, default=(1,), metavar="N,..", help="images per call (default 1)")
     parser.add_argument(
         "--bits",
@@ -146,7 +148,8 @@ def _asked(args: argparse.Namespace, device: torch.device) -> tuple[list[Problem
         shapes = tuning.shapes_of(name, args.input_shape, args.classes)
         problems += tuning.shape_problems(shapes, args.bits, args.batch, group=args.group, points=points, device=kind)
         if kind == "cpu":
-            calls += tuning.calls_of_shapes(shapes, args.bits, args.batch, tuple(getattr(args, "exclude", ())))
+            exclude, streams = tuple(getattr(args, "exclude", ())), getattr(args, "streams", FLOAT)
+            calls += tuning.calls_of_shapes(shapes, args.bits, args.batch, exclude, streams)
     return problems, calls
 
 

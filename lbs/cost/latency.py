@@ -24,6 +24,8 @@ from lbs_kernels.program.transposed import phases
 from lbs_kernels.program.window import Window
 from lbs_kernels.times import table
 
+FLOAT_STREAMS = 32  # bits of residual streams that are floats
+
 
 def kept_sizes(channels: int, group: int, points: int) -> list[int]:
     """Channel counts to measure: `points` of them evenly up to `channels`, in steps of the group filters are cut in.
@@ -112,35 +114,38 @@ def at_uniform_bits(layers: Sequence[Problem], w_bits: int, a_bits: int) -> list
     return inner
 
 
-def call_key(layers: Sequence[Problem], batch: int, w_bits: int, a_bits: int, device: str) -> str:
+def call_key(layers: Sequence[Problem], batch: int, w_bits: int, a_bits: int, streams: int = FLOAT_STREAMS) -> str:
     """The name of a network at uniform bits in tuning tables: by its whole layers, as executed, of one image."""
-    return f"{_network(layers)}n{batch}_w{w_bits}a{a_bits}_{device}"
+    return f"{_network(layers, streams)}_n{batch}_w{w_bits}a{a_bits}_cpu"
 
 
-def _network(layers: Sequence[Problem]) -> str:
+def _network(layers: Sequence[Problem], streams: int) -> str:
     text = "\n".join(str(replace(layer, w_bits=EDGE_BITS, a_bits=EDGE_BITS, device="")) for layer in layers)
-    return f"network-{hashlib.sha256(text.encode()).hexdigest()[:16]}_"
+    coded = "" if streams == FLOAT_STREAMS else f"-streams{streams}"
+    return f"network-{hashlib.sha256(text.encode()).hexdigest()[:16]}{coded}"
 
 
-def surroundings(layers: Sequence[Problem], *, batch: int = 1, device: str = "cpu") -> dict[int, tuple[float, float]]:
-    """What surrounds the steps of a network in a call, as far as calls and layers were measured.
+def surroundings(
+    layers: Sequence[Problem], *, batch: int = 1, streams: int = FLOAT_STREAMS
+) -> dict[int, tuple[float, float]]:
+    """What surrounds the steps of a network in a call on the processor, as far as calls and layers were measured.
 
     Args:
-        layers: of the network, whole, in execution order, of one image.
+        layers: of the network, whole, in execution order, of one image. streams: bits of its residual streams.
 
     Returns:
         Threads -> (seconds beside the layers, seconds of a call), medians over the uniform bits that were measured.
     """
     found: dict[int, list[tuple[float, float]]] = {}
-    own = re.compile(rf"{_network(layers)}n{batch}_w(\d+)a(\d+)_{device}")
-    for name, times in table.calls(device).items():
+    own = re.compile(rf"{_network(layers, streams)}_n{batch}_w(\d+)a(\d+)_cpu")
+    for name, times in table.calls("cpu").items():
         bits = own.fullmatch(name)
         if bits is None:
             continue
         uniform = at_uniform_bits(layers, int(bits[1]), int(bits[2]))
         for implementation, seconds in times.items():
             threads = table.threads_of(implementation)
-            steps = layer_seconds(uniform, batch=batch, threads=threads, device=device)
+            steps = layer_seconds(uniform, batch=batch, threads=threads)
             if threads is not None and steps is not None:
                 found.setdefault(threads, []).append((max(0.0, seconds - steps), seconds))
     return {
@@ -154,14 +159,14 @@ def fastest(around: Mapping[int, tuple[float, float]]) -> int:
     return min(around, key=lambda threads: around[threads][1])
 
 
-def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None, device: str = "cpu") -> float | None:
-    """Sum of the measured times of layers of one image, at a batch; None where one of them is not known.
+def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None) -> float | None:
+    """Sum of the times of layers of one image at a batch, measured on the processor; None where one is not known.
 
     Weights on another grid than the usual one of their width take what these take, where nobody measured them.
     """
     total = 0.0
     for layer in layers:
-        for step in timed(replace(layer, batch=layer.batch * batch, device=device)):
+        for step in timed(replace(layer, batch=layer.batch * batch, device="cpu")):
             seconds = table.estimate(step, threads)
             if seconds is None and step.grid is not None:
                 seconds = table.estimate(replace(step, grid=None), threads)
@@ -172,15 +177,15 @@ def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None,
 
 
 def call_seconds(
-    layers: Sequence[Problem], kept: Iterable[Problem], *, batch: int = 1, threads: int = 1, device: str = "cpu"
+    layers: Sequence[Problem], kept: Iterable[Problem], *, batch: int, threads: int, streams: int = FLOAT_STREAMS
 ) -> float | None:
     """What a call of a network is estimated to take; None where something that it needs was not measured.
 
     Args:
-        layers: as `surroundings`. kept: the same with the channels that live, at the bits they have.
+        layers, streams: as `surroundings`. kept: the layers with the channels that live, at the bits they have.
     """
-    around = surroundings(layers, batch=batch, device=device).get(threads)
-    steps = layer_seconds(kept, batch=batch, threads=threads, device=device)
+    around = surroundings(layers, batch=batch, streams=streams).get(threads)
+    steps = layer_seconds(kept, batch=batch, threads=threads)
     return None if around is None or steps is None else steps + around[0]
 
 
@@ -190,14 +195,15 @@ class Tuned:
 
     device: whose times. threads: of the processor's; None takes the number with which calls of the network were
     measured to be fastest. model: the network's name, for messages. whole: its layers, where the network that is
-    searched has lost filters already. Calls are measured on the processor alone: on a GPU what surrounds the steps
-    counts nothing.
+    searched has lost filters already. streams: bits of its residual streams. Calls are measured on the processor alone:
+    on a GPU what surrounds the steps counts nothing.
     """
 
     device: str = "cpu"
     threads: int | None = None
     model: str = "NAME"
     whole: tuple[Problem, ...] = ()
+    streams: int = FLOAT_STREAMS
 
     def of_network(self, layers: Sequence[Problem]) -> tuple[Callable[[Problem], float], float]:
         """(Seconds of a step, seconds of a call that no step takes), of a network's layers as `surroundings` has them.
@@ -208,7 +214,7 @@ class Tuned:
         layers = self.whole or layers
         if table.kind(self.device) != "cpu":
             return self._steps(layers, None), 0.0
-        found = surroundings(layers, device=self.device)
+        found = surroundings(layers, streams=self.streams)
         usable = {count: pair for count, pair in found.items() if self.threads in (None, count)}
         if not usable:
             few = f" with {self.threads} threads" if self.threads else ""
@@ -236,8 +242,9 @@ class Tuned:
     def _command(self, layers: Sequence[Problem]) -> str:
         first, last = layers[0], layers[-1]
         shape = f"{first.in_channels},{first.height},{first.width}"
-        threads = f" --threads {self.threads}" if self.threads else ""
+        more = f" --threads {self.threads}" if self.threads else ""
+        more += f" --streams {self.streams}" if self.streams != FLOAT_STREAMS else ""
         return (
             f"lbs tune --shapes {self.model} --input-shape {shape} --classes {last.out_channels} "
-            f"--device {self.device}{threads}"
+            f"--device {self.device}{more}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lbs.cost.latency import call_seconds
+from lbs.cost.latency import FLOAT_STREAMS, call_seconds
 from lbs.packing.draft import DECODED
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.parts import PartRow, time_call, time_parts, told, torch_threads
@@ -153,7 +153,13 @@ def estimated_call(packed: PackedModel, batch: int, threads: int) -> float | Non
     plan = packed.plan
     if plan is None or packed.device.type != "cpu":
         return None
-    return call_seconds(plan.whole_problems(), plan.kept_problems(), batch=batch, threads=threads)
+    streams = streams_of(packed)
+    return call_seconds(plan.whole_problems(), plan.kept_problems(), batch=batch, threads=threads, streams=streams)
+
+
+def streams_of(packed: PackedModel) -> int:
+    """Bits of its residual streams: 8 where one of them is made of codes."""
+    return 8 if any(streams_of_codes(program) for program in packed.programs) else FLOAT_STREAMS
 
 
 def streams_of_codes(program: Program) -> list[str]:

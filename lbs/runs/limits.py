@@ -22,8 +22,9 @@ def limits(config: SearchRun) -> dict[str, Any]:
     asked = {name: value for name in TARGETS if (value := getattr(config, name))}
     if not asked:
         raise PlanError(NO_TARGET)
-    table = {"table": Tuned(config.latency_device, model=config.model)} if "latency_ms" in asked else {}
-    return {**asked, **table}
+    if "latency_ms" not in asked:
+        return asked
+    return {**asked, "table": Tuned(config.latency_device, model=config.model, streams=config.streams)}
 
 
 def targets_section(outcome: BudgetResult) -> dict[str, Any]:

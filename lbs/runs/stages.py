@@ -13,7 +13,7 @@ import lbs
 import lbs.data
 from lbs.benchmark import PACKED as PACKED_ROW
 from lbs.cost.latency import fastest, surroundings
-from lbs.packing.explain import estimated_call, streams_of_codes
+from lbs.packing.explain import estimated_call, streams_of, streams_of_codes
 from lbs.packing.model import PackedModel
 from lbs.packing.parts import time_call, torch_threads
 from lbs.plan import Plan
@@ -67,7 +67,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
 def _latency(packed: PackedModel) -> dict[str, Any]:
     """Seconds that a call at batch 1 takes, and that a budget of milliseconds counts it to take, on this processor."""
     plan = packed.plan
-    around = {} if plan is None else surroundings(plan.whole_problems())
+    around = {} if plan is None else surroundings(plan.whole_problems(), streams=streams_of(packed))
     threads = fastest(around) if around else default_threads()
     with torch_threads(threads):
         measured = time_call(packed, packed.random_images(1)).p20

@@ -14,12 +14,14 @@ import lbs.cost
 import lbs.models
 from lbs.cost.latency import at_uniform_bits, call_key, latency_grid
 from lbs.graph import record_of
+from lbs.packing.explain import streams_of
 from lbs.packing.model import PackedModel
 from lbs.packing.parts import time_call
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
 from lbs.runs import network
 from lbs.runs.packed import PACKED
+from lbs.search.streams import FLOAT
 from lbs_kernels.errors import LbsError, PlanError
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.times import table
@@ -122,19 +124,24 @@ class Call:
         return seconds
 
 
-def calls_of_shapes(shapes: Shapes, bits: Pairs, batches: Iterable[int], exclude: tuple[str, ...] = ()) -> list[Call]:
-    """Calls of a float network packed at every pair of one width; at every pair where none is of one width."""
+def calls_of_shapes(
+    shapes: Shapes, bits: Pairs, batches: Iterable[int], exclude: tuple[str, ...] = (), streams: int = FLOAT
+) -> list[Call]:
+    """Calls of a float network packed at every pair of one width; at every pair where none is of one width.
+
+    exclude, streams: as `lbs.uniform` has them.
+    """
     images = torch.randn(_IMAGES, *shapes.example.shape[1:], generator=torch.Generator().manual_seed(0))
     searched = lbs.prepare(shapes.model, images[:1], lbs.SearchConfig(pruning=False, exclude=exclude))
     layers = record_of(searched).plan.whole_problems()
 
     def made(w_bits: int, a_bits: int) -> PackedModel:
-        uniform = lbs.uniform(shapes.model, images[:1], w_bits, a_bits, exclude)
+        uniform = lbs.uniform(shapes.model, images[:1], w_bits, a_bits, exclude, streams=streams)
         return lbs.pack(lbs.calibrate(uniform, [images]).eval(), verify=False)
 
     pairs = [pair for pair in bits if pair[0] == pair[1]] or list(bits)
     return [
-        Call(call_key(layers, batch, w, a, "cpu"), batch, lambda w=w, a=a: made(w, a))  # type: ignore[misc]
+        Call(call_key(layers, batch, w, a, streams), batch, lambda w=w, a=a: made(w, a))  # type: ignore[misc]
         for batch in batches
         for w, a in pairs
     ]
@@ -152,4 +159,5 @@ def calls_of_packed(packed: PackedModel, batches: Iterable[int]) -> list[Call]:
     layers = plan.whole_problems()
     if plan.kept_problems() != at_uniform_bits(layers, w_bits, a_bits):
         return []
-    return [Call(call_key(layers, batch, w_bits, a_bits, "cpu"), batch, lambda: packed) for batch in batches]
+    streams = streams_of(packed)
+    return [Call(call_key(layers, batch, w_bits, a_bits, streams), batch, lambda: packed) for batch in batches]

@@ -17,6 +17,7 @@ import lbs.zoo
 from lbs.cli import main, tune
 from lbs.cost import Tuned, latency
 from lbs.graph import record_of
+from lbs.packing.explain import estimated_call
 from lbs.plan import LayerPlan
 from lbs.search.budget import Budget
 from lbs_kernels import extension
@@ -133,6 +134,13 @@ def test_plans_and_packed_networks_are_measured_as_they_are(own: Path, capsys: p
     assert main.main(["tune", "packed.lbs.safetensors", "--threads", "1", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["calls"]) == 1  # of uniform bits, so that it serves budgets
     assert latency.surroundings(packed.plan.whole_problems()).keys() == {1}
+    assert estimated_call(packed, 1, 1) is not None
+    coded = lbs.pack(lbs.calibrate(lbs.uniform(model, x, 4, 2, streams=8), [x]).eval())
+    assert estimated_call(coded, 1, 1) is None  # nobody measured a call with streams of 8 bits
+    coded.save("coded.lbs.safetensors")
+    assert main.main(["tune", "coded.lbs.safetensors", "--threads", "1", "--json"]) == 0
+    assert "-streams8_" in next(iter(json.loads(capsys.readouterr().out)["calls"]))
+    assert estimated_call(coded, 1, 1) is not None
     entry = packed.plan.layers[1]
     mixed = replace(packed.plan, layers=(packed.plan.layers[0], replace(entry, w_bits=8), *packed.plan.layers[2:]))
     mixed.save("plan.json")
