@@ -4,8 +4,8 @@
 
 `lbs tune` measures both and keeps them in tuning tables: layers one by one, at many sizes, and whole calls of the
 network at uniform bits. What a call takes beyond its layers surrounds them: entering the program, quantizing the image,
-residuals, pools, sums, what stays in float. It depends on bits and filters little (ResNet-20 at batch 1, AMD EPYC
-family 26: 22 us of 115 at 2, 4 and 8 bits), so it is one number a network.
+residuals, pools, sums, what stays in float. It depends on filters little, and on bits somewhat (ResNet-20 at batch 1,
+AMD EPYC family 26: 19, 17 and 14 us of 110 at 2, 4 and 8 bits), so layers are charged with what theirs add.
 """
 
 from __future__ import annotations
@@ -125,38 +125,65 @@ def _network(layers: Sequence[Problem], streams: int) -> str:
     return f"network-{hashlib.sha256(text.encode()).hexdigest()[:16]}{coded}"
 
 
-def surroundings(
-    layers: Sequence[Problem], *, batch: int = 1, streams: int = FLOAT_STREAMS
-) -> dict[int, tuple[float, float]]:
-    """What surrounds the steps of a network in a call on the processor, as far as calls and layers were measured.
+@dataclass(frozen=True)
+class Around:
+    """What surrounds the layers of a network in a call, with one number of threads.
+
+    rests: seconds by the uniform (weight, activation) bits of the calls that were measured. call: the median of those
+    calls. inner: layers of the network beside its edges.
+    """
+
+    rests: dict[tuple[int, int], float]
+    call: float
+    inner: int
+
+    def at(self, w_bits: int, a_bits: int) -> float:
+        """Seconds beside the layers at uniform bits: measured, or else between those of the nearest widths."""
+        if (w_bits, a_bits) in self.rests:
+            return self.rests[w_bits, a_bits]
+        nearest = (
+            min(self.rests, key=lambda pair: (abs(pair[0] - w_bits), abs(pair[1] - w_bits))),
+            min(self.rests, key=lambda pair: (abs(pair[1] - a_bits), abs(pair[0] - a_bits))),
+        )
+        return statistics.mean(self.rests[pair] for pair in nearest)
+
+    @property
+    def constant(self) -> float:
+        """Seconds of a call that no layer is charged with: those at the bits of the edges."""
+        return self.at(EDGE_BITS, EDGE_BITS)
+
+    def share(self, problem: Problem) -> float:
+        """What a layer at other bits adds to `constant`; it may be below 0."""
+        return (self.at(problem.w_bits, problem.a_bits) - self.constant) / self.inner
+
+
+def surroundings(layers: Sequence[Problem], *, batch: int = 1, streams: int = FLOAT_STREAMS) -> dict[int, Around]:
+    """What surrounds the steps of a network in a call on the processor, by threads, as far as it was measured.
 
     Args:
         layers: of the network, whole, in execution order, of one image. streams: bits of its residual streams.
-
-    Returns:
-        Threads -> (seconds beside the layers, seconds of a call), medians over the uniform bits that were measured.
     """
-    found: dict[int, list[tuple[float, float]]] = {}
+    rests: dict[int, dict[tuple[int, int], float]] = {}
+    calls: dict[int, list[float]] = {}
     own = re.compile(rf"{_network(layers, streams)}_n{batch}_w(\d+)a(\d+)_cpu")
     for name, times in table.calls("cpu").items():
         bits = own.fullmatch(name)
         if bits is None:
             continue
-        uniform = at_uniform_bits(layers, int(bits[1]), int(bits[2]))
+        pair = int(bits[1]), int(bits[2])
         for implementation, seconds in times.items():
             threads = table.threads_of(implementation)
-            steps = layer_seconds(uniform, batch=batch, threads=threads)
+            steps = layer_seconds(at_uniform_bits(layers, *pair), batch=batch, threads=threads)
             if threads is not None and steps is not None:
-                found.setdefault(threads, []).append((max(0.0, seconds - steps), seconds))
-    return {
-        threads: (statistics.median(rest for rest, _ in pairs), statistics.median(call for _, call in pairs))
-        for threads, pairs in found.items()
-    }
+                rests.setdefault(threads, {})[pair] = max(0.0, seconds - steps)
+                calls.setdefault(threads, []).append(seconds)
+    inner = max(1, len(layers) - 2)
+    return {threads: Around(found, statistics.median(calls[threads]), inner) for threads, found in rests.items()}
 
 
-def fastest(around: Mapping[int, tuple[float, float]]) -> int:
+def fastest(around: Mapping[int, Around]) -> int:
     """Of what `surroundings` returns, the number of threads with which calls take least."""
-    return min(around, key=lambda threads: around[threads][1])
+    return min(around, key=lambda threads: around[threads].call)
 
 
 def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None) -> float | None:
@@ -177,7 +204,7 @@ def layer_seconds(layers: Iterable[Problem], *, batch: int, threads: int | None)
 
 
 def call_seconds(
-    layers: Sequence[Problem], kept: Iterable[Problem], *, batch: int, threads: int, streams: int = FLOAT_STREAMS
+    layers: Sequence[Problem], kept: Sequence[Problem], *, batch: int, threads: int, streams: int = FLOAT_STREAMS
 ) -> float | None:
     """What a call of a network is estimated to take; None where something that it needs was not measured.
 
@@ -186,7 +213,7 @@ def call_seconds(
     """
     around = surroundings(layers, batch=batch, streams=streams).get(threads)
     steps = layer_seconds(kept, batch=batch, threads=threads)
-    return None if around is None or steps is None else steps + around[0]
+    return None if around is None or steps is None else steps + around.constant + sum(map(around.share, kept))
 
 
 @dataclass(frozen=True)
@@ -223,7 +250,8 @@ class Tuned:
                 f"steps; measure layers and calls first, with {self._command(layers)}"
             )
         threads = fastest(usable)
-        return self._steps(layers, threads), usable[threads][0]
+        around, step = usable[threads], self._steps(layers, threads)
+        return lambda problem: max(0.0, step(problem) + around.share(problem)), around.constant
 
     def _steps(self, layers: Sequence[Problem], threads: int | None) -> Callable[[Problem], float]:
         def seconds(problem: Problem) -> float:

@@ -29,6 +29,7 @@ from lbs_kernels.times.table import TuningTable
 
 Pairs = Sequence[tuple[int, int]]
 _IMAGES = 4  # of random numbers, that set the ranges of what is only timed
+_ROUNDS = 60  # measurements of a call: two seconds, which all estimates of the network rest on
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Call:
         if not again and implementation in table.load(slug).calls.get(self.name, {}):
             return None
         packed = self.make()
-        seconds = time_call(packed, packed.random_images(self.batch)).p20
+        seconds = time_call(packed, packed.random_images(self.batch), _ROUNDS).p20
         table.add(TuningTable(slug, calls={self.name: {implementation: seconds}}))
         return seconds
 

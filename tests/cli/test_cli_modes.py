@@ -154,7 +154,7 @@ def times(problem: Problem, threads: int | None = None) -> float | None:
 def measured(patch: pytest.MonkeyPatch, estimate: Callable[..., float | None]) -> None:
     """A machine on which layers take what `estimate` says, and calls were measured."""
     patch.setattr(table, "estimate", estimate)
-    patch.setattr(latency, "surroundings", lambda layers, **options: {1: (AROUND, 1e-3)})
+    patch.setattr(latency, "surroundings", lambda layers, **options: {1: latency.Around({(8, 8): AROUND}, 1e-3, 2)})
 
 
 def test_bytes_and_milliseconds_are_targets_too(

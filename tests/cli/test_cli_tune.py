@@ -97,7 +97,8 @@ def test_a_network_of_ones_own_then_its_budget_and_its_estimate(own: Path, capsy
     searched = lbs.calibrate(lbs.prepare(model, x, lbs.SearchConfig(bits=(4, 8), pruning=False)), [x])
     layers = record_of(searched).plan.whole_problems()
     steps = latency.layer_seconds(latency.at_uniform_bits(layers, 8, 8), batch=1, threads=1)
-    ((threads, (around, call)),) = latency.surroundings(layers).items()
+    ((threads, found),) = latency.surroundings(layers).items()
+    around, call = found.constant, found.call
     assert threads == 1
     assert steps is not None
     assert min(body["calls"].values()) <= call <= max(body["calls"].values())
