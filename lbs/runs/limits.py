@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from lbs.config import SearchRun
 from lbs.search.outcome import BudgetResult
+from lbs.search.quantities import Table
 from lbs_kernels.errors import PlanError
+from lbs_kernels.gpu.modelled import modelled
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times.table import estimate
 
@@ -28,8 +29,15 @@ def limits(config: SearchRun) -> dict[str, Any]:
     return {**asked, "table": tuned_seconds(config.model, config.latency_device)} if "latency_ms" in asked else asked
 
 
-def tuned_seconds(model: str, device: str) -> Callable[[Problem], float]:
-    """Problem -> seconds on `device`, from the tables that `lbs tune` wrote on this machine."""
+def tuned_seconds(model: str, device: str) -> Table:
+    """Problem -> seconds on `device`: from the tables that `lbs tune` wrote on this machine, or of a modelled GPU.
+
+    Raises:
+        FormatError: a modelled GPU that does not exist.
+    """
+    model_of_gpu = modelled(device)
+    if model_of_gpu is not None:
+        return model_of_gpu
 
     def seconds(problem: Problem) -> float:
         problem = replace(problem, device=device)
@@ -46,11 +54,15 @@ def tuned_seconds(model: str, device: str) -> Callable[[Problem], float]:
 
 
 def targets_section(outcome: BudgetResult) -> dict[str, Any]:
-    """Every target, what was reached, and by the thresholds alone, in base units (bit operations, bytes, seconds)."""
-    rows = {
-        row.quantity.name: {"target": row.target, "value": row.value, "thresholds": row.thresholds}
-        for row in outcome.reached
-    }
+    """Every target, what was reached, and by the thresholds alone, in base units (bit operations, bytes, seconds).
+
+    modelled: beside seconds that a model told.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for row in outcome.reached:
+        told = {"modelled": row.quantity.modelled} if row.quantity.modelled else {}
+        numbers = {"target": row.target, "value": row.value, "thresholds": row.thresholds}
+        rows[row.quantity.name] = {**numbers, **told}
     return {"targets": rows, "target_bops": rows.get("bops", {}).get("target")}
 
 

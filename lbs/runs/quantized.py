@@ -34,6 +34,7 @@ def quantize_files(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     uint8: bool = False,
+    latency_device: str = "cpu",
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> tuple[PackedModel, dict[str, Any]]:
@@ -43,8 +44,8 @@ def quantize_files(
         name: as in `network.build`. weights: a state dict, .safetensors or .pth. images: see `read_pictures`.
         out: the file written, at once or not at all; it ends in .lbs.safetensors. size: of images; by default that of a
             network of lbs.models, else that of the images. classes: by default as many as the last matrix of the
-            weights has rows. uint8: the packed network is given bytes and normalises them. say: is told what is done,
-            and which images cannot be read. options: of `lbs.quantize`.
+            weights has rows. uint8: the packed network is given bytes and normalises them. latency_device: whose times
+            latency_ms counts. say: is told what is done, and which images cannot be read. options: of `lbs.quantize`.
 
     Raises:
         LbsError: of its family, whatever is wrong with model, weights, images or targets.
@@ -63,7 +64,7 @@ def quantize_files(
     mean, std = _statistics(mean, std, channels, say)
     say(f"{len(pictures)} images of {' x '.join(map(str, pictures.shape[1:]))} from {images}")
     if options.get("latency_ms") is not None:
-        options["table"] = tuned_seconds(name, "cpu")
+        options["table"] = tuned_seconds(name, latency_device)
     normalize = (mean, std) if uint8 else None
     given = pictures if uint8 else lbs.data.normalize(pictures.permute(0, 2, 3, 1), mean, std)
     packed = quantize(model, given, normalize=normalize, progress=lambda step: say(f"{step} ..."), **options)

@@ -33,12 +33,16 @@ Table = LookUp | Estimates
 
 @dataclass(frozen=True)
 class Quantity:
-    """name and unit are for people: value / scale is what they read. price: exact cost of a layer."""
+    """name and unit are for people: value / scale is what they read. price: exact cost of a layer.
+
+    modelled: what a model was asked instead of a measurement, "" for what was counted or measured.
+    """
 
     name: str
     unit: str
     scale: float
     price: Callable[[Problem], float]
+    modelled: str = ""
 
     def total(self, plan: Plan) -> float:
         """The quantity of a whole plan, as the budget counts it."""
@@ -83,8 +87,10 @@ def seconds(table: Table) -> Quantity:
     """Measured latency of one image: the sum of the layers' times in `table`.
 
     A table is a function, or an object whose method `estimate` is one. A size it does not know lies on the line between
-    the nearest numbers of filters it does know.
+    the nearest numbers of filters it does know. A table of modelled times says so (`modelled`), as the quantity then
+    does.
     """
+    mark = str(getattr(table, "modelled", ""))
     look_up: LookUp = table.estimate if isinstance(table, Estimates) else table
 
     @cache
@@ -95,7 +101,7 @@ def seconds(table: Table) -> Quantity:
     def price(problem: Problem) -> float:
         return sum(map(of_step, cost.timed(problem)))
 
-    return Quantity("latency_ms", " ms", 1e-3, price)
+    return Quantity("latency_ms", f" ms ({mark})" if mark else " ms", 1e-3, price, mark)
 
 
 def _between(table: LookUp, problem: Problem) -> float:

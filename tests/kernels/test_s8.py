@@ -17,7 +17,7 @@ from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs import cuda
-from lbs_kernels.gpu.configs.cuda import S8Config, s8_default, s8_why_not
+from lbs_kernels.gpu.configs.cuda import S8Config, s8_why_not
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.cuda.layout import S8Layout, channel_order
 from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
@@ -211,24 +211,24 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *instructions: str) -> None:
 
 
 def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert s8_default(LAYER) is None  # no GPU was asked
+    assert kernels.default(LAYER).config == conv_default(LAYER)  # no GPU was asked
     on_a_gpu(monkeypatch, "wgmma", "mma")
-    assert kernels.default(LAYER).name == "cuda:s8_wgmma_m64_o128_s8_t2"
-    assert s8_default(replace(LAYER, batch=128)) == WIDE
-    assert s8_default(replace(LAYER, batch=128, out_channels=64)) == CONFIGS[2]
-    names = [choice.name for choice in tuner.shortlist(LAYER, 2)]
-    assert names[0] == str(kernels.default(LAYER).name)
+    many = replace(LAYER, batch=128)
+    assert kernels.default(many).config == WIDE
+    assert kernels.default(replace(many, out_channels=64)).config == CONFIGS[2]
+    names = [choice.name for choice in tuner.shortlist(many, 2)]
+    assert names[0] == str(kernels.default(many).name)
     assert any(name.startswith("triton:gemm") for name in names)
     few = replace(LAYER, batch=1)
     assert kernels.default(few).config == conv_default(few)  # a split reduction keeps the multiprocessors at work
-    for other in (replace(LAYER, a_bits=4), replace(LAYER, groups=2)):
+    for other in (replace(many, a_bits=4), replace(many, groups=2)):
         assert kernels.default(other).config == conv_default(other)
-    assert kernels.choose(LAYER, ("triton",)).config == conv_default(LAYER)
-    refused = kernels.choose(LAYER, why_not=lambda choice: "no" if choice.kernel.family == "cuda" else None)
-    assert refused.config == conv_default(LAYER)
+    assert kernels.choose(many, ("triton",)).config == conv_default(many)
+    refused = kernels.choose(many, why_not=lambda choice: "no" if choice.kernel.family == "cuda" else None)
+    assert refused.config == conv_default(many)
     monkeypatch.setattr(extension, "cuda", None)
     monkeypatch.setattr(extension, "cuda_reason", "nvcc was not found")
-    assert kernels.default(LAYER).config == conv_default(LAYER)
+    assert kernels.default(many).config == conv_default(many)
 
 
 def test_the_default_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
