@@ -29,7 +29,7 @@ TIMED = (
     "whole networks alone. float16 is the convolution without norm, activation or addition"
 )
 W4A4, W8A8, W2A2 = (4, 4), (8, 8), (2, 2)
-(PRUNED,) = gpu_nets.PRUNING
+PRUNED = gpu_nets.PRUNING[0]
 RESNETS, CIFAR = ("resnet18", "resnet50"), ("cifar_resnet20", "cifar_resnet56")
 EVERY = (*RESNETS, "mobilenet_v2", *CIFAR)
 Bits = tuple[int, int] | str  # of weights and activations, or a variant of gpu_nets with shapes of its own

@@ -38,8 +38,9 @@ RULES = {
     "w2a2": lambda layer: _uniform(2, layer),
     "mixed": _mixed,
     "w4a4 pruned": lambda layer: _uniform(4, layer),
+    "w8a8 pruned": lambda layer: _uniform(8, layer),
 }
-PRUNING = ("w4a4 pruned",)
+PRUNING = ("w4a4 pruned", "w8a8 pruned")
 
 
 def float_model(network: str) -> nn.Module:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
 from lbs_kernels.gpu.configs.defaults import DEFAULTS, weighted_defaults
+from lbs_kernels.gpu.forms import as_kept, fastest
 from lbs_kernels.gpu.layout import storage
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem, problem_of
@@ -49,11 +50,11 @@ class Modelled:
         if problem.op not in WEIGHTED or not all(1 <= width <= MAX_BITS for width in bits):
             return None
         problem = replace(problem, batch=problem.batch * self.batch, device="cuda")
-        times = (seconds(problem, config, self.machine) for config in weighted_defaults(problem, hopper=True))
-        return min(times) / self.batch
+        return seconds(*fastest(problem), self.machine) / self.batch
 
     def of_steps(self, program: Program) -> list[float]:
         """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU."""
+        program = as_kept(program)
         return [self._of_step(step, program) for step in program.steps]
 
     def _of_step(self, step: Step, program: Program) -> float:

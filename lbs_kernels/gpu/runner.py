@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.cuda import on_hopper
+from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
@@ -71,10 +74,10 @@ class GpuRunner:
         Raises:
             BackendError: a step or configuration no kernel serves, or a CPU device without the interpreter.
         """
-        self.program = program
         self.device = torch.device(device)
         self.configs = dict(configs or {})
         self.families = families
+        self.program = as_kept(program, self._measured) if self._keeps_bytes() else program
         if self.device.type != "cuda" and not INTERPRETED.value:
             raise BackendError(
                 f"GPU kernels cannot run on {self.device}: they need a CUDA device; move the tensors to one, take "
@@ -212,6 +215,14 @@ class GpuRunner:
             for tensor in tensors_in([self.arrays, self._weights], self.device.type):
                 tensor.record_stream(stream)
 
+    def _keeps_bytes(self) -> bool:
+        """Whether the s8 kernels may serve. Configurations that are named are those of the program as it is."""
+        allowed = self.families is None or "cuda" in self.families
+        return allowed and not self.configs and extension.cuda is not None and on_hopper(str(self.device))
+
+    def _measured(self, problem: Problem) -> float | None:
+        return kernels.choose(problem, self.families).seconds
+
     def _problem(self, step: Step, batch: int) -> Problem:
         return problem_of(step, self.program, batch, str(self.device))
 
@@ -231,8 +242,10 @@ class GpuRunner:
 
     def _step_why_not(self, step: Step, choice: Choice) -> str | None:
         """Why a kernel cannot run a step, beyond what its problem says, or None."""
-        asked = getattr(choice.kernel.implementation(step.op), "step_why_not", None)
-        return None if asked is None else asked(step, self.program.tensors[step.input])
+        module = choice.kernel.implementation(step.op)
+        reads, writes = (getattr(module, name, None) for name in ("step_why_not", "writes_why_not"))
+        reason = None if reads is None else reads(step, self.program.tensors[step.input])
+        return reason if reason or writes is None else writes(step, choice.config, self.program)
 
     def _weights_for(self, step: Step, choice: Choice) -> Any:
         """The weights of a step as its kernel wants them, made once; None for a step that has none."""

@@ -22,17 +22,25 @@ from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.cuda.layout import S8Layout, channel_order
 from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import ConvStep, Emit
+from lbs_kernels.program.steps import ConvStep, Emit, Program
 from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
 
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
 WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 12)
+LOW, TALL = S8Config("wgmma", 64, 128, 8), S8Config("wgmma", 128, 64, 8)
+BY_EIGHTS, BY_FOURS = S8Config("wgmma", 128, 96, 7), S8Config("wgmma", 128, 48, 9)
 
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     launches_on_the_model(monkeypatch)
+
+
+def all_as_bytes(program: Program) -> Program:
+    """The program whose codes are all kept as bytes, whatever their width."""
+    tensors = (replace(spec, bits=8) if spec.form == "codes" else spec for spec in program.tensors)
+    return replace(program, tensors=tuple(tensors))
 
 
 def check(made: one_step.OneStep, config: S8Config) -> None:
@@ -98,23 +106,38 @@ def test_nothing_depends_on_moments_and_orders(
 # 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
 @pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
-    ("filters", "config"), [(130, WIDE), (72, NARROW), (68, CONFIGS[2]), (33, CONFIGS[1])], ids=str
+    ("filters", "config"),
+    [
+        (130, WIDE),
+        (72, NARROW),
+        (68, TALL),
+        (33, LOW),
+        *[(filters, config) for config in (BY_EIGHTS, BY_FOURS) for filters in (33, 68, 72, 96, 130)],
+    ],
+    ids=str,
 )
 def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Config, stream_dtype: str) -> None:
     program, blob = residuals(filters, stream_dtype)
+    program = program if config.planes else all_as_bytes(program)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
 # 72 and 13: a piece of 8 channels begun inside the pitch of 80, and one that is partly behind the channels.
-@pytest.mark.parametrize(("filters", "config"), [(130, WIDE), (72, NARROW), (13, CONFIGS[1])], ids=str)
+@pytest.mark.parametrize(
+    ("filters", "config"),
+    [(130, WIDE), (72, NARROW), (13, LOW), (72, BY_EIGHTS), (13, BY_EIGHTS), (52, BY_FOURS), (13, BY_FOURS)],
+    ids=str,
+)
 def test_residuals_of_codes_and_codes_that_stand_for_values(filters: int, config: S8Config) -> None:
     program, blob = coded_residuals(filters)
+    program = program if config.planes else all_as_bytes(program)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
 @pytest.mark.parametrize("thresholds", [0, 4])
 @pytest.mark.parametrize("out_bits", [2, 4])
-def test_codes_alone_by_thresholds_or_floats(out_bits: int, thresholds: int) -> None:
+@pytest.mark.parametrize("tile", [NARROW, BY_EIGHTS], ids=str)
+def test_codes_alone_by_thresholds_or_floats(tile: S8Config, out_bits: int, thresholds: int) -> None:
     b = programs.Builder(out_bits)
     image = b.image(40, 6, 5)
     codes = b.consumer((6, 5, 40), 8)
@@ -123,8 +146,31 @@ def test_codes_alone_by_thresholds_or_floats(out_bits: int, thresholds: int) -> 
     b.conv(codes.tensor, Emit(low=0.0, consumers=(b.consumer(shape, out_bits, norm=True),)), 77, w_bits=4)
     b.conv(codes.tensor, Emit(stream=b.stream(shape, output=True)), 77, w_bits=2)
     program, blob = b.build()
-    config = replace(NARROW, thresholds=thresholds)
+    config = replace(tile, thresholds=thresholds)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_narrow_codes_as_bytes_keep_their_levels(config: S8Config) -> None:
+    """Both ways: a layer writes codes of 2 and 4 bits as bytes, one reads them; thresholds write planes, not these."""
+    b = programs.Builder(3)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 4, zero=3)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, 52)
+    few = b.consumer(shape, 2, zero=1, norm=True)
+    b.conv(codes.tensor, Emit(consumers=(few,)), 52, w_bits=4)
+    b.conv(few.tensor, Emit(stream=b.stream(b.conv_shape(few.tensor, 20), output=True)), 20, w_bits=2)
+    program, blob = b.build()
+    program = all_as_bytes(program)
+    images = programs.random_inputs(program, 2, 1)
+    assert check_steps(program, blob, images, config=replace(config, thresholds=4)) == ["step1", "step2"]
+
+
+def test_planes_are_refused_by_tiles_that_cannot_write_them() -> None:
+    program, blob = residuals(33, "float32")
+    with pytest.raises(BackendError, match="is kept as planes; s8_wgmma_m128_o48_s9_t2 writes bytes and streams"):
+        check_steps(program, blob, programs.random_inputs(program, 1, 1), config=BY_FOURS)
 
 
 @pytest.mark.parametrize("name", sorted(programs.CASES))
@@ -139,7 +185,7 @@ def test_named_programs(name: str) -> None:
     assert check_steps(program, blob, images, kind=S8Config) == bytes_read
 
 
-@pytest.mark.parametrize("block_o", [64, 128])
+@pytest.mark.parametrize("block_o", [48, 64, 96, 128])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (13, 9, 20), (64, 1, 128), (129, 9, 33), (128, 49, 3)])
 def test_weights_have_an_exact_inverse(shape: tuple[int, int, int], block_o: int) -> None:
     weights = torch.randint(1, 128, shape, generator=torch.Generator().manual_seed(block_o)).to(torch.int8)
@@ -215,7 +261,7 @@ def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch, "wgmma", "mma")
     many = replace(LAYER, batch=128)
     assert kernels.default(many).config == WIDE
-    assert kernels.default(replace(many, out_channels=64)).config == CONFIGS[2]
+    assert kernels.default(replace(many, out_channels=64)).config == TALL
     names = [choice.name for choice in tuner.shortlist(many, 2)]
     assert names[0] == str(kernels.default(many).name)
     assert any(name.startswith("triton:gemm") for name in names)

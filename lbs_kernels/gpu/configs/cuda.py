@@ -97,9 +97,16 @@ class S8Config(CudaConfig):
     tiles = (
         ("wgmma", 128, 128, 6),
         ("wgmma", 64, 128, 8),
+        ("wgmma", 128, 96, 7),
         ("wgmma", 128, 64, 8),
+        ("wgmma", 128, 48, 9),
         ("wgmma", 64, 64, 12),
     )
+
+    @property
+    def planes(self) -> bool:
+        """Whether it writes planes: a thread must have eight neighbouring channels, a byte of each."""
+        return self.block_o % 32 == 0
 
 
 @functools.cache

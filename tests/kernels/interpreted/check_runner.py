@@ -29,6 +29,7 @@ from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run import backends
@@ -185,6 +186,28 @@ def test_cuda_and_triton_kernels_share_a_program(name: str, monkeypatch: pytest.
     check(runner, blob, batch=2, seed=4)
     assert len(launched) == len(configs)
     assert {choice.kernel.family for choice in runner.choices(2)} == {"cuda", "triton"}
+
+
+@pytest.mark.parametrize("family", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["chain", "preact_residual", "weights_with_a_zero", "depthwise"])
+def test_narrow_codes_kept_as_bytes_stay_what_they_are(name: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and read by kernels of both families, all codes and streams those of the program as it was."""
+    launched = launches_on_the_model(monkeypatch)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    program, blob = programs.CASES[name](seed=2)
+    kept = as_kept(program, lambda problem: 1e-5 / problem.a_bits)
+    assert kept != program
+    s8 = S8Config(*S8Config.tiles[-1])
+    served_by_s8 = [step.name for step in kept.steps if served(kept, step, 2, "cpu", S8Config)]
+    runner = GpuRunner(kept, blob, "cpu", dict.fromkeys(served_by_s8, s8) if family == "cuda" else None)
+    images = programs.random_inputs(program, 2, 4)
+    expected: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
+    ReferenceRunner(program, blob).run(images, expected)
+    runner.run(images, actual)
+    for index in expected:
+        assert_same(actual[index], expected[index], f"tensor {index}")
+    assert len(launched) == (len(served_by_s8) if family == "cuda" else 0)
 
 
 def test_plans_free_what_they_hold(net: tuple[Program, Tensor]) -> None:
