@@ -116,7 +116,7 @@ def compile_network(path: str, batch: int, share: tuple[int, int] = (0, 1)) -> i
     done = 0
     with compile_only():
         for region in lbs.load(path).regions:
-            program = region.program
+            program = kernels.program_on(region.program, "cuda")
             # The choice is that of the device; the tensors lie on the processor.
             problems = {step.name: problem_of(step, program, batch, "cuda") for step in program.steps}
             choices = {name: kernels.choose(problem) for name, problem in problems.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, LbsError
-from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, onebit_why_not, s8_why_not
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_why_not, s8_why_not
 from lbs_kernels.gpu.configs.defaults import DEFAULTS
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
@@ -24,7 +24,9 @@ from lbs_kernels.gpu.configs.direct import (
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, triton_why_not
 from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
+from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
 from lbs_kernels.times import table
 
 
@@ -210,6 +212,14 @@ def choose(
     if refused is not None:
         raise BackendError(f"{found.kernel.family} cannot serve {problem}: {refused}")
     return found
+
+
+def program_on(program: Program, device: str, families: tuple[str, ...] | None = None) -> Program:
+    """The program as the GPU there runs it: with codes as bytes where the s8 kernels may serve (`forms.py`)."""
+    allowed = families is None or "cuda" in families
+    if not (allowed and extension.cuda is not None and on_hopper(device)):
+        return program
+    return as_kept(program, lambda problem: choose(problem, families).seconds)
 
 
 def why_not_by_family(problem: Problem) -> dict[str, str | None]:

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
-from lbs_kernels.gpu.configs.cuda import on_hopper
-from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
@@ -77,7 +74,8 @@ class GpuRunner:
         self.device = torch.device(device)
         self.configs = dict(configs or {})
         self.families = families
-        self.program = as_kept(program, self._measured) if self._keeps_bytes() else program
+        # Configurations that are named are those of the program as it is.
+        self.program = program if self.configs else kernels.program_on(program, str(self.device), families)
         if self.device.type != "cuda" and not INTERPRETED.value:
             raise BackendError(
                 f"GPU kernels cannot run on {self.device}: they need a CUDA device; move the tensors to one, take "
@@ -214,14 +212,6 @@ class GpuRunner:
             stream = torch.cuda.current_stream(self.device)
             for tensor in tensors_in([self.arrays, self._weights], self.device.type):
                 tensor.record_stream(stream)
-
-    def _keeps_bytes(self) -> bool:
-        """Whether the s8 kernels may serve. Configurations that are named are those of the program as it is."""
-        allowed = self.families is None or "cuda" in self.families
-        return allowed and not self.configs and extension.cuda is not None and on_hopper(str(self.device))
-
-    def _measured(self, problem: Problem) -> float | None:
-        return kernels.choose(problem, self.families).seconds
 
     def _problem(self, step: Step, batch: int) -> Problem:
         return problem_of(step, self.program, batch, str(self.device))

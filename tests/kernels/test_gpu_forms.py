@@ -11,14 +11,13 @@ import torch
 from contenders import assert_same
 
 from lbs_kernels import extension
+from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs import cuda
-from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import ConvStep, Emit, LinearStep, Program, sources
 from lbs_kernels.run.reference import ReferenceRunner
-
-LAYER = Problem("bitconv2d", 8, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), device="cuda")
+from lbs_kernels.times import table
 
 
 def bytes_pay(problem: Problem) -> float:
@@ -93,19 +92,17 @@ def test_sums_that_would_not_fit_keep_planes() -> None:
     assert turned(b.build()[0], as_kept(b.build()[0], bytes_pay)) == []
 
 
-def test_a_runner_turns_them_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_runner = pytest.importorskip("lbs_kernels.gpu.runner", reason="Triton is not installed")
-    runner = object.__new__(gpu_runner.GpuRunner)
-    runner.device, runner.configs, runner.families = torch.device("cuda"), {}, None
+def test_they_are_turned_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, codes = chain(28, 128, 3, 4)
     monkeypatch.setattr(extension, "cuda", ModuleType("module"))
-    assert not runner._keeps_bytes()  # no GPU
+    assert kernels.program_on(program, "cuda") is program  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
-    assert runner._keeps_bytes()
-    runner.families = ("triton",)
-    assert not runner._keeps_bytes()
-    runner.families, runner.configs = None, {"step1": next(S8Config.candidates(LAYER))}
-    assert not runner._keeps_bytes()
-    runner.configs = {}
+    monkeypatch.setattr(table, "times", lambda problem: {})
+    assert turned(program, kernels.program_on(program, "cuda")) == [codes]
+    assert kernels.program_on(program, "cuda", ("triton",)) is program
+    monkeypatch.setattr(cuda, "machines", lambda device: ("mma",))
+    assert kernels.program_on(program, "cuda") is program
+    monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
     monkeypatch.setattr(extension, "cuda", None)
-    assert not runner._keeps_bytes()
+    assert kernels.program_on(program, "cuda") is program
