@@ -32,27 +32,29 @@ NETWORKS, VARIANTS = ("resnet18", "resnet50"), ("w8a8", "w8a8 pruned", "w4a4", "
 class Counted:
     """One layer: products asked for, and executed by its kernel."""
 
-    problem: Problem
+    problem: Problem  # as a GPU runs it
     config: Any
+    useful: int
     executed: int
 
     @property
     def ratio(self) -> float:
-        return self.executed / self.problem.macs
+        return self.executed / self.useful
 
 
 def count(network: str, variant: str, architecture: str, batch: int = 128) -> list[Counted]:
     """Every layer of a network (`gpu_nets`), with what the default rule chooses for it."""
     found = []
     for layer in gpu_nets.layers(network, variant):
-        form, config = fastest(replace(layer, batch=layer.batch * batch, device="cuda"), ARCHITECTURES[architecture])
-        found.append(Counted(form, config, executed(form, config)))
+        layer = replace(layer, batch=layer.batch * batch, device="cuda")
+        form, config = fastest(layer, ARCHITECTURES[architecture])
+        found.append(Counted(form, config, layer.macs, executed(form, config)))
     return found
 
 
 def ratio(layers: list[Counted]) -> float:
     """Executed over useful products of all of them."""
-    return sum(layer.executed for layer in layers) / sum(layer.problem.macs for layer in layers)
+    return sum(layer.executed for layer in layers) / sum(layer.useful for layer in layers)
 
 
 def lines(network: str, variant: str, architecture: str, batch: int, each: bool) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 from lbs_kernels.gpu.configs.cost import seconds
 from lbs_kernels.gpu.configs.defaults import conv_default, weighted_defaults
 from lbs_kernels.gpu.layout import BYTE_BITS
+from lbs_kernels.gpu.stem import folded_problem
 from lbs_kernels.program.planes import accumulator_fits
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step, sources
@@ -49,10 +50,12 @@ def as_kept(program: Program, measured: Callable[[Problem], float | None] = lamb
 
 
 def fastest(problem: Problem, hopper: bool = True) -> tuple[Problem, Any]:
-    """The form of its activations, planes or bytes, and the kernel's configuration that the model finds fastest.
+    """A layer as a GPU runs it, a stem folded and activations as planes or bytes, and the configuration of the kernel
+    that the model finds fastest.
 
     hopper: on compute capability 9.0; elsewhere codes keep their form, and Triton serves.
     """
+    problem = folded_problem(problem)
     if not hopper:
         return problem, conv_default(problem)
     forms = (problem, replace(problem, a_bits=BYTE_BITS))

@@ -13,6 +13,7 @@ from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
 from lbs_kernels.gpu.configs.defaults import DEFAULTS, weighted_defaults
 from lbs_kernels.gpu.forms import as_kept, fastest
 from lbs_kernels.gpu.layout import storage
+from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step, sources
@@ -54,7 +55,7 @@ class Modelled:
 
     def of_steps(self, program: Program) -> list[float]:
         """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU."""
-        program = as_kept(program)
+        program = as_kept(fold_steps(program))
         return [self._of_step(step, program) for step in program.steps]
 
     def _of_step(self, step: Step, program: Program) -> float:

@@ -94,15 +94,16 @@ def test_sums_that_would_not_fit_keep_planes() -> None:
 
 def test_they_are_turned_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
     program, codes = chain(28, 128, 3, 4)
+    blob = torch.empty(0, dtype=torch.uint8)  # nothing of it is changed
     monkeypatch.setattr(extension, "cuda", ModuleType("module"))
-    assert kernels.program_on(program, "cuda") is program  # no GPU
+    assert kernels.program_on(program, blob, "cuda")[0] is program  # no GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
     monkeypatch.setattr(table, "times", lambda problem: {})
-    assert turned(program, kernels.program_on(program, "cuda")) == [codes]
-    assert kernels.program_on(program, "cuda", ("triton",)) is program
+    assert turned(program, kernels.program_on(program, blob, "cuda")[0]) == [codes]
+    assert kernels.program_on(program, blob, "cuda", ("triton",))[0] is program
     monkeypatch.setattr(cuda, "machines", lambda device: ("mma",))
-    assert kernels.program_on(program, "cuda") is program
+    assert kernels.program_on(program, blob, "cuda")[0] is program
     monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
     monkeypatch.setattr(extension, "cuda", None)
-    assert kernels.program_on(program, "cuda") is program
+    assert kernels.program_on(program, blob, "cuda")[0] is program
