@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_steps import bound, check_steps, input_buffer
 from gpu_model import launches_on_the_model, native
-from s8_cases import READINGS, SHAPES, coded_residuals, layer, random_codes, residuals
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
@@ -22,7 +22,7 @@ from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.cuda.layout import S8Layout, channel_order
 from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import ConvStep, Emit, Program
+from lbs_kernels.program.steps import ConvStep, Emit
 from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
 
@@ -35,12 +35,6 @@ BY_EIGHTS, BY_FOURS = S8Config("wgmma", 128, 96, 7), S8Config("wgmma", 128, 48, 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
     launches_on_the_model(monkeypatch)
-
-
-def all_as_bytes(program: Program) -> Program:
-    """The program whose codes are all kept as bytes, whatever their width."""
-    tensors = (replace(spec, bits=8) if spec.form == "codes" else spec for spec in program.tensors)
-    return replace(program, tensors=tuple(tensors))
 
 
 def check(made: one_step.OneStep, config: S8Config) -> None:
