@@ -35,6 +35,10 @@ SOURCES = ROOT / "csrc"
 TEST_SOURCES = ROOT / "tests" / "native"
 # -ffp-contract=off: a fused multiply-add happens only where the format says so.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Modules that read a stranger's file end where their stack, or a buffer of known size, would be overwritten, and where
+# functions lie cannot be written to once they are loaded. ResNet-20 at batch 1 takes 102 us either way (Zen 5).
+HARDENED = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
+HARDENED_LINK = [f"-Wl,-z,{word}" for word in ("relro", "now", "noexecstack") if sys.platform.startswith("linux")]
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"]}
 ISA_FLAGS["avx512vnni"] = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni")] + ISA_FLAGS["avx2"]
 # GCC 12's own AVX-512 headers read what they did not set: 62,000 lines of warnings for one file.
@@ -327,20 +331,22 @@ def plan_cuda(ninja: NinjaFile, library: Path, part: Part) -> None:
     part.compiler = f"{nvcc}: {version_line(nvcc)}"
     archs = os.environ.get("LBS_CUDA_ARCHS", "80;90a").split(";")
     codes = [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    host = ["-ccbin", find_compiler().split()[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    host = ["-ccbin", find_compiler().split()[0], "-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *HARDENED])]
     host += ["-std=c++17", "-O3", "-fmad=false"]
     words = [nvcc, "-MMD", "-MF", "$out.d", *host, *include_flags(), *codes]
     ninja.rule("cuda", [*words, "$flags", "-c", "$in", "-o", "$out"])
     sources = sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*_cuda.cpp")])
     objects = [ninja.compile("cuda", source, []) for source in sources]
-    ninja.link(library, objects, [nvcc, *host, "-shared", "-cudart", "static", "$in", "-o", "$out"])
+    device_link = [word for flag in HARDENED_LINK for word in ("-Xlinker", flag.removeprefix("-Wl,"))]
+    ninja.link(library, objects, [nvcc, *host, "-shared", "-cudart", "static", "$in", "-o", "$out", *device_link])
     part.details = {f"sm_{arch}": "built" for arch in archs}
 
 
 def plan_tests(ninja: NinjaFile, library: Path, part: Part) -> None:
     """cuda_model: the headers of the CUDA kernels on a model of the GPU (docs/cuda.md)."""
     link = cxx_rule(ninja, "tests", part)
-    slow = {"bindings.cpp": ["-O0"]}  # nothing is computed there, and optimisation is a third of its compilation
+    # Nothing is computed there, and optimisation, which FORTIFY needs, is a third of its compilation.
+    slow = {"bindings.cpp": ["-O0", "-U_FORTIFY_SOURCE"]}
     sources = sorted((TEST_SOURCES / "cuda").glob("*.cpp"))
     ninja.link(library, [ninja.compile("tests", source, slow.get(source.name, [])) for source in sources], link)
 
@@ -349,10 +355,10 @@ def cxx_rule(ninja: NinjaFile, name: str, part: Part, for_python: bool = True) -
     """The rule `name`, which compiles C++; returns the command that links a library. Raises BuildFailure."""
     compiler, extra = find_compiler(), os.environ.get("LBS_CXXFLAGS", "").split()
     part.compiler = f"{compiler}: {version_line(compiler)}"
-    words = [*compiler.split(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *extra]
+    words = [*compiler.split(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *HARDENED, *extra]
     words += include_flags() if for_python else [f"-I{SOURCES}"]
     ninja.rule(name, [*words, "$flags", "-c", "$in", "-o", "$out"])
-    return [*compiler.split(), "-shared", "$in", "-o", "$out", "-pthread", *extra]
+    return [*compiler.split(), "-shared", "$in", "-o", "$out", "-pthread", *HARDENED_LINK, *extra]
 
 
 PLANS = {"cpu": plan_cpu, "cuda": plan_cuda, "tests": plan_tests}

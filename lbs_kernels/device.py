@@ -45,6 +45,12 @@ def isa_reasons() -> dict[str, str]:
     return dict(extension.cpu.isa_reasons()) if extension.cpu is not None else {}
 
 
+def named_isa() -> str:
+    """The instruction set that LBS_ISA names; empty where it leaves the choice."""
+    name = os.environ.get("LBS_ISA", "")
+    return "" if name == "auto" else name
+
+
 def default_isa() -> str | None:
     """The instruction set isa="auto" stands for here; None without the native module."""
     return str(extension.cpu.resolve_isa("auto")) if extension.cpu is not None else None

@@ -54,7 +54,8 @@ void write_weights(const StepSpec& step, const std::vector<uint8_t>& codes, int 
 
 // Whether sums of so many steps are short, and emitted as they are made.
 inline bool is_short(const StepSpec& step, const TensorSpec& source, int k_steps, const EmitPlan& emit) {
-    return k_steps <= kShortSteps && emit.is_usual && !needs_sum(step) && !source.is_signed;
+    const int most = emit.is_usual ? kShortSteps : kShortSteps / 2;  // reads and writes of streams are slower so
+    return k_steps <= most && emit.is_lean && emit.consumer_count == 1 && !needs_sum(step) && !source.is_signed;
 }
 
 // Whether a pair of products may exceed what the instruction set's dot takes.

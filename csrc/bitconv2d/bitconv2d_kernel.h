@@ -41,7 +41,7 @@ struct PixelLoader {
         if constexpr (kS == 0) {
             return Simd::igather(base[0] + offset, lanes);
         } else {
-            // The first piece starts at lane 0; what is read past its end is replaced by the others, or never used.
+            // The first piece starts at lane 0. Slack: what is read past its end others replace, or nobody uses.
             Simd::I x = Simd::iload(base[0] + offset);
             for (int s = 1; s < kS; ++s) x = Simd::iload_mask(x, mask[s], base[s] + offset);
             return x;
@@ -49,18 +49,21 @@ struct PixelLoader {
     }
 };
 
-// dots[(p * kF + f) * L ...] = sum over k of weights[k][f] . pixels of vector + p, while `before` is emitted.
+// dots[(p * kF + f) * L ...] = start[f] + sum over k of weights[k][f] . pixels of vector + p, while `before` is
+// emitted.
 template <int kP, int kF, int kS, bool kWide>
-void conv_tile(const lbs::ConvPlan& plan, const unsigned char* in, int vector, const int8_t* weights, int32_t* dots,
-               const FastEmit& fast, const Tile& before) {
+void conv_tile(const lbs::ConvPlan& plan, const unsigned char* in, int vector, const int8_t* weights,
+               const int32_t* start, int32_t* dots, const FastEmit& fast, const Tile& before) {
     PixelLoader<kS> pixels[kP];
 #pragma GCC unroll 8
     for (int p = 0; p < kP; ++p) pixels[p] = PixelLoader<kS>(in, plan.map, vector + p);
     Simd::I acc[kP][kF];
-#pragma GCC unroll 8
-    for (int p = 0; p < kP; ++p)
 #pragma GCC unroll 16
-        for (int f = 0; f < kF; ++f) acc[p][f] = Simd::izero();
+    for (int f = 0; f < kF; ++f) {
+        const Simd::I first = start ? Simd::iset(start[f]) : Simd::izero();
+#pragma GCC unroll 8
+        for (int p = 0; p < kP; ++p) acc[p][f] = first;
+    }
     const int steps = plan.k_steps, parts = before.quads + 1, part_steps = steps / parts;
     const int32_t* offsets = plan.k_offsets;
     int k = 0, emitted = 0, p_before = 0, f_before = 0;
@@ -98,12 +101,13 @@ void conv_tile(const lbs::ConvPlan& plan, const unsigned char* in, int vector, c
 // A tile of `count` <= kP vectors.
 template <int kP, int kF, int kS, bool kWide>
 LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* in, int vector, int count,
-                                const int8_t* weights, int32_t* dots, const FastEmit& fast, const Tile& before) {
+                                const int8_t* weights, const int32_t* start, int32_t* dots, const FastEmit& fast,
+                                const Tile& before) {
     if constexpr (kP > 1) {
         if (count < kP)
-            return conv_tile_up_to<kP - 1, kF, kS, kWide>(plan, in, vector, count, weights, dots, fast, before);
+            return conv_tile_up_to<kP - 1, kF, kS, kWide>(plan, in, vector, count, weights, start, dots, fast, before);
     }
-    conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, dots, fast, before);
+    conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, start, dots, fast, before);
 }
 
 // Sums of few products, the usual epilogue behind them: results need not wait in memory, as the processor's reorder
@@ -111,8 +115,8 @@ LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* 
 // of 160, one of 128 channels 150 instead of 162, and longer sums are faster as tiles.
 constexpr int kShortBytes = 1 << 14;  // of activations, which one group of four filters after the other reads
 
-// Four filters of a block.
-template <int kS, bool kWide>
+// Four filters of a block; Emit: UsualEmit or LeanEmit.
+template <int kS, bool kWide, class Emit>
 struct ShortFilters {
     const lbs::ConvPlan& plan;
     const unsigned char* const in;
@@ -121,7 +125,7 @@ struct ShortFilters {
     const int channel;
     const int32_t* const start;  // of the sums, or none
     const FastEmit& fast;
-    const UsualEmit usual;
+    const Emit emit;
 
     LBS_INLINE ShortFilters(const lbs::ConvPlan& plan_, const unsigned char* in_, const lbs::FilterBlock& block,
                             int filter, const FastEmit& fast_)
@@ -132,7 +136,7 @@ struct ShortFilters {
           channel(block.first + filter),
           start(plan_.acc.constant ? plan_.acc.constant + channel : nullptr),
           fast(fast_),
-          usual(fast_, channel) {}
+          emit(fast_, channel) {}
 
     template <int kP>
     LBS_INLINE void compute(int vector) const {
@@ -161,8 +165,8 @@ struct ShortFilters {
         }
 #pragma GCC unroll 4
         for (int p = 0; p < kP; ++p) {
-            if (__builtin_expect(usual.takes(vector + p, fast.plan->vectors), 1)) {
-                usual.emit(vector + p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
+            if (__builtin_expect(emit.takes(vector + p, fast.plan->vectors), 1)) {
+                emit.emit(vector + p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
             } else {
                 const Simd::I sums[4] = {acc[p][0], acc[p][1], acc[p][2], acc[p][3]};
                 emit_others(vector + p, sums);
@@ -171,14 +175,13 @@ struct ShortFilters {
     }
 
     __attribute__((noinline)) void emit_others(int vector, const Simd::I* sums) const {
-        int32_t dots[4 * Simd::L];  // without the constant, which the epilogue adds
-        for (int f = 0; f < 4; ++f)
-            Simd::istore(dots + f * Simd::L, start ? Simd::isub(sums[f], Simd::iset(start[f])) : sums[f]);
+        int32_t dots[4 * Simd::L];
+        for (int f = 0; f < 4; ++f) Simd::istore(dots + f * Simd::L, sums[f]);
         emit_rare(fast, Tile(fast, channel, 4, vector, 1, dots), 0, 0);
     }
 };
 
-template <int kS, bool kWide>
+template <int kS, bool kWide, class Emit>
 void short_blocks(const lbs::ConvPlan& plan, const unsigned char* in, int first, int last, int first_block,
                   int last_block, const FastEmit& fast) {
     constexpr int kP = Simd::kShortVectors;
@@ -189,7 +192,7 @@ void short_blocks(const lbs::ConvPlan& plan, const unsigned char* in, int first,
         for (int b = first_block; b < last_block; ++b) {
             const lbs::FilterBlock& block = plan.blocks[b];
             for (int f = 0; f < block.width; f += 4) {
-                const ShortFilters<kS, kWide> filters(plan, in, block, f, fast);
+                const ShortFilters<kS, kWide, Emit> filters(plan, in, block, f, fast);
                 int vector = begin;
                 for (; vector + kP <= end; vector += kP) filters.template compute<kP>(vector);
                 for (; vector < end; ++vector) filters.template compute<1>(vector);
@@ -218,13 +221,14 @@ void conv_block(const lbs::ConvPlan& plan, const lbs::RunContext& run, const uns
     in += block.in_offset;
     int32_t* dots = run.accumulators;
     int32_t* own_sums = dots + kP * kF * Simd::L;
+    const int32_t* start = plan.acc.constant && !fast.constant ? plan.acc.constant + block.first : nullptr;
     static_assert(2 * kP * kF <= lbs::kMaxTile, "the scratch holds a tile and its sums");
     for (int vector = first; vector < last; vector += kP) {
         const int count = last - vector < kP ? last - vector : kP;
-        conv_tile_up_to<kP, kF, kS, kWide>(plan, in, vector, count, block.weights, dots, fast, before);
+        conv_tile_up_to<kP, kF, kS, kWide>(plan, in, vector, count, block.weights, start, dots, fast, before);
         before = Tile(fast, block.first, kF, vector, count, dots);
         if (block.ones) {
-            conv_tile_up_to<kP, kF, kS, kWide>(plan, in, vector, count, block.ones, own_sums, fast, Tile());
+            conv_tile_up_to<kP, kF, kS, kWide>(plan, in, vector, count, block.ones, nullptr, own_sums, fast, Tile());
             before.sums = own_sums;
             before.own_sums = true;
         } else if (plan.shared_ones) {
@@ -236,17 +240,20 @@ void conv_block(const lbs::ConvPlan& plan, const lbs::RunContext& run, const uns
 template <int kS, bool kWide>
 void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first_vector, int last_vector,
                  int first_block, int last_block) {
-    const FastEmit fast(plan.acc, plan.emit, run);
+    // Sums begin with their constant where nothing is done to them before it is added.
+    const FastEmit fast(plan.acc, plan.emit, run, !plan.acc.shift && !plan.acc.needs_sum);
     const unsigned char* in = conv_input(plan, run, first_vector, last_vector);
-    if (plan.is_short)
-        return short_blocks<kS, kWide>(plan, in, first_vector, last_vector, first_block, last_block, fast);
+    if (plan.is_short) {
+        const auto blocks = fast.is_usual() ? short_blocks<kS, kWide, UsualEmit> : short_blocks<kS, kWide, LeanEmit>;
+        return blocks(plan, in, first_vector, last_vector, first_block, last_block, fast);
+    }
     Tile before;  // nothing to emit yet
     if (plan.shared_ones) {
         constexpr int kP = Simd::kSumVectors;
         for (int vector = first_vector; vector < last_vector; vector += kP) {
             const int count = last_vector - vector < kP ? last_vector - vector : kP;
             int32_t* sums = run.sums + static_cast<int64_t>(vector) * Simd::L;
-            conv_tile_up_to<kP, 1, kS, kWide>(plan, in, vector, count, plan.shared_ones, sums, fast, before);
+            conv_tile_up_to<kP, 1, kS, kWide>(plan, in, vector, count, plan.shared_ones, nullptr, sums, fast, before);
         }
     }
     for (int b = first_block; b < last_block; ++b) {

@@ -27,7 +27,7 @@ LBS_INLINE void spread_row(const lbs::DepthwisePlan& plan, const unsigned char* 
         for (int32_t* const end = out + int64_t{4} * plan.spread; out != end; out += 4 * Simd::L) {
             Simd::I codes[4];
             for (int tap = 0; tap < 4; ++tap) {
-                codes[tap] = Simd::iload(pixels[tap]);
+                codes[tap] = Simd::iload(pixels[tap]);  // Slack: a spread row is whole vectors
                 pixels[tap] += 4 * Simd::L;
             }
             Simd::transpose_bytes(codes);
@@ -83,7 +83,7 @@ struct DepthwiseEmit {
         tile.own_sums = true;
     }
     LBS_INLINE void next() {
-        if (fast.plain && usual.takes(tile.vector, vectors)) {
+        if (fast.plain && !fast.constant && usual.takes(tile.vector, vectors)) {
             const int32_t* const dots = tile.dots;
             const int64_t pitch = tile.filter_pitch;
             usual.emit(tile.vector, Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),

@@ -124,6 +124,7 @@ LBS_INLINE void transform_input(const lbs::WinogradPlan& plan, const TileRun* ru
         const Simd::I even = kEvenLanes.from(run->lane), odd = Simd::iadd(even, Simd::iset(1));
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r, in += plan.row_pitch) {
+            // Slack: two vectors of columns, however many the run has.
             const Simd::I x0 = Simd::iload(in), x1 = Simd::iload(in + 4 * Simd::L);
             const Simd::I x2 = Simd::iload(in + 8), x3 = Simd::iload(in + 8 + 4 * Simd::L);
             d[r][0] = Simd::imerge(d[r][0], run->lanes, Simd::ipick(x0, x1, even));

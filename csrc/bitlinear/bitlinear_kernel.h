@@ -44,7 +44,7 @@ void linear_groups(const lbs::LinearPlan& plan, const lbs::RunContext& run, int 
         const int end = base + count * Simd::L < plan.outputs ? base + count * Simd::L : plan.outputs;
         for (int channel = base; channel < end; channel += 4)
             finish4(plan.acc, plan.emit, run, channel, 0, run.accumulators + channel - base, 1,
-                    plan.acc.needs_sum ? sum : nullptr, 0);
+                    plan.acc.needs_sum ? sum : nullptr, 0, plan.acc.constant);
     }
 }
 

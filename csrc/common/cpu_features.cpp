@@ -10,6 +10,8 @@
 #endif
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "common/check.h"
 #include "isa/kernels.h"
@@ -185,8 +187,22 @@ std::string isa_reason(Isa isa) {
     return "unknown instruction set";
 }
 
+namespace {
+
+Isa named_by_user(const char* name) {
+    try {
+        return resolve_isa(name);
+    } catch (const BackendError& error) {
+        throw BackendError(std::string("LBS_ISA: ") + error.what());
+    }
+}
+
+}  // namespace
+
 Isa resolve_isa(const std::string& name) {
     if (name == "auto") {
+        const char* const named = std::getenv("LBS_ISA");
+        if (named && *named && std::strcmp(named, "auto") != 0) return named_by_user(named);
         for (Isa isa : {Isa::kAmx, Isa::kAvx512Vnni, Isa::kAvxVnni, Isa::kAvx2, Isa::kNeonI8mm, Isa::kNeon})
             if (isa_reason(isa).empty()) return isa;
         return Isa::kPortable;

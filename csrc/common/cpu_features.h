@@ -12,7 +12,7 @@ enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kAmxModel, kNeon
 constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2,     Isa::kAvxVnni, Isa::kAvx512Vnni,
                          Isa::kAmx,      Isa::kAmxModel, Isa::kNeon,    Isa::kNeonI8mm};
 
-// Isa for the name of one, or "auto" (the best one that can run).
+// Isa for the name of one, or "auto": the one that LBS_ISA names, else the best one that can run.
 // Raises BackendError for another name, and for an instruction set this machine or this build lacks.
 Isa resolve_isa(const std::string& name);
 const char* isa_name(Isa isa);

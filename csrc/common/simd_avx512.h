@@ -61,6 +61,16 @@ struct Simd {
         return _mm512_shuffle_epi8(
             codes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
     }
+    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+        const I times = _mm512_set1_epi16(static_cast<short>(factor));
+        const I plus = _mm512_set1_epi16(static_cast<short>(offset));
+        const __m128i by = _mm_cvtsi32_si128(shift);
+        x = _mm512_min_epu8(x, _mm512_set1_epi8(static_cast<char>(most)));
+        const I even = _mm512_and_si512(x, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(x, 8);
+        const I low = _mm512_srl_epi16(_mm512_add_epi16(_mm512_mullo_epi16(even, times), plus), by);
+        const I high = _mm512_srl_epi16(_mm512_add_epi16(_mm512_mullo_epi16(odd, times), plus), by);
+        return _mm512_or_si512(low, _mm512_slli_epi16(high, 8));
+    }
     static I ibytes(const uint8_t* p) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }

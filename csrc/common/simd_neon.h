@@ -133,6 +133,17 @@ struct Simd {
             return vqtbl1q_u8(clamped, vld1q_u8(kPixels));
         });
     }
+    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+        const uint16x8_t times = vdupq_n_u16(static_cast<uint16_t>(factor));
+        const uint16x8_t plus = vdupq_n_u16(static_cast<uint16_t>(offset));
+        const int16x8_t by = vdupq_n_s16(static_cast<int16_t>(-shift));
+        return make_bytes([&](int i) {
+            const uint8x16_t q = vminq_u8(bytes(x.v[i]), vdupq_n_u8(static_cast<uint8_t>(most)));
+            const uint16x8_t low = vshlq_u16(vmlaq_u16(plus, vmovl_u8(vget_low_u8(q)), times), by);
+            const uint16x8_t high = vshlq_u16(vmlaq_u16(plus, vmovl_u8(vget_high_u8(q)), times), by);
+            return vcombine_u8(vmovn_u16(low), vmovn_u16(high));
+        });
+    }
     static I ibytes(const uint8_t* p) {
         const uint16x8_t wide = vmovl_u8(vld1_u8(p));
         return {{vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))),

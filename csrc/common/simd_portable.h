@@ -106,6 +106,14 @@ struct Simd {
             for (int i = 0; i < L; ++i) one.v[i] = one.v[i] < least ? least : one.v[i] > most ? most : one.v[i];
         return ipack4(q[0], q[1], q[2], q[3]);
     }
+    // Of bytes: (min(x, most) * factor + offset) >> shift; sums fit 16 bits, results a byte
+    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+        uint8_t bytes[4 * L];
+        std::memcpy(bytes, x.v, sizeof bytes);
+        for (uint8_t& q : bytes) q = static_cast<uint8_t>(((q < most ? q : most) * factor + offset) >> shift);
+        std::memcpy(x.v, bytes, sizeof bytes);
+        return x;
+    }
     // p[0 .. L - 1] as integers
     static I ibytes(const uint8_t* p) {
         I r;

@@ -4,23 +4,35 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "common/check.h"
+
 namespace lbs {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 // Between two calls of a batch-1 loop in Python lie 40-60 us, and more with some work on the result; a thread that falls
 // asleep there is missed for the whole next call (seen on Zen 4 with 60 us: 250 us a call instead of 147).
 constexpr auto kSpin = std::chrono::microseconds(250);
+constexpr int kMostSpin = 1000000;  // microseconds that LBS_SPIN_US may ask for
+// A system that had no thread to give is asked again after this long: each question costs a call 4 us and more.
+constexpr auto kAskAgain = std::chrono::seconds(1);
 // What the first member of a team waits for threads that are awake: some ten times what an answer takes.
 constexpr auto kJoin = std::chrono::microseconds(2);
 constexpr int kPausesPerLook = 16;
@@ -33,17 +45,33 @@ void pause_processor() {
 #endif
 }
 
+// How long a thread without a call spins before it sleeps. Raises BackendError where LBS_SPIN_US is no such time.
+std::chrono::microseconds idle_spin() {
+    static const std::chrono::microseconds time = [] {
+        const char* const word = std::getenv("LBS_SPIN_US");
+        if (!word || !*word) return kSpin;
+        int value = -1;
+        const char* const end = word + std::strlen(word);
+        const auto read = std::from_chars(word, end, value);
+        if (read.ec != std::errc() || read.ptr != end || value < 0 || value > kMostSpin)
+            throw BackendError(std::string("LBS_SPIN_US is '") + word + "'; it is a whole number of microseconds from 0 to " +
+                               std::to_string(kMostSpin) + ", or unset");
+        return std::chrono::microseconds(value);
+    }();
+    return time;
+}
+
 // Spins until ready() or the time is over; true when ready. It yields after the first looks: a thread that was just
 // woken may have been put on the caller's own processor, and would wait there for the caller's whole time slice
 // (batch 1, two threads: 1.7 ms instead of 0.09 ms on that machine).
 template <class Ready>
-bool spin_until(const Ready& ready) {
-    for (int i = 0; i < 256; ++i) {
+bool spin_until(const Ready& ready, std::chrono::microseconds time = kSpin) {
+    for (int i = 0; i < 256 && time.count() > 0; ++i) {
         if (ready()) return true;
         pause_processor();
     }
-    const auto end = std::chrono::steady_clock::now() + kSpin;
-    while (std::chrono::steady_clock::now() < end) {
+    const auto end = Clock::now() + time;
+    while (Clock::now() < end) {
         for (int i = 0; i < kPausesPerLook; ++i) {
             if (ready()) return true;
             pause_processor();
@@ -97,7 +125,7 @@ public:
             job(0, 0);
             return;
         }
-        while (workers_ < threads - 1) start_worker();
+        start_workers(threads - 1);
         job_ = &job;
         awake_ = std::min(spinning_.load(std::memory_order_relaxed), threads - 1);
         error_ = nullptr;
@@ -115,10 +143,17 @@ public:
     }
 
 private:
-    void start_worker() {
+    // As many as there are to be had: where processes may start no more threads, a call is served by those it has.
+    void start_workers(int count) {
+        idle_spin();  // its error is the caller's
+        if (workers_ >= count || Clock::now() < ask_again_) return;
         const uint32_t seen = call_number(offer_.load(std::memory_order_relaxed));
-        std::thread([this, seen] { work(seen); }).detach();  // lives as long as the process; a pool is never destroyed
-        ++workers_;
+        try {
+            // They live as long as the process; a pool is never destroyed.
+            for (; workers_ < count; ++workers_) std::thread([this, seen] { work(seen); }).detach();
+        } catch (const std::system_error&) {
+            ask_again_ = Clock::now() + kAskAgain;
+        }
     }
 
     void wake(int count) {
@@ -150,7 +185,7 @@ private:
     void await_call(uint32_t seen) {
         const auto called = [&] { return call_number(offer_.load()) != seen; };
         spinning_.fetch_add(1, std::memory_order_relaxed);
-        const bool came = spin_until(called);
+        const bool came = spin_until(called, idle_spin());
         spinning_.fetch_sub(1, std::memory_order_relaxed);
         if (came) return;
         std::unique_lock<std::mutex> lock(sleep_);
@@ -174,6 +209,7 @@ private:
 
     std::mutex owner_;
     int workers_ = 0;
+    Clock::time_point ask_again_{};
     // Of the present call; read by those who took a rank of it.
     const std::function<void(int, int)>* job_ = nullptr;
     int awake_ = 0;
@@ -214,8 +250,8 @@ void parallel(int threads, const std::function<void(int, int)>& job) {
 
 void Team::expect(int others) const {
     const auto here = [&] { return asking_.load(std::memory_order_relaxed) >= others; };
-    const auto end = std::chrono::steady_clock::now() + kJoin;
-    while (!here() && std::chrono::steady_clock::now() < end)
+    const auto end = Clock::now() + kJoin;
+    while (!here() && Clock::now() < end)
         for (int i = 0; i < kPausesPerLook && !here(); ++i) pause_processor();
 }
 

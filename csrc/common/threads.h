@@ -13,9 +13,10 @@ int max_threads();
 
 // Runs job(rank, awake) on the caller as rank 0 and on at most `threads` - 1 threads of the pool, each with a rank of
 // its own below `threads`, from when each arrives: about `awake` of them at once, those asleep late or, when job(0, ...)
-// returned before, not at all. Returns when all that came are done. A job therefore shares out its work as it goes and is
-// complete with rank 0 alone, which is all it gets when another call holds the pool. The first exception of a rank is
-// thrown again here. A child of fork() has a fresh pool, whatever other threads of its parent were doing.
+// returned before, not at all. Returns when all that came are done. A job therefore shares out its work as it goes and
+// is complete with rank 0 alone, which is all it gets when another call holds the pool, or the system has no thread to
+// give. The first exception of a rank is thrown again here. A child of fork() has a fresh pool, whatever other threads
+// of its parent were doing. LBS_SPIN_US: microseconds that threads spin after a call; BackendError where it is none.
 void parallel(int threads, const std::function<void(int rank, int awake)>& job);
 
 // How many forks lie between this process and the one that loaded the library. What was locked, or half written, by other

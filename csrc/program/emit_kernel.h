@@ -105,23 +105,30 @@ LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int ve
 LBS_INLINE Simd::I load_pieces(const unsigned char* base, const lbs::PixelMap& map, int vector) {
     if (map.pieces == 0) return Simd::igather(base, map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes);
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
+    // Slack: lanes past the end of the first piece, as in PixelLoader.
     Simd::I word = Simd::iload(base + piece[0].offset);
     for (int i = 1; i < map.pieces && piece[i].mask; ++i)
         word = Simd::iload_mask(word, piece[i].mask, base + piece[i].offset);
     return word;
 }
 
-// y plus a residual of codes, of the channels [channel, channel + 4): those past the end lie in the padding.
-LBS_INLINE Quad add_coded(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector, Quad y) {
+// A residual of codes, of the channels [channel, channel + 4): those past the end lie in the padding.
+LBS_INLINE Simd::I coded_word(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector) {
     const unsigned char* base =
         run.tensors[c.tensor] + c.first + static_cast<int64_t>(static_cast<uint32_t>(channel) / 4) * c.group_pitch;
-    const Simd::I word =
-        c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
-    const Simd::F step = Simd::fset(c.step);
-    Quad units;
-    for (int j = 0; j < 4; ++j) units.v[j] = Simd::fcvt(Simd::ibyte(word, j));
-    if (c.zero != 0.0f) units = each(units, [&](Simd::F x, int) { return Simd::fsub(x, Simd::fset(c.zero)); });
-    return each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fmul(units.v[j], step)); });
+    return c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
+}
+
+// What channel j of them stands for.
+LBS_INLINE Simd::F coded_value(const lbs::CodedPlan& c, Simd::I word, int j) {
+    Simd::F units = Simd::fcvt(Simd::ibyte(word, j));
+    if (c.zero != 0.0f) units = Simd::fsub(units, Simd::fset(c.zero));
+    return Simd::fmul(units, Simd::fset(c.step));
+}
+
+LBS_INLINE Quad add_coded(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector, Quad y) {
+    const Simd::I word = coded_word(c, run, channel, vector);
+    return each(y, [&](Simd::F x, int j) { return Simd::fadd(x, coded_value(c, word, j)); });
 }
 
 // Activation, gate and residual of the first `live` channels from `channel` on, in the lanes of `valid`.
@@ -197,9 +204,10 @@ LBS_INLINE void emit4_any(const lbs::EmitPlan& e, const lbs::RunContext& run, in
 }
 
 // Steps 1 and 2 for four filters: y = fma(float(acc), M, B). `dots` and `sums` are [4] rows of `dot_pitch` and
-// `sum_pitch` integers (a pitch of 0 shares one row).
+// `sum_pitch` integers (a pitch of 0 shares one row), `constant` those of all channels, or none.
 LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& run, int channel,
-                        int vector, const int32_t* dots, int64_t dot_pitch, const int32_t* sums, int64_t sum_pitch) {
+                        int vector, const int32_t* dots, int64_t dot_pitch, const int32_t* sums, int64_t sum_pitch,
+                        const int32_t* constant) {
     Simd::I acc[4];
     for (int j = 0; j < 4; ++j) acc[j] = Simd::iload(dots + j * dot_pitch);
     if (a.shift)
@@ -207,8 +215,8 @@ LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, c
     if (sums)
         for (int j = 0; j < 4; ++j)
             acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
-    if (a.constant)
-        for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));
+    if (constant)
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(constant[channel + j]));
     Quad y;
     for (int j = 0; j < 4; ++j)
         y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(a.multiplier[channel + j]), Simd::fset(a.bias[channel + j]));

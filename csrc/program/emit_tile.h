@@ -12,6 +12,7 @@
 namespace {
 
 constexpr uint32_t kAllLanes = (1u << Simd::L) - 1u;
+constexpr int kStreamAhead = 8 * Simd::L;  // floats of a stream whose lines are asked for before they are used
 
 // What the epilogue of one step needs, gathered before its loops.
 struct FastEmit {
@@ -19,10 +20,10 @@ struct FastEmit {
     const lbs::EmitPlan* plan;
     const lbs::RunContext* run;
     bool usable;  // nothing rarer than an activation, a gate, a residual, bounds, a float32 stream, no signed codes
-    bool plain;   // the dot product is the accumulator
+    bool plain;   // the dot product, and the constant, are the accumulator
     bool positive;
-    // Where codes for one reader, without a norm, are all that is made, of numbers that an integer holds before they
-    // are clamped; and the bounds of its codes, what ReLU and the like leave.
+    const int32_t* constant;  // of all channels, or none: also where dots begin with it
+    // The first reader where plan.is_usual, and the bounds of its codes, what ReLU and the like leave.
     const lbs::ConsumerPlan* only;
     Simd::I lowest, highest;
     int64_t pixels;
@@ -30,13 +31,15 @@ struct FastEmit {
     const lbs::CodedPlan* coded;  // the residual, where it is of codes
     float* stream;
 
-    LBS_INLINE FastEmit(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& context)
+    LBS_INLINE FastEmit(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, const lbs::RunContext& context,
+                        bool begun = false)
         : acc(&a),
           plan(&e),
           run(&context),
           usable(e.stream_type == lbs::StreamType::kFloat32),
-          plain(!a.shift && !a.needs_sum && !a.constant),
+          plain(!a.shift && !a.needs_sum),
           positive(e.has_low && e.low >= 0.0f),
+          constant(begun ? nullptr : a.constant),
           only(nullptr),
           lowest(Simd::izero()),
           highest(Simd::izero()),
@@ -52,6 +55,7 @@ struct FastEmit {
         lowest = Simd::iset_bytes(code(floor < only->high ? floor : only->high));
         highest = Simd::iset_bytes(code(only->high));
     }
+    LBS_INLINE bool is_usual() const { return only && plan->consumer_count == 1; }
     LBS_INLINE int code(float t) const { return static_cast<int>(__builtin_nearbyintf(t)) + only->zero; }
     LBS_INLINE unsigned char* codes(const lbs::ConsumerPlan& c, int channel) const {
         return run->tensors[c.tensor] + static_cast<uint32_t>(channel) / 4 * c.group_pitch;
@@ -92,13 +96,43 @@ struct Tile {
 
 __attribute__((noinline)) void emit_rare(const FastEmit& fast, const Tile& tile, int p, int f) {
     finish4(*fast.acc, *fast.plan, *fast.run, tile.channel + f, tile.vector + p, tile.dots_of(p, f), tile.filter_pitch,
-            tile.sums ? tile.sums_of(p, f) : nullptr, tile.sum_pitch());
+            tile.sums ? tile.sums_of(p, f) : nullptr, tile.sum_pitch(), fast.constant);
+}
+
+// The accumulators of filters f to f + 3.
+LBS_INLINE void accumulators(const FastEmit& fast, const Tile& tile, int p, int f, Simd::I (&acc)[4]) {
+    const int32_t* dots = tile.dots_of(p, f);
+    const int64_t pitch = tile.filter_pitch;
+    for (int j = 0; j < 4; ++j) acc[j] = Simd::iload(dots + j * pitch);
+    if (!fast.plain) {
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], fast.acc->shift);
+        if (tile.sums) {
+            const int32_t* sums = tile.sums_of(p, f);
+            const int64_t sum_pitch = tile.sum_pitch();
+            for (int j = 0; j < 4; ++j)
+                acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), fast.acc->sum_shift));
+        }
+    }
+    if (fast.constant)
+        for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(fast.constant[tile.channel + f + j]));
+}
+
+LBS_INLINE Quad values(const lbs::AccumulatorPlan& a, int channel, const Simd::I (&acc)[4]) {
+    const float* gain = a.multiplier + channel;
+    const float* offset = a.bias + channel;
+    Quad y;
+    for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
+    return y;
 }
 
 // `base`: where the codes of these four channels begin.
 LBS_INLINE void store_codes(const lbs::ConsumerPlan& c, unsigned char* base, int vector, Simd::I word) {
     prefetch_stores(base, c.map, vector);
     store_word(base, c.map, vector, kAllLanes, word);
+}
+
+LBS_INLINE Simd::I scaled(const lbs::CodeScale& of, Simd::I codes) {
+    return Simd::iscale_bytes(codes, of.most, of.factor, of.offset, of.shift);
 }
 
 // Steps 5 and 6 for fast.only. Bounds of codes are integers, so numbers may be rounded before they are clamped.
@@ -112,8 +146,8 @@ LBS_INLINE Simd::I bounded_codes(const lbs::ConsumerPlan& c, Simd::F scale, Simd
 // A constant, as a constructor that is not inlined would be one symbol for all instruction sets.
 constexpr lbs::ConsumerPlan kNoConsumer;
 
-// The usual epilogue of four channels, vector after vector: fast.only, and the dot product is the accumulator. What it
-// needs is copied here, as the stores of codes may alias everything that has an address.
+// The usual epilogue of four channels, vector after vector: fast.is_usual, and the dot product is the accumulator. What
+// it needs is copied here, as the stores of codes may alias everything that has an address.
 struct UsualEmit {
     const FastEmit& fast;
     const int channel;
@@ -127,7 +161,7 @@ struct UsualEmit {
     LBS_INLINE UsualEmit(const FastEmit& fast_, int channel_)
         : fast(fast_),
           channel(channel_),
-          usable(fast.only && channels_are_free(*fast.plan, channel + 4)),
+          usable(fast.is_usual() && channels_are_free(*fast.plan, channel + 4)),
           consumer(usable ? *fast.only : kNoConsumer),
           base(usable ? fast.codes(consumer, channel) : nullptr),
           lowest(fast.lowest),
@@ -167,42 +201,77 @@ LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, 
     store_codes(c, fast.codes(c, channel), vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
 }
 
-// Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
-LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) {
-    if (__builtin_expect(p >= tile.fast_vectors, 0)) return emit_rare(fast, tile, p, f);
-    const int32_t* dots = tile.dots_of(p, f);
-    const lbs::AccumulatorPlan& a = *fast.acc;
-    const int channel = tile.channel + f;
-    const int64_t pitch = tile.filter_pitch;
-    Simd::I acc[4] = {Simd::iload(dots), Simd::iload(dots + pitch), Simd::iload(dots + 2 * pitch),
-                      Simd::iload(dots + 3 * pitch)};
-    if (!fast.plain) {
-        if (a.shift)
-            for (int j = 0; j < 4; ++j) acc[j] = Simd::ishl(acc[j], a.shift);
-        if (tile.sums) {
-            const int32_t* sums = tile.sums_of(p, f);
-            const int64_t sum_pitch = tile.sum_pitch();
-            for (int j = 0; j < 4; ++j)
-                acc[j] = Simd::iadd(acc[j], Simd::ishl(Simd::iload(sums + j * sum_pitch), a.sum_shift));
-        }
-        if (a.constant)
-            for (int j = 0; j < 4; ++j) acc[j] = Simd::iadd(acc[j], Simd::iset(a.constant[channel + j]));
-    }
-    const float* gain = a.multiplier + channel;
-    const float* offset = a.bias + channel;
-    Quad y;
-    for (int j = 0; j < 4; ++j) y.v[j] = Simd::ffma(Simd::fcvt(acc[j]), Simd::fset(gain[j]), Simd::fset(offset[j]));
-    if (fast.only) {
-        if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
-        const lbs::ConsumerPlan& c = *fast.only;
-        const Simd::I word = bounded_codes(c, Simd::fset(c.scale), fast.lowest, fast.highest, y);
-        return store_codes(c, fast.codes(c, channel), tile.vector + p, word);
-    }
-    const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
+// Codes of the first reader, and of those whose codes are made of them.
+LBS_INLINE void store_all(const FastEmit& fast, int channel, int vector, Simd::I word) {
+    const lbs::ConsumerPlan* c = fast.plan->consumers;
+    store_codes(*c, fast.codes(*c, channel), vector, word);
+    for (int k = 1; __builtin_expect(k < fast.plan->consumer_count, 0); ++k)
+        store_codes(c[k], fast.codes(c[k], channel), vector, scaled(c[k].of_first, word));
+}
+
+// Steps 3 to 6 for fast.only.
+LBS_INLINE void emit_only(const FastEmit& fast, int channel, int vector, Quad y) {
+    if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, vector, y);
+    const lbs::ConsumerPlan& c = *fast.only;
+    store_all(fast, channel, vector, bounded_codes(c, Simd::fset(c.scale), fast.lowest, fast.highest, y));
+}
+
+// Steps 3 to 6 where plan.is_lean; `first` is where the stream has them.
+LBS_INLINE void emit_values(const FastEmit& fast, int channel, int vector, int64_t first, Quad y) {
+    if (fast.only) return emit_only(fast, channel, vector, y);
     const lbs::EmitPlan& e = *fast.plan;
-    if (__builtin_expect(!e.is_plain, 0)) {
-        const Quad z = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
-        for (int j = 0; j < 4; ++j) y.v[j] = z.v[j];
+    const int64_t pixels = fast.pixels;
+    if (fast.coded) {
+        y = add_coded(*fast.coded, *fast.run, channel, vector, y);
+    } else if (fast.residual) {
+        const float* residual = fast.residual + first;
+        for (int j = 0; j < 4; ++j) __builtin_prefetch(residual + j * pixels + kStreamAhead, 1);
+        y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });
+    }
+    if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
+    if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
+    if (fast.stream) {
+        float* stream = fast.stream + first;
+        for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * pixels, y.v[j]);
+    }
+    if (e.consumer_count == 0) return;
+    const lbs::ConsumerPlan& c = *e.consumers;
+    y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
+    if (!fast.positive) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
+    y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(c.high)); });
+    Simd::I q[4] = {Simd::ifromf(y.v[0]), Simd::ifromf(y.v[1]), Simd::ifromf(y.v[2]), Simd::ifromf(y.v[3])};
+    add_zero(c, q);
+    store_all(fast, channel, vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
+}
+
+// As UsualEmit where plan.is_lean is all that is known.
+struct LeanEmit {
+    const FastEmit& fast;
+    const int channel;
+    const bool usable;
+
+    LBS_INLINE LeanEmit(const FastEmit& fast_, int channel_)
+        : fast(fast_), channel(channel_), usable(channels_are_free(*fast.plan, channel + 4)) {}
+    LBS_INLINE bool takes(int vector, int count) const {
+        return usable && (vector + 1 < count || fast.plan->tail_mask == kAllLanes);
+    }
+    LBS_INLINE void emit(int vector, Simd::I a0, Simd::I a1, Simd::I a2, Simd::I a3) const {
+        const Simd::I acc[4] = {a0, a1, a2, a3};
+        emit_values(fast, channel, vector, channel * fast.pixels + int64_t{vector} * Simd::L,
+                    values(*fast.acc, channel, acc));
+    }
+};
+
+// Steps 1 to 6 for filters f to f + 3 of vector p of a tile, whatever they are.
+__attribute__((noinline)) void emit_other(const FastEmit& fast, const Tile& tile, int p, int f) {
+    const lbs::EmitPlan& e = *fast.plan;
+    const int channel = tile.channel + f;
+    const int64_t pixels = fast.pixels, first = tile.first + f * pixels + p * Simd::L;
+    Simd::I acc[4];
+    accumulators(fast, tile, p, f, acc);
+    Quad y = values(*fast.acc, channel, acc);
+    if (!e.is_plain) {
+        y = combine4(e, *fast.run, channel, tile.vector + p, 4, kAllLanes, y);
     } else if (fast.coded) {
         y = add_coded(*fast.coded, *fast.run, channel, tile.vector + p, y);
     } else if (fast.residual) {
@@ -218,6 +287,16 @@ LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) 
     const lbs::ConsumerPlan* c = e.consumers;
     for (const lbs::ConsumerPlan* end = c + e.consumer_count; c != end; ++c)
         fast_consumer(*c, fast, channel, tile.vector + p, y);
+}
+
+LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) {
+    if (__builtin_expect(p >= tile.fast_vectors, 0)) return emit_rare(fast, tile, p, f);
+    if (__builtin_expect(!fast.plan->is_lean, 0)) return emit_other(fast, tile, p, f);
+    const int channel = tile.channel + f;
+    Simd::I acc[4];
+    accumulators(fast, tile, p, f, acc);
+    emit_values(fast, channel, tile.vector + p, tile.first + f * fast.pixels + p * Simd::L,
+                values(*fast.acc, channel, acc));
 }
 
 inline void emit_tile(const FastEmit& fast, const Tile& tile) {

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <vector>
 
+#include "common/memory.h"
 #include "program/plan.h"
 #include "program/program.h"
 
@@ -15,15 +15,15 @@ class Store {
 public:
     template <class T>
     T* make(size_t count) {
-        blocks_.emplace_back(count * sizeof(T) + kSlack, 0);
-        return reinterpret_cast<T*>(blocks_.back().data());
+        blocks_.emplace_back(static_cast<int64_t>(count * sizeof(T)), kSlack);
+        return reinterpret_cast<T*>(blocks_.back().get());
     }
     // `values` continued with zeros to a multiple of kChannelPadding.
     const float* padded(const float* values, int count);
     const int32_t* keep(const std::vector<int32_t>& values);
 
 private:
-    std::deque<std::vector<unsigned char>> blocks_;  // operator new aligns enough for every T used here
+    std::vector<Buffer> blocks_;
 };
 
 struct CodeLayout {

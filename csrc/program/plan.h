@@ -19,7 +19,7 @@ namespace lbs {
 
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 64;         // vectors of accumulators in the scratch of one thread
-constexpr int kSlack = 128;          // bytes readable past the end of every buffer
+constexpr int kSlack = 128;          // bytes readable past the end of every buffer; who reads there says "Slack:"
 constexpr int kPrefetched = 4;       // vectors whose lines are asked for before they are stored
 constexpr int kShortSteps = 32;      // of four products, of sums that are short
 constexpr int kShortTaps = 16;       // of a depthwise kernel that is computed so
@@ -44,6 +44,12 @@ struct PixelMap {
 
 enum class StreamType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
+// Codes made of another reader's: (min(q, most) * factor + offset) >> shift, which fits 16 bits.
+struct CodeScale {
+    bool holds = false;
+    int most = 0, factor = 0, offset = 0, shift = 0;
+};
+
 struct ConsumerPlan {
     int tensor = 0;
     float scale = 1.0f;
@@ -54,7 +60,8 @@ struct ConsumerPlan {
     int zero = 0;
     const float* gain = nullptr;  // pre-activation norm, or none
     const float* offset = nullptr;
-    float step = 0.0f;  // of codes that stand for the value from here on; 0: they do not
+    float step = 0.0f;   // of codes that stand for the value from here on; 0: they do not
+    CodeScale of_first;  // where the first reader's codes stand for the value
     PixelMap map;
     int32_t group_pitch = 0;  // bytes from one group of four channels to the next
 };
@@ -91,16 +98,19 @@ struct ActivationPlan {
 
 struct EmitPlan {
     int channels = 0;
-    int64_t pixels = 0;      // of the output map
-    int vectors = 0;         // ceil(pixels / L)
-    uint32_t tail_mask = 0;  // valid lanes of the last vector
+    int64_t pixels = 0;                         // of the output map
+    int vectors = 0;                            // ceil(pixels / L)
+    uint32_t tail_mask = 0;                     // valid lanes of the last vector
     int gate = -1, residual = -1, stream = -1;  // residual: of floats
     CodedPlan coded;
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool is_plain = true;           // neither activation nor gate
-    // Codes for one reader are all that is made, unsigned ones and without a norm, of numbers that are 32-bit integers
-    // once they are rounded, and a zero is added, though they are not clamped yet.
+    // Neither, a stream of float32, and at most one reader, of unsigned codes without a norm, besides those whose codes
+    // are made of its codes.
+    bool is_lean = false;
+    // No float residual, stream or upper bound either, and numbers that are 32-bit integers once they are rounded, and
+    // a zero is added, though they are not clamped yet.
     bool is_usual = false;
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;
@@ -152,7 +162,7 @@ struct ConvPlan {
     const int8_t* shared_ones = nullptr;  // [k_steps][1][4]: the window's sum, the same for all filters
     const int8_t* tiles = nullptr;        // AMX: [ceil(filters / 16)][ceil(k_steps / 16)][16][64]
     bool wide = false;                    // products of a pair may exceed 16 bits
-    bool is_short = false;                // few products in a sum, and the usual epilogue
+    bool is_short = false;                // few products in a sum, and a lean epilogue
     AccumulatorPlan acc;
     EmitPlan emit;
 };

@@ -1,6 +1,7 @@
 #include "program/plan_builder.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "bitconv2d/bitconv2d_cpu.h"
 #include "bitconv2d/depthwise_cpu.h"
@@ -45,6 +46,33 @@ void fold_high(EmitPlan& plan, ConsumerPlan* consumers) {
 EmitPlan bounded(EmitPlan emit, const AccumulatorPlan& acc) {
     if (emit.is_usual) emit.is_usual = (acc.largest + 255.0f * emit.coded.step) * emit.consumers->scale < 0x1p30f;
     return emit;
+}
+
+// How codes of 8 bits become those of another reader, where 16-bit integers compute the same as steps 5 and 6 do on
+// each of the values that they stand for.
+CodeScale code_scale(const ConsumerPlan& first, const ConsumerPlan& other) {
+    CodeScale made;
+    const int last = static_cast<int>(other.high) + other.zero;
+    int codes[256];
+    for (int q = 0; q < 256; ++q) {
+        const float t = static_cast<float>(q - first.zero) * first.step * other.scale;
+        codes[q] = static_cast<int>(std::nearbyint(std::min(std::max(t, other.least), other.high))) + other.zero;
+    }
+    made.most = 255;
+    while (made.most > 0 && codes[made.most - 1] == last) --made.most;
+    for (made.shift = 16; last >> (16 - made.shift); --made.shift) {
+    }
+    const int near = static_cast<int>(std::nearbyint(first.step * other.scale * static_cast<float>(1 << made.shift)));
+    for (made.factor = std::max(near - 2, 0); made.factor <= near + 2 && !made.holds; made.factor += !made.holds) {
+        int low = 0, high = 65535 - made.most * made.factor;
+        for (int q = 0; q <= made.most; ++q) {
+            low = std::max(low, (codes[q] << made.shift) - q * made.factor);
+            high = std::min(high, ((codes[q] + 1) << made.shift) - 1 - q * made.factor);
+        }
+        made.holds = low <= high;
+        made.offset = low + (high - low) / 2;
+    }
+    return made;
 }
 
 std::vector<int> tensors_read(const StepSpec& step) {
@@ -187,8 +215,15 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     }
     plan.consumers = consumers;
     fold_high(plan, consumers);
-    plan.is_usual = plan.is_plain && plan.residual < 0 && plan.stream < 0 && !plan.has_high &&
-                    plan.consumer_count == 1 && !consumers->gain && !consumers->shifted;
+    bool follow = true;  // all but the first, the first
+    for (int i = 1; i < plan.consumer_count; ++i) {
+        ConsumerPlan& c = consumers[i];
+        if (consumers->step > 0.0f && c.step == 0.0f && !c.gain && !c.shifted) c.of_first = code_scale(*consumers, c);
+        follow = follow && c.of_first.holds;
+    }
+    plan.is_lean = plan.is_plain && (plan.stream < 0 || plan.stream_type == StreamType::kFloat32) && follow &&
+                   (plan.consumer_count == 0 || (!consumers->gain && !consumers->shifted));
+    plan.is_usual = plan.is_lean && !plan.has_high && plan.residual < 0 && plan.stream < 0;
     return plan;
 }
 
@@ -199,7 +234,9 @@ void ProgramPlan::cut_rows_apart(const StepSpec& step, const CodeLayout& layout,
     const CodeLayout& to = layouts[static_cast<size_t>(consumer.tensor)];
     const TensorSpec& target = spec.tensors[static_cast<size_t>(consumer.tensor)];
     const int vectors = vector_count(target.width, kernels.lanes) * target.height;
-    if (plan.is_thinned || plan.emit.coded.tensor >= 0 || plan.map.pieces == 1) return;
+    if (!plan.emit.is_usual || plan.emit.consumer_count > 1 || plan.is_thinned || plan.emit.coded.tensor >= 0 ||
+        plan.map.pieces == 1)
+        return;
     if (4 * vectors > 5 * plan.emit.vectors) return;
     const RowMaps maps = row_maps(store, layout, to, target, step.stride, kernels.lanes);
     if (maps.vectors == 0) return;

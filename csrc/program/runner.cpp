@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <new>
+#include <optional>
+#include <thread>
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/threads.h"
 #include "pool/pool_cpu.h"
 #include "program/trace.h"
@@ -19,18 +20,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-};
-using Block = std::unique_ptr<unsigned char[], Free>;
-
-Block allocate(int64_t bytes) {
-    const size_t size = (static_cast<size_t>(bytes) + kSlack + 63) / 64 * 64;
-    auto* p = static_cast<unsigned char*>(std::aligned_alloc(64, size));
-    if (!p) throw std::bad_alloc();
-    std::memset(p, 0, size);
-    return Block(p);
-}
+// Memory of at least this many threads is kept for further calls, and as much as there are processors.
+constexpr size_t kKept = 8;
 
 struct Share {
     int first, last;
@@ -87,40 +78,75 @@ std::vector<double> shared_out(const std::vector<std::vector<double>>& clocks, d
 }  // namespace
 
 struct Runner::Memory {
-    Block arena, accumulators, sums, floats, tiles, rows, scratch;
+    Buffer arena, accumulators, sums, floats, tiles, rows, scratch;
+    std::vector<Buffer> apart;          // guarded slots, which are no part of the arena
+    std::vector<unsigned char*> slots;  // where each lies
     std::vector<unsigned char*> tensors;
     int64_t bytes = 0;
 
     explicit Memory(const ProgramPlan& plan) {
         const auto make = [this](int64_t count) {
             bytes += count;
-            return allocate(count);
+            return Buffer(count, kSlack);
         };
-        arena = make(plan.arena_bytes);
+        const bool is_guarded = guard() != Guard::kNone;
+        if (!is_guarded) arena = make(plan.arena_bytes);
+        for (const Slot& slot : plan.slots) {
+            if (is_guarded) apart.push_back(make(slot.bytes));
+            slots.push_back(is_guarded ? apart.back().get() : arena.get() + slot.offset);
+            if (slot.is_codes) std::memset(slots.back(), slot.layout.zero, static_cast<size_t>(slot.bytes));
+        }
         accumulators = make(int64_t{4} * kMaxTile * kMaxLanes);
         sums = make(4 * plan.sum_lanes);
         floats = make(4 * plan.float_count);
         tiles = make(plan.kernels.uses_tiles ? plan.tile_bytes : 0);
         scratch = make(plan.scratch_bytes);
         rows = make(4 * plan.row_count);
-        for (const Slot& slot : plan.slots)
-            if (slot.is_codes)
-                std::memset(arena.get() + slot.offset, slot.layout.zero, static_cast<size_t>(slot.bytes));
         tensors.assign(plan.spec.tensors.size(), nullptr);
     }
 
-    // Tensors lie in the arena of `owner`, which may be another thread's.
+    // Tensors lie in the slots of `owner`, which may be another thread's.
     void point_at(const Memory& owner, const ProgramPlan& plan) {
         for (size_t i = 0; i < tensors.size(); ++i)
-            if (plan.slot_of[i] >= 0)
-                tensors[i] = owner.arena.get() + plan.slots[static_cast<size_t>(plan.slot_of[i])].offset;
+            if (plan.slot_of[i] >= 0) tensors[i] = owner.slots[static_cast<size_t>(plan.slot_of[i])];
     }
 };
 
-struct Runner::Turn {
+// Memory that no call works in. Calls share nothing else that is written to, and so need not wait for each other.
+struct Runner::Shelf {
     const unsigned forks = fork_count();
     std::mutex lock;
-    std::vector<std::unique_ptr<Memory>> memories;  // of each thread
+    std::vector<std::unique_ptr<Memory>> free;  // used last, and so in the caches, at the end
+    const size_t kept = std::max<size_t>(kKept, std::thread::hardware_concurrency());
+
+    Shelf() { free.reserve(kept); }
+};
+
+// What a thread of a call works in, made where none is free, and put back at the end of its scope.
+class Runner::Loan {
+public:
+    Loan(Shelf& shelf, const ProgramPlan& plan) : shelf_(shelf) {
+        {
+            std::lock_guard<std::mutex> lock(shelf.lock);
+            if (!shelf.free.empty()) {
+                memory_ = std::move(shelf.free.back());
+                shelf.free.pop_back();
+            }
+        }
+        if (!memory_) memory_ = std::make_unique<Memory>(plan);
+    }
+    ~Loan() {
+        std::lock_guard<std::mutex> lock(shelf_.lock);
+        if (shelf_.free.size() < shelf_.kept) shelf_.free.push_back(std::move(memory_));
+    }
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
+
+    Memory& memory() const { return *memory_; }
+
+private:
+    Shelf& shelf_;
+    std::unique_ptr<Memory> memory_;
 };
 
 // A thread of a call: its own memory, and where its tensors lie.
@@ -144,7 +170,7 @@ Runner::Runner(const std::string& text, const unsigned char* blob, int64_t blob_
                const std::vector<std::string>& algorithms)
     : isa_(resolve_isa(isa)),
       plan_(std::make_unique<ProgramPlan>(text, blob, blob_bytes, kernels_for(isa_), parsed(algorithms))),
-      turn_(new Turn) {}
+      shelf_(new Shelf) {}
 
 std::vector<std::string> Runner::algorithms() const {
     std::vector<std::string> names;
@@ -152,20 +178,22 @@ std::vector<std::string> Runner::algorithms() const {
     return names;
 }
 
-Runner::~Runner() { delete &turn(); }
+Runner::~Runner() { delete &shelf(); }
 
-// A thread of the parent may have held the lock when this process was forked, and left the memory half made.
-Runner::Turn& Runner::turn() const {
-    Turn* found = turn_.load(std::memory_order_acquire);
+// A thread of the parent may have held the lock when this process was forked, and left the list half changed.
+Runner::Shelf& Runner::shelf() const {
+    Shelf* found = shelf_.load(std::memory_order_acquire);
     if (found->forks == fork_count()) return *found;
-    auto fresh = std::make_unique<Turn>();
-    if (turn_.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
+    auto fresh = std::make_unique<Shelf>();
+    if (shelf_.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
     return *found;
 }
 
 int64_t Runner::held_bytes() const {
+    Shelf& all = shelf();
+    std::lock_guard<std::mutex> lock(all.lock);
     int64_t total = 0;
-    for (const auto& memory : turn().memories) total += memory->bytes;
+    for (const auto& memory : all.free) total += memory->bytes;
     return total;
 }
 
@@ -181,11 +209,9 @@ void Runner::run(const std::vector<const void*>& inputs, const std::vector<bool>
                 std::to_string(inputs.size()) + " inputs; give one for each, or none");
     require(batch >= 0 && threads >= 1, "batch is " + std::to_string(batch) + " with " + std::to_string(threads) +
                                             " threads; a batch is not negative and needs a thread");
-    Turn& mine = turn();
-    std::lock_guard<std::mutex> lock(mine.lock);
+    Shelf& memories = shelf();
     threads = std::min(threads, max_threads());
-    while (static_cast<int>(mine.memories.size()) < threads) mine.memories.push_back(std::make_unique<Memory>(*plan_));
-    const auto memory = [&mine](int rank) -> Memory& { return *mine.memories[static_cast<size_t>(rank)]; };
+    const Loan first(memories, *plan_);
     std::vector<std::vector<double>> clocks(seconds ? static_cast<size_t>(threads) : 0,
                                             std::vector<double>(plan_->steps.size(), 0.0));
     const Call call{inputs, channels_last, outputs, traces};
@@ -199,11 +225,14 @@ void Runner::run(const std::vector<const void*>& inputs, const std::vector<bool>
     parallel(batch == 0 ? 1 : threads, [&](int rank, int awake) {
         std::vector<double>* clock = seconds ? &clocks[static_cast<size_t>(rank)] : nullptr;
         const Closing closing{rank == 0 ? &team : nullptr};
-        Worker single{memory(rank), memory(rank), clock};
+        std::optional<Loan> other;  // a thread that never comes needs none
+        if (rank > 0) other.emplace(memories, *plan_);
+        Memory& own = other ? other->memory() : first.memory();
+        Worker single{own, own, clock};
         for (int64_t image = next++; image < alone; image = next++) run_image(call, {image, 0}, single);
         if (alone == batch) return;
 
-        Worker member{memory(rank), memory(0), clock, &team};
+        Worker member{own, first.memory(), clock, &team};
         Team::Place place{alone, 0};
         if (rank > 0) {
             if (!team.join(member.self, place)) return;

@@ -27,29 +27,30 @@ public:
 
     // inputs[i]: [batch, C, H, W] of the i-th input, float32 or uint8 as its tensor says, in memory [batch, H, W, C]
     // where channels_last[i] (empty: nowhere); outputs[i]: float32 [batch, C, H, W], written. Calls from several
-    // threads take turns. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds:
+    // threads run at once. traces: tensor -> [batch, H, W, C], uint8 for codes, the stream type for streams. seconds:
     // where given, gets the time spent in every step by all threads, scaled to add up to the time of the call.
     void run(const std::vector<const void*>& inputs, const std::vector<bool>& channels_last,
              const std::vector<float*>& outputs, int64_t batch, int threads, const std::map<int, void*>& traces,
              std::vector<double>* seconds);
 
-    // Bytes of working memory held now, and that of one image.
+    // Bytes of working memory held for further calls, and that of one image.
     int64_t held_bytes() const;
     int64_t image_bytes() const { return plan_->arena_bytes; }
 
 private:
     struct Memory;  // of one thread
-    struct Turn;    // whose turn it is, and what calls work in
+    struct Shelf;
+    class Loan;
     struct Call;
     struct Worker;
-    Turn& turn() const;
+    Shelf& shelf() const;
     void run_image(const Call& call, Team::Place from, Worker& worker);
     void run_step(const Call& call, const StepPlan& step, const StepSpec& spec, const Team::Member& self,
                   const RunContext& context, float* floats) const;
 
     const Isa isa_;
     std::unique_ptr<ProgramPlan> plan_;
-    mutable std::atomic<Turn*> turn_;  // of this process; that of its parent before it was forked is left behind
+    mutable std::atomic<Shelf*> shelf_;  // of this process; that of its parent before it was forked is left behind
 };
 
 }  // namespace lbs

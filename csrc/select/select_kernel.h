@@ -74,6 +74,7 @@ inline void move_row(const lbs::SelectPlan& plan, const lbs::EmitPlan& e, const 
     if (is_dense) {
         const int count = (plan.width - first_column + plan.block_columns - 1) / plan.block_columns;
         for (int n = 0; n < count; n += Simd::L) {
+            // Slack: columns are read as whole vectors, here and below.
             Simd::I word = Simd::iload(in[0] + columns[0][first_column] + 4 * n);
             if (!together) {
                 Simd::I q[4];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lbs_kernels.device import named_isa
 from lbs_kernels.errors import BackendError, FormatError, ShapeError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.program.checks import check_planes, check_program
@@ -41,7 +42,7 @@ class CompiledProgram:
         try:
             self.runner = _build(self.backend, program, blob, allow)
         except BackendError as error:
-            if backend != "auto":
+            if backend != "auto" or named_isa():  # which names the native back end
                 raise
             self.fallback = f"{self.backend}: {error}"
             self.backend = "reference"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbs_kernels.device import default_threads
+from lbs_kernels.device import default_threads, named_isa
 from lbs_kernels.extension import require_cpu
 from lbs_kernels.program.runner import StepKernel, empty_outputs, empty_tensors, output_shape
 from lbs_kernels.program.steps import Program
@@ -30,7 +30,7 @@ class CpuRunner:
         """
         Args:
             blob: uint8, contiguous, on the CPU; kept, and copied into every layout.
-            isa: instruction set, a key of `device.isa_reasons`, or "auto" for the best one present.
+            isa: instruction set, a key of `device.isa_reasons`, or "auto": what LBS_ISA names, else the best present.
             algorithms: step name -> "direct", "lanes", "winograd", or "winograd-or-direct" (the latter where the
                 former cannot serve); of other steps the native module guesses the faster one. Unless given, what was
                 measured decides, for the isa "auto" alone: tables tell of no other.
@@ -42,7 +42,8 @@ class CpuRunner:
         self.program = program
         self._blob, self._isa = blob, isa
         self._laid_out: dict[tuple[str, ...], Any] = {}
-        is_measured = algorithms is None and isa == "auto" and bool(table.load(table.device_slug("cpu")).rows)
+        is_free = algorithms is None and isa == "auto" and not named_isa()
+        is_measured = is_free and bool(table.load(table.device_slug("cpu")).rows)
         self._chosen: dict[tuple[int, int], Any] | None = {} if is_measured else None  # by images and threads
         if is_measured:
             self.native = self._native(1, default_threads())

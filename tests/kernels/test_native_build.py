@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from project_setup import ROOT, load_setup
+
+from lbs_kernels import extension
 
 if not (ROOT / "setup.py").exists():
     pytest.skip("the tests run without the source tree", allow_module_level=True)
@@ -97,6 +100,20 @@ def test_the_module_of_the_tests_is_part_of_no_installation(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "lbs_kernels").iterdir()] == ["_build_report.json"]
     assert [path.name for path in (tmp_path / "temp").iterdir()] == ["build.ninja"]
     assert "tests.native" not in (tmp_path / "temp" / "build.ninja").read_text()
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_modules_are_hardened(name: str) -> None:
+    """Stack protector, all symbols bound when it is loaded and their table read-only then, no code on the stack."""
+    module = getattr(extension, name)
+    if module is None or shutil.which("readelf") is None:
+        pytest.skip(f"needs the {name} module and readelf")
+    command = ["readelf", "--dynamic", "--program-headers", "--dyn-syms", "--wide", module.__file__]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "BIND_NOW" in words
+    assert "GNU_RELRO" in words
+    assert [line.split()[-2] for line in words.splitlines() if "GNU_STACK" in line] == ["RW"]
+    assert "__stack_chk_fail" in words
 
 
 def test_torch_stands_in_for_pybind11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from lbs_kernels import device, extension
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.program import planes
 from lbs_kernels.program.steps import Program
+from lbs_kernels.run.loaded import clear_runners, run_program
 from lbs_kernels.run.reference import ReferenceRunner
 
 if extension.cpu is None:
@@ -82,7 +83,7 @@ def test_threads_join_whenever_they_wake() -> None:
 
 
 def test_calls_from_several_threads_at_once() -> None:
-    """One program is shared and takes turns; others compete for the pool and then run alone."""
+    """They share programs, and compete for the pool; who does not get it runs alone."""
     cases = [CASES[name](4) for name in ("chain", "depthwise", "preact_residual")]
     inputs = [random_inputs(program, 3, seed=2) for program, _ in cases]
     expected = [ReferenceRunner(*case).run(x) for case, x in zip(cases, inputs, strict=True)]
@@ -163,12 +164,12 @@ def test_working_memory_is_reused() -> None:
     runner = native(program, blob)
     inputs = random_inputs(program, 9, seed=0)
     assert runner.held_bytes == 0  # type: ignore[attr-defined]
-    call(runner, program, inputs, threads=2)
+    call(runner, program, inputs, threads=1)
     held = runner.held_bytes  # type: ignore[attr-defined]
     assert 0 < runner.image_bytes < held  # type: ignore[attr-defined]
-    for _ in range(3):
-        call(runner, program, inputs, threads=2)
-        assert runner.held_bytes == held  # type: ignore[attr-defined]
+    for threads in (1, 2, 2, 2, 1):
+        call(runner, program, inputs, threads)
+        assert runner.held_bytes in (held, 2 * held)[: threads + 1]  # a thread that came late took none  # type: ignore[attr-defined]
     # Tensors that never live together share memory: less than all of them side by side.
     assert runner.image_bytes < sum(s.channels * s.height * s.width * 4 for s in program.tensors) * 4  # type: ignore[attr-defined]
 
@@ -208,6 +209,72 @@ def test_an_instruction_set_that_is_missing_is_refused() -> None:
     program, blob = CASES["one_pixel"](0)
     with pytest.raises(BackendError, match=r"isa 'amx' cannot run: .*lacks AMX"):
         native(program, blob, "amx")
+
+
+def switched(name: str, value: str, code: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own with an environment variable set, in which `runner`, `program` and `inputs` are ready."""
+    start = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from programs import CASES, random_inputs
+from test_native_runner import call, equal, native
+program, blob = CASES["chain"](1)
+inputs = random_inputs(program, 5, seed=0)
+runner = native(program, blob)
+"""
+    words = [sys.executable, "-c", start.format(tests=str(Path(__file__).parent)) + code]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, name: value})
+
+
+@pytest.mark.parametrize("isa", [isa for isa, reason in device.isa_reasons().items() if not reason])
+def test_an_instruction_set_is_forced_by_the_environment(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBS_ISA", isa)
+    program, blob = CASES["chain"](1)
+    inputs = random_inputs(program, 3, seed=0)
+    runner = native(program, blob)
+    assert runner.isa == device.default_isa() == isa  # type: ignore[attr-defined]
+    assert equal(call(runner, program, inputs, 1), ReferenceRunner(program, blob).run(inputs))
+    assert native(program, blob, "portable").isa == "portable", "a call's own word goes first"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("value", "message"), [("sse9", "is unknown; it is one of portable"), ("neon", "cannot run")])
+def test_an_instruction_set_forced_in_vain_is_told(value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not device.isa_reasons().get(value, "unknown"):
+        pytest.skip(f"{value} can run here")
+    program, blob = CASES["chain"](1)
+    monkeypatch.setenv("LBS_ISA", value)
+    with pytest.raises(BackendError, match=f"LBS_ISA: isa '{value}' {message}"):
+        native(program, blob)
+    clear_runners()
+    with pytest.raises(BackendError, match=f"LBS_ISA: isa '{value}' {message}"):  # the reference is not what was asked
+        run_program(program, blob, random_inputs(program, 1, seed=0))
+
+
+def test_spinning_is_switched_off_by_the_environment() -> None:
+    """Processor time of threads that wait for a call: none, where they would spin between any two."""
+    code = """
+def spent():
+    for _ in range(20):
+        call(runner, program, inputs, 2)
+    before = time.process_time()
+    for _ in range(300):
+        call(runner, program, inputs, 2)
+        time.sleep(0.002)
+    return time.process_time() - before
+
+print(spent())
+"""
+    without, long = (float(switched("LBS_SPIN_US", value, code).stdout) for value in ("0", "1000000"))
+    assert without < long / 2, (without, long)
+
+
+@pytest.mark.parametrize("value", ["-1", "1000001", "1.5", "soon"])
+def test_a_time_to_spin_that_is_none_is_refused(value: str) -> None:
+    done = switched(
+        "LBS_SPIN_US", value, "call(runner, program, inputs, 1)\nprint(1)\ncall(runner, program, inputs, 2)"
+    )
+    assert done.stdout == "1\n", "nothing spins for a call of one thread"
+    assert f"LBS_SPIN_US is '{value}'; it is a whole number of microseconds from 0 to 1000000" in done.stderr
 
 
 def mutate(value: object, choice: random.Random) -> object:
