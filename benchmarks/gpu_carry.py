@@ -7,8 +7,8 @@ PYTHON is an interpreter of the version that runs there, with its headers, setup
     python3.12 -m venv DIR; DIR/bin/pip install setuptools pybind11
     python benchmarks/gpu_carry.py --python DIR/bin/python
 
-It writes lbs_kernels/_cuda.cpython-312-....so, which that Python alone loads, and beside it `_carried.json`: what it
-was built from. Both are ignored by git, so whatever takes the tree along is told of them by name, as they are printed
+It writes lbs_kernels._cuda for that Python, which no other loads, and beside it `_carried.json`: what it was built
+from. Both are ignored by git, so whatever takes the tree along is told of them by name, as they are printed
 here. `benchmarks/gpu_suite.py` builds nothing where they belong to its sources, and says why where they do not.
 """
 

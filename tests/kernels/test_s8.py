@@ -79,7 +79,7 @@ def test_sums_near_the_end_of_32_bits(weight: int) -> None:
 # Several tiles for each consumer; K of five chunks, and of one, so that copies run several tiles ahead.
 @pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 0), (False, 1), (True, 2)])
 @pytest.mark.parametrize(("blocks", "channels", "kernel"), [(1, 64, 3), (2, 64, 3), (100, 64, 3), (1, 40, 1)])
-@pytest.mark.parametrize("config", [WIDE, NARROW], ids=str)
+@pytest.mark.parametrize("config", [WIDE, NARROW, BY_FOURS], ids=str)
 def test_nothing_depends_on_moments_and_orders(
     config: S8Config,
     blocks: int,
