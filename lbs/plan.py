@@ -140,6 +140,15 @@ class Plan:
         """Multiply-accumulates of one layer and image, kept channels only."""
         return cost.macs(self._kept_problem(layer))
 
+    def kept_problems(self) -> list[Problem]:
+        """The layers as they run: channels that live, and the grids of weights that are not on the usual ones."""
+        unusual = ((layer, layer.w_grid if layer.w_grid != grid_at(layer.w_bits) else None) for layer in self.layers)
+        return [replace(self._kept_problem(layer), grid=grid) for layer, grid in unusual]
+
+    def whole_problems(self) -> list[Problem]:
+        """The layers with all their channels."""
+        return [layer.problem() for layer in self.layers]
+
     @property
     def in_float(self) -> bool:
         """Whether every layer computes in float: only filters are gone."""

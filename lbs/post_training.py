@@ -195,7 +195,7 @@ def quantize(
             labels are not read.
         bits: of all layers but the first and the last: (weights, activations), or one number; 8 unless there is a
             budget. bops, size_mb, latency_ms, table: a budget, as in `lbs.Budget`; what `lbs tune` measured is the
-            table `lbs_kernels.times.table.estimate`.
+            table `lbs.cost.Tuned()`.
         rounding: of weights of fewer than 8 bits, each to its nearest code, or so that layers compute on these images
             what they compute in float (`lbs/quant/rounding.py`; half a minute more for MobileNetV2 at 4 bits).
         normalize: see `lbs.pack`. exclude: name patterns left in float. streams: bits of what residual sums store until

@@ -52,43 +52,53 @@ void max_of_row(const lbs::PoolStreamPlan& plan, const float* row, float* out) {
     }
 }
 
+// A row of maxima over the rows of a window; `row` has padding on both sides.
 template <bool kNumbers>
-void max_plane(const lbs::PoolStreamPlan& plan, const float* plane, float* row, float* out) {
+void max_of_rows(const lbs::PoolStreamPlan& plan, const float* plane, int start, float* row) {
     const int whole = plan.width / Simd::L * Simd::L;
     const uint32_t valid = (1u << (plan.width - whole)) - 1u;  // of the vector behind the whole ones
-    for (int64_t i = 0; i < plan.row_floats; ++i) row[i] = -__builtin_inff();
-    for (int y = 0; y < plan.rows; ++y) {
-        const int start = y * plan.row_stride - plan.top;
-        const int first = start > 0 ? start : 0;
-        const int last = start + plan.kernel_rows < plan.height ? start + plan.kernel_rows : plan.height;
-        const float* const source = plane + static_cast<int64_t>(first) * plan.width;
-        const int64_t rows_end = static_cast<int64_t>(last - first) * plan.width;
-        for (int x = 0; x < whole; x += Simd::L) {
-            Simd::F best = Simd::fload(source + x);
-            for (int64_t at = plan.width; at < rows_end; at += plan.width)
-                best = larger<kNumbers>(best, Simd::fload(source + at + x));
-            Simd::fstore(row + plan.left + x, best);
+    const int first = start > 0 ? start : 0;
+    const int last = start + plan.kernel_rows < plan.height ? start + plan.kernel_rows : plan.height;
+    const float* const source = plane + static_cast<int64_t>(first) * plan.width;
+    const int64_t rows_end = static_cast<int64_t>(last - first) * plan.width;
+    for (int x = 0; x < whole; x += Simd::L) {
+        Simd::F best = Simd::fload(source + x);
+        for (int64_t at = plan.width; at < rows_end; at += plan.width)
+            best = larger<kNumbers>(best, Simd::fload(source + at + x));
+        Simd::fstore(row + plan.left + x, best);
+    }
+    if (!valid) return;
+    Simd::F best = Simd::fload_mask(source + whole, valid);
+    for (int64_t at = plan.width; at < rows_end; at += plan.width)
+        best = larger<kNumbers>(best, Simd::fload_mask(source + at + whole, valid));
+    Simd::fstore_mask(row + plan.left + whole, valid, best);
+}
+
+// kPoolRows together: a load of what two stores have just written waits until both are in the cache.
+template <bool kNumbers>
+void max_plane(const lbs::PoolStreamPlan& plan, const float* plane, float* rows, float* out) {
+    const int64_t pitch = plan.row_floats;
+    for (int64_t i = 0; i < lbs::kPoolRows * pitch; ++i) rows[i] = -__builtin_inff();
+    for (int y = 0; y < plan.rows; y += lbs::kPoolRows) {
+        const int count = plan.rows - y < lbs::kPoolRows ? plan.rows - y : lbs::kPoolRows;
+        for (int i = 0; i < count; ++i)
+            max_of_rows<kNumbers>(plan, plane, (y + i) * plan.row_stride - plan.top, rows + i * pitch);
+        for (int i = 0; i < count; ++i, out += plan.columns) {
+            const float* row = rows + i * pitch;
+            switch (plan.column_stride) {
+                case 1: max_of_row<1, kNumbers>(plan, row, out); break;
+                case 2: max_of_row<2, kNumbers>(plan, row, out); break;
+                default: max_of_row<0, kNumbers>(plan, row, out);
+            }
         }
-        if (valid) {
-            Simd::F best = Simd::fload_mask(source + whole, valid);
-            for (int64_t at = plan.width; at < rows_end; at += plan.width)
-                best = larger<kNumbers>(best, Simd::fload_mask(source + at + whole, valid));
-            Simd::fstore_mask(row + plan.left + whole, valid, best);
-        }
-        switch (plan.column_stride) {
-            case 1: max_of_row<1, kNumbers>(plan, row, out); break;
-            case 2: max_of_row<2, kNumbers>(plan, row, out); break;
-            default: max_of_row<0, kNumbers>(plan, row, out);
-        }
-        out += plan.columns;
     }
 }
 
-// Maximum over each window of one plane; padding never wins, not a number does. `row` holds plan.row_floats, `out` L
-// floats more than the result.
-void max_plane_kernel(const lbs::PoolStreamPlan& plan, const float* plane, float* row, float* out) {
-    if (plan.numbers) max_plane<true>(plan, plane, row, out);
-    else max_plane<false>(plan, plane, row, out);
+// Maximum over each window of one plane; padding never wins, not a number does. `rows` holds kPoolRows of
+// plan.row_floats, `out` L floats more than the result.
+void max_plane_kernel(const lbs::PoolStreamPlan& plan, const float* plane, float* rows, float* out) {
+    if (plan.numbers) max_plane<true>(plan, plane, rows, out);
+    else max_plane<false>(plan, plane, rows, out);
 }
 
 void pool_codes_kernel(const lbs::PoolCodesPlan& plan, const lbs::RunContext& run, int first_group, int last_group) {

@@ -223,23 +223,4 @@ LBS_INLINE void finish4(const lbs::AccumulatorPlan& a, const lbs::EmitPlan& e, c
     emit4_any(e, run, channel, vector, y);
 }
 
-// Emits channel groups [first, last) of float planes [channel][pixels]; plane 0 of `values` is channel `base_channel`.
-void emit_planes_kernel(const lbs::EmitPlan& e, const lbs::RunContext& run, const float* values, int base_channel,
-                        int first_group, int last_group, int first_vector, int last_vector) {
-    constexpr uint32_t kAll = (1u << Simd::L) - 1u;
-    for (int group = first_group; group < last_group; ++group) {
-        const int channel = 4 * group;
-        const int live = e.channels - channel < 4 ? e.channels - channel : 4;
-        const float* plane = values + (channel - base_channel) * e.pixels;
-        for (int vector = first_vector; vector < last_vector; ++vector) {
-            const uint32_t valid = vector + 1 < e.vectors ? kAll : e.tail_mask;
-            Quad y;
-            for (int j = 0; j < 4; ++j)
-                y.v[j] = Simd::fload_mask(plane + j * e.pixels + static_cast<int64_t>(vector) * Simd::L,
-                                          j < live ? valid : 0);
-            emit4_any(e, run, channel, vector, y);
-        }
-    }
-}
-
 }  // namespace

@@ -304,4 +304,32 @@ inline void emit_tile(const FastEmit& fast, const Tile& tile) {
         for (int f = 0; f < tile.filters; f += 4) emit_quad(fast, tile, p, f);
 }
 
+// A constant for the same reason as kNoConsumer.
+constexpr lbs::AccumulatorPlan kNoSums;
+
+// Emits channel groups [first, last) of float planes [channel][pixels]; plane 0 of `values` is channel `base_channel`.
+void emit_planes_kernel(const lbs::EmitPlan& e, const lbs::RunContext& run, const float* values, int base_channel,
+                        int first_group, int last_group, int first_vector, int last_vector) {
+    const FastEmit fast(kNoSums, e, run);
+    for (int group = first_group; group < last_group; ++group) {
+        const int channel = 4 * group;
+        const int live = e.channels - channel < 4 ? e.channels - channel : 4;
+        const float* plane = values + (channel - base_channel) * e.pixels;
+        const bool is_lean = e.is_lean && live == 4;
+        for (int vector = first_vector; vector < last_vector; ++vector) {
+            const int64_t first = static_cast<int64_t>(vector) * Simd::L;
+            const uint32_t valid = vector + 1 < e.vectors ? kAllLanes : e.tail_mask;
+            Quad y;
+            if (is_lean && valid == kAllLanes) {
+                for (int j = 0; j < 4; ++j) y.v[j] = Simd::fload(plane + j * e.pixels + first);
+                emit_values(fast, channel, vector, channel * e.pixels + first, y);
+                continue;
+            }
+            for (int j = 0; j < 4; ++j)
+                y.v[j] = Simd::fload_mask(plane + j * e.pixels + first, j < live ? valid : 0);
+            emit4_any(e, run, channel, vector, y);
+        }
+    }
+}
+
 }  // namespace

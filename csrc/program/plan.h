@@ -262,6 +262,8 @@ struct PoolCodesPlan {  // maximum of codes whose padding (code 0) never wins
     PixelMap in_map, out_map;
 };
 
+constexpr int kPoolRows = 4;  // of a maximum, in working memory
+
 struct PoolStreamPlan {  // maximum of a stream
     int height = 0, width = 0, rows = 0, columns = 0;
     int kernel_rows = 1, kernel_columns = 1, row_stride = 1, column_stride = 1, top = 0, left = 0;

@@ -96,6 +96,7 @@ ProgramPlan::ProgramPlan(const std::string& text, const unsigned char* blob, int
         throw BackendError("algorithms has " + std::to_string(algorithms.size()) + " entries for " +
                            std::to_string(spec.steps.size()) + " steps; give one for each, or none");
     plan_steps(algorithms);
+    join_bands();
     assign_slots();
     place_meetings();
 }
@@ -157,6 +158,7 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             tile_bytes = std::max(tile_bytes, round_up(plan.conv.k_steps, 16) * 128);
         } else {
             plan.emit = emit;
+            plan.emit.is_usual = false;  // what floats are read is not known
             if (step.kind == StepKind::kQuantPack) plan_quantpack(step, plan);
             else if (step.kind == StepKind::kSelect) plan_select(step, plan);
             else if (step.kind == StepKind::kResize) plan_resize(step, plan);
@@ -303,7 +305,8 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
         plan_max(step, source, plan.max);
         for (const StepSpec& writer : spec.steps)
             if (writer.emit.stream == step.input) plan.max.numbers = writer.emit.low || writer.emit.high;
-        float_count = std::max<int64_t>(float_count, 4 * plan.emit.pixels + kMaxLanes + plan.max.row_floats);
+        float_count =
+            std::max<int64_t>(float_count, 4 * plan.emit.pixels + kMaxLanes + kPoolRows * plan.max.row_floats);
     } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
         // window is cut to the image instead, and no table is made of its taps.
@@ -417,6 +420,25 @@ void ProgramPlan::plan_resize(const StepSpec& step, StepPlan& plan) {
     plan.resize.across = resize_columns(store, source.width, step.size.x, step.scale.x, step.offset.x, kernels.lanes);
     plan.resize.pitch = round_up(step.size.x, kMaxLanes) + 2 * kMaxLanes;
     float_count = std::max(float_count, kResizeRows * plan.resize.pitch);
+}
+
+// Convolutions whose stream the next step alone reads, for a maximum.
+void ProgramPlan::join_bands() {
+    for (size_t i = 1; i < steps.size(); ++i) {
+        StepPlan& before = steps[i - 1];
+        const int stream = spec.steps[i].input;
+        if (steps[i].run != StepPlan::Run::kMaxStream || before.run != StepPlan::Run::kConv ||
+            before.writes != std::vector<int>{stream} || before.conv.emit.residual >= 0)
+            continue;
+        size_t readers = 0;
+        for (const StepSpec& step : spec.steps) {
+            const std::vector<int> reads = tensors_read(step);
+            readers += static_cast<size_t>(std::count(reads.begin(), reads.end(), stream));
+        }
+        if (readers != 1 || std::count(spec.outputs.begin(), spec.outputs.end(), stream)) continue;
+        steps[i].bands = plan_bands(before.conv, steps[i].max, kernels.lanes);
+        before.in_bands = steps[i].bands.unit_count > 0;
+    }
 }
 
 void ProgramPlan::assign_slots() {

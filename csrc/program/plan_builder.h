@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "isa/kernels.h"
+#include "program/bands.h"
 #include "program/layout.h"
 #include "program/program.h"
 
@@ -35,6 +36,7 @@ struct StepPlan {
     LinearPlan linear;
     PoolCodesPlan pool;
     PoolStreamPlan max;
+    BandPlan bands;  // of a maximum and the convolution before it
     SelectPlan select;
     ResizePlan resize;
     EmitPlan emit;             // of the steps that emit planes of floats
@@ -42,6 +44,7 @@ struct StepPlan {
     int place = -1;            // of the image it reads among the program's inputs; -1: a stream
     std::vector<int> writes;   // tensors
     bool meet_before = false;  // threads that share an image wait here for each other
+    bool in_bands = false;     // computed with the next step, unless tensors are traced
 };
 
 // A piece of one image's memory. Tensors that never live at the same time may share it.
@@ -83,6 +86,7 @@ private:
     void plan_pool(const StepSpec& step, StepPlan& plan);
     void plan_select(const StepSpec& step, StepPlan& plan);
     void plan_resize(const StepSpec& step, StepPlan& plan);
+    void join_bands();
     void assign_slots();
     void place_meetings();
 };

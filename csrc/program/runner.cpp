@@ -272,6 +272,7 @@ void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
     context.rows = reinterpret_cast<int32_t*>(own.rows.get());
     float* floats = reinterpret_cast<float*>(own.floats.get());
 
+    const bool traced = !call.traces.empty();
     Clock::time_point start;
     if (worker.seconds) start = Clock::now();
     for (size_t i = static_cast<size_t>(from.step); i < plan_->steps.size(); ++i) {
@@ -280,8 +281,19 @@ void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
             if (!worker.just_met) worker.team->meet(worker.self, {image, static_cast<int>(i)});
             worker.just_met = false;
         }
-        run_step(call, step, spec.steps[i], worker.self, context, floats);
-        if (!call.traces.empty()) export_tensors(*plan_, step.writes, call.traces, image, tensors.data());
+        if (step.in_bands && !traced) continue;
+        if (step.bands.unit_count > 0 && !traced) {
+            unsigned char* const memory = own.slots[static_cast<size_t>(plan_->slot_of[spec.steps[i].input])];
+            const double before = run_bands(step.bands, step.max, step.emit, plan_->kernels, context, tensors.data(),
+                                            memory, floats, worker.self, worker.seconds != nullptr);
+            if (worker.seconds) {
+                (*worker.seconds)[i - 1] += before;
+                (*worker.seconds)[i] -= before;
+            }
+        } else {
+            run_step(call, step, spec.steps[i], worker.self, context, floats);
+        }
+        if (traced) export_tensors(*plan_, step.writes, call.traces, image, tensors.data());
         if (worker.seconds) {
             const Clock::time_point end = Clock::now();
             (*worker.seconds)[i] += std::chrono::duration<double>(end - start).count();

@@ -6,7 +6,8 @@ import argparse
 
 from lbs.cli.console import console
 from lbs.cli.options import set_threads
-from lbs.reporting.units import size
+from lbs.packing.explain import told_estimate
+from lbs.reporting.units import seconds, size
 from lbs.run_folder import RunFolder
 from lbs.runs.stages import pack_run
 
@@ -41,6 +42,13 @@ def run(args: argparse.Namespace) -> int:
         f"packed: {section['file']}, {size(section['bytes'])}, for {section['input_dtype']} images; "
         "codes of every layer checked"
     )
+    if "latency" in section:
+        took = section["latency"]
+        estimate = told_estimate(took["estimated"], took["measured"])
+        out.say(
+            f"a call of one image takes {seconds(took['measured'])} of {seconds(took['target'])} asked for, "
+            f"{took['threads']} threads; {estimate}"
+        )
     out.say(f"next: lbs verify --run {args.run}; lbs bench --run {args.run}")
     out.finish(section)
     return 0

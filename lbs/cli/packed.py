@@ -14,10 +14,11 @@ from lbs.runs.packed import Source, of_run
 from lbs_kernels.errors import LbsError
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """FILE, --run or --zoo: exactly one."""
-    parser.add_argument("file", nargs="?", metavar="FILE", help="a .lbs.safetensors file")
-    parser.add_argument("--run", metavar="DIR", help="the packed network of a run folder")
+def add_source(parser: argparse.ArgumentParser, plans: bool = False) -> None:
+    """FILE, --run or --zoo: exactly one. plans: of commands that do with what is not packed yet."""
+    file, run = (" or a plan.json", ", or its plan where it is not packed") if plans else ("", "")
+    parser.add_argument("file", nargs="?", metavar="FILE", help=f"a .lbs.safetensors file{file}")
+    parser.add_argument("--run", metavar="DIR", help=f"the packed network of a run folder{run}")
     parser.add_argument("--zoo", metavar="NAME", help=f"a shipped network: {', '.join(lbs.zoo.ENTRIES)}")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
     parser.add_argument("--device", default="cpu", help="where it runs: cpu (default) or cuda")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import lbs.cost
 import lbs.models
 from lbs.cli.console import BarProgress, Console, console
-from lbs.cli.options import device_of, numbers, set_threads
+from lbs.cli.options import add_exclude, add_streams, device_of, numbers, set_threads
 from lbs.cli.packed import add_source, source_of
-from lbs.cost.latency import latency_grid
+from lbs.run_folder import RunFolder
+from lbs.runs import tuning
+from lbs.search.streams import FLOAT
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import BackendError, LbsError, first_line
-from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
 from lbs_kernels.tune.blame import Blame
@@ -35,13 +38,19 @@ def pairs(text: str) -> tuple[tuple[int, int], ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, for how long."""
-    add_source(parser)
+    add_source(parser, plans=True)
     parser.add_argument(
         "--shapes",
         metavar="NAME,..",
-        help=f"instead of a packed network: layers of {', '.join(sorted(lbs.models.REGISTRY))}, over a grid of kept "
-        "filters on the processor",
+        help=f"instead of a packed network: layers and calls of {', '.join(sorted(lbs.models.REGISTRY))} or "
+        "module:function, the layers over a grid of kept filters on the processor",
     )
+    parser.add_argument(
+        "--input-shape", type=numbers, default=(), metavar="C,H,W", help="one image of --shapes (default: the model's)"
+    )
+    parser.add_argument("--classes", type=int, metavar="N", help="classes of --shapes (default: the model's)")
+    add_exclude(parser)
+    add_streams(parser)
     parser.add_argument("--batch", type=numbers, default=(1,), metavar="N,..", help="images per call (default 1)")
     parser.add_argument(
         "--bits",
@@ -57,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="kept sizes per axis of a layer (default 4; 1: whole layers)",
     )
-    parser.add_argument("--group", type=int, default=8, metavar="N", help="filters kept or cut together (default 8)")
+    parser.add_argument("--group", type=int, metavar="N", help="filters kept or cut together (default: the model's)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after this long; call again to go on")
     parser.add_argument("--again", action="store_true", help="measure what is known, too")
     parser.add_argument("--every", action="store_true", help="on a GPU: every configuration, not the nearest ones")
@@ -70,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.minutes is not None and not args.minutes > 0:
         raise LbsError(f"--minutes {args.minutes}; give a positive number")
     device = device_of(args.device)
-    todo = _problems(args, device)
+    todo, calls = _asked(args, device)
     threads = default_threads()
     blame = Blame(table.user_path(table.device_slug(str(device))).with_suffix(".broken"))
     measure: Callable[[Problem], tuner.Measured]
@@ -80,17 +89,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         measure = functools.partial(tuner.measure_cpu, threads=threads)
     roof = measure_roof(args.again) if device.type == "cpu" else None
-    progress = _Progress(out, len(tuner.distinct(todo)))
+    progress = _Progress(out, len(tuner.distinct(todo)) + len(calls))
+    started, seconds = time.monotonic(), float("inf") if args.minutes is None else 60 * args.minutes
+    timed: dict[str, float] = {}
     try:
         done = tuner.tune(
             todo,
             measure,
             tuner.known_on_gpu if device.type == "cuda" else tuner.known_on_cpu(threads),
             device=device.type,
-            seconds=float("inf") if args.minutes is None else 60 * args.minutes,
+            seconds=seconds,
             again=args.again,
             progress=progress.tell,
         )
+        while calls and not done.left and time.monotonic() - started < seconds:  # a call is known by its layers
+            call = calls.pop(0)
+            took = call.measure(threads, args.again)
+            progress.called(call, took)
+            timed |= {} if took is None else {call.name: took}
     except RuntimeError as error:
         if isinstance(error, LbsError) or device.type != "cuda":
             raise
@@ -100,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     finally:
         progress.bar.end()
-    out.say(f"{done.measured} problems measured, {done.skipped} were known, {done.left} are left; {done.path}")
+    left = f"{done.left} are left" + (f", and {len(calls)} calls" if calls else "")
+    out.say(f"{done.measured} problems and {len(timed)} calls measured, {done.skipped} were known, {left}; {done.path}")
     wrong = [
         f"{row}: {reason}" for row, found in done.refused.items() for reason in found.values() if tuner.WRONG in reason
     ]
@@ -108,27 +125,32 @@ def run(args: argparse.Namespace) -> int:
         out.say(f"WRONG  {line}")
     if roof is not None:
         out.say(f"a matrix product of bytes reaches {roof / 1e9:.0f} G multiply-adds a second with {threads} threads")
-    out.finish({**asdict(done), "wrong": wrong, "roof": roof})
+    out.finish({**asdict(done), "wrong": wrong, "roof": roof, "calls": timed, "calls_left": len(calls)})
     return 1 if wrong else 0
 
 
-def _problems(args: argparse.Namespace, device: torch.device) -> list[Problem]:
-    """What was named: the steps of a packed network, or the layers of networks."""
+def _asked(args: argparse.Namespace, device: torch.device) -> tuple[list[Problem], list[tuning.Call]]:
+    """What was named: a packed network, a plan, or float networks. On a GPU no calls are timed."""
+    kind = device.type
     if not args.shapes:
-        programs = source_of(args).packed.programs
-        return [
-            problem_of(step, program, batch, device.type)
-            for batch in args.batch
-            for program in programs
-            for step in program.steps
-        ]
-    found: list[Problem] = []
+        named = [name for name in ("file", "run", "zoo") if getattr(args, name)]
+        plan = None
+        if len(named) == 1:  # else `source_of` says so
+            plan = tuning.searched_plan(args.file and Path(args.file), RunFolder(args.run) if args.run else None)
+        if plan is not None:
+            return tuning.plan_problems(plan, args.batch, kind), []
+        packed = source_of(args).packed
+        return tuning.step_problems(packed, args.batch, kind), tuning.calls_of_packed(packed, args.batch)
+    problems: list[Problem] = []
+    calls: list[tuning.Call] = []
+    points = args.points if kind == "cpu" else 1
     for name in args.shapes.split(","):
-        layers = lbs.cost.network_layers(lbs.models.create(name), lbs.models.example(name))
-        points = args.points if device.type == "cpu" else 1
-        for batch in args.batch:
-            found += latency_grid(layers, args.bits, batch=batch, group=args.group, points=points, device=device.type)
-    return found
+        shapes = tuning.shapes_of(name, args.input_shape, args.classes)
+        problems += tuning.shape_problems(shapes, args.bits, args.batch, group=args.group, points=points, device=kind)
+        if kind == "cpu":
+            exclude, streams = tuple(getattr(args, "exclude", ())), getattr(args, "streams", FLOAT)
+            calls += tuning.calls_of_shapes(shapes, args.bits, args.batch, exclude, streams)
+    return problems, calls
 
 
 class _Progress:
@@ -145,6 +167,13 @@ class _Progress:
         self.bar.advance(1)
         if measured is not None and not isinstance(self.bar, BarProgress):
             self.out.say(f"{self.done}/{self.total} {_line(measured)}")
+
+    def called(self, call: tuning.Call, seconds: float | None) -> None:
+        """One call is done; None: it was known."""
+        self.done += 1
+        self.bar.advance(1)
+        if seconds is not None and not isinstance(self.bar, BarProgress):
+            self.out.say(f"{self.done}/{self.total} a call, {call.name}: {seconds * 1e6:.1f} us")
 
 
 def _line(measured: tuner.Measured) -> str:

@@ -19,7 +19,7 @@ from lbs.cost.bops import (
     total_bops,
 )
 from lbs.cost.edges import EDGE_BITS, edge_layers, uniform_bits
-from lbs.cost.latency import timed
+from lbs.cost.latency import Tuned, timed
 from lbs.cost.network import CountedLayer, NetworkLayers, network_layers
 from lbs.cost.storage import activation_bytes, float_weight_bytes, weight_bytes
 
@@ -28,6 +28,7 @@ __all__ = [
     "FULL_PRECISION_BITS",
     "CountedLayer",
     "NetworkLayers",
+    "Tuned",
     "activation_bytes",
     "bops",
     "edge_layers",

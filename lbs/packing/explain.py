@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from lbs.cost.latency import FLOAT_STREAMS, call_seconds
 from lbs.packing.draft import DECODED
 from lbs.packing.model import PackedModel, need_packed
-from lbs.packing.parts import PartRow, time_parts, told, torch_threads
+from lbs.packing.parts import PartRow, time_call, time_parts, told, torch_threads
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.gpu.modelled import PREFIX, modelled
@@ -50,7 +51,10 @@ class StepRow:
 class Explanation:
     """Rows in execution order, and what is not packed. Printing it gives a table.
 
-    parts: regions and parts in float, each with its time in a call; empty on a GPU.
+    parts: regions and parts in float, each with its time in a call; empty on a GPU. call: measured seconds of a call,
+    the 20th percentile of the rounds, as in tuning tables; None on a GPU. estimated: the same by what `lbs tune`
+    measured, as a latency budget counts it (`lbs.cost.latency`); None where something that takes was not measured, or
+    there is no plan.
     """
 
     rows: tuple[StepRow, ...]
@@ -60,6 +64,8 @@ class Explanation:
     threads: int
     packed_bytes: int
     parts: tuple[PartRow, ...] = ()
+    call: float | None = None
+    estimated: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -87,7 +93,16 @@ class Explanation:
         lines += list(self.notes)
         total = f", {self.seconds * 1e6:.1f} us in the steps" if self.seconds is not None else ""
         lines.append(f"{self.packed_bytes} bytes packed, batch {self.batch}, {self.threads} threads{total}")
+        if self.call is not None:
+            lines.append(f"a call takes {self.call * 1e6:.1f} us; {told_estimate(self.estimated, self.call)}")
         return "\n".join(lines)
+
+
+def told_estimate(estimated: float | None, measured: float) -> str:
+    """The estimate of a call beside what it was measured to take."""
+    if estimated is None:
+        return "lbs tune has not measured what an estimate needs: layers, and calls of the network at uniform bits"
+    return f"estimated from what lbs tune measured: {estimated * 1e6:.1f} us ({estimated / measured - 1:+.1%})"
 
 
 def explain(
@@ -147,7 +162,23 @@ def explain(
         notes.append(f"roof: {roof / 1e9:.0f} G multiply-adds a second, a matrix product of bytes with {count} threads")
     with torch_threads(count):
         parts = time_parts(packed, images, rounds)
-    return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), batch, count, packed.packed_bytes, parts)
+        call = time_call(packed, images, rounds).p20 if packed.device.type == "cpu" else None
+    about = (batch, count, packed.packed_bytes, parts, call, estimated_call(packed, batch, count))
+    return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), *about)
+
+
+def estimated_call(packed: PackedModel, batch: int, threads: int) -> float | None:
+    """Seconds of a call on the processor by what `lbs tune` measured on this machine, None where it cannot be told."""
+    plan = packed.plan
+    if plan is None or packed.device.type != "cpu":
+        return None
+    streams = streams_of(packed)
+    return call_seconds(plan.whole_problems(), plan.kept_problems(), batch=batch, threads=threads, streams=streams)
+
+
+def streams_of(packed: PackedModel) -> int:
+    """Bits of its residual streams: 8 where one of them is made of codes."""
+    return 8 if any(streams_of_codes(program) for program in packed.programs) else FLOAT_STREAMS
 
 
 def streams_of_codes(program: Program) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from lbs.packing.model import PackedModel
 from lbs.packing.region import PackedRegion
 from lbs_kernels.errors import ShapeError
+from lbs_kernels.times.stopwatch import Times, interleave
 
 VIEWS = "views and sizes"  # what no report names: how tensors are passed on between the parts
 _WARM = 2  # calls that are not timed
@@ -62,6 +63,13 @@ def time_parts(packed: PackedModel, images: Tensor, rounds: int = 30) -> tuple[P
     total = sum(medians.values())
     reasons = dict(packed.kept_float)
     return tuple(PartRow(name, reasons.get(name), took, took / total) for name, took in medians.items())
+
+
+def time_call(packed: PackedModel, images: Tensor, rounds: int = 30) -> Times:
+    """Seconds of a call of the network on the processor, in a loop, with torch's threads."""
+    packed.check_input(images)
+    with torch.inference_mode():
+        return interleave({"call": lambda: packed(images)}, rounds=rounds)["call"]
 
 
 def told(parts: tuple[PartRow, ...], kept_float: tuple[tuple[str, str], ...]) -> list[str]:

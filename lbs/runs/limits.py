@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from lbs.config import SearchRun
+from lbs.cost import Tuned
 from lbs.search.outcome import BudgetResult
 from lbs.search.quantities import Table
 from lbs_kernels.errors import PlanError
 from lbs_kernels.gpu.modelled import modelled
-from lbs_kernels.program.problem import Problem
-from lbs_kernels.times.table import estimate
 
 TARGETS = ("bops", "size_mb", "latency_ms")
 NO_TARGET = "no budget; name one or several: bops=0.03 (share), bops=650e6, size_mb=0.2, latency_ms=1.5"
@@ -26,31 +24,18 @@ def limits(config: SearchRun) -> dict[str, Any]:
     asked = {name: value for name in TARGETS if (value := getattr(config, name))}
     if not asked:
         raise PlanError(NO_TARGET)
-    return {**asked, "table": tuned_seconds(config.model, config.latency_device)} if "latency_ms" in asked else asked
+    if "latency_ms" not in asked:
+        return asked
+    return {**asked, "table": latency_table(config.model, config.latency_device, config.streams)}
 
 
-def tuned_seconds(model: str, device: str) -> Table:
-    """Problem -> seconds on `device`: from the tables that `lbs tune` wrote on this machine, or of a modelled GPU.
+def latency_table(model: str, device: str, streams: int) -> Table:
+    """Seconds of layers on `device`: as `lbs tune` measured them on this machine, or of a modelled GPU.
 
     Raises:
         FormatError: a modelled GPU that does not exist.
     """
-    model_of_gpu = modelled(device)
-    if model_of_gpu is not None:
-        return model_of_gpu
-
-    def seconds(problem: Problem) -> float:
-        problem = replace(problem, device=device)
-        known = estimate(problem)
-        if known is None:
-            raise PlanError(
-                f"for latency_ms= no time of {problem} is known on this machine; measure the layers first, with "
-                f"lbs tune --shapes {model} --device {device} (and --bits with the pairs that are searched), or in "
-                "Python with lbs_kernels.tune.tuner.tune"
-            )
-        return known
-
-    return seconds
+    return modelled(device) or Tuned(device, model=model, streams=streams)
 
 
 def targets_section(outcome: BudgetResult) -> dict[str, Any]:

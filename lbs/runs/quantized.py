@@ -14,7 +14,8 @@ from lbs.data.pictures import read_pictures
 from lbs.packing.model import PackedModel
 from lbs.post_training import quantize
 from lbs.runs import network
-from lbs.runs.limits import targets_section, tuned_seconds
+from lbs.runs.limits import latency_table, targets_section
+from lbs.search.streams import FLOAT
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError, DataError, LbsError
 
@@ -64,7 +65,7 @@ def quantize_files(
     mean, std = _statistics(mean, std, channels, say)
     say(f"{len(pictures)} images of {' x '.join(map(str, pictures.shape[1:]))} from {images}")
     if options.get("latency_ms") is not None:
-        options["table"] = tuned_seconds(name, latency_device)
+        options["table"] = latency_table(name, latency_device, options.get("streams", FLOAT))
     normalize = (mean, std) if uint8 else None
     given = pictures if uint8 else lbs.data.normalize(pictures.permute(0, 2, 3, 1), mean, std)
     packed = quantize(model, given, normalize=normalize, progress=lambda step: say(f"{step} ..."), **options)

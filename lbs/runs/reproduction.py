@@ -142,6 +142,7 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
         "bits": sorted({(layer.w_bits, layer.a_bits) for layer in plan.layers}),
         "pruned_layers": pruned,
         "bytes": packed.get("bytes"),
+        "latency": packed.get("latency"),
         "seconds": {name: results[name].get("seconds") for name in phases},
         "config": {name: _without_paths(config) for name, config in configs.items()},
         "environment": {key: value for key, value in environment().items() if key != "command"},

@@ -13,6 +13,7 @@ from lbs.reporting.published import OURS, Mark, mark_of
 from lbs_kernels.errors import LbsError
 
 UNIFORM_BITS = (2, 3, 4, 8)
+MIXED_PAIRS = ((4, 2), (2, 4))  # of weights and activations: what low budgets are compared with
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def _row(network: Network, variant: str, search: dict[str, Any], method: str) ->
 HALF = {"max_pruning_ratio": 0.5}
 
 
-def _uniform(network: Network, bits: int) -> Row:
-    mark = mark_of(network.name, f"uniform {bits}-bit")
-    return Row(
-        f"{network.name}-uniform-{bits}", network, f"uniform-{bits}", None, {"uniform": (bits, bits)}, published=mark
-    )
+def _uniform(network: Network, w_bits: int, a_bits: int) -> Row:
+    variant, mark = f"uniform-{w_bits}-{a_bits}", None
+    if w_bits == a_bits:
+        variant, mark = f"uniform-{w_bits}", mark_of(network.name, f"uniform {w_bits}-bit")
+    return Row(f"{network.name}-{variant}", network, variant, None, {"uniform": (w_bits, a_bits)}, published=mark)
 
 
 def _cifar_rows(network: Network, joint: float, quantized: float, pruned: float) -> list[Row]:
@@ -100,7 +101,8 @@ def _cifar_rows(network: Network, joint: float, quantized: float, pruned: float)
         _row(network, "two-stage", {"bops": joint, "mode": "two-stage", **HALF}, ""),
         _row(network, "multi-path", {"bops": joint, "mode": "multi-path"}, ""),
         _row(network, "greedy", {"bops": joint, "mode": "greedy"}, ""),
-        *[_uniform(network, bits) for bits in UNIFORM_BITS],
+        *[_uniform(network, bits, bits) for bits in UNIFORM_BITS],
+        *[_uniform(network, *pair) for pair in MIXED_PAIRS],
     ]
 
 
@@ -114,16 +116,16 @@ ROWS: dict[str, Row] = {
             CIFAR_RESNET56, "two-stage-1042M", {"bops": 1042.5e6, "mode": "two-stage", **HALF}, "prune, then quantize"
         ),
         _row(IMAGENET_RESNET18, "joint", {"bops": 32.3e9}, OURS),
-        _uniform(IMAGENET_RESNET18, 4),
+        _uniform(IMAGENET_RESNET18, 4, 4),
         _row(IMAGENET_MOBILENET, "joint", {"bops": 10.8e9}, OURS),
-        _uniform(IMAGENET_MOBILENET, 6),
+        _uniform(IMAGENET_MOBILENET, 6, 6),
         _row(DIGITS, "joint", {"bops": 0.02}, ""),
         _row(DIGITS, "prune-only", {"bops": 0.7, "mode": "pruning-only", **HALF}, ""),
         _row(DIGITS, "two-stage", {"bops": 0.02, "mode": "two-stage", **HALF}, ""),
         _row(DIGITS, "multi-path", {"bops": 0.02, "mode": "multi-path"}, ""),
         _row(DIGITS, "greedy", {"bops": 0.02, "mode": "greedy"}, ""),
         _row(DIGITS, "quant-only", {"bops": 0.03, "mode": "quantization-only"}, ""),
-        *[_uniform(DIGITS, bits) for bits in UNIFORM_BITS],
+        *[_uniform(DIGITS, bits, bits) for bits in UNIFORM_BITS],
     )
 }
 

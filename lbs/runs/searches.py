@@ -148,6 +148,8 @@ def two_stage(job: SearchJob, model: nn.Module) -> Found:
     targets = limits(config)
     if config.bops and config.bops <= 1:  # a share of the whole network, as in every other mode
         targets["bops"] = config.bops * budget.full_precision
+    if "table" in targets:  # calls were measured of the whole network
+        targets["table"] = replace(targets["table"], whole=tuple(budget.plan.whole_problems()))
     second = job.budget(quantizing, **targets)
     phases["search"] = job.search(quantizing, second, "search", teacher=model)
     seconds = sum(phase["seconds"] for phase in phases.values())

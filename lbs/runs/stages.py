@@ -12,12 +12,15 @@ from torch import Tensor, nn
 import lbs
 import lbs.data
 from lbs.benchmark import PACKED as PACKED_ROW
-from lbs.packing.explain import streams_of_codes
+from lbs.cost.latency import fastest, surroundings
+from lbs.packing.explain import estimated_call, streams_of, streams_of_codes
 from lbs.packing.model import PackedModel
+from lbs.packing.parts import time_call, torch_threads
 from lbs.plan import Plan
-from lbs.run_folder import RunFolder
+from lbs.run_folder import RunFolder, read_json
 from lbs.runs import network
 from lbs.runs.packed import PACKED, of_run
+from lbs_kernels.device import default_threads
 from lbs_kernels.errors import CheckpointError, GraphError, LbsError
 
 UNIFORM8 = "uniform8.lbs.safetensors"
@@ -54,8 +57,21 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
         "kept_float": [list(row) for row in packed.kept_float],
         "seconds": time.monotonic() - started,
     }
+    search = read_json(folder.file("config.json")).get("search", {})
+    if search.get("latency_ms") and search.get("latency_device") == "cpu":
+        section["latency"] = {"target": search["latency_ms"] / 1e3, **_latency(packed)}
     folder.add_result("pack", section, stale=("verify", "bench"))
     return section
+
+
+def _latency(packed: PackedModel) -> dict[str, Any]:
+    """Seconds that a call at batch 1 takes, and that a budget of milliseconds counts it to take, on this processor."""
+    plan = packed.plan
+    around = {} if plan is None else surroundings(plan.whole_problems(), streams=streams_of(packed))
+    threads = fastest(around) if around else default_threads()
+    with torch_threads(threads):
+        measured = time_call(packed, packed.random_images(1)).p20
+    return {"threads": threads, "measured": measured, "estimated": estimated_call(packed, 1, threads)}
 
 
 def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Budget:
 
     Arguments:
         bops: absolute (above 1) or a fraction of the full-precision count (at most 1). size_mb: packed weights, in
-            10^6 bytes. latency_ms: of one image, with `table`, Problem -> seconds (or None: interpolated).
+            10^6 bytes. latency_ms: of one image, with `table`: `lbs.cost.Tuned()` for what `lbs tune` measured, or
+            Problem -> seconds (or None: interpolated), which leaves out what surrounds the layers in a call. Its times
+            are read as running minima: nothing narrower costs more.
         strength: starting lambda. gain: growth of lambda per step while above the target (integral part, in log R).
             Both, and the rates of `parameter_groups`, are by default those of `lbs search`, which belong together.
         read_every: steps between looks at what the gates cost; 1 on the CPU, 8 on a GPU, whose work a look waits for.
@@ -61,7 +63,7 @@ class Budget:
         self.full_precision = record_of(model).plan.full_precision_bops()
         self.ledger = Ledger(model)
         self.plan, self.layers = self.ledger.plan, self.ledger.layers
-        self.targets = targets_of(self.full_precision, bops, size_mb, latency_ms, table)
+        self.targets = targets_of(self.plan, bops, size_mb, latency_ms, table)
         for target in self.targets:
             _check_reachable(self.ledger, target)
         self.controllers = [Controller(strength, gain) for _ in self.targets]

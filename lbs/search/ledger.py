@@ -62,12 +62,43 @@ class Row:
         return i.amounts[i.level], o.amounts[o.level], w.amounts[w.level], a.amounts[a.level]
 
     def price(self, quantity: Quantity) -> float:
-        """What the layer costs under the present choices."""
+        """What the layer costs under the present choices.
+
+        Of a measured quantity the running minimum over all that is as wide or wider in bits, channels and filters: what
+        is narrower never costs more, so that neither noise nor a width that is slower than the one above it is a reason
+        to close anything. Tables stay as they were measured; where nothing wider costs the same, the price is theirs.
+        """
         key = quantity.name, self.amounts()
         if key not in self.prices:
-            inputs, outputs, w_bits, a_bits = self.amounts()
-            self.prices[key] = quantity.price(self.entry.problem(inputs, outputs, w_bits=w_bits, a_bits=a_bits))
+            if quantity.measured:
+                self._price_upwards(quantity)
+            else:
+                self.prices[key] = self._own_price(quantity)
         return self.prices[key]
+
+    def _own_price(self, quantity: Quantity) -> float:
+        inputs, outputs, w_bits, a_bits = self.amounts()
+        return quantity.price(self.entry.problem(inputs, outputs, w_bits=w_bits, a_bits=a_bits))
+
+    def _price_upwards(self, quantity: Quantity) -> None:
+        """Running minima from the top of every choice down to the present levels."""
+        choices = list(dict.fromkeys(_followed(self)))
+        present = [choice.level for choice in choices]
+        for levels in product(*(range(choice.top, choice.level - 1, -1) for choice in choices)):
+            for choice, level in zip(choices, levels, strict=True):
+                choice.level = level
+            key = quantity.name, self.amounts()
+            if key in self.prices:
+                continue
+            least = self._own_price(quantity)
+            for choice in choices:
+                if choice.level < choice.top:
+                    choice.level += 1
+                    least = min(least, self.prices[quantity.name, self.amounts()])
+                    choice.level -= 1
+            self.prices[key] = least
+        for choice, level in zip(choices, present, strict=True):
+            choice.level = level
 
 
 class Ledger:
@@ -133,7 +164,7 @@ class Ledger:
 
     def total(self, quantity: Quantity) -> float:
         """What the network costs under the present choices."""
-        return sum(row.price(quantity) for row in self.rows)
+        return quantity.constant + sum(row.price(quantity) for row in self.rows)
 
     def change(self, quantity: Quantity, choice: Choice, level: int) -> float:
         """What the network would cost more with `choice` at `level`."""
@@ -152,7 +183,7 @@ class Ledger:
         return cost
 
     def floor(self, quantity: Quantity) -> float:
-        """The least the network can cost, as far as fewer filters never cost more."""
+        """The least the network can cost."""
         present = [choice.level for choice in self.choices]
         self.make_cheapest(quantity)
         total = self.total(quantity)
@@ -161,16 +192,14 @@ class Ledger:
         return total
 
     def make_cheapest(self, quantity: Quantity) -> None:
-        """Fewest filters, and in each layer the cheapest pair of widths: the narrowest need not be the fastest."""
+        """Fewest filters, and in each layer the widest of the cheapest pairs of widths."""
         for choice in self.choices:
             choice.level = 0
         for row in self.rows:
             own = [choice for choice in (row.weights, row.activations) if choice.gate is not None]
-            _, best = min(
-                (self._price_at(quantity, row, own, levels), levels)
-                for levels in product(*(range(len(choice.amounts)) for choice in own))
-            )
-            self._price_at(quantity, row, own, best)
+            wide_first = list(product(*(range(choice.top, -1, -1) for choice in own)))
+            prices = [self._price_at(quantity, row, own, levels) for levels in wide_first]
+            self._price_at(quantity, row, own, wide_first[prices.index(min(prices))])
 
     def _price_at(self, quantity: Quantity, row: Row, own: list[Choice], levels: tuple[int, ...]) -> float:
         for choice, level in zip(own, levels, strict=True):
@@ -214,7 +243,11 @@ def _read_filters(choice: Choice, errors: bool) -> None:
         return
     open_first = torch.where(gate.gates() > 0, 2.0, 0.0) + gate.statistic.nan_to_num(posinf=1.0).clamp(0, 1)
     choice.order = tuple(open_first.argsort(descending=True, stable=True).tolist())
-    choice.amounts = _filter_counts(gate, choice.order)
+    counts = _filter_counts(gate, choice.order)
+    if counts != choice.amounts:  # a short group has another place: running minima are over other amounts
+        for row in choice.touched:
+            row.prices.clear()
+    choice.amounts = counts
     statistic = gate.statistic.nan_to_num(posinf=1.0).tolist()
     found = []
     for level in range(gate.levels - 1):

@@ -36,6 +36,7 @@ class Reached:
         show, state = self.quantity.show, "met" if self.met else "MISSED"
         text = f"{self.quantity.name}: target {show(self.target)}, result {show(self.value)} "
         text += f"({self.value / self.target:.1%}), {state}"
+        text += ", by running minima of measured times" if self.quantity.measured else ""
         if self.thresholds is not None:
             text += f"; thresholds reached {show(self.thresholds)}" + self._rest()
         if self.met and not self.near:

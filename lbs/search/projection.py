@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from lbs.search.ledger import Choice, Ledger
@@ -28,7 +29,7 @@ def project(ledger: Ledger, targets: Sequence[Target], filters_last: bool = True
     """
     close_cheapest(ledger, targets, filters_last)
     spend_rest(ledger, targets)
-    exchange(ledger, targets)
+    exchange(ledger, targets, filters_last)
 
 
 def close_cheapest(ledger: Ledger, targets: Sequence[Target], filters_last: bool) -> None:
@@ -90,23 +91,40 @@ def _room_taken(ledger: Ledger, targets: Sequence[Target], choice: Choice) -> fl
     return cost
 
 
-def exchange(ledger: Ledger, targets: Sequence[Target], rounds: int = 20) -> None:
-    """While a target is filled by less than 97 %: close one choice and open others, if that fills it better."""
+def exchange(ledger: Ledger, targets: Sequence[Target], filters_last: bool = True, rounds: int = 20) -> None:
+    """While a target is filled by less than 97 %: close one choice and open others, if what errors add goes down.
+
+    Filling a target is no end in itself: what lowers nothing but the room left over is not done.
+    """
     for _ in range(rounds):
-        best = fill(ledger, targets)
-        if best >= CLOSE_ENOUGH or not fits(ledger, targets):
+        if fill(ledger, targets) >= CLOSE_ENOUGH or not fits(ledger, targets):
             return
         before = [choice.level for choice in ledger.choices]
-        found = before
+        best, found = _errors_of(ledger, filters_last), before
         for down in [choice for choice in ledger.choices if choice.level > 0]:
             down.level -= 1
             _fill_up(ledger, targets, down)
-            if fill(ledger, targets) > best:
-                best, found = fill(ledger, targets), [choice.level for choice in ledger.choices]
+            errors = _errors_of(ledger, filters_last)
+            if _lower(errors, best):
+                best, found = errors, [choice.level for choice in ledger.choices]
             _set(ledger, before)
         if found is before:
             return
         _set(ledger, found)
+
+
+def _errors_of(ledger: Ledger, filters_last: bool) -> tuple[float, ...]:
+    """What the closed levels add: of filters and of widths each by itself, or of both if they were measured alike."""
+    added = {"filters": 0.0, "widths": 0.0}
+    for choice in ledger.choices:
+        added["filters" if choice.kind == "filters" else "widths"] += math.fsum(choice.errors[choice.level :])
+    return tuple(added.values()) if filters_last else (sum(added.values()),)
+
+
+def _lower(errors: Sequence[float], than: Sequence[float]) -> bool:
+    """Whether one part is lower, by more than sums round, and none is higher."""
+    pairs = list(zip(errors, than, strict=True))
+    return all(one <= other for one, other in pairs) and any(one < other * (1 - 1e-9) for one, other in pairs)
 
 
 def _fill_up(ledger: Ledger, targets: Sequence[Target], without: Choice) -> None:

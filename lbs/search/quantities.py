@@ -7,7 +7,7 @@ increments between neighbouring widths, and the slope between neighbouring numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol, runtime_checkable
@@ -28,25 +28,40 @@ class Estimates(Protocol):
 
 
 LookUp = Callable[[Problem], float | None]
-Table = LookUp | Estimates
+
+
+@runtime_checkable
+class NetworkTimes(Protocol):
+    """A table that also knows what surrounds the steps in a call, such as `lbs.cost.Tuned`."""
+
+    def of_network(self, layers: Sequence[Problem]) -> tuple[LookUp, float]:
+        """(Seconds of a step, seconds of a call that no step takes), of a network's layers, whole, as executed."""
+        ...
+
+
+Table = LookUp | Estimates | NetworkTimes
 
 
 @dataclass(frozen=True)
 class Quantity:
     """name and unit are for people: value / scale is what they read. price: exact cost of a layer.
 
-    modelled: what a model was asked instead of a measurement, "" for what was counted or measured.
+    constant: what the network costs beside its layers. measured: prices are measurements, with their noise; a search
+    reads them so that nothing narrower costs more (`lbs/search/ledger.py`). modelled: what a
+    model was asked instead of a measurement, "" for what was counted or measured.
     """
 
     name: str
     unit: str
     scale: float
     price: Callable[[Problem], float]
+    constant: float = 0.0
+    measured: bool = False
     modelled: str = ""
 
     def total(self, plan: Plan) -> float:
         """The quantity of a whole plan, as the budget counts it."""
-        return sum(self.price(kept_problem(plan, layer)) for layer in plan.layers)
+        return self.constant + sum(self.price(kept_problem(plan, layer)) for layer in plan.layers)
 
     def show(self, value: float) -> str:
         """For people: `630.6M BOPs`."""
@@ -83,15 +98,22 @@ def packed_bytes() -> Quantity:
     return Quantity("size_mb", " MB", 1e6, price)
 
 
-def seconds(table: Table) -> Quantity:
-    """Measured latency of one image: the sum of the layers' times in `table`.
+def seconds(table: Table, plan: Plan | None = None) -> Quantity:
+    """Measured latency of one image: the sum of the layers' times in `table`, and what surrounds them in a call.
 
-    A table is a function, or an object whose method `estimate` is one. A size it does not know lies on the line between
-    the nearest numbers of filters it does know. A table of modelled times says so (`modelled`), as the quantity then
-    does.
+    A table is a function, or an object whose method `estimate` is one; what surrounds the layers is counted where it is
+    a `NetworkTimes`, for the network of the plan. A size it does not know lies on the line between the nearest numbers
+    of filters it does know. A table of modelled times says so (`modelled`), as the quantity then does.
     """
     mark = str(getattr(table, "modelled", ""))
-    look_up: LookUp = table.estimate if isinstance(table, Estimates) else table
+    look_up: LookUp
+    constant = 0.0
+    if isinstance(table, NetworkTimes):
+        if plan is None:
+            raise PlanError("a table of calls needs the plan of the network whose calls they are; give plan=")
+        look_up, constant = table.of_network(plan.whole_problems())
+    else:
+        look_up = table.estimate if isinstance(table, Estimates) else table
 
     @cache
     def of_step(problem: Problem) -> float:
@@ -101,7 +123,8 @@ def seconds(table: Table) -> Quantity:
     def price(problem: Problem) -> float:
         return sum(map(of_step, cost.timed(problem)))
 
-    return Quantity("latency_ms", f" ms ({mark})" if mark else " ms", 1e-3, price, mark)
+    unit = f" ms ({mark})" if mark else " ms"
+    return Quantity("latency_ms", unit, 1e-3, price, constant, measured=not mark, modelled=mark)
 
 
 def _between(table: LookUp, problem: Problem) -> float:
@@ -144,9 +167,9 @@ class Target:
 
 
 def targets_of(
-    full_precision: int, bops: float | None, size_mb: float | None, latency_ms: float | None, table: Table | None
+    plan: Plan, bops: float | None, size_mb: float | None, latency_ms: float | None, table: Table | None
 ) -> tuple[Target, ...]:
-    """The limits a user asked for, in base units.
+    """The limits a user asked for of the network of a plan, in base units.
 
     Raises:
         PlanError: none, one that is no positive number, or a latency without a table.
@@ -158,13 +181,13 @@ def targets_of(
             raise PlanError(f"budget {name}={limit!r}; give {rule if name == 'bops' else 'a positive number'}")
     targets: list[Target] = []
     if bops is not None:
-        targets.append(Target(bit_operations(), float(bops) * full_precision if bops <= 1 else float(bops)))
+        targets.append(Target(bit_operations(), float(bops) * plan.full_precision_bops() if bops <= 1 else float(bops)))
     if size_mb is not None:
         targets.append(_scaled(packed_bytes(), size_mb))
     if latency_ms is not None:
         if table is None:
             raise PlanError("budget latency_ms needs table=, a function from a Problem to its seconds")
-        targets.append(_scaled(seconds(table), latency_ms))
+        targets.append(_scaled(seconds(table, plan), latency_ms))
     if not targets:
         raise PlanError("budget without a target; give bops=, size_mb= or latency_ms=")
     return tuple(targets)

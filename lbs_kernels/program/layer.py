@@ -128,8 +128,8 @@ def _resize(problem: Problem, tensors: list[TensorSpec]) -> Step:
 
 
 def _grid(problem: Problem) -> WeightGrid:
-    """What networks are made with: a zero at 8 bits."""
-    return "zero" if problem.w_bits == MAX_BITS else "odd"
+    """What networks are usually made with: a zero at 8 bits."""
+    return problem.grid or ("zero" if problem.w_bits == MAX_BITS else "odd")
 
 
 def _top(bits: int) -> int:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, ResizeStep, SelectStep, Step
+from lbs_kernels.program.steps import (
+    ConvStep,
+    LinearStep,
+    PoolStep,
+    Program,
+    ResizeStep,
+    SelectStep,
+    Step,
+    WeightGrid,
+)
 from lbs_kernels.program.transposed import phases
 from lbs_kernels.program.window import Window, is_depthwise
 
@@ -16,6 +25,7 @@ class Problem:
     """One operation at one size. `op` is the name of its steps; images are [N, height, width, channels].
 
     Kernel, stride, padding and dilation of a transposed convolution are its own, and its size is that of its input.
+    grid: of weights that are not on the usual one of their width, for their times; what chooses kernels leaves it out.
     """
 
     op: str
@@ -32,6 +42,7 @@ class Problem:
     w_bits: int = 8
     a_bits: int = 8
     device: str = "cpu"
+    grid: WeightGrid | None = None
 
     @property
     def window(self) -> Window:
@@ -75,7 +86,8 @@ class Problem:
         extra = (f"_d{_pair(self.dilation)}" if self.dilation != (1, 1) else "") + (
             f"_g{self.groups}" if self.groups > 1 else ""
         )
-        return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}_{self.device}"
+        grid = "" if self.grid is None else f"_{self.grid}"
+        return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}{grid}_{self.device}"
 
 
 def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem:

@@ -1,12 +1,13 @@
 """Measured times per device, as JSON.
 
     {"version": 2, "device": ..., "rows": {problem: {implementation: seconds}},
-     "roofs": {implementation: multiply-adds per second}}
+     "roofs": {implementation: multiply-adds per second}, "calls": {packed network: {implementation: seconds}}}
 
 An implementation is a back end or a family of kernels, with its configuration where it has one: "reference",
 "cpu:t2" (two threads), "cpu/winograd:t2" (of a convolution, by which algorithm), "triton:elementwise_m32_c32_w4",
 "cuda:...", "fp16:torch". Problems are keyed by `key`: their batch is a bucket, their device without an index. Roofs are
-what a matrix product of bytes reaches (`lbs_kernels.tune.roof`); older files have none.
+what a matrix product of bytes reaches (`lbs_kernels.tune.roof`); calls are of whole networks, by the name their owner
+gives them. Older files have neither.
 
 Tables shipped with the package lie in lbs_kernels/tuning/; those measured here lie in the user's cache folder
 (`LBS_TUNING_DIR`, else `$XDG_CACHE_HOME/lbs/tuning`, else `~/.cache/lbs/tuning`) and win over the shipped ones.
@@ -14,12 +15,15 @@ Tables shipped with the package lie in lbs_kernels/tuning/; those measured here 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import math
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,14 +43,16 @@ _AGAIN = "measure again: lbs_kernels.tune.tuner.tune, in a shell lbs tune"
 
 @dataclass
 class TuningTable:
-    """Median seconds by problem (its `key`) and implementation, measured on one device.
+    """Seconds by problem (its `key`) and implementation, measured on one device.
 
-    roofs: multiply-adds per second by implementation.
+    Medians on a GPU. On a processor the 20th percentile of what was measured, which others at work disturb least.
+    roofs: multiply-adds per second by implementation. calls: seconds of whole networks, as `rows`.
     """
 
     device: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
     roofs: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def merged(self, newer: TuningTable) -> TuningTable:
         """This table with the rows of `newer` on top; implementations of one problem are merged one by one.
@@ -56,10 +62,15 @@ class TuningTable:
         """
         if newer.device != self.device:
             raise FormatError(f"tables of {self.device} and {newer.device} do not merge; times belong to one device")
-        rows = {key: dict(times) for key, times in self.rows.items()}
-        for key, times in newer.rows.items():
-            rows.setdefault(key, {}).update(times)
-        return TuningTable(self.device, rows, {**self.roofs, **newer.roofs})
+        rows, calls = _together(self.rows, newer.rows), _together(self.calls, newer.calls)
+        return TuningTable(self.device, rows, {**self.roofs, **newer.roofs}, calls)
+
+
+def _together(older: dict[str, dict[str, float]], newer: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    rows = {key: dict(times) for key, times in older.items()}
+    for key, times in newer.items():
+        rows.setdefault(key, {}).update(times)
+    return rows
 
 
 def bucket(batch: int) -> int:
@@ -93,8 +104,14 @@ def native(threads: int, algorithm: str = "") -> str:
 
 def is_native(implementation: str, threads: int) -> bool:
     """Whether it is the native kernels with so many threads, by whatever algorithm."""
+    return threads_of(implementation) == threads
+
+
+def threads_of(implementation: str) -> int | None:
+    """The threads of the native kernels by any algorithm; None of other implementations."""
     back_end, _, configuration = implementation.partition(":")
-    return back_end.partition("/")[0] == "cpu" and configuration == f"t{threads}"
+    native = back_end.partition("/")[0] == "cpu" and re.fullmatch(r"t\d+", configuration)
+    return int(configuration[1:]) if native else None
 
 
 def slug(name: str) -> str:
@@ -137,21 +154,49 @@ def read(path: Path) -> TuningTable:
     content = path.read_bytes()
     try:
         body = json.loads(content)
-        version, device, rows = body["version"], body["device"], body["rows"]
+        version, device = body["version"], body["device"]
         roofs = {str(name): float(rate) for name, rate in body.get("roofs", {}).items()}
-        seconds = {str(k): {str(b): float(t) for b, t in v.items()} for k, v in rows.items()}
+        rows, calls = _times(body["rows"]), _times(body.get("calls", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} is not a tuning table ({error!r}); delete it and {_AGAIN}") from error
     if version != TABLE_VERSION:
         raise FormatError(f"{path} has version {version}; this library reads {TABLE_VERSION}, delete it and {_AGAIN}")
-    for row, measured in seconds.items():
+    for row, measured in (*rows.items(), *calls.items()):
         for implementation, time in measured.items():
             if not (math.isfinite(time) and time > 0):
                 raise FormatError(f"{path}: {row} on {implementation} took {time} s; times are positive, {_AGAIN}")
     for implementation, rate in roofs.items():
         if not (math.isfinite(rate) and rate > 0):
             raise FormatError(f"{path}: the roof of {implementation} is {rate}; rates are positive, {_AGAIN}")
-    return TuningTable(str(device), seconds, roofs)
+    return TuningTable(str(device), rows, roofs, calls)
+
+
+def _times(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {str(row): {str(name): float(time) for name, time in measured.items()} for row, measured in rows.items()}
+
+
+def add(newer: TuningTable) -> Path:
+    """Put rows into this machine's table of their device; the path. What other processes put there meanwhile stays.
+
+    Raises:
+        FormatError: the table that is there cannot be read.
+    """
+    path = user_path(newer.device)
+    with locked(path):
+        write(path, read(path).merged(newer) if path.exists() else newer)
+    return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process that asks for it changes `path`: whoever reads, merges and writes loses nothing.
+
+    The lock is a file beside it, which stays; the system lets go of it when its process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write(path: Path, table: TuningTable) -> None:
@@ -193,7 +238,7 @@ def load(device: str) -> TuningTable:
 
 
 def times(problem: Problem) -> dict[str, float]:
-    """Median seconds of each measured implementation of `problem`, on the device it names.
+    """Seconds of each measured implementation of `problem`, on the device it names.
 
     Taken at the nearest measured bucket of its batch, at most a factor of 4 away; empty where there is none.
     """
@@ -213,6 +258,11 @@ def times(problem: Problem) -> dict[str, float]:
 def roof(device: str, threads: int) -> float | None:
     """Multiply-adds per second that a matrix product of bytes reaches on a processor (its slug); None if unmeasured."""
     return load(device).roofs.get(native(threads))
+
+
+def calls(device: str) -> dict[str, dict[str, float]]:
+    """Seconds of whole networks, of a device ("cpu"), as they were added."""
+    return load(device_slug(device)).calls
 
 
 _KEY = re.compile(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.times.table import write_json
+from lbs_kernels.times.table import locked, write_json
 
 
 class Blame:
@@ -23,15 +23,7 @@ class Blame:
         """
         self.path = path
         self.running: str | None = None
-        self.broken: set[str] = set()
-        if path.exists():
-            try:
-                names = json.loads(path.read_text())
-            except ValueError as error:
-                raise FormatError(f"{path} cannot be read ({error}); delete it to try every kernel again") from error
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise FormatError(f"{path} is no list of names; delete it to try every kernel again")
-            self.broken = set(names)
+        self.broken = _names(path)
 
     def __call__(self, name: str) -> bool:
         """Whether to run `name`."""
@@ -43,6 +35,20 @@ class Blame:
     def keep(self) -> str | None:
         """Write down what ran last as broken, for every later run; its name, or None if nothing ran."""
         if self.running is not None:
-            self.broken.add(self.running)
-            write_json(self.path, sorted(self.broken))
+            with locked(self.path):  # another process may have named another one meanwhile
+                self.broken |= {self.running, *_names(self.path)}
+                write_json(self.path, sorted(self.broken))
         return self.running
+
+
+def _names(path: Path) -> set[str]:
+    """Those a file holds; none where it is not there. Raises FormatError."""
+    if not path.exists():
+        return set()
+    try:
+        names = json.loads(path.read_text())
+    except ValueError as error:
+        raise FormatError(f"{path} cannot be read ({error}); delete it to try every kernel again") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{path} is no list of names; delete it to try every kernel again")
+    return set(names)

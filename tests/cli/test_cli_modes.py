@@ -16,6 +16,7 @@ from torch import Tensor
 from lbs import run_folder
 from lbs.cli import main
 from lbs.config import SearchRun
+from lbs.cost import latency
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
 from lbs.runs import limits, network, rows
@@ -142,41 +143,80 @@ SEARCH = (
 )
 
 
+AROUND = 1e-5  # seconds of a call beside its layers
+
+
 def times(problem: Problem, threads: int | None = None) -> float | None:
     """A table that knows every number of filters: a microsecond per filter and weight bit."""
     return 1e-6 * problem.out_channels * problem.w_bits
 
 
+def measured(patch: pytest.MonkeyPatch, estimate: Callable[..., float | None]) -> None:
+    """A machine on which layers take what `estimate` says, and calls were measured."""
+    patch.setattr(table, "estimate", estimate)
+    patch.setattr(latency, "surroundings", lambda layers, **options: {1: latency.Around({(8, 8): AROUND}, 1e-3, 2)})
+
+
 def test_bytes_and_milliseconds_are_targets_too(
     home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "estimate", times)
-    line = f"{SEARCH} --run sized --size-mb 0.0055 --latency-ms 0.28 --filter-tile 8 --group-size 4"
+    measured(monkeypatch, times)
+    line = f"{SEARCH} --run sized --size-mb 0.0055 --latency-ms 0.29 --filter-tile 8 --group-size 4"
     code, section, errors = lbs_command(line)
     assert code == 0, errors
     targets, plan = section["targets"], Plan.load(home / "sized/plan.json")
     assert set(targets) == {"size_mb", "latency_ms"}
     assert targets["size_mb"]["value"] <= targets["size_mb"]["target"] == 5500
-    assert targets["latency_ms"]["value"] <= targets["latency_ms"]["target"] == pytest.approx(0.28e-3)
-    by_hand = sum(1e-6 * layer.kept_filters * layer.w_bits for layer in plan.layers)
+    assert targets["latency_ms"]["value"] <= targets["latency_ms"]["target"] == pytest.approx(0.29e-3)
+    by_hand = AROUND + sum(1e-6 * layer.kept_filters * layer.w_bits for layer in plan.layers)
     assert targets["latency_ms"]["value"] == pytest.approx(by_hand)
     assert section["target_bops"] is None
     assert all(layer.kept_filters % 8 == 0 for layer in plan.layers[:-1])
+    code, packed, _ = lbs_command("pack --run sized")
+    assert code == 0
+    took = packed["latency"]
+    assert (took["target"], took["threads"]) == (pytest.approx(0.29e-3), 1)
+    assert took["estimated"] == pytest.approx(by_hand)
+    assert took["measured"] > 0
+
+
+def test_two_stages_count_calls_of_the_whole_network(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage searches a network that has lost filters, of which no call was ever measured."""
+    whole = [layer.in_channels for layer in Plan.load(home / "greedy/plan.json").layers]
+    measured(monkeypatch, times)
+    known = latency.surroundings
+    monkeypatch.setattr(
+        latency,
+        "surroundings",
+        lambda layers, **options: known(layers) if [layer.in_channels for layer in layers] == whole else {},
+    )
+    code, section, errors = lbs_command(f"{SEARCH} --run staged --mode two-stage --prune-bops 0.7 --latency-ms 0.25")
+    assert code == 0, errors
+    plan = Plan.load(home / "staged/plan.json")
+    assert [plan.kept_inputs(layer) for layer in plan.layers] != whole
+    by_hand = AROUND + sum(1e-6 * layer.kept_filters * layer.w_bits for layer in plan.layers)
+    assert section["targets"]["latency_ms"]["value"] == pytest.approx(by_hand)
 
 
 @pytest.fixture
 def no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing was measured."""
-    monkeypatch.setattr(table, "_grids", lambda device: {})
+    monkeypatch.setattr(table, "load", table.TuningTable)
 
 
 def test_a_latency_nobody_measured_names_the_way_out(home: Path, lbs_command: Command, no_times: None) -> None:
     code, body, _ = lbs_command(f"{SEARCH} --run unmeasured --latency-ms 1")
     assert code == 2
-    assert "is known on this machine; measure the layers first, with lbs tune --shapes tiny_modes:Net" in body["error"]
+    way = "lbs tune --shapes tiny_modes:Net --input-shape 1,8,8 --classes 10 --device cpu"
+    assert (
+        f"is known on this machine, so not what surrounds its steps; measure layers and calls first, with {way}"
+        in (body["error"])
+    )
     untrained = SEARCH.replace("--weights greedy/float.safetensors", "--float-epochs 1")
     code, body, _ = lbs_command(f"{untrained} --run unmeasured --latency-ms 1")
-    assert "measure the layers first" in body["error"]
+    assert "measure layers and calls first" in body["error"]
     assert not (home / "unmeasured/checkpoints").exists()
     assert lbs_command(f"{SEARCH} --run aimless")[1]["error"].startswith("no budget; name one or several: --bops")
 
@@ -184,11 +224,12 @@ def test_a_latency_nobody_measured_names_the_way_out(home: Path, lbs_command: Co
 def test_a_width_nobody_measured_is_told_before_the_float_network_is_trained(
     home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "estimate", lambda problem: None if problem.w_bits == 4 else times(problem))
+    measured(monkeypatch, lambda problem, threads: None if problem.w_bits == 4 else times(problem))
     untrained = SEARCH.replace("--weights greedy/float.safetensors", "--float-epochs 1")
     code, body, _ = lbs_command(f"{untrained} --run partial --latency-ms 1")
     assert code == 2
     assert "_w4a" in body["error"]
+    assert "measure the layers first, with lbs tune --shapes tiny_modes:Net --input-shape 1,8,8" in body["error"]
     assert not (home / "partial/checkpoints").exists()
 
 

@@ -76,7 +76,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "tiny_reproduced.py").write_text(NETWORK)
     made = (
         rows._row(TINY, "joint", {"bops": 0.03}, ""),
-        rows._uniform(TINY, 4),
+        rows._uniform(TINY, 4, 4),
         rows._row(STREAMED, "joint", {"bops": 0.03}, ""),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -401,7 +401,7 @@ def test_schedules_are_named_by_what_was_run() -> None:
 
 
 def test_options_on_the_command_line() -> None:
-    row = rows._uniform(TINY, 4)
+    row = rows._uniform(TINY, 4, 4)
     assert epochs_of("30", row) == (None, 30)
     assert setting(FinetuneRun, "milestones=[3,5]") == ("milestones", (3, 5))
     for text in (".16", "0.16", "16e-2", "+.16"):
@@ -425,3 +425,4 @@ def test_every_row_is_listed_with_what_was_published(lbs_command: Command) -> No
     for network in ("cifar100-resnet20", "cifar100-resnet56"):
         variants = {row.variant for row in SHIPPED.values() if row.network.name == network}
         assert variants >= {"joint", "quant-only", "prune-only", "two-stage", "multi-path", "greedy", "uniform-4"}
+        assert SHIPPED[f"{network}-uniform-4-2"].finetune == {"uniform": (4, 2)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ import lbs
 import lbs.models
 import lbs.zoo
 from lbs.cli import main, tune
+from lbs.cost import Tuned, latency
+from lbs.graph import record_of
+from lbs.packing.explain import estimated_call
 from lbs.plan import LayerPlan
+from lbs.search.budget import Budget
 from lbs_kernels import extension
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.problem import Problem
@@ -47,10 +53,102 @@ def test_layers_are_measured_once_and_the_table_is_named(tables: Path, capsys: p
     assert {name for times in rows.values() for name in times} >= {"cpu:t1", "cpu/direct:t1"}
     assert all(name.endswith(":t1") for times in rows.values() for name in times)
     assert body["roof"] == tuning_table.read(path).roofs["cpu:t1"] > 1e8
-    assert f"{len(rows)}/{len(rows)} " in done.err
+    assert f"{len(rows)}/{len(rows) + 1} " in done.err
+    calls = tuning_table.read(path).calls
+    assert body["calls"] == {name: times["cpu:t1"] for name, times in calls.items()}
+    assert [name.partition("_")[2] for name in calls] == ["n1_w4a4_cpu"]
+    assert f"{len(rows) + 1}/{len(rows) + 1} a call, {next(iter(calls))}: " in done.err
     assert main.main([*SMALL, "--json"]) == 0
     body = json.loads(capsys.readouterr().out)
-    assert (body["measured"], body["skipped"]) == (0, len(rows))
+    assert (body["measured"], body["skipped"], body["calls"]) == (0, len(rows), {})
+
+
+NET = """
+from torch import nn
+
+def net(classes):
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )
+"""
+OWN = ["tune", "--shapes", "own_net:net", "--bits", "4/4,4/8,8/4,8/8", "--threads", "1", "--json"]
+
+
+@pytest.fixture
+def own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module of the user's own."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_net.py").write_text(NET)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+@native
+def test_a_network_of_ones_own_then_its_budget_and_its_estimate(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From `module:function` to a budget that counts what surrounds layers, and to the estimate of a packed network."""
+    assert main.main(OWN) == 2
+    assert "own_net:net does not say what it takes; name the shape of one image" in capsys.readouterr().err
+    assert main.main([*OWN, "--input-shape", "2,12,12", "--classes", "5"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert len(body["calls"]) == 2
+    model, x = importlib.import_module("own_net").net(5).eval(), torch.randn(8, 2, 12, 12)
+    searched = lbs.calibrate(lbs.prepare(model, x, lbs.SearchConfig(bits=(4, 8), pruning=False)), [x])
+    layers = record_of(searched).plan.whole_problems()
+    steps = latency.layer_seconds(latency.at_uniform_bits(layers, 8, 8), batch=1, threads=1)
+    ((threads, found),) = latency.surroundings(layers).items()
+    around, call = found.constant, found.call
+    assert threads == 1
+    assert steps is not None
+    assert min(body["calls"].values()) <= call <= max(body["calls"].values())
+    assert around > 0.2 * steps  # three small layers: most of a call is not in them
+    budget = Budget(searched, latency_ms=1e3, table=Tuned())
+    assert budget.value() == pytest.approx(steps + around)  # all is open, and nothing is wider
+    lbs.pack(lbs.calibrate(lbs.uniform(model, x, 8, 8), [x]).eval()).save(own / "eight.lbs.safetensors")
+    explain = ["explain", str(own / "eight.lbs.safetensors"), "--threads", "1"]
+    assert main.main([*explain, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["estimated"] == pytest.approx(steps + around)
+    assert 0.3 < told["estimated"] / told["call"] < 3  # both of this machine, whatever else it does meanwhile
+    assert main.main(explain) == 0
+    assert "us; estimated from what lbs tune measured: " in capsys.readouterr().out
+
+
+@native
+def test_plans_and_packed_networks_are_measured_as_they_are(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = lbs.models.create("digits_resnet8").eval(), torch.randn(8, 1, 8, 8)
+    packed = lbs.pack(lbs.calibrate(lbs.uniform(model, x, 4, 2), [x]).eval())
+    assert packed.plan is not None
+    packed.plan.save(own / "plan.json")
+    assert main.main(["tune", "plan.json", "--threads", "1", "--json"]) == 0
+    path = Path(json.loads(capsys.readouterr().out)["path"])
+    table = tuning_table.read(path)
+    assert set(table.rows) == {tuning_table.key(problem) for problem in packed.plan.kept_problems()}
+    assert table.calls == {}
+    folder = own / "run"
+    folder.mkdir()
+    packed.plan.save(folder / "plan.json")
+    assert main.main(["tune", "--run", "run", "--threads", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured"] == 0  # the same layers
+    packed.save("packed.lbs.safetensors")
+    assert main.main(["tune", "packed.lbs.safetensors", "--threads", "1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["calls"]) == 1  # of uniform bits, so that it serves budgets
+    assert latency.surroundings(packed.plan.whole_problems()).keys() == {1}
+    assert estimated_call(packed, 1, 1) is not None
+    coded = lbs.pack(lbs.calibrate(lbs.uniform(model, x, 4, 2, streams=8), [x]).eval())
+    assert estimated_call(coded, 1, 1) is None  # nobody measured a call with streams of 8 bits
+    coded.save("coded.lbs.safetensors")
+    assert main.main(["tune", "coded.lbs.safetensors", "--threads", "1", "--json"]) == 0
+    assert "-streams8_" in next(iter(json.loads(capsys.readouterr().out)["calls"]))
+    assert estimated_call(coded, 1, 1) is not None
+    entry = packed.plan.layers[1]
+    mixed = replace(packed.plan, layers=(packed.plan.layers[0], replace(entry, w_bits=8), *packed.plan.layers[2:]))
+    mixed.save("plan.json")
+    assert main.main(["tune", "plan.json", "--threads", "1", "--json"]) == 0
+    row = tuning_table.key(replace(mixed.kept_problems()[1]))
+    assert "_odd_" in row  # 8 bits on a grid without a zero, which takes longer
+    assert row in tuning_table.read(path).rows
 
 
 @native

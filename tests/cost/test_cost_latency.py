@@ -9,6 +9,7 @@ import pytest
 
 import lbs.cost
 import lbs.models
+from lbs.cost import latency
 from lbs.cost.latency import latency_grid, timed
 from lbs.search.quantities import seconds
 from lbs_kernels.errors import PlanError, ShapeError
@@ -84,3 +85,34 @@ def test_a_transposed_convolution_is_timed_as_its_steps(kernel: int, filters: li
         layer_program(step)
     with pytest.raises(ShapeError, match="is no step; time the convolutions"):
         layer_program(layer)
+
+
+def test_calls_at_uniform_bits_are_met_and_mixed_bits_lie_between() -> None:
+    """Layers take what their products do; what surrounds them takes 30 us at 8 bits, 50 at 4."""
+    net = [layer.problem for layer in layers("cifar_resnet20").layers]
+    rests = {8: 30e-6, 4: 50e-6}
+    uniform = {bits: latency.at_uniform_bits(net, bits, bits) for bits in rests}
+    mixed = [*uniform[4][:10], *uniform[8][10:]]
+    crossed = latency.at_uniform_bits(net, 8, 4)
+    rows = {
+        table.key(step): {"cpu:t1": step.macs * 1e-12}
+        for problem in (*uniform[8], *uniform[4], *crossed)
+        for step in timed(problem)
+    }
+    layer_sum = sum(problem.macs * 1e-12 for problem in net)
+    calls = {latency.call_key(net, 1, bits, bits): {"cpu:t1": rest + layer_sum} for bits, rest in rests.items()}
+    table.write(table.user_path("cpu"), TuningTable("cpu", rows, calls=calls))
+
+    def call(kept: list[Problem], threads: int = 1) -> float | None:
+        return latency.call_seconds(net, kept, batch=1, threads=threads)
+
+    for bits, rest in rests.items():
+        assert call(uniform[bits]) == pytest.approx(layer_sum + rest)
+        look_up, constant = latency.Tuned().of_network(net)
+        assert constant + sum(map(look_up, uniform[bits])) == pytest.approx(call(uniform[bits]))
+    inner = len(net) - 2
+    assert call(mixed) == pytest.approx(layer_sum + 30e-6 + 20e-6 * 9 / inner)
+    assert call(crossed) == pytest.approx(layer_sum + 40e-6)
+    assert call(uniform[8], threads=2) is None
+    with pytest.raises(PlanError, match="no call of this network with 2 threads is known"):
+        latency.Tuned(threads=2).of_network(net)

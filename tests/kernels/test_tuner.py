@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +105,46 @@ def test_an_interrupted_run_keeps_what_it_measured() -> None:
         tuner.tune(PROBLEMS, measure, tuner.known_on_cpu(1), device="cpu")
     assert len(table().rows) == 2
     assert tune(PROBLEMS)[1] == PROBLEMS[2:]
+
+
+MEASURER = """
+import sys, time
+from dataclasses import replace
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.times import table
+from lbs_kernels.tune import tuner
+
+first, gate = int(sys.argv[1]), sys.argv[2]
+table.device_slug = table.kind
+
+def measure(problem):
+    open(f"{gate}.{first}", "w").close()
+    while not all(map(table.Path.exists, (table.Path(f"{gate}.0"), table.Path(f"{gate}.1000")))):
+        time.sleep(0.001)  # until both have read the table
+    return tuner.Measured(problem, {"cpu:t1": 1e-3})
+
+problems = [Problem("bitlinear", 1, 1, 1, first + place, 8) for place in range(1, 61)]
+tuner.tune(problems, measure, tuner.known_on_cpu(1), device="cpu")
+"""
+
+
+def test_two_processes_that_measure_at_a_time_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEASURER]
+    both = [subprocess.Popen([*command, str(first), str(tmp_path / "gate")]) for first in (0, 1000)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    wanted = {key(Problem("bitlinear", 1, 1, 1, n, 8)) for first in (0, 1000) for n in range(first + 1, first + 61)}
+    assert set(table().rows) == wanted
+
+
+def test_what_another_process_measured_meanwhile_is_not_measured_again() -> None:
+    def measure(problem: Problem) -> Measured:
+        tuning_table.add(TuningTable("cpu", {key(PROBLEMS[1]): {"cpu:t1": 2e-3}}, calls={"net": {"cpu:t1": 1e-2}}))
+        return Measured(problem, {"cpu:t1": 1e-3})
+
+    done = tuner.tune(PROBLEMS, measure, tuner.known_on_cpu(1), device="cpu")
+    assert (done.measured, done.skipped) == (2, 1)
+    assert table().rows[key(PROBLEMS[1])] == {"cpu:t1": 2e-3}
+    assert table().calls == {"net": {"cpu:t1": 1e-2}}
 
 
 def test_a_refused_kernel_leaves_no_time() -> None:

@@ -16,7 +16,7 @@ from lbs import SearchConfig, prepare
 from lbs.plan import Plan
 from lbs.reporting import comparison, tables
 from lbs.reporting.records import Record
-from lbs.runs.limits import targets_section, tuned_seconds
+from lbs.runs.limits import latency_table, targets_section
 from lbs.search import Budget, freeze
 from lbs.search.freeze import plan_of
 from lbs.search.quantities import kept_problem
@@ -37,7 +37,7 @@ def searched(name: str) -> nn.Module:
 @pytest.mark.parametrize("share", [0.8, 0.65])
 def test_a_resnet_18_comes_within_a_modelled_time(share: float) -> None:
     model = searched("resnet18")
-    table = tuned_seconds("resnet18", "modelled:nvidia-h200:128")
+    table = latency_table("resnet18", "modelled:nvidia-h200:128", 32)
     whole = Budget(model, latency_ms=1e3, table=table).value()
     outcome = Budget(model, latency_ms=share * whole * 1e3, table=table).finish()
     assert outcome.met
@@ -50,7 +50,7 @@ def test_a_resnet_18_comes_within_a_modelled_time(share: float) -> None:
 @pytest.fixture(scope="module")
 def found() -> tuple[nn.Module, Any]:
     model = searched("cifar_resnet20")
-    table = tuned_seconds("cifar_resnet20", "modelled:nvidia-h200:128")
+    table = latency_table("cifar_resnet20", "modelled:nvidia-h200:128", 32)
     whole = Budget(model, latency_ms=1e3, table=table).value()
     return model, Budget(model, bops=0.05, latency_ms=0.95 * whole * 1e3, table=table).finish()
 

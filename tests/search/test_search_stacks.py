@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import pytest
@@ -28,6 +28,11 @@ def table(problem: Problem) -> float:
     """Times that no sum adds exactly, and by which four bits are slower than eight."""
     rate = {2: 0.61, 4: 1.53, 8: 1.07}
     return 1.1e-6 + problem.macs * rate[problem.w_bits] * rate[problem.a_bits] * 1.3e-11
+
+
+def wider(gate: BitGate | None, bits: int) -> list[int]:
+    """A width and those of a gate's chain above it."""
+    return [bits] if gate is None else [width for width in gate.chain if width >= bits]
 
 
 class Definition:
@@ -64,12 +69,18 @@ class Definition:
         return next(iter(layer.through_gate or layer.input_gate), None)
 
     def price(self, quantity: Quantity, entry: LayerPlan, living: dict[PruneGate, int], **bits: int) -> float:
-        """Of a layer under the present gates, but for the counts and bits that are named."""
+        """Of a layer under the present gates, but for the counts and bits that are named; of times, whose table knows
+        no number of filters that is faster than a smaller one, the least of these and all wider pairs of bits.
+        """
         layer = self.layers[entry.name]
         counts = [self.feeding(entry), layer.own_gate()]
         inputs, outputs = (gate and living.get(gate, self.living[gate]) for gate in counts)
-        present = {"w_bits": layer.w_bits, "a_bits": layer.a_bits}
-        return quantity.price(replace(entry.problem(inputs, outputs), **{**present, **bits}))
+        w_bits, a_bits = bits.get("w_bits", layer.w_bits), bits.get("a_bits", layer.a_bits)
+        problem = entry.problem(inputs, outputs)
+        if not quantity.measured:
+            return quantity.price(replace(problem, w_bits=w_bits, a_bits=a_bits))
+        pairs = product(wider(layer.w_gate, w_bits), wider(searched_gate(layer.quantizer), a_bits))
+        return min(quantity.price(replace(problem, w_bits=w, a_bits=a)) for w, a in pairs)
 
     def total(self, quantity: Quantity) -> float:
         self.living = {gate: len(gate.kept()) for gate in self.prunes()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -155,6 +157,7 @@ def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
     lines = str(result).splitlines()
     assert [line.split(":")[0].split()[-1] for line in lines] == ["bops", "size_mb", "latency_ms"]
     assert all("target" in line and "result" in line and "thresholds reached" in line for line in lines)
+    assert ["by running minima of measured times" in line for line in lines] == [False, False, True]
     values = (plan_of(model).bops(), plan_bytes(model), plan_seconds(model))
     for row, value in zip(result.reached, values, strict=True):
         assert row.value == pytest.approx(value, rel=1e-12)
@@ -233,9 +236,9 @@ def test_targets_that_cannot_be(options: dict[str, Any], message: str) -> None:
         Budget(searchable(), **options)
 
 
-@pytest.mark.parametrize("bops", [0.0136, 0.0381])
-def test_what_greedy_steps_leave_over_is_exchanged(bops: float) -> None:
-    """Targets at which closing and opening one after the other leaves more than 3 %."""
+@pytest.mark.parametrize(("bops", "better"), [(0.02, True), (0.025, True), (0.0136, False), (0.05, False)])
+def test_what_greedy_steps_leave_over_is_exchanged_for_less_error(bops: float, better: bool) -> None:
+    """Targets at which closing and opening one after the other leaves more than 3 %: with what is gained by that."""
     model = searchable("digits_resnet8", pruning=False)
     budget = Budget(model, bops=bops)
     with torch.no_grad():
@@ -244,14 +247,84 @@ def test_what_greedy_steps_leave_over_is_exchanged(bops: float) -> None:
             budget._assign_sides()
             model(images(2, 0, "digits_resnet8"))
     ledger, targets = budget.ledger, budget.targets
+
+    def errors() -> float:
+        return sum(sum(choice.errors[choice.level :]) for choice in ledger.choices)
+
     ledger.read(errors=True)
     projection.close_cheapest(ledger, targets, filters_last=True)
     projection.spend_rest(ledger, targets)
     assert projection.fits(ledger, targets)
     assert projection.fill(ledger, targets) < 0.97
+    before, levels = errors(), [choice.level for choice in ledger.choices]
     projection.exchange(ledger, targets)
     assert projection.fits(ledger, targets)
-    assert projection.fill(ledger, targets) >= 0.97
+    assert (errors() < before and projection.fill(ledger, targets) >= 0.97) is better
+    assert ([choice.level for choice in ledger.choices] != levels) is better
+
+
+def narrow_is_slow(problem: Problem) -> float:
+    """Seconds that are the longer the fewer the bits."""
+    rate = {2: 3.0, 4: 1.5, 8: 1.0}
+    return 1e-6 + problem.macs * rate[problem.w_bits] * rate[problem.a_bits] * 1e-11
+
+
+@pytest.mark.parametrize("over", [1.001, 1.7, 3.0, 100.0])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_target_above_the_whole_network_gives_the_whole_network(over: float, closed: bool) -> None:
+    """However much is left over, and whatever thresholds had closed: nothing is closed to fill a target."""
+    model = searchable(max_pruning_ratio=0.5)
+    whole = sum(narrow_is_slow(layer.problem(w_bits=8, a_bits=8)) for layer in plan_of(model).layers)
+    budget = Budget(model, latency_ms=over * whole * 1e3, table=narrow_is_slow)
+    look(model, budget)
+    if closed:
+        for _, gate, _ in budget.bit_gates():
+            gate.close_to(0)
+    result = budget.finish()
+    assert result.met
+    assert {(entry.w_bits, entry.a_bits) for entry in plan_of(model).layers} == {(8, 8)}
+    assert all(entry.kept is None or entry.kept_filters == entry.filters for entry in plan_of(model).layers)
+    assert result.value == pytest.approx(whole)
+
+
+def test_bits_that_save_nothing_stay_where_filters_have_to_go() -> None:
+    model = searchable(max_pruning_ratio=0.5)
+    whole = sum(narrow_is_slow(layer.problem(w_bits=8, a_bits=8)) for layer in plan_of(model).layers)
+    budget = Budget(model, latency_ms=0.95 * whole * 1e3, table=narrow_is_slow)
+    look(model, budget)
+    assert budget.finish().met
+    plan = plan_of(model)
+    assert {(entry.w_bits, entry.a_bits) for entry in plan.layers} == {(8, 8)}
+    assert any(entry.kept_filters < entry.filters for entry in plan.layers)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prices_of_noisy_times_never_rise_with_what_is_narrower(seed: int) -> None:
+    """And they are those that were measured wherever nothing as wide or wider takes less."""
+
+    def noisy(problem: Problem) -> float:
+        return made_up(problem) * (1 + 0.3 * ((zlib.crc32(f"{seed} {problem}".encode()) % 1000) / 1000))
+
+    model = searchable(max_pruning_ratio=0.5)
+    budget = Budget(model, latency_ms=100.0, table=noisy)
+    ledger, quantity = budget.ledger, budget.targets[0].quantity
+    generator = random.Random(seed)
+    measured = 0
+    for _ in range(200):
+        for choice in ledger.choices:
+            choice.level = generator.randint(0, choice.top)
+        for row in ledger.rows:
+            inputs, outputs, w_bits, a_bits = row.amounts()
+            own = noisy(row.entry.problem(inputs, outputs, w_bits=w_bits, a_bits=a_bits))
+            assert row.price(quantity) <= own
+            measured += row.price(quantity) == own
+        for choice in ledger.choices:
+            assert all(change >= 0 for change in map(float.__sub__, *_neighbours(ledger.changes(quantity, choice))))
+    assert measured > 200
+
+
+def _neighbours(values: list[float]) -> tuple[list[float], list[float]]:
+    return values[1:], values[:-1]
 
 
 def test_nets_too_coarse_for_three_percent_say_so() -> None:

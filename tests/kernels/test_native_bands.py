@@ -1,0 +1,53 @@
+"""A convolution and the maximum that alone reads its floats, computed in bands of rows: against the reference on every
+instruction set.
+
+What may go wrong is where bands begin and end: windows that reach into the padding or the band before, or leave rows
+out, rows that fill no whole vectors, a last band that is shorter, and threads that begin with a band of their own.
+"""
+
+from __future__ import annotations
+
+import pytest
+from programs import Builder
+from test_native_program import ISAS, check
+from torch import Tensor
+
+from lbs_kernels.program.steps import Emit, Program
+
+WINDOWS = {  # kernel, stride, padding
+    "3x3, stride 2": ((3, 3), (2, 2), (1, 1)),
+    "2x2, stride 2": ((2, 2), (2, 2), (0, 0)),
+    "3x3, stride 1": ((3, 3), (1, 1), (1, 1)),
+    "5x3, stride 1x2": ((5, 3), (1, 2), (2, 0)),
+    "1x2, stride 3x1": ((1, 2), (3, 1), (0, 0)),
+}
+
+
+def net(window: str, size: tuple[int, int], filters: int, readers: int = 1) -> tuple[Program, Tensor]:
+    """Image, codes, a 3x3 convolution that writes floats, their maximum as floats and codes, what reads the codes."""
+    b = Builder(3)
+    image = b.image(3, *size)
+    codes = b.consumer((*size, 3), 8)
+    b.quantize(image, Emit(consumers=(codes,)))
+    stem = b.stream((*size, filters))
+    b.conv(codes.tensor, Emit(low=0.0, stream=stem), filters, w_bits=8)
+    shape = b.conv_shape(stem, filters, *WINDOWS[window])
+    seen = b.consumer(shape, 4)
+    b.pool(stem, Emit(stream=b.stream(shape, output=True), consumers=(seen,)), "max", *WINDOWS[window])
+    b.conv(seen.tensor, Emit(stream=b.stream((*shape[:2], 4), output=True)), 4, w_bits=4)
+    if readers > 1:
+        b.pool(stem, Emit(stream=b.stream((1, 1, filters), output=True)), "mean")
+    return b.build()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_bands(window: str, isa: str) -> None:
+    """65 filters end within a group; rows of 64 pixels are whole vectors, of 47 and 50 not; 51 rows end in a band."""
+    for size, filters in (((51, 64), 65), ((70, 50), 48), ((61, 47), 52)):
+        check(*net(window, size, filters), isa, batches=(1, 2), threads=(1, 3))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_floats_that_others_read_are_whole(isa: str) -> None:
+    check(*net("3x3, stride 2", (51, 64), 48, readers=2), isa, batches=(1,), threads=(1, 2))
