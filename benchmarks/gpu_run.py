@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_checks, gpu_search, gpu_targets
+from lbs_kernels import files
 from lbs_kernels.tune.blame import Blame
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,10 +46,8 @@ class Run:
     def save(self, part: str, body: dict[str, Any]) -> Path:
         """Write DIR/<part>.json whole or not at all."""
         path = self.out / f"{part}.json"
-        temporary = path.with_suffix(f".json.{os.getpid()}.tmp")
         text = json.dumps({"level": f"gpu_{part}", "version": 1, "header": self.header, **body}, indent=1)
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
+        files.replace(path, (text + "\n").encode())
         return path
 
     def load(self, part: str) -> dict[str, Any]:

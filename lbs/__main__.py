@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from lbs.cli.main import main
+# `python -m` looks for every module in the working folder first, and that may be a stranger's, downloaded with what is
+# in it: nothing is imported from there but this package itself, where it is a checkout.
+_here = os.path.realpath(os.getcwd())
+if _here != os.path.dirname(os.path.dirname(os.path.realpath(__file__))):
+    sys.path[:] = [place for place in sys.path if os.path.realpath(place or ".") != _here]
+
+from lbs.cli.main import main  # noqa: E402 (behind the lines above)
 
 sys.exit(main())

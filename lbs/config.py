@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from lbs.recipe import Recipe
-from lbs.run_folder import RunFolder, read_json, write_json
+from lbs.run_folder import RunFolder, read_sections, write_json
 from lbs_kernels.errors import TrainingError
 
 CONFIG_VERSION = 2
@@ -175,15 +175,17 @@ def from_dict(kind: type[C], body: dict[str, Any], origin: str) -> C:
         TrainingError: a key this release does not know, one that is missing, or a hash that does not fit.
     """
     known = {field.name for field in fields(kind)}
-    if not isinstance(body, dict):
-        raise TrainingError(f"{origin} is a {type(body).__name__}, no object; restore it, or start in a new run folder")
     odd = sorted(body.keys() - known - {"hash"}) + [f"no {key}" for key in sorted(known - body.keys())]
     if odd:
         raise TrainingError(f"{origin} was written by another release ({', '.join(odd)}); finish the run with that one")
-    config = kind(**{key: _tuples(value) for key, value in body.items() if key != "hash"})
-    if body.get("hash") != config.digest():
+    try:
+        config = kind(**{key: _tuples(value) for key, value in body.items() if key != "hash"})
+        digest = config.digest()
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise TrainingError(f"{origin} has odd fields: {error}; restore it, or start in a new run folder") from error
+    if body.get("hash") != digest:
         raise TrainingError(
-            f"{origin} was edited by hand (hash {body.get('hash')}, its fields give {config.digest()}); "
+            f"{origin} was edited by hand (hash {body.get('hash')}, its fields give {digest}); "
             "restore it, or start in a new run folder"
         )
     return config
@@ -241,8 +243,19 @@ def open_runs(
     Raises:
         TrainingError: as `open_run`; what differs is listed for all commands together.
     """
+    with folder.held():
+        return _open_runs(wanted, folder, resume, inherit, processes)
+
+
+def _open_runs(
+    wanted: Sequence[tuple[type[RunConfig], dict[str, Any]]],
+    folder: RunFolder,
+    resume: bool,
+    inherit: str,
+    processes: int,
+) -> list[RunConfig]:
     path = folder.file("config.json")
-    sections: dict[str, Any] = dict(read_json(path)) if path.exists() else {}
+    sections = read_sections(path)
     found = sections.get("processes")
     begun = dict(found) if isinstance(found, dict) else {}
     if resume:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lbs import cost
-from lbs_kernels.errors import PlanError
+from lbs_kernels import files
+from lbs_kernels.errors import PlanError, printable
 from lbs_kernels.program.problem import TRANSPOSED, Problem
 from lbs_kernels.program.steps import WeightGrid
 from lbs_kernels.program.window import is_depthwise
@@ -182,7 +182,9 @@ class Plan:
                 )
             layers = tuple(_read_layer(entry) for entry in body["layers"])
             _check_names(layers)
-            return Plan(layers, str(body.get("model", "")), modelled=str(body.get("modelled", "")))
+            return Plan(
+                layers, printable(str(body.get("model", ""))), modelled=printable(str(body.get("modelled", "")))
+            )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise
@@ -190,10 +192,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to a temporary name beside `path`, then rename."""
-        target = Path(path)
-        scratch = target.with_name(target.name + ".part")
-        scratch.write_text(self.to_json())
-        os.replace(scratch, target)
+        files.replace(Path(path), self.to_json().encode())
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -203,7 +202,7 @@ class Plan:
             PlanError: a file that cannot be read, or is no plan.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = files.read_regular(path).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"plan {path} cannot be read: {error}; give the path of a plan.json") from error
         return Plan.from_json(text)

@@ -5,24 +5,32 @@ environment.json     versions and machine of the last command       results.json
 checkpoints/         where each phase can go on                     plan.json       bits and kept filters
 float.safetensors    searched.safetensors    model.safetensors      weights after each phase
 *.lbs.safetensors    the packed network      report.html, *.png     the report
+lock                 who writes here, while somebody does
+
+config.json, network.json, plan.json and the weights carry a hash of what they hold, which is compared when they are
+read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lbs_kernels import device
+from lbs_kernels import device, files
 from lbs_kernels.errors import CheckpointError
 
 
@@ -33,26 +41,17 @@ def writes() -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to the disk, rename. Nothing where `writes` is false.
+    """Write a file whole or not at all: see `files.replace`. Nothing where `writes` is false.
 
     Raises:
         CheckpointError: the disk is full or not writable; the file that was there before is untouched.
     """
     if not writes():
         return
-    scratch = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        files.replace(path, content)
     except OSError as error:
         raise _not_written(path, f"({len(content)} bytes)", error) from error
-    finally:
-        with contextlib.suppress(OSError):  # after a success it is gone already
-            scratch.unlink(missing_ok=True)
 
 
 def _not_written(path: Path, what: str, error: OSError) -> CheckpointError:
@@ -72,7 +71,7 @@ def write_json(path: Path, body: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, as a dictionary. Raises CheckpointError where it is missing or damaged."""
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(files.read_regular(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; is this a run folder?") from error
     except (ValueError, RecursionError) as error:
@@ -82,6 +81,41 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a JSON {type(body).__name__}, no object; restore it, or start the run in a new folder"
         )
     return body
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """The objects of a JSON file by name; other values than objects are numbers of versions. Empty where it is missing.
+
+    Raises CheckpointError where it is damaged.
+    """
+    sections = read_json(path) if path.exists() else {}
+    for name, body in sections.items():
+        if not isinstance(body, dict) and name != "version":
+            raise CheckpointError(
+                f"{path}: section {name!r} is a {type(body).__name__}, no object; restore it, or start the run in a "
+                "new folder"
+            )
+    return sections
+
+
+def sealed(body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with a `hash` of it, which `unsealed` compares."""
+    return {**body, "hash": _hash(body)}
+
+
+def unsealed(body: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`body` without its hash; files of earlier releases have none. Raises CheckpointError where it does not fit."""
+    found = {key: value for key, value in body.items() if key != "hash"}
+    if "hash" in body and body["hash"] != _hash(found):
+        raise CheckpointError(
+            f"{path} was edited by hand (hash {body['hash']}, it holds {_hash(found)}); restore it, or start in a new "
+            "run folder"
+        )
+    return found
+
+
+def _hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def commit() -> str | None:
@@ -118,11 +152,69 @@ def environment() -> dict[str, Any]:
     }
 
 
-class RunFolder:
-    """Paths and small files of one run."""
+_held: dict[Path, int] = {}  # folders this process writes to -> how often they are held
 
-    def __init__(self, path: str | Path) -> None:
+
+class RunFolder:
+    """Paths and small files of one run.
+
+    named: the functions, as `module:function`, that the user named for this command. No other is called that a file of
+    the folder names: it may be a stranger's.
+    """
+
+    def __init__(self, path: str | Path, named: Collection[str] = ()) -> None:
         self.path = Path(path)
+        self.named = frozenset(named)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, this process alone writes to the folder; of several that train together rank 0 holds it for all.
+
+        The system lets go of the lock of a process that has ended, however it ended.
+
+        Raises:
+            CheckpointError: another process writes there now; it is named.
+        """
+        place = self.path.resolve()
+        if not writes() or place in _held:
+            yield
+            return
+        handle = self._lock()
+        _held[place] = handle
+        try:
+            for folder in (self.path, self.file("checkpoints")):
+                for scratch in files.scratch_of(folder):  # of a process that was killed while it wrote
+                    scratch.unlink(missing_ok=True)
+            yield
+        finally:
+            del _held[place]
+            with suppress(OSError):
+                os.truncate(handle, 0)
+            os.close(handle)
+
+    def _lock(self) -> int:
+        """The descriptor of `lock`, locked, with this process named in it."""
+        path = self.file("lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise _not_written(path, "(the lock of the run)", error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(handle, 1 << 10, 0).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise CheckpointError(
+                f"{self.path} is written by {holder} now; wait until that has ended, or give a run folder of its own"
+            ) from error
+        except OSError as error:
+            os.close(handle)
+            raise _not_written(path, "(the lock of the run)", error) from error
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        os.truncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} of {socket.gethostname()}, since {now}\n".encode(), 0)
+        return handle
 
     def file(self, name: str) -> Path:
         """A file of the folder."""
@@ -142,16 +234,16 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         """All sections of results.json; empty before the first."""
-        path = self.file("results.json")
-        return dict(read_json(path)) if path.exists() else {}
+        return read_sections(self.file("results.json"))
 
     def add_result(self, section: str, body: dict[str, Any], stale: Collection[str] = ()) -> None:
         """Replace one section of results.json and drop those that told of what this one replaces.
 
-        Values that are not finite become null.
+        Values that are not finite become null. Raises CheckpointError where another process writes to the folder.
         """
-        kept = {name: found for name, found in self.results().items() if name not in stale}
-        write_json(self.file("results.json"), {**kept, section: _finite(body)})
+        with self.held():
+            kept = {name: found for name, found in self.results().items() if name not in stale}
+            write_json(self.file("results.json"), {**kept, section: _finite(body)})
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line to metrics.jsonl. Values that are not finite become null. Raises CheckpointError on a full disk."""
@@ -160,8 +252,8 @@ class RunFolder:
         path = self.file("metrics.jsonl")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(_line(row))
+            with files.appending(path) as file:
+                file.write(_line(row).encode())
         except OSError as error:
             raise _not_written(path, "(one row)", error) from error
 
@@ -179,14 +271,16 @@ class RunFolder:
         if not path.exists():
             return rows
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is no text: {error}; restore it, or delete it to go without") from error
+            lines = files.read_regular(path).decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; restore it, or delete it to go without") from error
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"{line} is no object")
+                if type(row.get("step", 0)) is not int:
+                    raise ValueError(f"its step is {row['step']!r}, no whole number")
                 rows.append(row)
             except ValueError as error:
                 if number == len(lines):

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """`text` with what would move a terminal's cursor, or be hidden in a page, spelled out. Lines and tabs stay.
+
+    >>> print(printable("a\x1b[2J\u202eb"))
+    a\\x1b[2J\\u202eb
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class LbsError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose. Names out of files stand in it as `printable` shows them."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(value) if isinstance(value, str) else value for value in args))
 
 
 class FormatError(LbsError, ValueError):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 
 import lbs
 from lbs.benchmark import BASELINES, DEFAULT_BASELINES
 from lbs.cli.console import console
-from lbs.cli.options import numbers
+from lbs.cli.options import add_model, numbers
 from lbs.cli.packed import add_source, source_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which network, and against what it is timed."""
     add_source(parser)
+    add_model(parser)
     parser.add_argument(
         "--batches", type=numbers, default=(1, 64), metavar="N,..", help="images per call (default 1,64)"
     )
@@ -35,19 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; with --run it is kept for the report."""
     out = console(args)
-    source = source_of(args)
-    timed = lbs.bench(
-        source.packed,
-        batches=args.batches,
-        threads=args.threads,
-        model=source.float_model,
-        baselines=args.baselines,
-        rounds=args.rounds,
-        first_call=args.first_call,
-    )
-    section = timed.to_json()
-    if source.folder is not None:
-        source.folder.add_result("bench", section)
+    source = source_of(args, with_float=True)
+    with source.folder.held() if source.folder is not None else nullcontext():
+        timed = lbs.bench(
+            source.packed,
+            batches=args.batches,
+            threads=args.threads,
+            model=source.float_model,
+            baselines=args.baselines,
+            rounds=args.rounds,
+            first_call=args.first_call,
+        )
+        section = timed.to_json()
+        if source.folder is not None:
+            source.folder.add_result("bench", section)
     out.say(str(timed))
     out.finish(section)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from lbs.reporting.units import bops
 from lbs.run_folder import writes
+from lbs_kernels.errors import printable
 
 _PLAIN_SECONDS = 15.0
 
@@ -24,7 +25,7 @@ class Console:
     def say(self, line: str = "") -> None:
         """One line for people; of several processes only the first speaks."""
         if writes():
-            print(line, file=self.stream, flush=True)
+            print(printable(line), file=self.stream, flush=True)
 
     def finish(self, body: dict[str, Any]) -> None:
         """The JSON document, if one was asked for."""

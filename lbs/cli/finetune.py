@@ -38,18 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fine-tune and print last and best accuracy."""
     out = console(args)
-    current = session(args, out)
     options = asked(args)
     if len(options.get("uniform", (8, 8))) != 2:
         raise PlanError(f"--uniform {options['uniform']}: give two widths, weights and activations, such as 4,4")
     if options.get("uniform") and options.get("plan"):
         raise PlanError("--uniform and --plan both name the bits; leave one of them out")
-    processes = distributed.world_size()
-    config = distributed.first(
-        lambda: open_run(FinetuneRun, current.folder, options, args.resume, inherit="search", processes=processes)
-    )
-    current.folder.note_environment()
-    section = run_finetune(config, current)
+    with session(args, out) as current:
+        folder, processes = current.folder, distributed.world_size()
+        config = distributed.first(
+            lambda: open_run(FinetuneRun, folder, options, args.resume, inherit="search", processes=processes)
+        )
+        folder.note_environment()
+        section = run_finetune(config, current)
     if section["accuracy"] is not None:
         out.say(
             f"fine-tuned: {section['accuracy']:.2%} after the last epoch (kept), best {section['best_accuracy']:.2%} "

@@ -1,6 +1,6 @@
 """`lbs`: finds the sub-command, runs it, and turns errors into one clear line and an exit code.
 
-Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted,
+Exit codes: 0 done, 1 a check failed, 2 bad usage or an error of the LbsError family, 130 interrupted, 143 terminated,
 141 whoever read the output went away.
 """
 
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
     from lbs.train import distributed
-    from lbs_kernels.errors import LbsError
+    from lbs_kernels.errors import LbsError, printable
 
     try:
         code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
@@ -92,14 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (LbsError, OSError) as error:
-        message = as_options(" ".join(str(error).split("\n")), args.command, arguments)
+        message = printable(as_options(" ".join(str(error).split("\n")), args.command, arguments))
         print(f"lbs {args.command}: {message}", file=sys.stderr)
         if args.json:
             print(json.dumps({"error": message, "kind": type(error).__name__}))
         return 2
-    except KeyboardInterrupt:
-        print(f"lbs {args.command}: interrupted; a training command goes on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = as_options(str(stop), args.command, arguments) or "interrupted; a training command goes on with --resume"
+        print(f"lbs {args.command}: {printable(told)}", file=sys.stderr)
+        return 128 + (getattr(stop, "number", 0) or signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,19 @@ def add_latency(parser: argparse._ActionsContainer) -> None:
         help="whose times --latency-ms counts: cpu (default), cuda, or those of a model of a GPU that is not here, "
         "such as modelled:nvidia-h200, with a batch behind it :128",
     )
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """--model, of commands that build the network of a run again."""
+    parser.add_argument(
+        "--model", default=_UNSET, metavar="M:F", help="the run's module:function, which is called only if named here"
+    )
+
+
+def folder_of(args: argparse.Namespace, named: Collection[str] = ()) -> RunFolder:
+    """The run folder of a command line, with the functions that may be called: those named here."""
+    typed = (getattr(args, "model", ""), getattr(args, "teacher", ""), *named)
+    return RunFolder(args.run, {name for name in typed if name})
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
@@ -196,8 +211,14 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def session(args: argparse.Namespace, out: Console) -> Session:
-    """Folder, device and console of a training command, which joins the processes torchrun started."""
+@contextmanager
+def session(args: argparse.Namespace, out: Console, named: Collection[str] = ()) -> Iterator[Session]:
+    """Folder, device and console of a training command, which joins the processes torchrun started.
+
+    The folder is held meanwhile. named: functions that the user named otherwise than by --model and --teacher.
+    """
     set_threads(args.threads)
     device = distributed.start(device_of(args.device))
-    return Session(RunFolder(args.run), device, args.resume, out.progress(), out.say)
+    current = Session(folder_of(args, named), device, args.resume, out.progress(), out.say)
+    with current.held():
+        yield current

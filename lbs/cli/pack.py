@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 from lbs.cli.console import console
-from lbs.cli.options import set_threads
+from lbs.cli.options import add_model, folder_of, set_threads
 from lbs.packing.explain import told_estimate
 from lbs.reporting.units import seconds, size
-from lbs.run_folder import RunFolder
 from lbs.runs.stages import pack_run
 
 
@@ -26,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the packed network is given bytes and normalises them itself, as the data of the run was normalised",
     )
+    add_model(parser)
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Pack, and say how large the file is."""
     out = console(args)
     set_threads(args.threads)
-    section = pack_run(RunFolder(args.run), args.stream_dtype, args.uint8)
+    section = pack_run(folder_of(args), args.stream_dtype, args.uint8)
     for name, reason in section["kept_float"]:
         out.say(f"{name} stays in float: {reason}")
     if section["coded_streams"]:

@@ -56,8 +56,13 @@ def run(args: argparse.Namespace) -> int:
     """All stages; 1 where the packed network is not the trained one, or learned too little."""
     out = console(args)
     set_threads(args.threads)  # refused now, not after the training
-    started = time.monotonic()
     folder = RunFolder(args.run or free_folder(Path("runs")))
+    with folder.held():
+        return _stages(args, out, folder)
+
+
+def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
+    started = time.monotonic()
     folder.note_environment()
     torch.set_num_threads(TRAINING_THREADS)
     session = Session(folder, torch.device("cpu"), progress=out.progress(), say=out.say)

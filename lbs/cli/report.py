@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from lbs.cli.console import console
 from lbs.reporting.comparison import compare, summary
-from lbs.reporting.page import report
+from lbs.reporting.page import odd_told, report
 from lbs.reporting.units import bops, percent
 from lbs_kernels.errors import LbsError
 
@@ -29,14 +29,15 @@ def run(args: argparse.Namespace) -> int:
     page = compare(args.run, args.out or COMPARISON) if several else report(args.run[0])
     pictures = sorted(path.name for path in page.parent.glob("*.png"))
     lines = summary(args.run) if several else []
-    for line in lines:
-        cost = bops(line.bops) if line.bops else "-"
-        allowed, before = line.of_targets("target"), line.of_targets("thresholds")
-        budget = f" (allowed {allowed}, thresholds reached {before})" if line.targets else ""
-        out.say(
-            f"{line.name:28s} {line.label:32s} seed {line.seed}  last {percent(line.last)}  "
-            f"best {percent(line.best)}  {cost} BOPs{budget}  {line.schedule}"
-        )
+    with odd_told(" or ".join(args.run)):
+        for line in lines:
+            cost = bops(line.bops) if line.bops else "-"
+            allowed, before = line.of_targets("target"), line.of_targets("thresholds")
+            budget = f" (allowed {allowed}, thresholds reached {before})" if line.targets else ""
+            out.say(
+                f"{line.name:28s} {line.label:32s} seed {line.seed}  last {percent(line.last)}  "
+                f"best {percent(line.best)}  {cost} BOPs{budget}  {line.schedule}"
+            )
     out.say(f"wrote {page} and {', '.join(pictures) or 'no pictures'}")
     rows = {"runs": [asdict(line) for line in lines]} if several else {}
     out.finish({"page": str(page), "pictures": pictures, **rows})

@@ -66,12 +66,13 @@ def run(args: argparse.Namespace) -> int:
         args.run = args.run or f"runs/{row_named(args.row).name}-seed{args.seed or 0}"
     elif not (args.resume and args.run):
         raise LbsError("name a ROW of --list; only --resume --out DIR takes it from the run in DIR")
-    current = session(args, out)
-    row = row_named(args.row or distributed.first(lambda: row_of(current.folder)).name)
-    processes = distributed.world_size()
-    configs = distributed.first(lambda: open_row(row, named_options(args, row), current.folder, args.resume, processes))
-    current.folder.note_environment()
-    record = reproduce(row, configs, current)
+    typed = [text.removeprefix("teacher=") for text in args.finetune if text.startswith("teacher=")]
+    with session(args, out, [*typed, *(row.network.model for row in rows.ROWS.values())]) as current:
+        folder, processes = current.folder, distributed.world_size()
+        row = row_named(args.row or distributed.first(lambda: row_of(folder)).name)
+        configs = distributed.first(lambda: open_row(row, named_options(args, row), folder, args.resume, processes))
+        folder.note_environment()
+        record = reproduce(row, configs, current)
     if args.record is not None:
         write_json(args.record, record)
     show(out, record)

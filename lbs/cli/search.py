@@ -105,14 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, and print target and result."""
     out = console(args)
-    current = session(args, out)
     options = asked(args)
     if not args.resume and not any(name in options for name in TARGETS):
         raise PlanError(NO_TARGET)
-    processes = distributed.world_size()
-    config = distributed.first(lambda: open_run(SearchRun, current.folder, options, args.resume, processes=processes))
-    current.folder.note_environment()
-    section = run_search(config, current)
+    with session(args, out) as current:
+        folder, processes = current.folder, distributed.world_size()
+        config = distributed.first(lambda: open_run(SearchRun, folder, options, args.resume, processes=processes))
+        folder.note_environment()
+        section = run_search(config, current)
     out.say(
         f"searched: {section['frozen_accuracy']:.2%} before fine-tuning, {bops(section['bops'])} BOPs "
         f"({bops(section['full_precision_bops'])} in full precision)"

@@ -12,6 +12,7 @@ import numpy as np
 
 from lbs.data.image_data import ImageData, from_arrays
 from lbs.data.npz import read_npz
+from lbs_kernels import files
 from lbs_kernels.errors import DataError
 
 # The statistics most published CIFAR-100 weights were trained with.
@@ -153,7 +154,7 @@ def load_plain_pickle(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"no file {path}; a {FOLDER} folder holds train, test and meta")
     try:
-        written = path.read_bytes()
+        written = files.read_regular(path)
         _check_memo(written)
         content = _PlainUnpickler(io.BytesIO(written), encoding="bytes").load()
     # A damaged pickle can fail in any of these ways; what it says of itself is in the message.

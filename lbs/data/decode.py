@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lbs_kernels import files
 from lbs_kernels.errors import DataError
 
 # Share of the area and aspect ratio of a training crop; test images are scaled to 8/7 of the crop first (256 for 224).
@@ -35,7 +36,7 @@ def read_rgb(file: Path, size: int) -> Image.Image:
     Raises DataError where it cannot be read, or is so narrow that scaling its short side would fill the memory.
     """
     try:
-        with Image.open(file) as image:
+        with files.open_regular(file) as opened, Image.open(opened) as image:
             check_bytes(image)
             if max(image.size) > NARROWEST * min(image.size):
                 raise ValueError(f"{image.size[0]}x{image.size[1]}, one side is over {NARROWEST} times the other")

@@ -13,6 +13,7 @@ from PIL import Image
 from lbs.data.decode import check_bytes
 from lbs.data.image_data import ImageData, from_arrays
 from lbs_kernels.errors import DataError
+from lbs_kernels.files import open_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
@@ -112,7 +113,7 @@ def _read_part(
 
 def _read_image(file: Path, channels: int) -> np.ndarray:
     try:
-        with Image.open(file) as image:
+        with open_regular(file) as opened, Image.open(opened) as image:
             check_bytes(image)
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     # PIL reports damaged PNGs as SyntaxError and oversized ones as DecompressionBombError.

@@ -11,7 +11,13 @@ from lbs.packing.serial import read
 from lbs_kernels.errors import BackendError
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", *, fallback: str | None = None) -> PackedModel:
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    fallback: str | None = None,
+    budget: float | None = 1.0,
+) -> PackedModel:
     """Read a packed network that `PackedModel.save` wrote, onto any device.
 
     Nothing is unpickled and no code of the file is run. Sizes are compared with the file before anything is allocated.
@@ -23,9 +29,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, fallback: str 
             Then results are no longer those of the reference: such a layer's sum is rounded to float16, and codes near
             a rounding boundary differ by one. `lbs.explain` names these layers, `lbs.verify` widens its tolerance for
             them. None, the default, stays exact. Not saved with the model.
+        budget: how many times what a file may ask of one image this one may: 2^27 elements written (512 MiB of floats),
+            2^36 products, 2^13 operations. None, for a file you trust: any, and the graph is not run by shapes first.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, foreign, or of a newer version.
+        CheckpointError: missing, truncated, damaged, foreign, of a newer version, or over its budget.
         BackendError: a device this machine does not have, or that packed networks do not run on; a fallback that does
             not exist.
 
@@ -41,7 +49,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, fallback: str 
         raise BackendError(f"device {device}: packed networks run on cpu or cuda")
     if target.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {device}: torch sees no GPU here; load onto the CPU, or install a torch with CUDA")
-    parts = read(Path(path))
+    parts = read(Path(path), budget)
     packed = PackedModel(
         parts.graph,
         input_shape=parts.input_shape,

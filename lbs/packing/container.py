@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lbs.run_folder import write_bytes
+from lbs_kernels import files
 from lbs_kernels.errors import CheckpointError
 
-MAX_HEADER = 1 << 27
+MAX_HEADER = 1 << 24  # a ResNet-152 has about 2^19; the values of one may take twenty times its bytes
 MAX_TENSORS = 1 << 16
 _LENGTH_BYTES = 8
 _NO_DIGEST = "0" * 64
@@ -81,8 +83,8 @@ def read_container(path: Path, kind: str, version: int) -> tuple[dict[str, Tenso
         CheckpointError: missing, truncated, damaged, foreign, of a newer version, or claiming what it does not hold.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:

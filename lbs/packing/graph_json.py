@@ -16,7 +16,7 @@ from lbs.packing.float_modules import module_from_json, module_to_json
 from lbs.packing.region import PackedRegion
 from lbs.packing.values import NoForm, decode, encode
 from lbs.packing.vocabulary import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
-from lbs_kernels.errors import CheckpointError
+from lbs_kernels.errors import CheckpointError, printable
 
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
 _GETATTR = "builtins.getattr"
@@ -103,9 +103,12 @@ def graph_from_json(body: Any, regions: list[PackedRegion], tensors: Mapping[str
         CheckpointError: something unknown, missing or of another shape.
     """
     root: dict[str, Any] = {f"region{index}": region for index, region in enumerate(regions)}
+    regions_named = frozenset(root)
     try:
         for path, entry in body["modules"].items():
             prefix = f"{_path(path)}."
+            if path.partition(".")[0] in regions_named:
+                raise CheckpointError(f"its float module {path} has the name of a packed part; it is damaged")
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             root[path] = module_from_json(path, entry, own).eval()
         graph = fx.Graph()
@@ -148,7 +151,7 @@ def _add_node(
         _identifier(key)
     made[entry["name"]] = graph.create_node(op, target, args, kwargs, name=name)
     if "part" in entry:
-        made[entry["name"]].meta["part"] = str(entry["part"])
+        made[entry["name"]].meta["part"] = printable(str(entry["part"]))
 
 
 def _known_function(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,7 +26,9 @@ class PackedModel(nn.Module):
     """A packed network: images [N, C, H, W], or lines [N, C, L], in, what the model returns out.
 
     Images are normalised float32, or bytes (uint8) where the network was packed with `normalize`. Channels may lie
-    first or last in memory; both are read without a copy.
+    first or last in memory; both are read without a copy. A pixel that is NaN counts as the lowest value that a packed
+    layer tells apart: no NaN comes out, and none is reported. No gradient passes a packed layer: an input that requires
+    one is computed like any other and gets none, with a warning of torch's.
 
     `body` is a torch.fx GraphModule in which every region of packed layers is one call. `kept_float` lists what was
     not packed, each with its reason. `plan` holds the bits and kept filters it was made from, if there was a record.

@@ -19,8 +19,9 @@ from lbs.packing.container import read_container, write_container
 from lbs.packing.graph_json import graph_from_json, graph_to_json
 from lbs.packing.pixels import Normalization
 from lbs.packing.region import PackedRegion
+from lbs.packing.work import check_work
 from lbs.plan import Plan
-from lbs_kernels.errors import CheckpointError, FormatError, PlanError
+from lbs_kernels.errors import CheckpointError, FormatError, PlanError, printable
 from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blob_digest
 from lbs_kernels.program.text import read_program
@@ -72,11 +73,12 @@ def write(path: Path, parts: PackedParts) -> None:
     write_container(path, tensors, metadata)
 
 
-def read(path: Path) -> PackedParts:
-    """Read `write`'s file, onto the CPU.
+def read(path: Path, budget: float | None = 1.0) -> PackedParts:
+    """Read `write`'s file, onto the CPU. `budget`: see `check_work`.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, foreign or newer, or parts that do not fit together.
+        CheckpointError: missing, truncated, damaged, foreign or newer, parts that do not fit together, or more work for
+            one image than the budget has.
     """
     tensors, metadata = read_container(path, FORMAT, FILE_VERSION)
     try:
@@ -85,12 +87,14 @@ def read(path: Path) -> PackedParts:
         floats = {key.removeprefix(_FLOAT): value for key, value in tensors.items() if key.startswith(_FLOAT)}
         model = json.loads(metadata["model"])
         shape = tuple(_size(value) for value in model["input_shape"])
-        kept = tuple((str(label), str(reason)) for label, reason in model["kept_float"])
+        kept = tuple((printable(str(label)), printable(str(reason))) for label, reason in model["kept_float"])
         plan = Plan.from_json(metadata["plan"]) if metadata["plan"] else None
         graph = graph_from_json(json.loads(metadata["graph"]), regions, floats)
         if not regions:
             raise CheckpointError("it holds no program")
-        return PackedParts(graph, shape, kept, plan, str(model["name"]), _normalization(model, shape, regions))
+        normalize = _normalization(model, shape, regions)
+        check_work(graph, shape, torch.float32 if normalize is None else torch.uint8, budget)
+        return PackedParts(graph, shape, kept, plan, printable(str(model["name"])), normalize)
     except (CheckpointError, FormatError, PlanError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,10 +96,14 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         CheckpointError: a folder that holds no run, a damaged file, or a full disk.
     """
     found = _records(run_dirs)
+    with page.odd_told(" or ".join(map(str, run_dirs))):
+        return _compare(found, Path(out))
+
+
+def _compare(found: list[Record], folder: Path) -> Path:
     lines = [line_of(record) for record in found]
     with matplotlib.rc_context(STYLE):
         pictures = draw(lines, found)
-    folder = Path(out)
     for stem, (_, figure) in pictures.items():
         write_bytes(folder / f"{stem}.png", page.png(figure))
     text = page.template("compare.html").render(
@@ -122,7 +127,7 @@ def draw(lines: list[Line], found: list[Record]) -> dict[str, tuple[str, Figure]
         ]
         if points:
             figure = pareto.accuracy_over_cost(points, marks_of(network))
-            pictures[f"pareto-{network}"] = (f"{network}: accuracy and bit operations", figure)
+            pictures["pareto-" + re.sub(r"[^\w.-]", "_", network)] = (f"{network}: accuracy and bit operations", figure)
     curves = pareto.curves({record.name: record.epochs("finetune") for record in found})
     if curves is not None:
         pictures["curves"] = ("Fine-tuning: test accuracy by epoch", curves)
@@ -216,4 +221,6 @@ def _published(lines: list[Line]) -> Table:
 
 def summary(run_dirs: Sequence[str | Path]) -> list[Line]:
     """The lines of the first table."""
-    return [line_of(record) for record in _records(run_dirs)]
+    found = _records(run_dirs)
+    with page.odd_told(" or ".join(map(str, run_dirs))):
+        return [line_of(record) for record in found]

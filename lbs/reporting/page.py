@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jinja2
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 from lbs.reporting import plots, records, tables
 from lbs.reporting.records import Record
 from lbs.run_folder import write_bytes
+from lbs_kernels.errors import CheckpointError, LbsError, first_line
 
 _TEMPLATES = Path(__file__).parent
 _PNG_DPI = 160
@@ -29,12 +32,27 @@ def report(run_dir: str | Path) -> Path:
     """
     folder = Path(run_dir)
     record = records.read(folder)
-    pictures = plots.draw(record)
-    for stem, (_, figure) in pictures.items():
-        write_bytes(folder / f"{stem}.png", png(figure))
     page = folder / "report.html"
-    write_bytes(page, render(record, pictures).encode())
+    with odd_told(folder):
+        pictures = plots.draw(record)
+        for stem, (_, figure) in pictures.items():
+            write_bytes(folder / f"{stem}.png", png(figure))
+        write_bytes(page, render(record, pictures).encode())
     return page
+
+
+@contextmanager
+def odd_told(where: str | Path) -> Iterator[None]:
+    """Inside, what a record's odd types raise becomes CheckpointError: its files may be edited, or a stranger's."""
+    try:
+        yield
+    except LbsError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, jinja2.TemplateError) as error:
+        raise CheckpointError(
+            f"{where} holds a record of another form ({type(error).__name__}: {first_line(error)}); restore its JSON "
+            "files, or delete the odd one and make it again"
+        ) from error
 
 
 def render(record: Record, pictures: dict[str, tuple[str, Figure]]) -> str:

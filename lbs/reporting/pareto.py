@@ -13,6 +13,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from lbs.reporting.plots import INK, QUIET
 from lbs.reporting.published import Mark
+from lbs.reporting.units import plain
 
 # Points closer than this factor to the runs' mean cost are drawn again, enlarged.
 _CLOSE = 1.35
@@ -73,7 +74,9 @@ def _draw(panel: Axes, points: list[Point], marks: list[Mark], shown: list[Mark]
         panel.plot([p.bops for p in front], [p.top1 for p in front], color=QUIET, linewidth=1, zorder=1)
     colors = _colors(len(points))
     for point, color in zip(points, colors, strict=True):
-        panel.plot([point.bops], [point.top1], "o", color=color, markeredgecolor=INK, markersize=8, label=point.name)
+        panel.plot(
+            [point.bops], [point.top1], "o", color=color, markeredgecolor=INK, markersize=8, label=plain(point.name)
+        )
 
 
 def frontier(points: list[Point]) -> list[Point]:
@@ -101,7 +104,7 @@ def curves(epochs: dict[str, list[dict[str, Any]]]) -> Figure | None:
     axis = figure.subplots()
     for (name, pairs), color in zip(known.items(), _colors(len(known)), strict=True):
         if pairs:
-            axis.plot(*zip(*pairs, strict=True), "o-", color=color, markersize=3.5, linewidth=1.4, label=name)
+            axis.plot(*zip(*pairs, strict=True), "o-", color=color, markersize=3.5, linewidth=1.4, label=plain(name))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1 accuracy, %")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from lbs.reporting.records import PHASES, Record
-from lbs.reporting.units import bops, seconds, size, times
+from lbs.reporting.units import bops, plain, seconds, size, times
 
 WEIGHTS, ACTIVATIONS, KEPT, FULL, INK, QUIET = "#2f6db3", "#e07b39", "#3f9b6c", "#c9d3de", "#22303c", "#6b7a88"
 PHASE_COLORS = {"float": "#8a94a0", "search": WEIGHTS, "finetune": KEPT}
@@ -61,7 +61,10 @@ def _figure(width: float, height: float) -> Figure:
 
 def _layer_axis(axis: Axes, names: list[str]) -> None:
     axis.set_xticks(
-        range(len(names)), names, rotation=90 if len(names) > 14 else 40, ha="right" if len(names) <= 14 else "center"
+        range(len(names)),
+        list(map(plain, names)),
+        rotation=90 if len(names) > 14 else 40,
+        ha="right" if len(names) <= 14 else "center",
     )
     axis.tick_params(axis="x", length=0)
     axis.grid(visible=False, axis="x")
@@ -185,7 +188,7 @@ def gates(record: Record) -> Figure | None:
     shares = _map(panels[2], 100 * values[:, :, 2] / most, cmap="Greens", vmin=0, vmax=100)
     panels[2].set_title("% of filters kept")
     figure.colorbar(shares, ax=panels[2], pad=0.02, aspect=30)
-    panels[0].set_yticks(range(len(names)), names, fontsize=7.5)
+    panels[0].set_yticks(range(len(names)), list(map(plain, names)), fontsize=7.5)
     for panel in panels:
         panel.set_xlabel("step")
         count = min(4, len(steps))
@@ -233,7 +236,7 @@ def latency(record: Record) -> Figure | None:
         spread = np.array([[row["median"] - row["p20"] for row in here], [row["p80"] - row["median"] for row in here]])
         colors = [KEPT if row["contender"] == "packed" else FULL for row in here]
         panel.barh(range(len(here)), median, 0.66, color=colors, xerr=np.abs(spread), ecolor=QUIET, capsize=2)
-        panel.set_yticks(range(len(here)), [row["contender"] for row in here])
+        panel.set_yticks(range(len(here)), [plain(row["contender"]) for row in here])
         panel.invert_yaxis()
         ratios: dict[str, float] = next((row.get("ratios", {}) for row in here if row["contender"] == "packed"), {})
         for place, row in enumerate(here):

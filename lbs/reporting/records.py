@@ -8,7 +8,7 @@ from typing import Any
 
 from lbs.cost import FULL_PRECISION_BITS, bops, float_weight_bytes, full_precision, weight_bytes
 from lbs.plan import LayerPlan, Plan
-from lbs.run_folder import RunFolder, read_json
+from lbs.run_folder import RunFolder, read_json, read_sections
 from lbs_kernels.errors import CheckpointError
 
 PHASES = ("float", "search", "finetune")
@@ -111,7 +111,8 @@ def read(path: str | Path) -> Record:
             f"no run folder {folder.path}; run_search and run_finetune make one, in a shell lbs search, finetune or "
             "quickstart"
         )
-    parts = {name: _optional(folder.file(f"{name}.json")) for name in ("config", "environment", "results", "network")}
+    parts = {name: _optional(folder.file(f"{name}.json")) for name in ("environment", "network")}
+    parts |= {name: read_sections(folder.file(f"{name}.json")) for name in ("config", "results")}
     rows = folder.metrics()
     plan = Plan.load(folder.file("plan.json")) if folder.file("plan.json").exists() else None
     if not rows and plan is None and not parts["results"]:

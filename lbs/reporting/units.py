@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lbs_kernels.errors import printable
+
 
 def bops(value: float) -> str:
     """Bit operations in the units papers use.
@@ -61,6 +63,15 @@ def percent(value: float | None) -> str:
     ('68.83 %', '-')
     """
     return "-" if value is None else f"{value:.2%}".replace("%", " %")
+
+
+def plain(text: str) -> str:
+    """A name as a picture shows it: its dollars begin no formula.
+
+    >>> plain("conv$1"), plain("bell\a")
+    ('conv\\\\$1', 'bell\\\\x07')
+    """
+    return printable(text).replace("$", r"\$")
 
 
 def times(value: float) -> str:

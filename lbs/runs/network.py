@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
+import math
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -15,16 +18,18 @@ from torch import Tensor, nn
 import lbs.data
 import lbs.models
 from lbs.config import RunConfig
+from lbs.data.image_data import MAX_CLASSES
 from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import QuantLayer
-from lbs.run_folder import RunFolder, read_json, write_json
+from lbs.run_folder import RunFolder, read_json, sealed, unsealed, write_json
 from lbs.search.freeze import freeze
 from lbs.search.layers import FULL_BITS
 from lbs.search.prepare import SearchConfig, check_sum, prepare
 from lbs.search.streams import FLOAT as FLOAT_STREAMS
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
+from lbs_kernels.program.rules import MAX_ELEMENTS
 
 FLOAT, SEARCHED, FINAL = "float.safetensors", "searched.safetensors", "model.safetensors"
 
@@ -50,20 +55,39 @@ class NetworkCard:
 
     def write(self, folder: RunFolder) -> None:
         """Save as network.json."""
-        write_json(folder.file("network.json"), self.__dict__)
+        write_json(folder.file("network.json"), sealed(json.loads(json.dumps(self.__dict__))))
 
     @staticmethod
     def read(folder: RunFolder) -> NetworkCard:
         """Raises CheckpointError where the folder holds no run, or a damaged one."""
-        body = read_json(folder.file("network.json"))
+        path = folder.file("network.json")
+        body = unsealed(read_json(path), path)
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
         try:
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
-            return NetworkCard(**values)
-        except TypeError as error:
+            card = NetworkCard(**values)
+            card._check()
+            return card
+        except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{folder.file('network.json')} lacks or has odd fields: {error}; restore it, or start "
-                "the run in a new folder"
+                f"{path} lacks or has odd fields: {error}; restore it, or start the run in a new folder"
             ) from error
+
+    def _check(self) -> None:
+        """Raises ValueError for a field of another kind, or of a size that nothing is allocated for."""
+        for name in ("model", "data", "fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, no text")
+        for name, kind in (("mean", int | float), ("std", int | float), ("signed", str), ("exclude", str)):
+            found = getattr(self, name)
+            if not isinstance(found, tuple) or not all(isinstance(value, kind) for value in found):
+                raise ValueError(f"{name} is {found!r}")
+        sizes = self.input_shape
+        if not isinstance(sizes, tuple) or len(sizes) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"input_shape is {sizes!r}, no three sizes")
+        if math.prod(sizes) > MAX_ELEMENTS:
+            raise ValueError(f"input_shape is {sizes!r}; an image has at most {MAX_ELEMENTS} values")
+        if type(self.num_classes) is not int or type(self.streams) is not int:
+            raise ValueError(f"num_classes {self.num_classes!r} and streams {self.streams!r} are whole numbers")
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -73,17 +97,34 @@ def build(name: str, num_classes: int) -> nn.Module:
     order as the one that was trained.
 
     Raises:
-        LbsError: an unknown name, or a function that gives no module.
+        LbsError: an unknown name, more classes than networks are built for, or a function that gives no module.
     """
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise LbsError(f"{num_classes} classes; networks are built for 1 to {MAX_CLASSES}, leave out or merge some")
     made = lbs.models.create(name, num_classes) if ":" not in name else _import(name, num_classes)
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def build_of(folder: RunFolder, name: str, num_classes: int) -> nn.Module:
+    """As `build`, of a name that a file of the folder may have given.
+
+    Raises:
+        CheckpointError: it is a function that the user did not name: nothing of a folder is called on its own word.
+    """
+    if ":" in name and name not in folder.named:
+        raise CheckpointError(
+            f"the run in {folder.path} is of a function, {name!r}, and one is only called where it is named with "
+            f"the command, since a folder may be a stranger's: if you trust it, give model={name}"
+        )
+    return build(name, num_classes)
+
+
 def _import(name: str, num_classes: int) -> nn.Module:
     module_name, _, function = name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the user, as with `python -m`
     try:
+        # A module beside the user, where none of that name is installed: what lies in a folder takes no other's place.
+        if "" not in sys.path and importlib.util.find_spec(module_name.partition(".")[0]) is None:
+            sys.path.append("")
         made = getattr(importlib.import_module(module_name), function)(num_classes)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -220,6 +261,17 @@ def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
     return network
 
 
+def save_plan(folder: RunFolder, plan: Plan) -> None:
+    """Write plan.json."""
+    write_json(folder.file("plan.json"), sealed(json.loads(plan.to_json())))
+
+
+def plan_of_run(folder: RunFolder) -> Plan:
+    """The plan of a run folder. Raises CheckpointError where it is missing or edited, PlanError where it is none."""
+    path = folder.file("plan.json")
+    return Plan.from_json(json.dumps(unsealed(read_json(path), path)))
+
+
 def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
     """The quantized network of a run folder, fine-tuned if it was, in evaluation mode, on the CPU.
 
@@ -233,7 +285,7 @@ def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:
             f"{folder.path} holds no searched network yet; search there first (run_search, in a shell lbs search --run "
             f"{folder.path})"
         )
-    network = apply_plan(build(card.model, card.num_classes), card, Plan.load(folder.file("plan.json")))
+    network = apply_plan(build_of(folder, card.model, card.num_classes), card, plan_of_run(folder))
     checkpoint.apply_weights(network, checkpoint.load_weights(path), path)
     return network.eval(), card
 

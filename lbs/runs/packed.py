@@ -27,17 +27,19 @@ class Source:
     folder: RunFolder | None = None
 
 
-def of_run(folder: RunFolder, device: object = "cpu") -> Source:
-    """The packed network of a run. Raises CheckpointError where it was not packed yet."""
+def of_run(folder: RunFolder, device: object = "cpu", with_float: bool = True) -> Source:
+    """The packed network of a run, and the float one where it is asked for. Raises CheckpointError where it was not
+    packed yet.
+    """
     path = folder.file(PACKED)
     if not path.exists():
         raise CheckpointError(f"{folder.path} holds no packed network; run lbs pack --run {folder.path} first")
     if "pack" not in folder.results():
         raise CheckpointError(f"{path} is older than the network of the run; run lbs pack --run {folder.path} again")
     float_model = None
-    if folder.file(network.FLOAT).exists():
+    if with_float and folder.file(network.FLOAT).exists():
         card = network.NetworkCard.read(folder)
-        float_model = network.build(card.model, card.num_classes)
+        float_model = network.build_of(folder, card.model, card.num_classes)
         checkpoint.apply_weights(float_model, checkpoint.load_weights(folder.file(network.FLOAT)), network.FLOAT)
         float_model.eval()
     return Source(lbs.load(path, str(device)), path, float_model, folder)

@@ -15,18 +15,19 @@ from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun
 from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import calibrate
-from lbs.run_folder import RunFolder, write_bytes
+from lbs.run_folder import RunFolder
 from lbs.runs import network
 from lbs.runs.limits import limits, targets_section
 from lbs.runs.network import FINAL, FLOAT, SEARCHED, NetworkCard
 from lbs.runs.searches import SearchJob, check_reach, left_out, search_of, search_settings
-from lbs.runs.session import Session, calibration_batches, goes_on, test_loader, train_loader
+from lbs.runs.session import Session, calibration_batches, goes_on, one_writer, test_loader, train_loader
 from lbs.search.budget import parameter_groups
 from lbs.search.freeze import plan_of
 from lbs.search.prepare import uniform
 from lbs.train import checkpoint, distributed
 from lbs.train.evaluation import evaluate
 from lbs.train.trainer import Trainer
+from lbs_kernels import files
 from lbs_kernels.errors import CheckpointError, PlanError, TrainingError
 
 
@@ -35,7 +36,7 @@ def file_digest(path: str) -> str:
     if not path:
         return ""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(files.read_regular(path)).hexdigest()[:16]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; give the path of a file") from error
 
@@ -54,6 +55,7 @@ def _check_digest(path: str, digest: str) -> None:
         )
 
 
+@one_writer
 def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
     """Weights from a file, or trained here -> float.safetensors. Returns the section `float`; at once where it is done.
 
@@ -67,7 +69,7 @@ def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
     data, card = _data_and_card(config, session)
     card.write(folder)
     torch.manual_seed(config.seed)
-    model = network.build(config.model, card.num_classes).to(session.device)
+    model = network.build_of(session.folder, config.model, card.num_classes).to(session.device)
     network.check_images(model, card, session.device)
     if config.weights:
         _check_digest(config.weights, config.weights_digest)
@@ -98,6 +100,7 @@ def run_float(config: FloatRun, session: Session) -> dict[str, Any]:
     return section
 
 
+@one_writer
 def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     """Float network -> plan.json and searched.safetensors. Returns results.json's section `search`.
 
@@ -116,7 +119,7 @@ def run_search(config: SearchRun, session: Session) -> dict[str, Any]:
     accuracy = evaluate(found.network, test_loader(data, session.device))
     network.with_signs(card, found.network).write(folder)
     checkpoint.save_weights(folder.file(SEARCHED), found.network)
-    write_bytes(folder.file("plan.json"), found.plan.to_json().encode())
+    network.save_plan(folder, found.plan)
     section = {
         **found.training,
         **targets_section(found.outcome),
@@ -146,7 +149,7 @@ def check_search(config: SearchRun, session: Session) -> tuple[lbs.data.ImageSet
     _check_rates(config)
     search_settings(config)
     limits(config)
-    model = network.build(config.model, card.num_classes)
+    model = network.build_of(session.folder, config.model, card.num_classes)
     network.check_images(model, card, torch.device("cpu"))
     check_reach(config, model, card.example())
     return data, card
@@ -155,9 +158,10 @@ def check_search(config: SearchRun, session: Session) -> tuple[lbs.data.ImageSet
 def check_teacher(config: FinetuneRun, session: Session) -> None:
     """Build the teacher that was named, if any, before anything is trained. Raises LbsError where it does not fit."""
     if config.teacher:
-        _other_teacher(config, _data_and_card(config, session)[1])
+        _other_teacher(config, _data_and_card(config, session)[1], session.folder)
 
 
+@one_writer
 def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     """Searched (or hand-planned, or uniform) network -> model.safetensors. Returns the section `finetune`."""
     folder = session.folder
@@ -182,7 +186,7 @@ def run_finetune(config: FinetuneRun, session: Session) -> dict[str, Any]:
     result = trainer.fit(goes_on(session, "finetune"))
     plan = plan_of(quantized)
     card.write(folder)
-    write_bytes(folder.file("plan.json"), plan.to_json().encode())
+    network.save_plan(folder, plan)
     final = folder.file(FINAL)
     earlier = _digest_there(final)
     checkpoint.save_weights(final, quantized)
@@ -219,7 +223,7 @@ def _float_network(config: SearchRun, card: NetworkCard, session: Session) -> nn
         run_float(config.float_run(), session)
     elif not session.folder.file(FLOAT).exists():
         raise TrainingError("no float weights to start from; give weights=FILE, or train them with float_epochs=N")
-    model = network.build(config.model, card.num_classes).to(session.device)
+    model = network.build_of(session.folder, config.model, card.num_classes).to(session.device)
     network.load_float(model, session.folder.file(FLOAT), card)
     return model
 
@@ -234,7 +238,7 @@ def _start_of_finetuning(
         if path is None:
             raise TrainingError("a plan or uniform bits need float weights; give weights=FILE")
         _check_digest(config.plan, config.plan_digest)
-        model = network.build(config.model, card.num_classes)
+        model = network.build_of(session.folder, config.model, card.num_classes)
         network.check_images(model, card, torch.device("cpu"))
         network.load_float(model, path, card)
         if config.uniform:
@@ -254,8 +258,8 @@ def _start_of_finetuning(
             "plan=FILE or uniform=(W, A)"
         )
     card = network.check_same_network(card, folder)
-    quantized = network.build(card.model, card.num_classes)
-    quantized = network.apply_plan(quantized, card, Plan.load(folder.file("plan.json")))
+    quantized = network.build_of(folder, card.model, card.num_classes)
+    quantized = network.apply_plan(quantized, card, network.plan_of_run(folder))
     checkpoint.apply_weights(quantized, checkpoint.load_weights(folder.file(SEARCHED)), folder.file(SEARCHED))
     return quantized.to(session.device), card
 
@@ -264,19 +268,19 @@ def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Mo
     if not config.distill:
         return None
     if config.teacher:
-        return _other_teacher(config, card)
+        return _other_teacher(config, card, folder)
     path = network.weights_path(config.weights, folder)
     _check_digest(config.weights, config.weights_digest)
     if path is None:
         raise TrainingError(f"distill={config.distill} needs the float network; give weights=FILE")
-    teacher = network.build(card.model, card.num_classes)
+    teacher = network.build_of(folder, card.model, card.num_classes)
     network.load_float(teacher, path, card)
     return teacher
 
 
-def _other_teacher(config: FinetuneRun, card: NetworkCard) -> nn.Module:
+def _other_teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Module:
     _check_digest(config.teacher_weights, config.teacher_weights_digest)
-    teacher = network.build(config.teacher, card.num_classes)
+    teacher = network.build_of(folder, config.teacher, card.num_classes)
     network.check_images(teacher, replace(card, model=config.teacher), torch.device("cpu"))
     network.load_float(teacher, Path(config.teacher_weights), card)
     return teacher

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun, open_runs
-from lbs.plan import Plan
 from lbs.run_folder import RunFolder, environment, read_json, write_json, writes
+from lbs.runs import network
 from lbs.runs.limits import targets_met
 from lbs.runs.modes import mode_settings
 from lbs.runs.phases import Session, check_search, check_teacher, run_finetune, run_float, run_search
 from lbs.runs.rows import Row, row_named
+from lbs.runs.session import one_writer
 from lbs.runs.stages import pack_run, verify_run
 from lbs.train import distributed
 from lbs_kernels.errors import LbsError
@@ -56,6 +57,7 @@ def _of_row(row: Row, command: str) -> dict[str, Any]:
     return {"model": row.network.model, **row.network.common, **getattr(row.network, command), **own}
 
 
+@one_writer
 def reproduce(row: Row, configs: dict[str, RunConfig], session: Session) -> dict[str, Any]:
     """Float network, search, fine-tuning, packing, verification, record. Returns the record.
 
@@ -79,7 +81,7 @@ def reproduce(row: Row, configs: dict[str, RunConfig], session: Session) -> dict
         run_finetune(finetune, session)
     if writes():
         with distributed.alone():
-            if not Plan.load(folder.file("plan.json")).in_float:
+            if not network.plan_of_run(folder).in_float:
                 session.say("pack and verify")
                 pack_run(folder)
                 verify_run(folder)
@@ -110,7 +112,7 @@ def record_of(row: Row, configs: dict[str, RunConfig], folder: RunFolder) -> dic
 
     A network that stays in float is not packed: what packing would tell is None.
     """
-    results, plan = folder.results(), Plan.load(folder.file("plan.json"))
+    results, plan = folder.results(), network.plan_of_run(folder)
     tuned, verified, packed = (results.get(name, {}) for name in ("finetune", "verify", "pack"))
     phases = [name for name in ("float", "search", "finetune", "pack", "verify") if name in results]
     pruned = {e.name: f"{e.kept_filters}/{e.filters}" for e in plan.layers if e.kept_filters < e.filters}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from lbs.run_folder import RunFolder
 from lbs.runs import network
 from lbs.train import distributed
 from lbs.train.protocols import Progress
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,12 +34,32 @@ class Session:
     say: Callable[[str], None] = lambda line: None
     _images: dict[Any, lbs.data.ImageSet] = field(default_factory=dict, init=False, repr=False)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process writes to the run folder. Raises CheckpointError, or TrainingError of rank 0."""
+        with ExitStack() as stack:
+            stack.enter_context(distributed.answered())
+            distributed.first(lambda: stack.enter_context(self.folder.held()))
+            yield
+
     def data(self, config: RunConfig) -> lbs.data.ImageSet:
         """The images that a configuration names; read once for all phases that name the same."""
         source = config.data, config.mean, config.std, config.max_unreadable
         if source not in self._images:
             self._images = {source: network.load_data(*source)}
         return self._images[source]
+
+
+def one_writer(run: Callable[P, T]) -> Callable[P, T]:
+    """`run`, a function of a session or a run folder, with the folder held until it ends."""
+
+    @functools.wraps(run)
+    def holding(*args: P.args, **kwargs: P.kwargs) -> T:
+        owner = next(value for value in (*args, *kwargs.values()) if isinstance(value, Session | RunFolder))
+        with owner.held():
+            return run(*args, **kwargs)
+
+    return holding
 
 
 def goes_on(session: Session, phase: str) -> bool:

@@ -16,10 +16,10 @@ from lbs.cost.latency import fastest, surroundings
 from lbs.packing.explain import estimated_call, streams_of, streams_of_codes
 from lbs.packing.model import PackedModel
 from lbs.packing.parts import time_call, torch_threads
-from lbs.plan import Plan
-from lbs.run_folder import RunFolder, read_json
+from lbs.run_folder import RunFolder, read_sections
 from lbs.runs import network
 from lbs.runs.packed import PACKED, of_run
+from lbs.runs.session import one_writer
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import CheckpointError, GraphError, LbsError
 
@@ -28,6 +28,7 @@ _EXAMPLES = 4
 _BATCH = 256
 
 
+@one_writer
 def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = False) -> dict[str, Any]:
     """Pack the network of a run into packed.lbs.safetensors; a few test images check it layer by layer.
 
@@ -35,7 +36,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
     """
     started = time.monotonic()
     model, card = network.load_network(folder)
-    if Plan.load(folder.file("plan.json")).in_float:
+    if network.plan_of_run(folder).in_float:
         raise GraphError(
             f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
             "search bits too, in a new run with --mode joint or two-stage"
@@ -57,7 +58,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
         "kept_float": [list(row) for row in packed.kept_float],
         "seconds": time.monotonic() - started,
     }
-    search = read_json(folder.file("config.json")).get("search", {})
+    search = read_sections(folder.file("config.json")).get("search", {})
     if search.get("latency_ms") and search.get("latency_device") == "cpu":
         section["latency"] = {"target": search["latency_ms"] / 1e3, **_latency(packed)}
     folder.add_result("pack", section, stale=("verify", "bench"))
@@ -74,6 +75,7 @@ def _latency(packed: PackedModel) -> dict[str, Any]:
     return {"threads": threads, "measured": measured, "estimated": estimated_call(packed, 1, threads)}
 
 
+@one_writer
 def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dict[str, Any]:
     """Compare the saved file with the trained network: every code on `images` test images, every prediction on all.
 
@@ -84,7 +86,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
         raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
     started = time.monotonic()
     model, card = network.load_network(folder)
-    packed = of_run(folder).packed
+    packed = of_run(folder, with_float=False).packed
     data = network.images_of(card)
     spread = torch.linspace(
         0, data.test_count - 1, min(images, data.test_count), dtype=torch.float32
@@ -113,6 +115,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dic
     return section
 
 
+@one_writer
 def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
     """The float network of a run at 8 bits in every layer, with all its filters: what a search is to beat.
 
@@ -136,6 +139,7 @@ def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
     return section
 
 
+@one_writer
 def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
     """Time the packed network of a run against its float network and the one of `uniform8_run`, options as `lbs.bench`.
 

@@ -66,9 +66,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """The model's state dict as a plain safetensors file, which any tool can read."""
+    """The model's state dict as a plain safetensors file, which any tool can read, with a digest of its tensors."""
     flat = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    write_bytes(path, safetensors.torch.save(flat))
+    write_bytes(path, safetensors.torch.save(flat, metadata={"lbs-digest": digest(flat)}))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -81,8 +81,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no weights at {path}; give a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _load_safetensors(path)
         body = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}; save a plain state dict") from error
     except Exception as error:
@@ -97,8 +99,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in body.items()}
 
 
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors, which fit their digest where the file has one: those of other tools have none."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        expected = (file.metadata() or {}).get("lbs-digest")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    if expected is not None and digest(tensors) != expected:
+        raise CheckpointError(f"{path} is damaged: its tensors do not match their digest; restore it")
+    return tensors
+
+
 def apply_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Path) -> None:
-    """load_state_dict with an error that names what does not fit. Raises CheckpointError."""
+    """load_state_dict with an error that names what does not fit. Raises CheckpointError.
+
+    Floats of any width go into floats; integers and complex numbers, which torch would convert without a word, do not.
+    """
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     other = [
@@ -106,15 +121,32 @@ def apply_weights(model: nn.Module, tensors: dict[str, Tensor], origin: str | Pa
         for key in sorted(own.keys() & tensors.keys())
         if tensors[key].shape != own[key].shape
     ]
+    kinds = [
+        f"{key} {tensors[key].dtype} for {own[key].dtype}".replace("torch.", "")
+        for key in sorted(own.keys() & tensors.keys())
+        if _kind(tensors[key]) != _kind(own[key])
+    ]
     missing = [key for key in missing if not key.endswith(("num_batches_tracked", "quantizer.zero_point"))]
-    if missing or foreign or other:
+    if missing or foreign or other or kinds:
         parts = [
             f"{label}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} ({len(names)})"
-            for label, names in (("missing", missing), ("not in the model", foreign), ("other shape", other))
+            for label, names in (
+                ("missing", missing),
+                ("not in the model", foreign),
+                ("other shape", other),
+                ("other numbers", kinds),
+            )
             if names
         ]
         raise CheckpointError(f"{origin} does not fit the model: {'; '.join(parts)}; name the model it was saved from")
     model.load_state_dict(tensors, strict=False)
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor's numbers are: floating, complex, bool or integer."""
+    if tensor.is_floating_point():
+        return "floating"
+    return "complex" if tensor.is_complex() else "bool" if tensor.dtype == torch.bool else "integer"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lbs_kernels.errors import BackendError, LbsError, TrainingError
+from lbs_kernels.errors import BackendError, LbsError, TrainingError, first_line
 
 T = TypeVar("T")
 _WAY_ON = (
@@ -29,8 +31,12 @@ _WAY_ON = (
 )
 _WAY_TO_START = "Give all the same weights, and draw new ones from torch's random state, which the run's seed sets"
 _PATIENCE = timedelta(days=2)  # what rank 0 does alone, such as verifying on all images of ImageNet, takes no longer
+# Seconds that a process waits for the others within a step; LBS_RANK_TIMEOUT, in seconds, sets another time.
+_STEP_SECONDS = 600.0
+_GRACE = 5.0  # seconds in which whoever lives says so, after somebody did not answer
 _alone = False
 _waiting: dist.ProcessGroup | None = None  # of processes that wait for rank 0 longer than exchanges may take
+_steps: dist.ProcessGroup | None = None  # on the processor, wherever gradients are exchanged
 
 
 def active() -> bool:
@@ -73,18 +79,33 @@ def start(device: torch.device) -> torch.device:
             raise BackendError(f"process {local} of this machine has no GPU, there are {count}; start at most {count}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    global _waiting
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    global _waiting, _steps
+    patience = _patience()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _steps = dist.new_group(backend="gloo", timeout=patience)
     return device
+
+
+def _patience() -> timedelta:
+    text = os.environ.get("LBS_RANK_TIMEOUT", "")
+    try:
+        seconds = float(text or _STEP_SECONDS)
+        if not 0 < seconds < _PATIENCE.total_seconds():
+            raise ValueError
+    except ValueError as error:
+        raise BackendError(
+            f"LBS_RANK_TIMEOUT={text!r}; give the seconds that a process may keep others waiting"
+        ) from error
+    return timedelta(seconds=seconds)
 
 
 def stop() -> None:
     """Leave the group, if there is one."""
-    global _waiting
+    global _waiting, _steps
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        _waiting = None
+        _waiting = _steps = None
 
 
 def reduce_mean(tensor: Tensor) -> Tensor:
@@ -104,6 +125,54 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether a flag is up on any process."""
     return bool(reduce_sum(torch.tensor(float(flag), dtype=torch.float32, device=device)) > 0) if active() else flag
+
+
+def asked(stop: bool) -> bool:
+    """Whether any process was asked to stop; once for each step, on the processor, so that no device is waited for."""
+    if not active():
+        return stop
+    if _steps is None:  # the caller has joined the processes, not `start`
+        return any(gather(stop))
+    total = torch.tensor(float(stop), dtype=torch.float32, device="cpu")
+    dist.all_reduce(total, group=_steps)
+    return bool(total > 0)
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Inside, what a process meets that talks to one which is gone becomes TrainingError, which names it."""
+    try:
+        yield
+    except LbsError:
+        raise
+    except RuntimeError as error:
+        missing = _missing() if active() else []
+        if not missing:
+            raise
+        ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+        raise TrainingError(
+            f"rank {rank()}: {ranks} of {world_size()} gives no answer ({first_line(error)[:99]}): killed, stopped, or "
+            "at something that takes longer than LBS_RANK_TIMEOUT. End what is left of the processes, and go on with "
+            "resume=True from the last checkpoint"
+        ) from error
+
+
+def _missing() -> list[int]:
+    """Ranks that do not say within some seconds that they are there. Everybody who lives asks when one is gone."""
+    keys = [f"lbs/here/{number}" for number in range(world_size())]
+    found = [0]  # it keeps the store: without it there is no answer at all
+
+    def ask() -> None:
+        with suppress(RuntimeError, OSError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(keys[rank()], "1")
+            time.sleep(_GRACE)
+            found[:] = [number for number, key in enumerate(keys) if not store.check([key])]
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(3 * _GRACE)
+    return found
 
 
 def gather(value: T) -> list[T]:

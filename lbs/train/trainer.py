@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lbs.data import Loader
 from lbs.recipe import Recipe
 from lbs.run_folder import RunFolder
-from lbs.train import checkpoint, distributed
+from lbs.train import checkpoint, distributed, stopping
 from lbs.train.average import Average
 from lbs.train.evaluation import evaluate
 from lbs.train.nonfinite import finite_weights, first_nonfinite
@@ -96,12 +96,17 @@ class Trainer:
         self._seen = [0, 0, 0, 0]  # window steps, window images, epoch steps, epoch images
 
     def fit(self, resume: bool = False) -> TrainResult:
-        """Train to the end of the recipe.
+        """Train to the end of the recipe, or until SIGTERM or Ctrl-C asks for an end: then to that of the step, saved.
 
         Raises:
-            TrainingError: the loss is not finite (the layer is named; the last checkpoint stays as it was).
+            TrainingError: the loss is not finite (the layer is named; the last checkpoint stays as it was), or another
+                process does not answer. Stopped: an end was asked for; a KeyboardInterrupt.
             CheckpointError: nothing to resume from, or the disk is full.
         """
+        with stopping.noted() as request, distributed.answered():
+            return self._fit(resume, request)
+
+    def _fit(self, resume: bool, request: stopping.Request) -> TrainResult:
         if resume:
             self.load()
         elif self.folder:
@@ -123,6 +128,8 @@ class Trainer:
                 if self.finished:
                     break
                 at_end = self.step % len(self.train) == 0
+                if not at_end and distributed.asked(request.number > 0):
+                    self._leave(request)
                 if not at_end and time.monotonic() - saved >= self.recipe.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
@@ -130,6 +137,8 @@ class Trainer:
             self._seconds = time.monotonic() - started
             self.save()
             saved = time.monotonic()
+            if not self.finished and self.epoch < self.recipe.epochs and distributed.asked(request.number > 0):
+                self._leave(request)
         if self.average is not None:
             self.model.load_state_dict(self.kept.state_dict())
         if self.progress:
@@ -145,6 +154,19 @@ class Trainer:
             best_epoch,
             self._seconds,
             self._work.launches,
+        )
+
+    def _leave(self, request: stopping.Request) -> None:
+        """Save and raise Stopped."""
+        self.save()
+        distributed.wait()
+        where = "nothing is kept, there is no run folder"
+        if self.folder is not None:
+            where = f"saved in {self.folder.checkpoint(self.phase)}; go on with resume=True"
+        if self.progress:
+            self.progress.end()
+        raise stopping.Stopped(
+            f"{self.phase}: stopped by {request.name} after step {self.step}, {where}", request.number
         )
 
     @property

@@ -55,7 +55,9 @@ class CompiledProgram:
     ) -> list[Tensor]:
         """Outputs of images; see `run_program`."""
         batch = self._check(inputs)
-        ready = inputs if len(inputs) == 1 and inputs[0].is_contiguous() else [dense(x) for x in inputs]
+        ready = inputs
+        if len(inputs) > 1 or not inputs[0].is_contiguous() or _lazy(inputs[0]):
+            ready = [dense(x) for x in inputs]
         if batch == 0:
             return _empty_outputs(self.program, ready, trace)
         return self.runner.run(ready, trace, threads=threads)
@@ -118,10 +120,17 @@ def dtype_rule(wanted: torch.dtype) -> str:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Images whose memory is without gaps, channels first or last; copied only where it is neither."""
+    """Images whose memory holds them without gaps, channels first or last; copied only where it does not."""
+    if _lazy(x):
+        x = x.resolve_neg().clone()
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
+
+
+def _lazy(x: Tensor) -> bool:
+    """Whether memory does not hold the values as they are: a view that stands for its negative, zeros of no memory."""
+    return x.is_neg() or x._is_zerotensor()
 
 
 def version_of(blob: Tensor) -> int:

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 
+from lbs_kernels import files
 from lbs_kernels.device import cpu_name
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.problem import Problem
@@ -151,7 +151,7 @@ def read(path: Path) -> TuningTable:
         FormatError: not a table, another version, or times that are not positive numbers.
         FileNotFoundError: no such file.
     """
-    content = path.read_bytes()
+    content = files.read_regular(path)
     try:
         body = json.loads(content)
         version, device = body["version"], body["device"]
@@ -206,19 +206,8 @@ def write(path: Path, table: TuningTable) -> None:
 
 
 def write_json(path: Path, body: Any) -> None:
-    """Write a file whole or not at all: to a temporary name beside `path`, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(body, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a file whole or not at all: see `files.replace`."""
+    files.replace(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
 
 
 def forget() -> None:

@@ -98,7 +98,7 @@ def test_damaged_files_name_the_way_out(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"config\.json holds a JSON .*, no object; restore it"):
             open_run(SearchRun, folder, {}, resume=True)
     folder.file("config.json").write_text('{"search": 3}')
-    with pytest.raises(TrainingError, match="section search is a int, no object"):
+    with pytest.raises(CheckpointError, match="section 'search' is a int, no object"):
         open_run(SearchRun, folder, {}, resume=True)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(folder.file("x.json"), {"loss": float("nan")})

@@ -85,12 +85,12 @@ def test_a_network_that_was_only_pruned_stays_in_float(home: Path, lbs_command: 
     assert record["in_float"]
     assert record["bits"] == [[32, 32]]
     assert record["verified"] is record["packed_top1"] is record["bytes"] is None
-    model, card = network.load_network(RunFolder(home / "pruning-only"))
+    model, card = network.load_network(RunFolder(home / "pruning-only", {"tiny_modes:Net"}))
     assert type(model.get_submodule("conv1")) is torch.nn.Conv2d
     assert model(card.example()).shape == (1, 10)
     assert not (home / "pruning-only/packed.lbs.safetensors").exists()
     with pytest.raises(GraphError, match=r"holds a float network: .* There is nothing to pack"):
-        pack_run(RunFolder(home / "pruning-only"))
+        pack_run(RunFolder(home / "pruning-only", {"tiny_modes:Net"}))
     assert lbs_command("report pruning-only")[0] == 0
 
 

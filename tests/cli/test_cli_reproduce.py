@@ -262,7 +262,7 @@ def test_a_data_set_that_changed_under_its_name_is_refused(home: Path, lbs_comma
     assert code == 2
     assert "another data set: own.npz has the fingerprint" in body["error"]
     shutil.copy(home / "kept.json", home / "changing/results.json")
-    code, body, _ = lbs_command("verify --run changing")
+    code, body, _ = lbs_command("verify --run changing --model tiny_reproduced:Net")
     assert code == 2
     assert "another data set: own.npz" in body["error"]
 

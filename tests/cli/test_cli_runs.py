@@ -40,6 +40,8 @@ class Branching(Net):
 )
 SEARCH = "--data digits --model tiny_cli_net:Net --no-augment --batch-size 64 --float-epochs 2 --epochs 2 --bops 0.03"
 SEARCH += " --log-every 5 --threads 1 --lr 0.01 --calibration 128"
+OWN = "--model tiny_cli_net:Net"
+BENCH = "--batches 1,3 --rounds 3 --threads 1 --baselines float32,uniform8"
 FINETUNE = "--epochs 2 --batch-size 64 --lr 0.02 --threads 1 --distill 0.3 --calibration 128"
 Command = Callable[..., tuple[int, Any, str]]
 
@@ -53,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         assert main.main(f"search --run whole {SEARCH}".split()) == 0
-        assert main.main(f"finetune --run whole {FINETUNE}".split()) == 0
+        assert main.main(f"finetune --run whole {FINETUNE} {OWN}".split()) == 0
     return folder
 
 
@@ -69,17 +71,17 @@ def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> Non
     plan = Plan.load(run / "plan.json")
     assert plan.bops() == results["finetune"]["bops"] <= results["search"]["target_bops"]
     assert results["search"]["target_bops"] == 0.03 * plan.full_precision_bops()
-    code, packed, _ = lbs_command("pack --run whole")
+    code, packed, _ = lbs_command(f"pack --run whole {OWN}")
     assert code == 0
     assert packed["bytes"] == (run / packed["file"]).stat().st_size
-    code, verified, _ = lbs_command("verify --run whole --images 40 --strict")
+    code, verified, _ = lbs_command(f"verify --run whole --images 40 --strict {OWN}")
     assert code == 0
     assert verified["equal_predictions"] == verified["identical_outputs"] == verified["images"] == 360
     assert verified["packed_accuracy"] == results["finetune"]["accuracy"] > 0.5
     code, explained, _ = lbs_command("explain --run whole --batch 2")
     assert code == 0
     assert [row["name"] for row in explained["rows"] if row["w_bits"]] == [layer.name for layer in plan.layers]
-    code, timed, _ = lbs_command("bench --run whole --batches 1,3 --rounds 3 --threads 1 --baselines float32,uniform8")
+    code, timed, _ = lbs_command(f"bench --run whole {BENCH} {OWN}")
     assert code == 0
     assert {(row["contender"], row["batch"]) for row in timed["rows"]} == {
         (name, batch) for name in ("packed", "torch float32", "packed uniform 8-bit") for batch in (1, 3)
@@ -143,14 +145,14 @@ def test_a_killed_command_goes_on_to_the_same_bits(
         if often:
             patch.setattr(Trainer, "__init__", often_saved)
         options = SEARCH if command == "search" else FINETUNE
-        code, _, errors = lbs_command(f"{command} --run {run} {options}")
+        code, _, errors = lbs_command(f"{command} --run {run} {options} {OWN}")
         assert code == 130
         assert "goes on with --resume" in errors
     resume = "--resume" if any((home / run / "checkpoints").glob(f"{command}.*")) or kill > 9 else options
     left[0] = 10**9
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", counted)
-        code, section, errors = lbs_command(f"{command} --run {run} {resume}")
+        code, section, errors = lbs_command(f"{command} --run {run} {resume} {OWN}")
     assert code == 0, errors
     assert not often or taken[0] == section["steps"]  # none twice
     name = "searched.safetensors" if command == "search" else "model.safetensors"
@@ -178,7 +180,7 @@ def test_a_run_is_not_resumed_with_another_configuration(home: Path, lbs_command
 def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Command) -> None:
     shutil.copytree(home / "whole", home / "again")
     rows = (home / "again/metrics.jsonl").read_text()
-    code, section, _ = lbs_command("search --run again --resume")
+    code, section, _ = lbs_command(f"search --run again --resume {OWN}")
     assert code == 0
     assert section["steps"] == json.loads((home / "whole/results.json").read_text())["search"]["steps"]
     assert (home / "again/metrics.jsonl").read_text() == rows
@@ -318,7 +320,7 @@ def test_a_search_of_no_epochs_is_projected(home: Path, lbs_command: Command) ->
     assert code == 0, errors
     assert section["bops"] <= section["target_bops"]
     assert json.loads((home / "zero/results.json").read_text())["search"]["loss"] is None
-    assert lbs_command("pack --run zero")[0] == 0
+    assert lbs_command(f"pack --run zero {OWN}")[0] == 0
 
 
 def test_layers_stay_in_float_by_name(home: Path, lbs_command: Command) -> None:
@@ -329,18 +331,18 @@ def test_layers_stay_in_float_by_name(home: Path, lbs_command: Command) -> None:
     assert json.loads((home / "partly/config.json").read_text())["search"]["exclude"] == ["conv1", "con?1*"]
     code, body, _ = lbs_command("search --run partly --resume --exclude fc")
     assert "exclude ('conv1', 'con?1*'), asked is ('fc',)" in body["error"]
-    code, again, errors = lbs_command("search --run partly --resume")
+    code, again, errors = lbs_command(f"search --run partly --resume {OWN}")
     assert (code, again["conversion"]) == (0, section["conversion"]), errors
-    code, _, errors = lbs_command(f"finetune --run partly {FINETUNE} --epochs 1")
+    code, _, errors = lbs_command(f"finetune --run partly {FINETUNE} --epochs 1 {OWN}")
     assert code == 0, errors
     assert [layer.name for layer in Plan.load(home / "partly/plan.json").layers] == ["stem", "conv2", "fc"]
     results, page = RunFolder("partly").results(), tables.tiles(records.read("partly"))
     assert results["finetune"]["float_bops"] == section["float_bops"] > section["bops"]  # 32 x 32 bits each
     assert any(f"; layers left in float {bops(section['float_bops'])} more" in tile.detail for tile in page)
-    code, packed, errors = lbs_command("pack --run partly")
+    code, packed, errors = lbs_command(f"pack --run partly {OWN}")
     assert code == 0, errors
     assert [name for name, _ in packed["kept_float"]] == ["conv1"]
-    assert lbs_command("verify --run partly --images 8")[0] == 0
+    assert lbs_command(f"verify --run partly --images 8 {OWN}")[0] == 0
     # The same plan in a folder of its own, and uniform bits: both need the patterns again.
     own = f"finetune --data digits --model tiny_cli_net:Net --weights whole/float.safetensors {FINETUNE} --epochs 1"
     for run, options in (("planned", "--plan partly/plan.json"), ("even", "--uniform 4,4")):
@@ -351,11 +353,11 @@ def test_layers_stay_in_float_by_name(home: Path, lbs_command: Command) -> None:
 
 def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_command: Command) -> None:
     shutil.copytree(home / "whole", home / "forged")
-    assert lbs_command("pack --run forged")[0] == 0
+    assert lbs_command(f"pack --run forged {OWN}")[0] == 0
     weights = checkpoint.load_weights(home / "forged/model.safetensors")
     weights["conv2.weight"][3] *= -1
     checkpoint.safetensors.torch.save_file(weights, home / "forged/model.safetensors")
-    code, section, errors = lbs_command("verify --run forged")
+    code, section, errors = lbs_command(f"verify --run forged {OWN}")
     assert code == 1
     assert not section["passed"]
     assert "conv2" in section["first_difference"]
@@ -364,17 +366,17 @@ def test_a_packed_file_that_is_not_the_trained_network_fails(home: Path, lbs_com
 
 def test_a_run_is_packed_for_bytes(home: Path, lbs_command: Command) -> None:
     shutil.copytree(home / "whole", home / "bytes")
-    code, packed, _ = lbs_command("pack --run bytes --uint8")
+    code, packed, _ = lbs_command(f"pack --run bytes --uint8 {OWN}")
     assert (code, packed["input_dtype"]) == (0, "uint8")
     card = json.loads((home / "bytes/network.json").read_text())
     normalize = lbs.load(home / "bytes" / packed["file"]).normalize
     assert normalize is not None
     assert [list(normalize.mean), list(normalize.std)] == [card["mean"], card["std"]]
-    code, verified, _ = lbs_command("verify --run bytes --images 40")
+    code, verified, _ = lbs_command(f"verify --run bytes --images 40 {OWN}")
     assert code == 0
     assert verified["images"] == 360
     assert verified["equal_predictions"] >= 358
-    code, timed, _ = lbs_command("bench --run bytes --batches 2 --rounds 2 --threads 1 --baselines float32,uniform8")
+    code, timed, _ = lbs_command(f"bench --run bytes {BENCH} --batches 2 {OWN}")
     assert code == 0
     assert [row["contender"] for row in timed["rows"]] == ["packed", "torch float32", "packed uniform 8-bit"]
 
@@ -393,8 +395,8 @@ def test_uniform_and_hand_made_plans_are_fine_tuned(home: Path, lbs_command: Com
     code, section, errors = lbs_command(f"finetune --run hand --plan hand.json {weights} {short}")
     assert code == 0, errors
     assert section["bops"] == Plan.load(home / "hand.json").bops() < plan.bops()
-    assert lbs_command("pack --run hand")[0] == 0
-    assert lbs_command("verify --run hand --images 8")[0] == 0
+    assert lbs_command(f"pack --run hand {OWN}")[0] == 0
+    assert lbs_command(f"verify --run hand --images 8 {OWN}")[0] == 0
 
 
 def test_no_command_replaces_the_network_of_another(home: Path, lbs_command: Command) -> None:
@@ -402,7 +404,7 @@ def test_no_command_replaces_the_network_of_another(home: Path, lbs_command: Com
     uniform = "--uniform 8,8 --epochs 1 --batch-size 128 --threads 1 --calibration 64"
     shutil.copytree(home / "whole", home / "mixed")
     shutil.rmtree(home / "mixed/checkpoints")
-    code, body, _ = lbs_command(f"finetune --run mixed {uniform}")
+    code, body, _ = lbs_command(f"finetune --run mixed {uniform} {OWN}")
     assert (code, body["error"]) == (2, "mixed holds a searched network; name a new folder")
     assert (home / "mixed/plan.json").read_bytes() == plan
     shutil.copy(home / "whole/float.safetensors", home / "whole.safetensors")
@@ -439,16 +441,18 @@ def test_what_told_of_another_network_is_dropped(home: Path, lbs_command: Comman
     for name in ("checkpoints", "model.safetensors"):
         path = home / "later" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert lbs_command("pack --run later")[0] == lbs_command("verify --run later --images 4")[0] == 0
-    assert lbs_command(f"finetune --run later {FINETUNE}")[0] == 0
+    assert [lbs_command(f"{line} --run later {OWN}")[0] for line in ("pack", "verify --images 4")] == [0, 0]
+    assert lbs_command(f"finetune --run later {FINETUNE} {OWN}")[0] == 0
     results = json.loads((home / "later/results.json").read_text())
     assert not {"pack", "verify", "bench"} & results.keys()
-    code, body, _ = lbs_command("verify --run later --images 4")
+    code, body, _ = lbs_command(f"verify --run later --images 4 {OWN}")
     assert (code, "is older than the network of the run; run lbs pack --run later again" in body["error"]) == (2, True)
-    assert lbs_command("pack --run later")[0] == lbs_command("verify --run later --images 4")[0] == 0
-    assert lbs_command("finetune --run later --resume --threads 1")[0] == 0  # it was finished: nothing has changed
+    assert [lbs_command(f"{line} --run later {OWN}")[0] for line in ("pack", "verify --images 4")] == [0, 0]
+    assert (
+        lbs_command(f"finetune --run later --resume --threads 1 {OWN}")[0] == 0
+    )  # it was finished: nothing has changed
     assert "verify" in json.loads((home / "later/results.json").read_text())
-    assert lbs_command("pack --run later")[0] == 0
+    assert lbs_command(f"pack --run later {OWN}")[0] == 0
     assert "verify" not in json.loads((home / "later/results.json").read_text())
     code, body, _ = lbs_command("report later --out elsewhere")
     assert (code, body["error"].startswith("--out elsewhere is for several runs")) == (2, True)
@@ -459,12 +463,12 @@ def test_a_plan_that_was_edited_is_not_gone_on_with(home: Path, lbs_command: Com
     shutil.copy(home / "whole/plan.json", home / "edited.json")
     line = "--data digits --model tiny_cli_net:Net --no-augment --weights whole.safetensors --plan edited.json"
     line += " --epochs 1 --batch-size 128 --threads 1 --calibration 64"
-    assert lbs_command(f"finetune --run edited {line}")[0] == 0
-    assert lbs_command("finetune --run edited --resume --threads 1")[0] == 0
+    assert lbs_command(f"finetune --run edited {line} {OWN}")[0] == 0
+    assert lbs_command(f"finetune --run edited --resume --threads 1 {OWN}")[0] == 0
     body = json.loads((home / "edited.json").read_text())
     body["layers"][1]["w_bits"] = 2 if body["layers"][1]["w_bits"] != 2 else 4
     (home / "edited.json").write_text(json.dumps(body))
-    code, body, _ = lbs_command("finetune --run edited --resume --threads 1")
+    code, body, _ = lbs_command(f"finetune --run edited --resume --threads 1 {OWN}")
     assert code == 2
     assert "edited.json has changed since the run began" in body["error"]
 

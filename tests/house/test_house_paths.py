@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("lbs", "lbs_kernels", "csrc", "tests", "benchmarks", "docs", "tools")
-PAGES = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "setup.py")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml", "setup.py")
 SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 # Made by building, or by whoever ships measured times.
 MADE = ("lbs_kernels/_build_report.json", "lbs_kernels/_cpu", "lbs_kernels/_cuda", "lbs_kernels/tuning")

@@ -22,7 +22,7 @@ from lbs.packing.packing import pack
 from lbs.packing.region import PackedRegion
 from lbs_kernels.errors import FormatError, ShapeError
 from lbs_kernels.run import loaded
-from lbs_kernels.run.loaded import clear_runners
+from lbs_kernels.run.loaded import clear_runners, run_program
 
 NETS = [pytest.param("digits", id="one_region"), pytest.param("gate", id="two_regions")]
 
@@ -127,6 +127,35 @@ def test_hooks_and_modes_of_functions_see_every_region(name: str) -> None:
     with Functions() as functions:
         net(name)[0](x)
     assert functions.calls == ["lbs_kernels.run.default"] * len(packed.regions)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_values_that_memory_does_not_hold_are_made_once_for_all_ways_to_run(name: str) -> None:
+    """Views that stand for their negative, and zeros without memory, which a kernel must not read."""
+    packed, x = net(name)
+    part = torch.view_as_complex(torch.stack([x, -x], -1)).conj().imag  # x again, negated twice, with gaps
+    zeros = torch._efficientzerotensor(x.shape)
+    assert part.is_neg()
+    for lazy, plain in ((torch._neg_view(-x), x), (part, x), (zeros, torch.zeros_like(x))):
+        expected = packed(plain)
+        for backend in ("auto", "reference"):
+            assert torch.equal(packed.run_traced(lazy, backend)[0], expected)
+        assert torch.equal(packed(lazy), expected)
+        region = packed.regions[0]
+        if packed.body.graph.find_nodes(op="call_module")[0].target == "region0":
+            found, wanted = (run_program(region.program, region.blob, [images]) for images in (lazy, plain))
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_pixels_that_are_no_numbers_and_inputs_with_gradients() -> None:
+    packed, x = net("digits")
+    lowest, odd = x.clone(), x.clone()
+    lowest[:, :, 0], odd[:, :, 0] = -1e9, float("nan")
+    assert torch.equal(packed(odd), packed(lowest))
+    asking = x.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        packed(asking).sum().backward()
+    assert asking.grad is None
 
 
 @pytest.mark.filterwarnings("ignore:lbs_kernels..run. an autograd kernel was not registered")
