@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_carry
+
 ROOT = Path(__file__).resolve().parents[1]
 BOTH = 30.0  # seconds; with less left the CPU module is not begun
 TEST_PROCESSES = 12  # compiling their kernels is what takes the time; each holds half a GiB of the GPU
@@ -25,9 +27,11 @@ NO_PYTEST = "pytest is not installed, and with it the tests run: pip install pyt
 # A file that cannot be imported, for want of hypothesis say, is an error of its own and must not stop the others.
 PYTEST = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
 GPU_TEST = r"mark\.gpu|CONTENDERS"
-# Kernels in CUDA, which are there, those of training, and what torch compiles, which takes one process half a minute;
-# at the end the hundreds of tiles that compilers are busy with for minutes.
-FIRST, LAST = "cuda|onebit|s8|fakequant|search|half|pack_gpu", "triton_gpu"
+# What has changed since it ran on a GPU, or never did: kernels in CUDA, those of bytes before the others; then those of
+# training, and what torch compiles, which takes one process half a minute; at the end the hundreds of tiles that
+# compilers are busy with for minutes.
+FIRST = ("s8", "onebit", "cuda|search_recorded|forms", "fakequant|search|half|pack_gpu")
+LAST = "triton_gpu"
 # Kernels in CUDA; those in Triton are not ours to sanitize. A few cases of each, as everything runs 10 to 100 times
 # slower, the most telling first: every tile with windows that leave the image, then both epilogues.
 SANITIZED = ("test_onebit_gpu.py", "test_s8_gpu.py")
@@ -75,7 +79,12 @@ def architecture() -> str:
 
 
 def build(seconds: float) -> dict[str, Any]:
-    """Both native modules for this machine, in place; it fails without the one in CUDA, whose reason is told."""
+    """The CUDA module that was carried here, else both native modules for this machine, in place; it fails without the
+    one in CUDA, whose reason is told.
+    """
+    refused = gpu_carry.why_not()
+    if not refused:
+        return {"passed": True, "ended": "carried", "modules": json.loads(gpu_carry.NOTE.read_text())}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     begin = time.monotonic()
     # The CUDA module first: the other one takes a minute and nothing here depends on it.
@@ -91,6 +100,7 @@ def build(seconds: float) -> dict[str, Any]:
         # Without the CUDA module its tests would all be skipped, and look green.
         "passed": cuda_code == 0 and bool(modules.get("cuda", {}).get("built")),
         "ended": "the time was up" if code is None else f"exit code {code}",
+        "not_carried": refused,
         "modules": modules,
         "doctor": doctor.splitlines(),
         "doctor_code": doctor_code,
@@ -138,7 +148,12 @@ def gpu_files() -> list[str]:
     """
     found = [path for path in (ROOT / "tests").rglob("test_*.py") if re.search(GPU_TEST, path.read_text())]
     names = sorted(str(path.relative_to(ROOT)) for path in found)
-    return sorted(names, key=lambda name: (bool(re.search(LAST, name)), not re.search(FIRST, name)))
+
+    def place(name: str) -> int:
+        turn = next((turn for turn, pattern in enumerate(FIRST) if re.search(pattern, name)), len(FIRST))
+        return len(FIRST) + 1 if re.search(LAST, name) else turn
+
+    return sorted(names, key=place)
 
 
 def count(report: Path) -> dict[str, int]:

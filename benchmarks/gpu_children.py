@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_nets, gpu_roofs
+from benchmarks import gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_nets, gpu_roofs, gpu_steps
 from benchmarks.gpu_run import Attempts, Run
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.run.loaded import clear_runners
@@ -41,9 +41,28 @@ def known_roofs(run: Run) -> dict[str, float]:
     return {name: rows[row][unit] for name, (row, unit) in rates.items() if row in rows}
 
 
+def steps(run: Run, attempt: Attempts) -> None:
+    """Every step of some networks; packing and compiling go on ahead in other processes."""
+    folder, compiler = run.scratch / NETS, gpu_compile.Compiler(gpu_compile.workers())
+    shares = [(share, SHARES) for share in range(SHARES)]
+    jobs = [(*place, batch, share) for batch in gpu_steps.BATCHES for place in gpu_steps.NETWORKS for share in shares]
+    for network, variant, batch, share in jobs:
+        name = (network, variant, batch, share)
+        compiler.submit(name, compile_variant, str(folder), network, variant, batch, share)
+
+    def ready(network: str, variant: str) -> None:
+        for name in jobs:
+            if name[:2] == (network, variant):
+                compiler.wait(name, run.end)
+
+    save = functools.partial(run.save, "steps")
+    save(gpu_steps.sweep(folder, run.end, run.clock, save, attempt, ready))
+    compiler.stop()
+
+
 def layers(run: Run, attempt: Attempts) -> None:
-    """Tune and time layers; compiling goes on ahead in other processes."""
-    todo = gpu_layers.problems()
+    """Tune and time the layers that take longest; compiling goes on ahead in other processes."""
+    todo = gpu_layers.problems(run.load("steps").get("rows", []))
     torch.backends.cudnn.benchmark = True
     compiler = gpu_compile.Compiler(gpu_compile.workers())
     for problem in todo:
@@ -161,4 +180,4 @@ def warm(run: Run, attempt: Attempts) -> None:
         compiler.wait(name, run.end)
 
 
-PARTS = {"roofs": roofs, "layers": layers, "models": models, "warm": warm}
+PARTS = {"steps": steps, "roofs": roofs, "layers": layers, "models": models, "warm": warm}

@@ -116,13 +116,13 @@ def compile_network(path: str, batch: int, share: tuple[int, int] = (0, 1)) -> i
     done = 0
     with compile_only():
         for region in lbs.load(path).regions:
-            program = region.program
+            program, blob = kernels.program_on(region.program, region.blob, "cuda")
             # The choice is that of the device; the tensors lie on the processor.
             problems = {step.name: problem_of(step, program, batch, "cuda") for step in program.steps}
             choices = {name: kernels.choose(problem) for name, problem in problems.items()}
             configs = {name: choice.config for name, choice in choices.items() if choice.kernel.family == "triton"}
             mine = set(list(dict.fromkeys(problems.values()))[share[0] :: share[1]])
-            plan = GpuRunner(program, region.blob, "cpu", configs, families=("triton",)).plan(batch)
+            plan = GpuRunner(program, blob, "cpu", configs, families=("triton",)).plan(batch)
             images = [torch.empty(16, dtype=IMAGE_DTYPES[program.tensors[index].dtype]) for index in program.inputs]
             for step, launch in zip(program.steps, plan.launches, strict=True):
                 if step.name in configs and problems[step.name] in mine:

@@ -1,4 +1,4 @@
-"""Tunes and times single packed layers on a GPU: layer shapes of the known networks, most valuable first.
+"""Tunes and times single packed layers on a GPU: those that take longest, by what was measured of whole networks.
 
 Each layer reads and writes codes (program/layer.py) and its launch alone is timed, against float16 channels_last
 through torch on the same shape in the same run. Times go to the tuning table as they come.
@@ -17,7 +17,8 @@ from torch import Tensor
 
 import lbs.cost
 import lbs.models
-from benchmarks import gpu_device, gpu_nets
+from benchmarks import gpu_device, gpu_nets, gpu_steps
+from lbs_kernels.gpu.modelled import Modelled
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.tune import tuner
 from lbs_kernels.tune.tuner import Layer, Measured
@@ -28,27 +29,25 @@ TIMED = (
     "one launch: codes in, codes out (floats out of a linear layer); residuals and several consumers are timed in "
     "whole networks alone. float16 is the convolution without norm, activation or addition"
 )
-W4A4, W8A8, W2A2 = (4, 4), (8, 8), (2, 2)
-(PRUNED,) = gpu_nets.PRUNING
-RESNETS, CIFAR = ("resnet18", "resnet50"), ("cifar_resnet20", "cifar_resnet56")
-EVERY = (*RESNETS, "mobilenet_v2", *CIFAR)
+W4A4, W8A8 = (4, 4), (8, 8)
+PRUNED = gpu_nets.PRUNING[0]
+RESNETS = ("resnet18", "resnet50")
 Bits = tuple[int, int] | str  # of weights and activations, or a variant of gpu_nets with shapes of its own
-# Networks, batches, bits: what the targets ask for comes first, the budget may end the sweep anywhere. What was
-# measured at batch 128 serves batches 32 to 512 until they are measured.
-ORDER: tuple[tuple[Iterable[str], Iterable[int], Iterable[Bits]], ...] = (
-    (RESNETS, (128,), (W4A4, W8A8, W2A2, PRUNED)),
-    (RESNETS, (1, 256), (W4A4, W8A8)),
-    (RESNETS, (1, 256), (PRUNED,)),
-    (("mobilenet_v2", *CIFAR), (128, 1), (W4A4,)),
-    (RESNETS, (32,), (W4A4, W2A2, W8A8)),
-    (RESNETS, (1, 256), (W2A2,)),
-    (EVERY, (128, 1, 32, 256), (W4A4, W8A8, W2A2, (2, 4), (4, 2))),
-)
+ORDER: tuple[tuple[Iterable[str], Iterable[int], Iterable[Bits]], ...] = ((RESNETS, (128,), (W8A8, W4A4)),)
+COSTLIEST = 10  # layers that are tuned
 NEAR, FAR = 12, 40  # candidates of each kernel beside the default: of everything first, then of everything again
 MAX_IMAGE = 1 << 31  # bytes of float32 input to quantize; no layer of a real network is larger
 
 
-def problems(order: Iterable[tuple[Iterable[str], Iterable[int], Iterable[Bits]]] = ORDER) -> list[Problem]:
+def problems(steps: list[dict[str, Any]] = ()) -> list[Problem]:  # type: ignore[assignment]
+    """The layers to tune, the costliest first: of measured steps (`gpu_steps`), else of `ORDER`, by the model."""
+    measured = gpu_steps.costliest(steps, COSTLIEST)
+    if measured:
+        return [replace(problem, device=gpu_device.DEVICE) for problem in measured]
+    return sorted(every(), key=lambda problem: -(Modelled().estimate(problem) or 0.0))[:COSTLIEST]
+
+
+def every(order: Iterable[tuple[Iterable[str], Iterable[int], Iterable[Bits]]] = ORDER) -> list[Problem]:
     """Every distinct layer, in order; first and last layers stay at 8/8 bits."""
     found: dict[Problem, None] = {}
     for networks, batches, every_bits in order:

@@ -38,8 +38,9 @@ RULES = {
     "w2a2": lambda layer: _uniform(2, layer),
     "mixed": _mixed,
     "w4a4 pruned": lambda layer: _uniform(4, layer),
+    "w8a8 pruned": lambda layer: _uniform(8, layer),
 }
-PRUNING = ("w4a4 pruned",)
+PRUNING = ("w4a4 pruned", "w8a8 pruned")
 
 
 def float_model(network: str) -> nn.Module:
@@ -61,7 +62,8 @@ def build(folder: str, network: str, variant: str) -> str:
         images = torch.randn(CALIBRATION, *lbs.models.entry(network).input_shape)
         model = lbs.prepare(float_model(network), images)
         model = lbs.freeze(model.eval(), plan(model, network, variant))
-        lbs.pack(lbs.calibrate(model, [images]).eval(), verify=False).save(path)
+        model = lbs.calibrate(model, [images]).eval()
+        lbs.pack(model, verify=False, stream_dtype="float16").save(path)  # as by default on a GPU
     return str(path)
 
 

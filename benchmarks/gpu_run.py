@@ -41,6 +41,7 @@ class Run:
     scratch: Path  # packed networks, logs, reports of single tools: nothing to keep
     clock: Callable[[], float] = time.time
     networks: int | None = None  # how many of gpu_models.ORDER are timed; None: as many as the time allows
+    data: str = ""  # CIFAR-100, for the part `row`
 
     def save(self, part: str, body: dict[str, Any]) -> Path:
         """Write DIR/<part>.json whole or not at all."""
@@ -120,14 +121,14 @@ def run_parts(
     """Run parts one after the other, saving each and the targets; one that raises is recorded, the next still runs.
 
     Args:
-        beside: goes on beside the tests, until their deadline at most, where models are timed later.
+        beside: goes on beside the build, until its deadline at most, where models are timed later.
     """
     parts = PARTS if parts is None else parts
     good, found, layers = True, [], resnet_layers()
     for name in boxes:
         begin = run.clock()
         until = deadline(boxes, name, begin, run.end)
-        warming = beside(run, until) if beside and name == "tests" and "models" in boxes else contextlib.nullcontext()
+        warming = beside(run, until) if beside and name == "build" and "models" in boxes else contextlib.nullcontext()
         try:
             with warming:
                 body = parts[name](run, until)
@@ -151,7 +152,7 @@ def resnet_layers() -> list[str]:
     from benchmarks import gpu_layers
 
     order = ((gpu_layers.RESNETS, (128,), (gpu_layers.W4A4,)),)
-    return [str(problem) for problem in gpu_layers.problems(order)]
+    return [str(problem) for problem in gpu_layers.every(order)]
 
 
 def child(run: Run, part: str, until: float, start: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -244,10 +245,12 @@ def kill(process: Any) -> None:
 
 PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
     "build": lambda run, until: gpu_checks.build(until - run.clock()),
+    "steps": lambda run, until: child(run, "steps", until),
+    "models": lambda run, until: child(run, "models", until),
     "roofs": lambda run, until: child(run, "roofs", until),
+    "layers": lambda run, until: child(run, "layers", until),
     "tests": lambda run, until: gpu_checks.tests(run.scratch, until - run.clock()),
     "search": lambda run, until: gpu_search.measure(run.out, until - run.clock()),
-    "layers": lambda run, until: child(run, "layers", until),
-    "models": lambda run, until: child(run, "models", until),
     "sanitizer": lambda run, until: gpu_checks.sanitizer(until - run.clock()),
+    "row": lambda run, until: gpu_search.row(run.out, run.data, until - run.clock()),
 }

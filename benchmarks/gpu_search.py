@@ -17,6 +17,27 @@ OVER = "the time was up"
 TAIL = 3000  # characters kept of what it printed
 
 
+ROW, SCHEDULE = "cifar100-resnet20", "30+200"
+
+
+def row(out: Path, data: str, seconds: float) -> dict[str, Any]:
+    """One whole row of the results, in DIR/row: search, fine-tuning, packing and verification, recorded in the body."""
+    if not data:
+        return {"passed": False, "reason": "there is no CIFAR-100: name it by --data, as lbs reproduce takes it"}
+    record = out / "row_record.json"
+    record.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "lbs", "reproduce", ROW, "--schedule", SCHEDULE, "--data", data]
+    command += ["--out", str(out / "row"), "--record", str(record), "--device", "cuda", "--amp", "bf16"]
+    code, text = call(command, seconds)
+    found = json.loads(record.read_text()) if record.exists() else {}
+    return {
+        "passed": code == 0,
+        "ended": OVER if code is None else f"exit code {code}",
+        "record": found,
+        "tail": text[-TAIL:],
+    }
+
+
 def measure(out: Path, seconds: float) -> dict[str, Any]:
     """DIR/search_<network>.json of every network, as bench_search.py writes them, and how far it came."""
     found: dict[str, Any] = {}

@@ -96,8 +96,8 @@ class SearchRun(RunConfig):
     mode: str = "joint"  # what is searched, and how: see lbs.runs.modes
     bops: float = 0.0  # at most 1: a share of full precision; above: bit operations of one image; 0: no target
     size_mb: float = 0.0  # of packed weights, in 10^6 bytes; 0: no target
-    latency_ms: float = 0.0  # of one image, by the times `lbs tune` measured; 0: no target
-    latency_device: str = "cpu"  # whose times
+    latency_ms: float = 0.0  # of one image, by the times `lbs tune` measured or a model tells; 0: no target
+    latency_device: str = "cpu"  # whose times: cpu, cuda, or a modelled GPU (lbs_kernels.gpu.modelled)
     bits: tuple[int, ...] = (2, 4, 8)
     ranges: str = "layer"  # of the weights; the committed rows have one for every layer, as the paper's
     pruning: bool = True

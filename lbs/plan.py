@@ -93,6 +93,8 @@ class LayerPlan:
 class Plan:
     """Layers in execution order.
 
+    modelled: the model whose times the plan was chosen by, "" where a budget counted or measured.
+
     >>> plan = Plan((LayerPlan("fc", "linear", 8, 8, 64, 10),))
     >>> Plan.from_json(plan.to_json()) == plan
     True
@@ -101,6 +103,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     model: str = ""
     version: int = PLAN_VERSION
+    modelled: str = ""
 
     def layer(self, name: str) -> LayerPlan:
         """The layer called `name`.
@@ -160,7 +163,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Indented JSON, one layer after the other."""
-        return json.dumps(asdict(self), indent=1)
+        body = asdict(self)
+        return json.dumps(body if self.modelled else {k: v for k, v in body.items() if k != "modelled"}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -178,7 +182,9 @@ class Plan:
                 )
             layers = tuple(_read_layer(entry) for entry in body["layers"])
             _check_names(layers)
-            return Plan(layers, printable(str(body.get("model", ""))))
+            return Plan(
+                layers, printable(str(body.get("model", ""))), modelled=printable(str(body.get("modelled", "")))
+            )
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise

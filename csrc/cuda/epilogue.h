@@ -8,12 +8,21 @@ namespace lbs::gpu {
 constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22, leaves rint(t) in the low bits
 constexpr uint32_t kRintMagicBits = 0x4B400000u;
 
-// Eight values of a stream [M][C] from `index` on, of which `count` exist; in wide pieces where C makes them whole and
-// aligned.
-LBS_HD void load_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
+// What a run is worked off in.
+constexpr int piece_of(int run) { return run < 8 ? run : 8; }
+
+// 4, 8 or 16 bytes at once.
+template <int kBytes>
+struct alignas(kBytes) Bytes {
+    uint32_t v[kBytes / 4];
+};
+
+// A piece of a stream [M][C] from `index` on, of which `count` values exist; at once where C makes it whole and aligned.
+template <int kPiece>
+LBS_HD void load_stream(const Layer& p, int64_t index, int count, float (&y)[kPiece]) {
     if (p.stream_type == StreamType::kFloat32) {
         const float* from = static_cast<const float*>(p.residual) + index;
-        LBS_UNROLL for (int i = 0; i < 8; i += 4) {
+        LBS_UNROLL for (int i = 0; i < kPiece; i += 4) {
             if (p.filters % 4 == 0 && i < count) {
                 const Floats4 four = *reinterpret_cast<const Floats4*>(from + i);
                 LBS_UNROLL for (int j = 0; j < 4; ++j) y[i + j] = four.v[j];
@@ -24,33 +33,35 @@ LBS_HD void load_stream(const Layer& p, int64_t index, int count, float (&y)[8])
         return;
     }
     const uint16_t* from = static_cast<const uint16_t*>(p.residual) + index;
-    uint16_t bits[8];
-    if (p.filters % 8 == 0) {
-        const Words4 all = *reinterpret_cast<const Words4*>(from);
-        LBS_UNROLL for (int i = 0; i < 8; ++i) bits[i] = static_cast<uint16_t>(all.v[i / 2] >> 16 * (i % 2));
+    uint16_t bits[kPiece];
+    if (p.filters % kPiece == 0) {
+        const auto all = *reinterpret_cast<const Bytes<2 * kPiece>*>(from);
+        LBS_UNROLL for (int i = 0; i < kPiece; ++i) bits[i] = static_cast<uint16_t>(all.v[i / 2] >> 16 * (i % 2));
     } else {
-        LBS_UNROLL for (int i = 0; i < 8; ++i) bits[i] = i < count ? from[i] : uint16_t{0};
+        LBS_UNROLL for (int i = 0; i < kPiece; ++i) bits[i] = i < count ? from[i] : uint16_t{0};
     }
     const bool brain = p.stream_type == StreamType::kBfloat16;
-    LBS_UNROLL for (int i = 0; i < 8; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
+    LBS_UNROLL for (int i = 0; i < kPiece; ++i) y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
 }
 
-// Adds what eight codes of a residual stand for; bytes behind the last channel hold anything, and none is read behind
-// the pixel.
-LBS_HD void add_coded(const Coded& r, int row, int first, float (&y)[8]) {
+// Adds what the codes of a residual stand for; bytes behind the last channel hold anything, and none is read behind the
+// pixel.
+template <int kPiece>
+LBS_HD void add_coded(const Coded& r, int row, int first, float (&y)[kPiece]) {
     if (first >= r.pitch) return;
-    const Words2 codes = *reinterpret_cast<const Words2*>(r.codes + static_cast<int64_t>(row) * r.pitch + first);
-    LBS_UNROLL for (int i = 0; i < 8; ++i) {
+    const auto codes = *reinterpret_cast<const Bytes<kPiece>*>(r.codes + static_cast<int64_t>(row) * r.pitch + first);
+    LBS_UNROLL for (int i = 0; i < kPiece; ++i) {
         const int code = static_cast<int8_t>(codes.v[i / 4] >> 8 * (i % 4));
         y[i] += static_cast<float>(code + 128 - r.zero) * r.step;
     }
 }
 
 // Stores y in the stream type; y becomes the stored value.
-LBS_HD void store_stream(const Layer& p, int64_t index, int count, float (&y)[8]) {
+template <int kPiece>
+LBS_HD void store_stream(const Layer& p, int64_t index, int count, float (&y)[kPiece]) {
     if (p.stream_type == StreamType::kFloat32) {
         float* to = static_cast<float*>(p.stream) + index;
-        LBS_UNROLL for (int i = 0; i < 8; i += 4) {
+        LBS_UNROLL for (int i = 0; i < kPiece; i += 4) {
             if (p.filters % 4 == 0 && i < count) {
                 *reinterpret_cast<Floats4*>(to + i) = Floats4{{y[i], y[i + 1], y[i + 2], y[i + 3]}};
             } else {
@@ -60,48 +71,51 @@ LBS_HD void store_stream(const Layer& p, int64_t index, int count, float (&y)[8]
         return;
     }
     const bool brain = p.stream_type == StreamType::kBfloat16;
-    uint16_t bits[8];
-    LBS_UNROLL for (int i = 0; i < 8; ++i) {
+    uint16_t bits[kPiece];
+    LBS_UNROLL for (int i = 0; i < kPiece; ++i) {
         bits[i] = brain ? to_bfloat16(y[i]) : to_float16(y[i]);
         y[i] = brain ? from_bfloat16(bits[i]) : from_float16(bits[i]);
     }
     uint16_t* to = static_cast<uint16_t*>(p.stream) + index;
-    if (p.filters % 8 == 0) {
-        Words4 all;
-        LBS_UNROLL for (int i = 0; i < 4; ++i) all.v[i] = bits[2 * i] | static_cast<uint32_t>(bits[2 * i + 1]) << 16;
-        *reinterpret_cast<Words4*>(to) = all;
+    if (p.filters % kPiece == 0) {
+        Bytes<2 * kPiece> all;
+        LBS_UNROLL for (int i = 0; i < kPiece / 2; ++i) {
+            all.v[i] = bits[2 * i] | static_cast<uint32_t>(bits[2 * i + 1]) << 16;
+        }
+        *reinterpret_cast<Bytes<2 * kPiece>*>(to) = all;
     } else {
-        LBS_UNROLL for (int i = 0; i < 8; ++i) if (i < count) to[i] = bits[i];
+        LBS_UNROLL for (int i = 0; i < kPiece; ++i) if (i < count) to[i] = bits[i];
     }
 }
 
 // Steps 1 to 5.
 template <int kRun>
 LBS_HD void stored_values(const Layer& p, const int (&acc)[kRun], int row, int first, float (&y)[kRun]) {
-    LBS_UNROLL for (int c = 0; c < kRun; c += 8) {
+    constexpr int kPiece = piece_of(kRun);
+    LBS_UNROLL for (int c = 0; c < kRun; c += kPiece) {
         const int64_t index = static_cast<int64_t>(row) * p.filters + first + c;
         const int count = p.filters - first - c;
-        float eight[8], add[8];
-        LBS_UNROLL for (int i = 0; i < 8; i += 4) {
+        float piece[kPiece], add[kPiece];
+        LBS_UNROLL for (int i = 0; i < kPiece; i += 4) {
             const Floats4 multiplier = *reinterpret_cast<const Floats4*>(p.multiplier + first + c + i);
             const Floats4 bias = *reinterpret_cast<const Floats4*>(p.bias + first + c + i);
             LBS_UNROLL for (int j = 0; j < 4; ++j) {
-                eight[i + j] = fused(static_cast<float>(acc[c + i + j]), multiplier.v[j], bias.v[j]);
+                piece[i + j] = fused(static_cast<float>(acc[c + i + j]), multiplier.v[j], bias.v[j]);
             }
         }
         if (p.residual && count > 0) {
             load_stream(p, index, count, add);
-            LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] += add[i];
+            LBS_UNROLL for (int i = 0; i < kPiece; ++i) piece[i] += add[i];
         }
-        if (p.coded.codes) add_coded(p.coded, row, first + c, eight);
+        if (p.coded.codes) add_coded(p.coded, row, first + c, piece);
         if (p.has_low) {
-            LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fmaxf(eight[i], p.low);
+            LBS_UNROLL for (int i = 0; i < kPiece; ++i) piece[i] = fmaxf(piece[i], p.low);
         }
         if (p.has_high) {
-            LBS_UNROLL for (int i = 0; i < 8; ++i) eight[i] = fminf(eight[i], p.high);
+            LBS_UNROLL for (int i = 0; i < kPiece; ++i) piece[i] = fminf(piece[i], p.high);
         }
-        if (p.stream && count > 0) store_stream(p, index, count, eight);
-        LBS_UNROLL for (int i = 0; i < 8; ++i) y[c + i] = eight[i];
+        if (p.stream && count > 0) store_stream(p, index, count, piece);
+        LBS_UNROLL for (int i = 0; i < kPiece; ++i) y[c + i] = piece[i];
     }
 }
 
@@ -148,7 +162,7 @@ LBS_HD uint32_t existing(const Layer& p, int first) {
     return count >= kRun ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }
 
-// A run's bits of one plane. Filters that do not exist are 0 bits: words are written whole, or by halves.
+// A run's bits of one plane. Filters that do not exist are 0 bits: words are written whole, by halves or by bytes.
 template <int kRun>
 LBS_HD void store_plane(const Layer& p, const ConsumerTarget& k, int plane, uint32_t bits, int row, int first) {
     const int words = (p.filters + 31) / 32;
@@ -156,22 +170,25 @@ LBS_HD void store_plane(const Layer& p, const ConsumerTarget& k, int plane, uint
     uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + plane * words + first / 32;
     bits &= existing<kRun>(p, first);
     if (kRun == 32) *to = bits;
-    else reinterpret_cast<uint16_t*>(to)[first % 32 / 16] = static_cast<uint16_t>(bits);
+    else if (kRun == 16) reinterpret_cast<uint16_t*>(to)[first % 32 / 16] = static_cast<uint16_t>(bits);
+    else reinterpret_cast<uint8_t*>(to)[first % 32 / 8] = static_cast<uint8_t>(bits);
 }
 
 // Planes or biased bytes of a run of codes.
 template <int kRun>
 LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
                         int first) {
-    if (k.bits == 8) {
+    if (k.as_bytes) {
         int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
-        LBS_UNROLL for (int c = 0; c < kRun; c += 16) {
-            Words4 all;
-            LBS_UNROLL for (int i = 0; i < 4; ++i) all.v[i] = codes[c / 4 + i] ^ 0x80808080u;
-            if (first + c < k.pitch) *reinterpret_cast<Words4*>(to + c) = all;
+        constexpr int kStored = kRun < 16 ? kRun : 16;
+        LBS_UNROLL for (int c = 0; c < kRun; c += kStored) {
+            Bytes<kStored> all;
+            LBS_UNROLL for (int i = 0; i < kStored / 4; ++i) all.v[i] = codes[c / 4 + i] ^ 0x80808080u;
+            if (first + c < k.pitch) *reinterpret_cast<Bytes<kStored>*>(to + c) = all;
         }
         return;
     }
+    if (kRun < kLeastOfPlanes) return;  // no such task is accepted (task.h)
     LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
         uint32_t bits = 0;
         LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
@@ -213,7 +230,7 @@ LBS_HD void compare(const Layer& p, const int (&acc)[kRun], int row, int first) 
 // filters.
 template <int kRun, int kBlock>
 LBS_HD void emit(const Layer& p, const int (&acc)[kRun], int row, int first) {
-    static_assert(kRun == 32 || kRun == 16, "a run is a word, or half of one");
+    static_assert(kRun == 32 || kRun == 16 || kRun == 8 || kRun == 4, "a run is a word, or a part of one");
     if (p.accumulators) {
         LBS_UNROLL for (int c = 0; c < kRun; ++c) {
             if (first + c < p.filters) p.accumulators[static_cast<int64_t>(row) * p.filters + first + c] = acc[c];

@@ -20,9 +20,6 @@
 
 namespace lbs::gpu {
 
-struct alignas(8) Words2 {
-    uint32_t v[2];
-};
 struct alignas(16) Words4 {
     uint32_t v[4];
 };

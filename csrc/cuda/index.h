@@ -40,6 +40,11 @@ LBS_HD int fragment_column(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4
 // first row and 1 for the one eight rows below: column pair j of the fragment holds channels 2 j and 2 j + 1.
 LBS_HD int fragment_register(int c, int half) { return c / 2 * 4 + 2 * half + c % 2; }
 
+// Channels of a thread that follow one another: those written at once. A thread has N / 4 of them, and writes no more
+// than 32, a word of every plane.
+constexpr int run_of(int n) { return n % 128 == 0 ? 32 : n % 64 == 0 ? 16 : n % 32 == 0 ? 8 : 4; }
+constexpr int kLeastOfPlanes = 8;  // channels in a run that planes can be written of
+
 // Filters are laid into columns such that lane % 4 = t holds the N / 4 consecutive channels from t * N / 4 on: for
 // N = 128 exactly one word of every plane.
 template <int kN>

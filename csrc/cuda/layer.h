@@ -11,11 +11,12 @@ enum class StreamType : int { kFloat32, kFloat16, kBfloat16 };
 
 // One code tensor that is written (step 6). `levels` is 2^bits - 1. Arrays hold a float for every filter slot.
 struct ConsumerTarget {
-    void* codes;  // planes int32 [M][bits][CW], or biased bytes int8 [M][pitch] for 8 bits
+    void* codes;  // planes int32 [M][bits][CW], or biased bytes int8 [M][pitch]
     const float* pre_scale;
     const float* pre_bias;
     float scale;
     int bits, pitch, zero;  // pitch: bytes or words of one pixel
+    bool as_bytes;           // those of 8 bits always are
     bool is_signed, relu;
     bool stands;  // (q - zero) * step is y for the consumers behind this one
     float step;

@@ -59,6 +59,14 @@ private:
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction " {%0, %1, %2, %3}, %4, %5, add;\n}" \
                  : LBS_R4(d, 0)                                                                                  \
                  : "l"(a), "l"(b))
+#define LBS_WGMMA_24(instruction, d, a, b)                                                \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction               \
+                 " {"                                                                     \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                 "%16, %17, %18, %19, %20, %21, %22, %23"                                 \
+                 "}, %24, %25, add;\n}"                                                   \
+                 : LBS_R16(d, 0), LBS_R4(d, 16), LBS_R4(d, 20)                            \
+                 : "l"(a), "l"(b))
 #define LBS_WGMMA_32(instruction, d, a, b)                                                        \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction                       \
                  " {"                                                                             \
@@ -66,6 +74,15 @@ private:
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
                  "}, %32, %33, add;\n}"                                                           \
                  : LBS_R16(d, 0), LBS_R16(d, 16)                                                  \
+                 : "l"(a), "l"(b))
+#define LBS_WGMMA_48(instruction, d, a, b)                                                          \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction                         \
+                 " {"                                                                               \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"   \
+                 "}, %48, %49, add;\n}"                                                             \
+                 : LBS_R16(d, 0), LBS_R16(d, 16), LBS_R16(d, 32)                                    \
                  : "l"(a), "l"(b))
 #define LBS_WGMMA_64(instruction, d, a, b)                                                          \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction                         \

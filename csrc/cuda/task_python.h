@@ -11,9 +11,9 @@
 //                                      0 is residual_zero
 //     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, w_odd, a_bits, signed
 //     low, high                        floats or None
-//     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, pitch (words
-//                                      or bytes from pixel to pixel), zero, signed, relu, step (None, or a float: the
-//                                      codes stand for the value of the consumers behind them)
+//     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, as_bytes,
+//                                      pitch (words or bytes from pixel to pixel), zero, signed, relu, step (None, or
+//                                      a float: the codes stand for the value of the consumers behind them)
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -59,6 +59,7 @@ inline ConsumerTarget consumer_target(const pybind11::dict& k) {
     target.pre_bias = address<const float>(k, "pre_bias");
     target.scale = field<float>(k, "scale");
     target.bits = field<int>(k, "bits");
+    target.as_bytes = field<bool>(k, "as_bytes");
     target.pitch = field<int>(k, "pitch");
     target.zero = field<int>(k, "zero");
     target.is_signed = field<bool>(k, "signed");

@@ -105,7 +105,7 @@ LBS_INLINE void store_word(unsigned char* base, const lbs::PixelMap& map, int ve
 LBS_INLINE Simd::I load_pieces(const unsigned char* base, const lbs::PixelMap& map, int vector) {
     if (map.pieces == 0) return Simd::igather(base, map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes);
     const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
-    // Slack: lanes past the end of the first piece, as in PixelLoader.
+    // Slack: the first piece is read as a whole vector, as in PixelLoader.
     Simd::I word = Simd::iload(base + piece[0].offset);
     for (int i = 1; i < map.pieces && piece[i].mask; ++i)
         word = Simd::iload_mask(word, piece[i].mask, base + piece[i].offset);
@@ -116,6 +116,7 @@ LBS_INLINE Simd::I load_pieces(const unsigned char* base, const lbs::PixelMap& m
 LBS_INLINE Simd::I coded_word(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector) {
     const unsigned char* base =
         run.tensors[c.tensor] + c.first + static_cast<int64_t>(static_cast<uint32_t>(channel) / 4) * c.group_pitch;
+    // Slack: as in load_pieces.
     return c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
 }
 

@@ -194,14 +194,15 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Plac
     at.step();
 }
 
-// A run of channels of one pixel, of those of a thread: what is written at once, so that little is held beside the
-// sums.
-constexpr int kRun = 16;
+// A run of channels of one pixel, of those of a thread: what is written at once, 16 at most, so that little is held
+// beside the sums.
+template <class T>
+constexpr int kRunOf = run_of(T::kN) < 16 ? run_of(T::kN) : 16;
 
 // Run `part` of the accumulators of a thread, with the offset; runs of one row follow one another.
 template <class T>
-LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[kRun]) {
-    constexpr int kRuns = T::kN / 4 / kRun;
+LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[kRunOf<T>]) {
+    constexpr int kRun = kRunOf<T>, kRuns = T::kN / 4 / kRun;
     LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
         const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
         LBS_UNROLL for (int i = 0; i < 4; ++i) run[c + i] = offset.v[i];
@@ -222,7 +223,7 @@ LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, 
 // Writes the sums of a tile, one run after another, so that the epilogue is there once and not once for every run.
 template <class T>
 LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sums) {
-    constexpr int kRuns = T::kN / 4 / kRun;
+    constexpr int kRun = kRunOf<T>, kRuns = T::kN / 4 / kRun;
     const TilePlace place = place_of(p, tile);
     const int front = place.row_block * T::kRows + fragment_row(thread / 32 % 4, thread % 32, 0);
     const int begin = place.filter_block * T::kN + column_channel<T::kN>(fragment_column(thread % 32, 0));

@@ -46,7 +46,10 @@ public:
     __device__ void take_registers() const { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
     template <int kN>
     __device__ void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) const {
+        static_assert(kN == 8 || kN == 48 || kN == 64 || kN == 96 || kN == 128, "no such product is written here");
         if constexpr (kN == 8) LBS_WGMMA_4("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8", d, a, b);
+        else if constexpr (kN == 48) LBS_WGMMA_24("wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8", d, a, b);
+        else if constexpr (kN == 96) LBS_WGMMA_48("wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8", d, a, b);
         else if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", d, a, b);
         else LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8", d, a, b);
     }

@@ -13,6 +13,10 @@ inline bool needs_sums(const Task& t) { return t.w_odd && t.w_bits == 8; }
 inline Params make_params(const Task& t, const TileRow& row) {
     require(t.a_bits == 8, "s8 kernel: activations of " + std::to_string(t.a_bits) + " bits; it takes 8");
     require(t.border, "s8 kernel: there is no pixel that padding holds");
+    for (const ConsumerTarget& k : t.consumers) {
+        require(k.as_bytes || run_of(row.filters) >= kLeastOfPlanes,
+                "s8 kernel: tiles of " + std::to_string(row.filters) + " filters write bytes and streams, no planes");
+    }
     Params p{};
     const int64_t units = (t.channels + kUnitBytes - 1) / kUnitBytes;
     fill_layer(t, {row.groups * kWarpgroupRows, row.filters, units, kChunkUnits}, p);

@@ -9,7 +9,9 @@
 #define LBS_S8_TILES(row) \
     row(wgmma, 2, 128, 6) \
     row(wgmma, 1, 128, 8) \
+    row(wgmma, 2, 96, 7)  \
     row(wgmma, 2, 64, 8)  \
+    row(wgmma, 2, 48, 9)  \
     row(wgmma, 1, 64, 12)
 
 namespace lbs::s8 {

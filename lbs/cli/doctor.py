@@ -13,6 +13,7 @@ import lbs
 from lbs.cli.console import console
 from lbs_kernels import device, extension
 from lbs_kernels.gpu.configs import cuda
+from lbs_kernels.gpu.configs.gemm import spills
 
 PACKAGES = {
     "numpy": "numpy",
@@ -114,7 +115,12 @@ def _triton() -> Finding:
             detail = f"{error}. Without it packed networks run on the slow reference on this GPU"
             return Finding("Triton", "missing", detail, "pip install triton")
         return Finding("Triton", "absent", f"{error}; needed on a GPU only", "pip install triton")
-    return Finding("Triton", "ok", str(triton.__version__))
+    version = str(triton.__version__)
+    spilled = spills(version)
+    if spilled is None:
+        return Finding("Triton", "ok", version)
+    detail = f"{version}, which {spilled}: results are right, those layers slower than they could be"
+    return Finding("Triton", "ok", detail, "pip install 'triton<3.8'")
 
 
 def _native_cuda() -> Finding:

@@ -85,6 +85,20 @@ def add_streams(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_latency(parser: argparse._ActionsContainer) -> None:
+    """--latency-ms and --latency-device, of commands that take a budget."""
+    parser.add_argument(
+        "--latency-ms", type=decimal, default=_UNSET, metavar="X", help="budget: one image, by what lbs tune measured"
+    )
+    parser.add_argument(
+        "--latency-device",
+        default=_UNSET,
+        metavar="D",
+        help="whose times --latency-ms counts: cpu (default), cuda, or those of a model of a GPU that is not here, "
+        "such as modelled:nvidia-h200, with a batch behind it :128",
+    )
+
+
 def add_model(parser: argparse._ActionsContainer) -> None:
     """--model, of commands that build the network of a run again."""
     parser.add_argument(

@@ -6,7 +6,16 @@ import argparse
 import sys
 
 from lbs.cli.console import console
-from lbs.cli.options import add_exclude, add_streams, bit_operations, decimal, decimals, numbers, set_threads
+from lbs.cli.options import (
+    add_exclude,
+    add_latency,
+    add_streams,
+    bit_operations,
+    decimal,
+    decimals,
+    numbers,
+    set_threads,
+)
 from lbs.reporting.units import size
 from lbs.runs.quantized import quantize_files
 from lbs_kernels.errors import printable
@@ -29,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     widths.add_argument(
         "--size-mb", type=decimal, default=_UNSET, metavar="X", help="budget: packed weights, 10^6 bytes"
     )
-    widths.add_argument(
-        "--latency-ms", type=decimal, default=_UNSET, metavar="X", help="budget: one image, by what lbs tune measured"
-    )
+    add_latency(widths)
     widths.add_argument(
         "--rounding",
         choices=("nearest", "optimized"),

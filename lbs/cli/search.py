@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 
 from lbs.cli.console import console
-from lbs.cli.options import add_exclude, add_streams, add_training, asked, bit_operations, decimal, numbers, session
+from lbs.cli.options import (
+    add_exclude,
+    add_latency,
+    add_streams,
+    add_training,
+    asked,
+    bit_operations,
+    decimal,
+    numbers,
+    session,
+)
 from lbs.config import SearchRun, open_run
 from lbs.reporting.units import bops
 from lbs.runs.limits import NO_TARGET, TARGETS
@@ -25,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size-mb", type=decimal, default=_UNSET, metavar="X", help="budget: packed weights, 10^6 bytes"
     )
-    parser.add_argument(
-        "--latency-ms", type=decimal, default=_UNSET, metavar="X", help="budget: one image, by what lbs tune measured"
-    )
-    parser.add_argument(
-        "--latency-device", default=_UNSET, metavar="D", help="whose times --latency-ms counts: cpu (default) or cuda"
-    )
+    add_latency(parser)
     parser.add_argument("--bits", type=numbers, default=_UNSET, metavar="B,..", help="chain of widths (default 2,4,8)")
     parser.add_argument("--no-pruning", dest="pruning", action="store_false", default=_UNSET, help="bits only")
     add_exclude(parser)

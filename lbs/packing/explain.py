@@ -13,6 +13,7 @@ from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.parts import PartRow, time_call, time_parts, told, torch_threads
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import ShapeError
+from lbs_kernels.gpu.modelled import PREFIX, modelled
 from lbs_kernels.program.problem import problem_of
 from lbs_kernels.program.runner import StepKernel
 from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, ResizeStep, SelectStep, Step, TensorSpec
@@ -26,7 +27,8 @@ class StepRow:
     """One step. Shapes are height, width, channels; bits are 0 where there are none; seconds is None if unmeasured.
 
     roof: multiply-adds per second, as a share of what `lbs tune` found a matrix product of bytes to reach on this
-    processor, above 1 where an algorithm saves products; None where it was not measured.
+    processor, above 1 where an algorithm saves products; None where it was not measured. modelled: seconds on a GPU
+    that is not here, by a model; None where none was asked.
     """
 
     region: int
@@ -42,6 +44,7 @@ class StepRow:
     seconds: float | None
     share: float | None
     roof: float | None = None
+    modelled: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ class Explanation:
         if any(row.roof is not None for row in self.rows):
             roofs = ("" if row.roof is None else f"{row.roof:.0%}" for row in self.rows)
             table = [(*line, cell) for line, cell in zip(table, ("of roof", *roofs), strict=True)]
+        if any(row.modelled is not None for row in self.rows):
+            told_by_model = ("" if row.modelled is None else f"{row.modelled * 1e6:.1f}" for row in self.rows)
+            table = [(*line, cell) for line, cell in zip(table, ("us modelled", *told_by_model), strict=True)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
@@ -99,16 +105,19 @@ def told_estimate(estimated: float | None, measured: float) -> str:
     return f"estimated from what lbs tune measured: {estimated * 1e6:.1f} us ({estimated / measured - 1:+.1%})"
 
 
-def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, rounds: int = 30) -> Explanation:
+def explain(
+    packed: PackedModel, *, batch: int = 1, threads: int | None = None, rounds: int = 30, gpu: str = ""
+) -> Explanation:
     """Describe a packed model step by step, timed on random images.
 
     Args:
         batch: images per run. threads: of the native kernels and of torch, whose number it is unless given. rounds:
             runs whose median is the time of a step: what the first thread spent in it on the native back end, a CUDA
             graph of its launch on a GPU; the reference does not tell it. The same number of calls times the parts.
+        gpu: a GPU that is not here, such as "nvidia-h200": a column tells what a model gives for its steps.
 
     Raises:
-        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network.
+        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network. FormatError: no such GPU.
 
     Example:
         print(lbs.explain(packed, batch=64))
@@ -117,6 +126,7 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
     count = default_threads() if threads is None else threads
     if min(batch, rounds, count) < 1:
         raise ShapeError(f"batch = {batch}, rounds = {rounds}, threads = {count}; each is at least 1")
+    model = modelled(f"{PREFIX}{gpu}:{batch}") if gpu else None
     generator = torch.Generator().manual_seed(0)
     images = packed.random_images(batch, generator)
     _, traces = packed.run_traced(images)
@@ -138,7 +148,16 @@ def explain(packed: PackedModel, *, batch: int = 1, threads: int | None = None, 
         if seconds is None:
             notes.append(f"region {index}: the {compiled.backend} back end does not tell times of steps")
         kernels = compiled.runner.kernels(batch, threads=count)
-        rows.extend(_rows(index, region.program, kernels, batch, seconds, roof))
+        found = _rows(index, region.program, kernels, batch, seconds, roof)
+        if model is not None:
+            times = model.of_steps(region.program)
+            found = [replace(row, modelled=time) for row, time in zip(found, times, strict=True)]
+        rows.extend(found)
+    if model is not None:
+        total = sum(row.modelled or 0.0 for row in rows)
+        notes.append(
+            f"us modelled: {model.modelled}, {total * 1e6:.1f} us in the steps; computed from counts, not measured"
+        )
     if roof is not None and any(row.roof is not None for row in rows):
         notes.append(f"roof: {roof / 1e9:.0f} G multiply-adds a second, a matrix product of bytes with {count} threads")
     with torch_threads(count):

@@ -16,6 +16,7 @@ from lbs.packing.outer import outer_graph
 from lbs.packing.pixels import Normalization
 from lbs.packing.tracing import trace_model
 from lbs.packing.verify import verify as compare
+from lbs.packing.verify_report import VerifyReport
 from lbs.quant.layers import still
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError
@@ -28,7 +29,7 @@ def pack(
     model: nn.Module,
     *,
     example: Tensor | None = None,
-    stream_dtype: str = "float32",
+    stream_dtype: str | None = None,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     verify: bool = True,
     fallback: str | None = None,
@@ -42,7 +43,8 @@ def pack(
         model: made by `lbs.freeze` or `lbs.uniform`.
         example: images [N, C, H, W] (or lines [N, C, L], float32 only) such as the packed model is given, float32, or
             uint8 with `normalize`; needed where the model carries no record of its input shape. Verification uses it.
-        stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16".
+        stream_dtype: what residual streams are stored in: "float32", "float16" or "bfloat16". By default float32; for a
+            model on a GPU float16, half of the memory its kernels wait for, if verification holds then.
         normalize: (mean, std) per channel of pixels scaled to 0..1, as torchvision's Normalize takes them. The packed
             model is then given the bytes of images, uint8 [N, C, H, W], and no float image is stored.
         fallback: see `lbs.load`.
@@ -63,14 +65,16 @@ def pack(
         packed.save("network.lbs.safetensors")
         logits = packed(images)
     """
-    if stream_dtype not in STREAM_DTYPES:
+    if stream_dtype is not None and stream_dtype not in STREAM_DTYPES:
         raise FormatError(f"stream_dtype is {stream_dtype!r}; choose one of {', '.join(STREAM_DTYPES)}")
     model = unwrapped(model)
     check_calibrated(quantized_layers(model))
     pixels = None if normalize is None else Normalization.of(normalize)
     floats = example if example is None or pixels is None else pixels.values(example[:2]).float()
     with still(model):
-        packed = _packed(model, floats, stream_dtype, pixels)
+        packed = _in_half(model, example, floats, pixels) if stream_dtype is None and verify else None
+        verify = verify and packed is None  # it was
+        packed = packed or _packed(model, floats, stream_dtype or "float32", pixels)
         packed.fallback = fallback
         _tell_kept(packed.name, packed.kept_float)
         for label, reason in unsaved(packed.body).items():
@@ -78,6 +82,23 @@ def pack(
         if verify:
             _verify(model, packed, example)
     return packed
+
+
+def _in_half(
+    model: nn.Module, example: Tensor | None, floats: Tensor | None, pixels: Normalization | None
+) -> PackedModel | None:
+    """A model on a GPU with streams in float16; None on a processor, or where a value does not fit them."""
+    if not _on_gpu(model):
+        return None
+    packed = _packed(model, floats, "float16", pixels)
+    report = _report(model, packed, example)
+    if not report.ok:
+        _log.warning("%s: streams stay in float32, as in float16 %s", packed.name, report.first_difference)
+    return packed if report.ok else None
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in model.parameters())
 
 
 def _packed(model: nn.Module, floats: Tensor | None, stream_dtype: str, pixels: Normalization | None) -> PackedModel:
@@ -108,9 +129,13 @@ def _tell_kept(name: str, kept: tuple[tuple[str, str], ...]) -> None:
         _log.warning("%s: %s %s in float: %s", name, listed, "stays" if len(labels) == 1 else "stay", reason)
 
 
-def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:
+def _report(model: nn.Module, packed: PackedModel, example: Tensor | None) -> VerifyReport:
     if example is None:
         example = packed.random_images(2, torch.Generator().manual_seed(0))
-    report = compare(model, packed, example[:4].to(packed.device))
+    return compare(model, packed, example[:4].to(packed.device))
+
+
+def _verify(model: nn.Module, packed: PackedModel, example: Tensor | None) -> None:
+    report = _report(model, packed, example)
     if not report.ok:
         raise GraphError(f"the packed model does not equal the model: {report.first_difference}\n{report}")

@@ -53,7 +53,8 @@ BOUNDARY = 1e-4
 UNIT = 2.0**-24  # half a step of float32
 HALF = 2.0**-11  # of float16
 OUTER_TOLERANCE = 1e-4  # of the largest magnitude: float modules between regions, whose kernels torch chooses
-_STREAM_UNIT = {"float32": UNIT, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Half a step of what streams are stored in: of the value, and of the smallest, where steps no longer shrink with it.
+_STREAM_UNIT = {"float32": (UNIT, 2.0**-150), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
 
 
 def verify(model: nn.Module, packed: Any, x: Tensor, backend: str = "auto") -> VerifyReport:
@@ -259,7 +260,8 @@ class _Judge(Evaluation):
     def _stream(self, node: fx.Node, value: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
         """Compare a stored stream, and go on with it."""
         for stored, writer, dtype in self.tensors.stored(node.name, value.shape):
-            tolerance = bound + _STREAM_UNIT[dtype] * (value.abs() + bound)
+            unit, least = _STREAM_UNIT[dtype]
+            tolerance = bound + (unit * (value.abs() + bound)).clamp_min(least)
             self._compare_floats(writer, f"stream {node.name}", value, stored, tolerance)
         return stored, torch.zeros_like(stored)
 

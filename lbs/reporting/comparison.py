@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ class Line:
     best_epoch: int | None
     packed: float | None
     equal: str
-    targets: dict[str, dict[str, float | None]]  # as Record.targets
+    targets: dict[str, dict[str, Any]]  # as Record.targets
     bops: int | None
     full: int | None
     seconds: float | None
@@ -45,7 +46,7 @@ class Line:
 
     def of_targets(self, key: str) -> str:
         """One number of every target, such as `630.6M, 5.5 kB`; a dash where no target has it."""
-        shown = [quantity(name, row[key]) for name, row in self.targets.items()]
+        shown = [quantity(name, row[key], row["modelled"]) for name, row in self.targets.items()]
         return ", ".join(shown) if set(shown) - {"-"} else "-"
 
 

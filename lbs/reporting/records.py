@@ -59,15 +59,20 @@ class Record:
         """A value of results.json, or None."""
         return self.results.get(section, {}).get(key)
 
-    def targets(self) -> dict[str, dict[str, float | None]]:
+    def targets(self) -> dict[str, dict[str, Any]]:
         """Targets of the search by name, in base units: `target`, `value`, and `thresholds`, what the trained
-        thresholds had reached before the projection. None where a run of an older release does not say."""
+        thresholds had reached before the projection. None where a run of an older release does not say. `modelled`:
+        the model that told the seconds, "" where they were measured."""
         section = self.results.get("search", {})
         rows = section.get("targets") or {}
         if not rows and section.get("target_bops"):
             now = sum(row.bops for row in self.layers) or section.get("bops")
             rows = {"bops": {"target": section["target_bops"], "value": now}}
-        return {name: {key: row.get(key) for key in ("target", "value", "thresholds")} for name, row in rows.items()}
+        numbers = ("target", "value", "thresholds")
+        return {
+            name: {**{key: row.get(key) for key in numbers}, "modelled": row.get("modelled", "")}
+            for name, row in rows.items()
+        }
 
     def seed(self, phase: str = "") -> int | None:
         """The seed of a phase, or of the last one that was begun; a float network within a search has the search's."""

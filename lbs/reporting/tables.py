@@ -71,7 +71,10 @@ def _cost_tiles(record: Record) -> list[Tile | None]:
     targets = record.targets()
     if targets:
         met = all((row["value"] or 0) <= (row["target"] or 0) for row in targets.values())
-        told = (f"{quantity(name, row['value'])} of {quantity(name, row['target'])}" for name, row in targets.items())
+        told = (
+            f"{quantity(name, row['value'])} of {quantity(name, row['target'], row['modelled'])}"
+            for name, row in targets.items()
+        )
         found.append(Tile("Budget", "met" if met else "missed", f"{', '.join(told)} allowed", _state(met)))
     return found
 
@@ -154,7 +157,7 @@ def budget_table(record: Record) -> Table:
         rest = "-"
         if before is not None and value is not None:
             rest = "closed by projection" if before > value else "opened by projection" if before < value else "nothing"
-        shown = [quantity(name, amount) for amount in (row["target"], before, value)]
+        shown = [quantity(name, amount, row["modelled"]) for amount in (row["target"], before, value)]
         rows.append((TARGET_NAMES[name], *shown, rest))
     header = ("Target", "#Allowed", "#Reached by thresholds", "#Result", "The rest")
     note = (

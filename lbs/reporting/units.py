@@ -44,13 +44,16 @@ def seconds(value: float) -> str:
     return f"{int(value // 3600)} h {int(value % 3600 // 60)} min"
 
 
-def quantity(name: str, value: float | None) -> str:
-    """What a budget counts, by its name and in base units; a dash where there is none.
+def quantity(name: str, value: float | None, modelled: str = "") -> str:
+    """What a budget counts, by its name and in base units, and whether a model tells it; a dash where there is none.
 
     >>> quantity("bops", 630_600_000), quantity("size_mb", 5500), quantity("latency_ms", 0.0002), quantity("bops", None)
     ('630.6M', '5.5 kB', '200.0 us', '-')
     """
-    return "-" if value is None else {"bops": bops, "size_mb": size, "latency_ms": seconds}[name](value)
+    if value is None:
+        return "-"
+    shown = {"bops": bops, "size_mb": size, "latency_ms": seconds}[name](value)
+    return f"{shown} ({modelled})" if modelled else shown
 
 
 def percent(value: float | None) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 from lbs.config import SearchRun
 from lbs.cost import Tuned
 from lbs.search.outcome import BudgetResult
+from lbs.search.quantities import Table
 from lbs_kernels.errors import PlanError
+from lbs_kernels.gpu.modelled import modelled
 
 TARGETS = ("bops", "size_mb", "latency_ms")
 NO_TARGET = "no budget; name one or several: bops=0.03 (share), bops=650e6, size_mb=0.2, latency_ms=1.5"
@@ -24,15 +26,28 @@ def limits(config: SearchRun) -> dict[str, Any]:
         raise PlanError(NO_TARGET)
     if "latency_ms" not in asked:
         return asked
-    return {**asked, "table": Tuned(config.latency_device, model=config.model, streams=config.streams)}
+    return {**asked, "table": latency_table(config.model, config.latency_device, config.streams)}
+
+
+def latency_table(model: str, device: str, streams: int) -> Table:
+    """Seconds of layers on `device`: as `lbs tune` measured them on this machine, or of a modelled GPU.
+
+    Raises:
+        FormatError: a modelled GPU that does not exist.
+    """
+    return modelled(device) or Tuned(device, model=model, streams=streams)
 
 
 def targets_section(outcome: BudgetResult) -> dict[str, Any]:
-    """Every target, what was reached, and by the thresholds alone, in base units (bit operations, bytes, seconds)."""
-    rows = {
-        row.quantity.name: {"target": row.target, "value": row.value, "thresholds": row.thresholds}
-        for row in outcome.reached
-    }
+    """Every target, what was reached, and by the thresholds alone, in base units (bit operations, bytes, seconds).
+
+    modelled: beside seconds that a model told.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for row in outcome.reached:
+        told = {"modelled": row.quantity.modelled} if row.quantity.modelled else {}
+        numbers = {"target": row.target, "value": row.value, "thresholds": row.thresholds}
+        rows[row.quantity.name] = {**numbers, **told}
     return {"targets": rows, "target_bops": rows.get("bops", {}).get("target")}
 
 

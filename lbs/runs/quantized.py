@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 import lbs.data
 import lbs.models
-from lbs.cost import Tuned
 from lbs.data.pictures import read_pictures
 from lbs.packing.model import PackedModel
 from lbs.post_training import quantize
 from lbs.runs import network
-from lbs.runs.limits import targets_section
+from lbs.runs.limits import latency_table, targets_section
 from lbs.search.streams import FLOAT
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError, DataError, LbsError
@@ -36,6 +35,7 @@ def quantize_files(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     uint8: bool = False,
+    latency_device: str = "cpu",
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> tuple[PackedModel, dict[str, Any]]:
@@ -45,8 +45,8 @@ def quantize_files(
         name: as in `network.build`. weights: a state dict, .safetensors or .pth. images: see `read_pictures`.
         out: the file written, at once or not at all; it ends in .lbs.safetensors. size: of images; by default that of a
             network of lbs.models, else that of the images. classes: by default as many as the last matrix of the
-            weights has rows. uint8: the packed network is given bytes and normalises them. say: is told what is done,
-            and which images cannot be read. options: of `lbs.quantize`.
+            weights has rows. uint8: the packed network is given bytes and normalises them. latency_device: whose times
+            latency_ms counts. say: is told what is done, and which images cannot be read. options: of `lbs.quantize`.
 
     Raises:
         LbsError: of its family, whatever is wrong with model, weights, images or targets.
@@ -65,7 +65,7 @@ def quantize_files(
     mean, std = _statistics(mean, std, channels, say)
     say(f"{len(pictures)} images of {' x '.join(map(str, pictures.shape[1:]))} from {images}")
     if options.get("latency_ms") is not None:
-        options["table"] = Tuned(model=name, streams=options.get("streams", FLOAT))
+        options["table"] = latency_table(name, latency_device, options.get("streams", FLOAT))
     normalize = (mean, std) if uint8 else None
     given = pictures if uint8 else lbs.data.normalize(pictures.permute(0, 2, 3, 1), mean, std)
     packed = quantize(model, given, normalize=normalize, progress=lambda step: say(f"{step} ..."), **options)

@@ -254,9 +254,17 @@ class Budget:
         projection.project(self.ledger, self.targets)
         self.ledger.apply()
         self.freeze()
+        self._note_model()
         result = self.result()
         rows = (replace(row, thresholds=value) for row, value in zip(result.reached, before, strict=True))
         return replace(result, reached=tuple(rows))
+
+    def _note_model(self) -> None:
+        """The plan tells by whose modelled times it was chosen."""
+        record = record_of(self.model)
+        marks = [target.quantity.modelled for target in self.targets if target.quantity.modelled]
+        if marks:
+            self.model.lbs_record = replace(record, plan=replace(record.plan, modelled=marks[0]))  # type: ignore[assignment]
 
     def result(self) -> BudgetResult:
         """Targets and what the present gates cost."""

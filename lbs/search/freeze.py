@@ -73,7 +73,8 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     record = record_of(model)
     plan = _with_through(plan, record)
     check_fit(plan, record)
-    plan = replace(record.plan, layers=tuple(_fitted(plan.layer(own.name), own) for own in record.plan.layers))
+    layers = tuple(_fitted(plan.layer(own.name), own) for own in record.plan.layers)
+    plan = replace(record.plan, layers=layers, modelled=plan.modelled)
     kept = {entry.name: entry.kept for entry in plan.layers if entry.kept is not None}
     present = {entry.name: _rows(model.get_submodule(entry.name), entry) for entry in plan.layers}
     sources = {c: g.producer for g in record.groups if g.producer in kept for c in g.consumers}

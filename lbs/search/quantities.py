@@ -47,7 +47,8 @@ class Quantity:
     """name and unit are for people: value / scale is what they read. price: exact cost of a layer.
 
     constant: what the network costs beside its layers. measured: prices are measurements, with their noise; a search
-    reads them so that nothing narrower costs more (`lbs/search/ledger.py`).
+    reads them so that nothing narrower costs more (`lbs/search/ledger.py`). modelled: what a
+    model was asked instead of a measurement, "" for what was counted or measured.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Quantity:
     price: Callable[[Problem], float]
     constant: float = 0.0
     measured: bool = False
+    modelled: str = ""
 
     def total(self, plan: Plan) -> float:
         """The quantity of a whole plan, as the budget counts it."""
@@ -101,8 +103,9 @@ def seconds(table: Table, plan: Plan | None = None) -> Quantity:
 
     A table is a function, or an object whose method `estimate` is one; what surrounds the layers is counted where it is
     a `NetworkTimes`, for the network of the plan. A size it does not know lies on the line between the nearest numbers
-    of filters it does know.
+    of filters it does know. A table of modelled times says so (`modelled`), as the quantity then does.
     """
+    mark = str(getattr(table, "modelled", ""))
     look_up: LookUp
     constant = 0.0
     if isinstance(table, NetworkTimes):
@@ -120,7 +123,8 @@ def seconds(table: Table, plan: Plan | None = None) -> Quantity:
     def price(problem: Problem) -> float:
         return sum(map(of_step, cost.timed(problem)))
 
-    return Quantity("latency_ms", " ms", 1e-3, price, constant, measured=True)
+    unit = f" ms ({mark})" if mark else " ms"
+    return Quantity("latency_ms", unit, 1e-3, price, constant, measured=not mark, modelled=mark)
 
 
 def _between(table: LookUp, problem: Problem) -> float:

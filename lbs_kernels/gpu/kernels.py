@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, LbsError
-from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, onebit_why_not, s8_why_not
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_why_not, s8_why_not
 from lbs_kernels.gpu.configs.defaults import DEFAULTS
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
@@ -24,7 +26,10 @@ from lbs_kernels.gpu.configs.direct import (
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, triton_why_not
 from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
+from lbs_kernels.gpu.forms import as_kept
+from lbs_kernels.gpu.stem import fold_stem
 from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Program
 from lbs_kernels.times import table
 
 
@@ -210,6 +215,21 @@ def choose(
     if refused is not None:
         raise BackendError(f"{found.kernel.family} cannot serve {problem}: {refused}")
     return found
+
+
+def program_on(
+    program: Program, blob: Tensor, device: str, families: tuple[str, ...] | None = None
+) -> tuple[Program, Tensor]:
+    """The program as the GPU there runs it, and its blob: its stem folded (`stem.py`), and with codes as bytes where
+    the s8 kernels may serve (`forms.py`).
+    """
+    if not device.startswith("cuda"):
+        return program, blob
+    program, blob = fold_stem(program, blob)
+    allowed = families is None or "cuda" in families
+    if allowed and extension.cuda is not None and on_hopper(device):
+        program = as_kept(program, lambda problem: choose(problem, families).seconds)
+    return program, blob
 
 
 def why_not_by_family(problem: Problem) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
+from lbs_kernels.gpu.stem import unfolded
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.runner import StepKernel, empty_outputs
@@ -71,10 +72,14 @@ class GpuRunner:
         Raises:
             BackendError: a step or configuration no kernel serves, or a CPU device without the interpreter.
         """
-        self.program = program
         self.device = torch.device(device)
         self.configs = dict(configs or {})
         self.families = families
+        # Configurations that are named are those of the program as it is.
+        self.given = program
+        if not self.configs:
+            program, blob = kernels.program_on(program, blob, str(self.device), families)
+        self.program = program
         if self.device.type != "cuda" and not INTERPRETED.value:
             raise BackendError(
                 f"GPU kernels cannot run on {self.device}: they need a CUDA device; move the tensors to one, take "
@@ -231,8 +236,10 @@ class GpuRunner:
 
     def _step_why_not(self, step: Step, choice: Choice) -> str | None:
         """Why a kernel cannot run a step, beyond what its problem says, or None."""
-        asked = getattr(choice.kernel.implementation(step.op), "step_why_not", None)
-        return None if asked is None else asked(step, self.program.tensors[step.input])
+        module = choice.kernel.implementation(step.op)
+        reads, writes = (getattr(module, name, None) for name in ("step_why_not", "writes_why_not"))
+        reason = None if reads is None else reads(step, self.program.tensors[step.input])
+        return reason if reason or writes is None else writes(step, choice.config, self.program)
 
     def _weights_for(self, step: Step, choice: Choice) -> Any:
         """The weights of a step as its kernel wants them, made once; None for a step that has none."""
@@ -256,7 +263,9 @@ class GpuRunner:
         """Copy what the step wrote, before a later step reuses its memory."""
         written = [consumer.tensor for consumer in step.emit.consumers]
         for index in written if step.emit.stream is None else [step.emit.stream, *written]:
-            trace[index] = to_logical(plan.buffers[index], self.program.tensors[index])
+            found = to_logical(plan.buffers[index], self.program.tensors[index])
+            own = self.program.tensors[index].height == self.given.tensors[index].height
+            trace[index] = found if own else unfolded(found, index, self.given, self.program)
 
 
 def stream_handle(device: torch.device) -> int:

@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_children, gpu_layers, gpu_models, gpu_nets, gpu_search, gpu_targets
+from benchmarks import gpu_children, gpu_layers, gpu_models, gpu_nets, gpu_search, gpu_steps, gpu_targets
 from benchmarks.gpu_run import Attempts, Run
 from lbs_kernels.errors import LbsError
 from lbs_kernels.program.problem import Problem, problem_of
@@ -180,18 +181,59 @@ def test_training_steps_are_measured_in_turn_and_each_keeps_what_it_has(
 def test_networks_that_targets_speak_of_come_first() -> None:
     names = " ".join(row["target"] for row in gpu_targets.rows({}))
     wanted = set(re.findall(r"(resnet\d+) [^,]*, batch (\d+)", names))
-    assert {(network, str(batch)) for network, batch in gpu_models.TARGETS} == wanted
-    assert len(wanted) == 6
-    assert gpu_models.ORDER[: len(wanted)] == gpu_models.TARGETS
     assert len(set(gpu_models.ORDER)) == len(gpu_models.ORDER)
-    assert {("resnet18", 32), ("resnet50", 32)} <= set(gpu_models.ORDER)
-    compiled = re.findall(r"(resnet\d+) \S+ over compiled float16, batch (\d+)", names)
-    assert {(network, str(batch)) for network, batch in gpu_models.COMPILED_AT} == set(compiled)
+    compiled = gpu_models.COMPILED_AT
+    assert gpu_models.ORDER[: len(compiled)] == compiled
+    every = {(network, batch) for network in (*gpu_layers.RESNETS, "mobilenet_v2") for batch in (128, 1)}
+    assert set(compiled) == every
+    assert {(network, int(batch)) for network, batch in wanted} <= set(gpu_models.ORDER)
+
+
+def test_norms_are_folded_for_every_contender() -> None:
+    model = gpu_models.folded("cifar_resnet20")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), gpu_nets.float_model("cifar_resnet20")(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_costliest_layers_are_tuned() -> None:
+    layer = Problem("bitconv2d", 128, 28, 28, 64, 64, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=8)
+    rows = [
+        {"problem": asdict(problem), "batch": problem.batch, "seconds": took, "modelled_seconds": 1.0}
+        for problem, took in (
+            (layer, 3e-5),
+            (replace(layer, in_channels=32), 5e-5),
+            (replace(layer, batch=1), 9.0),
+            (replace(layer, op="pool", w_bits=0), 9.0),
+            (replace(layer, in_channels=96), None),  # by the model
+            (layer, 1e-5),
+        )
+    ]
+    rows = json.loads(json.dumps(rows))
+    found = gpu_steps.costliest(rows, 2)
+    assert found == [replace(layer, in_channels=96), replace(layer, in_channels=32)]
+    assert gpu_layers.problems(rows)[0] == replace(layer, in_channels=96, device=gpu_layers.gpu_device.DEVICE)
+    assert gpu_steps.costliest([], 2) == []
+    by_model = gpu_layers.problems()
+    assert len(by_model) == gpu_layers.COSTLIEST
+    assert by_model[0].in_channels == 3  # the stem
+
+
+def test_a_row_needs_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_search, "call", lambda *_: pytest.fail("it was begun"))
+    assert not gpu_search.row(tmp_path, "", 10.0)["passed"]
+    asked = []
+    monkeypatch.setattr(gpu_search, "call", lambda command, seconds: (asked.append(command), (0, "done"))[1])
+    assert gpu_search.row(tmp_path, "cifar.npz", 10.0)["passed"]
+    from lbs.runs.rows import row_named
+
+    assert row_named(asked[0][asked[0].index("reproduce") + 1]).name == gpu_search.ROW
 
 
 def test_problems_are_distinct_and_begin_with_what_the_targets_ask_for() -> None:
     order = ((("resnet18",), (128,), ((4, 4), (8, 8))), (("cifar_resnet20",), (1,), ((2, 2),)))
-    problems = gpu_layers.problems(order)
+    problems = gpu_layers.every(order)
     assert len(set(problems)) == len(problems)
     assert {problem.batch for problem in problems[:10]} == {128}
     assert problems[-1].batch == 1
@@ -202,16 +244,13 @@ def test_problems_are_distinct_and_begin_with_what_the_targets_ask_for() -> None
 
 def test_the_pruned_network_brings_its_own_shapes() -> None:
     order = ((("digits_resnet8",), (128,), ((4, 4), gpu_layers.PRUNED)),)
-    problems = gpu_layers.problems(order)
-    whole = gpu_layers.problems(((("digits_resnet8",), (128,), ((4, 4),)),))
+    problems = gpu_layers.every(order)
+    whole = gpu_layers.every(((("digits_resnet8",), (128,), ((4, 4),)),))
     added = problems[len(whole) :]
     assert problems[: len(whole)] == whole
     assert added
     assert {problem.batch for problem in added} == {128}
     assert {(problem.w_bits, problem.a_bits) for problem in added} == {(4, 4)}
-    first = gpu_layers.ORDER[0]
-    assert (first[0], first[1]) == (gpu_layers.RESNETS, (128,))
-    assert gpu_layers.PRUNED in first[2]  # there the targets judge it
 
 
 def test_a_problem_that_cannot_be_measured_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +272,7 @@ def test_a_problem_that_cannot_be_measured_costs_itself_alone(tmp_path: Path, mo
     monkeypatch.setenv("LBS_TUNING_DIR", str(tmp_path / "tuning"))
     monkeypatch.setattr(gpu_children.gpu_device, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_children.gpu_compile, "Compiler", Compiler)
-    monkeypatch.setattr(gpu_layers, "problems", lambda: todo)
+    monkeypatch.setattr(gpu_layers, "problems", lambda steps: todo)
     monkeypatch.setattr(gpu_children.tuner, "measure_gpu", measure_gpu)
     run = Run(tmp_path, time.time() + 60, {}, tmp_path)
     gpu_children.layers(run, Attempts(tmp_path, "layers"))
@@ -357,14 +396,14 @@ def test_what_was_compiled_ahead_is_found_where_it_is_timed(tmp_path: Path) -> N
 
 def test_the_best_way_of_compiling_that_was_made_is_taken(tmp_path: Path) -> None:
     def make(mode: str) -> None:
-        gpu_models.mark_of(tmp_path, "resnet50", 256, mode).touch()
+        gpu_models.mark_of(tmp_path, "resnet50", 128, mode).touch()
 
-    assert gpu_models.warmed(tmp_path, "resnet50", 256) == ""
-    make(gpu_models.PLAIN)
-    assert gpu_models.warmed(tmp_path, "resnet50", 256) == gpu_models.PLAIN
-    make(gpu_models.AUTOTUNED)
-    assert gpu_models.warmed(tmp_path, "resnet50", 256) == gpu_models.AUTOTUNED
     assert gpu_models.warmed(tmp_path, "resnet50", 128) == ""
+    make(gpu_models.PLAIN)
+    assert gpu_models.warmed(tmp_path, "resnet50", 128) == gpu_models.PLAIN
+    make(gpu_models.AUTOTUNED)
+    assert gpu_models.warmed(tmp_path, "resnet50", 128) == gpu_models.AUTOTUNED
+    assert gpu_models.warmed(tmp_path, "resnet50", 256) == ""  # not wanted there
     assert not gpu_models.plain_done(tmp_path)
     for place in gpu_models.compiled_at(2):
         gpu_models.mark_of(tmp_path, *place, gpu_models.PLAIN).touch()
@@ -378,7 +417,7 @@ def test_the_best_way_of_compiling_that_was_made_is_taken(tmp_path: Path) -> Non
 CHILDREN = """
 import sys, time, torch, lbs.models
 from pathlib import Path
-from benchmarks import gpu_children, gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_roofs, gpu_run
+from benchmarks import gpu_children, gpu_compile, gpu_device, gpu_layers, gpu_models, gpu_roofs, gpu_run, gpu_steps
 from lbs_kernels.run import backends
 from lbs_kernels.times import stopwatch
 
@@ -394,8 +433,8 @@ out = Path(sys.argv[1])
 (out / "scratch").mkdir()
 gpu_device.DEVICE = "cpu"
 gpu_roofs.COPY_BYTES, gpu_roofs.SIZE = 1 << 16, 64
-gpu_layers.ORDER = ((("tiny",), (1,), ((2, 2), gpu_layers.PRUNED)),)
-gpu_layers.problems.__defaults__ = (gpu_layers.ORDER,)
+gpu_layers.every.__defaults__ = (((("tiny",), (1,), ((2, 2), gpu_layers.PRUNED)),),)
+gpu_steps.NETWORKS, gpu_steps.BATCHES = (("tiny", "w4a4"),), (2,)
 gpu_layers.NEAR, gpu_layers.FAR = 0, 1
 gpu_models.ORDER = (("tiny", 2), ("tiny", 3))
 gpu_models.variants = lambda network: ["w4a4", "w4a4 pruned"]

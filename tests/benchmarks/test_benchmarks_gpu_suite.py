@@ -84,12 +84,58 @@ def test_the_folder_is_that_of_the_environment_unless_it_is_given(monkeypatch: p
 
 def test_parts_run_in_order_and_by_name() -> None:
     args = gpu_suite.arguments(["--out", "x", "--only", "layers", "--only", "tests"])
-    assert gpu_suite.selected(args.only) == ["tests", "layers"]
-    assert gpu_suite.selected(None) == list(gpu_suite.BOXES) == list(gpu_run.PARTS)
+    assert gpu_suite.selected(args.only) == ["layers", "tests"]
+    assert gpu_suite.selected(None) == list(gpu_suite.BOXES)
+    assert gpu_suite.selected(["row"]) == ["row"]
+    assert list(gpu_suite.BOXES | gpu_suite.APART) == list(gpu_run.PARTS) == list(gpu_suite.WHAT)
 
 
-def test_the_boxes_fit_into_nine_minutes() -> None:
-    assert sum(gpu_suite.BOXES.values()) + gpu_run.SLACK <= 60 * gpu_suite.MINUTES
+def test_the_boxes_fit_into_eight_minutes() -> None:
+    assert gpu_suite.MINUTES <= 8
+    for boxes in (gpu_suite.BOXES, gpu_suite.APART):
+        assert sum(boxes.values()) + gpu_run.SLACK < 60 * gpu_suite.MINUTES
+
+
+def test_the_plan_is_printed_and_nothing_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu_suite.main(["--plan"]) == 0
+    *parts, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in parts] == list(gpu_suite.BOXES)
+    assert [float(line.split()[0]) for line in parts] == list(gpu_suite.BOXES.values())
+    assert float(total.split()[0]) == sum(gpu_suite.BOXES.values())
+
+
+def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
+    """Kernels interpreted on tiny shapes: every part begins, saves and ends, and nothing is told as measured."""
+    pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
+    command = [sys.executable, str(SCRIPT), "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    bodies = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu_suite.BOXES}
+    assert not [part for part, body in bodies.items() if "error" in body]
+    rows = bodies["steps"]["rows"]
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert all(row["seconds"] is None and row["modelled_seconds"] > 0 for row in rows)
+    assert bodies["models"]["complete"]
+    assert bodies["layers"]["complete"]
+    assert len({row["problem"] for row in bodies["layers"]["rows"]}) == 1
+    assert bodies["tests"]["collected"] > 100
+    assert "    met" not in done.stdout
+
+
+def test_a_carried_module_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = tmp_path / "_carried.json"
+    monkeypatch.setattr(gpu_checks.gpu_carry, "NOTE", note)
+    assert "none was carried" in gpu_checks.gpu_carry.why_not()
+    other = {"sources": "of another day", "file": "_cuda.so", "archs": "90a"}
+    note.write_text(json.dumps(other))
+    assert "built from other sources" in gpu_checks.gpu_carry.why_not()
+    note.write_text(json.dumps({**other, "sources": gpu_checks.gpu_carry.sources()}))
+    monkeypatch.setattr(gpu_checks.gpu_carry, "LOAD", "print('no such symbol'); raise SystemExit(True)")
+    assert gpu_checks.gpu_carry.why_not() == "_cuda.so does not load: no such symbol"
+    monkeypatch.setattr(gpu_checks.gpu_carry, "LOAD", "raise SystemExit(False)")
+    assert gpu_checks.gpu_carry.why_not() == ""
+    monkeypatch.setattr(gpu_checks, "call", lambda *_, **__: pytest.fail("it was built"))
+    assert gpu_checks.build(10)["passed"]
 
 
 def test_what_one_part_leaves_goes_to_the_next() -> None:
@@ -274,6 +320,7 @@ def test_a_build_without_the_cuda_module_fails(
     (tmp_path / "lbs_kernels" / "_build_report.json").write_text(report)
     monkeypatch.setattr(gpu_checks, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_checks, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_checks.gpu_carry, "why_not", lambda: "none was carried")
     monkeypatch.setattr(gpu_checks, "call", lambda command, seconds, **environment: (code, ""))
     assert gpu_checks.build(10)["passed"] is passed
 
@@ -294,7 +341,7 @@ def test_the_files_with_gpu_tests_are_found() -> None:
     assert "tests/kernels/test_bitconv2d.py" in found  # through CONTENDERS
     assert "tests/test_plan_json.py" not in found
     assert "tests/cli/test_cli_tune.py" not in found  # it speaks of GPUs and needs none
-    order = ("kernels/test_onebit_gpu", "kernels/test_bitconv2d", "kernels/test_triton_gpu")
+    order = ("kernels/test_s8_gpu", "kernels/test_onebit_gpu", "kernels/test_bitconv2d", "kernels/test_triton_gpu")
     places = [found.index(f"tests/{name}.py") for name in order]
     assert places == sorted(places)
 

@@ -180,6 +180,20 @@ def test_doctor_needs_triton_where_there_is_a_gpu(gpu: str | None, state: str, m
 
 
 @pytest.mark.parametrize(
+    ("version", "told"), [("3.7.1", False), ("3.8.0", True), ("3.9.0+git", True), ("3.10.0", False)]
+)
+def test_doctor_tells_of_releases_of_triton_that_spill(
+    version: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = ModuleType("triton")
+    release.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", release)
+    finding = doctor._triton()
+    assert finding.state == "ok"
+    assert ("spills about 1 KB" in finding.detail, "triton<3.8" in finding.fix) == (told, told)
+
+
+@pytest.mark.parametrize(
     ("instructions", "words"),
     [(("wgmma", "mma"), "runs its s8 and one-bit kernels"), (("mma",), "its one-bit kernels"), ((), "none of its")],
 )

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import test_native_bands as bands
 import test_native_fakequant as fakequant
 import test_native_short as short
 import torch
@@ -51,13 +52,17 @@ def guarded(x: Tensor, side: str) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """Every network and shape of `replay`, and short sums."""
+    """Every network and shape of `replay`, short sums, and bands, for which maps are large."""
     yield from networks()
     yield from operations()
     for layer in short.LAYERS:
         for reader in short.READERS:
             program, blob = short.net(layer, reader, (7, 19))
             yield f"short, {layer}, {reader}", program, blob, [], random_inputs(program, 3, seed=5)
+    for window in bands.WINDOWS:
+        for size, filters in bands.SIZES:
+            program, blob = bands.net(window, size, filters)
+            yield f"bands, {window}, {size}", program, blob, [], random_inputs(program, 1, seed=5)
 
 
 def run(case: Case, isa: str, side: str) -> None:

@@ -265,6 +265,20 @@ def share_unsaturated(program: Program, trace: dict[int, Tensor]) -> float:
     return inside / total if total else 1.0
 
 
+def stem(
+    seed: int, dtype: str, *, kernel: tuple[int, int], padding: tuple[int, int], size: tuple[int, int]
+) -> tuple[Program, Tensor]:
+    """An image of three channels, normalised if it is of bytes, and a window that steps by two over its codes."""
+    b = Builder(seed)
+    image = b.image(3, *size, dtype=dtype)
+    codes = b.consumer((*size, 3), 8, zero=91)
+    b.quantize(image, Emit(consumers=(codes,)), affine=dtype == "uint8")
+    window = {"kernel": kernel, "stride": (2, 2), "padding": padding}
+    out = b.stream(b.conv_shape(codes.tensor, 20, **window), output=True)
+    b.conv(codes.tensor, Emit(low=0.0, stream=out), 20, w_bits=8, grid="zero", **window)
+    return b.build()
+
+
 def one_conv(
     seed: int,
     *,

@@ -9,11 +9,13 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
 import test_native_depthwise as depthwise
 import test_native_lanes as lanes
+import test_native_lean as lean
 import test_native_winograd as winograd
 import torch
 from programs import CASES, one_conv, random_inputs, random_program
@@ -59,6 +61,11 @@ def operations() -> Iterator[Case]:
         program, blob = one_conv(2, w_bits=4, a_bits=4, **shape)  # type: ignore[arg-type]
         chosen = winograd.algorithms(program, blob, "avx2")  # whose rule is the narrowest
         yield f"winograd, {name}", program, blob, chosen, random_inputs(program, 1, seed=5)
+    for layer, results in product(lean.LAYERS, lean.RESULTS):
+        for residual in lean.RESIDUALS:
+            program, blob = lean.net(layer, residual, results, (3, 19))
+            name = f"{layer}, residual: {residual}, {results}"
+            yield name, program, blob, [], random_inputs(program, BATCH, seed=5)
     for kind in KINDS:
         step, _ = one_activation(kind)
         yield kind, step.program, step.blob, [], [step.image]

@@ -116,3 +116,9 @@ def coded_residuals(filters: int) -> tuple[Program, Tensor]:
     emit = replace(emit, consumers=(before, coded, *behind))
     b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero")
     return b.build()
+
+
+def all_as_bytes(program: Program) -> Program:
+    """The program whose codes are all kept as bytes, whatever their width."""
+    tensors = (replace(spec, bits=8) if spec.form == "codes" else spec for spec in program.tensors)
+    return replace(program, tensors=tuple(tensors))

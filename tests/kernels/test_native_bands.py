@@ -23,6 +23,10 @@ WINDOWS = {  # kernel, stride, padding
 }
 
 
+# Filters that end within a group; rows that are whole vectors or not, and that end in a band.
+SIZES = (((51, 64), 65), ((70, 50), 48), ((61, 47), 52))
+
+
 def net(window: str, size: tuple[int, int], filters: int, readers: int = 1) -> tuple[Program, Tensor]:
     """Image, codes, a 3x3 convolution that writes floats, their maximum as floats and codes, what reads the codes."""
     b = Builder(3)
@@ -43,8 +47,7 @@ def net(window: str, size: tuple[int, int], filters: int, readers: int = 1) -> t
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_bands(window: str, isa: str) -> None:
-    """65 filters end within a group; rows of 64 pixels are whole vectors, of 47 and 50 not; 51 rows end in a band."""
-    for size, filters in (((51, 64), 65), ((70, 50), 48), ((61, 47), 52)):
+    for size, filters in SIZES:
         check(*net(window, size, filters), isa, batches=(1, 2), threads=(1, 3))
 
 

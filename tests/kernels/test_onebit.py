@@ -431,7 +431,7 @@ def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"batch": 2**30, "height": 2**24, "width": 2**24}, "the number of output pixels of an image is 2814"),
         ({"stream_type": "float8"}, "stream_type is 'float8'"),
         ({"signed": True, "padding": (1, 1)}, "signed codes cannot be padded"),
-        ({"thresholds": 64}, "thresholds serve one consumer"),
+        ({"thresholds": 64}, "thresholds serve planes"),
     ):
         with pytest.raises(FormatError, match=words):
             model.run_onebit({**task, **change}, "wgmma", 2, 128, 6)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from cuda_steps import bound, check_steps, input_buffer
 from gpu_model import launches_on_the_model, native
-from s8_cases import READINGS, SHAPES, coded_residuals, layer, random_codes, residuals
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs import cuda
-from lbs_kernels.gpu.configs.cuda import S8Config, s8_default, s8_why_not
+from lbs_kernels.gpu.configs.cuda import S8Config, s8_why_not
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.cuda.layout import S8Layout, channel_order
 from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
@@ -28,6 +28,8 @@ from lbs_kernels.tune import tuner
 
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
 WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 12)
+LOW, TALL = S8Config("wgmma", 64, 128, 8), S8Config("wgmma", 128, 64, 8)
+BY_EIGHTS, BY_FOURS = S8Config("wgmma", 128, 96, 7), S8Config("wgmma", 128, 48, 9)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,7 @@ def test_sums_near_the_end_of_32_bits(weight: int) -> None:
 # Several tiles for each consumer; K of five chunks, and of one, so that copies run several tiles ahead.
 @pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 0), (False, 1), (True, 2)])
 @pytest.mark.parametrize(("blocks", "channels", "kernel"), [(1, 64, 3), (2, 64, 3), (100, 64, 3), (1, 40, 1)])
-@pytest.mark.parametrize("config", [WIDE, NARROW], ids=str)
+@pytest.mark.parametrize("config", [WIDE, NARROW, BY_FOURS], ids=str)
 def test_nothing_depends_on_moments_and_orders(
     config: S8Config,
     blocks: int,
@@ -98,23 +100,38 @@ def test_nothing_depends_on_moments_and_orders(
 # 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
 @pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
-    ("filters", "config"), [(130, WIDE), (72, NARROW), (68, CONFIGS[2]), (33, CONFIGS[1])], ids=str
+    ("filters", "config"),
+    [
+        (130, WIDE),
+        (72, NARROW),
+        (68, TALL),
+        (33, LOW),
+        *[(filters, config) for config in (BY_EIGHTS, BY_FOURS) for filters in (33, 68, 72, 96, 130)],
+    ],
+    ids=str,
 )
 def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Config, stream_dtype: str) -> None:
     program, blob = residuals(filters, stream_dtype)
+    program = program if config.planes else all_as_bytes(program)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
 # 72 and 13: a piece of 8 channels begun inside the pitch of 80, and one that is partly behind the channels.
-@pytest.mark.parametrize(("filters", "config"), [(130, WIDE), (72, NARROW), (13, CONFIGS[1])], ids=str)
+@pytest.mark.parametrize(
+    ("filters", "config"),
+    [(130, WIDE), (72, NARROW), (13, LOW), (72, BY_EIGHTS), (13, BY_EIGHTS), (52, BY_FOURS), (13, BY_FOURS)],
+    ids=str,
+)
 def test_residuals_of_codes_and_codes_that_stand_for_values(filters: int, config: S8Config) -> None:
     program, blob = coded_residuals(filters)
+    program = program if config.planes else all_as_bytes(program)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
 @pytest.mark.parametrize("thresholds", [0, 4])
 @pytest.mark.parametrize("out_bits", [2, 4])
-def test_codes_alone_by_thresholds_or_floats(out_bits: int, thresholds: int) -> None:
+@pytest.mark.parametrize("tile", [NARROW, BY_EIGHTS], ids=str)
+def test_codes_alone_by_thresholds_or_floats(tile: S8Config, out_bits: int, thresholds: int) -> None:
     b = programs.Builder(out_bits)
     image = b.image(40, 6, 5)
     codes = b.consumer((6, 5, 40), 8)
@@ -123,8 +140,31 @@ def test_codes_alone_by_thresholds_or_floats(out_bits: int, thresholds: int) -> 
     b.conv(codes.tensor, Emit(low=0.0, consumers=(b.consumer(shape, out_bits, norm=True),)), 77, w_bits=4)
     b.conv(codes.tensor, Emit(stream=b.stream(shape, output=True)), 77, w_bits=2)
     program, blob = b.build()
-    config = replace(NARROW, thresholds=thresholds)
+    config = replace(tile, thresholds=thresholds)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_narrow_codes_as_bytes_keep_their_levels(config: S8Config) -> None:
+    """Both ways: a layer writes codes of 2 and 4 bits as bytes, one reads them; thresholds write planes, not these."""
+    b = programs.Builder(3)
+    image = b.image(40, 6, 5)
+    codes = b.consumer((6, 5, 40), 4, zero=3)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, 52)
+    few = b.consumer(shape, 2, zero=1, norm=True)
+    b.conv(codes.tensor, Emit(consumers=(few,)), 52, w_bits=4)
+    b.conv(few.tensor, Emit(stream=b.stream(b.conv_shape(few.tensor, 20), output=True)), 20, w_bits=2)
+    program, blob = b.build()
+    program = all_as_bytes(program)
+    images = programs.random_inputs(program, 2, 1)
+    assert check_steps(program, blob, images, config=replace(config, thresholds=4)) == ["step1", "step2"]
+
+
+def test_planes_are_refused_by_tiles_that_cannot_write_them() -> None:
+    program, blob = residuals(33, "float32")
+    with pytest.raises(BackendError, match="is kept as planes; s8_wgmma_m128_o48_s9_t2 writes bytes and streams"):
+        check_steps(program, blob, programs.random_inputs(program, 1, 1), config=BY_FOURS)
 
 
 @pytest.mark.parametrize("name", sorted(programs.CASES))
@@ -139,7 +179,7 @@ def test_named_programs(name: str) -> None:
     assert check_steps(program, blob, images, kind=S8Config) == bytes_read
 
 
-@pytest.mark.parametrize("block_o", [64, 128])
+@pytest.mark.parametrize("block_o", [48, 64, 96, 128])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (13, 9, 20), (64, 1, 128), (129, 9, 33), (128, 49, 3)])
 def test_weights_have_an_exact_inverse(shape: tuple[int, int, int], block_o: int) -> None:
     weights = torch.randint(1, 128, shape, generator=torch.Generator().manual_seed(block_o)).to(torch.int8)
@@ -211,24 +251,24 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *instructions: str) -> None:
 
 
 def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert s8_default(LAYER) is None  # no GPU was asked
+    assert kernels.default(LAYER).config == conv_default(LAYER)  # no GPU was asked
     on_a_gpu(monkeypatch, "wgmma", "mma")
-    assert kernels.default(LAYER).name == "cuda:s8_wgmma_m64_o128_s8_t2"
-    assert s8_default(replace(LAYER, batch=128)) == WIDE
-    assert s8_default(replace(LAYER, batch=128, out_channels=64)) == CONFIGS[2]
-    names = [choice.name for choice in tuner.shortlist(LAYER, 2)]
-    assert names[0] == str(kernels.default(LAYER).name)
+    many = replace(LAYER, batch=128)
+    assert kernels.default(many).config == WIDE
+    assert kernels.default(replace(many, out_channels=64)).config == TALL
+    names = [choice.name for choice in tuner.shortlist(many, 2)]
+    assert names[0] == str(kernels.default(many).name)
     assert any(name.startswith("triton:gemm") for name in names)
     few = replace(LAYER, batch=1)
     assert kernels.default(few).config == conv_default(few)  # a split reduction keeps the multiprocessors at work
-    for other in (replace(LAYER, a_bits=4), replace(LAYER, groups=2)):
+    for other in (replace(many, a_bits=4), replace(many, groups=2)):
         assert kernels.default(other).config == conv_default(other)
-    assert kernels.choose(LAYER, ("triton",)).config == conv_default(LAYER)
-    refused = kernels.choose(LAYER, why_not=lambda choice: "no" if choice.kernel.family == "cuda" else None)
-    assert refused.config == conv_default(LAYER)
+    assert kernels.choose(many, ("triton",)).config == conv_default(many)
+    refused = kernels.choose(many, why_not=lambda choice: "no" if choice.kernel.family == "cuda" else None)
+    assert refused.config == conv_default(many)
     monkeypatch.setattr(extension, "cuda", None)
     monkeypatch.setattr(extension, "cuda_reason", "nvcc was not found")
-    assert kernels.default(LAYER).config == conv_default(LAYER)
+    assert kernels.default(many).config == conv_default(many)
 
 
 def test_the_default_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

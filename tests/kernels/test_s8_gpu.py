@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import one_step
 import programs
 import pytest
 import torch
-from cuda_steps import check_steps
-from s8_cases import READINGS, SHAPES, coded_residuals, layer, random_codes, residuals
+from contenders import assert_same
+from cuda_steps import check_steps, served
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
 
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.cuda import S8Config, machines
+from lbs_kernels.gpu.forms import as_kept
+from lbs_kernels.gpu.stem import FoldedStep
 from lbs_kernels.program.layer import LAYER, layer_program
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import STREAM_DTYPES, Emit
+from lbs_kernels.program.steps import STREAM_DTYPES, Emit, Program
+from lbs_kernels.run.reference import ReferenceRunner
 
+gpu_runner = pytest.importorskip("lbs_kernels.gpu.runner", reason="Triton is not installed: pip install triton")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}"),
 ]
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
+WRITES_PLANES = [config for config in CONFIGS if config.planes]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +66,7 @@ def test_linear(config: S8Config, rows: int) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_residuals_and_several_consumers(config: S8Config, filters: int) -> None:
     for program, blob in (*(residuals(filters, dtype) for dtype in STREAM_DTYPES), coded_residuals(filters)):
+        program = program if config.planes else all_as_bytes(program)
         images = programs.random_inputs(program, 70, 1)
         assert check_steps(program, blob, images, "cuda", config) == ["step1", "step2"]
 
@@ -73,7 +82,7 @@ def test_codes_alone_by_thresholds_and_by_floats(out_bits: int, thresholds: int)
     b.conv(codes.tensor, Emit(low=0.0, consumers=(b.consumer(shape, out_bits),)), 200, w_bits=4)
     b.conv(codes.tensor, Emit(stream=b.stream(shape, output=True)), 200, w_bits=2)
     program, blob = b.build()
-    for config in CONFIGS:
+    for config in WRITES_PLANES:
         used = S8Config(*config.row[:1], config.block_m, config.block_o, config.stages, thresholds)
         assert check_steps(program, blob, programs.random_inputs(program, 4, 1), "cuda", used) == ["step1", "step2"]
 
@@ -82,7 +91,7 @@ def test_codes_alone_by_thresholds_and_by_floats(out_bits: int, thresholds: int)
 def test_named_programs(name: str) -> None:
     program, blob = programs.CASES[name](seed=5)
     images = programs.random_inputs(program, batch=5, seed=3)
-    for config in CONFIGS:
+    for config in WRITES_PLANES:
         check_steps(program, blob, images, "cuda", config)
 
 
@@ -93,12 +102,40 @@ def test_random_programs(seed: int) -> None:
 
 
 def test_the_default_runs_a_layer_of_a_network() -> None:
-    problem = Problem("bitconv2d", 32, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), w_bits=8, a_bits=8, device="cuda")
+    problem = Problem("bitconv2d", 128, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), w_bits=8, a_bits=8, device="cuda")
     choice = kernels.default(problem)
     assert isinstance(choice.config, S8Config)
     program, blob = layer_program(problem)
     image = torch.rand(problem.batch, problem.in_channels, problem.height, problem.width)
     assert check_steps(program, blob, [image], "cuda", choice.config) == [LAYER]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_a_folded_stem(dtype: str) -> None:
+    program, blob = programs.stem(0, dtype, kernel=(7, 7), padding=(3, 3), size=(64, 48))
+    runner = gpu_runner.GpuRunner(program, blob, "cuda")
+    assert any(isinstance(step, FoldedStep) for step in runner.program.steps)
+    check_runner(runner, program, blob)
+
+
+@pytest.mark.parametrize("name", ["chain", "preact_residual", "weights_with_a_zero", "depthwise"])
+def test_narrow_codes_kept_as_bytes(name: str) -> None:
+    program, blob = programs.CASES[name](seed=2)
+    kept = as_kept(program, lambda problem: 1e-5 / problem.a_bits)
+    assert kept != program
+    served_by_s8 = {step.name: CONFIGS[-1] for step in kept.steps if served(kept, step, 4, "cuda", S8Config)}
+    check_runner(gpu_runner.GpuRunner(kept, blob, "cuda", served_by_s8), program, blob)
+
+
+def check_runner(runner: Any, program: Program, blob: torch.Tensor) -> None:
+    """Every tensor equals the reference's of the program as it was."""
+    images = [x.cuda() for x in programs.random_inputs(program, 4, 4)]
+    expected: dict[int, torch.Tensor] = {}
+    actual: dict[int, torch.Tensor] = {}
+    ReferenceRunner(program, blob.cuda()).run(images, expected)
+    runner.run(images, actual)
+    for index in expected:
+        assert_same(actual[index], expected[index], f"tensor {index}")
 
 
 def test_the_roof_multiplies() -> None:

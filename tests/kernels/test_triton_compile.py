@@ -34,7 +34,9 @@ from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
+from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.gpu.stem import fold_stem
 from lbs_kernels.program.steps import Emit, QuantPackStep, ResizeStep, SelectStep
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
@@ -256,6 +258,25 @@ def test_largest_valid_configurations_do_not_spill(
     kernel = compile_problem(square(128, 128, 28, 3, 32, w_bits, a_bits), target, tmp_path, config)
     assert kernel.spill_bytes == 0, f"{config}: {kernel.log}"
     check_layouts(kernel)
+
+
+@TARGET
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_a_folded_stem_compiles(dtype: str, target: str, tmp_path: Path) -> None:
+    program, blob = programs.stem(0, dtype, kernel=(7, 7), padding=(3, 3), size=(64, 64))
+    kernels = compile_steps(*fold_stem(program, blob), batch=32, target=target, folder=tmp_path)
+    assert [kernel.name for kernel in kernels] == ["quantpack_kernel", "gemm_kernel"]
+    assert not any(kernel.spill_bytes for kernel in kernels)
+    for kernel in kernels:
+        check_layouts(kernel)
+
+
+def test_narrow_codes_are_written_and_read_as_bytes(tmp_path: Path) -> None:
+    program, blob = programs.CASES["chain"](seed=0)
+    kept = as_kept(program, lambda problem: 1e-5 / problem.a_bits)
+    assert kept != program
+    kernels = compile_steps(kept, blob, batch=32, target="sm_90", folder=tmp_path)
+    assert not any(kernel.spill_bytes for kernel in kernels)
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:

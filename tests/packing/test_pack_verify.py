@@ -9,8 +9,9 @@ from dataclasses import replace
 import pack_nets
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import lbs
 from lbs.packing.model import PackedModel
 from lbs.packing.packing import pack
 from lbs.packing.region import PackedRegion
@@ -234,3 +235,59 @@ def test_float_parts_keep_hooks_and_order(hooks: bool) -> None:
     packed(x)
     assert torch.equal(x, before)
     assert not any(getattr(module, "inplace", False) for module in packed.modules())
+
+
+def faint(scale: float) -> nn.Module:
+    """A residual network whose first block adds, and stores, values of about `scale`."""
+    model = copy.deepcopy(pack_nets.network("digits_resnet8", 8, 8, classes=10))
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and not name.startswith(("layer2", "layer3")):
+                module.weight *= scale
+                module.bias *= scale
+    return lbs.calibrate(model, [pack_nets.images(4, DIGITS)], bits=None).eval()
+
+
+@pytest.mark.parametrize("stream_dtype", ["float32", "float16", "bfloat16"])
+def test_streams_of_the_smallest_numbers_are_rounded_by_half_of_their_step(stream_dtype: str) -> None:
+    """Below 2^-14 the steps of float16 no longer shrink with the value: half of one is 2^-25, whatever is stored."""
+    model = faint(1e-5)
+    packed = pack(model, stream_dtype=stream_dtype, verify=False)
+    images = pack_nets.images(4, DIGITS)
+    assert verify(model, packed, images).ok
+    _, (trace,) = packed.run_traced(images, "reference")
+    program = packed.programs[0]
+    streams = [trace[index] for index, spec in enumerate(program.tensors) if spec.form == "stream" and index in trace]
+    smallest = [stream for stream in streams if float(stream.abs().max()) < 2.0**-14]
+    assert smallest, "nothing here is below the normal numbers of float16"
+
+    def change(program: Program, blob: Tensor) -> None:
+        program.array(blob, "conv1.bias")[2] += 2.0**-23  # two steps
+
+    report = verify(model, damaged(packed, change), images)
+    assert not report.ok
+    assert report.first_layer == "conv1"
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbs.packing.packing._on_gpu", lambda model: True)
+
+
+def test_streams_are_half_precision_by_default_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pack_nets.network("digits_resnet8", 4, 4, classes=10)
+    assert [program.stream_dtype for program in pack(model).programs] == ["float32"]
+    on_a_gpu(monkeypatch)
+    assert [program.stream_dtype for program in pack(model).programs] == ["float16"]
+    assert [program.stream_dtype for program in pack(model, stream_dtype="float32").programs] == ["float32"]
+    assert [program.stream_dtype for program in pack(model, verify=False).programs] == ["float32"]
+
+
+def test_values_beyond_float16_stay_in_float32_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_a_gpu(monkeypatch)
+    model = faint(1e6)
+    assert [program.stream_dtype for program in pack(model).programs] == ["float32"]
+    assert "streams stay in float32, as in float16" in caplog.text
+    with pytest.raises(GraphError, match="does not equal the model"):
+        pack(model, stream_dtype="float16")

@@ -10,7 +10,6 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from lbs_kernels.gpu.configs.direct import BLOCKS
 from lbs_kernels.gpu.configs.text import match_text
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem
@@ -98,9 +97,16 @@ class S8Config(CudaConfig):
     tiles = (
         ("wgmma", 128, 128, 6),
         ("wgmma", 64, 128, 8),
+        ("wgmma", 128, 96, 7),
         ("wgmma", 128, 64, 8),
+        ("wgmma", 128, 48, 9),
         ("wgmma", 64, 64, 12),
     )
+
+    @property
+    def planes(self) -> bool:
+        """Whether it writes planes: a thread must have eight neighbouring channels, a byte of each."""
+        return self.block_o % 32 == 0
 
 
 @functools.cache
@@ -114,6 +120,11 @@ def machines(device: str) -> tuple[str, ...]:
             return "wgmma", "mma"
         return ("mma",) if major == 8 else ()
     return "wgmma", "mma"
+
+
+def on_hopper(device: str) -> bool:
+    """Whether the GPU there has compute capability 9.0; False where there is none to ask."""
+    return torch.cuda.is_available() and "wgmma" in machines(device)
 
 
 def onebit_why_not(problem: Problem) -> str | None:
@@ -136,22 +147,3 @@ def s8_why_not(problem: Problem) -> str | None:
     if "wgmma" not in machines(problem.device):
         return "tensor cores that multiply bytes asynchronously are those of compute capability 9.0"
     return None
-
-
-def s8_default(problem: Problem) -> S8Config | None:
-    """The s8 kernel where nothing was measured, or None where Triton serves instead: the one rule for it.
-
-    On compute capability 9.0 Triton ends every INT8 product before the next begins (docs/triton.md), these kernels do
-    not: so they come first. But they do not share the reduction of a tile, and one of two tiles is written while the
-    other is multiplied: with fewer than two tiles for every multiprocessor, 64 x 64 the smallest, Triton's split
-    reduction serves. Larger tiles move fewer bytes for each product: the largest of which there are enough is taken, no
-    wider than the filters. A rule from counts, not a measurement.
-    """
-    if s8_why_not(problem) is not None or not torch.cuda.is_available():
-        return None
-
-    def count(block_m: int, block_o: int) -> int:
-        return -(-problem.rows // block_m) * -(-problem.out_channels // block_o)
-
-    fitting = [tile for tile in S8Config.tiles if tile[2] == GROUP_ROWS or problem.out_channels > GROUP_ROWS]
-    return next((S8Config(*tile) for tile in fitting if count(*tile[1:3]) >= BLOCKS), None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lbs_kernels.gpu.configs.cuda import s8_default
+from lbs_kernels.gpu.configs.cost import executed, seconds
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_why_not, s8_why_not
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
@@ -32,12 +33,39 @@ def pool_default(problem: Problem) -> ElementwiseConfig:
     return elementwise_default(problem)
 
 
-def weighted_defaults(problem: Problem) -> Iterator[Any]:
-    """The s8 kernel where its rule takes it, and Triton's."""
-    preferred = s8_default(problem)
-    if preferred is not None:
-        yield preferred
-    yield conv_default(problem)
+def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[Any]:
+    """Kernels in CUDA that the model of `cost.py` finds faster than Triton's, the fastest first, then Triton's.
+
+    Of tiles that take equally long, because memory does, the one that computes fewest products of padding comes first.
+
+    This is the one rule for which family serves a layer that nobody measured, and these are its reasons:
+
+    - Only on compute capability 9.0 (hopper; by default that of the device, False where there is none to ask). Triton
+      ends every product of bytes before the next begins, there and elsewhere; `wgmma` in CUDA does not. Below 9.0 both
+      have `mma.sync`, and nothing is gained.
+    - Bytes, csrc/s8, wherever the model finds a tile of them faster: large tiles move fewer bytes for each product, and
+      their epilogue costs nothing. Where there are few tiles, batch 1 or late layers, Triton's split reduction keeps
+      the multiprocessors at work, which the s8 kernels do not have.
+    - Single bits, csrc/onebit, at 2 by 2 bits where the model finds them faster, which it does for 3 x 3 windows. A
+      product costs w * a / 8 of one of bytes: a half at 2 by 2, as much at 2 by 4, twice as much at 4 by 4. K is cut
+      into 256 bits across taps, so that 64 channels waste none of it.
+    """
+    last = conv_default(problem)
+    if on_hopper(problem.device) if hopper is None else hopper:
+        own = seconds(problem, last)
+        rated = [(seconds(problem, config), executed(problem, config), config) for config in _cuda_configs(problem)]
+        yield from (config for took, _, config in sorted(rated, key=lambda row: row[:2]) if took < own)
+    yield last
+
+
+def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:
+    """One of every tile of the kernels in CUDA that the rule lets serve `problem`."""
+    found: list[S8Config | OneBitConfig] = []
+    if s8_why_not(problem) is None:
+        found += [S8Config(*tile) for tile in S8Config.tiles]
+    if (problem.w_bits, problem.a_bits) == (2, 2) and onebit_why_not(problem) is None:
+        found += [OneBitConfig(*tile) for tile in OneBitConfig.tiles if tile[0] == "wgmma"]
+    return found
 
 
 # In the order of preference; the last serves every problem of the operation.

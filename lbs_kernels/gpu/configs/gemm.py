@@ -22,6 +22,20 @@ STEP_WORDS = 4  # 128 channels, or as many of several taps: more does not shorte
 IDLE = 0.34  # of the taps of a step, at most: four of a 3 x 3 window leave a third of them idle
 
 
+SPILLING = ("3.8", "3.9")  # releases of Triton, by their first two numbers; 3.5 to 3.7 spill nothing
+
+
+def spills(version: str) -> str | None:
+    """What a release of Triton spills of these kernels that others keep in registers, None where nothing is known.
+
+    >>> spills("3.7.1") is None, spills("3.8.0")
+    (True, 'spills about 1 KB for a thread in stems and layers of 64 channels')
+    """
+    if ".".join(version.split(".")[:2]) not in SPILLING:
+        return None
+    return "spills about 1 KB for a thread in stems and layers of 64 channels"
+
+
 @dataclass(frozen=True)
 class GemmConfig:
     """One way to launch the kernel. A tile is `block_m` output pixels by `block_o` filters."""

@@ -54,6 +54,14 @@ def step_why_not(step: ConvStep | LinearStep, source: TensorSpec) -> str | None:
     return emit_why_not(step)
 
 
+def writes_why_not(step: ConvStep | LinearStep, config: S8Config, program: Program) -> str | None:
+    """Why the kernel of `config` cannot write what a step writes, or None."""
+    planes = [k for k in step.emit.consumers if program.tensors[k.tensor].bits < MAX_BITS]
+    if planes and not config.planes:
+        return f"{program.tensors[planes[0].tensor].name} is kept as planes; {config} writes bytes and streams"
+    return None
+
+
 def prepare_weights(
     planes: Tensor,
     kernel: tuple[int, int],
@@ -110,6 +118,7 @@ def bind(
         BackendError: a problem, configuration or epilogue that is not served, or a native module that is missing.
     """
     reason = s8_why_not(problem) or step_why_not(step, program.tensors[step.input]) or config.why_not(problem)
+    reason = reason or writes_why_not(step, config, program)
     if reason is not None:
         raise BackendError(f"s8 kernels cannot serve {problem}: {reason}")
     layout, operands = weights.laid_out(config.block_o)

@@ -17,7 +17,7 @@ from lbs_kernels.extension import require_cuda
 from lbs_kernels.gpu.configs.cuda import CudaConfig
 from lbs_kernels.gpu.cuda.layout import FilterBlocks
 from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.layout import pixel_elements
+from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
 from lbs_kernels.program.epilogue import thresholds
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Consumer, ConvStep, Emit, LinearStep, Program, build_blob
@@ -82,6 +82,7 @@ def bind_task(
             "pre_bias": slots(consumer.pre_bias),
             "scale": consumer.scale,
             "bits": consumer.bits,
+            "as_bytes": program.tensors[consumer.tensor].bits == BYTE_BITS,
             "pitch": pixel_elements(program.tensors[consumer.tensor]),
             "zero": consumer.zero,
             "signed": consumer.signed,
@@ -120,16 +121,18 @@ def bind_task(
         task.update(residual_pitch=pixel_elements(added), residual_zero=added.zero)
     if emit.stream is not None:
         task["stream"] = _kept(buffers[emit.stream], kept)
-    if compares(emit, config):
+    if compares(emit, config, program):
         tables = threshold_tables(blocks, arrays[step.multiplier], arrays[step.bias], emit, program, arrays)
         task.update(thresholds=_kept(tables[0], kept), flips=_kept(tables[1], kept))
     return launch_of(task, config, operands["w"].device, kept)
 
 
-def compares(emit: Emit, config: CudaConfig) -> bool:
-    """Whether codes come from integer thresholds: one consumer of few bits is all that is written."""
-    alone = len(emit.consumers) == 1 and emit.residual is None and emit.stream is None
-    return alone and emit.consumers[0].bits <= config.thresholds
+def compares(emit: Emit, config: CudaConfig, program: Program) -> bool:
+    """Whether codes come from integer thresholds: planes of one consumer of few bits are all that is written."""
+    if len(emit.consumers) != 1 or (emit.residual, emit.stream) != (None, None):
+        return False
+    (consumer,) = emit.consumers
+    return consumer.bits <= config.thresholds and program.tensors[consumer.tensor].bits < BYTE_BITS
 
 
 def threshold_tables(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu.layout import pixel_elements
+from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
 from lbs_kernels.gpu.triton.activation import activate
 from lbs_kernels.gpu.triton.common import (
     RINT_MAGIC,
@@ -29,6 +29,7 @@ class ConsumerMeta(NamedTuple):
     """What the compiler knows of one code tensor that a kernel writes."""
 
     bits: int
+    as_bytes: bool  # else planes
     zero: int
     signed: bool
     relu: bool
@@ -52,7 +53,7 @@ class EmitMeta(NamedTuple):
 
 
 class ConsumerTarget(NamedTuple):
-    """Where one code tensor goes: planes int32 [M, bits, CW], or biased bytes int8 [M, pitch] for 8 bits."""
+    """Where one code tensor goes: planes int32 [M, bits, CW], or biased bytes int8 [M, pitch]."""
 
     codes: Tensor
     pitch: int
@@ -112,7 +113,7 @@ def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, I
     # Both bounds are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
     t = at_most(at_least(t, -1.0 * CONSUMER.zero), 1.0 * (LEVELS - CONSUMER.zero))
     codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
-    if BITS == 8:
+    if CONSUMER.as_bytes:
         mask = row_mask[:, None] & (column < columns)[None, :]
         tl.store(target.codes + row[:, None] * target.pitch + column[None, :], (codes - 128).to(tl.int8), mask=mask)
     else:
@@ -197,7 +198,8 @@ def bind_emit(
     def facts(consumer: Consumer) -> ConsumerMeta:
         pre_norm = consumer.pre_scale is not None
         stands = consumer.step is not None
-        return ConsumerMeta(consumer.bits, consumer.zero, consumer.signed, consumer.relu, pre_norm, stands)
+        as_bytes = program.tensors[consumer.tensor].bits == BYTE_BITS
+        return ConsumerMeta(consumer.bits, as_bytes, consumer.zero, consumer.signed, consumer.relu, pre_norm, stands)
 
     written = emit.consumers[0].tensor if emit.stream is None else emit.stream
     pixels = program.tensors[written].height * program.tensors[written].width

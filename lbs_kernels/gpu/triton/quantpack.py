@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.stem import FoldedStep
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, fma, load_stream
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.problem import Problem
@@ -20,20 +21,26 @@ from lbs_kernels.program.steps import Program, QuantPackStep
 class SourceShape(NamedTuple):
     """Sizes read at run time. The steps are those of an image: elements between two channels, and two pixels."""
 
-    rows: int  # N * pixels
-    channels: int
-    pixels: int
+    rows: int  # N * pixels that are written
+    channels: int  # of a pixel that is written
+    pixels: int  # of an image that is read
     channel_step: int
     pixel_step: int
+    height: int  # of the image that is read; what follows is of folded pixels (gpu/stem.py)
+    width: int
+    out_height: int
+    out_width: int
+    shift_h: int
+    shift_w: int
 
 
 @triton.jit
 def quantpack_kernel(
     x_ptr, multiplier_ptr, bias_ptr, target, shape,
-    IMAGE: tl.constexpr, AFFINE: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr
+    IMAGE: tl.constexpr, FOLD: tl.constexpr, AFFINE: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr
 ):  # fmt: skip
     """One tile of pixels and channels. x: float32 or uint8 [N, C, pixels] or [N, pixels, C] if IMAGE, else a stream
-    [rows, C]; multiplier and bias [C] if AFFINE.
+    [rows, C]; multiplier and bias [C] if AFFINE. FOLD: a pixel that is written is two by two of the image.
     """
     DTYPE: tl.constexpr = EMIT.stream_dtype
     channels = shape.channels
@@ -45,7 +52,18 @@ def quantpack_kernel(
     row_mask = row < shape.rows
     column_mask = channel < channels
     mask = row_mask[:, None] & column_mask[None, :]
-    if IMAGE:
+    if FOLD:
+        own = channels // 4
+        inner, place = channel % own, channel // own
+        pixel = row % (shape.out_height * shape.out_width)
+        down = (2 * (pixel // shape.out_width) - shape.shift_h)[:, None] + (place // 2)[None, :]
+        across = (2 * (pixel % shape.out_width) - shape.shift_w)[:, None] + (place % 2)[None, :]
+        mask = mask & (down >= 0) & (down < shape.height) & (across >= 0) & (across < shape.width)
+        start = (row // (shape.out_height * shape.out_width) * (own * shape.pixels))[:, None]
+        start += (down * shape.width + across) * shape.pixel_step
+        y = tl.load(x_ptr + start + inner[None, :] * shape.channel_step, mask=mask, other=0).to(tl.float32)
+        channel = inner
+    elif IMAGE:
         start = row // shape.pixels * (channels * shape.pixels) + row % shape.pixels * shape.pixel_step
         y = tl.load(x_ptr + start[:, None] + channel[None, :] * shape.channel_step, mask=mask, other=0).to(tl.float32)
     else:
@@ -54,6 +72,8 @@ def quantpack_kernel(
         multiplier = tl.load(multiplier_ptr + channel, mask=column_mask, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=column_mask, other=0.0)
         y = fma(y, multiplier[None, :], bias[None, :])
+    if FOLD:
+        y = tl.where(mask, y, 0.0)  # whose code is that of 0, which pads
     emit(y, row, row_mask, first, channels, target, EMIT)
 
 
@@ -69,16 +89,22 @@ def bind(
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     multiplier, bias = (None if key is None else arrays[key] for key in (step.multiplier, step.bias))
     channels, pixels = problem.in_channels, problem.height * problem.width
-    rows = problem.batch * pixels
-    first, last = SourceShape(rows, channels, pixels, pixels, 1), SourceShape(rows, channels, pixels, 1, channels)
-    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(channels, config.block_c),)
+    fold = isinstance(step, FoldedStep)
+    written = program.tensors[step.emit.consumers[0].tensor] if isinstance(step, FoldedStep) else None
+    shift = step.shift if isinstance(step, FoldedStep) else (0, 0)
+    size = (problem.height, problem.width) if written is None else (written.height, written.width)
+    rest = (problem.height, problem.width, *size, *shift)
+    rows, out_channels = problem.batch * size[0] * size[1], channels if written is None else written.channels
+    first = SourceShape(rows, out_channels, pixels, pixels, 1, *rest)
+    last = SourceShape(rows, out_channels, pixels, 1, channels, *rest)
+    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(out_channels, config.block_c),)
     position = program.inputs.index(step.input) if step.input in program.inputs else None
 
     def launch(inputs: list[Tensor]) -> None:
         x = kernel_view(buffers[step.input]) if position is None else inputs[position]
         quantpack_kernel[grid](
             x, multiplier, bias, target, first if x.is_contiguous() else last,
-            IMAGE=position is not None, AFFINE=multiplier is not None, EMIT=meta, CONFIG=config,
+            IMAGE=position is not None, FOLD=fold, AFFINE=multiplier is not None, EMIT=meta, CONFIG=config,
             num_warps=config.warps, **LAUNCH_OPTIONS,
         )  # fmt: skip
 

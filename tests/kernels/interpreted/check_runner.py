@@ -16,6 +16,7 @@ from types import ModuleType
 import pack_nets
 import programs
 import pytest
+import torch
 from contenders import assert_same
 from cuda_steps import served
 from gpu_model import launches_on_the_model
@@ -24,12 +25,15 @@ from torch import Tensor
 import lbs
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
+from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu import runner as gpu_runner
 from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.configs.half import HalfConfig
+from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.gpu.stem import FoldedStep, fold_stem
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run import backends
 from lbs_kernels.run.loaded import clear_runners
@@ -185,6 +189,60 @@ def test_cuda_and_triton_kernels_share_a_program(name: str, monkeypatch: pytest.
     check(runner, blob, batch=2, seed=4)
     assert len(launched) == len(configs)
     assert {choice.kernel.family for choice in runner.choices(2)} == {"cuda", "triton"}
+
+
+@pytest.mark.parametrize("family", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["chain", "preact_residual", "weights_with_a_zero", "depthwise"])
+def test_narrow_codes_kept_as_bytes_stay_what_they_are(name: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and read by kernels of both families, all codes and streams those of the program as it was."""
+    launched = launches_on_the_model(monkeypatch)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    program, blob = programs.CASES[name](seed=2)
+    kept = as_kept(program, lambda problem: 1e-5 / problem.a_bits)
+    assert kept != program
+    s8 = S8Config(*S8Config.tiles[-1])
+    served_by_s8 = [step.name for step in kept.steps if served(kept, step, 2, "cpu", S8Config)]
+    runner = GpuRunner(kept, blob, "cpu", dict.fromkeys(served_by_s8, s8) if family == "cuda" else None)
+    images = programs.random_inputs(program, 2, 4)
+    expected: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
+    ReferenceRunner(program, blob).run(images, expected)
+    runner.run(images, actual)
+    for index in expected:
+        assert_same(actual[index], expected[index], f"tensor {index}")
+    assert len(launched) == (len(served_by_s8) if family == "cuda" else 0)
+
+
+STEMS = {
+    "7x7": {"kernel": (7, 7), "padding": (3, 3), "size": (13, 12)},
+    "3x3": {"kernel": (3, 3), "padding": (1, 1), "size": (8, 9)},
+    "even": {"kernel": (4, 6), "padding": (1, 2), "size": (10, 10)},
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("name", sorted(STEMS))
+def test_a_folded_stem_is_the_stem(
+    name: str, dtype: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of the image as the program has them, and what the stem makes of them, by Triton and by the s8 kernels."""
+    launched = launches_on_the_model(monkeypatch)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    program, blob = programs.stem(0, dtype, **STEMS[name])
+    monkeypatch.setattr(kernels, "program_on", lambda program, blob, *_: fold_stem(program, blob))
+    runner = GpuRunner(program, blob, "cpu")
+    assert any(isinstance(step, FoldedStep) for step in runner.program.steps)
+    images = [x.contiguous(memory_format=layout) for x in programs.random_inputs(program, 2, 4)]
+    expected: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
+    ReferenceRunner(program, blob).run(images, expected)
+    runner.run(images, actual)
+    for index in expected:
+        assert_same(actual[index], expected[index], f"tensor {index}")
+    s8 = GpuRunner(*fold_stem(program, blob), "cpu", {"step1": S8Config(*S8Config.tiles[-1])})
+    assert_same(s8.run(images)[0], ReferenceRunner(program, blob).run(images)[0], "output")
+    assert len(launched) == 1
 
 
 def test_plans_free_what_they_hold(net: tuple[Program, Tensor]) -> None:

@@ -1,0 +1,167 @@
+"""What a step should take on a GPU, by counts of its tiles: for choices and budgets where nothing was measured.
+
+    seconds = step + max(bytes / device memory, rounds of tiles * clocks of a tile / clock)   their sum in Triton's GEMM
+
+A tile takes what its slowest part takes where the parts overlap, and their sum where they wait for one another:
+
+    products    N / 2 clocks of a 64 x N x 32 product of bytes, or of a 64 x N x 256 product of single bits
+    refill      operands from the second-level cache, `refill` bytes a clock and multiprocessor
+    issue       instructions of the loop, one a clock for each of four schedulers
+    copies      of 16 bytes, by threads that do nothing else
+    epilogue    instructions for every output
+
+Triton ends every product before the next, so that its issue and its products add up, and its epilogue stands behind
+its loop (docs/triton.md). The kernels in CUDA overlap both, and two tiles at a time. With the sum for Triton's GEMM,
+whose loads wait as its products do, the model comes near what was read from all of its compiled kernels: 1.9 and 4.6 ms
+for ResNet-18 and -50 at batch 128, 8/8 bits and float32 streams, where that reading says 2.1 (1.5 to 2.9) and 4.9 (3.5
+to 6.6). Where each number comes from stands beside it; none is a time of a kernel, and what is computed from them is
+called modelled wherever it is shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lbs_kernels.gpu.configs.cuda import GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
+from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
+from lbs_kernels.gpu.layout import byte_pitch
+from lbs_kernels.program.planes import MAX_BITS, WORD, words
+from lbs_kernels.program.problem import Problem
+
+STEP_BYTES = 32  # of K in one product of bytes
+STEP_BITS = 256  # of K in one product of single bits
+CHUNK_BYTES = 128  # of a row in a stage of the CUDA kernels
+LANES = 128  # of a multiprocessor: instructions of threads that it issues in a clock
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU. clock: Hz of the tensor cores at work. bandwidth: bytes per second of device memory, read and written.
+
+    refill: bytes a clock that the second-level cache gives one multiprocessor. step: seconds of a launch in a graph
+    and of filling and draining the machine.
+    """
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    refill: float
+    step: float
+
+
+# clock: at 64 clocks for a 64 x 128 x 256 product of bits, what was measured as `b1` in
+# benchmarks/results/nvidia-h200/roofs.json; bandwidth: `copy` there. refill: a published lead. step: makes the 24 steps
+# of ResNet-18 and the 58 of ResNet-50 at batch 1 the 122 and 256 us that their compiled kernels let expect.
+H200 = Machine("nvidia-h200", 132, 15.36e15 / 2 / (132 * 32768), 4.17e12, 34.0, 3.4e-6)
+
+# Read from the disassembly, batch 128 (docs/triton.md, docs/cuda.md).
+GEMM_ISSUE = 48.0  # instructions of a thread per 64 x N x 32 product, activations of 8 bits
+PLANES_ISSUE = (32.0, 5.4)  # and of planes: to begin with, and for each plane
+COPY_ISSUE = 13.0  # for a copy of 16 bytes
+BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
+DEPTHWISE_ISSUE = 1424 / 32 / 9  # for an output and tap
+
+
+def executed(problem: Problem, config: Any) -> int:
+    """Products of one weight and one activation that `config` computes for `problem`, those of padding included."""
+    pixels, filters = _padded(problem, config)
+    taps = problem.window.taps
+    if isinstance(config, GemmConfig):
+        steps = reduction_steps(problem, config.block_words, config.block_taps)
+        return pixels * filters * steps * WORD * config.step_words
+    if isinstance(config, S8Config):
+        return pixels * filters * _up(taps * byte_pitch(problem.in_channels), STEP_BYTES)
+    if isinstance(config, OneBitConfig):
+        return pixels * filters * _up(taps * words(problem.in_channels) * WORD, STEP_BITS)
+    if isinstance(config, DepthwiseConfig):
+        return pixels * filters * _up(taps, 4)  # dp4a takes four taps
+    if isinstance(config, GroupedConfig):
+        return pixels * filters * problem.reduction
+    return 0 if isinstance(config, ElementwiseConfig) else problem.macs
+
+
+def seconds(problem: Problem, config: Any, machine: Machine = H200, moved: float | None = None) -> float:
+    """Modelled seconds of one step.
+
+    Args:
+        moved: bytes of device memory it reads and writes; by default those of activations, weights and as many bits of
+            codes written as are read.
+    """
+    moved = bytes_moved(problem, config) if moved is None else moved
+    parts = _clocks(problem, config, machine) / machine.clock, moved / machine.bandwidth
+    return machine.step + (sum(parts) if isinstance(config, GemmConfig) else max(parts))
+
+
+def bytes_moved(problem: Problem, config: Any) -> float:
+    """Activations read, weights read and codes written, each once, in the form that the kernel keeps them in."""
+    as_bytes = isinstance(config, S8Config)
+    w_bits, a_bits = (MAX_BITS, MAX_BITS) if as_bytes else (problem.w_bits, problem.a_bits)
+    pixels = problem.batch * problem.height * problem.width
+    weights = problem.out_channels * problem.reduction * w_bits
+    return (a_bits * (pixels * problem.in_channels + problem.rows * problem.out_channels) + weights) / 8
+
+
+def _padded(problem: Problem, config: Any) -> tuple[int, int]:
+    """Pixels and filters of whole tiles."""
+    filters = getattr(config, "block_o", getattr(config, "block_c", 1))
+    return _up(problem.rows, getattr(config, "block_m", 1)), _up(problem.out_channels, filters)
+
+
+def _clocks(problem: Problem, config: Any, machine: Machine) -> float:
+    """Clocks of the multiprocessor that works longest."""
+    if isinstance(config, CudaConfig):
+        return _cuda_clocks(problem, config, machine)
+    pixels, filters = _padded(problem, config)
+    if isinstance(config, GemmConfig):
+        tile = config.block_m * config.block_o
+        steps = -(-reduction_steps(problem, config.block_words, config.block_taps) // config.split_k)
+        products = max(1, config.block_m // GROUP_ROWS) * config.step_words
+        base, plane = PLANES_ISSUE
+        issue = GEMM_ISSUE if problem.a_bits == MAX_BITS else base + plane * problem.a_bits
+        operands = WORD * config.step_words * (config.block_m * problem.a_bits + config.block_o * problem.w_bits) / 8
+        loop = steps * max(products * (config.block_o / 2 + issue), operands / machine.refill)
+        shared = 8 * tile / machine.refill if config.split_k > 1 else 0.0  # sums to the workspace and back
+        tiles = pixels * filters // tile * config.split_k
+        return -(-tiles // machine.multiprocessors) * (loop + shared + tile * _epilogue(problem) / LANES)
+    per_output = _epilogue(problem)
+    if isinstance(config, DepthwiseConfig | GroupedConfig):
+        per_output += DEPTHWISE_ISSUE * problem.reduction
+    return pixels * filters * per_output / LANES / machine.multiprocessors
+
+
+def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> float:
+    pixels, filters = _padded(problem, config)
+    tile, taps = config.block_m * config.block_o, problem.window.taps
+    groups = config.block_m // GROUP_ROWS
+    if isinstance(config, S8Config):
+        reduction, rows = taps * byte_pitch(problem.in_channels), CHUNK_BYTES // 16
+        chunks = reduction / CHUNK_BYTES
+        products = groups * -(-reduction // STEP_BYTES) * config.block_o / 2
+        copies = config.block_m * rows * COPY_ISSUE / LANES
+    else:
+        # A chunk holds 512 bits of two planes; copies are of as many words of a pixel as divide its own.
+        pairs = (problem.w_bits // 2) * (problem.a_bits // 2)
+        row_words = words(problem.in_channels)
+        wide = next(size for size in (4, 2, 1) if row_words % size == 0)
+        chunks = pairs * taps * row_words * WORD / 512
+        steps = -(-taps * row_words * WORD // STEP_BITS)
+        products = groups * pairs * 4 * steps * config.block_o / 2
+        copies = config.block_m * 32 / wide * COPY_ISSUE / LANES
+    refill = (config.block_m + config.block_o) * CHUNK_BYTES / machine.refill
+    epilogue = tile * _epilogue(problem, isinstance(config, S8Config)) / LANES
+    rounds = -(-(pixels * filters // tile) // machine.multiprocessors)
+    # A tile is written under the products of the next, the last one under nothing.
+    return rounds * max(products, chunks * max(refill, copies), epilogue) + epilogue
+
+
+def _epilogue(problem: Problem, as_bytes: bool = False) -> float:
+    """Instructions for an output."""
+    return BYTES_EPILOGUE if as_bytes or problem.a_bits in (0, MAX_BITS) else PLANES_EPILOGUE
+
+
+def _up(size: int, block: int) -> int:
+    return -(-size // block) * block

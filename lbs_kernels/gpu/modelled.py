@@ -1,0 +1,100 @@
+"""Times of a GPU that is not there: what `times.table` measures, by the model of `configs/cost.py`.
+
+A budget of latency can be searched with them. Whatever shows such a time names it modelled, and no tuning table holds
+one: they are no measurement, and where the GPU is at hand `lbs tune` replaces them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lbs_kernels.errors import FormatError
+from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
+from lbs_kernels.gpu.configs.defaults import DEFAULTS, weighted_defaults
+from lbs_kernels.gpu.forms import as_kept, fastest
+from lbs_kernels.gpu.layout import storage
+from lbs_kernels.gpu.stem import fold_steps
+from lbs_kernels.program.planes import MAX_BITS
+from lbs_kernels.program.problem import Problem, problem_of
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step, sources
+
+PREFIX = "modelled:"
+MACHINES = {machine.name: machine for machine in (H200,)}
+WEIGHTED = ("bitconv2d", "bitlinear")
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """Seconds by the model, with the interface of the measured table: `estimate(problem)`.
+
+    batch: images that run together. Seconds are those of one of them: at 1 launches are most of it, bits and filters
+    little.
+    """
+
+    machine: Machine = H200
+    batch: int = 1
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.machine.name}" + (f":{self.batch}" if self.batch > 1 else "")
+
+    @property
+    def modelled(self) -> str:
+        """What to say beside a time: "modelled, nvidia-h200, batch 128"."""
+        return f"modelled, {self.machine.name}, batch {self.batch}"
+
+    def estimate(self, problem: Problem, threads: int | None = None) -> float | None:
+        """Seconds of a layer, for each image; None for one that is no step with codes of 1 to 8 bits.
+
+        threads: of the interface; a GPU has none.
+        """
+        bits = (problem.w_bits, problem.a_bits)
+        if problem.op not in WEIGHTED or not all(1 <= width <= MAX_BITS for width in bits):
+            return None
+        problem = replace(problem, batch=problem.batch * self.batch, device="cuda")
+        return seconds(*fastest(problem), self.machine) / self.batch
+
+    def of_steps(self, program: Program) -> list[float]:
+        """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU."""
+        program = as_kept(fold_steps(program))
+        return [self._of_step(step, program) for step in program.steps]
+
+    def _of_step(self, step: Step, program: Program) -> float:
+        problem = problem_of(step, program, self.batch, "cuda")
+        weighted = isinstance(step, ConvStep | LinearStep)
+        chosen = weighted_defaults(problem, hopper=True) if weighted else DEFAULTS[step.op](problem)
+        moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
+        moved += problem.out_channels * problem.reduction * problem.w_bits / 8 if weighted else 0.0
+        return min(seconds(problem, config, self.machine, moved) for config in chosen)
+
+
+def modelled(text: str) -> Modelled | None:
+    """The model that prints as `text`, None for a text that does not ask for one ("cpu", "cuda").
+
+    Raises:
+        FormatError: a model that does not exist.
+
+    >>> modelled("modelled:nvidia-h200:128").batch, modelled("cuda")
+    (128, None)
+    """
+    if not text.startswith(PREFIX):
+        return None
+    name, _, batch = text.removeprefix(PREFIX).partition(":")
+    if name not in MACHINES or (batch and not (batch.isdigit() and int(batch))):
+        known = ", ".join(f"{PREFIX}{known}" for known in MACHINES)
+        raise FormatError(f"{text!r} is no modelled GPU; there is {known}, with a batch behind it such as :128")
+    return Modelled(MACHINES[name], int(batch or 1))
+
+
+def _touched(step: Step) -> list[int]:
+    emit = step.emit
+    read = [*sources(step), emit.gate, emit.residual, emit.stream]
+    return [index for index in read if index is not None] + [consumer.tensor for consumer in emit.consumers]
+
+
+def _bytes(index: int, program: Program, batch: int) -> int:
+    spec = program.tensors[index]
+    dtype, shape = storage(spec, program.stream_dtype, batch)
+    count = 1
+    for size in shape:
+        count *= size
+    return dtype.itemsize * count

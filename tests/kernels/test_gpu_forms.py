@@ -1,0 +1,109 @@
+"""Which codes a GPU keeps as bytes, and that a program stays what it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import programs
+import pytest
+import torch
+from contenders import assert_same
+
+from lbs_kernels import extension
+from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs import cuda
+from lbs_kernels.gpu.forms import as_kept
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import ConvStep, Emit, LinearStep, Program, sources
+from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times import table
+
+
+def bytes_pay(problem: Problem) -> float:
+    """Seconds by which codes as bytes are always faster."""
+    return 1e-5 / problem.a_bits
+
+
+def turned(before: Program, after: Program) -> list[int]:
+    pairs = enumerate(zip(before.tensors, after.tensors, strict=True))
+    return [index for index, (old, new) in pairs if old.bits != new.bits]
+
+
+@pytest.mark.parametrize("name", sorted(programs.CASES))
+def test_what_is_turned_is_read_by_layers_alone_and_stays_what_it_was(name: str) -> None:
+    program, blob = programs.CASES[name](seed=5)
+    kept = as_kept(program, bytes_pay)
+    for index in turned(program, kept):
+        assert not program.tensors[index].signed
+        assert kept.tensors[index] == replace(program.tensors[index], bits=8)
+        readers = [step for step in program.steps if index in sources(step)]
+        assert readers
+        assert all(isinstance(step, ConvStep | LinearStep) for step in readers)
+    images = programs.random_inputs(program, batch=2, seed=3)
+    for one, other in zip(
+        ReferenceRunner(program, blob).run(images), ReferenceRunner(kept, blob).run(images), strict=True
+    ):
+        assert_same(one, other, name)
+
+
+def test_something_is_turned() -> None:
+    """Else the test above would hold of nothing."""
+    counts = {
+        name: len(turned(p, as_kept(p, bytes_pay)))
+        for name, p in ((n, c(seed=5)[0]) for n, c in programs.CASES.items())
+    }
+    assert sum(counts.values()) >= 5, counts
+
+
+def chain(size: int, channels: int, kernel: int, bits: int, **form: object) -> tuple[Program, int]:
+    b = programs.Builder(0)
+    image = b.image(channels, size, size)
+    codes = b.consumer((size, size, channels), bits, **form)
+    b.quantize(image, Emit(consumers=(codes,)))
+    shape = b.conv_shape(codes.tensor, channels, kernel=(kernel, kernel), padding=(kernel // 2, kernel // 2))
+    emit = Emit(stream=b.stream(shape, output=True))
+    window = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
+    b.conv(codes.tensor, emit, channels, w_bits=bits, **window)
+    return b.build()[0], codes.tensor
+
+
+def test_the_model_decides_where_nothing_was_measured() -> None:
+    program, codes = chain(28, 128, 3, 4)
+    assert turned(program, as_kept(program)) == [codes]  # products are what it waits for
+    program, codes = chain(28, 128, 3, 2)
+    assert turned(program, as_kept(program)) == []  # single bits are faster
+    program, codes = chain(28, 128, 3, 4)
+    for planes, as_bytes, found in ((1e-6, 2e-6, []), (2e-6, 1e-6, [codes])):
+        times = {4: planes, 8: as_bytes}
+        assert turned(program, as_kept(program, lambda problem, t=times: t[problem.a_bits])) == found
+        # A time of one form alone says nothing.
+        assert turned(program, as_kept(program, lambda problem, t=times: t[4] if problem.a_bits == 4 else None)) == [
+            codes
+        ]
+
+
+def test_sums_that_would_not_fit_keep_planes() -> None:
+    b = programs.Builder(0)
+    image = b.image(40000, 1, 1)
+    codes = b.consumer((1, 1, 40000), 2)
+    b.quantize(image, Emit(consumers=(codes,)))
+    b.linear(codes.tensor, Emit(stream=b.stream((1, 1, 3), output=True)), 3, w_bits=8)
+    assert turned(b.build()[0], as_kept(b.build()[0], bytes_pay)) == []
+
+
+def test_they_are_turned_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, codes = chain(28, 128, 3, 4)
+    blob = torch.empty(0, dtype=torch.uint8)  # nothing of it is changed
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    assert kernels.program_on(program, blob, "cuda")[0] is program  # no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
+    monkeypatch.setattr(table, "times", lambda problem: {})
+    assert turned(program, kernels.program_on(program, blob, "cuda")[0]) == [codes]
+    assert kernels.program_on(program, blob, "cuda", ("triton",))[0] is program
+    monkeypatch.setattr(cuda, "machines", lambda device: ("mma",))
+    assert kernels.program_on(program, blob, "cuda")[0] is program
+    monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
+    monkeypatch.setattr(extension, "cuda", None)
+    assert kernels.program_on(program, blob, "cuda")[0] is program
