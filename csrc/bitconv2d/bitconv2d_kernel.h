@@ -110,7 +110,7 @@ LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* 
     conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, start, dots, fast, before);
 }
 
-// Sums of few products, the usual epilogue behind them: results need not wait in memory, as the processor's reorder
+// Sums of few products, a lean epilogue behind them: results need not wait in memory, as the processor's reorder
 // buffer holds several tiles of four filters whole. On a Zen 5 an expanding layer of 16 channels takes 100 us instead
 // of 160, one of 128 channels 150 instead of 162, and longer sums are faster as tiles.
 constexpr int kShortBytes = 1 << 14;  // of activations, which one group of four filters after the other reads

@@ -1,4 +1,4 @@
-// Memory that kernels work in: aligned to cache lines, zero at first, with bytes behind it that may be read.
+// Memory that kernels work in: aligned to cache lines unless guarded, zero at first, with bytes behind it that may be read.
 #pragma once
 
 #include <cstddef>

@@ -54,8 +54,9 @@ std::chrono::microseconds idle_spin() {
         const char* const end = word + std::strlen(word);
         const auto read = std::from_chars(word, end, value);
         if (read.ec != std::errc() || read.ptr != end || value < 0 || value > kMostSpin)
-            throw BackendError(std::string("LBS_SPIN_US is '") + word + "'; it is a whole number of microseconds from 0 to " +
-                               std::to_string(kMostSpin) + ", or unset");
+            throw BackendError(std::string("LBS_SPIN_US is '") + word +
+                               "'; it is a whole number of microseconds from 0 to " + std::to_string(kMostSpin) +
+                               ", or unset");
         return std::chrono::microseconds(value);
     }();
     return time;

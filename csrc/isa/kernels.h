@@ -43,7 +43,7 @@ struct KernelTable {
     // Vectors [first_vector, last_vector) of a stream or an image, all channels.
     void (*quantpack)(const ReadPlan& read, const EmitPlan& plan, const RunContext& run, const void* values,
                       bool channels_last, int first_vector, int last_vector);
-    // One plane of a stream; `rows` are kPoolRows * plan.row_floats of working memory, `out` may be overrun by a vector.
+    // One plane of a stream; `rows`: kPoolRows * plan.row_floats of working memory; `out` may be overrun by a vector.
     void (*max_plane)(const PoolStreamPlan& plan, const float* plane, float* rows, float* out);
     void (*pool_codes)(const PoolCodesPlan& plan, const RunContext& run, int first_group, int last_group);
     // Channel groups [first_group, last_group) of what is written.

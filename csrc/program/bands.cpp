@@ -5,7 +5,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "program/layout.h"
+#include "program/plan_builder.h"
 
 namespace lbs {
 namespace {
@@ -15,7 +15,8 @@ constexpr int64_t kBandBytes = 1 << 18;
 
 // Floats of a channel for so many rows of the result, where the first may begin within a vector.
 int64_t band_floats(const PoolStreamPlan& max, int rows, int lanes) {
-    const int64_t pixels = int64_t{(rows - 1) * max.row_stride + max.kernel_rows} * max.width;
+    const int64_t first = int64_t{std::min(rows, max.rows) - 1} * max.row_stride;
+    const int64_t pixels = (first + max.kernel_rows) * max.width;
     return int64_t{vector_count(pixels, lanes) + 1} * lanes;
 }
 
@@ -37,14 +38,16 @@ BandPlan plan_bands(const ConvPlan& conv, const PoolStreamPlan& max, int lanes) 
     return plan;
 }
 
-double run_bands(const BandPlan& plan, const PoolStreamPlan& max, const EmitPlan& emit, const KernelTable& kernels,
-                 const RunContext& context, unsigned char** tensors, unsigned char* memory, float* floats,
+double run_bands(const StepPlan& step, const KernelTable& kernels, const RunContext& context, const BandMemory& memory,
                  const Team::Member& self, bool timed) {
     using Clock = std::chrono::steady_clock;
+    const BandPlan& plan = step.bands;
+    const PoolStreamPlan& max = step.max;
+    const EmitPlan& emit = step.emit;
     const int lanes = kernels.lanes, channels = plan.conv.emit.channels;
     const int64_t pitch = plan.conv.emit.pixels;
-    float* const stream = reinterpret_cast<float*>(memory);
-    float* const row = floats + 4 * emit.pixels + kMaxLanes;
+    float* const stream = reinterpret_cast<float*>(memory.stream);
+    float* const rows = memory.floats + pool_rows_at(emit);
     const int last_unit = static_cast<int>(int64_t{plan.unit_count} * (self.rank + 1) / self.size);
     int unit = static_cast<int>(int64_t{plan.unit_count} * self.rank / self.size);
     int held = 0, done = -1;  // vectors of the stream: the first in memory, and behind the last
@@ -62,7 +65,7 @@ double run_bands(const BandPlan& plan, const PoolStreamPlan& max, const EmitPlan
                 std::memmove(plane, plane + int64_t{from - held} * lanes, size_t{4} * (done - from) * lanes);
             }
         held = from;
-        tensors[plan.conv.emit.stream] = memory - int64_t{4} * from * lanes;
+        memory.tensors[plan.conv.emit.stream] = memory.stream - int64_t{4} * from * lanes;
         const Clock::time_point before = timed ? Clock::now() : Clock::time_point();
         kernels.conv(plan.conv, context, std::max(done, from), to, 0, plan.conv.block_count);
         if (timed) seconds += std::chrono::duration<double>(Clock::now() - before).count();
@@ -75,9 +78,9 @@ double run_bands(const BandPlan& plan, const PoolStreamPlan& max, const EmitPlan
         const int64_t made = int64_t{first} * max.columns;
         for (int channel = 0; channel < channels; ++channel) {
             const float* plane = stream + channel * pitch + first_pixel - int64_t{from} * lanes;
-            kernels.max_plane(part, plane, row, floats + channel % 4 * emit.pixels + made);
+            kernels.max_plane(part, plane, rows, memory.floats + channel % 4 * emit.pixels + made);
             if (channel % 4 == 3 || channel + 1 == channels)
-                kernels.emit_planes(emit, context, floats, channel / 4 * 4, channel / 4, channel / 4 + 1,
+                kernels.emit_planes(emit, context, memory.floats, channel / 4 * 4, channel / 4, channel / 4 + 1,
                                     static_cast<int>(made / lanes), vector_count(int64_t{last} * max.columns, lanes));
         }
     }

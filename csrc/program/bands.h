@@ -8,6 +8,8 @@
 
 namespace lbs {
 
+struct StepPlan;
+
 struct BandPlan {
     int unit_rows = 0, unit_count = 0;  // rows of the result, the fewest that are whole vectors; no units: no bands
     int units = 0;                      // of a band
@@ -17,10 +19,16 @@ struct BandPlan {
 // None where the stream is small, or bands would not be.
 BandPlan plan_bands(const ConvPlan& conv, const PoolStreamPlan& max, int lanes);
 
-// One thread's part of both. `tensors` are those of `context`, where the convolution's stream is given `memory`, which
-// holds as much as the whole. Returns the seconds of the convolution where they are `timed`.
-double run_bands(const BandPlan& plan, const PoolStreamPlan& max, const EmitPlan& emit, const KernelTable& kernels,
-                 const RunContext& context, unsigned char** tensors, unsigned char* memory, float* floats,
+// What a thread works in: its table of tensors, memory as large as the whole stream, and floats of a maximum.
+struct BandMemory {
+    unsigned char** tensors;
+    unsigned char* stream;
+    float* floats;
+};
+
+// One thread's part of a maximum and the convolution before it. Returns the seconds of the convolution where they are
+// `timed`.
+double run_bands(const StepPlan& max, const KernelTable& kernels, const RunContext& context, const BandMemory& memory,
                  const Team::Member& self, bool timed);
 
 }  // namespace lbs

@@ -1,4 +1,4 @@
-// The epilogue of a tile, written to run in the shadow of the next tile's dot products.
+// The epilogue of a tile, written to run in the shadow of the next tile's dot products, and of planes of floats.
 //
 // A tile's results wait in memory while the next tile computes; between parts of that tile's K loop one vector after
 // the other is finished. The processor overlaps the two, which a separate epilogue does not allow: its chain of
@@ -84,7 +84,7 @@ struct Tile {
         const lbs::EmitPlan& e = *f.plan;
         if (!f.usable || !channels_are_free(e, channel + filters)) return;
         fast_vectors = vectors;
-        const bool over = f.only && f.only->map.over;
+        const bool over = f.is_usual() && f.only->map.over;
         if (vector + vectors == e.vectors && e.tail_mask != kAllLanes && !over) --fast_vectors;
     }
     LBS_INLINE const int32_t* dots_of(int p, int f) const { return dots + p * vector_pitch + f * filter_pitch; }
@@ -262,7 +262,7 @@ struct LeanEmit {
     }
 };
 
-// Steps 1 to 6 for filters f to f + 3 of vector p of a tile, whatever they are.
+// Steps 1 to 6 for filters f to f + 3 of vector p of a tile, where the epilogue is not lean.
 __attribute__((noinline)) void emit_other(const FastEmit& fast, const Tile& tile, int p, int f) {
     const lbs::EmitPlan& e = *fast.plan;
     const int channel = tile.channel + f;
@@ -289,6 +289,7 @@ __attribute__((noinline)) void emit_other(const FastEmit& fast, const Tile& tile
         fast_consumer(*c, fast, channel, tile.vector + p, y);
 }
 
+// Steps 1 to 6 for filters f to f + 3 of vector p of a tile.
 LBS_INLINE void emit_quad(const FastEmit& fast, const Tile& tile, int p, int f) {
     if (__builtin_expect(p >= tile.fast_vectors, 0)) return emit_rare(fast, tile, p, f);
     if (__builtin_expect(!fast.plan->is_lean, 0)) return emit_other(fast, tile, p, f);
@@ -325,8 +326,7 @@ void emit_planes_kernel(const lbs::EmitPlan& e, const lbs::RunContext& run, cons
                 emit_values(fast, channel, vector, channel * e.pixels + first, y);
                 continue;
             }
-            for (int j = 0; j < 4; ++j)
-                y.v[j] = Simd::fload_mask(plane + j * e.pixels + first, j < live ? valid : 0);
+            for (int j = 0; j < 4; ++j) y.v[j] = Simd::fload_mask(plane + j * e.pixels + first, j < live ? valid : 0);
             emit4_any(e, run, channel, vector, y);
         }
     }

@@ -34,7 +34,7 @@ struct Piece {
 };
 
 struct PixelMap {
-    int pieces = 1;  // 1: every vector contiguous, and whole if not `masked`; 2, 4, 8: pieces; 0: one offset per lane
+    int pieces = 1;  // 1: every vector contiguous, and whole if neither `masked` nor `over`; 2, 4, 8: pieces; 0: one offset per lane
     bool compress = false;
     bool over = false;  // the last vector may be stored whole
     bool masked = false;

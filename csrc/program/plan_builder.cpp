@@ -62,7 +62,9 @@ CodeScale code_scale(const ConsumerPlan& first, const ConsumerPlan& other) {
     while (made.most > 0 && codes[made.most - 1] == last) --made.most;
     for (made.shift = 16; last >> (16 - made.shift); --made.shift) {
     }
-    const int near = static_cast<int>(std::nearbyint(first.step * other.scale * static_cast<float>(1 << made.shift)));
+    const float times = first.step * other.scale * static_cast<float>(1 << made.shift);
+    if (!(times < 65535.0f)) return made;
+    const int near = static_cast<int>(std::nearbyint(times));
     for (made.factor = std::max(near - 2, 0); made.factor <= near + 2 && !made.holds; made.factor += !made.holds) {
         int low = 0, high = 65535 - made.most * made.factor;
         for (int q = 0; q <= made.most; ++q) {
@@ -284,11 +286,12 @@ void plan_max(const StepSpec& step, const TensorSpec& source, PoolStreamPlan& pl
     plan.columns = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, 1);
     plan.kernel_rows = step.kernel.y;
     plan.kernel_columns = step.kernel.x;
-    plan.row_stride = step.stride.y;
-    plan.column_stride = step.stride.x;
+    // A stride that is never taken may be anything, and working memory grows with it.
+    plan.row_stride = plan.rows > 1 ? step.stride.y : 1;
+    plan.column_stride = plan.columns > 1 ? step.stride.x : 1;
     plan.top = step.padding.y;
     plan.left = step.padding.x;
-    const int64_t read = int64_t{plan.columns + kMaxLanes} * step.stride.x + step.kernel.x + kMaxLanes;
+    const int64_t read = int64_t{plan.columns + kMaxLanes} * plan.column_stride + step.kernel.x + kMaxLanes;
     plan.row_floats = std::max<int64_t>(read, int64_t{plan.left} + plan.width);
 }
 
@@ -305,8 +308,7 @@ void ProgramPlan::plan_pool(const StepSpec& step, StepPlan& plan) {
         plan_max(step, source, plan.max);
         for (const StepSpec& writer : spec.steps)
             if (writer.emit.stream == step.input) plan.max.numbers = writer.emit.low || writer.emit.high;
-        float_count =
-            std::max<int64_t>(float_count, 4 * plan.emit.pixels + kMaxLanes + kPoolRows * plan.max.row_floats);
+        float_count = std::max<int64_t>(float_count, pool_rows_at(plan.emit) + kPoolRows * plan.max.row_floats);
     } else {
         // Where real 0 is code 0, padding holds the smallest code and cannot win, so the window may run over it. A huge
         // window is cut to the image instead, and no table is made of its taps.
@@ -441,11 +443,19 @@ void ProgramPlan::join_bands() {
     }
 }
 
+// What is read while a step runs, by the convolution of its bands as well.
+std::vector<int> ProgramPlan::reads_of(size_t step) const {
+    std::vector<int> reads = tensors_read(spec.steps[step]);
+    if (step > 0 && steps[step - 1].in_bands)
+        for (int tensor : tensors_read(spec.steps[step - 1])) reads.push_back(tensor);
+    return reads;
+}
+
 void ProgramPlan::assign_slots() {
     const size_t count = spec.tensors.size();
     std::vector<int> last_use(count, -1);
     for (size_t i = 0; i < steps.size(); ++i)
-        for (int tensor : tensors_read(spec.steps[i])) last_use[static_cast<size_t>(tensor)] = static_cast<int>(i);
+        for (int tensor : reads_of(i)) last_use[static_cast<size_t>(tensor)] = static_cast<int>(i);
     slot_of.assign(count, -1);
     std::vector<bool> external(count, false);
     for (int output : spec.outputs) external[static_cast<size_t>(output)] = true;
@@ -498,7 +508,7 @@ void ProgramPlan::assign_slots() {
             wish.bytes = wish.is_codes ? wish.layout.bytes() : 4 * target.pixels() * target.channels;
             slot_of[static_cast<size_t>(tensor)] = take(wish);
         }
-        for (int tensor : reads) {
+        for (int tensor : reads_of(i)) {
             const bool shared =
                 emit.stream >= 0 && slot_of[static_cast<size_t>(emit.stream)] == slot_of[static_cast<size_t>(tensor)];
             if (!shared) release(tensor, i);
@@ -523,14 +533,14 @@ void ProgramPlan::place_meetings() {
     };
     for (size_t i = 0; i < steps.size(); ++i) {
         bool meet = false;
-        for (int tensor : tensors_read(spec.steps[i])) meet = meet || holds(written, place(tensor));
+        for (int tensor : reads_of(i)) meet = meet || holds(written, place(tensor));
         for (int tensor : steps[i].writes) meet = meet || holds(written, place(tensor)) || holds(read, place(tensor));
         if (meet) {
             read.clear();
             written.clear();
         }
         steps[i].meet_before = meet;
-        for (int tensor : tensors_read(spec.steps[i])) read.push_back(place(tensor));
+        for (int tensor : reads_of(i)) read.push_back(place(tensor));
         for (int tensor : steps[i].writes) written.push_back(place(tensor));
     }
 }

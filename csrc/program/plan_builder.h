@@ -47,6 +47,9 @@ struct StepPlan {
     bool in_bands = false;     // computed with the next step, unless tensors are traced
 };
 
+// Where the rows of a maximum lie among a thread's floats, behind four planes and what is written past their end.
+inline int64_t pool_rows_at(const EmitPlan& emit) { return 4 * emit.pixels + kMaxLanes; }
+
 // A piece of one image's memory. Tensors that never live at the same time may share it.
 struct Slot {
     int64_t offset = 0, bytes = 0;
@@ -87,6 +90,7 @@ private:
     void plan_select(const StepSpec& step, StepPlan& plan);
     void plan_resize(const StepSpec& step, StepPlan& plan);
     void join_bands();
+    std::vector<int> reads_of(size_t step) const;
     void assign_slots();
     void place_meetings();
 };

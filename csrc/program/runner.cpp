@@ -225,7 +225,7 @@ void Runner::run(const std::vector<const void*>& inputs, const std::vector<bool>
     parallel(batch == 0 ? 1 : threads, [&](int rank, int awake) {
         std::vector<double>* clock = seconds ? &clocks[static_cast<size_t>(rank)] : nullptr;
         const Closing closing{rank == 0 ? &team : nullptr};
-        std::optional<Loan> other;  // a thread that never comes needs none
+        std::optional<Loan> other;  // a thread that the system does not run needs none
         if (rank > 0) other.emplace(memories, *plan_);
         Memory& own = other ? other->memory() : first.memory();
         Worker single{own, own, clock};
@@ -283,9 +283,10 @@ void Runner::run_image(const Call& call, Team::Place from, Worker& worker) {
         }
         if (step.in_bands && !traced) continue;
         if (step.bands.unit_count > 0 && !traced) {
-            unsigned char* const memory = own.slots[static_cast<size_t>(plan_->slot_of[spec.steps[i].input])];
-            const double before = run_bands(step.bands, step.max, step.emit, plan_->kernels, context, tensors.data(),
-                                            memory, floats, worker.self, worker.seconds != nullptr);
+            unsigned char* const stream = own.slots[static_cast<size_t>(plan_->slot_of[spec.steps[i].input])];
+            const BandMemory memory{tensors.data(), stream, floats};
+            const double before =
+                run_bands(step, plan_->kernels, context, memory, worker.self, worker.seconds != nullptr);
             if (worker.seconds) {
                 (*worker.seconds)[i - 1] += before;
                 (*worker.seconds)[i] -= before;
@@ -350,12 +351,12 @@ void Runner::run_step(const Call& call, const StepPlan& step, const StepSpec& sp
         case StepPlan::Run::kMaxStream:
         case StepPlan::Run::kAverageStream: {
             const Share groups = share((source.channels + 3) / 4, self);
-            float* row = floats + 4 * step.emit.pixels + kMaxLanes;
+            float* rows = floats + pool_rows_at(step.emit);
             for (int group = groups.first; group < groups.last; ++group) {
                 for (int channel = 4 * group; channel < std::min(4 * group + 4, source.channels); ++channel) {
                     const float* plane = reinterpret_cast<const float*>(in) + channel * source.pixels();
                     float* out = floats + channel % 4 * step.emit.pixels;
-                    if (step.run == StepPlan::Run::kMaxStream) kernels.max_plane(step.max, plane, row, out);
+                    if (step.run == StepPlan::Run::kMaxStream) kernels.max_plane(step.max, plane, rows, out);
                     else average_plane(plane, source.height, source.width, spec, out);
                 }
                 kernels.emit_planes(step.emit, context, floats, 4 * group, group, group + 1, 0, step.emit.vectors);

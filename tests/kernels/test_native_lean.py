@@ -115,3 +115,24 @@ def test_codes_of_codes(bits: int, isa: str) -> None:
             assert torch.equal(native, expected[index]), (bits, ratio, zeros)
         seen |= set(expected[wide.tensor].flatten().tolist())
     assert seen == set(range(256))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_last_pixels_of_a_second_reader(isa: str) -> None:
+    """Maps one pixel wide, where a vector of the second reader's codes lies in as many pieces as lanes; the first
+    reader's lie in one row.
+    """
+    for height in (5, 21, 35):
+        b = Builder(height)
+        shape = (height, 1, 12)
+        image = b.image(3, height, 1)
+        codes, held = b.consumer((height, 1, 3), 8), b.consumer(shape, 8)
+        b.quantize(image, Emit(consumers=(codes,)))
+        b.conv(codes.tensor, Emit(low=0.0, consumers=(held,)), 12, w_bits=4, kernel=(1, 1), padding=(0, 0))
+        wide, narrow = b.consumer(shape, 8, stands=True), b.consumer(shape, 4)
+        emit = Emit(low=0.0, residual=held.tensor, residual_step=b.step(held.scale), consumers=(wide, narrow))
+        b.conv(codes.tensor, emit, 12, w_bits=8, kernel=(1, 1), padding=(0, 0))
+        for tensor, kernel in ((wide.tensor, (1, 1)), (narrow.tensor, (3, 1))):
+            window = {"kernel": kernel, "padding": (kernel[0] // 2, 0)}
+            b.conv(tensor, Emit(stream=b.stream((height, 1, 5), output=True)), 5, w_bits=4, **window)  # type: ignore[arg-type]
+        check(*b.build(), isa, batches=(1,), threads=(1,))
