@@ -200,6 +200,16 @@ def test_two_stages_count_calls_of_the_whole_network(
     assert section["targets"]["latency_ms"]["value"] == pytest.approx(by_hand)
 
 
+def test_two_stages_and_greedy_search_by_modelled_times(home: Path, lbs_command: Command) -> None:
+    device = "--latency-device modelled:nvidia-h200:128"
+    for mode in ("two-stage --prune-bops 0.7", "greedy"):
+        name = f"modelled-{mode.partition(' ')[0]}"
+        code, section, errors = lbs_command(f"{SEARCH} --run {name} --mode {mode} --latency-ms 1 {device}")
+        assert code == 0, errors
+        assert section["targets"]["latency_ms"]["modelled"] == "modelled, nvidia-h200, batch 128"
+        assert Plan.load(home / name / "plan.json").modelled == "modelled, nvidia-h200, batch 128"
+
+
 @pytest.fixture
 def no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing was measured."""

@@ -13,14 +13,16 @@ from torch import nn
 import lbs
 import lbs.models
 from lbs import SearchConfig, prepare
+from lbs.cost import Tuned
 from lbs.plan import Plan
 from lbs.reporting import comparison, tables
 from lbs.reporting.records import Record
 from lbs.runs.limits import latency_table, targets_section
 from lbs.search import Budget, freeze
+from lbs.search.baselines import project_budget
 from lbs.search.freeze import plan_of
 from lbs.search.quantities import kept_problem
-from lbs_kernels.errors import FormatError
+from lbs_kernels.errors import FormatError, PlanError
 from lbs_kernels.gpu.modelled import Modelled
 
 MARK = "modelled, nvidia-h200, batch 128"
@@ -103,3 +105,28 @@ def test_explain_tells_modelled_times_apart() -> None:
     assert "modelled" not in str(plain)
     with pytest.raises(FormatError, match="no modelled GPU"):
         lbs.explain(packed, gpu="nvidia-x1")
+
+
+@pytest.mark.parametrize("word", ["gpu", "modelled", "nvidia-h200", "tpu:0"])
+def test_a_device_without_times_is_refused(word: str) -> None:
+    with pytest.raises(PlanError, match="has no times; name one of cpu, cuda, modelled:nvidia-h200"):
+        latency_table("resnet18", word, 32)
+    assert latency_table("resnet18", "cuda:1", 32) == Tuned("cuda:1", model="resnet18")
+
+
+def test_plans_that_no_training_ended_say_modelled() -> None:
+    """Of `project`, of a budget that goes on where it was met, and of `lbs.quantize`."""
+    images, table = torch.rand(8, 1, 8, 8), Modelled(batch=128)
+    model = lbs.models.create("digits_resnet8", 10).eval()
+    projected = lbs.calibrate(prepare(model, images, SearchConfig(pruning=False)), [images])
+    budget = Budget(projected, latency_ms=1e3, table=table)
+    project_budget(budget, [(images, torch.zeros(8, dtype=torch.long))])
+    assert plan_of(projected).modelled == MARK
+    resumed = prepare(model, images, SearchConfig(pruning=False))
+    again = Budget(resumed, latency_ms=1e3, table=table)
+    assert plan_of(resumed).modelled == ""  # no choice was made yet
+    again.load_state_dict(budget.state_dict())
+    assert plan_of(resumed).modelled == MARK
+    packed = lbs.quantize(model, images, latency_ms=1e3, table=table)
+    assert packed.plan is not None
+    assert packed.plan.modelled == MARK
