@@ -41,7 +41,7 @@ def latency_table(model: str, device: str, streams: int) -> Table:
     if model_of_gpu is None and kind(device) not in MEASURED:
         known = ", ".join((*MEASURED, str(Modelled())))
         raise PlanError(
-            f"latency_device={device!r} has no times; name one of {known}, the last with a batch such as :128"
+            f"latency_device={device!r} has no times; name one of {known}, the last also with a batch: :128"
         )
     return model_of_gpu or Tuned(device, model=model, streams=streams)
 
