@@ -40,9 +40,7 @@ def latency_table(model: str, device: str, streams: int) -> Table:
     model_of_gpu = modelled(device)
     if model_of_gpu is None and kind(device) not in MEASURED:
         known = ", ".join((*MEASURED, str(Modelled())))
-        raise PlanError(
-            f"latency_device={device!r} has no times; name one of {known}, the last also with a batch: :128"
-        )
+        raise PlanError(f"latency_device={device!r} has no times; name {known}, the last also with a batch: :128")
     return model_of_gpu or Tuned(device, model=model, streams=streams)
 
 

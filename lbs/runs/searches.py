@@ -169,7 +169,7 @@ def between_stages(config: SearchRun) -> SearchRun:
 
 
 def with_bits(pruned: Plan, quantized: Plan) -> Plan:
-    """Kept filters of one plan; bits, what weights are rounded to and whose times chose both of that of what it left."""
+    """Kept filters of one plan; bits, what weights are rounded to and the mark of the plan of the network it left."""
 
     def joined(entry: LayerPlan, rounded: LayerPlan) -> LayerPlan:
         bits = replace(entry, w_bits=rounded.w_bits, a_bits=rounded.a_bits)

@@ -79,7 +79,7 @@ def modelled(text: str) -> Modelled | None:
     if not text.startswith(PREFIX):
         return None
     name, _, batch = text.removeprefix(PREFIX).partition(":")
-    if name not in MACHINES or (batch and not (batch.isdigit() and int(batch))):
+    if name not in MACHINES or (batch and not (batch.isdecimal() and int(batch))):
         known = ", ".join(f"{PREFIX}{known}" for known in MACHINES)
         raise FormatError(f"{text!r} is no modelled GPU; there is {known}, with a batch behind it such as :128")
     return Modelled(MACHINES[name], int(batch or 1))

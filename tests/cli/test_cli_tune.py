@@ -247,6 +247,14 @@ def test_a_list_of_broken_kernels_that_is_none(text: str, tmp_path: Path) -> Non
         ([*SMALL, "--minutes", "0"], "--minutes 0.0; give a positive number"),
         (["tune", "--shapes", "digits_resnet8", "--bits", "4"], "write weight/activation"),
         (["tune", "--shapes", "no_such_net"], "no_such_net"),
+        ([*SMALL, "--input-shape", "1,-1,8"], "--input-shape 1,-1,8 is no image"),
+        ([*SMALL, "--input-shape", "8"], "--input-shape 8 is no image"),
+        ([*SMALL, "--input-shape", "1,8"], "on an example of shape (1, 1, 8)"),
+        ([*SMALL, "--classes", "0"], "--classes 0; give at least 1"),
+        ([*SMALL, "--zoo", "x"], "--shapes and zoo are both to be measured"),
+        (["tune", "x.json", "--classes", "5", "--exclude", "fc"], "--classes, --exclude are for --shapes NAME"),
+        (["tune", "--zoo", "x", "--input-shape", "3,4,4"], "--input-shape are for --shapes NAME"),
+        (["tune", "--run", "x", "--streams", "8", "--bits", "4/4"], "--streams, --bits are for --shapes NAME"),
     ],
 )
 def test_what_makes_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_a_model_prints_as_it_is_asked_for() -> None:
         assert modelled(str(model)) == model
         assert model.modelled == f"modelled, nvidia-h200, batch {model.batch}"
     assert modelled("cpu") is None
-    for text in ("modelled:nvidia-x1", "modelled:nvidia-h200:0", "modelled:nvidia-h200:many"):
+    for text in ("modelled:nvidia-x1", "modelled:nvidia-h200:0", "modelled:nvidia-h200:many", "modelled:nvidia-h200:²"):
         with pytest.raises(FormatError, match="is no modelled GPU; there is modelled:nvidia-h200"):
             modelled(text)
     assert Modelled().estimate(replace(LAYER, op="pool")) is None

@@ -103,13 +103,17 @@ def test_explain_tells_modelled_times_apart() -> None:
     assert told.seconds != total
     plain = lbs.explain(packed, batch=2, rounds=1)
     assert "modelled" not in str(plain)
-    with pytest.raises(FormatError, match="no modelled GPU"):
+    with pytest.raises(FormatError, match="no modelled GPU; there is modelled:nvidia-h200"):
         lbs.explain(packed, gpu="nvidia-x1")
+    as_advised = lbs.explain(packed, batch=2, rounds=1, gpu="modelled:nvidia-h200")
+    assert [row.modelled for row in as_advised.rows] == [row.modelled for row in told.rows]
+    with pytest.raises(FormatError, match="names a batch; leave it out"):
+        lbs.explain(packed, gpu="modelled:nvidia-h200:128")
 
 
 @pytest.mark.parametrize("word", ["gpu", "modelled", "nvidia-h200", "tpu:0"])
 def test_a_device_without_times_is_refused(word: str) -> None:
-    with pytest.raises(PlanError, match="has no times; name one of cpu, cuda, modelled:nvidia-h200"):
+    with pytest.raises(PlanError, match="has no times; name cpu, cuda, modelled:nvidia-h200"):
         latency_table("resnet18", word, 32)
     assert latency_table("resnet18", "cuda:1", 32) == Tuned("cuda:1", model="resnet18")
 
