@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
-from lbs_kernels.gpu.configs.defaults import DEFAULTS, weighted_defaults
-from lbs_kernels.gpu.forms import as_kept, fastest
+from lbs_kernels.gpu.configs.defaults import DEFAULTS
+from lbs_kernels.gpu.forms import as_kept, configurations, fastest
 from lbs_kernels.gpu.layout import storage
 from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.program.planes import MAX_BITS
@@ -61,7 +61,7 @@ class Modelled:
     def _of_step(self, step: Step, program: Program) -> float:
         problem = problem_of(step, program, self.batch, "cuda")
         weighted = isinstance(step, ConvStep | LinearStep)
-        chosen = weighted_defaults(problem, hopper=True) if weighted else DEFAULTS[step.op](problem)
+        chosen = configurations(step, problem) if weighted else DEFAULTS[step.op](problem)
         moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
         moved += problem.out_channels * problem.reduction * problem.w_bits / 8 if weighted else 0.0
         return min(seconds(problem, config, self.machine, moved) for config in chosen)

@@ -178,6 +178,13 @@ def test_bytes_and_milliseconds_are_targets_too(
     assert (took["target"], took["threads"]) == (pytest.approx(0.29e-3), 1)
     assert took["estimated"] == pytest.approx(by_hand)
     assert took["measured"] > 0
+    config = home / "sized/config.json"
+    known = config.read_text()
+    config.write_text(known.replace('"latency_ms": 0.29', '"latency_ms": "0.29"'))
+    code, body, _ = lbs_command("pack --run sized --model tiny_modes:Net")
+    config.write_text(known)
+    assert code == 2
+    assert "config.json, section search: latency_ms is '0.29' and latency_device 'cpu'" in body["error"]
 
 
 def test_two_stages_count_calls_of_the_whole_network(

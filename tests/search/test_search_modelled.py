@@ -21,9 +21,10 @@ from lbs.runs.limits import latency_table, targets_section
 from lbs.search import Budget, freeze
 from lbs.search.baselines import project_budget
 from lbs.search.freeze import plan_of
-from lbs.search.quantities import kept_problem
+from lbs.search.quantities import seconds
 from lbs_kernels.errors import FormatError, PlanError
 from lbs_kernels.gpu.modelled import Modelled
+from lbs_kernels.times import table
 
 MARK = "modelled, nvidia-h200, batch 128"
 
@@ -46,7 +47,9 @@ def test_a_resnet_18_comes_within_a_modelled_time(share: float) -> None:
     assert 0.97 * outcome.target <= outcome.value <= outcome.target
     own = Modelled(batch=128)
     plan = plan_of(model)
-    assert outcome.value == pytest.approx(sum(own.estimate(kept_problem(plan, row)) or 0.0 for row in plan.layers))
+    assert outcome.value == pytest.approx(
+        sum(own.estimate(row.problem(plan.kept_inputs(row), row.kept_filters)) or 0.0 for row in plan.layers)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,9 @@ def test_plans_that_no_training_ended_say_modelled() -> None:
     packed = lbs.quantize(model, images, latency_ms=1e3, table=table)
     assert packed.plan is not None
     assert packed.plan.modelled == MARK
+
+
+def test_the_method_of_a_model_says_modelled_too() -> None:
+    assert seconds(Modelled(batch=128).estimate).modelled == MARK
+    assert not seconds(Modelled(batch=128).estimate).measured
+    assert seconds(table.estimate).measured
