@@ -1,4 +1,4 @@
-"""The CUDA module for a machine that has no time to build it: made here for its Python, and known again there.
+"""Builds the CUDA module beforehand for a machine without nvcc, for its Python, so that it is known again there.
 
     python benchmarks/gpu_carry.py --python PYTHON3.12 [--archs 90a]
 
@@ -8,8 +8,8 @@ PYTHON is an interpreter of the version that runs there, with its headers, setup
     python benchmarks/gpu_carry.py --python DIR/bin/python
 
 It writes lbs_kernels._cuda for that Python, which no other loads, and beside it `_carried.json`: what it was built
-from. Both are ignored by git, so whatever takes the tree along is told of them by name, as they are printed
-here. `benchmarks/gpu_suite.py` builds nothing where they belong to its sources, and says why where they do not.
+from. Both are ignored by git; their names are printed, to be copied with the tree. `benchmarks/gpu_suite.py` builds
+nothing where they belong to its sources, and says why where they do not.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""The most telling minutes of a GPU, in one command that may be the only one a machine ever runs.
+"""What a GPU is measured for, in one command of limited time, the most telling parts first.
 
     python benchmarks/gpu_suite.py [--out DIR] [--only PART ...] [--minutes M] [--networks N] [--plan] [--dry]
 
-In this order: the native module (carried here by gpu_carry.py, else built), every step of ResNet-18 and -50 in its own
+In this order: the native module (of gpu_carry.py, else built), every step of ResNet-18 and -50 in its own
 CUDA graph, whole networks against float16 in a graph and torch.compile, the roofs, the ten costliest layers tuned, the
 GPU tests, steps of searches, compute-sanitizer; then the results beside the targets. `--only row --data DIR` is a call
 of its own: a whole row of the results. Needed are torch, triton, numpy, safetensors and pytest; nothing is fetched.
 What is missing beside them (nvcc, pytest-xdist, compute-sanitizer) costs its part, which says so.
 
-Parts have boxes of time that add up to less than eight minutes (`--plan` prints them); what one leaves goes to the
-next. Each writes DIR/<part>.json, after every problem where there are many, so that whatever ends the run leaves what
-was measured. Kernels run in processes of their own: one that breaks the device costs its problem, and the part goes on
-behind it. DIR/<device>.json is the measured table, for lbs_kernels/tuning/ or LBS_TUNING_DIR; the others go to
-benchmarks/results/<device>/. `--dry` runs what a processor can: kernels in Triton's interpreter on tiny shapes.
+Parts have boxes of time that add up to less than the default of `--minutes` (`--plan` prints them); what one leaves
+goes to the next. Each writes DIR/<part>.json, after every problem where there are many, so that whatever ends the run
+leaves what was measured. Kernels run in processes of their own: one that breaks the device costs its problem, and the
+part goes on behind it. DIR/<device>.json is the measured table, for lbs_kernels/tuning/ or LBS_TUNING_DIR; the others
+go to benchmarks/results/<device>/. `--dry` runs what a processor can: kernels in Triton's interpreter on tiny shapes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BOXES = {
 }
 APART = {"row": 430.0}  # asked for by name alone
 WHAT = {
-    "build": "the CUDA module carried or built; beside it networks are packed, and torch.compile makes float16 ones",
+    "build": "the CUDA module, if not carried; beside it networks are packed, and torch.compile makes float16 ones",
     "steps": "every step of ResNet-18 and -50, w8a8 and w4a4, batch 128 and 1, each alone in a graph",
     "models": "ResNet-18, -50, MobileNetV2, batch 128 and 1: packed, float16 channels_last, compiled; norms folded",
     "roofs": "copy, float16, int8 through torch, and bytes and single bits on tensor cores",

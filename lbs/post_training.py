@@ -84,7 +84,7 @@ class QuantizationReport:
     in layers that stay in float, at 32 x 32 bits; full_precision_bops: of all these layers at 32 x 32 bits. widths:
     (weight bits, activation bits, layers). unpacked: (name, reason) of what stays in float, or is never called.
     uncounted: of that, layers whose bit operations no formula counts. seconds: of each step. streams: residual ones,
-    where streams of 8 bits were asked for.
+    where streams of 8 bits were asked for. stream_dtype: what those that are floats are stored in.
     """
 
     model: str
@@ -101,6 +101,7 @@ class QuantizationReport:
     outcome: BudgetResult | None = None
     times: BenchReport | None = field(default=None, repr=False)
     streams: tuple[ResidualStream, ...] = ()
+    stream_dtype: str = "float32"
 
     def rows(self) -> list[tuple[str, str]]:
         """The table's rows."""
@@ -126,7 +127,8 @@ class QuantizationReport:
         floats = [one for one in self.streams if one.reason]
         count = f"{len(self.streams) - len(floats)} of {len(self.streams)} residual ones are codes of 8 bits"
         left = [("stream in float", f"{one.name}: {one.reason}") for one in floats]
-        return [("streams", count), *left] if self.streams else []
+        stored = [] if self.stream_dtype == "float32" else [("streams", f"floats are stored in {self.stream_dtype}")]
+        return stored + ([("streams", count), *left] if self.streams else [])
 
     def _bit_operations(self) -> str:
         told = units.bops(self.bops)
@@ -158,6 +160,7 @@ class QuantizationReport:
             "widths": [list(row) for row in self.widths],
             "unpacked": [list(row) for row in self.unpacked],
             "streams": [[one.name, one.reason] for one in self.streams],
+            "stream_dtype": self.stream_dtype,
             "seconds": self.seconds,
             "bench": None if self.times is None else self.times.to_json(),
         }
@@ -199,8 +202,9 @@ def quantize(
         rounding: of weights of fewer than 8 bits, each to its nearest code, or so that layers compute on these images
             what they compute in float (`lbs/quant/rounding.py`; half a minute more for MobileNetV2 at 4 bits).
         normalize: see `lbs.pack`. exclude: name patterns left in float. streams: bits of what residual sums store until
-            they add it: 8, or 32 for floats. measure: time one image beside float and
-            uniform 8 bits. progress: is told what begins.
+            they add it: 8, or 32 for floats, on a GPU float16 where verification holds then (`stream_dtype` of
+            `lbs.pack`; the report names it). measure: time one image beside float and uniform 8 bits. progress: is
+            told what begins.
 
     Raises:
         ShapeError: images of several sizes, of another rank or dtype. DataError: no images, or values that are not
@@ -452,6 +456,7 @@ def _report(
         outcome,
         times,
         record.streams,
+        packed.programs[0].stream_dtype,
     )
 
 

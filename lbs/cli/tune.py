@@ -27,6 +27,10 @@ from lbs_kernels.tune import tuner
 from lbs_kernels.tune.blame import Blame
 from lbs_kernels.tune.roof import measure_roof
 
+_PAIRS = "2/2,2/4,2/8,4/2,4/4,4/8,8/2,8/4,8/8"
+_POINTS = 4  # kept sizes per axis
+_OF_SHAPES = ("input_shape", "classes", "exclude", "streams", "bits", "points", "group")  # options of --shapes alone
+
 
 def pairs(text: str) -> tuple[tuple[int, int], ...]:
     """`2/2,4/8` -> ((2, 2), (4, 8))."""
@@ -55,16 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits",
         type=pairs,
-        default=pairs("2/2,2/4,2/8,4/2,4/4,4/8,8/2,8/4,8/8"),
         metavar="W/A,..",
         help="weight/activation bits of --shapes (default: every pair of 2, 4 and 8)",
     )
     parser.add_argument(
         "--points",
         type=int,
-        default=4,
         metavar="N",
-        help="kept sizes per axis of a layer (default 4; 1: whole layers)",
+        help=f"kept sizes per axis of a layer of --shapes (default {_POINTS}; 1: whole layers)",
     )
     parser.add_argument("--group", type=int, metavar="N", help="filters kept or cut together (default: the model's)")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after this long; call again to go on")
@@ -132,8 +134,11 @@ def run(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace, device: torch.device) -> tuple[list[Problem], list[tuning.Call]]:
     """What was named: a packed network, a plan, or float networks. On a GPU no calls are timed."""
     kind = device.type
+    named = [name for name in ("file", "run", "zoo") if getattr(args, name)]
     if not args.shapes:
-        named = [name for name in ("file", "run", "zoo") if getattr(args, name)]
+        odd = [f"--{name.replace('_', '-')}" for name in _OF_SHAPES if getattr(args, name, None) not in (None, ())]
+        if odd:
+            raise LbsError(f"{', '.join(odd)} are for --shapes NAME, which is missing; name it, or leave them out")
         plan = None
         if len(named) == 1:  # else `source_of` says so
             plan = tuning.searched_plan(args.file and Path(args.file), RunFolder(args.run) if args.run else None)
@@ -141,15 +146,18 @@ def _asked(args: argparse.Namespace, device: torch.device) -> tuple[list[Problem
             return tuning.plan_problems(plan, args.batch, kind), []
         packed = source_of(args).packed
         return tuning.step_problems(packed, args.batch, kind), tuning.calls_of_packed(packed, args.batch)
+    if named:
+        raise LbsError(f"--shapes and {', '.join(named)} are both to be measured; name one of them, then call again")
     problems: list[Problem] = []
     calls: list[tuning.Call] = []
-    points = args.points if kind == "cpu" else 1
+    bits = pairs(_PAIRS) if args.bits is None else args.bits
+    points = (_POINTS if args.points is None else args.points) if kind == "cpu" else 1
     for name in args.shapes.split(","):
         shapes = tuning.shapes_of(name, args.input_shape, args.classes)
-        problems += tuning.shape_problems(shapes, args.bits, args.batch, group=args.group, points=points, device=kind)
+        problems += tuning.shape_problems(shapes, bits, args.batch, group=args.group, points=points, device=kind)
         if kind == "cpu":
             exclude, streams = tuple(getattr(args, "exclude", ())), getattr(args, "streams", FLOAT)
-            calls += tuning.calls_of_shapes(shapes, args.bits, args.batch, exclude, streams)
+            calls += tuning.calls_of_shapes(shapes, bits, args.batch, exclude, streams)
     return problems, calls
 
 

@@ -115,7 +115,11 @@ def at_uniform_bits(layers: Sequence[Problem], w_bits: int, a_bits: int) -> list
 
 
 def call_key(layers: Sequence[Problem], batch: int, w_bits: int, a_bits: int, streams: int = FLOAT_STREAMS) -> str:
-    """The name of a network at uniform bits in tuning tables: by its whole layers, as executed, of one image."""
+    """The name of a network at uniform bits in tuning tables: by its whole layers, as executed, of one image.
+
+    Networks that differ in nothing but what lies between these layers (sums, pools, activations, what stays in float)
+    share it, and what was measured of one is taken for the other.
+    """
     return f"{_network(layers, streams)}_n{batch}_w{w_bits}a{a_bits}_cpu"
 
 
@@ -130,7 +134,7 @@ class Around:
     """What surrounds the layers of a network in a call, with one number of threads.
 
     rests: seconds by the uniform (weight, activation) bits of the calls that were measured. call: the median of those
-    calls. inner: layers of the network beside its edges.
+    calls. inner: steps of the layers beside the network's edges.
     """
 
     rests: dict[tuple[int, int], float]
@@ -153,7 +157,7 @@ class Around:
         return self.at(EDGE_BITS, EDGE_BITS)
 
     def share(self, problem: Problem) -> float:
-        """What a layer at other bits adds to `constant`; it may be below 0."""
+        """What a step of a layer (`timed`) at other bits adds to `constant`; it may be below 0."""
         return (self.at(problem.w_bits, problem.a_bits) - self.constant) / self.inner
 
 
@@ -177,7 +181,7 @@ def surroundings(layers: Sequence[Problem], *, batch: int = 1, streams: int = FL
             if threads is not None and steps is not None:
                 rests.setdefault(threads, {})[pair] = max(0.0, seconds - steps)
                 calls.setdefault(threads, []).append(seconds)
-    inner = max(1, len(layers) - 2)
+    inner = max(1, sum(len(timed(layer)) for layer in layers[1:-1]))
     return {threads: Around(found, statistics.median(calls[threads]), inner) for threads, found in rests.items()}
 
 
@@ -213,7 +217,9 @@ def call_seconds(
     """
     around = surroundings(layers, batch=batch, streams=streams).get(threads)
     steps = layer_seconds(kept, batch=batch, threads=threads)
-    return None if around is None or steps is None else steps + around.constant + sum(map(around.share, kept))
+    if around is None or steps is None:
+        return None
+    return steps + around.constant + sum(around.share(step) for layer in kept for step in timed(layer))
 
 
 @dataclass(frozen=True)

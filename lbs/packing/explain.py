@@ -12,8 +12,8 @@ from lbs.packing.draft import DECODED
 from lbs.packing.model import PackedModel, need_packed
 from lbs.packing.parts import PartRow, time_call, time_parts, told, torch_threads
 from lbs_kernels.device import default_threads
-from lbs_kernels.errors import ShapeError
-from lbs_kernels.gpu.modelled import PREFIX, modelled
+from lbs_kernels.errors import FormatError, ShapeError
+from lbs_kernels.gpu.modelled import PREFIX, Modelled, modelled
 from lbs_kernels.program.problem import problem_of
 from lbs_kernels.program.runner import StepKernel
 from lbs_kernels.program.steps import ConvStep, LinearStep, PoolStep, Program, ResizeStep, SelectStep, Step, TensorSpec
@@ -114,10 +114,12 @@ def explain(
         batch: images per run. threads: of the native kernels and of torch, whose number it is unless given. rounds:
             runs whose median is the time of a step: what the first thread spent in it on the native back end, a CUDA
             graph of its launch on a GPU; the reference does not tell it. The same number of calls times the parts.
-        gpu: a GPU that is not here, such as "nvidia-h200": a column tells what a model gives for its steps.
+        gpu: a GPU that is not here, such as "nvidia-h200" or "modelled:nvidia-h200": a column tells what a
+            model gives for its steps.
 
     Raises:
-        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network. FormatError: no such GPU.
+        ShapeError: an empty batch, no rounds, or no threads. GraphError: no packed network. FormatError: no such GPU,
+            or one with a batch of its own.
 
     Example:
         print(lbs.explain(packed, batch=64))
@@ -126,7 +128,7 @@ def explain(
     count = default_threads() if threads is None else threads
     if min(batch, rounds, count) < 1:
         raise ShapeError(f"batch = {batch}, rounds = {rounds}, threads = {count}; each is at least 1")
-    model = modelled(f"{PREFIX}{gpu}:{batch}") if gpu else None
+    model = _model_of(gpu, batch)
     generator = torch.Generator().manual_seed(0)
     images = packed.random_images(batch, generator)
     _, traces = packed.run_traced(images)
@@ -165,6 +167,13 @@ def explain(
         call = time_call(packed, images, rounds).p20 if packed.device.type == "cpu" else None
     about = (batch, count, packed.packed_bytes, parts, call, estimated_call(packed, batch, count))
     return Explanation(_with_shares(rows), packed.kept_float, tuple(notes), *about)
+
+
+def _model_of(gpu: str, batch: int) -> Modelled | None:
+    name = gpu.removeprefix(PREFIX)
+    if ":" in name:
+        raise FormatError(f"gpu={gpu!r} names a batch; leave it out, the model counts the batch that is run ({batch})")
+    return modelled(f"{PREFIX}{name}:{batch}") if gpu else None
 
 
 def estimated_call(packed: PackedModel, batch: int, threads: int) -> float | None:

@@ -72,7 +72,7 @@ def pack(
     pixels = None if normalize is None else Normalization.of(normalize)
     floats = example if example is None or pixels is None else pixels.values(example[:2]).float()
     with still(model):
-        packed = _in_half(model, example, floats, pixels) if stream_dtype is None and verify else None
+        packed = _in_half(model, example, floats, pixels, fallback) if stream_dtype is None and verify else None
         verify = verify and packed is None  # it was
         packed = packed or _packed(model, floats, stream_dtype or "float32", pixels)
         packed.fallback = fallback
@@ -85,14 +85,19 @@ def pack(
 
 
 def _in_half(
-    model: nn.Module, example: Tensor | None, floats: Tensor | None, pixels: Normalization | None
+    model: nn.Module, example: Tensor | None, floats: Tensor | None, pixels: Normalization | None, fallback: str | None
 ) -> PackedModel | None:
-    """A model on a GPU with streams in float16; None on a processor, or where a value does not fit them."""
+    """A model on a GPU with streams in float16, verified as it will run; None on a processor, or where a value does not
+    fit them.
+    """
     if not _on_gpu(model):
         return None
     packed = _packed(model, floats, "float16", pixels)
+    packed.fallback = fallback
     report = _report(model, packed, example)
-    if not report.ok:
+    if report.ok:
+        _log.info('%s: streams are stored in float16, the default on a GPU; or stream_dtype="float32"', packed.name)
+    else:
         _log.warning("%s: streams stay in float32, as in float16 %s", packed.name, report.first_difference)
     return packed if report.ok else None
 

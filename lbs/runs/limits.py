@@ -9,9 +9,11 @@ from lbs.cost import Tuned
 from lbs.search.outcome import BudgetResult
 from lbs.search.quantities import Table
 from lbs_kernels.errors import PlanError
-from lbs_kernels.gpu.modelled import modelled
+from lbs_kernels.gpu.modelled import Modelled, modelled
+from lbs_kernels.times.table import kind
 
 TARGETS = ("bops", "size_mb", "latency_ms")
+MEASURED = ("cpu", "cuda")  # kinds of devices that lbs tune measures
 NO_TARGET = "no budget; name one or several: bops=0.03 (share), bops=650e6, size_mb=0.2, latency_ms=1.5"
 
 
@@ -33,9 +35,13 @@ def latency_table(model: str, device: str, streams: int) -> Table:
     """Seconds of layers on `device`: as `lbs tune` measured them on this machine, or of a modelled GPU.
 
     Raises:
-        FormatError: a modelled GPU that does not exist.
+        PlanError: a device of another kind. FormatError: a modelled GPU that does not exist.
     """
-    return modelled(device) or Tuned(device, model=model, streams=streams)
+    model_of_gpu = modelled(device)
+    if model_of_gpu is None and kind(device) not in MEASURED:
+        known = ", ".join((*MEASURED, str(Modelled())))
+        raise PlanError(f"latency_device={device!r} has no times; name {known}, the last also with a batch: :128")
+    return model_of_gpu or Tuned(device, model=model, streams=streams)
 
 
 def targets_section(outcome: BudgetResult) -> dict[str, Any]:

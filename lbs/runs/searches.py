@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lbs.data
 from lbs.config import SearchRun
+from lbs.cost import Tuned
 from lbs.plan import LayerPlan, Plan
 from lbs.quant import calibrate, estimate_norms
 from lbs.runs import network
@@ -148,7 +149,7 @@ def two_stage(job: SearchJob, model: nn.Module) -> Found:
     targets = limits(config)
     if config.bops and config.bops <= 1:  # a share of the whole network, as in every other mode
         targets["bops"] = config.bops * budget.full_precision
-    if "table" in targets:  # calls were measured of the whole network
+    if isinstance(targets.get("table"), Tuned):  # calls were measured of the whole network
         targets["table"] = replace(targets["table"], whole=tuple(budget.plan.whole_problems()))
     second = job.budget(quantizing, **targets)
     phases["search"] = job.search(quantizing, second, "search", teacher=model)
@@ -168,13 +169,14 @@ def between_stages(config: SearchRun) -> SearchRun:
 
 
 def with_bits(pruned: Plan, quantized: Plan) -> Plan:
-    """Kept filters of one plan, bits and what weights are rounded to of the plan of the network it left."""
+    """Kept filters of one plan; bits, what weights are rounded to and the mark of the plan of the network it left."""
 
     def joined(entry: LayerPlan, rounded: LayerPlan) -> LayerPlan:
         bits = replace(entry, w_bits=rounded.w_bits, a_bits=rounded.a_bits)
         return replace(bits, w_grid=rounded.w_grid, ranges=rounded.ranges)
 
-    return replace(pruned, layers=tuple(joined(entry, quantized.layer(entry.name)) for entry in pruned.layers))
+    layers = tuple(joined(entry, quantized.layer(entry.name)) for entry in pruned.layers)
+    return replace(pruned, layers=layers, modelled=quantized.modelled)
 
 
 _SEARCHES: dict[str, Search] = {"two-stage": two_stage, "greedy": greedy}

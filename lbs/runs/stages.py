@@ -22,6 +22,7 @@ from lbs.runs.packed import PACKED, of_run
 from lbs.runs.session import one_writer
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import CheckpointError, GraphError, LbsError
+from lbs_kernels.times.table import kind
 
 UNIFORM8 = "uniform8.lbs.safetensors"
 _EXAMPLES = 4
@@ -41,6 +42,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
             f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
             "search bits too, in a new run with --mode joint or two-stage"
         )
+    target = _processor_target(folder)
     data = network.images_of(card)
     normalize = (data.mean, data.std) if uint8 else None
     pixels, _ = lbs.data.pixels_at(data, torch.arange(min(_EXAMPLES, data.test_count)))
@@ -58,11 +60,28 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
         "kept_float": [list(row) for row in packed.kept_float],
         "seconds": time.monotonic() - started,
     }
-    search = read_sections(folder.file("config.json")).get("search", {})
-    if search.get("latency_ms") and search.get("latency_device") == "cpu":
-        section["latency"] = {"target": search["latency_ms"] / 1e3, **_latency(packed)}
+    if target is not None:
+        section["latency"] = {"target": target, **_latency(packed)}
     folder.add_result("pack", section, stale=("verify", "bench"))
     return section
+
+
+def _processor_target(folder: RunFolder) -> float | None:
+    """Seconds of a call that the search of the run was to reach on the processor; None where it had no such target.
+
+    Raises CheckpointError for a configuration that holds something else there.
+    """
+    path = folder.file("config.json")
+    search = read_sections(path).get("search", {})
+    target, device = search.get("latency_ms"), search.get("latency_device")
+    if not target:
+        return None
+    if type(target) not in (int, float) or not 0 < target < float("inf") or not isinstance(device, str):
+        raise CheckpointError(
+            f"{path}, section search: latency_ms is {target!r} and latency_device {device!r}, where a positive number "
+            "and a text are expected; restore the file"
+        )
+    return float(target) / 1e3 if kind(device) == "cpu" else None
 
 
 def _latency(packed: PackedModel) -> dict[str, Any]:

@@ -45,8 +45,16 @@ def shapes_of(name: str, input_shape: tuple[int, ...] = (), classes: int | None 
     """A network by registry name or `module:function`, which needs the shape of one image and the number of classes.
 
     Raises:
-        LbsError: an unknown name, a function that gives no network, or one that does not say what it takes.
+        LbsError: an unknown name, a function that gives no network, or one that does not say what it takes; a shape
+            that is none.
     """
+    if input_shape and (len(input_shape) not in (2, 3) or min(input_shape) < 1):
+        raise LbsError(
+            f"--input-shape {','.join(map(str, input_shape))} is no image; give channels, height and width, such as "
+            "3,32,32 (a line: channels and length), each at least 1"
+        )
+    if classes is not None and classes < 1:
+        raise LbsError(f"--classes {classes}; give at least 1")
     if ":" in name and not (input_shape and classes):
         raise LbsError(
             f"{name} does not say what it takes; name the shape of one image and the number of classes: "
@@ -62,13 +70,17 @@ def searched_plan(path: Path | None, folder: RunFolder | None) -> Plan | None:
     """The plan that was named: a .json file, or that of a run that is not packed; None of what is packed.
 
     Raises:
-        PlanError: no plan, or one of a network that stays in float, whose layers are never packed.
+        PlanError: no plan, or one of a network that stays in float, whose layers are never packed. CheckpointError: the
+            plan of a run is missing or was edited.
     """
     if folder is not None:
-        path = None if folder.file(PACKED).exists() else folder.file("plan.json")
-    if path is None or path.suffix != ".json":
+        if folder.file(PACKED).exists():
+            return None
+        path, plan = folder.file("plan.json"), network.plan_of_run(folder)
+    elif path is None or path.suffix != ".json":
         return None
-    plan = Plan.load(path)
+    else:
+        plan = Plan.load(path)
     if plan.in_float:
         raise PlanError(f"{path} is of a network that stays in float; its layers are never packed, nothing is measured")
     return plan
@@ -117,6 +129,7 @@ class Call:
     def measure(self, threads: int, again: bool = False) -> float | None:
         """Seconds with torch's `threads`, put into this machine's table; None if they were there."""
         slug, implementation = table.device_slug("cpu"), table.native(threads)
+        table.forget()  # another process may have put it there since the tables were read
         if not again and implementation in table.load(slug).calls.get(self.name, {}):
             return None
         packed = self.make()
@@ -149,9 +162,16 @@ def calls_of_shapes(
 
 
 def calls_of_packed(packed: PackedModel, batches: Iterable[int]) -> list[Call]:
-    """Calls of a packed network that has all its filters at one pair of bits; of another one none."""
+    """Calls of a packed network that has all its filters at one pair of bits; of another one none.
+
+    None either of one whose calls take otherwise than those of the network that a search is of: it is given bytes,
+    stores its streams in half precision, or may run inexact kernels.
+    """
     plan = packed.plan
     if plan is None or packed.device.type != "cpu":
+        return []
+    halved = any(program.stream_dtype != "float32" for program in packed.programs)
+    if packed.normalize is not None or packed.fallback is not None or halved:
         return []
     inner = {(layer.w_bits, layer.a_bits) for layer in plan.layers[1:-1]} or {(8, 8)}
     if len(inner) > 1:

@@ -236,6 +236,7 @@ class Budget:
             prune.freeze()
         for _, gate, _ in self.bit_gates():
             gate.settle()
+        self._note_model()
         self._assign_sides()
 
     def value(self, quantity: Quantity | None = None) -> float:
@@ -254,7 +255,6 @@ class Budget:
         projection.project(self.ledger, self.targets)
         self.ledger.apply()
         self.freeze()
-        self._note_model()
         result = self.result()
         rows = (replace(row, thresholds=value) for row, value in zip(result.reached, before, strict=True))
         return replace(result, reached=tuple(rows))
@@ -293,6 +293,8 @@ class Budget:
             controller.excess = state[f"excess.{target.quantity.name}"]
         self._read()
         self._renew()
+        if self.frozen:
+            self._note_model()
         self._assign_sides()
 
 

@@ -183,7 +183,11 @@ class Ledger:
         return cost
 
     def floor(self, quantity: Quantity) -> float:
-        """The least the network can cost."""
+        """What the network costs with the fewest filters and the cheapest widths.
+
+        That is the least it can cost where nothing wider costs less: of bit operations, bytes and running minima. A
+        modelled time may be some percent less with more filters.
+        """
         present = [choice.level for choice in self.choices]
         self.make_cheapest(quantity)
         total = self.total(quantity)

@@ -158,7 +158,7 @@ def at_widths(
     model, record = _copy_and_trace(model, example, SearchConfig(exclude=exclude), streams)
     asked = ((entry, plan.layer(entry.name)) for entry in record.plan.layers)
     layers = (replace(own, w_bits=one.w_bits, a_bits=one.a_bits, w_grid=grid_at(one.w_bits)) for own, one in asked)
-    return _at_widths(model, record, replace(record.plan, layers=tuple(layers)), "filter")
+    return _at_widths(model, record, replace(record.plan, layers=tuple(layers), modelled=plan.modelled), "filter")
 
 
 def _at_widths(model: nn.Module, record: ModelRecord, plan: Plan, ranges: str) -> nn.Module:

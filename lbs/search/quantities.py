@@ -13,7 +13,7 @@ from functools import cache
 from typing import Protocol, runtime_checkable
 
 from lbs import cost
-from lbs.plan import LayerPlan, Plan
+from lbs.plan import Plan
 from lbs_kernels.errors import PlanError
 from lbs_kernels.program.problem import Problem
 
@@ -47,8 +47,8 @@ class Quantity:
     """name and unit are for people: value / scale is what they read. price: exact cost of a layer.
 
     constant: what the network costs beside its layers. measured: prices are measurements, with their noise; a search
-    reads them so that nothing narrower costs more (`lbs/search/ledger.py`). modelled: what a
-    model was asked instead of a measurement, "" for what was counted or measured.
+    reads them so that nothing narrower costs more (`lbs/search/ledger.py`). modelled: what model was asked instead of a
+    measurement, "" for what was counted or measured.
     """
 
     name: str
@@ -58,10 +58,6 @@ class Quantity:
     constant: float = 0.0
     measured: bool = False
     modelled: str = ""
-
-    def total(self, plan: Plan) -> float:
-        """The quantity of a whole plan, as the budget counts it."""
-        return self.constant + sum(self.price(kept_problem(plan, layer)) for layer in plan.layers)
 
     def show(self, value: float) -> str:
         """For people: `630.6M BOPs`."""
@@ -76,11 +72,6 @@ class Quantity:
         amount = value / self.scale
         places = max(0, 4 - math.floor(math.log10(amount))) if amount > 0 else 0
         return f"{math.ceil(amount * 10**places) / 10**places:.{places}f}{self.unit}"
-
-
-def kept_problem(plan: Plan, layer: LayerPlan) -> Problem:
-    """A layer of a plan with the channels that live, for one image."""
-    return layer.problem(plan.kept_inputs(layer), layer.kept_filters)
 
 
 def bit_operations() -> Quantity:
@@ -105,7 +96,8 @@ def seconds(table: Table, plan: Plan | None = None) -> Quantity:
     a `NetworkTimes`, for the network of the plan. A size it does not know lies on the line between the nearest numbers
     of filters it does know. A table of modelled times says so (`modelled`), as the quantity then does.
     """
-    mark = str(getattr(table, "modelled", ""))
+    owner = getattr(table, "__self__", table)  # the table that `table.estimate` is a method of
+    mark = str(getattr(owner, "modelled", ""))
     look_up: LookUp
     constant = 0.0
     if isinstance(table, NetworkTimes):

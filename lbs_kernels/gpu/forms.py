@@ -30,28 +30,36 @@ def as_kept(program: Program, measured: Callable[[Problem], float | None] = lamb
     """The program with codes as bytes where its readers together take less time so, on compute capability 9.0.
 
     Args:
-        measured: seconds of a problem, where they are known; a reader is modelled where one of its two forms is not.
+        measured: seconds of a problem, where they are known. Where one reader lacks one, all readers of the tensor
+            are modelled: no measured time is added to a modelled one.
     """
     tensors = list(program.tensors)
     for index in _turnable(program):
         readers = [step for step in program.steps if index in sources(step)]
         tensors[index] = replace(program.tensors[index], bits=BYTE_BITS)
         turned = replace(program, tensors=tuple(tensors))
-        saved = 0.0
-        for step in readers:
-            planes, as_bytes = (problem_of(step, one, BATCH, "cuda") for one in (program, turned))
-            times = measured(planes), measured(as_bytes)
-            if times[0] is None or times[1] is None:
-                times = _modelled(step, planes), _modelled(step, as_bytes)
-            saved += (times[0] or 0.0) - (times[1] or 0.0)
-        if saved <= 0:
+        as_planes, as_bytes = ([problem_of(step, one, BATCH, "cuda") for step in readers] for one in (program, turned))
+        known = [measured(problem) for problem in (*as_planes, *as_bytes)]
+        times = [time for time in known if time is not None]
+        if len(times) < len(known):
+            times = [
+                _modelled(step, one) for form in (as_planes, as_bytes) for step, one in zip(readers, form, strict=True)
+            ]
+        if sum(times[: len(readers)]) <= sum(times[len(readers) :]):
             tensors[index] = program.tensors[index]
     return replace(program, tensors=tuple(tensors))
 
 
+def configurations(step: Step, problem: Problem) -> list[Any]:
+    """Of a layer's step on compute capability 9.0, of the kernels that can write what it writes."""
+    plain = (step.emit.activation, step.emit.gate) == (None, None)
+    return list(weighted_defaults(problem, hopper=True)) if plain else [conv_default(problem)]
+
+
 def fastest(problem: Problem, hopper: bool = True) -> tuple[Problem, Any]:
     """A layer as a GPU runs it, a stem folded and activations as planes or bytes, and the configuration of the kernel
-    that the model finds fastest.
+    that the model finds fastest. Of a step with an activation or a gate that is too little (`configurations`), which a
+    problem does not tell.
 
     hopper: on compute capability 9.0; elsewhere codes keep their form, and Triton serves.
     """
@@ -91,7 +99,5 @@ def _fits(step: Step, program: Program) -> bool:
 
 
 def _modelled(step: Step, problem: Problem) -> float:
-    """Seconds by the model, of the kernels that can write what the step writes."""
-    plain = (step.emit.activation, step.emit.gate) == (None, None)
-    configs = weighted_defaults(problem, hopper=True) if plain else [conv_default(problem)]
-    return min(seconds(problem, config) for config in configs)
+    """Seconds by the model."""
+    return min(seconds(problem, config) for config in configurations(step, problem))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
-from lbs_kernels.gpu.configs.defaults import DEFAULTS, weighted_defaults
-from lbs_kernels.gpu.forms import as_kept, fastest
+from lbs_kernels.gpu.configs.defaults import DEFAULTS
+from lbs_kernels.gpu.forms import as_kept, configurations, fastest
 from lbs_kernels.gpu.layout import storage
 from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.program.planes import MAX_BITS
@@ -61,7 +61,7 @@ class Modelled:
     def _of_step(self, step: Step, program: Program) -> float:
         problem = problem_of(step, program, self.batch, "cuda")
         weighted = isinstance(step, ConvStep | LinearStep)
-        chosen = weighted_defaults(problem, hopper=True) if weighted else DEFAULTS[step.op](problem)
+        chosen = configurations(step, problem) if weighted else DEFAULTS[step.op](problem)
         moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
         moved += problem.out_channels * problem.reduction * problem.w_bits / 8 if weighted else 0.0
         return min(seconds(problem, config, self.machine, moved) for config in chosen)
@@ -79,7 +79,7 @@ def modelled(text: str) -> Modelled | None:
     if not text.startswith(PREFIX):
         return None
     name, _, batch = text.removeprefix(PREFIX).partition(":")
-    if name not in MACHINES or (batch and not (batch.isdigit() and int(batch))):
+    if name not in MACHINES or (batch and not (batch.isdecimal() and int(batch))):
         known = ", ".join(f"{PREFIX}{known}" for known in MACHINES)
         raise FormatError(f"{text!r} is no modelled GPU; there is {known}, with a batch behind it such as :128")
     return Modelled(MACHINES[name], int(batch or 1))

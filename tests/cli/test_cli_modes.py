@@ -178,6 +178,13 @@ def test_bytes_and_milliseconds_are_targets_too(
     assert (took["target"], took["threads"]) == (pytest.approx(0.29e-3), 1)
     assert took["estimated"] == pytest.approx(by_hand)
     assert took["measured"] > 0
+    config = home / "sized/config.json"
+    known = config.read_text()
+    config.write_text(known.replace('"latency_ms": 0.29', '"latency_ms": "0.29"'))
+    code, body, _ = lbs_command("pack --run sized --model tiny_modes:Net")
+    config.write_text(known)
+    assert code == 2
+    assert "config.json, section search: latency_ms is '0.29' and latency_device 'cpu'" in body["error"]
 
 
 def test_two_stages_count_calls_of_the_whole_network(
@@ -198,6 +205,16 @@ def test_two_stages_count_calls_of_the_whole_network(
     assert [plan.kept_inputs(layer) for layer in plan.layers] != whole
     by_hand = AROUND + sum(1e-6 * layer.kept_filters * layer.w_bits for layer in plan.layers)
     assert section["targets"]["latency_ms"]["value"] == pytest.approx(by_hand)
+
+
+def test_two_stages_and_greedy_search_by_modelled_times(home: Path, lbs_command: Command) -> None:
+    device = "--latency-device modelled:nvidia-h200:128"
+    for mode in ("two-stage --prune-bops 0.7", "greedy"):
+        name = f"modelled-{mode.partition(' ')[0]}"
+        code, section, errors = lbs_command(f"{SEARCH} --run {name} --mode {mode} --latency-ms 1 {device}")
+        assert code == 0, errors
+        assert section["targets"]["latency_ms"]["modelled"] == "modelled, nvidia-h200, batch 128"
+        assert Plan.load(home / name / "plan.json").modelled == "modelled, nvidia-h200, batch 128"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,11 @@ from lbs.cost import Tuned, latency
 from lbs.graph import record_of
 from lbs.packing.explain import estimated_call
 from lbs.plan import LayerPlan
+from lbs.run_folder import RunFolder, sealed
+from lbs.runs import tuning
 from lbs.search.budget import Budget
 from lbs_kernels import extension
-from lbs_kernels.errors import FormatError
+from lbs_kernels.errors import CheckpointError, FormatError
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table as tuning_table
 from lbs_kernels.tune import tuner
@@ -247,8 +249,45 @@ def test_a_list_of_broken_kernels_that_is_none(text: str, tmp_path: Path) -> Non
         ([*SMALL, "--minutes", "0"], "--minutes 0.0; give a positive number"),
         (["tune", "--shapes", "digits_resnet8", "--bits", "4"], "write weight/activation"),
         (["tune", "--shapes", "no_such_net"], "no_such_net"),
+        ([*SMALL, "--input-shape", "1,-1,8"], "--input-shape 1,-1,8 is no image"),
+        ([*SMALL, "--input-shape", "8"], "--input-shape 8 is no image"),
+        ([*SMALL, "--input-shape", "1,8"], "on an example of shape (1, 1, 8)"),
+        ([*SMALL, "--classes", "0"], "--classes 0; give at least 1"),
+        ([*SMALL, "--zoo", "x"], "--shapes and zoo are both to be measured"),
+        (["tune", "x.json", "--classes", "5", "--exclude", "fc"], "--classes, --exclude are for --shapes NAME"),
+        (["tune", "--zoo", "x", "--input-shape", "3,4,4"], "--input-shape are for --shapes NAME"),
+        (["tune", "--run", "x", "--streams", "8", "--bits", "4/4"], "--streams, --bits are for --shapes NAME"),
     ],
 )
 def test_what_makes_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_calls_that_take_otherwise_are_not_the_networks(tables: Path) -> None:
+    model, x = lbs.models.create("digits_resnet8").eval(), torch.randn(8, 1, 8, 8)
+    uniform = lbs.calibrate(lbs.uniform(model, x, 4, 4), [x]).eval()
+    assert len(tuning.calls_of_packed(lbs.pack(uniform), [1])) == 1
+    for options in ({"normalize": ([0.5], [0.5])}, {"stream_dtype": "float16"}, {"fallback": "fp16"}):
+        assert tuning.calls_of_packed(lbs.pack(uniform, **options), [1]) == []  # type: ignore[arg-type]
+
+
+def test_a_call_that_another_process_measured_is_known(tables: Path) -> None:
+    call = tuning.Call("network-made-up", 1, lambda: pytest.fail("it was measured again"))
+    slug = tuning_table.device_slug("cpu")
+    assert tuning_table.load(slug).calls == {}
+    other = tuning_table.TuningTable(slug, calls={call.name: {"cpu:t1": 1e-3}})
+    body = json.dumps({"version": tuning_table.TABLE_VERSION, **asdict(other)})
+    tuning_table.user_path(slug).write_text(body)  # as another process writes it: nothing here is forgotten
+    assert call.measure(1) is None
+
+
+def test_the_plan_of_a_run_that_was_edited_is_refused(tmp_path: Path) -> None:
+    plan = lbs.Plan((LayerPlan("fc", "linear", 8, 8, 64, 10),))
+    body = sealed(json.loads(plan.to_json()))
+    (tmp_path / "plan.json").write_text(json.dumps(body))
+    assert tuning.searched_plan(None, RunFolder(tmp_path)) == plan
+    body["layers"][0]["w_bits"] = 4
+    (tmp_path / "plan.json").write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="was edited by hand"):
+        tuning.searched_plan(None, RunFolder(tmp_path))

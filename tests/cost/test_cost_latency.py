@@ -116,3 +116,20 @@ def test_calls_at_uniform_bits_are_met_and_mixed_bits_lie_between() -> None:
     assert call(uniform[8], threads=2) is None
     with pytest.raises(PlanError, match="no call of this network with 2 threads is known"):
         latency.Tuned(threads=2).of_network(net)
+
+
+def test_what_surrounds_a_transposed_convolution_counts_once() -> None:
+    """A 3 x 3 one of stride 2 is four steps: at uniform bits they add up to what was measured, layer by layer too."""
+    up = Problem("conv_transpose2d", 1, 8, 8, 16, 16, (3, 3), (2, 2), (1, 1))
+    conv = Problem("bitconv2d", 1, 8, 8, 16, 16, (3, 3), (1, 1), (1, 1))
+    net = [conv, up, conv, conv]
+    uniform = {bits: latency.at_uniform_bits(net, bits, bits) for bits in (4, 8)}
+    rows = {table.key(step): {"cpu:t1": 1e-6} for found in uniform.values() for layer in found for step in timed(layer)}
+    calls = {latency.call_key(net, 1, bits, bits): {"cpu:t1": 7e-6 + rest} for bits, rest in ((8, 30e-6), (4, 50e-6))}
+    table.write(table.user_path("cpu"), TuningTable("cpu", rows, calls=calls))
+    for bits, rest in ((8, 30e-6), (4, 50e-6)):
+        look_up, constant = latency.Tuned().of_network(net)
+        assert latency.call_seconds(net, uniform[bits], batch=1, threads=1) == pytest.approx(7e-6 + rest)
+        assert constant + sum(look_up(step) for layer in uniform[bits] for step in timed(layer)) == pytest.approx(
+            7e-6 + rest
+        )

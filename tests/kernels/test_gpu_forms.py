@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from types import ModuleType
 
+import one_step
 import programs
 import pytest
 import torch
 from contenders import assert_same
+from s8_cases import random_codes
 
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs import cuda
-from lbs_kernels.gpu.forms import as_kept
+from lbs_kernels.gpu.configs.cuda import S8Config
+from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.forms import as_kept, configurations
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import ConvStep, Emit, LinearStep, Program, sources
+from lbs_kernels.program.steps import Activation, ConvStep, Emit, LinearStep, Program, sources
 from lbs_kernels.run.reference import ReferenceRunner
 from lbs_kernels.times import table
 
@@ -107,3 +111,29 @@ def test_they_are_turned_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
     monkeypatch.setattr(extension, "cuda", None)
     assert kernels.program_on(program, blob, "cuda")[0] is program
+
+
+def test_measured_times_and_modelled_ones_are_not_summed() -> None:
+    """Two layers read the codes; of one a time is known, by which planes are far better: the model alone decides."""
+    b = programs.Builder(0)
+    image = b.image(128, 28, 28)
+    codes = b.consumer((28, 28, 128), 4)
+    b.quantize(image, Emit(consumers=(codes,)))
+    for filters in (128, 96):
+        shape = b.conv_shape(codes.tensor, filters, kernel=(3, 3), padding=(1, 1))
+        emit = Emit(stream=b.stream(shape, output=True))
+        b.conv(codes.tensor, emit, filters, w_bits=4, kernel=(3, 3), padding=(1, 1))
+    program = b.build()[0]
+    assert turned(program, as_kept(program)) == [codes.tensor]
+    times = {4: 1.0, 8: 2.0}
+    part = as_kept(program, lambda problem: times[problem.a_bits] if problem.out_channels == 96 else None)
+    assert turned(program, part) == [codes.tensor]
+    assert turned(program, as_kept(program, lambda problem: times[problem.a_bits])) == []
+
+
+def test_kernels_that_cannot_write_a_step_are_not_modelled() -> None:
+    problem = Problem("bitconv2d", 128, 28, 28, 128, 128, (3, 3), (1, 1), (1, 1), device="cuda")
+    step = one_step.conv(*random_codes(0, (1, 4, 4, 8), 3, (3, 3), 8), a_bits=8, kernel=(3, 3)).program.steps[0]
+    assert type(configurations(step, problem)[0]) is S8Config
+    active = replace(step, emit=replace(step.emit, activation=Activation("silu")))
+    assert configurations(active, problem) == [conv_default(problem)]

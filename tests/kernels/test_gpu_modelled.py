@@ -6,8 +6,10 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lbs_kernels.errors import FormatError
+from lbs_kernels.gpu.configs import cuda
 from lbs_kernels.gpu.configs.cost import H200, bytes_moved, executed, seconds
 from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config
 from lbs_kernels.gpu.configs.defaults import conv_default, weighted_defaults
@@ -114,7 +116,7 @@ def test_a_model_prints_as_it_is_asked_for() -> None:
         assert modelled(str(model)) == model
         assert model.modelled == f"modelled, nvidia-h200, batch {model.batch}"
     assert modelled("cpu") is None
-    for text in ("modelled:nvidia-x1", "modelled:nvidia-h200:0", "modelled:nvidia-h200:many"):
+    for text in ("modelled:nvidia-x1", "modelled:nvidia-h200:0", "modelled:nvidia-h200:many", "modelled:nvidia-h200:²"):
         with pytest.raises(FormatError, match="is no modelled GPU; there is modelled:nvidia-h200"):
             modelled(text)
     assert Modelled().estimate(replace(LAYER, op="pool")) is None
@@ -122,3 +124,16 @@ def test_a_model_prints_as_it_is_asked_for() -> None:
     assert Modelled(batch=128).estimate(LAYER) == seconds(
         replace(LAYER, batch=128), next(iter(weighted_defaults(replace(LAYER, batch=128), hopper=True)))
     ) / 128  # fmt: skip
+
+
+def test_the_gpu_of_this_machine_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modelled times are those of the GPU they name, on whatever they are computed."""
+    layers = [replace(LAYER, w_bits=w, a_bits=a) for w, a in ((8, 8), (4, 4), (2, 2))]
+    expected = [estimate(Modelled(batch=128), problem) for problem in layers]
+    cuda.machines.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert cuda.machines("cuda") == ("mma",)
+    found = [estimate(Modelled(batch=128), problem) for problem in layers]
+    cuda.machines.cache_clear()
+    assert found == expected

@@ -291,3 +291,30 @@ def test_values_beyond_float16_stay_in_float32_on_a_gpu(
     assert "streams stay in float32, as in float16" in caplog.text
     with pytest.raises(GraphError, match="does not equal the model"):
         pack(model, stream_dtype="float16")
+
+
+@pytest.mark.parametrize("fallback", [None, "fp16"])
+def test_what_is_verified_on_a_gpu_is_what_runs(
+    fallback: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_a_gpu(monkeypatch)
+    verified: list[str | None] = []
+
+    def compared(model: nn.Module, packed: PackedModel, images: torch.Tensor) -> VerifyReport:
+        verified.append(packed.fallback)
+        return verify(model, packed, images)
+
+    monkeypatch.setattr("lbs.packing.packing.compare", compared)
+    with caplog.at_level("INFO", "lbs"):
+        packed = pack(pack_nets.network("digits_resnet8", 4, 4, classes=10), fallback=fallback)
+    assert verified == [packed.fallback] == [fallback]
+    assert "streams are stored in float16, the default on a GPU" in caplog.text
+
+
+def test_quantize_tells_what_streams_are_stored_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lbs.models.create("digits_resnet8", 10).eval()
+    assert "stored in" not in str(lbs.quantize(model, torch.rand(8, 1, 8, 8)).report)
+    on_a_gpu(monkeypatch)
+    report = lbs.quantize(model, torch.rand(8, 1, 8, 8)).report
+    assert report.to_json()["stream_dtype"] == "float16"
+    assert "floats are stored in float16" in str(report)

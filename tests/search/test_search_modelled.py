@@ -13,15 +13,18 @@ from torch import nn
 import lbs
 import lbs.models
 from lbs import SearchConfig, prepare
+from lbs.cost import Tuned
 from lbs.plan import Plan
 from lbs.reporting import comparison, tables
 from lbs.reporting.records import Record
 from lbs.runs.limits import latency_table, targets_section
 from lbs.search import Budget, freeze
+from lbs.search.baselines import project_budget
 from lbs.search.freeze import plan_of
-from lbs.search.quantities import kept_problem
-from lbs_kernels.errors import FormatError
+from lbs.search.quantities import seconds
+from lbs_kernels.errors import FormatError, PlanError
 from lbs_kernels.gpu.modelled import Modelled
+from lbs_kernels.times import table
 
 MARK = "modelled, nvidia-h200, batch 128"
 
@@ -44,7 +47,9 @@ def test_a_resnet_18_comes_within_a_modelled_time(share: float) -> None:
     assert 0.97 * outcome.target <= outcome.value <= outcome.target
     own = Modelled(batch=128)
     plan = plan_of(model)
-    assert outcome.value == pytest.approx(sum(own.estimate(kept_problem(plan, row)) or 0.0 for row in plan.layers))
+    assert outcome.value == pytest.approx(
+        sum(own.estimate(row.problem(plan.kept_inputs(row), row.kept_filters)) or 0.0 for row in plan.layers)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,5 +106,40 @@ def test_explain_tells_modelled_times_apart() -> None:
     assert told.seconds != total
     plain = lbs.explain(packed, batch=2, rounds=1)
     assert "modelled" not in str(plain)
-    with pytest.raises(FormatError, match="no modelled GPU"):
+    with pytest.raises(FormatError, match="no modelled GPU; there is modelled:nvidia-h200"):
         lbs.explain(packed, gpu="nvidia-x1")
+    as_advised = lbs.explain(packed, batch=2, rounds=1, gpu="modelled:nvidia-h200")
+    assert [row.modelled for row in as_advised.rows] == [row.modelled for row in told.rows]
+    with pytest.raises(FormatError, match="names a batch; leave it out"):
+        lbs.explain(packed, gpu="modelled:nvidia-h200:128")
+
+
+@pytest.mark.parametrize("word", ["gpu", "modelled", "nvidia-h200", "tpu:0"])
+def test_a_device_without_times_is_refused(word: str) -> None:
+    with pytest.raises(PlanError, match="has no times; name cpu, cuda, modelled:nvidia-h200"):
+        latency_table("resnet18", word, 32)
+    assert latency_table("resnet18", "cuda:1", 32) == Tuned("cuda:1", model="resnet18")
+
+
+def test_plans_that_no_training_ended_say_modelled() -> None:
+    """Of `project`, of a budget that goes on where it was met, and of `lbs.quantize`."""
+    images, table = torch.rand(8, 1, 8, 8), Modelled(batch=128)
+    model = lbs.models.create("digits_resnet8", 10).eval()
+    projected = lbs.calibrate(prepare(model, images, SearchConfig(pruning=False)), [images])
+    budget = Budget(projected, latency_ms=1e3, table=table)
+    project_budget(budget, [(images, torch.zeros(8, dtype=torch.long))])
+    assert plan_of(projected).modelled == MARK
+    resumed = prepare(model, images, SearchConfig(pruning=False))
+    again = Budget(resumed, latency_ms=1e3, table=table)
+    assert plan_of(resumed).modelled == ""  # no choice was made yet
+    again.load_state_dict(budget.state_dict())
+    assert plan_of(resumed).modelled == MARK
+    packed = lbs.quantize(model, images, latency_ms=1e3, table=table)
+    assert packed.plan is not None
+    assert packed.plan.modelled == MARK
+
+
+def test_the_method_of_a_model_says_modelled_too() -> None:
+    assert seconds(Modelled(batch=128).estimate).modelled == MARK
+    assert not seconds(Modelled(batch=128).estimate).measured
+    assert seconds(table.estimate).measured

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 import lbs
 import lbs.models
 from lbs import cost
+from lbs.plan import Plan
 from lbs.search import projection
 from lbs.search.baselines import project, two_stage
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.controller import Controller
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.prepare import SearchConfig, prepare
-from lbs.search.quantities import kept_problem, packed_bytes, seconds
+from lbs.search.quantities import Quantity, packed_bytes, seconds
 from lbs_kernels.errors import PlanError
 from lbs_kernels.program.problem import Problem
 
@@ -51,14 +52,18 @@ def made_up(problem: Problem) -> float:
     return 2e-6 + work * (0.4 + 0.1 * problem.w_bits * problem.a_bits / 16) * 1e-11
 
 
+def total(quantity: Quantity, plan: Plan) -> float:
+    """A quantity of a plan, layer by layer with the channels that live."""
+    kept = (layer.problem(plan.kept_inputs(layer), layer.kept_filters) for layer in plan.layers)
+    return quantity.constant + sum(map(quantity.price, kept))
+
+
 def plan_bytes(model: nn.Module) -> int:
-    plan = plan_of(model)
-    return sum(cost.weight_bytes(kept_problem(plan, entry)) for entry in plan.layers)
+    return total(Quantity("bytes", "", 1.0, cost.weight_bytes), plan_of(model))
 
 
 def plan_seconds(model: nn.Module) -> float:
-    plan = plan_of(model)
-    return sum(made_up(kept_problem(plan, entry)) for entry in plan.layers)
+    return total(Quantity("seconds", "", 1.0, made_up), plan_of(model))
 
 
 def look(model: nn.Module, budget: Budget) -> None:
@@ -143,7 +148,7 @@ def test_tables_are_functions_or_have_estimates() -> None:
             return made_up(problem)
 
     plan = plan_of(prepare(lbs.models.create("cifar_resnet20", 10), images()))
-    assert seconds(Measured()).total(plan) == seconds(made_up).total(plan) > 0
+    assert total(seconds(Measured()), plan) == total(seconds(made_up), plan) > 0
 
 
 def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
@@ -469,4 +474,4 @@ def test_two_stages_prune_in_float_then_quantize() -> None:
 def test_bytes_of_float_layers() -> None:
     model = prepare(lbs.models.create("cifar_resnet20", 10), images(), SearchConfig(bits=(32,)))
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    assert packed_bytes().total(plan_of(model)) == 4 * weights
+    assert total(packed_bytes(), plan_of(model)) == 4 * weights

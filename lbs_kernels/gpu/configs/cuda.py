@@ -127,23 +127,37 @@ def on_hopper(device: str) -> bool:
     return torch.cuda.is_available() and "wgmma" in machines(device)
 
 
-def onebit_why_not(problem: Problem) -> str | None:
-    """Why no one-bit kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/cuda."""
+def onebit_form_why_not(problem: Problem) -> str | None:
+    """Why no one-bit kernel serves the bits and groups of `problem` on any GPU, or None."""
     if problem.w_bits not in BITS or problem.a_bits not in BITS:
         return f"w{problem.w_bits}a{problem.a_bits}; the one-bit kernels take codes of 2 or 4 bits"
     if problem.groups != 1:
         return f"{problem.groups} groups; the one-bit kernels take one"
+    return None
+
+
+def onebit_why_not(problem: Problem) -> str | None:
+    """Why no one-bit kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/cuda."""
+    if (reason := onebit_form_why_not(problem)) is not None:
+        return reason
     if not machines(problem.device):
         return "one-bit tensor cores that multiply by AND are those of compute capability 8.x and 9.0"
     return None
 
 
-def s8_why_not(problem: Problem) -> str | None:
-    """Why no s8 kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/cuda."""
+def s8_form_why_not(problem: Problem) -> str | None:
+    """Why no s8 kernel serves the bits and groups of `problem` on any GPU, or None."""
     if problem.a_bits != MAX_BITS:
         return f"activations of {problem.a_bits} bits are planes; the s8 kernels take bytes, of 8 bits"
     if problem.groups != 1:
         return f"{problem.groups} groups; the s8 kernels take one"
+    return None
+
+
+def s8_why_not(problem: Problem) -> str | None:
+    """Why no s8 kernel serves `problem`, or None. The rest of a step is asked of `step_why_not` in gpu/cuda."""
+    if (reason := s8_form_why_not(problem)) is not None:
+        return reason
     if "wgmma" not in machines(problem.device):
         return "tensor cores that multiply bytes asynchronously are those of compute capability 9.0"
     return None

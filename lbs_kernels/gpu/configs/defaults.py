@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lbs_kernels.gpu.configs.cost import executed, seconds
-from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_why_not, s8_why_not
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_form_why_not, s8_form_why_not
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
@@ -59,11 +59,13 @@ def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[
 
 
 def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:
-    """One of every tile of the kernels in CUDA that the rule lets serve `problem`."""
+    """One of every tile of the kernels in CUDA that the rule lets serve `problem` on compute capability 9.0, whatever
+    GPU is here.
+    """
     found: list[S8Config | OneBitConfig] = []
-    if s8_why_not(problem) is None:
+    if s8_form_why_not(problem) is None:
         found += [S8Config(*tile) for tile in S8Config.tiles]
-    if (problem.w_bits, problem.a_bits) == (2, 2) and onebit_why_not(problem) is None:
+    if (problem.w_bits, problem.a_bits) == (2, 2) and onebit_form_why_not(problem) is None:
         found += [OneBitConfig(*tile) for tile in OneBitConfig.tiles if tile[0] == "wgmma"]
     return found
 

@@ -89,12 +89,13 @@ def bind(
     target, meta = bind_emit(step.emit, program, arrays, buffers)
     multiplier, bias = (None if key is None else arrays[key] for key in (step.multiplier, step.bias))
     channels, pixels = problem.in_channels, problem.height * problem.width
+    size, out_channels, shift = (problem.height, problem.width), channels, (0, 0)
     fold = isinstance(step, FoldedStep)
-    written = program.tensors[step.emit.consumers[0].tensor] if isinstance(step, FoldedStep) else None
-    shift = step.shift if isinstance(step, FoldedStep) else (0, 0)
-    size = (problem.height, problem.width) if written is None else (written.height, written.width)
+    if isinstance(step, FoldedStep):
+        written = program.tensors[step.emit.consumers[0].tensor]
+        size, out_channels, shift = (written.height, written.width), written.channels, step.shift
     rest = (problem.height, problem.width, *size, *shift)
-    rows, out_channels = problem.batch * size[0] * size[1], channels if written is None else written.channels
+    rows = problem.batch * size[0] * size[1]
     first = SourceShape(rows, out_channels, pixels, pixels, 1, *rest)
     last = SourceShape(rows, out_channels, pixels, 1, channels, *rest)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(out_channels, config.block_c),)

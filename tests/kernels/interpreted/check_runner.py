@@ -217,6 +217,7 @@ STEMS = {
     "7x7": {"kernel": (7, 7), "padding": (3, 3), "size": (13, 12)},
     "3x3": {"kernel": (3, 3), "padding": (1, 1), "size": (8, 9)},
     "even": {"kernel": (4, 6), "padding": (1, 2), "size": (10, 10)},
+    "one row": {"kernel": (2, 3), "padding": (1, 1), "size": (1, 9)},  # as high as it was
 }
 
 
