@@ -191,7 +191,13 @@ class Plan:
             raise PlanError(f"not a plan: {type(error).__name__}: {error}; write plans with Plan.to_json") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON to a temporary name beside `path`, then rename."""
+        """Write the JSON to a temporary name beside `path`, then rename.
+
+        Raises:
+            PlanError: there is no such folder.
+        """
+        if not Path(path).parent.is_dir():
+            raise PlanError(f"plan {path} cannot be written: {Path(path).parent} is no folder; give one that exists")
         files.replace(Path(path), self.to_json().encode())
 
     @staticmethod

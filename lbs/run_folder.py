@@ -183,8 +183,7 @@ class RunFolder:
         _held[place] = handle
         try:
             for folder in (self.path, self.file("checkpoints")):
-                for scratch in files.scratch_of(folder):  # of a process that was killed while it wrote
-                    scratch.unlink(missing_ok=True)
+                files.remove_old_scratch(folder)  # not newer ones: some write here without holding the folder
             yield
         finally:
             del _held[place]

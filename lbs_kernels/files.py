@@ -6,12 +6,14 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 _SUFFIX = ".part"
+_ABANDONED = 3600.0  # seconds after which a scratch file is nobody's
 _SCRATCH = re.compile(rf"\..+\.[0-9a-f]{{16}}\{_SUFFIX}")
 
 
@@ -39,11 +41,6 @@ def read_regular(path: str | Path) -> bytes:
     """All of a regular file. Raises OSError as `open_regular`."""
     with open_regular(path) as file:
         return file.read()
-
-
-def check_regular(path: str | Path) -> None:
-    """Raises OSError where `path` is missing or no regular file; for libraries that open it themselves."""
-    _check_regular(os.stat(path).st_mode, path)
 
 
 def _check_regular(mode: int, path: str | Path) -> None:
@@ -80,6 +77,14 @@ def replace(path: Path, content: bytes) -> None:
 def scratch_of(folder: Path) -> list[Path]:
     """Scratch files in a folder: of processes that write there now, or were killed while they wrote."""
     return [path for path in folder.glob(f".*{_SUFFIX}") if _SCRATCH.fullmatch(path.name)]
+
+
+def remove_old_scratch(folder: Path) -> None:
+    """Remove scratch files that nobody has written to for an hour: those of processes that were killed."""
+    for path in scratch_of(folder):
+        with suppress(FileNotFoundError):  # another process has renamed or removed it
+            if time.time() - path.lstat().st_mtime > _ABANDONED:
+                path.unlink()
 
 
 @contextmanager

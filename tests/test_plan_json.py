@@ -72,6 +72,12 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Plan.from_json(template("mobilenet_v2").to_json()) == template("mobilenet_v2")
 
 
+def test_a_folder_that_is_missing_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"runz/plan\.json cannot be written: .*runz is no folder"):
+        small().save(tmp_path / "runz" / "plan.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -3,14 +3,15 @@
     python tools/fuzz.py --seed 7 --files 20000 --programs 20000
 
 A file is refused, or loaded and run; both readers of programs, Python and C++, give one verdict on every program.
-The first that ends otherwise is kept and named, and the command ends with 1. Counts, the worst time and the peak memory
-are printed. Another seed is another night's work.
+The first that ends otherwise is kept, in a new folder under --folder, and named, and the command ends with 1. Counts,
+the worst time and the peak memory are printed. Another seed is another night's work.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all mutants (default 0)")
     parser.add_argument("--files", type=int, default=20_000, metavar="N", help="mutated packed files")
     parser.add_argument("--programs", type=int, default=20_000, metavar="N", help="mutated programs")
+    parser.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="where it works (default: here)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -35,7 +37,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp(prefix="lbs-fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="lbs-fuzz-", dir=args.folder))
     try:
         started = time.monotonic()
         outcome = file_mutants.attack(folder, args.seed, args.files)
@@ -50,6 +52,7 @@ def main() -> int:
     except AssertionError as error:
         print(f"does not hold: {error}", file=sys.stderr)
         return 1
+    shutil.rmtree(folder)
     return 0
 
 

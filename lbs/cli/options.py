@@ -112,6 +112,26 @@ def folder_of(args: argparse.Namespace, named: Collection[str] = ()) -> RunFolde
     return RunFolder(args.run, {name for name in typed if name})
 
 
+def _budget(text: str) -> float | None:
+    """A finite number, or `none`.
+
+    >>> _budget("4"), _budget("none")
+    (4.0, None)
+    """
+    return None if text == "none" else decimal(text)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """--budget: what a packed file may cost, which may be a stranger's."""
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        default=1.0,
+        metavar="X",
+        help="times what one image may cost (default 1), or none: any, of a packed file that you trust",
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """--threads and --device: may differ when a run goes on."""
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")

@@ -8,7 +8,7 @@ from pathlib import Path
 import lbs
 import lbs.models
 import lbs.zoo
-from lbs.cli.options import decimal, device_of, folder_of, set_threads
+from lbs.cli.options import add_budget, device_of, folder_of, set_threads
 from lbs.runs.packed import Source, of_run
 from lbs_kernels.errors import LbsError
 
@@ -20,9 +20,7 @@ def add_source(parser: argparse.ArgumentParser, plans: bool = False) -> None:
     parser.add_argument("--run", metavar="DIR", help=f"the packed network of a run folder{run}")
     parser.add_argument("--zoo", metavar="NAME", help=f"a shipped network: {', '.join(lbs.zoo.ENTRIES)}")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
-    parser.add_argument(
-        "--budget", type=decimal, default=1.0, metavar="X", help="of FILE: times what one image may cost (default 1)"
-    )
+    add_budget(parser)
     parser.add_argument("--device", default="cpu", help="where it runs: cpu (default) or cuda")
 
 
@@ -43,5 +41,5 @@ def source_of(args: argparse.Namespace, with_float: bool = False) -> Source:
             lbs.load(entry.path, device), entry.path, lbs.models.create(entry.model, entry.num_classes).eval()
         )
     if args.run:
-        return of_run(folder_of(args), device, with_float)
+        return of_run(folder_of(args), device, with_float, args.budget)
     return Source(lbs.load(args.file, device, budget=args.budget), Path(args.file))

@@ -30,8 +30,6 @@ MAX_PRODUCTS = 1 << 36
 MAX_OPERATIONS = 1 << 13
 _LIMITS = {"elements": MAX_ELEMENTS, "products": MAX_PRODUCTS, "operations": MAX_OPERATIONS}
 _WINDOWS = ("avg_pool", "max_pool", "unfold")  # operations whose second argument is a window, read at every element
-
-
 _MAX_NUMBER = 1 << 63
 _MAX_POWER = 16
 
@@ -75,7 +73,7 @@ def check_work(graph: fx.GraphModule, shape: tuple[int, ...], dtype: torch.dtype
     if math.prod(shape) > MAX_ELEMENTS * budget or max(shape, default=0) > MAX_SIZE:
         raise CheckpointError(
             f"it takes images of {' x '.join(map(str, shape))}, of more than {MAX_ELEMENTS * budget:.0f} elements; "
-            "if they are meant, give a larger budget"
+            "if they are meant, give a larger budget (--budget of a command)"
         )
     work = Work(budget)
     walk = _Shapes(graph, work)
@@ -137,12 +135,12 @@ class _Shapes:
         if isinstance(error, _Over):
             return (
                 f"one image takes {error}, at {self.at or 'its programs'}; a file that asks for more is not run on its "
-                "own word: if you trust it, give a larger budget, or None for any"
+                "own word: if you trust it, give a larger budget (--budget of a command), or None (none) for any"
             )
         if isinstance(error, NotImplementedError) or "meta" in str(error):
             return (
                 f"what {self.at} gives has a shape that depends on values, so that nobody can tell what it costs "
-                "before it is run: if you trust the file, give budget=None"
+                "before it is run: if you trust the file, give budget=None (--budget none of a command)"
             )
         return f"its graph fails at {self.at} on an image ({type(error).__name__}: {first_line(error)}); write it again"
 
@@ -212,8 +210,6 @@ def _no_device(value: Any) -> Any:
 
 
 def _outputs(region: PackedRegion, images: list[Tensor]) -> list[Tensor]:
-    if images and images[0].dim() == 2:
-        images = [x[:, :, None, None] for x in images]
     check_inputs(images, region.loaded.images)
     return empty_outputs(region.program, images[0].shape[0], images[0].device)
 

@@ -27,9 +27,10 @@ class Source:
     folder: RunFolder | None = None
 
 
-def of_run(folder: RunFolder, device: object = "cpu", with_float: bool = True) -> Source:
-    """The packed network of a run, and the float one where it is asked for. Raises CheckpointError where it was not
-    packed yet.
+def of_run(folder: RunFolder, device: object = "cpu", with_float: bool = True, budget: float | None = 1.0) -> Source:
+    """The packed network of a run, loaded within `budget`, and the float one where it is asked for.
+
+    Raises CheckpointError where it was not packed yet.
     """
     path = folder.file(PACKED)
     if not path.exists():
@@ -42,4 +43,4 @@ def of_run(folder: RunFolder, device: object = "cpu", with_float: bool = True) -
         float_model = network.build_of(folder, card.model, card.num_classes)
         checkpoint.apply_weights(float_model, checkpoint.load_weights(folder.file(network.FLOAT)), network.FLOAT)
         float_model.eval()
-    return Source(lbs.load(path, str(device)), path, float_model, folder)
+    return Source(lbs.load(path, str(device), budget=budget), path, float_model, folder)

@@ -95,17 +95,17 @@ def _latency(packed: PackedModel) -> dict[str, Any]:
 
 
 @one_writer
-def verify_run(folder: RunFolder, images: int = 64, strict: bool = False) -> dict[str, Any]:
+def verify_run(folder: RunFolder, images: int = 64, strict: bool = False, budget: float | None = 1.0) -> dict[str, Any]:
     """Compare the saved file with the trained network: every code on `images` test images, every prediction on all.
 
     An image whose prediction differs is compared code by code too: it is excused only where all that differs lies on a
-    rounding boundary, and never if `strict`.
+    rounding boundary, and never if `strict`. `budget`: of the file, as for `lbs.load`.
     """
     if images < 1:
         raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
     started = time.monotonic()
     model, card = network.load_network(folder)
-    packed = of_run(folder, with_float=False).packed
+    packed = of_run(folder, with_float=False, budget=budget).packed
     data = network.images_of(card)
     spread = torch.linspace(
         0, data.test_count - 1, min(images, data.test_count), dtype=torch.float32

@@ -34,6 +34,7 @@ _PATIENCE = timedelta(days=2)  # what rank 0 does alone, such as verifying on al
 # Seconds that a process waits for the others within a step; LBS_RANK_TIMEOUT, in seconds, sets another time.
 _STEP_SECONDS = 600.0
 _GRACE = 5.0  # seconds in which whoever lives says so, after somebody did not answer
+_TALKING = ("gloo", "NCCL", "Connection", "Timed out")  # in messages of errors of communication
 _alone = False
 _waiting: dist.ProcessGroup | None = None  # of processes that wait for rank 0 longer than exchanges may take
 _steps: dist.ProcessGroup | None = None  # on the processor, wherever gradients are exchanged
@@ -140,21 +141,30 @@ def asked(stop: bool) -> bool:
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """Inside, what a process meets that talks to one which is gone becomes TrainingError, which names it."""
+    """Inside, what a process meets that talks to one which is gone becomes TrainingError, which names it.
+
+    Errors of its own, such as memory that is used up, stay what they are.
+    """
     try:
         yield
     except LbsError:
         raise
     except RuntimeError as error:
-        missing = _missing() if active() else []
+        missing = _missing() if active() and _of_talking(error) else []
         if not missing:
             raise
-        ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+        noun, verb = ("rank", "gives") if len(missing) == 1 else ("ranks", "give")
+        ranks = f"{noun} {', '.join(map(str, missing))} of {world_size()} {verb}"
         raise TrainingError(
-            f"rank {rank()}: {ranks} of {world_size()} gives no answer ({first_line(error)[:99]}): killed, stopped, or "
+            f"rank {rank()}: {ranks} no answer ({first_line(error)[:99]}): killed, stopped, or "
             "at something that takes longer than LBS_RANK_TIMEOUT. End what is left of the processes, and go on with "
             "resume=True from the last checkpoint"
         ) from error
+
+
+def _of_talking(error: RuntimeError) -> bool:
+    """Whether an error is one of communication; gloo's own have no class."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _TALKING)
 
 
 def _missing() -> list[int]:
@@ -184,8 +194,11 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def first(call: Callable[[], T]) -> T:
-    """What `call` gives on rank 0, which alone runs it. Its error is raised on every rank."""
+def first(call: Callable[[], T], in_step: bool = False) -> T:
+    """What `call` gives on rank 0, which alone runs it. Its error is raised on every rank.
+
+    The others wait as long as it takes, or with `in_step` no longer than for an exchange of a step.
+    """
     if not active():
         return call()
     told: list[Any] = [None]
@@ -196,7 +209,7 @@ def first(call: Callable[[], T]) -> T:
         told = [("error", str(error))]
         raise
     finally:  # the others wait for an answer, also where there was an error
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=_steps if in_step else _waiting)
     kind, value = told[0]
     if kind == "error":
         raise TrainingError(f"rank 0: {value}")

@@ -34,13 +34,15 @@ class Request:
 def noted() -> Iterator[Request]:
     """Inside, the first SIGTERM or SIGINT is noted; a second does at once what it does elsewhere.
 
-    In a thread that gets no signals nothing changes.
+    One that came too late to be looked at is raised again behind the block. An ignored signal stays ignored, as under
+    `nohup`. In a thread that gets no signals nothing changes.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -50,9 +52,11 @@ def noted() -> Iterator[Request]:
         request.number = number
         restore()
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
         restore()
+    if request.number:  # whoever looked at it has raised
+        signal.raise_signal(request.number)

@@ -137,7 +137,7 @@ class Trainer:
             self._seconds = time.monotonic() - started
             self.save()
             saved = time.monotonic()
-            if not self.finished and self.epoch < self.recipe.epochs and distributed.asked(request.number > 0):
+            if distributed.asked(request.number > 0):  # behind the last epoch too: another phase may follow
                 self._leave(request)
         if self.average is not None:
             self.model.load_state_dict(self.kept.state_dict())
@@ -177,7 +177,7 @@ class Trainer:
     def _over(self) -> bool:
         """Whether the minutes are used up; all processes go by the clock of rank 0."""
         if self.recipe.minutes:
-            self._seconds = distributed.first(lambda: self._seconds)
+            self._seconds = distributed.first(lambda: self._seconds, in_step=True)
         return self.recipe.minutes > 0 and self.recipe.share(self.step, len(self.train), self._seconds) >= 1
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,13 @@ def test_a_second_writer_is_told_who_the_first_is(
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    """Also of one that had no time to let go, and with what it left half written."""
+    """Also of one that had no time to let go, and with what it left half written long ago: a writer may be alive."""
     left = tmp_path / "run" / ".plan.json.0123456789abcdef.part"
     left.write_text("half")
+    long_ago = time.time() - 2 * 3600
+    os.utime(left, (long_ago, long_ago))
+    fresh = tmp_path / "run" / ".report.html.0123456789abcdef.part"
+    fresh.write_text("half")
     mine = tmp_path / "run" / ".notes.part"
     mine.write_text("a user's own")
     holder.send_signal(signal.SIGKILL)
@@ -63,6 +68,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, holder: subp
     with RunFolder(tmp_path / "run").held():
         assert f"process {os.getpid()} of" in (tmp_path / "run/lock").read_text()
         assert not left.exists()
+        assert fresh.exists()
     assert mine.exists()
     assert (tmp_path / "run/lock").read_text() == ""
 

@@ -53,12 +53,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("number", "at", "phase"),
-    [(signal.SIGTERM, 2, "float"), (signal.SIGINT, STEPS + 3, "search"), (signal.SIGTERM, 2 * STEPS, "search")],
+    [
+        (signal.SIGTERM, 2, "float"),
+        (signal.SIGTERM, STEPS, "float"),
+        (signal.SIGINT, STEPS + 3, "search"),
+        (signal.SIGTERM, 2 * STEPS, "search"),
+        (signal.SIGINT, 3 * STEPS, "search"),
+    ],
 )
 def test_a_signal_ends_training_at_the_step_saved(
     whole: Path, tmp_path: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch, number: int, at: int, phase: str
 ) -> None:
-    """Inside an epoch, and at the end of one; the steps of all phases are counted together."""
+    """Inside an epoch, at the end of one, and at that of a phase; the steps of all phases are counted together."""
     taken, step, before = [0], Trainer._train_step, [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
     def counted(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -87,12 +93,31 @@ def test_a_signal_ends_training_at_the_step_saved(
 
 
 def test_a_second_signal_acts_at_once() -> None:
-    with stopping.noted() as request:
-        signal.raise_signal(signal.SIGINT)
-        assert (request.number, request.name) == (signal.SIGINT, "SIGINT")
-        with pytest.raises(KeyboardInterrupt) as raised:
+    def train() -> None:
+        with stopping.noted() as request:
             signal.raise_signal(signal.SIGINT)
+            assert (request.number, request.name) == (signal.SIGINT, "SIGINT")
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it goes on")
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train()
     assert not isinstance(raised.value, stopping.Stopped)
+
+
+def test_a_signal_that_nobody_looked_at_is_raised_again() -> None:
+    with pytest.raises(KeyboardInterrupt), stopping.noted():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping.noted() as request:
+            signal.raise_signal(signal.SIGINT)
+            assert request.number == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def start_two(run: Path, victim: str, number: int) -> list[subprocess.Popen[str]]:

@@ -54,6 +54,24 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(sealed({**body, **changes})))
 
 
+def test_a_working_folder_that_was_deleted(tmp_path: Path) -> None:
+    line = f"rmdir {tmp_path / 'gone'} && exec {sys.executable} -m lbs --help"
+    (tmp_path / "gone").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, shell=True, cwd=tmp_path / "gone", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: lbs")
+
+
+@pytest.mark.parametrize("line", ["verify --images 4", "bench --batches 1 --rounds 2", "explain"])
+def test_what_a_run_may_cost_is_the_users_to_say(run: Path, lbs_command: Command, line: str) -> None:
+    line = f"{line} --run run" + ("" if line == "explain" else " --model tiny_trusted_net:Net")
+    code, body, _ = lbs_command(f"{line} --budget 1e-9")
+    assert code == 2
+    assert "give a larger budget (--budget of a command)" in body["error"]
+    assert lbs_command(f"{line} --budget none")[0] == 0
+
+
 @pytest.mark.parametrize("line", ["pack", "verify", "bench --batches 1 --rounds 2"])
 def test_a_function_that_a_file_names_is_not_called(run: Path, lbs_command: Command, line: str) -> None:
     rewrite(run / "network.json", model="os:_exit")  # which would end this process
