@@ -299,22 +299,31 @@ def test_header_longer_than_any_network_needs(tmp_path: Path) -> None:
         lbs.load(path)
 
 
+def assert_refused_within(
+    path: Path, megabytes: int, word: str, imports: str = "lbs.packing.checkpoint", timeout: float = 120
+) -> None:
+    """A process that may grow by so little, once it has its imports, refuses the file, and its error has the word."""
+    code = f"""
+        import resource, lbs, {imports}
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + ({megabytes} << 20),) * 2)
+        try:
+            lbs.load({str(path)!r})
+        except lbs.errors.CheckpointError as error:
+            print("refused", {word!r} in str(error))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.stdout.strip() == "refused True", done.stderr
+
+
 def test_claims_are_refused_before_memory_is_asked_for(saved: Path) -> None:
     """The process may not grow by the terabyte it is promised: it would be refused here, as it is limited."""
     header, data = header_of(saved)
     header["region0.conv1.planes"]["shape"] = [8, 1 << 35, 9, 1]
     rewrite(saved, header, data)
-    code = f"""
-        import resource, lbs, lbs.packing.checkpoint
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
-        try:
-            lbs.load({str(saved)!r})
-        except lbs.errors.CheckpointError as error:
-            print("refused", "claims" in str(error))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "refused True", done.stderr
+    assert_refused_within(saved, 64, "claims")
 
 
 def test_repeated_key_and_nested_brackets(saved: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pack_nets
 import pytest
 import torch
-from test_pack_checkpoint import header_of, rewrite
+from test_pack_checkpoint import assert_refused_within, header_of, rewrite
 from torch import Tensor, nn
 
 import lbs
@@ -143,17 +140,7 @@ def test_a_small_file_of_large_work_is_refused_when_it_is_loaded(saved: Path, na
 
 def test_it_is_refused_before_memory_is_taken(saved: Path) -> None:
     append(saved, doubled(22))
-    code = f"""
-        import resource, lbs, lbs.packing.checkpoint, torch._dynamo
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (128 << 20),) * 2)
-        try:
-            lbs.load({str(saved)!r})
-        except lbs.errors.CheckpointError as error:
-            print("refused", "elements" in str(error))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "refused True", done.stderr
+    assert_refused_within(saved, 128, "elements", "lbs.packing.checkpoint, torch._dynamo", timeout=300)
 
 
 def test_who_trusts_a_file_raises_its_budget(saved: Path) -> None:

@@ -63,6 +63,16 @@ def check(runner: GpuRunner, blob: Tensor, batch: int, seed: int) -> None:
         assert_same(result, output, "output")
 
 
+def assert_traced(runner: GpuRunner, program: Program, blob: Tensor, images: list[Tensor]) -> None:
+    """Every tensor of the program is what the reference makes of it, whatever program the runner walks."""
+    expected: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
+    ReferenceRunner(program, blob).run(images, expected)
+    runner.run(images, actual)
+    for index in expected:
+        assert_same(actual[index], expected[index], f"tensor {index}")
+
+
 def test_every_stream_has_buffers_of_its_own(net: tuple[Program, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     runner = GpuRunner(*net, "cpu")
     first = runner.plan(2)
@@ -204,12 +214,7 @@ def test_narrow_codes_kept_as_bytes_stay_what_they_are(name: str, family: str, m
     served_by_s8 = [step.name for step in kept.steps if served(kept, step, 2, "cpu", S8Config)]
     runner = GpuRunner(kept, blob, "cpu", dict.fromkeys(served_by_s8, s8) if family == "cuda" else None)
     images = programs.random_inputs(program, 2, 4)
-    expected: dict[int, Tensor] = {}
-    actual: dict[int, Tensor] = {}
-    ReferenceRunner(program, blob).run(images, expected)
-    runner.run(images, actual)
-    for index in expected:
-        assert_same(actual[index], expected[index], f"tensor {index}")
+    assert_traced(runner, program, blob, images)
     assert len(launched) == (len(served_by_s8) if family == "cuda" else 0)
 
 
@@ -235,12 +240,7 @@ def test_a_folded_stem_is_the_stem(
     runner = GpuRunner(program, blob, "cpu")
     assert any(isinstance(step, FoldedStep) for step in runner.program.steps)
     images = [x.contiguous(memory_format=layout) for x in programs.random_inputs(program, 2, 4)]
-    expected: dict[int, Tensor] = {}
-    actual: dict[int, Tensor] = {}
-    ReferenceRunner(program, blob).run(images, expected)
-    runner.run(images, actual)
-    for index in expected:
-        assert_same(actual[index], expected[index], f"tensor {index}")
+    assert_traced(runner, program, blob, images)
     s8 = GpuRunner(*fold_stem(program, blob), "cpu", {"step1": S8Config(*S8Config.tiles[-1])})
     assert_same(s8.run(images)[0], ReferenceRunner(program, blob).run(images)[0], "output")
     assert len(launched) == 1
