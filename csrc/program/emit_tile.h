@@ -216,6 +216,18 @@ LBS_INLINE void emit_only(const FastEmit& fast, int channel, int vector, Quad y)
     store_all(fast, channel, vector, bounded_codes(c, Simd::fset(c.scale), fast.lowest, fast.highest, y));
 }
 
+// Bounds, and the stream, which has these channels from `first` on.
+LBS_INLINE Quad store_stream(const FastEmit& fast, int64_t first, Quad y) {
+    const lbs::EmitPlan& e = *fast.plan;
+    if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
+    if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
+    if (fast.stream) {
+        float* stream = fast.stream + first;
+        for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * fast.pixels, y.v[j]);
+    }
+    return y;
+}
+
 // Steps 3 to 6 where plan.is_lean; `first` is where the stream has them.
 LBS_INLINE void emit_values(const FastEmit& fast, int channel, int vector, int64_t first, Quad y) {
     if (fast.only) return emit_only(fast, channel, vector, y);
@@ -228,12 +240,7 @@ LBS_INLINE void emit_values(const FastEmit& fast, int channel, int vector, int64
         for (int j = 0; j < 4; ++j) __builtin_prefetch(residual + j * pixels + kStreamAhead, 1);
         y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });
     }
-    if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
-    if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
-    if (fast.stream) {
-        float* stream = fast.stream + first;
-        for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * pixels, y.v[j]);
-    }
+    y = store_stream(fast, first, y);
     if (e.consumer_count == 0) return;
     const lbs::ConsumerPlan& c = *e.consumers;
     y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
@@ -278,12 +285,7 @@ __attribute__((noinline)) void emit_other(const FastEmit& fast, const Tile& tile
         const float* residual = fast.residual + first;
         y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, Simd::fload(residual + j * pixels)); });
     }
-    if (e.has_low) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(e.low)); });
-    if (e.has_high) y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(e.high)); });
-    if (fast.stream) {
-        float* stream = fast.stream + first;
-        for (int j = 0; j < 4; ++j) Simd::fstore(stream + j * pixels, y.v[j]);
-    }
+    y = store_stream(fast, first, y);
     const lbs::ConsumerPlan* c = e.consumers;
     for (const lbs::ConsumerPlan* end = c + e.consumer_count; c != end; ++c)
         fast_consumer(*c, fast, channel, tile.vector + p, y);
