@@ -8,14 +8,18 @@
 
 namespace lbs {
 
-// Fills in everything of `plan` but its emit part, or answers false where pixels on the lanes have to serve or are
-// expected to be faster.
+// Fills in everything of `plan` but where its results lie, or answers false where pixels on the lanes have to serve or
+// are expected to be faster.
 bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
-                Algorithm algorithm, Store& store, LanesPlan& plan);
+                Algorithm algorithm, const EmitPlan& emit, Store& store, LanesPlan& plan);
+
+// Where the codes that plan.emit makes of sums as they are lie in their tensors, and those of a residual.
+void place_lanes(const std::vector<CodeLayout>& layouts, const TensorSpec& source, int width,
+                 const KernelTable& kernels, Store& store, LanesPlan& plan);
 
 // Cycles on one image of [height, width] output pixels, comparable with direct_cycles; infinite where it cannot serve.
-double lanes_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
-                    const KernelTable& kernels);
+double lanes_cycles(const StepSpec& step, const TensorSpec& source, const CodeLayout& layout, int filters, int height,
+                    int width, const KernelTable& kernels, const EmitPlan& emit);
 
 // Working memory that a thread needs for it.
 int64_t lanes_bytes(const LanesPlan& plan, const KernelTable& kernels);

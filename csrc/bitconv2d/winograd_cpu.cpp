@@ -108,7 +108,8 @@ bool suits_winograd(const StepSpec& step, const TensorSpec& source) {
 }
 
 bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout,
-                   const KernelTable& kernels, Algorithm algorithm, Store& store, WinogradPlan& plan) {
+                   const KernelTable& kernels, Algorithm algorithm, const EmitPlan& emit, Store& store,
+                   WinogradPlan& plan) {
     if (algorithm == Algorithm::kDirect || algorithm == Algorithm::kLanes) return false;
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     if (!suits_winograd(step, source) || layout.phases != 1 || kernels.uses_tiles) return false;
@@ -142,12 +143,10 @@ bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeL
 
     const std::vector<FilterCut> cut =
         cut_filters(weights.filters, plan.chunk_vectors, 1, kPlaces * plan.groups, kernels.winograd_shapes);
-    const auto otherwise = [&](auto cycles) {
-        return cycles(step, layout, weights.filters, plan.height, plan.width, kernels);
-    };
-    if (algorithm == Algorithm::kAuto &&
-        winograd_cycles(plan, cut, kernels) > std::min(otherwise(direct_cycles), otherwise(lanes_cycles)))
-        return false;
+    const double otherwise =
+        std::min(direct_cycles(step, source, layout, weights.filters, plan.height, plan.width, kernels, emit),
+                 lanes_cycles(step, source, layout, weights.filters, plan.height, plan.width, kernels, emit));
+    if (algorithm == Algorithm::kAuto && winograd_cycles(plan, cut, kernels) > otherwise) return false;
     size_t filters = 0;
     for (const FilterCut& block : cut) filters += static_cast<size_t>(block.width);
     int8_t* bytes = store.make<int8_t>(kPlaces * static_cast<size_t>(plan.groups) * filters * 4);  // read in one go

@@ -225,9 +225,19 @@ struct LanesBlock {
     const int8_t* weights = nullptr;
 };
 
+// Where the pixels of a map lie in a tensor of codes, from the first of four channels on.
+struct LanesPixels {
+    const int32_t* offsets = nullptr;  // bytes, [pixels]
+    const uint8_t* is_run = nullptr;   // of each four of a group that is multiplied together: side by side
+};
+
 // A convolution of few pixels with filters on the lanes (lanes_kernel.h).
 struct LanesPlan {
     int input = 0;
+    int pixels = 0;
+    bool is_placed = false;  // what is made of sums is made as they lie; else they are turned first
+    const LanesPixels* outputs = nullptr;  // of every reader
+    LanesPixels residual;                  // of codes
     int k_steps = 0;
     const int32_t* k_offsets = nullptr;      // bytes, [k_steps]
     int padded_pixels = 0;                   // whole groups of pixels that are multiplied together

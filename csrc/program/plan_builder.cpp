@@ -128,7 +128,7 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan_linear(spec, step, layout, kernels, store, plan.linear);
             plan.linear.emit = emit;
         } else if (step.kind == StepKind::kConv &&
-                   plan_winograd(spec, step, layout, kernels, algorithm, store, plan.winograd)) {
+                   plan_winograd(spec, step, layout, kernels, algorithm, emit, store, plan.winograd)) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = bounded(emit, plan.winograd.acc);
             scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
@@ -138,9 +138,10 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.depthwise.emit = bounded(emit, plan.depthwise.acc);
             row_count = std::max(row_count, depthwise_scratch(plan.depthwise));
         } else if (step.kind == StepKind::kConv && algorithm != Algorithm::kWinograd &&
-                   plan_lanes(spec, step, layout, kernels, algorithm, store, plan.lanes)) {
+                   plan_lanes(spec, step, layout, kernels, algorithm, emit, store, plan.lanes)) {
             plan.run = StepPlan::Run::kLanes;
             plan.lanes.emit = bounded(emit, plan.lanes.acc);
+            place_lanes(layouts, source, target_of(spec, step).width, kernels, store, plan.lanes);
             scratch_bytes = std::max(scratch_bytes, lanes_bytes(plan.lanes, kernels));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)
