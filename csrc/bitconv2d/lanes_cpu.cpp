@@ -73,15 +73,14 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     const int height = output_size(source.height, step.kernel.y, step.stride.y, step.padding.y, step.dilation.y);
     const int width = output_size(source.width, step.kernel.x, step.stride.x, step.padding.x, step.dilation.x);
     const int pixels = height * width, filters = static_cast<int>(program.array(step.planes).shape[1]);
-    if (!suits_lanes(step, source, height, width, kernels, emit)) return false;
+    if (algorithm == Algorithm::kDirect || !suits_lanes(step, source, height, width, kernels, emit)) return false;
     const int taps = step.kernel.y * step.kernel.x, lanes = kernels.lanes;
     plan.input = step.input;
     plan.pixels = pixels;
     plan.k_steps = taps * layout.groups;
     plan.padded_pixels = vector_count(pixels, kernels.lanes_pixels) * kernels.lanes_pixels;
-    if (algorithm != Algorithm::kLanes &&
-        lanes_cycles(step, source, layout, filters, height, width, kernels, emit) >
-            direct_cycles(step, source, layout, filters, height, width, kernels, emit))
+    if (!names_lanes(algorithm) && lanes_cycles(step, source, layout, filters, height, width, kernels, emit) >
+                                       direct_cycles(step, source, layout, filters, height, width, kernels, emit))
         return false;
 
     plan.wide = needs_wide_dot(kernels, step, source.bits);

@@ -110,7 +110,7 @@ bool suits_winograd(const StepSpec& step, const TensorSpec& source) {
 bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout,
                    const KernelTable& kernels, Algorithm algorithm, const EmitPlan& emit, Store& store,
                    WinogradPlan& plan) {
-    if (algorithm == Algorithm::kDirect || algorithm == Algorithm::kLanes) return false;
+    if (algorithm != Algorithm::kAuto && !names_winograd(algorithm)) return false;
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     if (!suits_winograd(step, source) || layout.phases != 1 || kernels.uses_tiles) return false;
     const int codes = (1 << source.bits) - 1, heaviest = 1 << step.w_bits;

@@ -12,9 +12,11 @@ struct TileShape {
     int vectors, filters;
 };
 
-// How a convolution is computed; kAuto: as is expected to be fastest. kWinograd is refused where it cannot serve, there
-// kWinogradOrDirect takes the direct kernel.
-enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect, kLanes };
+// How a convolution is computed; kAuto: as is expected to be fastest. kWinograd and kLanes are refused where they cannot
+// serve, there kWinogradOrDirect and kLanesOrDirect take another.
+enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect, kLanes, kLanesOrDirect };
+inline bool names_winograd(Algorithm a) { return a == Algorithm::kWinograd || a == Algorithm::kWinogradOrDirect; }
+inline bool names_lanes(Algorithm a) { return a == Algorithm::kLanes || a == Algorithm::kLanesOrDirect; }
 
 struct KernelTable {
     int lanes;          // pixels in one vector

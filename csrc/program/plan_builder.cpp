@@ -150,7 +150,8 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                     "that takes 3 x 3 windows of stride 1, few bits and weights whose transforms are bytes");
             if (algorithm == Algorithm::kLanes)
                 refuse_algorithm(step, "lanes",
-                                 "that takes up to 256 pixels, one group, and weights that need no sums");
+                                 "that takes up to 256 pixels, or 1024 where its epilogue is a lean one, one group, and "
+                                 "weights that need no sums");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = bounded(emit, plan.conv.acc);

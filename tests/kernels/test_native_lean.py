@@ -23,6 +23,7 @@ LAYERS = {  # channels, filters, kernel
     "1x1, 16 steps": (64, 12, 1),
     "1x1, 17 steps": (68, 13, 1),
     "3x3": (5, 20, 3),
+    "3x3, 48 filters": (5, 48, 3),
 }
 RESIDUALS = ("none", "floats", "codes")
 RESULTS = ("stream", "stream and codes", "codes", "codes and codes of them")
@@ -35,8 +36,10 @@ def net(
     size: tuple[int, int],
     bounds: tuple[float | None, float | None] = (0.0, None),
     zero: int = 0,
+    w_bits: int = 8,
+    **reader: tuple[int, int],
 ) -> tuple[Program, Tensor]:
-    """Image, codes, what is added, the layer of 8-bit weights, and what reads its results."""
+    """Image, codes, what is added, the layer, and what reads its results, through a window like `reader`."""
     channels, filters, kernel = LAYERS[layer]
     window = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
     b = Builder(7)
@@ -59,9 +62,10 @@ def net(
         consumers.append(b.consumer(shape, 4))
     stream = b.stream(shape, output=results == "stream") if results.startswith("stream") else None
     emit = Emit(low=bounds[0], high=bounds[1], stream=stream, consumers=tuple(consumers), **added)  # type: ignore[arg-type]
-    b.conv(codes.tensor, emit, filters, w_bits=8, **window)  # type: ignore[arg-type]
+    b.conv(codes.tensor, emit, filters, w_bits=w_bits, **window)  # type: ignore[arg-type]
     for consumer in consumers:
-        b.conv(consumer.tensor, Emit(stream=b.stream((*size, 5), output=True)), 5, w_bits=4)
+        out = b.conv_shape(consumer.tensor, 5, **reader)
+        b.conv(consumer.tensor, Emit(stream=b.stream(out, output=True)), 5, w_bits=4, **reader)
     return b.build()
 
 
