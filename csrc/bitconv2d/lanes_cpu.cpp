@@ -12,30 +12,23 @@ constexpr int kMostTurned = 256;  // pixels: sums and dots of a block of filters
 constexpr int kMostPixels = 1024;
 
 // Four pixels after the other, of groups of `per_group`.
-LanesPixels place_pixels(const CodeLayout& layout, int64_t first, int width, int pixels, int per_group, Store& store) {
+PixelOffsets offsets_of(const CodeLayout& layout, int64_t first, int width, int pixels, int per_group, Store& store) {
     std::vector<int32_t> offsets;
     for (int i = 0; i < pixels; ++i)
         offsets.push_back(
             static_cast<int32_t>((layout.is_row ? layout.offset(0, i) : layout.offset(i / width, i % width)) - first));
     const int fours = (per_group + 3) / 4;
-    LanesPixels at;
-    uint8_t* is_run = store.make<uint8_t>(static_cast<size_t>(vector_count(pixels, per_group)) * fours);
+    uint8_t* is_run = store.make<uint8_t>(static_cast<size_t>(vector_count(pixels, per_group) * fours));
     for (int begin = 0; begin < pixels; begin += per_group)
         for (int i = 0; i < per_group && begin + i < pixels; i += 4) {
             const int from = begin + i, count = std::min(std::min(4, per_group - i), pixels - from);
             bool is_joined = true;
-            for (int j = 1; j < count; ++j) is_joined = is_joined && offsets[from + j] == offsets[from] + 4 * j;
+            for (int j = 1; j < count; ++j)
+                is_joined =
+                    is_joined && offsets[static_cast<size_t>(from + j)] == offsets[static_cast<size_t>(from)] + 4 * j;
             is_run[begin / per_group * fours + i / 4] = is_joined;
         }
-    at.offsets = store.keep(offsets);
-    at.is_run = is_run;
-    return at;
-}
-
-// Whether what is made of sums can be made as they lie. Floats of channels that are not there have no place.
-bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit) {
-    return emit.is_lean && !source.is_signed &&
-           ((emit.stream < 0 && emit.residual < 0) || emit.channels % kernels.lanes == 0);
+    return {store.keep(offsets), layout.phases == 1, is_run};
 }
 
 bool suits_lanes(const StepSpec& step, const TensorSpec& source, int height, int width, const KernelTable& kernels,
@@ -45,6 +38,24 @@ bool suits_lanes(const StepSpec& step, const TensorSpec& source, int height, int
 }
 
 }  // namespace
+
+// Floats of channels that are not there have no place.
+bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit) {
+    return emit.is_lean && !source.is_signed &&
+           ((emit.stream < 0 && emit.residual < 0) || emit.channels % kernels.lanes == 0);
+}
+
+PixelPlan place_pixels(const std::vector<CodeLayout>& layouts, const EmitPlan& emit, int width, int pixels,
+                       int per_group, Store& store) {
+    const auto place = [&](int tensor, int64_t first) {
+        return offsets_of(layouts[static_cast<size_t>(tensor)], first, width, pixels, per_group, store);
+    };
+    PixelOffsets* outputs = store.make<PixelOffsets>(static_cast<size_t>(emit.consumer_count));
+    for (int i = 0; i < emit.consumer_count; ++i) outputs[i] = place(emit.consumers[i].tensor, 0);
+    PixelPlan plan{true, pixels, outputs, {}};
+    if (emit.coded.tensor >= 0) plan.residual = place(emit.coded.tensor, emit.coded.first);
+    return plan;
+}
 
 // A step of K loads weights and broadcasts codes, two a cycle.
 double lanes_cycles(const StepSpec& step, const TensorSpec& source, const CodeLayout& layout, int filters, int height,
@@ -76,7 +87,6 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     if (algorithm == Algorithm::kDirect || !suits_lanes(step, source, height, width, kernels, emit)) return false;
     const int taps = step.kernel.y * step.kernel.x, lanes = kernels.lanes;
     plan.input = step.input;
-    plan.pixels = pixels;
     plan.k_steps = taps * layout.groups;
     plan.padded_pixels = vector_count(pixels, kernels.lanes_pixels) * kernels.lanes_pixels;
     if (!names_lanes(algorithm) && lanes_cycles(step, source, layout, filters, height, width, kernels, emit) >
@@ -112,23 +122,8 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     return true;
 }
 
-void place_lanes(const std::vector<CodeLayout>& layouts, const TensorSpec& source, int width,
-                 const KernelTable& kernels, Store& store, LanesPlan& plan) {
-    const EmitPlan& emit = plan.emit;
-    if (!is_made_in_place(source, kernels, emit)) return;
-    const auto place = [&](int tensor, int64_t first) {
-        return place_pixels(layouts[static_cast<size_t>(tensor)], first, width, plan.pixels, kernels.lanes_pixels,
-                            store);
-    };
-    LanesPixels* outputs = store.make<LanesPixels>(static_cast<size_t>(emit.consumer_count));
-    for (int i = 0; i < emit.consumer_count; ++i) outputs[i] = place(emit.consumers[i].tensor, 0);
-    if (emit.coded.tensor >= 0) plan.residual = place(emit.coded.tensor, emit.coded.first);
-    plan.outputs = outputs;
-    plan.is_placed = true;
-}
-
 int64_t lanes_bytes(const LanesPlan& plan, const KernelTable& kernels) {
-    if (plan.is_placed) return 0;
+    if (plan.made.is_placed) return 0;
     const int64_t widest = int64_t{4} * kernels.lanes_vectors * kernels.lanes;
     const int64_t whole = int64_t{vector_count(plan.padded_pixels, kernels.lanes)} * kernels.lanes;
     return widest * (plan.padded_pixels + 2 * whole);  // sums that are read in whole vectors, dots

@@ -13,9 +13,12 @@ namespace lbs {
 bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
                 Algorithm algorithm, const EmitPlan& emit, Store& store, LanesPlan& plan);
 
-// Where the codes that plan.emit makes of sums as they are lie in their tensors, and those of a residual.
-void place_lanes(const std::vector<CodeLayout>& layouts, const TensorSpec& source, int width,
-                 const KernelTable& kernels, Store& store, LanesPlan& plan);
+// Whether what is made of sums whose filters are on the lanes can be made as they lie.
+bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit);
+
+// Where it is then stored: in maps of `width` and `pixels`, multiplied in groups of `per_group`.
+PixelPlan place_pixels(const std::vector<CodeLayout>& layouts, const EmitPlan& emit, int width, int pixels,
+                       int per_group, Store& store);
 
 // Cycles on one image of [height, width] output pixels, comparable with direct_cycles; infinite where it cannot serve.
 double lanes_cycles(const StepSpec& step, const TensorSpec& source, const CodeLayout& layout, int filters, int height,

@@ -131,6 +131,9 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                    plan_winograd(spec, step, layout, kernels, algorithm, emit, store, plan.winograd)) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = bounded(emit, plan.winograd.acc);
+            if (plan.winograd.tiles)
+                plan.winograd.made = place_pixels(layouts, emit, plan.winograd.width, static_cast<int>(emit.pixels),
+                                                  plan.winograd.tiles, store);
             scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
         } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, emit, kernels.lanes)) {
             plan.run = StepPlan::Run::kDepthwise;
@@ -141,7 +144,9 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                    plan_lanes(spec, step, layout, kernels, algorithm, emit, store, plan.lanes)) {
             plan.run = StepPlan::Run::kLanes;
             plan.lanes.emit = bounded(emit, plan.lanes.acc);
-            place_lanes(layouts, source, target_of(spec, step).width, kernels, store, plan.lanes);
+            if (is_made_in_place(source, kernels, emit))
+                plan.lanes.made = place_pixels(layouts, emit, target_of(spec, step).width,
+                                               static_cast<int>(emit.pixels), kernels.lanes_pixels, store);
             scratch_bytes = std::max(scratch_bytes, lanes_bytes(plan.lanes, kernels));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)

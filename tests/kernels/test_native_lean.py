@@ -30,21 +30,22 @@ RESULTS = ("stream", "stream and codes", "codes", "codes and codes of them")
 
 
 def net(
-    layer: str,
+    layer: str | tuple[int, int, int],
     residual: str,
     results: str,
     size: tuple[int, int],
     bounds: tuple[float | None, float | None] = (0.0, None),
     zero: int = 0,
     w_bits: int = 8,
+    a_bits: int = 8,
     **reader: tuple[int, int],
 ) -> tuple[Program, Tensor]:
     """Image, codes, what is added, the layer, and what reads its results, through a window like `reader`."""
-    channels, filters, kernel = LAYERS[layer]
+    channels, filters, kernel = LAYERS[layer] if isinstance(layer, str) else layer
     window = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
     b = Builder(7)
     image = b.image(channels, *size)
-    codes = b.consumer((*size, channels), 8)
+    codes = b.consumer((*size, channels), a_bits)
     b.quantize(image, Emit(consumers=(codes,)))
     shape = (*size, filters)
     added: dict[str, object] = {}
