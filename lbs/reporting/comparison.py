@@ -1,10 +1,11 @@
-"""`lbs report RUN RUN ...`: several runs in one table, and in one picture of accuracy against bit operations."""
+"""`lbs report RUN RUN ...`: several runs in one table, and in pictures of accuracy against what they cost."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,12 +15,13 @@ from matplotlib.figure import Figure
 
 from lbs.reporting import page, pareto, records
 from lbs.reporting.asked import asked_of, variant
-from lbs.reporting.plots import STYLE
-from lbs.reporting.published import NETWORKS, marks_of
-from lbs.reporting.records import Record
+from lbs.reporting.published import NETWORKS, Mark, marks_of
+from lbs.reporting.records import PACKED, Record
+from lbs.reporting.style import STYLE
 from lbs.reporting.tables import Table
-from lbs.reporting.units import bops, percent, quantity, seconds
+from lbs.reporting.units import bops, percent, quantity, seconds, size
 from lbs.run_folder import write_bytes
+from lbs_kernels.errors import CheckpointError, LbsError, first_line
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Line:
     seconds: float | None
     variant: str
     asked: str  # runs that agree in it differ by their seeds only; "": not known
+    bytes: int | None  # of the packed file
+    times: dict[int, float]  # batch -> seconds of a call of the packed network
+    timed_on: str  # the processor and its threads; "": not timed
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the last epoch of fine-tuning, else of the packed network."""
+        return self.packed if self.last is None else self.last
 
     def of_targets(self, key: str) -> str:
         """One number of every target, such as `630.6M, 5.5 kB`; a dash where no target has it."""
@@ -55,6 +65,9 @@ def line_of(record: Record) -> Line:
     model, classes = str(record.network.get("model", "?")), int(record.network.get("num_classes", 0))
     images, equal = record.value("verify", "images"), record.value("verify", "equal_predictions")
     spent = [record.value(phase, "seconds") for phase in ("float", "search", "finetune")]
+    packed = record.value("verify", "packed_accuracy")
+    timed = {int(row["batch"]): float(row["median"]) for row in record.bench_rows() if row["contender"] == PACKED}
+    machine = f"{record.value('bench', 'device')}, {record.value('bench', 'threads')} threads" if timed else ""
     return Line(
         name=record.name,
         label=record.made.get("row") or record.name,
@@ -65,7 +78,7 @@ def line_of(record: Record) -> Line:
         last=record.value("finetune", "accuracy"),
         best=record.value("finetune", "best_accuracy"),
         best_epoch=record.value("finetune", "best_epoch"),
-        packed=record.value("verify", "packed_accuracy"),
+        packed=record.accuracy(PACKED) if packed is None else packed,
         equal=f"{equal} of {images}" if images is not None else "-",
         targets=record.targets(),
         bops=sum(row.bops for row in record.layers) or None,
@@ -73,6 +86,9 @@ def line_of(record: Record) -> Line:
         seconds=sum(x for x in spent if x is not None) or None,
         variant=record.made.get("variant") or variant(record),
         asked=asked_of(record),
+        bytes=record.value("pack", "bytes"),
+        times=timed,
+        timed_on=machine,
     )
 
 
@@ -81,105 +97,187 @@ def _schedule(record: Record) -> str:
     return "+".join(str(x) for x in epochs if x is not None) + " epochs" if any(epochs) else "-"
 
 
-def _records(run_dirs: Sequence[str | Path]) -> list[Record]:
-    """Named by their folders, with as many of the folders above as tell them apart."""
-    found = [records.read(folder) for folder in run_dirs]
+@dataclass(frozen=True)
+class Gathered:
+    """Runs that were asked for: lines and records of those that can be told, and why the others are left out."""
+
+    lines: list[Line]
+    found: list[Record]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def gather(run_dirs: Sequence[str | Path], budget: float | None = 1.0) -> Gathered:
+    """Read run folders and packed files, named by their paths, with as many folders as tell them apart.
+
+    Raises:
+        CheckpointError: none of them can be read; the reasons of all are in it.
+    """
     parts = [Path(folder).resolve().parts for folder in run_dirs]
     depth = next((n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(set(parts))), 1)
-    return [replace(record, name="/".join(own[-depth:])) for record, own in zip(found, parts, strict=True)]
+    gathered = Gathered([], [])
+    for folder, own in zip(run_dirs, parts, strict=True):
+        name = "/".join(own[-depth:])
+        try:
+            record = replace(records.read(folder, budget=budget), name=name)
+            with page.odd_told(folder):
+                line = line_of(record)
+        except LbsError as error:
+            gathered.left_out[name] = first_line(error)
+            continue
+        gathered.lines.append(line)
+        gathered.found.append(record)
+    if not gathered.lines:
+        raise CheckpointError("no run can be read: " + "; ".join(gathered.left_out.values()))
+    return gathered
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write report.html and the PNG files of a comparison into `out`; returns the path of the page.
+    """Write report.html and the SVG files of a comparison into `out`; returns the path of the page.
+
+    A run that cannot be read is left out, and named on the page with the reason.
 
     Raises:
-        CheckpointError: a folder that holds no run, a damaged file, or a full disk.
+        CheckpointError: no run can be read, or a full disk.
     """
-    found = _records(run_dirs)
-    with page.odd_told(" or ".join(map(str, run_dirs))):
-        return _compare(found, Path(out))
+    return write(gather(run_dirs), out)
 
 
-def _compare(found: list[Record], folder: Path) -> Path:
-    lines = [line_of(record) for record in found]
-    with matplotlib.rc_context(STYLE):
-        pictures = draw(lines, found)
-    for stem, (_, figure) in pictures.items():
-        write_bytes(folder / f"{stem}.png", page.png(figure))
-    text = page.template("compare.html").render(
-        title=f"{len(lines)} runs",
-        runs=[line.name for line in lines],
-        tables=[table for table in tables(lines) if table.rows],
-        figures=[(stem, caption, page.svg_data(figure)) for stem, (caption, figure) in pictures.items()],
-    )
+def write(gathered: Gathered, out: str | Path) -> Path:
+    """As `compare`, of runs that were read."""
+    folder, lines = Path(out), gathered.lines
+    with page.odd_told(" or ".join(record.path for record in gathered.found)):
+        with matplotlib.rc_context(STYLE):
+            pictures, notes = draw(lines, gathered.found)
+        text = page.template("compare.html").render(
+            title=f"{len(lines)} runs",
+            runs=[line.name for line in lines],
+            left_out=list(gathered.left_out.items()),
+            tables=[table for table in tables(lines) if table.rows],
+            figures=page.save_pictures(pictures, folder, notes),
+        )
     write_bytes(folder / "report.html", text.encode())
     return folder / "report.html"
 
 
-def draw(lines: list[Line], found: list[Record]) -> dict[str, tuple[str, Figure]]:
-    """File stem -> (caption, figure): a Pareto picture for each network, and the fine-tuning curves."""
+@dataclass(frozen=True)
+class _Cost:
+    """Something a network costs: how a picture of it is called, its number in a line, and why a line has none."""
+
+    stem: str
+    caption: str
+    label: str
+    told: Callable[[float], str]
+    of: Callable[[Line], float | None]
+    without: Callable[[Line], str]
+
+
+def draw(lines: list[Line], found: list[Record]) -> tuple[dict[str, tuple[str, Figure]], dict[str, str]]:
+    """File stem -> (caption, figure), and file stem -> which runs are not in it.
+
+    For each network accuracy against bit operations, bytes and time, then the fine-tuning curves.
+    """
     pictures: dict[str, tuple[str, Figure]] = {}
+    notes: dict[str, str] = {}
     for network in dict.fromkeys(line.network for line in lines):
-        points = [
-            pareto.Point(line.name, line.bops, 100 * line.last)
-            for line in lines
-            if line.network == network and line.bops and line.last is not None
-        ]
-        if points:
-            figure = pareto.accuracy_over_cost(points, marks_of(network))
-            pictures["pareto-" + re.sub(r"[^\w.-]", "_", network)] = (f"{network}: accuracy and bit operations", figure)
+        own, slug = [line for line in lines if line.network == network], re.sub(r"[^\w.-]", "_", network)
+        for cost in _costs(own):
+            points = [
+                pareto.Point(line.name, amount, 100 * line.accuracy)
+                for line in own
+                if (amount := cost.of(line)) and line.accuracy is not None
+            ]
+            if not points:
+                continue
+            marks = {m: i for i, m in enumerate(marks_of(network))} if cost.stem == "pareto" else {}
+            for stem, caption, some in _views(cost, points, marks):
+                figure = pareto.accuracy_over_cost(points, some, cost.label, cost.told)
+                pictures[f"{stem}-{slug}"] = (f"{network}: {caption}", figure)
+                notes[f"{stem}-{slug}"] = _not_shown(own, cost)
     curves = pareto.curves({record.name: record.epochs("finetune") for record in found})
     if curves is not None:
         pictures["curves"] = ("Fine-tuning: test accuracy by epoch", curves)
-    return pictures
+        without = [record.name for record in found if not record.epochs("finetune")]
+        notes["curves"] = f"Not shown: {', '.join(without)} (not fine-tuned)." if without else ""
+    return pictures, notes
+
+
+def _views(cost: _Cost, points: list[pareto.Point], marks: dict[Mark, int]) -> list[tuple[str, str, dict[Mark, int]]]:
+    near = pareto.crowd(points, marks)
+    views = [(cost.stem, cost.caption, marks)]
+    return [*views, ("near", f"{cost.caption}, near these runs", near)] if near and near != marks else views
+
+
+def _not_shown(lines: list[Line], cost: _Cost) -> str:
+    reasons = {
+        line.name: "no accuracy was measured" if line.accuracy is None else cost.without(line)
+        for line in lines
+        if line.accuracy is None or not cost.of(line)
+    }
+    told = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    return f"Not shown: {told}." if told else ""
+
+
+def _costs(lines: list[Line]) -> tuple[_Cost, ...]:
+    """What pictures show; times of one machine only, the one that timed most of these runs."""
+    batch = min((at for line in lines for at in line.times), default=1)
+    machines = Counter(line.timed_on for line in lines if batch in line.times)
+    machine = machines.most_common(1)[0][0] if machines else ""
+
+    def took(line: Line) -> float | None:
+        return line.times.get(batch) if line.timed_on == machine else None
+
+    def untimed(line: Line) -> str:
+        return f"timed on {line.timed_on}" if batch in line.times else f"not timed at batch {batch}: lbs bench"
+
+    operations, time = "bit operations per image", f"ms of a call, batch {batch}"
+    return (
+        _Cost("pareto", "accuracy and bit operations", operations, bops, lambda line: line.bops, lambda _: "no plan"),
+        _Cost(
+            "size",
+            "accuracy and size",
+            "size of the packed file",
+            size,
+            lambda line: line.bytes,
+            lambda _: "not packed",
+        ),
+        _Cost("time", "accuracy and time", time, lambda value: f"{1e3 * value:.3g}", took, untimed),
+    )
 
 
 def tables(lines: list[Line]) -> list[Table]:
-    """Every run; rows that were run with several seeds; what was published for these networks."""
-    return [_runs(lines), _seeds(lines), _published(lines)]
+    """Every run; what was asked of it; rows that were run with several seeds; what was published for these networks."""
+    return [_runs(lines), _asked(lines), _seeds(lines), _published(lines)]
 
 
 def _runs(lines: list[Line]) -> Table:
-    header = (
-        "Run",
-        "Row",
-        "#Seed",
-        "#Float",
-        "#Last epoch",
-        "#Best (epoch)",
-        "#Packed",
-        "#Equal predictions",
-        "#BOPs",
-        "#Allowed",
-        "#Reached by thresholds",
-        "#Result",
-        "Schedule",
-        "#Training",
-    )
+    batches = sorted({batch for line in lines for batch in line.times})
+    header = ("Run", "#Float", "#Last epoch", "#Best (epoch)", "#Packed", "#Equal predictions", "#BOPs", "#File")
     rows = []
     for line in lines:
         best = f"{percent(line.best)} ({line.best_epoch})" if line.best is not None else "-"
-        rows.append(
-            (
-                line.name,
-                line.label,
-                "-" if line.seed is None else str(line.seed),
-                percent(line.float_accuracy),
-                percent(line.last),
-                best,
-                percent(line.packed),
-                line.equal,
-                bops(line.bops) if line.bops else "-",
-                *(line.of_targets(key) for key in ("target", "thresholds", "value")),
-                line.schedule,
-                seconds(line.seconds) if line.seconds else "-",
-            )
-        )
+        shares = (percent(line.float_accuracy), percent(line.last), best, percent(line.packed), line.equal)
+        weight = size(line.bytes) if line.bytes else "-"
+        took = (seconds(line.times[batch]) if batch in line.times else "-" for batch in batches)
+        rows.append((line.name, *shares, bops(line.bops) if line.bops else "-", weight, *took))
+    machines = dict.fromkeys(line.timed_on for line in lines if line.timed_on)
     note = (
-        "The weights of the last epoch are kept and packed; the best epoch was picked on the test images. What the "
-        "trained thresholds had reached is followed by a projection to the result."
+        "The weights of the last epoch are kept and packed; the best epoch was picked on the test images."
+        + (f" Times: {'; '.join(machines)}." if machines else "")
+        + (" Compare times of one machine only." if len(machines) > 1 else "")
     )
-    return Table("Runs", header, tuple(rows), note)
+    return Table("Runs", header + tuple(f"#Time, batch {batch}" for batch in batches), tuple(rows), note)
+
+
+def _asked(lines: list[Line]) -> Table:
+    header = ("Run", "Row", "#Seed", "#Allowed", "#Reached by thresholds", "#Result", "Schedule", "#Training")
+    rows = []
+    for line in lines:
+        numbers = (line.of_targets(key) for key in ("target", "thresholds", "value"))
+        spent = seconds(line.seconds) if line.seconds else "-"
+        seed = "-" if line.seed is None else str(line.seed)
+        rows.append((line.name, line.label, seed, *numbers, line.schedule, spent))
+    note = "What the trained thresholds had reached is followed by a projection to the result."
+    return Table("What was asked of them", header, tuple(rows), note)
 
 
 def _seeds(lines: list[Line]) -> Table:
@@ -217,10 +315,3 @@ def _published(lines: list[Line]) -> Table:
         rows += [(network, mark.method, f"{mark.top1:.1f} %", bops(mark.bops)) for mark in marks]
     note = "arXiv 2101.04935; probably the best epoch of the full schedule, starting from other float networks."
     return Table("Published", ("Network", "Method", "#Top-1", "#BOPs"), tuple(rows), note)
-
-
-def summary(run_dirs: Sequence[str | Path]) -> list[Line]:
-    """The lines of the first table."""
-    found = _records(run_dirs)
-    with page.odd_told(" or ".join(map(str, run_dirs))):
-        return [line_of(record) for record in found]
