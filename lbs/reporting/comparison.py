@@ -155,7 +155,8 @@ def write(gathered: Gathered, out: str | Path) -> Path:
             tables=[table for table in tables(lines) if table.rows],
             figures=page.save_pictures(pictures, folder, notes),
         )
-    write_bytes(folder / "report.html", text.encode())
+        body = text.encode()
+    write_bytes(folder / "report.html", body)
     return folder / "report.html"
 
 

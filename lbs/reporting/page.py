@@ -48,8 +48,8 @@ def report(
     folder = Path(out) if out is not None else own
     with odd_told(path):
         pictures = plots.draw(record)
-        text = render(record, save_pictures(pictures, folder))
-    write_bytes(folder / "report.html", text.encode())
+        text = render(record, save_pictures(pictures, folder)).encode()
+    write_bytes(folder / "report.html", text)
     return folder / "report.html"
 
 

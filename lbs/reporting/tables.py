@@ -159,12 +159,12 @@ def before_after_table(record: Record) -> Table:
     whole = (BEFORE, EVEN8, PACKED)
     found = [record.accuracy(name) for name in whole]
     if found[2] is not None:
-        change = f"{100 * (found[2] - found[0]):+.2f} points" if found[0] is not None else "-"
+        change = f"{100 * (found[2] - found[0]):+.2f} pts" if found[0] is not None else "-"
         rows.append(("top-1 accuracy", *map(percent, found), change))
     if record.layers:
         full, now = sum(row.full_bops for row in record.layers), sum(row.bops for row in record.layers)
         even = full * EVEN_BITS**2 // FULL_PRECISION_BITS**2
-        rows.append(("bit operations", bops(full), bops(even), bops(now), f"{times(full / now)} fewer"))
+        rows.append(("bit operations", bops(full), bops(even), bops(now), times(full / now)))
         all_of_them, kept = (
             sum(row.layer.filters for row in record.layers),
             sum(row.layer.kept_filters for row in record.layers),
@@ -172,15 +172,15 @@ def before_after_table(record: Record) -> Table:
         rows.append(("filters", str(all_of_them), str(all_of_them), str(kept), f"{1 - kept / all_of_them:.0%} gone"))
     sizes = [record.bytes(name) for name in whole]
     if sizes[2] is not None:
-        smaller = f"{times(sizes[0] / sizes[2])} smaller" if sizes[0] else "-"
+        smaller = times(sizes[0] / sizes[2]) if sizes[0] else "-"
         rows.append(("file or weights", *("-" if count is None else size(count) for count in sizes), smaller))
     for batch in dict.fromkeys(row["batch"] for row in record.bench_rows()):
         took = [record.seconds(name, batch) for name in whole]
-        faster = f"{times(took[0] / took[2])} faster" if took[0] and took[2] else "-"
+        faster = times(took[0] / took[2]) if took[0] and took[2] else "-"
         rows.append((f"call, batch {batch}", *("-" if one is None else seconds(one) for one in took), faster))
     images = record.value("bench", "images")
     note = f"Accuracies on {images} images. " if images and record.value("bench", "accuracy") else ""
-    header = ("", "#Before: float32", "#Uniform 8 bits", "#After: packed", "#Against float32")
+    header = ("", "#Before: float32", "#Uniform 8 bits", "#After: packed", "#Gain")
     return Table(
         "Before and after",
         header,
