@@ -7,16 +7,14 @@ from typing import Any
 
 import lbs
 import lbs.data
-import lbs.zoo
 from lbs.cli.console import console
 from lbs.cli.options import decimals, numbers
-from lbs.cli.packed import add_source, source_of
+from lbs.cli.packed import add_source, known_statistics, source_of, statistics_of
 from lbs.contenders import BASELINES, DEFAULT_BASELINES
 from lbs.packing.model import PackedModel
 from lbs.runs import network
 from lbs.runs.bench_images import COUNT, BenchImages, of_data, of_folder
 from lbs.runs.packed import float_of
-from lbs.runs.quantized import IMAGENET
 from lbs.runs.stages import bench_run
 from lbs_kernels.errors import LbsError
 
@@ -92,14 +90,9 @@ def _images(args: argparse.Namespace, packed: PackedModel) -> BenchImages | None
     """Those that were named; None leaves a run its own data, and a file random numbers."""
     if args.data and args.images:
         raise LbsError("--data and --images both name images; leave one of them out")
-    mean, std = args.mean, args.std
-    if not mean and not std and args.zoo:
-        mean, std = lbs.zoo.entry(args.zoo).mean, lbs.zoo.entry(args.zoo).std
     if args.data:
-        data = network.load_data(args.data, mean, std)
-        return of_data(data, packed, args.count)
+        mean, std = (args.mean, args.std) if args.mean or args.std else known_statistics(args)
+        return of_data(network.load_data(args.data, mean, std), packed, args.count)
     if args.images:
-        if not mean and not std and packed.input_shape[0] == len(IMAGENET[0]):
-            mean, std = IMAGENET
-        return of_folder(args.images, packed, mean, std, args.count)
+        return of_folder(args.images, packed, *statistics_of(args, packed), args.count)
     return None

@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
     "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",
     "bench": "time a packed network against torch in the same process",
+    "classify": "write the classes of a folder of images into one CSV, by one process or several",
     "tune": "measure kernels on this machine, so that the fastest are chosen and latencies are known",
     "report": "write report.html and pictures of a run",
     "doctor": "say what this machine lacks, why, and the command that mends it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,7 @@ def of_data(data: lbs.data.ImageSet, packed: PackedModel, count: int = COUNT) ->
     pixels, labels = lbs.data.pixels_at(data, torch.arange(some) * data.test_count // some)
     size = min(CALIBRATION, data.train_count)
     ranges, _ = next(iter(lbs.data.train_loader(data, size, augment=False)))
-    return BenchImages(_served(pixels, packed, data.mean, data.std), labels, ranges, f"{len(labels)} of {data.name}")
+    return BenchImages(served(pixels, packed, data.mean, data.std), labels, ranges, f"{len(labels)} of {data.name}")
 
 
 def of_folder(
@@ -56,21 +57,22 @@ def of_folder(
     """Pictures of a folder, without labels: they set ranges too, and the classes of float are what is compared with.
 
     Raises:
-        DataError: nothing readable, or no statistics for that many channels.
+        DataError: nothing readable.
     """
     channels, height, width = packed.input_shape
     pictures, unread = read_pictures(folder, count, channels, height if height == width else None)
-    if packed.normalize is None and not len(mean) == len(std) == channels:
-        raise DataError(
-            f"{len(mean)} means and {len(std)} deviations for images of {channels} channels; give mean= and std=, one "
-            "value of each per channel"
-        )
-    images = _served(pictures.permute(0, 2, 3, 1), packed, mean, std)
+    images = served(pictures.permute(0, 2, 3, 1), packed, mean, std)
     left_out = f", {len(unread)} more cannot be read" if unread else ""
     ranges = packed.float_images(images[:CALIBRATION]).float()
     return BenchImages(images, None, ranges, f"{len(images)} of {folder}{left_out}")
 
 
-def _served(pixels: Tensor, packed: PackedModel, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [N, H, W, C] as the network takes them."""
+def served(pixels: Tensor, packed: PackedModel, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [N, H, W, C] as the network takes them. Raises DataError without statistics for each channel."""
+    channels = packed.input_shape[0]
+    if packed.normalize is None and not len(mean) == len(std) == channels:
+        raise DataError(
+            f"{len(mean)} means and {len(std)} deviations for images of {channels} channels; give mean= and std=, one "
+            "value of each per channel"
+        )
     return lbs.data.normalize(pixels, mean, std) if packed.normalize is None else pixels.permute(0, 3, 1, 2)
