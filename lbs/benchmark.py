@@ -22,6 +22,7 @@ from lbs_kernels.errors import LbsError, ShapeError
 from lbs_kernels.times.stopwatch import SETTLE, Times, cuda_graph, interleave
 
 PAYS = 1.03  # ratios nearer to 1 differ from run to run
+_NAMED = 6  # layers in a line; all of them have their times in `layers`
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def bits_told(
     if same:
         lines.append(
             f"layers of fewer bits that are no faster than at 8 (batch {batch}): {len(same)} of {len(fewer)}: "
-            f"{', '.join(same)}"
+            f"{', '.join(same[:_NAMED])}" + (", ..." if len(same) > _NAMED else "")
         )
     return tuple(lines)
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -19,6 +20,7 @@ from lbs.run_folder import write_bytes
 from lbs_kernels.errors import CheckpointError, LbsError, first_line
 
 _TEMPLATES = Path(__file__).parent
+_TALL = 5.0  # inches; low pictures and tall ones do not share a row
 
 
 def report(
@@ -55,12 +57,13 @@ def report(
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture as a page shows it: address is the image itself; note: what is not in it."""
+    """A picture as a page shows it: address is the image itself; note: what is not in it; tall: of many layers."""
 
     stem: str
     caption: str
     address: str
     note: str = ""
+    tall: bool = False
 
 
 def save_pictures(
@@ -72,7 +75,7 @@ def save_pictures(
         image = svg(figure)
         write_bytes(folder / f"{stem}.svg", image)
         address = "data:image/svg+xml;base64," + base64.b64encode(image).decode()
-        shown.append(Shown(stem, caption, address, (notes or {}).get(stem, "")))
+        shown.append(Shown(stem, caption, address, (notes or {}).get(stem, ""), figure.get_figheight() > _TALL))
     return shown
 
 
@@ -112,6 +115,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
     )
     environment.filters["words"] = lambda text: re.sub(r"\.(?=[^\W\d])", ".\u200b", str(text))
+    environment.filters["rows"] = lambda shown: [list(some) for _, some in groupby(shown, lambda one: one.tall)]
     return environment.get_template(name)
 
 

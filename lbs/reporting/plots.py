@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from lbs.reporting.records import BEFORE, EVEN8, PACKED, LayerRow, Record
 from lbs.reporting.style import (
@@ -20,6 +20,7 @@ from lbs.reporting.style import (
     STYLE,
     WEIGHTS,
     legend_above,
+    log_axis,
     panel,
     rows_axis,
     rows_height,
@@ -101,22 +102,22 @@ def filters(record: Record) -> Pictures:
 def operations(record: Record) -> Pictures:
     """Bit operations of one image."""
     caption = "Bit operations of every layer, one image: {before} before, {after} after ({ratio} fewer)"
-    return _before_after(record, "operations", caption, "bit operations", _Amount("full_bops", "bops", bops))
+    return _before_after(record, "operations", caption, "bit operations", _Amount("full_bops", "bops", bops, ""))
 
 
 def weight_bytes(record: Record) -> Pictures:
     """Bytes of the weights."""
     caption = "Weight bytes of every layer: {before} before, {after} after ({ratio} smaller)"
-    return _before_after(record, "bytes", caption, "bytes", _Amount("full_bytes", "bytes", size))
+    return _before_after(record, "bytes", caption, "bytes", _Amount("full_bytes", "bytes", size, "B"))
 
 
 class _Amount:
     """What layers take before and after, and how it is told."""
 
-    def __init__(self, before: str, after: str, told: Callable[[float], str]) -> None:
+    def __init__(self, before: str, after: str, told: Callable[[float], str], unit: str) -> None:
         self.before: Callable[[LayerRow], int] = lambda row: getattr(row, before)
         self.after: Callable[[LayerRow], int] = lambda row: getattr(row, after)
-        self.told = told
+        self.told, self.unit = told, unit
 
 
 def _before_after(record: Record, stem: str, caption: str, label: str, amount: _Amount) -> Pictures:
@@ -127,11 +128,8 @@ def _before_after(record: Record, stem: str, caption: str, label: str, amount: _
     figure, axis = panel(rows_height(len(before)))
     rows_axis(axis, [row.layer.name for row in record.layers], "layer")
     axis.barh(range(len(before)), before, 0.74, color=FULL, label="32 bits, all filters")
-    axis.barh(range(len(before)), after, 0.74, color=WEIGHTS, label="now")
-    axis.set_xscale("log")
-    axis.set_xlim(min(after) / 2, max(before) * 2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount.told(value)))
-    axis.tick_params(axis="x", labelsize=8.5)
+    axis.barh(range(len(before)), after, 0.44, color=WEIGHTS, label="now")  # what is longer hides nothing
+    log_axis(axis, amount.unit, min(after) / 2, max(before) * 2)
     axis.set_xlabel(f"{label} (log scale)")
     legend_above(figure, axis)
     ratio = times(sum(before) / sum(after))
@@ -151,18 +149,18 @@ def milliseconds(record: Record) -> Pictures:
         (BEFORE, "float32", {"color": FULL, "height": 0.74}),
         (PACKED, "packed", {"color": WEIGHTS, "height": 0.5}),
     ):
-        known = [1e3 * row["seconds"].get(name, float("nan")) for row in layers]
+        known = [row["seconds"].get(name, float("nan")) for row in layers]
         if not np.isnan(known).all():
             axis.barh(places, known, label=label, **style)  # type: ignore[arg-type]
-    even = [1e3 * row["seconds"].get(EVEN8, float("nan")) for row in layers]
+    even = [row["seconds"].get(EVEN8, float("nan")) for row in layers]
     if not np.isnan(even).all():
         axis.plot(even, places, "D", color=ACTIVATIONS, markersize=3.6, label="uniform 8 bits")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    known = [seconds for row in layers for name, seconds in row["seconds"].items() if name in (BEFORE, EVEN8, PACKED)]
+    log_axis(axis, "s", min(known) / 2, max(known) * 2)
     batch = next((row["batch"] for row in record.bench_rows()), "?")
-    axis.set_xlabel(f"ms, batch {batch} (log scale)")
+    axis.set_xlabel(f"time, batch {batch} (log scale)")
     legend_above(figure, axis, 3)
-    return {"milliseconds": ("Milliseconds of every layer", figure)}
+    return {"milliseconds": ("Time of every layer", figure)}
 
 
 def latency(record: Record) -> Pictures:

@@ -92,6 +92,11 @@ class Record:
             found = self.value(*_ACCURACY.get(contender, ("", "")))
         return None if found is None else float(found)
 
+    def agreement(self, contender: str) -> float | None:
+        """Share of the images of the benchmark that a row of it gives the class of float32, where that was measured."""
+        found = (self.value("bench", "agreement") or {}).get(contender)
+        return None if found is None else float(found)
+
     def bytes(self, contender: str) -> int | None:
         """Bytes of the file or the weights of a row of the benchmark."""
         found = (self.value("bench", "bytes") or {}).get(contender)

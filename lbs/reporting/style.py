@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lbs.reporting.units import plain
 
@@ -100,6 +101,15 @@ def rows_axis(axis: Axes, names: list[str], label: str) -> None:
 def rows_height(count: int) -> float:
     """Inches of a picture of that many rows."""
     return 1.25 + (0.21 if count <= 24 else 0.17) * count
+
+
+def log_axis(axis: Axes, unit: str, low: float, high: float) -> None:
+    """A logarithmic axis below, labelled at powers of ten with `unit`, few enough for a narrow picture."""
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.xaxis.set_major_locator(LogLocator(numticks=5))
+    axis.xaxis.set_major_formatter(EngFormatter(unit=unit, sep=" " if unit else ""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def svg(figure: Figure) -> bytes:

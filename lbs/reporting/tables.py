@@ -161,6 +161,9 @@ def before_after_table(record: Record) -> Table:
     if found[2] is not None:
         change = f"{100 * (found[2] - found[0]):+.2f} pts" if found[0] is not None else "-"
         rows.append(("top-1 accuracy", *map(percent, found), change))
+    alike = [record.agreement(name) for name in whole]
+    if alike[2] is not None:
+        rows.append(("class of float32", *map(percent, alike), "-"))
     if record.layers:
         full, now = sum(row.full_bops for row in record.layers), sum(row.bops for row in record.layers)
         even = full * EVEN_BITS**2 // FULL_PRECISION_BITS**2
@@ -179,7 +182,8 @@ def before_after_table(record: Record) -> Table:
         faster = times(took[0] / took[2]) if took[0] and took[2] else "-"
         rows.append((f"call, batch {batch}", *("-" if one is None else seconds(one) for one in took), faster))
     images = record.value("bench", "images")
-    note = f"Accuracies on {images} images. " if images and record.value("bench", "accuracy") else ""
+    asked = record.value("bench", "accuracy") or record.value("bench", "agreement")
+    note = f"Classes of {images} images. " if images and asked else ""
     header = ("", "#Before: float32", "#Uniform 8 bits", "#After: packed", "#Gain")
     return Table(
         "Before and after",
@@ -265,12 +269,22 @@ def latency_table(record: Record) -> Table:
         spread = f"{seconds(row['p20'])} - {seconds(row['p80'])}"
         rate = f"{row['batch'] / row['median']:,.0f}"
         ratio_text = times(ratio) if ratio else "-"
-        right = percent(record.accuracy(row["contender"]))
+        shares = (percent(record.accuracy(row["contender"])), percent(record.agreement(row["contender"])))
         weight = record.bytes(row["contender"])
         held = "-" if weight is None else size(weight)
         times_of = (seconds(row["median"]), spread, rate, ratio_text)
-        rows.append((row["contender"], str(row["batch"]), *times_of, right, held))
-    header = ("Contender", "#Batch", "#Median", "#20 - 80 %", "#Images / s", "#Packed is faster", "#Top-1", "#Size")
+        rows.append((row["contender"], str(row["batch"]), *times_of, *shares, held))
+    header = (
+        "Contender",
+        "#Batch",
+        "#Median",
+        "#20 - 80 %",
+        "#Images / s",
+        "#Packed is faster",
+        "#Top-1",
+        "#As float32",
+        "#Size",
+    )
     bench = record.results.get("bench", {})
     about = f"{bench.get('device', 'cpu')}, {bench.get('threads', '?')} threads. " if rows else ""
     bits, missing = bits_pay(record), bench.get("missing", {})

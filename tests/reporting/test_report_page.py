@@ -297,7 +297,7 @@ def test_before_stands_beside_after() -> None:
     table = tables.before_after_table(records.Record("run", results=results, layers=records.layer_rows(PLAN)))
     found = {row[0]: row[1:] for row in table.rows}
     assert found["top-1 accuracy"] == ("74.00 %", "-", "71.00 %", "-3.00 pts")  # all of the same images
-    assert "Accuracies on 50 images" in table.note
+    assert "Classes of 50 images" in table.note
     assert found["filters"] == ("58", "58", "54", "7% gone")
     assert found["file or weights"] == ("100.0 kB", "-", "20.0 kB", "5.0x")
     assert found["call, batch 1"] == ("2.00 ms", "-", "200.0 us", "10.0x")
