@@ -8,6 +8,7 @@ from typing import Any
 import lbs
 import lbs.data
 from lbs.cli.console import console
+from lbs.cli.main import as_options
 from lbs.cli.options import decimals, numbers
 from lbs.cli.packed import add_source, known_statistics, source_of, statistics_of
 from lbs.contenders import BASELINES, DEFAULT_BASELINES
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             model = float_of(source.packed, args.model, args.weights or "")
         timed = lbs.bench(source.packed, model=model, **options)
         section = timed.to_json()
-        out.say(str(timed))
+        out.say(as_options(str(timed), "bench"))
     out.finish(section)
     return 0
 

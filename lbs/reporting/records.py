@@ -166,7 +166,8 @@ def _of_file(path: Path, bench: str | Path | None, budget: float | None) -> Reco
         if not isinstance(section, dict) or not isinstance(section.get("rows"), list):
             raise CheckpointError(f"{bench} is no benchmark; lbs bench {path} --json > bench.json makes one")
         results["bench"] = section
-    environment = dict(results.get("bench", {}).get("header", {}))
+    header = results.get("bench", {}).get("header")
+    environment = header if isinstance(header, dict) else {}
     return Record(
         path.name.removesuffix(".safetensors").removesuffix(".lbs"), environment=environment, results=results,
         network=network, layers=layer_rows(packed.plan), path=str(path), packed_alone=True,

@@ -80,6 +80,11 @@ def test_what_cannot_be_is_said(file: Path, capsys: pytest.CaptureFixture[str], 
     assert re.search(says, body["error"]), body
 
 
+def test_what_was_not_given_is_named_as_an_option(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, told = bench(capsys, file)
+    assert "not timed: torch float32: no float network was given (--model)" in told
+
+
 def test_bytes_are_given_as_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = lbs.pack(pack_nets.network("digits_resnet8", 8, 8), normalize=((0.3,), (0.4,)))
     assert isinstance(packed, PackedModel)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pack_nets
 import pytest
-from test_report_page import EVERYTHING, PLAN, fill
+from test_report_page import EVERYTHING, PLAN, bench_section, fill
 
 from lbs.cli import main
 from lbs.cli.console import Console
@@ -102,6 +103,31 @@ def check_mutants(whole: Path, tmp_path: Path, seed: int, count: int) -> tuple[i
 def test_odd_values_give_a_page_or_a_sentence(whole: Path, tmp_path: Path) -> None:
     pages, sentences = check_mutants(whole, tmp_path, 0, 20)
     assert min(pages, sentences) > 2
+
+
+@pytest.mark.usefixtures("sketches")
+def test_an_odd_benchmark_of_a_packed_file_gives_a_page_or_a_sentence(tmp_path: Path) -> None:
+    chance, told = random.Random(0), [0, 0]
+    file, bench = tmp_path / "net.lbs.safetensors", tmp_path / "bench.json"
+    pack_nets.packed_digits().save(file)
+    whole = {
+        **bench_section(),
+        "header": {"cpu": "x"},
+        "images": 9,
+        "accuracy": {"packed": 0.5},
+        "bytes": {"packed": 9},
+    }
+    for place in chance.sample(list(places(whole)), 30):
+        odd = chance.choice(ODD)
+        bench.write_text(json.dumps(changed(whole, place, odd)))
+        try:
+            page.report(file, bench=bench)
+            told[0] += 1
+        except LbsError:
+            told[1] += 1
+        except Exception as error:
+            raise AssertionError(f"{place}: {odd!r}: {type(error).__name__}: {error}") from error
+    assert min(told) > 2
 
 
 @pytest.mark.slow
