@@ -110,14 +110,9 @@ def test_an_odd_benchmark_of_a_packed_file_gives_a_page_or_a_sentence(tmp_path: 
     chance, told = random.Random(0), [0, 0]
     file, bench = tmp_path / "net.lbs.safetensors", tmp_path / "bench.json"
     pack_nets.packed_digits().save(file)
-    whole = {
-        **bench_section(),
-        "header": {"cpu": "x"},
-        "images": 9,
-        "accuracy": {"packed": 0.5},
-        "bytes": {"packed": 9},
-    }
-    for place in chance.sample(list(places(whole)), 30):
+    shares = {"accuracy": {"packed": 0.5}, "agreement": {"packed": 0.9}, "bytes": {"packed": 9}}
+    whole = {**bench_section(), "header": {"cpu": "x"}, "images": 9, **shares}
+    for place in chance.sample(list(places(whole)), 12):
         odd = chance.choice(ODD)
         bench.write_text(json.dumps(changed(whole, place, odd)))
         try:
