@@ -5,7 +5,7 @@ Results are checked before anything is timed: a packed network must equal the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -128,6 +128,7 @@ def bench(
     images: Tensor | None = None,
     labels: Tensor | None = None,
     calibration: Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Time a packed network against baselines of the same architecture, weigh them, and ask them for classes.
 
@@ -147,6 +148,7 @@ def bench(
         labels: int64 [N], the classes of `images`.
         calibration: float32 [N, C, H, W], normalised; these set the ranges of 8 bits of the baselines. `images` do
             unless it is given, and random numbers where there are none.
+        progress: is told each step as it begins, such as "time batch 64".
 
     Raises:
         LbsError: an unknown baseline, batches below 1, or first_call on a GPU. ShapeError: images the network was not
@@ -166,16 +168,21 @@ def bench(
         raise LbsError(f"first_call is timed on the CPU; the network is on {device}. Leave it out, or move the network")
     images, ranges = _given(packed, images, labels, calibration)
     rows: list[BenchRow] = []
+    said = progress or (lambda step: None)
     with torch_threads(threads) as count, torch.inference_mode(), _no_tf32():
-        all_of_them = Contenders(packed, model, baselines, uniform8, ranges)
+        all_of_them = Contenders(packed, model, baselines, uniform8, ranges, said)
         for batch in batches:
             some = packed.random_images(batch) if images is None else images[torch.arange(batch) % len(images)]
             calls = all_of_them.calls(some, count)
+            said(f"time batch {batch}")
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
             rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds, first_call=first_call)))
+        if images is not None:
+            said(f"classes of {len(images)} images")
         classes = {} if images is None else all_of_them.classes(images, max(batches), count)
         header = environment()
+        said("time layers")
         first = packed.random_images(batches[0])
         parts = time_parts(packed, first, rounds) if packed.kept_float else ()
         named = ((name, all_of_them.network(name)) for name in (FLOAT32, UNIFORM8, PACKED))

@@ -57,12 +57,14 @@ class Contenders:
         baselines: Sequence[str],
         uniform8: PackedModel | None,
         calibration: Tensor | None,
+        progress: Callable[[str], None] = lambda step: None,
     ) -> None:
         """
         Args:
             model: the float network, or a quantized one, which is turned into floats again; None: all are missing.
             baselines: keys of BASELINES. uniform8: the network of that row; None: `model` is packed at 8 bits.
             calibration: normalised floats [N, C, H, W] that set the ranges of 8 bits; None: random numbers do.
+            progress: is told what is made, as it begins.
 
         Raises:
             BackendError: a packed network differs from the reference.
@@ -70,6 +72,7 @@ class Contenders:
         self.packed = packed
         self.missing: dict[str, str] = {}
         self.notes: list[str] = []
+        self._progress = progress
         self.model: nn.Module | None = None
         self._networks: dict[str, nn.Module] = {PACKED: packed}
         self._engines: EngineModels | None = None
@@ -80,6 +83,7 @@ class Contenders:
         else:
             self.model = float_model(model, self.notes).to(packed.device).eval()
             for name in own:
+                progress(f"make {BASELINES[name]}")
                 even = name == "uniform8"
                 made = (uniform8 or _uniform8(self.model, packed, calibration)) if even else baseline(name, self.model)
                 self._networks[BASELINES[name]] = made
@@ -150,6 +154,7 @@ class Contenders:
 
     def _tried(self, name: str, batch: int, make: Callable[[], Any]) -> Any:
         """What `make` gives; where an engine refuses, it is missing from here on, and None."""
+        self._progress(f"{ENGINES[name]}, batch {batch}")
         try:
             with torch.inference_mode(False), torch.no_grad():
                 return make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import lbs
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "baselines": args.baselines,
         "rounds": args.rounds,
         "first_call": args.first_call,
+        "progress": lambda step: print(f"{step} ...", file=sys.stderr, flush=True),
     }
     images = _images(args, source.packed)
     if images is not None:

@@ -149,10 +149,13 @@ def digits_images(count: int) -> tuple[Tensor, Tensor]:
 def test_every_contender_is_asked_weighed_and_timed_in_one_table() -> None:
     packed, model = pack_nets.packed_digits(), lbs.models.create("digits_resnet8", 10)
     images, labels = digits_images(11)
+    steps: list[str] = []
     found = lbs.bench(
         packed, model=model, batches=(1, 4), threads=1, baselines=("float32", "uniform8"), rounds=1, images=images,
-        labels=labels,
+        labels=labels, progress=steps.append,
     )  # fmt: skip
+    made = ["make torch float32", "make packed uniform 8-bit"]
+    assert steps == [*made, "time batch 1", "time batch 4", "classes of 11 images", "time layers"]
     names = ["packed", "torch float32", "packed uniform 8-bit"]
     assert list(found.accuracy) == list(found.agreement) == names
     classes = packed(images).argmax(1)
