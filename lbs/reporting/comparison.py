@@ -151,7 +151,7 @@ def write(gathered: Gathered, out: str | Path) -> Path:
         text = page.template("compare.html").render(
             title=f"{len(lines)} runs",
             runs=[line.name for line in lines],
-            left_out=list(gathered.left_out.items()),
+            left_out=[*gathered.left_out.items(), *_in_no_picture(lines)],
             tables=[table for table in tables(lines) if table.rows],
             figures=page.save_pictures(pictures, folder, notes),
         )
@@ -206,6 +206,19 @@ def _views(cost: _Cost, points: list[pareto.Point], marks: dict[Mark, int]) -> l
     near = pareto.crowd(points, marks)
     views = [(cost.stem, cost.caption, marks)]
     return [*views, ("near", f"{cost.caption}, near these runs", near)] if near and near != marks else views
+
+
+def _in_no_picture(lines: list[Line]) -> list[tuple[str, str]]:
+    """Runs, each with the reason, of networks of which there is no picture of accuracy at all."""
+    found = []
+    for network in dict.fromkeys(line.network for line in lines):
+        own = [line for line in lines if line.network == network]
+        costs = _costs(own)
+        if not any(line.accuracy is not None and cost.of(line) for line in own for cost in costs):
+            reasons = {line.name: ", ".join(cost.without(line) for cost in costs if not cost.of(line)) for line in own}
+            none = "no accuracy was measured"
+            found += [(x.name, f"in no picture: {none if x.accuracy is None else reasons[x.name]}") for x in own]
+    return found
 
 
 def _not_shown(lines: list[Line], cost: _Cost) -> str:

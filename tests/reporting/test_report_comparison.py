@@ -131,7 +131,7 @@ def test_a_run_that_lacks_phases_is_listed_with_dashes(tmp_path: Path) -> None:
     started.path.mkdir()
     started.append_metrics({"phase": "search", "kind": "epoch", "step": 1, "epoch": 1, "loss": 1.0})
     text = comparison.compare([whole, started.path], tmp_path / "out").read_text()
-    assert "&lt;b&gt;started" in text
+    assert "<li>&lt;b&gt;started: in no picture: no accuracy was measured</li>" in text
     line = comparison.line_of(read(started.path))
     assert (line.last, line.bops, line.equal, line.schedule) == (None, None, "-", "-")
 
