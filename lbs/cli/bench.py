@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         out.say(f"images: {images.told}")
         options |= images.options()
     if source.folder is not None:
-        section = bench_run(source.folder, out.say, source, **options)
+        section = bench_run(source.folder, out.say, source, args.budget, **options)
     else:
         model = source.float_model
         if model is None and hasattr(args, "model"):

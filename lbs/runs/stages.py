@@ -163,22 +163,26 @@ def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
 
 @one_writer
 def bench_run(
-    folder: RunFolder, say: Callable[[str], None], source: Source | None = None, **options: Any
+    folder: RunFolder,
+    say: Callable[[str], None],
+    source: Source | None = None,
+    budget: float | None = 1.0,
+    **options: Any,
 ) -> dict[str, Any]:
     """Time the packed network of a run against its float network and others, options as `lbs.bench`.
 
     The network of `uniform8_run` is taken where there is one. All are asked for test images of the run's data unless
-    `images` are given, or where that is not there any more, which is said.
+    `images` are given, or where that is not there any more, which is said. `budget`: of the files, as for `lbs.load`.
     `of_bits` of the section: by batch, how many times faster than the same filters at 8 bits the packed network is.
     """
-    source = source or of_run(folder)
+    source = source or of_run(folder, budget=budget)
     packed, device = source.packed, source.packed.device
     if "images" not in options:
         try:
             options |= of_data(network.images_of(network.NetworkCard.read(folder)), packed).options()
         except (DataError, TrainingError) as error:
             say(f"images of random numbers, and no accuracies: {error}")
-    even = lbs.load(folder.file(UNIFORM8), str(device)) if "uniform8" in folder.results() else None
+    even = lbs.load(folder.file(UNIFORM8), str(device), budget=budget) if "uniform8" in folder.results() else None
     timed = lbs.bench(packed, model=source.float_model, uniform8=even, **options)
     say(str(timed))
     section = timed.to_json()

@@ -80,8 +80,9 @@ def test_what_cannot_be_is_said(file: Path, capsys: pytest.CaptureFixture[str], 
     assert re.search(says, body["error"]), body
 
 
-def test_what_was_not_given_is_named_as_an_option(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, told = bench(capsys, file)
+def test_what_was_not_given_is_named_as_an_option(file: Path) -> None:
+    found = lbs.bench(lbs.load(file), batches=(1,), threads=1, rounds=1)
+    told = main.as_options(str(found), "bench")
     assert "not timed: torch float32: no float network was given (--model)" in told
 
 
@@ -91,4 +92,4 @@ def test_bytes_are_given_as_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[
     packed.save(tmp_path / "bytes.lbs.safetensors")
     code, body, told = bench(capsys, tmp_path / "bytes.lbs.safetensors", "--data", "digits", "--count", "5")
     assert code == 0, told
-    assert body["accuracy"].keys() == {"packed"}
+    assert "packed" in body["accuracy"]
