@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 from lbs.cli.console import Console, console
 from lbs.cli.options import add_budget
-from lbs.reporting.comparison import Gathered, gather, write
+from lbs.reporting.comparison import write
+from lbs.reporting.gathered import Gathered, gather
 from lbs.reporting.page import odd_told, report
 from lbs.reporting.units import bops, percent, seconds, size
 from lbs_kernels.errors import LbsError

@@ -14,6 +14,7 @@ from test_report_page import PLAN, fill
 from lbs.cli import main
 from lbs.config import FinetuneRun, SearchRun
 from lbs.reporting import comparison, page, pareto
+from lbs.reporting.gathered import line_of
 from lbs.reporting.published import MARKS, marks_of
 from lbs.reporting.records import read
 from lbs.reporting.units import bops
@@ -71,7 +72,7 @@ def test_seeds_of_one_row_are_summed_up(tmp_path: Path) -> None:
     made = {"row": "cifar100-resnet20", "network": "cifar100-resnet20", "schedule": "8+30 of 30+200 epochs"}
     runs = [make_run(tmp_path / f"s{seed}", seed, 0.66 + 0.01 * seed, **(made if seed else {})) for seed in range(3)]
     runs.append(make_run(tmp_path / "longer", 4, 0.7, {"epochs": 31}, **made))
-    lines = [comparison.line_of(read(run)) for run in runs]
+    lines = [line_of(read(run)) for run in runs]
     table = comparison.tables(lines)[2]
     assert table.rows[0][:5] == ("cifar100-resnet20", "0, 1, 2", "67.00 %", "66.00 % .. 68.00 %", "68.00 %")
     assert len(table.rows) == 1  # another schedule is another row, and has one seed only
@@ -97,7 +98,7 @@ def test_seeds_of_one_row_are_summed_up(tmp_path: Path) -> None:
 )
 def test_runs_are_seeds_of_one_row_by_what_was_asked(tmp_path: Path, change: dict[str, Any], one_row: bool) -> None:
     runs = [make_run(tmp_path / "one", 0, 0.6), make_run(tmp_path / "two", 1, 0.7, change)]
-    lines = [comparison.line_of(read(run)) for run in runs]
+    lines = [line_of(read(run)) for run in runs]
     assert len(comparison.tables(lines)[2].rows) == one_row
     if one_row:
         assert comparison.tables(lines)[2].rows[0][:2] == ("cifar100-resnet20 joint", "0, 1")
@@ -108,7 +109,7 @@ def test_an_option_an_older_release_did_not_have_counts_as_its_default(tmp_path:
     config = read_json(runs[1] / "config.json")
     del config["search"]["exclude"]
     write_json(runs[1] / "config.json", config)
-    assert len({comparison.line_of(read(run)).asked for run in runs}) == 1
+    assert len({line_of(read(run)).asked for run in runs}) == 1
 
 
 @pytest.mark.usefixtures("sketches")
@@ -117,7 +118,7 @@ def test_all_targets_and_the_seed_of_a_search_alone_are_listed(tmp_path: Path) -
     config = read_json(run.file("config.json"))
     write_json(run.file("config.json"), {"search": config["search"]})
     text = comparison.compare([run.path, make_run(tmp_path / "other", 0, 0.6)], tmp_path / "out").read_text()
-    line = comparison.line_of(read(run.path))
+    line = line_of(read(run.path))
     assert (line.seed, line.variant) == (5, "joint")
     shown = [line.of_targets(key) for key in ("target", "thresholds", "value")]
     assert shown == [f"{bops(n * PLAN.bops())}, {size}" for n, size in ((2, "5.5 kB"), (3, "5.3 kB"), (1, "5.4 kB"))]
@@ -132,7 +133,7 @@ def test_a_run_that_lacks_phases_is_listed_with_dashes(tmp_path: Path) -> None:
     started.append_metrics({"phase": "search", "kind": "epoch", "step": 1, "epoch": 1, "loss": 1.0})
     text = comparison.compare([whole, started.path], tmp_path / "out").read_text()
     assert "<li>&lt;b&gt;started: in no picture: no accuracy was measured</li>" in text
-    line = comparison.line_of(read(started.path))
+    line = line_of(read(started.path))
     assert (line.last, line.bops, line.equal, line.schedule) == (None, None, "-", "-")
 
 
