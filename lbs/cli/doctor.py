@@ -65,6 +65,7 @@ def examine() -> list[Finding]:
         *[_package(module, name) for module, name in PACKAGES.items()],
         _processor(),
         _native_cpu(),
+        _c_library(),
         _gpu(),
         _triton(),
         _native_cuda(),
@@ -94,6 +95,16 @@ def _native_cpu() -> Finding:
         )
     sets = ", ".join(f"{isa} ({why})" if why else isa for isa, why in device.isa_reasons().items())
     return Finding("native CPU module", "ok", f"uses {device.default_isa()}; built for {sets}")
+
+
+def _c_library() -> Finding:
+    if extension.C_LIBRARY.exists():
+        return Finding("C library", "ok", f"{extension.C_LIBRARY}, and lbs.h beside it")
+    part = extension.build_report().get("c", {})
+    reason = str(part.get("reason") or "it was never built").split("\n")[0]
+    return Finding(
+        "C library", "absent", f"{reason}; needed by programs in C only", part.get("fix") or "pip install -e ."
+    )
 
 
 def _gpu() -> Finding:
