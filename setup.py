@@ -26,6 +26,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,6 +74,7 @@ LONGEST = (
 )
 
 
+STATUS = "| "  # in front of what ninja says itself
 Runs = dict[Path, list["subprocess.CompletedProcess[str]"]]  # by library: the commands that were run for it
 
 
@@ -181,6 +183,7 @@ class NinjaFile:
         self.rules: dict[str, list[str]] = {}
         self.compilations: dict[str, tuple[list[str], Command]] = {}  # by object: its lines, and what compiles it
         self.libraries: dict[Path, tuple[list[str], Command]] = {}  # objects, and what links them
+        self.whole = subprocess.CompletedProcess[str]([], 0, "", "")  # the run of ninja for all
 
     def rule(self, name: str, command: list[str]) -> None:
         """A rule whose command uses $in, $out and $flags, and writes what it read to $out.d; several may ask for it."""
@@ -218,9 +221,14 @@ class NinjaFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         rank = {name: place for place, name in enumerate(LONGEST)}
         self.compilations = dict(sorted(self.compilations.items(), key=lambda one: rank.get(one[0], len(rank))))
-        ninja = find_ninja()
+        ninja, started = find_ninja(), time.monotonic()
         runs = self.run_commands() if ninja is None else self.run_ninja(ninja)
-        return {library: failure_of(done) for library, done in runs.items() if any(run.returncode for run in done)}
+        show_warnings([self.whole, *(run for done in runs.values() for run in done)])
+        failed = {library: failure_of(done) for library, done in runs.items() if any(run.returncode for run in done)}
+        made = ", ".join(library.name for library in self.libraries if library not in failed)
+        seconds = time.monotonic() - started
+        print(f"{made or 'nothing'} built of {len(self.compilations)} sources in {seconds:.0f} s", file=sys.stderr)
+        return failed
 
     def run_ninja(self, ninja: str) -> Runs:
         """One run of ninja for all; after a failure one for each library, which tells the words of its own alone."""
@@ -228,10 +236,11 @@ class NinjaFile:
         (self.folder / "build.ninja").write_text("\n".join([*self.lines, *compilations]) + "\n")
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run([ninja, *words], capture_output=True, text=True, cwd=self.folder)
+            environment = {**os.environ, "NINJA_STATUS": STATUS}
+            return subprocess.run([ninja, *words], capture_output=True, text=True, cwd=self.folder, env=environment)
 
-        failed = run("-k", "0").returncode
-        return {library: [run(str(library))] if failed else [] for library in self.libraries}
+        self.whole = run("-k", "0")
+        return {library: [run(str(library))] if self.whole.returncode else [] for library in self.libraries}
 
     def run_commands(self) -> Runs:
         """The same without ninja: all compilations, then the links of the libraries whose objects are there."""
@@ -302,6 +311,15 @@ def fill(command: list[str], sources: list[str], target: str, flags: list[str]) 
 def partial(library: Path) -> Path:
     """Where the library is linked to before it is renamed; no name that Python would import."""
     return library.with_name(f"{library.name}.part")
+
+
+def show_warnings(runs: list[subprocess.CompletedProcess[str]]) -> None:
+    """What compilers said in runs that succeeded; who failed says why elsewhere."""
+    for run in runs:
+        lines = [] if run.returncode else (run.stdout + run.stderr).splitlines()
+        for line in lines:
+            if not line.startswith((STATUS, "ninja: ")):
+                print(line, file=sys.stderr)
 
 
 def failure_of(runs: list[subprocess.CompletedProcess[str]]) -> BuildFailure:
