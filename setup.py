@@ -380,10 +380,12 @@ def plan_cuda(ninja: NinjaFile, library: Path, part: Part) -> None:
 
 def plan_tests(ninja: NinjaFile, library: Path, part: Part) -> None:
     """cuda_model: the headers of the CUDA kernels on a model of the GPU (docs/cuda.md)."""
+    sources = sorted((TEST_SOURCES / "cuda").glob("*.cpp"))
+    if not sources:
+        raise BuildFailure("a source distribution carries no tests", "clone the repository to run them")
     link = cxx_rule(ninja, "tests", part)
     # Nothing is computed there, and optimisation, which FORTIFY needs, is a third of its compilation.
     slow = {"bindings.cpp": ["-O0", "-U_FORTIFY_SOURCE"]}
-    sources = sorted((TEST_SOURCES / "cuda").glob("*.cpp"))
     ninja.link(library, [ninja.compile("tests", source, slow.get(source.name, [])) for source in sources], link)
 
 
