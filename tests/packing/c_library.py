@@ -101,19 +101,23 @@ def compile_c(source: Path, target: Path) -> Path:
     return target
 
 
-def build(name: str, monkeypatch: pytest.MonkeyPatch, compiler: str, flags: str, portable_only: bool = False) -> Path:
+def build(name: str, monkeypatch: pytest.MonkeyPatch, compiler: str, flags: str, sanitized: bool = False) -> Path:
     """judge with the library inside, for the processors of `compiler` and with more `flags`; kept in build/.
 
-    Skips where there is no such compiler.
+    sanitized: all but the kernels is, of which there are the portable ones. Skips where there is no such compiler.
     """
     setup = load_setup(monkeypatch)
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("LBS_CXXFLAGS", flags)
-    if portable_only:
-        monkeypatch.setattr(setup, "takes_flags", lambda compiler, flags: False)
     part, ninja = setup.Part(), setup.NinjaFile(ROOT / "build" / "c" / name)
+    if sanitized:
+        monkeypatch.setattr(setup, "takes_flags", lambda compiler, flags: False)
+        kernels = setup.SOURCES / "isa" / "portable.cpp"
+        compile_one = ninja.compile
+        plain = {kernels: ["-fno-sanitize=all"]}
+        ninja.compile = lambda rule, source, more: compile_one(rule, source, [*more, *plain.get(source, [])])
     link = [word for word in setup.cxx_rule(ninja, "cxx", part, for_python=False) if word != "-shared"]
     cc = [compiler.replace("g++", "gcc"), "-MMD", "-MF", "$out.d", *WARNINGS, *flags.split(), f"-I{HEADER.parent}"]
     ninja.rule("cc", [*cc, "-c", "$in", "-o", "$out"])
