@@ -253,10 +253,16 @@ LIES: dict[str, Callable[[Header], Any]] = {
     "a key of the model twice": text("model", '"name"', '"name": "x", "name"'),
     "half of a surrogate pair in the graph": text("graph", '"part": "x"', '"part": "\ud800"'),
     "a graph that is a list": lambda header: header["__metadata__"].update(graph="[]"),
+    "two nodes of one name": text("graph", '"name": "output"', '"name": "x"'),
     "an output that is not there": text("graph", '"region0"}, 0]', '"region0"}, 1]'),
     "another digest of the program": text("program0", '"digest":"', '"digest":"0'),
     "an escape in a name": text("program0", '"name":"conv1"', '"name":"\\u001b[2J"'),
 }
+
+
+def refused_as(lie: str) -> str:
+    """The C library knows one graph, and calls every other one unsupported before it looks whether it is one."""
+    return "UNSUPPORTED" if lie == "two nodes of one name" else "FILE"
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -267,7 +273,7 @@ def test_lies_are_refused_by_both(lie: str, judge: Judge, saved: Path, tmp_path:
     with pytest.raises(CheckpointError):
         lbs.load(saved)
     (found,) = judge(tmp_path, [Case(saved, torch.zeros(0, 1, 8, 8))])
-    assert (found.status, found.words[: len(str(saved))]) == ("FILE", str(saved))
+    assert (found.status, found.words[: len(str(saved))]) == (refused_as(lie), str(saved))
     assert found.words.isprintable()
 
 
