@@ -58,7 +58,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _FACE:
-        value = getattr(importlib.import_module(_FACE[name]), name)
+        from lbs.extras import asked_for
+
+        with asked_for(f"lbs.{name}"):
+            value = getattr(importlib.import_module(_FACE[name]), name)
     elif name in _MODULES:
         value = importlib.import_module(_MODULES[name])
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -33,8 +34,9 @@ class Console:
             print(json.dumps(body, indent=1, default=str))
 
     def progress(self) -> BarProgress | LineProgress:
-        """A bar on a terminal, plain lines otherwise."""
-        return BarProgress() if sys.stderr.isatty() and writes() else LineProgress(self)
+        """A bar on a terminal, plain lines elsewhere and where tqdm is not installed."""
+        on_terminal = sys.stderr.isatty() and writes() and importlib.util.find_spec("tqdm") is not None
+        return BarProgress() if on_terminal else LineProgress(self)
 
 
 def console(args: argparse.Namespace) -> Console:

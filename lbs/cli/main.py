@@ -16,6 +16,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from lbs.extras import asked_for
+from lbs_kernels.errors import LbsError, printable
+
 COMMANDS = {
     "quickstart": "search, pack, verify and time a small network on real digits, in about a minute",
     "search": "find bits and filters of every layer within a budget",
@@ -42,7 +45,8 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
-            importlib.import_module(f"lbs.cli.{name}").add_arguments(sub)
+            with asked_for(f"lbs {name}"):
+                importlib.import_module(f"lbs.cli.{name}").add_arguments(sub)
             sub.add_argument("--json", action="store_true", help="print one JSON document; all else goes to stderr")
     return parser
 
@@ -82,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
+    except LbsError as error:  # the command needs a package that is not installed
+        print(f"lbs {chosen}: {error}", file=sys.stderr)
+        return 2
     from lbs.train import distributed
-    from lbs_kernels.errors import LbsError, printable
 
     try:
         code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))

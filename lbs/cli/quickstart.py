@@ -14,8 +14,8 @@ from lbs.cli.console import Console, console
 from lbs.cli.options import set_threads
 from lbs.cli.verify import show
 from lbs.config import FinetuneRun, SearchRun, open_run
+from lbs.extras import asked_for
 from lbs.reporting import records
-from lbs.reporting.page import report
 from lbs.reporting.tables import bits_pay, kept_filters, speeds
 from lbs.reporting.units import bops, percent, size
 from lbs.run_folder import RunFolder
@@ -23,6 +23,7 @@ from lbs.runs.phases import Session, run_finetune, run_search
 from lbs.runs.session import calibration_batches
 from lbs.runs.stages import bench_run, pack_run, uniform8_run, verify_run
 from lbs_kernels.device import processors
+from lbs_kernels.errors import LbsError
 
 # 8x8 images: threads cost more than they bring (2 threads on 2 busy cores were 15 times slower than one).
 TRAINING_THREADS = 1
@@ -83,10 +84,10 @@ def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
     _title(out, 5, f"time it against torch, uniform 8 bits and engines in the same process, {args.threads} threads")
     timed = bench_run(folder, out.say, threads=args.threads)
     _title(out, 6, "write the report")
-    page, record = report(folder.path), records.read(folder.path)
+    page, record = _page(out, folder), records.read(folder.path)
     passed = verified["passed"] and verified["packed_accuracy"] >= LEAST_ACCURACY
     seconds = time.monotonic() - started
-    summary = [*_results(record, tuned, searched), f"{seconds:.0f} s; open {page}"]
+    summary = [*_results(record, tuned, searched), f"{seconds:.0f} s" + (f"; open {page}" if page else "")]
     for line in summary:
         out.say(line)
     if not passed:
@@ -94,9 +95,20 @@ def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
             f"FAILED: every prediction must be equal and at least {percent(LEAST_ACCURACY)} right; "
             f"{verified['first_difference'] or 'see the lines above'}"
         )
-    body = {"level": "quickstart", "passed": passed, "seconds": seconds, "page": str(page), "summary": summary}
+    body = {"level": "quickstart", "passed": passed, "seconds": seconds, "page": page, "summary": summary}
     out.finish({**body, **folder.results(), "bench": timed})
     return 0 if passed else 1
+
+
+def _page(out: Console, folder: RunFolder) -> str:
+    """Writes the report; its path, or nothing where what draws it is not installed."""
+    try:
+        with asked_for("the report"):
+            from lbs.reporting.page import report
+    except LbsError as error:
+        out.say(str(error))
+        return ""
+    return str(report(folder.path))
 
 
 def free_folder(parent: Path) -> Path:

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from lbs.data.decode import check_bytes
+from lbs.data.decode import check_bytes, pillow
 from lbs.data.image_data import ImageData, from_arrays
 from lbs_kernels.errors import DataError
 from lbs_kernels.files import open_regular
@@ -112,11 +111,12 @@ def _read_part(
 
 
 def _read_image(file: Path, channels: int) -> np.ndarray:
+    pil = pillow()
     try:
-        with open_regular(file) as opened, Image.open(opened) as image:
+        with open_regular(file) as opened, pil.open(opened) as image:
             check_bytes(image)
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     # PIL reports damaged PNGs as SyntaxError and oversized ones as DecompressionBombError.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as an image ({error}); repair or remove it") from error
     return pixels.reshape(*pixels.shape[:2], channels)

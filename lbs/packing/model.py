@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class PackedModel(nn.Module):
         self.plan = plan
         self.name = name
         self.normalize = normalize
-        self._whole = whole_region(graph)
+        # Regions take images: rows [N, C] come to them through `PackedRegion.forward`.
+        self._whole = whole_region(graph) if len(input_shape) == 3 else None
         self.requires_grad_(False).eval()
 
     @property
@@ -223,7 +225,12 @@ def whole_region(graph: fx.GraphModule) -> tuple[fx.GraphModule, str, int] | Non
     """
     match list(graph.graph.nodes):
         case [image, call, item, output] if (
-            call.op == "call_module" and call.args == (image,) and item.args[:1] == (call,) and output.args == (item,)
+            call.op == "call_module"
+            and call.args == (image,)
+            and item.target is operator.getitem
+            and item.args[:1] == (call,)
+            and type(item.args[1]) is int
+            and output.args == (item,)
         ):
             whole = isinstance(graph.get_submodule(call.target), PackedRegion)
             return (graph, call.target, item.args[1]) if whole else None

@@ -127,8 +127,9 @@ class _Shapes:
 
     def of_image(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Walk for one image."""
+        walk = _Walk(self)  # not counted: weights are there, whatever images come
         with torch.no_grad(), _Counted(self.work):
-            _Walk(self).run(torch.empty((1, *shape), dtype=dtype, device="meta"))
+            walk.run(torch.empty((1, *shape), dtype=dtype, device="meta"))
 
     def told(self, error: Exception) -> str:
         """What went wrong, in words of the file."""
