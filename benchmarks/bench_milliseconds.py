@@ -197,11 +197,9 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
                 done[UNTRAINED] = {**known(one, seed, record), "contender": UNTRAINED, "bops": None, "bits": [[8, 8]]}
                 done[UNTRAINED] |= {"top1": 100 * section["accuracy"], "bytes": section["bytes"], "pruned_layers": {}}
                 files[UNTRAINED] = folder / UNIFORM8
-            if path is not None:
-                times = measured(files, args.batches, args.rounds, args.threads)
-                told = {"version": 1, "level": "milliseconds", "header": head, "missing": missing}
-                write_json(path, {**told, "rows": rows_of(done, times)})
-    times = measured(files, args.batches, args.rounds, args.threads)
+            written(path, head, missing, done, measured(files, args.batches, args.rounds, args.threads))
+    times = measured(files, args.batches, 2 * args.rounds, args.threads)
+    written(path, head, missing, done, times)
     for row in rows_of(done, times):
         asked = "" if row["asked"] is None else f" of {row['asked'] * 1e6:.1f} asked"
         span = f"{row['median'] * 1e6:8.1f} us [{row['p20'] * 1e6:.1f} {row['p80'] * 1e6:.1f}]"
@@ -209,6 +207,19 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
         print(f"batch {row['batch']:3d}  {name}  {row['top1']:6.2f} %  {span}{asked}")
     for name in missing:
         print(f"{name}: refused by lbs reproduce, which says why above")
+
+
+def written(
+    path: Path | None,
+    head: dict[str, Any],
+    missing: list[str],
+    done: dict[str, dict[str, Any]],
+    times: dict[int, dict[str, Times]],
+) -> None:
+    """The file, whole or not at all."""
+    if path is not None:
+        told = {"version": 1, "level": "milliseconds", "header": head, "missing": missing}
+        write_json(path, {**told, "rows": rows_of(done, times)})
 
 
 def parse() -> argparse.Namespace:

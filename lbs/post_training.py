@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lbs import cost
 from lbs.benchmark import PACKED, BenchReport, bench
+from lbs.channels import ChannelGroup
 from lbs.graph import ResidualStream, record_of
 from lbs.packing.model import PackedModel
 from lbs.packing.packing import pack
@@ -23,14 +24,18 @@ from lbs.plan import Plan
 from lbs.quant.calibrate import calibrate, images_of
 from lbs.quant.rounding import optimize
 from lbs.reporting import units
-from lbs.search.baselines import project
+from lbs.search import removal
+from lbs.search.baselines import project_budget
 from lbs.search.budget import Budget
-from lbs.search.freeze import plan_of
+from lbs.search.freeze import freeze, plan_of
+from lbs.search.layers import FULL_BITS
+from lbs.search.ledger import Ledger
 from lbs.search.outcome import BudgetResult
 from lbs.search.prepare import SearchConfig, at_widths, prepare, uniform
 from lbs.search.quantities import Table
 from lbs.search.streams import FLOAT
 from lbs.traced import evaluating, run, tensors_of
+from lbs.train.following import follow
 from lbs.wrappers import unwrapped
 from lbs_kernels.errors import DataError, GraphError, PlanError, ShapeError
 
@@ -42,6 +47,7 @@ MOST_ERROR = 0.2  # of what returns no classes, relative to the float outputs (1
 _KEPT = 256  # images taken of a loader
 _ROUNDED = 1 << 23  # values of the images that rounding is optimised for, 64 at least: it holds all of them at once
 _PLANNED = 32  # images that losses are measured on: one pass for each width of each layer
+_TILE = 8  # filters that come and go together: kernels compute as many at a time, and more
 _VALUES = 1 << 21  # of images computed at once: 13 images of 224 x 224
 
 _log = logging.getLogger("lbs")
@@ -182,6 +188,8 @@ def quantize(
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     exclude: tuple[str, ...] = (),
     streams: int = FLOAT,
+    max_pruning_ratio: float = 0.0,
+    distill: int = 0,
     measure: bool = False,
     progress: Callable[[str], None] = _log.info,
 ) -> PackedModel:
@@ -189,7 +197,8 @@ def quantize(
 
     Convert, set ranges from the images, correct norms and biases for the rounding, pack, verify, and compare with the
     float network on the images. With a budget the width of every layer is chosen first, by how far the outputs move
-    where it alone is narrower; then the float network is converted anew at these widths.
+    where it alone is narrower; then the float network is converted anew at these widths. Where filters may go as well,
+    they are chosen alike, and what reads them is fitted to those that stay (`lbs/search/removal.py`).
 
     Arguments:
         model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W], or
@@ -203,8 +212,10 @@ def quantize(
             what they compute in float (`lbs/quant/rounding.py`; half a minute more for MobileNetV2 at 4 bits).
         normalize: see `lbs.pack`. exclude: name patterns left in float. streams: bits of what residual sums store until
             they add it: 8, or 32 for floats, on a GPU float16 where verification holds then (`stream_dtype` of
-            `lbs.pack`; the report names it). measure: time one image beside float and uniform 8 bits. progress: is
-            told what begins.
+            `lbs.pack`; the report names it). max_pruning_ratio: share of a layer's filters that may go for the budget,
+            in eighths. distill: epochs over the images, in which the quantized network is trained to return what the
+            float one returns (`lbs/train/following.py`). measure: time one image beside float and uniform 8 bits.
+            progress: is told what begins.
 
     Raises:
         ShapeError: images of several sizes, of another rank or dtype. DataError: no images, or values that are not
@@ -222,6 +233,12 @@ def quantize(
         targets["latency_ms"] = latency_ms
     if rounding not in ("nearest", "optimized"):
         raise PlanError(f"rounding={rounding!r} is unknown; use nearest or optimized")
+    if max_pruning_ratio and not targets:
+        raise PlanError(
+            f"max_pruning_ratio={max_pruning_ratio:g}: filters go for a budget; name bops=, size_mb= or more"
+        )
+    if distill < 0:
+        raise PlanError(f"distill={distill}; it counts epochs, from 0 on")
     if bits is not None and targets:
         raise PlanError(f"bits={bits!r} and a budget ({', '.join(targets)}) both name widths; leave one of them out")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -231,13 +248,25 @@ def quantize(
     outcome = None
     if targets:
         with clock.step("plan"):
-            plan, outcome = _planned(model, floats, exclude, streams, table, targets)
-            network = at_widths(model, floats[0][:2], plan, exclude, streams)
+            asked = SearchConfig(
+                pruning=max_pruning_ratio > 0,
+                group_size=1,
+                filter_tile=_TILE,
+                max_pruning_ratio=max_pruning_ratio,
+                exclude=exclude,
+            )
+            plan, outcome = _planned(model, floats, asked, streams, table, targets)
+        with clock.step("convert"):
+            network = _converted(model, floats, asked, streams, plan)
     else:
         with clock.step("convert"):
             network = uniform(model, floats[0][:2], *_pair(bits), exclude=exclude, streams=streams)
     with clock.step("calibrate"):
         calibrate(network.eval(), floats, norms="correct" if rounding == "nearest" else "keep")
+    if distill:
+        with clock.step("distill"):
+            teacher, _ = _plain(model, floats, SearchConfig(exclude=exclude))
+            follow(network, teacher, floats, distill, record_of(network).plan.edges[-1])
     if rounding == "optimized":
         with clock.step("round"):
             rows = torch.cat(floats)
@@ -307,16 +336,16 @@ def _distance(found: Any, expected: Any) -> Tensor:
 def _planned(
     model: nn.Module,
     floats: list[Tensor],
-    exclude: tuple[str, ...],
+    config: SearchConfig,
     streams: int,
     table: Table | None,
     targets: dict[str, Any],
 ) -> tuple[Plan, BudgetResult]:
-    """Widths of every layer from measured losses, and what the budget reached."""
+    """Widths and filters of every layer from measured losses, and what the budget reached."""
     for chain in CHAINS:
-        searched = prepare(model, floats[0][:2], SearchConfig(bits=chain, pruning=False, exclude=exclude), streams)
+        searched = prepare(model, floats[0][:2], replace(config, bits=chain), streams)
         try:
-            Budget(searched, table=table, **targets)
+            budget = Budget(searched, table=table, **targets)
             break
         except PlanError:  # out of reach
             if chain is CHAINS[-1]:
@@ -325,8 +354,29 @@ def _planned(
     chosen = list(torch.cat(floats)[:_PLANNED].split(len(floats[0])))
     with evaluating(model):
         pairs = [(batch, run(model, batch)) for batch in chosen]
-    outcome = project(searched, pairs, table=table, loss=_distance, **targets)
+
+    def filters(ledger: Ledger) -> None:
+        plain, groups = _plain(model, floats, config)
+        removal.measure(plain, groups, ledger, floats, _PLANNED, _distance)
+
+    outcome = project_budget(budget, pairs, _distance, filters if budget.ledger.filters else None)
     return plan_of(searched), outcome
+
+
+def _converted(model: nn.Module, floats: list[Tensor], config: SearchConfig, streams: int, plan: Plan) -> nn.Module:
+    """The float network converted anew at the widths of a plan, and without the filters that it does not keep."""
+    kept = {layer.name: layer.kept for layer in plan.layers if layer.kept is not None}
+    if not kept:
+        return at_widths(model, floats[0][:2], plan, config.exclude, streams)
+    plain, groups = _plain(model, floats, config)
+    compensated = removal.compensated(plain, groups, kept, floats)
+    return removal.without_filters(compensated, floats[0][:2], config, plan, streams)
+
+
+def _plain(model: nn.Module, floats: list[Tensor], config: SearchConfig) -> tuple[nn.Module, tuple[ChannelGroup, ...]]:
+    """A copy of the float network in plain layers, as searchable ones are named, and its groups of channels."""
+    copy = freeze(prepare(model, floats[0][:2], replace(config, bits=(FULL_BITS,), pruning=False)))
+    return copy.eval(), record_of(copy).groups
 
 
 def _pair(bits: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -57,8 +57,16 @@ def project(
     return project_budget(Budget(model, bops, size_mb=size_mb, latency_ms=latency_ms, table=table), batches, loss)
 
 
-def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: Loss = F.cross_entropy) -> BudgetResult:
-    """`project` towards the targets of a budget, which is frozen from then on."""
+def project_budget(
+    budget: Budget,
+    batches: Iterable[tuple[Tensor, Any]],
+    loss: Loss = F.cross_entropy,
+    filters: Callable[[Ledger], None] | None = None,
+) -> BudgetResult:
+    """`project` towards the targets of a budget, which is frozen from then on.
+
+    filters: gives the ledger's choices of filters their order and errors, which are not measured here then.
+    """
     stored = list(batches)
     if not stored:
         raise PlanError("project got no batch; give at least one batch of images and labels")
@@ -68,9 +76,12 @@ def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: 
         ledger.read(errors=True)
         at_levels(ledger, lambda choice: choice.top)
         ledger.apply()
-        open_loss, below = losses(model, ledger, stored, loss)
-        for choice in ledger.choices:
-            choice.errors = _errors_of(below[choice], open_loss)
+        if filters is not None:
+            filters(ledger)
+        known = () if filters is None else tuple(ledger.filters)
+        open_loss, below = losses(model, ledger, stored, loss, without=known)
+        for choice, found in below.items():
+            choice.errors = _errors_of(found, open_loss)
         project_choices(ledger, budget.targets, filters_last=False)
         ledger.apply()
         budget.freeze()  # holds the thresholds as they are now
