@@ -350,7 +350,8 @@ def _planned(
         except PlanError:  # out of reach
             if chain is CHAINS[-1]:
                 raise
-    calibrate(searched.eval(), floats)
+    if budget.ledger.widths:
+        calibrate(searched.eval(), floats)
     chosen = list(torch.cat(floats)[:_PLANNED].split(len(floats[0])))
     with evaluating(model):
         pairs = [(batch, run(model, batch)) for batch in chosen]

@@ -330,7 +330,7 @@ def compensated(
         groups: of the network, in its order. kept: of the producers that lose some. batches: images.
     """
     made = copied(model)
-    losing = [group for group in groups if group.producer in kept]
+    losing = [group for group in groups if group.prunable and group.producer in kept]  # depthwise layers follow
     size = max(1, -(-len(losing) // SWEEPS))
     for start in range(0, len(losing), size):
         part = [(group, readers_of(made, group)) for group in losing[start : start + size]]

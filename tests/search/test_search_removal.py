@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lbs
 from lbs.graph import record_of
+from lbs.models.mobilenet_v2 import InvertedResidual
 from lbs.search import removal
 from lbs.search.freeze import freeze
 from lbs.search.ledger import Ledger
@@ -202,6 +203,24 @@ def test_readers_make_up_for_what_is_gone() -> None:
     with torch.no_grad():
         assert (small(x) - made(x)).square().mean() < 0.01 * made(x).var()
     assert lbs.verify(small, lbs.pack(small), x[:8]).ok
+
+
+def test_hidden_channels_of_an_inverted_residual_go_with_their_depthwise_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), InvertedResidual(8, 8, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    with torch.no_grad():
+        model.train()(images())
+    made, groups = plain(model.eval())
+    kept = tuple(range(0, 16, 2))
+    asked = {"2.conv.0.0": kept, "2.conv.1.0": kept}  # as a plan has them
+    made = removal.compensated(made, groups, asked, list(images(64).split(16)))
+    reader: Any = made.get_submodule("2.conv.2")
+    assert not reader.weight[:, 1::2].any()
+    with torch.no_grad():
+        assert (made(images(8)) - model(images(8))).square().mean() < 0.2 * model(images(8)).var()
 
 
 def test_a_transposed_reader_is_named() -> None:
