@@ -71,12 +71,20 @@ def _learning(network: nn.Module, last: str) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad and id(parameter) not in fixed]
 
 
-def distance(found: Any, expected: Any) -> Tensor:
-    """Squared distance of all outputs, relative to their squares."""
+def distances(found: Any, expected: Any) -> tuple[Tensor, Tensor]:
+    """Squared distance of all outputs, and what it is relative to."""
     pairs = list(zip(tensors_of(found), tensors_of(expected), strict=True))
-    off = torch.stack([(one.float() - other.float()).square().sum() for one, other in pairs]).sum()
-    size = torch.stack([other.float().square().sum() for _, other in pairs]).sum()
-    return off / size.clamp(min=torch.finfo(torch.float32).tiny)
+    wide = [(one.double(), other.double()) for one, other in pairs]
+    return (
+        torch.stack([(one - other).square().sum() for one, other in wide]).sum(),
+        torch.stack([other.square().sum() for _, other in wide]).sum(),
+    )
+
+
+def distance(found: Any, expected: Any) -> Tensor:
+    """Loss without labels: the relative squared distance of the outputs from those in float."""
+    off, size = distances(found, expected)
+    return off / size if size else off
 
 
 @contextmanager

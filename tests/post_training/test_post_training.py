@@ -20,8 +20,9 @@ import lbs
 import lbs.models
 from lbs.errors import DataError, GraphError, LbsError, PlanError, ShapeError
 from lbs.packing.model import PackedModel
-from lbs.post_training import CHAINS, LEAST_AGREEMENT, MOST_ERROR, Fidelity
+from lbs.post_training import CHAINS
 from lbs.quant.layers import QuantLayer
+from lbs.quantization_report import LEAST_AGREEMENT, MOST_ERROR, Fidelity
 from lbs.search.prepare import at_widths
 
 PIXELS = ((0.4,), (0.3,))
@@ -303,7 +304,7 @@ def test_fidelity_of_the_network_itself_and_of_another() -> None:
 def test_a_result_far_from_float_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     lbs.quantize(network(), images())
     assert not caplog.records
-    monkeypatch.setattr("lbs.post_training.LEAST_AGREEMENT", 1.0)
+    monkeypatch.setattr("lbs.quantization_report.LEAST_AGREEMENT", 1.0)
     packed = lbs.quantize(network(), images(), bits=1)
     kept = packed.report.fidelity.kept
     assert kept < 24
