@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from lbs.channels import ChannelGroup
 from lbs.convolutions import TransposedConv2d
 from lbs.plan import Plan, grid_at
+from lbs.quant.layers import QuantLayer
 from lbs.search.freeze import freeze
 from lbs.search.ledger import Choice, Ledger
 from lbs.search.prepare import SearchConfig, prepare
@@ -353,4 +354,8 @@ def without_filters(model: nn.Module, example: Tensor, config: SearchConfig, pla
     )  # lets every sum pass that the plan allows
     searched = prepare(model, example, replace(config, bits=(narrowest,)), streams)
     layers = tuple(replace(layer, w_grid=grid_at(layer.w_bits), ranges="filter") for layer in plan.layers)
-    return freeze(searched, replace(plan, layers=layers))
+    made = freeze(searched, replace(plan, layers=layers))
+    for layer in made.modules():
+        if isinstance(layer, QuantLayer):
+            layer.adopt_scale()  # the deviation of the weights that are left, zeros of channels that are gone aside
+    return made

@@ -201,7 +201,7 @@ def test_readers_make_up_for_what_is_gone() -> None:
     lbs.calibrate(small.eval(), [images(64)])
     assert small.get_submodule("5").weight.shape == (12, 8, 3, 3)
     with torch.no_grad():
-        assert (small(x) - made(x)).square().mean() < 0.01 * made(x).var()
+        assert (small(x) - made(x)).square().mean() < 1e-3 * made(x).var()
     assert lbs.verify(small, lbs.pack(small), x[:8]).ok
 
 
