@@ -40,6 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_latency(widths)
     widths.add_argument(
+        "--prune",
+        dest="max_pruning_ratio",
+        type=decimal,
+        default=_UNSET,
+        metavar="X",
+        help="share of a layer's filters that may go for the budget (default 0)",
+    )
+    widths.add_argument(
+        "--distill",
+        type=int,
+        default=_UNSET,
+        metavar="N",
+        help="train for N epochs to return on the images what the float network returns (default 0)",
+    )
+    widths.add_argument(
         "--rounding",
         choices=("nearest", "optimized"),
         default=_UNSET,

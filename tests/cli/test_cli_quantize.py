@@ -48,6 +48,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_filters_go_and_training_follows(place: Path, lbs_command: Command) -> None:
+    line = f"{ASKED} --weights net.pth --out packed --size-mb 0.03 --prune 0.5 --distill 2"
+    code, section, told = lbs_command(line)
+    assert code == 0
+    assert section["targets"]["size_mb"]["value"] <= 0.03e6
+    assert [line for line in told.splitlines() if line in ("plan ...", "convert ...", "distill ...")]
+    plan = lbs.load(place / section["file"]).plan
+    assert plan is not None
+    assert any(layer.kept_filters < layer.filters for layer in plan.layers)
+
+
 def of_its_own(place: Path, channels: int = 1) -> str:
     """module:function of a network of 7 classes whose weights are own.pth; a module is imported once in a process."""
     name = f"own_{place.name.replace('-', '_')}"
