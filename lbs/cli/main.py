@@ -25,9 +25,10 @@ COMMANDS = {
     "pack": "write the network of a run as bit-planes, and check the file",
     "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
     "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",
-    "bench": "time a packed network against torch in the same process",
+    "bench": "accuracy, time and size of a packed network beside torch, uniform 8 bits and other engines",
+    "classify": "write the classes of a folder of images into one CSV, by one process or several",
     "tune": "measure kernels on this machine, so that the fastest are chosen and latencies are known",
-    "report": "write report.html and pictures of a run",
+    "report": "write a page of one network, before and after, or of several runs side by side",
     "doctor": "say what this machine lacks, why, and the command that mends it",
 }
 

@@ -9,7 +9,10 @@ import lbs
 import lbs.models
 import lbs.zoo
 from lbs.cli.options import add_budget, device_of, folder_of, set_threads
+from lbs.packing.model import PackedModel
+from lbs.runs.network import NetworkCard
 from lbs.runs.packed import Source, of_run
+from lbs.runs.quantized import IMAGENET
 from lbs_kernels.errors import LbsError
 
 
@@ -43,3 +46,20 @@ def source_of(args: argparse.Namespace, with_float: bool = False) -> Source:
     if args.run:
         return of_run(folder_of(args), device, with_float, args.budget)
     return Source(lbs.load(args.file, device, budget=args.budget), Path(args.file))
+
+
+def known_statistics(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Pixel mean and deviation that a run, or a shipped network, was trained with; of a file none are known."""
+    if args.zoo:
+        entry = lbs.zoo.entry(args.zoo)
+        return entry.mean, entry.std
+    if args.run:
+        card = NetworkCard.read(folder_of(args))
+        return card.mean, card.std
+    return (), ()
+
+
+def statistics_of(args: argparse.Namespace, packed: PackedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """--mean and --std, else those that are known, else of three channels ImageNet's."""
+    mean, std = (args.mean, args.std) if args.mean or args.std else known_statistics(args)
+    return IMAGENET if not mean and not std and packed.input_shape[0] == len(IMAGENET[0]) else (mean, std)

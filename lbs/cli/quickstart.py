@@ -80,7 +80,7 @@ def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
     _title(out, 4, "verify: codes of every layer, predictions on every test image")
     verified = verify_run(folder, strict=True)
     show(out, verified)
-    _title(out, 5, f"time it against torch and uniform 8 bits in the same process, {args.threads} threads")
+    _title(out, 5, f"time it against torch, uniform 8 bits and engines in the same process, {args.threads} threads")
     timed = bench_run(folder, out.say, threads=args.threads)
     _title(out, 6, "write the report")
     page, record = report(folder.path), records.read(folder.path)
