@@ -24,6 +24,7 @@ COMMANDS = {
     "quantize": "pack a trained network without training it: a folder of images, no labels",
     "pack": "write the network of a run as bit-planes, and check the file",
     "verify": "compare a packed network with the trained one: codes of every layer, predictions on every test image",
+    "export": "write a packed network as an ONNX file, for ONNX Runtime, OpenVINO and others",
     "explain": "show every layer of a packed network: shape, bits, filters, kernel, time",
     "bench": "time a packed network against torch in the same process",
     "tune": "measure kernels on this machine, so that the fastest are chosen and latencies are known",

@@ -39,18 +39,8 @@ from lbs_kernels.program.steps import (
     TensorSpec,
 )
 
+_LARGEST = float(np.finfo(np.float32).max)
 _STREAMS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-
-
-def why_not(program: Program) -> str | None:
-    """Why a program has no form in ONNX, or None."""
-    signed = [spec.name for spec in program.tensors if spec.signed]
-    if signed:
-        return (
-            f"the codes {', '.join(signed)} are symmetric around 0 and have no code for it, which old files hold and "
-            "ONNX has no integers for; quantize or fine-tune the network again"
-        )
-    return None
 
 
 class ProgramNodes:
@@ -62,27 +52,32 @@ class ProgramNodes:
             blob: the program's arrays. prefix: in front of the steps' names, where several programs make a graph.
 
         Raises:
-            GraphError: the program holds what ONNX has no form for.
+            GraphError: codes without a zero. They could be written with a half for one, which OpenVINO rounds.
         """
-        reason = why_not(program)
-        if reason is not None:
-            raise GraphError(f"to_onnx: {reason}")
+        signed = [spec.name for spec in program.tensors if spec.signed]
+        if signed:
+            raise GraphError(
+                f"to_onnx: the codes {', '.join(signed)} are symmetric around 0 and none stands for it, as old files "
+                "have them; ONNX wants a whole zero. Quantize or fine-tune the network again"
+            )
         self.nodes, self.program, self.blob, self.prefix = nodes, program, blob.cpu(), prefix
         self.wide: list[str] = []  # layers whose weights take more bits than they have
         self.own: set[str] = set()  # what an engine computes in its own way
-        self._values: dict[int, str] = {}  # codes as uint8, streams and images as float32
+        self.values: dict[int, str] = {}  # codes as uint8, streams and images as float32
         self._units: dict[int, float] = {}  # the value of one code unit
         self._floats: dict[tuple[str, float], str] = {}
+        self._normed = {step.emit.stream for step in program.steps if any(c.pre_scale for c in step.emit.consumers)}
+        self._normed |= {step.input for step in program.steps if isinstance(step, QuantPackStep) and step.multiplier}
 
     def write(self, inputs: Sequence[str]) -> list[str]:
         """The names of the outputs, float32 [N, C, H, W] or [N, C], of a program that is given `inputs`."""
-        self._values.update(zip(self.program.inputs, inputs, strict=True))
+        self.values.update(zip(self.program.inputs, inputs, strict=True))
         for step in self.program.steps:
             self._step(step, self.prefix + step.name)
         return [self._output(index) for index in self.program.outputs]
 
     def _output(self, index: int) -> str:
-        spec, value = self.program.tensors[index], self._values[index]
+        spec, value = self.program.tensors[index], self.values[index]
         return self.nodes.add("Flatten", [value], self.prefix + spec.name, axis=1) if spec.flat else value
 
     def _array(self, key: str) -> np.ndarray[Any, Any]:
@@ -106,12 +101,12 @@ class ProgramNodes:
             y = self._resize(step, source, place)
         if source.form == "codes" and isinstance(step, PoolStep | SelectStep):
             (consumer,) = step.emit.consumers
-            self._values[consumer.tensor], self._units[consumer.tensor] = y, self._units[step.input]
+            self.values[consumer.tensor], self._units[consumer.tensor] = y, self._units[step.input]
         else:
             self._emit(y, step.emit, place)
 
     def _image(self, step: QuantPackStep, source: TensorSpec, place: str) -> str:
-        y = self._values[step.input]
+        y = self.values[step.input]
         if source.dtype == "uint8" and source.form == "image":
             y = self.nodes.add("Cast", [y], place, to=TensorProto.FLOAT)
         if step.multiplier is not None and step.bias is not None:
@@ -124,7 +119,7 @@ class ProgramNodes:
 
     def _decoded(self, index: int, unit: float, place: str) -> str:
         """Codes as the floats they stand for."""
-        key = self._values[index], unit
+        key = self.values[index], unit
         if key not in self._floats:
             zero = np.asarray(self.program.tensors[index].zero, dtype=np.uint8)
             inputs = [key[0], self.nodes.floats(unit, f"{place}/step"), self.nodes.constant(zero, f"{place}/zero")]
@@ -175,7 +170,7 @@ class ProgramNodes:
         return weight, self.nodes.floats(factor.reshape(-1, 1, 1), f"{place}/factor")
 
     def _pool(self, step: PoolStep, place: str) -> str:
-        x = self._values[step.input]
+        x = self.values[step.input]
         if step.kind != "max":
             self.own.add(f"{step.kind} pooling")
         if step.kind == "mean":
@@ -195,7 +190,7 @@ class ProgramNodes:
             return self._moved(step, specs, place)
         height, width = specs[0].height * step.repeat[0], specs[0].width * step.repeat[1]
         parts = [
-            self._repeated(self._values[index], height // spec.height, width // spec.width, place)
+            self._repeated(self.values[index], height // spec.height, width // spec.width, place)
             for index, spec in zip(step.inputs, specs, strict=True)
         ]
         return self._chosen(parts, [spec.channels for spec in specs], step.channels, place)
@@ -267,7 +262,7 @@ class ProgramNodes:
             start = (step.top, step.left)[axis][i] if (step.top, step.left)[axis] else 0
             stride = step.stride[axis]
             ranges.append((2 + axis, start, start + stride * (size[axis] - 1) + 1, stride))
-        x = self._sliced(self._values[step.inputs[i]], ranges, place)
+        x = self._sliced(self.values[step.inputs[i]], ranges, place)
         if size == full:
             return x
         pads = self.nodes.sizes(0, 0, full[0] - size[0], full[1] - size[1], place=f"{place}/pads")
@@ -275,7 +270,7 @@ class ProgramNodes:
 
     def _resize(self, step: ResizeStep, source: TensorSpec, place: str) -> str:
         """Two pixels of each side with their weights, columns first, as the definition has it."""
-        y = self._values[step.input]
+        y = self.values[step.input]
         for axis in (1, 0):
             size = (source.height, source.width)[axis]
             first, second, weight = resize_taps(size, step.size[axis], step.scale[axis], step.offset[axis])
@@ -294,22 +289,27 @@ class ProgramNodes:
         if emit.activation is not None and emit.activation.first:
             y = self._activated(y, emit.activation, place)
         if emit.gate is not None:
-            y = self.nodes.add("Mul", [y, self._values[emit.gate]], place)
+            y = self.nodes.add("Mul", [y, self.values[emit.gate]], place)
         if emit.residual is not None:
             step = emit.residual_step
-            other = self._values[emit.residual] if step is None else self._decoded(emit.residual, step, place)
+            other = self.values[emit.residual] if step is None else self._decoded(emit.residual, step, place)
             y = self.nodes.add("Add", [y, other], place)
         if emit.activation is not None and not emit.activation.first:
             y = self._activated(y, emit.activation, place)
         y = self._clamped(y, emit.low, emit.high, place)
+        stored = _STREAMS.get(self.program.stream_dtype)
         if emit.stream is not None:
-            stored = _STREAMS.get(self.program.stream_dtype)
             if stored is not None:
+                self.own.add(f"{self.program.stream_dtype} streams (OpenVINO keeps them in float32)")
                 y = self.nodes.add("Cast", [y], place, to=stored)
                 y = self.nodes.add("Cast", [y], place, to=TensorProto.FLOAT)
-            self._values[emit.stream] = y
+            if emit.stream in self._normed:
+                # OpenVINO 2026.4 merges the norm into the layer that makes the stream, and what else reads it is wrong.
+                ends = [self.nodes.floats(end, f"{place}/end") for end in (-_LARGEST, _LARGEST)]
+                y = self.nodes.add("Clip", [y, *ends], place)
+            self.values[emit.stream] = y
         for consumer in emit.consumers:
-            self._consume(y, consumer, place)
+            self._consume(y, consumer, place, half=emit.stream is not None and stored is not None)
             if consumer.step is not None:
                 y = self._decoded(consumer.tensor, consumer.step, place)
 
@@ -321,20 +321,23 @@ class ProgramNodes:
         bounds = ["" if b is None else self.nodes.floats(b, f"{place}/bound") for b in (low, high)]
         return self.nodes.add("Clip", [y, *bounds] if bounds[1] else [y, bounds[0]], place)
 
-    def _consume(self, y: str, consumer: Consumer, place: str) -> None:
-        """Codes of one consumer."""
+    def _consume(self, y: str, consumer: Consumer, place: str, half: bool) -> None:
+        """Codes of one consumer. half: of values in half precision, of which many lie on the boundary of two codes:
+        those are multiplied by the scale, as the definition has it, where others are divided by the unit."""
         if consumer.pre_scale is not None and consumer.pre_bias is not None:
             y = self._affine(y, consumer.pre_scale, consumer.pre_bias, place)
         if consumer.relu:
             y = self.nodes.add("Relu", [y], place)
         unit = float(np.float32(1 / consumer.scale)) if consumer.step is None else consumer.step
-        levels = (1 << consumer.bits) - 1
+        self._units[consumer.tensor] = unit
+        if half:
+            y, unit = self.nodes.add("Mul", [y, self.nodes.floats(consumer.scale, f"{place}/scale")], place), 1.0
         if consumer.bits < 8:  # QuantizeLinear ends at 255
-            y = self._clamped(y, None, float(np.float32(unit * (levels - consumer.zero))), place)
+            last = unit * ((1 << consumer.bits) - 1 - consumer.zero)
+            y = self._clamped(y, None, float(np.float32(last)), place)
         zero = self.nodes.constant(np.asarray(consumer.zero, dtype=np.uint8), f"{place}/zero")
         inputs = [y, self.nodes.floats(unit, f"{place}/unit"), zero]
-        self._values[consumer.tensor] = self.nodes.add("QuantizeLinear", inputs, place)
-        self._units[consumer.tensor] = unit
+        self.values[consumer.tensor] = self.nodes.add("QuantizeLinear", inputs, place)
 
     def _activated(self, y: str, activation: Activation, place: str) -> str:
         add, kind = self.nodes.add, activation.kind
