@@ -45,8 +45,9 @@ def with_zeros(program: Program) -> Program:
 
 
 def off_ties(program: Program) -> Program:
-    """The program with clamps that end elsewhere than in the middle between two codes, which OpenVINO decides itself: it
-    divides by the range of all codes."""
+    """The program with clamps that end elsewhere than in the middle between two codes: OpenVINO divides by the range of
+    all codes, and decides such ties itself.
+    """
 
     def moved(step: Any) -> Any:
         high = step.emit.high
