@@ -18,13 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="the ONNX file, for ONNX Runtime, OpenVINO and others"
     )
+    parser.add_argument(
+        "--float32", dest="exact", action="store_false", help="no float64 in the file; codes on a boundary may differ"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the file, and say what in it is not exactly the packed network."""
     out = console(args)
     target = Path(args.out if args.out.endswith(_SUFFIX) else args.out + _SUFFIX)
-    notes = source_of(args).packed.to_onnx(target)
+    notes = source_of(args).packed.to_onnx(target, args.exact)
     written = target.stat().st_size
     for note in notes:
         out.say(note)

@@ -34,11 +34,11 @@ class Parts:
     output: int | None  # which output of the only region the network returns; None: there is more than a region
 
 
-def write(path: Path, parts: Parts, images: Tensor) -> tuple[str, ...]:
+def write(path: Path, parts: Parts, images: Tensor, exact: bool) -> tuple[str, ...]:
     """Write the file, checked, whole or not at all.
 
     Args:
-        images: of the network, two at least.
+        images: of the network, two at least. exact: see `ProgramNodes`.
 
     Returns:
         What an engine may compute otherwise than the packed network, and which weights are stored wider.
@@ -46,7 +46,8 @@ def write(path: Path, parts: Parts, images: Tensor) -> tuple[str, ...]:
     Raises:
         GraphError: a part without a form in ONNX. CheckpointError: more than 2 GB, or a place that cannot be written.
     """
-    model, programs = _whole(parts, images) if parts.output is not None else _outer(parts, images)
+    made = _whole if parts.output is not None else _outer
+    model, programs = made(parts, images, exact)
     if model.ByteSize() > _LARGEST:
         raise CheckpointError(f"{path}: an ONNX file holds 2 GB, this network takes {model.ByteSize()} bytes")
     try:
@@ -62,12 +63,12 @@ def write(path: Path, parts: Parts, images: Tensor) -> tuple[str, ...]:
     return _notes(programs)
 
 
-def _whole(parts: Parts, images: Tensor) -> tuple[onnx.ModelProto, list[ProgramNodes]]:
+def _whole(parts: Parts, images: Tensor, exact: bool) -> tuple[onnx.ModelProto, list[ProgramNodes]]:
     """A network of one region."""
     (name,) = parts.programs
     program, nodes = parts.programs[name], Nodes()
     nodes.reserve("images")
-    written = ProgramNodes(nodes, program, parts.blobs[name])
+    written = ProgramNodes(nodes, program, parts.blobs[name], exact=exact)
     outputs = written.write(_given(nodes, ["images"], [images.dim()]))
     assert parts.output is not None
     spec = program.tensors[program.outputs[parts.output]]
@@ -93,7 +94,7 @@ def _given(nodes: Nodes, names: list[str], dims: list[int]) -> list[str]:
     return [n if d == 4 else nodes.add("Unsqueeze", [n, axes], n) for n, d in zip(names, dims, strict=True)]
 
 
-def _outer(parts: Parts, images: Tensor) -> tuple[onnx.ModelProto, list[ProgramNodes]]:
+def _outer(parts: Parts, images: Tensor, exact: bool) -> tuple[onnx.ModelProto, list[ProgramNodes]]:
     """A network with parts around its regions, whose nodes are replaced by the steps of their programs."""
     told = "; ".join(f"{name}: {reason}" for name, reason in parts.kept_float)
     model = outer_model(parts.body, parts.programs, images, OPSET, told)
@@ -113,7 +114,7 @@ def _outer(parts: Parts, images: Tensor) -> tuple[onnx.ModelProto, list[ProgramN
             nodes.nodes.append(node)
             continue
         region, program = programs[node.attribute[0].i]
-        written.append(ProgramNodes(nodes, program, parts.blobs[region], f"{region}/"))
+        written.append(ProgramNodes(nodes, program, parts.blobs[region], f"{region}/", exact))
         for made, name in zip(written[-1].write(node.input), node.output, strict=True):
             nodes.nodes.append(helper.make_node("Identity", [made], [name], name=nodes.reserve(f"{region}/{name}")))
     whole = helper.make_graph(

@@ -196,15 +196,17 @@ class PackedModel(nn.Module):
         parts = PackedParts(self.body, self.input_shape, self.kept_float, self.plan, self.name, self.normalize)
         write(Path(path), parts)
 
-    def to_onnx(self, path: str | Path) -> tuple[str, ...]:
+    def to_onnx(self, path: str | Path, exact: bool = True) -> tuple[str, ...]:
         """Write the network as an ONNX file that ONNX Runtime and OpenVINO read: opset 21, any number of images.
 
         Weights are integers of 4, 8 or 16 bits, whichever is the narrowest that holds them, activations uint8, pruned
-        filters are absent; parts in float are ordinary nodes. Input `images`, as this model takes them. Predictions are
-        the packed network's but for codes on a rounding boundary (docs/onnx.md).
+        filters are absent; parts in float are ordinary nodes. Input `images`, as this model takes them (docs/onnx.md).
 
         Args:
             path: of the file; an old one is replaced when the new one is whole.
+            exact: what follows an integer sum is computed in float64 and rounded once, so that an engine with float64
+                finds the packed network's codes. Engines without it want False: codes on a rounding boundary may then
+                come out one beside it, which some networks (MobileNetV2) spread over all that follows.
 
         Returns:
             What has no exact form: weights stored wider than they are, operations whose last bits are the engine's.
@@ -229,7 +231,7 @@ class PackedModel(nn.Module):
             self.kept_float,
             None if self._whole is None else self._whole[2],
         )
-        return write(Path(path), parts, self.random_images(2))
+        return write(Path(path), parts, self.random_images(2), exact)
 
     def extra_repr(self) -> str:
         layers = sum(hasattr(step, "w_bits") for program in self.programs for step in program.steps)

@@ -21,8 +21,9 @@ from lbs_kernels.errors import CheckpointError, GraphError
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lbs[onnx]'")
 IMAGES = 1000
-# OpenVINO multiplies in its own order behind a sum: codes on a rounding boundary come out beside it more often.
-ALIKE = {"onnxruntime": 0.999, "openvino": 0.995}
+# OpenVINO takes float32 for float64: codes on a rounding boundary may come out one beside it, and move what is behind.
+ALIKE = {"onnxruntime": 1.0, "openvino": 0.995}
+FAR = {"onnxruntime": 1e-6, "openvino": 0.1}
 
 
 def photographs(count: int) -> Tensor:
@@ -93,8 +94,7 @@ def test_networks_come_out_alike(name: str, engine: str, tmp_path: Path) -> None
     images = packed.random_images(8, torch.Generator().manual_seed(0))
     expected = packed(images)
     (found,) = run(engine, tmp_path / "network.onnx", images)
-    # Codes on a rounding boundary may come out one beside it, and move what is behind them.
-    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert float((found - expected).norm() / expected.norm()) < FAR[engine]
     assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
