@@ -38,13 +38,43 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lbs", description="Search the bits and filters of a network, pack it, run it."
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
             importlib.import_module(f"lbs.cli.{name}").add_arguments(sub)
             sub.add_argument("--json", action="store_true", help="print one JSON document; all else goes to stderr")
+            sub.usage = _usage(sub)
     return parser
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """What must be given; the groups below list the rest."""
+    words = [parser.prog]
+    for action in parser._actions:
+        name = str(action.metavar or action.dest.upper())
+        if not action.option_strings:
+            words.append(name if action.required else f"[{name}]" if action.nargs != "+" else f"{name} ...")
+        elif action.required:
+            words.append(f"{action.option_strings[0]} {name}")
+    return " ".join([*words, "[options]"])
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options a parser has, by their long names."""
+    return {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+
+
+NEXT = """\
+lbs finds the bits and filters of a network, packs it, and runs it. What next?
+
+  lbs quickstart                              the whole road on real digits, in about a minute
+  lbs quantize MODEL --images DIR             a trained network becomes a packed file, without training
+  lbs search --run DIR --data SET --model M   find bits and filters within a budget, with data and labels
+  lbs bench --zoo cifar100-resnet20           time the network that ships with lbs
+  lbs doctor                                  what this machine lacks
+
+lbs --help lists all commands, lbs COMMAND --help the options of one."""
 
 
 def as_options(message: str, command: str, typed: Sequence[str] = ()) -> str:
@@ -58,8 +88,8 @@ def as_options(message: str, command: str, typed: Sequence[str] = ()) -> str:
     """
     parser = argparse.ArgumentParser()
     importlib.import_module(f"lbs.cli.{command}").add_arguments(parser)
-    options = set(re.findall(r"--[a-z][a-z-]*", parser.format_usage()))
-    by_key = "KEY=VALUE" in parser.format_usage()
+    options = options_of(parser)
+    by_key = any(action.metavar == "KEY=VALUE" for action in parser._actions)
 
     def spelled(found: re.Match[str]) -> str:
         option = "--" + found["name"].replace("_", "-")
@@ -82,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(chosen).parse_args(arguments)
     except SystemExit as stop:  # argparse has printed what was wrong, or the help
         return int(stop.code or 0)
+    if args.command is None:
+        print(NEXT)
+        return 0
     from lbs.train import distributed
     from lbs_kernels.errors import LbsError, printable
 

@@ -19,9 +19,10 @@ def add_source(parser: argparse.ArgumentParser, plans: bool = False) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE", help=f"a .lbs.safetensors file{file}")
     parser.add_argument("--run", metavar="DIR", help=f"the packed network of a run folder{run}")
     parser.add_argument("--zoo", metavar="NAME", help=f"a shipped network: {', '.join(lbs.zoo.ENTRIES)}")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
-    add_budget(parser)
-    parser.add_argument("--device", default="cpu", help="where it runs: cpu (default) or cuda")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
+    add_budget(where)
+    where.add_argument("--device", default="cpu", help="where it runs: cpu (default) or cuda")
 
 
 def source_of(args: argparse.Namespace, with_float: bool = False) -> Source:
