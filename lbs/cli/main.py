@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,23 @@ COMMANDS = {
     "tune": "measure kernels on this machine, so that the fastest are chosen and latencies are known",
     "report": "write report.html and pictures of a run",
     "doctor": "say what this machine lacks, why, and the command that mends it",
+}
+
+# What a command does when it has not spoken for two seconds.
+WAITS = {
+    "search": "reading images, setting ranges or measuring",
+    "finetune": "reading images, setting ranges or measuring",
+    "reproduce": "reading images, setting ranges or measuring",
+    "quickstart": "setting ranges or measuring",
+    "quantize": "reading weights and images",
+    "pack": "packing, and checking the codes of every layer",
+    "verify": "comparing the packed network with the trained one",
+    "export": "writing the graph",
+    "explain": "timing every layer",
+    "bench": "timing",
+    "tune": "looking up what is to be measured",
+    "report": "drawing",
+    "doctor": "looking",
 }
 
 
@@ -104,6 +122,18 @@ def as_options(message: str, command: str, typed: Sequence[str] = ()) -> str:
     return re.sub(named, spelled, message)
 
 
+def interrupted(args: argparse.Namespace) -> str:
+    """How a command that was interrupted, and did not say so itself, goes on."""
+    if args.command == "tune":
+        return "what was measured is kept: call it again to go on"
+    if args.command not in ("search", "finetune", "reproduce"):
+        return "nothing was written: call it again"
+    if not args.run or not os.path.exists(os.path.join(args.run, "config.json")):
+        return "nothing was saved: call it again"
+    where = "--out" if args.command == "reproduce" else "--run"
+    return f"go on with lbs {args.command} {where} {shlex.quote(str(args.run))} --resume"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -115,11 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         print(NEXT)
         return 0
+    from lbs.cli.console import console
     from lbs.train import distributed
     from lbs_kernels.errors import LbsError, printable
 
     try:
-        code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
+        with console(args).watched(WAITS[args.command]):
+            code = int(importlib.import_module(f"lbs.cli.{args.command}").run(args))
         distributed.stop()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -133,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": message, "kind": type(error).__name__}))
         return 2
     except KeyboardInterrupt as stop:
-        told = as_options(str(stop), args.command, arguments) or "interrupted; a training command goes on with --resume"
+        told = as_options(str(stop), args.command, arguments) or f"interrupted; {interrupted(args)}"
         print(f"lbs {args.command}: {printable(told)}", file=sys.stderr)
         return 128 + (getattr(stop, "number", 0) or signal.SIGINT)
 

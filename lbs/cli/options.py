@@ -217,7 +217,7 @@ def add_name(parser: argparse._ActionsContainer) -> None:
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration fields the user named."""
-    own = {"command", "json", "run", "resume", "threads", "device"}
+    own = {"command", "json", "console", "run", "resume", "threads", "device"}
     found = {key: value for key, value in vars(args).items() if key not in own}
     if "milestones" in found:  # epochs of this run, not of the full schedule
         found["full_epochs"] = 0

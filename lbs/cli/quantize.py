@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from lbs.cli.console import console
 from lbs.cli.options import (
@@ -19,9 +18,9 @@ from lbs.cli.options import (
 )
 from lbs.reporting.units import size
 from lbs.runs.quantized import quantize_files
-from lbs_kernels.errors import LbsError, printable
+from lbs_kernels.errors import LbsError
 
-_OWN = ("command", "json", "threads", "named")
+_OWN = ("command", "json", "threads", "named", "console")
 _UNSET = argparse.SUPPRESS  # an option that was not named is not in the namespace: `quantize_files` decides
 
 
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     options = {key: value for key, value in vars(args).items() if key not in _OWN}
     if "exclude" in options:
         options["exclude"] = tuple(options["exclude"])
-    packed, section = quantize_files(**options, say=lambda line: print(printable(line), file=sys.stderr, flush=True))
+    packed, section = quantize_files(**options, say=out.step)
     out.say(str(packed.report))
     out.say(f"{section['file']}: {size(section['bytes'])}; next: lbs explain or lbs bench {section['file']}")
     out.finish(section)

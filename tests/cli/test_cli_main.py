@@ -126,7 +126,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert child.stdout is not None
     child.stdout.close()
     _, errors = child.communicate(timeout=120)
-    assert (child.returncode, errors) == (141, b"")
+    assert (child.returncode, errors.replace(b"looking ...\n", b"")) == (141, b"")  # which slow imports take
 
 
 def test_a_mistake_in_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
