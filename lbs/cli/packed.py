@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch import nn
+
 import lbs
 import lbs.models
 import lbs.zoo
+from lbs.cli.console import console
 from lbs.cli.options import add_budget, device_of, folder_of, set_threads
+from lbs.packing.floats import float_network
+from lbs.packing.model import PackedModel
 from lbs.runs.packed import Source, of_run
-from lbs_kernels.errors import LbsError
+from lbs_kernels.errors import GraphError, LbsError
 
 
 def add_source(parser: argparse.ArgumentParser, plans: bool = False) -> None:
@@ -43,4 +48,17 @@ def source_of(args: argparse.Namespace, with_float: bool = False) -> Source:
         )
     if args.run:
         return of_run(folder_of(args), device, with_float, args.budget)
-    return Source(lbs.load(args.file, device, budget=args.budget), Path(args.file))
+    packed = lbs.load(args.file, device, budget=args.budget)
+    rebuilt = _rebuilt(args, packed) if with_float and not getattr(args, "model", "") else None
+    return Source(packed, Path(args.file), rebuilt)
+
+
+def _rebuilt(args: argparse.Namespace, packed: PackedModel) -> nn.Module | None:
+    """The float network of a file's own graph, where nothing else is at hand."""
+    try:
+        network = float_network(packed)
+    except GraphError as error:
+        console(args).say(f"no float baselines: {error}")
+        return None
+    console(args).say("float baselines: the packed network's own graph in float, without the filters it has lost")
+    return network
