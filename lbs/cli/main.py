@@ -114,6 +114,8 @@ def as_options(message: str, command: str, typed: Sequence[str] = ()) -> str:
         value = found["value"] or ""
         if option not in options or found[0] in typed or "/" in value or (by_key and value != "True"):
             return found[0]
+        if value == "None":
+            value = "none"
         if found["items"] is not None:
             value = ",".join(re.findall(r"[^, ]+", found["items"]))
         return option if value in ("", "True") else f"{option} {value}"

@@ -39,7 +39,8 @@ def float_network(packed: PackedModel) -> fx.GraphModule:
         GraphError: steps that move pixels, which the layers of torch that made them cannot be told from.
     """
     modules: dict[str, Any] = {}
-    graph, made = fx.Graph(), {}
+    graph = fx.Graph()
+    made: dict[fx.Node, Any] = {}
     for node in packed.body.graph.nodes:
         called = packed.body.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(called, PackedRegion):
@@ -118,7 +119,7 @@ class _Region:
         if isinstance(step, LinearStep):
             layer, form = nn.Linear(source.channels, len(weight)), weight[:, 0]
             x = self.graph.call_function(torch.flatten, (x, 1))
-        layer.weight.data, layer.bias.data = form.contiguous(), self._array(step.bias).clone()  # type: ignore[union-attr]
+        layer.weight.data, layer.bias.data = form.contiguous(), self._array(step.bias).clone()
         x = self._call(step, "layer", layer, x)
         return x if isinstance(step, ConvStep) else self._call(step, "pixel", nn.Unflatten(1, (len(weight), 1, 1)), x)
 
@@ -140,7 +141,7 @@ class _Region:
         return x
 
     def _resize(self, step: ResizeStep, x: fx.Node) -> fx.Node:
-        options = {"size": step.size, "mode": "bilinear", "align_corners": step.offset == (0.0, 0.0)}
+        options: dict[str, Any] = {"size": step.size, "mode": "bilinear", "align_corners": step.offset == (0.0, 0.0)}
         return self.graph.call_function(F.interpolate, (x,), options)
 
     def _emit(self, step: Step, x: fx.Node, emit: Emit) -> None:

@@ -103,7 +103,7 @@ def build(name: str, num_classes: int | None) -> nn.Module:
     if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
         raise LbsError(f"{num_classes} classes; networks are built for 1 to {MAX_CLASSES}, leave out or merge some")
     package, _, inner = name.partition(":")
-    if not inner:
+    if ":" not in name:
         made = lbs.models.create(name, num_classes)
     elif package in _ZOOS:
         made = _of_zoo(package, inner, {} if num_classes is None else {"num_classes": num_classes})
@@ -167,8 +167,8 @@ def _import(name: str, arguments: tuple[int, ...]) -> nn.Module:
 
 def is_function(name: str) -> bool:
     """Whether a name is a `module:function` of the user's."""
-    package, _, inner = name.partition(":")
-    return bool(inner) and package not in _ZOOS
+    package = name.partition(":")[0]
+    return ":" in name and package not in _ZOOS
 
 
 @dataclass(frozen=True)

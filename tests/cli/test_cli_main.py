@@ -265,5 +265,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_otherwise(
         progress.end()
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert ("5/10 [" in captured.err) == terminal
-        assert (captured.err == "search 5/10: epoch 1, loss 0.500, test 75.00%, 2.0M BOPs (met, held)\n") != terminal
+        assert ("search  50%|" in captured.err) == terminal
+        assert (
+            captured.err == "search: 8 steps\nsearch 5/10: epoch 1, loss 0.500, test 75.00%, 2.0M BOPs (met, held)\n"
+        ) != terminal
