@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
+from lbs.onnx.quiet import quiet
 from lbs_kernels.errors import BackendError
 
 # Name of the option -> name of the row.
@@ -120,7 +118,7 @@ class EngineModels:
         return [images[rows] for rows in (torch.arange(-(-len(images) // batch) * batch) % len(images)).split(batch)]
 
     def _export(self, path: Path, batch: int) -> None:
-        with _quiet():
+        with quiet():
             torch.onnx.export(
                 self._model, (torch.randn(batch, *self._shape, dtype=torch.float32),), str(path), input_names=[_INPUT],
                 dynamo=True, external_data=False, verbose=False,
@@ -140,7 +138,7 @@ def _quantize(source: Path, target: Path, images: list[Tensor]) -> None:
             return next(self.left, None)
 
     prepared = source.with_suffix(".prepared.onnx")
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(prepared))
         quantize_static(
             str(prepared), str(target), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -170,19 +168,3 @@ def _openvino(path: Path, threads: int) -> Callable[[Any], Any]:
     }
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda array: request.infer({_INPUT: array}, share_inputs=True, share_outputs=True)[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters tell their progress through warnings and loggers; it is of no use in a table."""
-    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

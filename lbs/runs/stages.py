@@ -43,7 +43,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
     if network.plan_of_run(folder).in_float:
         raise GraphError(
             f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
-            "search bits too, in a new run with --mode joint or two-stage"
+            "search bits too, in a new run with mode=joint or mode=two-stage"
         )
     target = _processor_target(folder)
     data = network.images_of(card)
@@ -105,7 +105,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False, budget
     rounding boundary, and never if `strict`. `budget`: of the file, as for `lbs.load`.
     """
     if images < 1:
-        raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
+        raise LbsError(f"{images} images to compare code by code; give images=1 or more")
     started = time.monotonic()
     model, card = network.load_network(folder)
     packed = of_run(folder, with_float=False, budget=budget).packed
