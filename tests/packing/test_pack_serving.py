@@ -25,21 +25,40 @@ def network() -> PackedModel:
     return lbs.load(lbs.zoo.entry("cifar100-resnet20").path)
 
 
-def test_what_was_built_goes_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    build, built = loaded.CompiledProgram, list[weakref.ref[object]]()
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
+    """Every runner that is built."""
+    build, runners = loaded.CompiledProgram, list[weakref.ref[object]]()
 
     def remembered(*arguments: object) -> object:
         made = build(*arguments)  # type: ignore[arg-type]
-        built.append(weakref.ref(made.runner))
+        runners.append(weakref.ref(made.runner))
         return made
 
     monkeypatch.setattr(loaded, "CompiledProgram", remembered)
+    return runners
+
+
+def test_what_was_built_goes_with_its_network(built: list[weakref.ref[object]]) -> None:
     one = network()
     one(IMAGE)
     assert [ref() is not None for ref in built] == [True]
     del one
     gc.collect()
     assert built[0]() is None
+
+
+def test_what_was_built_for_an_exported_graph_goes_when_another_is_called(built: list[weakref.ref[object]]) -> None:
+    loaded.clear_runners()
+    graphs = [torch.export.export(network(), (IMAGE,)).module() for _ in range(2)]
+    before = len(built)
+    expected = graphs[0](IMAGE)
+    assert torch.equal(graphs[0](IMAGE), expected)
+    assert [ref() is not None for ref in built[before:]] == [True]  # once, for both calls
+    del graphs[0]
+    gc.collect()
+    assert torch.equal(graphs[0](IMAGE), expected)
+    assert [ref() is not None for ref in built[before:]] == [False, True]
 
 
 def test_many_networks_stay_built(monkeypatch: pytest.MonkeyPatch) -> None:
