@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lbs.cost import FULL_PRECISION_BITS, bops, float_weight_bytes, full_precision, weight_bytes
 from lbs.plan import LayerPlan, Plan
-from lbs.run_folder import RunFolder, read_json, read_sections
+from lbs.run_folder import RunFolder, read_sealed, read_sections
 from lbs_kernels.errors import CheckpointError
 
 PHASES = ("float", "search", "finetune")
@@ -114,21 +115,20 @@ def read(path: str | Path) -> Record:
     parts = {name: _optional(folder.file(f"{name}.json")) for name in ("environment", "network")}
     parts |= {name: read_sections(folder.file(f"{name}.json")) for name in ("config", "results")}
     rows = folder.metrics()
-    plan = Plan.load(folder.file("plan.json")) if folder.file("plan.json").exists() else None
-    if not rows and plan is None and not parts["results"]:
+    plan = _optional(folder.file("plan.json"))
+    if not rows and not plan and not parts["results"]:
         raise CheckpointError(f"{folder.path} holds no metrics, no plan and no results; there is nothing to report")
     metrics: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         metrics.setdefault(str(row.get("phase")), []).append(row)
     made = _optional(folder.file("record.json"))
     name = folder.path.resolve().name
-    return Record(name, metrics=metrics, layers=layer_rows(plan), made=made, path=str(path), **parts)
+    layers = layer_rows(Plan.from_json(json.dumps(plan))) if plan else ()
+    return Record(name, metrics=metrics, layers=layers, made=made, path=str(path), **parts)
 
 
-def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
+def layer_rows(plan: Plan) -> tuple[LayerRow, ...]:
     """Costs of every layer by the formulas of lbs.cost."""
-    if plan is None:
-        return ()
     rows = []
     for layer in plan.layers:
         inputs = plan.kept_inputs(layer)
@@ -147,4 +147,4 @@ def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.exists() else {}
+    return read_sealed(path) if path.exists() else {}

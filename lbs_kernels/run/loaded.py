@@ -173,9 +173,9 @@ def loaded_text(text: str, blob: Tensor, allow: str = "") -> tuple[LoadedProgram
 
 
 def _drop_ownerless() -> None:
-    """Forget programs whose blob lies in memory that only the cache holds: the graphs that they were read for are gone."""
+    """Forget programs whose blob lies in memory that only the cache holds: their graphs are gone."""
     holders = torch._C._storage_Use_Count  # type: ignore[attr-defined]
-    lonely = torch.empty(1, dtype=torch.uint8, device="cpu")  # asking for a storage makes a holder of its own, in some releases
+    lonely = torch.empty(1, dtype=torch.uint8, device="cpu")  # who asks for a storage holds it too, in some releases
     asking = holders(_storage(lonely)) - 1
     ours = Counter(_storage(blob) for _, blob in _texts.values())
     for key, (_, blob) in list(_texts.items()):
