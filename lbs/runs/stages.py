@@ -135,13 +135,13 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False, budget
 
 
 @one_writer
-def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
+def uniform8_run(folder: RunFolder, images: list[Tensor], budget: float | None = 1.0) -> dict[str, Any]:
     """The float network of a run at 8 bits in every layer, with all its filters: what a search is to beat.
 
-    images: batches of training images, float32 [N, C, H, W], for `lbs.quantize`.
+    images: batches of training images, float32 [N, C, H, W], for `lbs.quantize`. budget: as for `verify_run`.
     """
     started = time.monotonic()
-    source, card = of_run(folder), network.NetworkCard.read(folder)
+    source, card = of_run(folder, budget=budget), network.NetworkCard.read(folder)
     if source.float_model is None:
         raise CheckpointError(f"{folder.path} holds no float network; search there with float_epochs or weights")
     packed = lbs.quantize(source.float_model, images)
@@ -159,13 +159,16 @@ def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
 
 
 @one_writer
-def bench_run(folder: RunFolder, say: Callable[[str], None], **options: Any) -> dict[str, Any]:
+def bench_run(
+    folder: RunFolder, say: Callable[[str], None], budget: float | None = 1.0, **options: Any
+) -> dict[str, Any]:
     """Time the packed network of a run against its float network and the one of `uniform8_run`, options as `lbs.bench`.
 
-    `of_bits` of the section: by batch, how many times faster than the same filters at 8 bits it is.
+    `of_bits` of the section: by batch, how many times faster than the same filters at 8 bits it is. `budget`: of both
+    files, as for `lbs.load`.
     """
-    source = of_run(folder)
-    timed = lbs.bench(source.packed, model=source.float_model, uniform8=lbs.load(folder.file(UNIFORM8)), **options)
+    source, even = of_run(folder, budget=budget), lbs.load(folder.file(UNIFORM8), budget=budget)
+    timed = lbs.bench(source.packed, model=source.float_model, uniform8=even, **options)
     say(str(timed))
     kept = lbs.bench(source.packed, model=network.load_network(folder)[0], baselines=("uniform8",), **options)
     of_bits = {str(row.batch): kept.ratio("uniform8", row.batch) for row in kept.rows if row.contender == PACKED_ROW}

@@ -16,7 +16,8 @@ import cli_nets
 import pytest
 
 from lbs.cli import main
-from lbs.run_folder import sealed
+from lbs.run_folder import RunFolder, sealed
+from lbs.runs.stages import bench_run, uniform8_run, verify_run
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError
 
@@ -71,6 +72,18 @@ def test_what_a_run_may_cost_is_the_users_to_say(run: Path, lbs_command: Command
     assert code == 2
     assert "give a larger budget (--budget of a command)" in body["error"]
     assert lbs_command(f"{line} --budget none")[0] == 0
+
+
+def test_stages_of_a_run_load_within_a_budget_too(run: Path) -> None:
+    folder = RunFolder(run, ("tiny_trusted_net:Net",))
+    stages: list[Callable[[], object]] = [
+        lambda: verify_run(folder, budget=1e-9),
+        lambda: uniform8_run(folder, [], budget=1e-9),
+        lambda: bench_run(folder, print, budget=1e-9),
+    ]
+    for stage in stages:
+        with pytest.raises(CheckpointError, match="give a larger budget"):
+            stage()
 
 
 @pytest.mark.parametrize("line", ["pack", "verify", "bench --batches 1 --rounds 2"])
