@@ -17,11 +17,12 @@ whole = @words=$$($(1) 2>&1); code=$$?; printf '%s\n' "$(1)" "$$words"; exit $$c
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint typecheck check-imports pytest setup lock audit clean
+.PHONY: help quickstart test lint typecheck check-imports docs pytest setup lock audit clean
 
 help:
 	@echo "make quickstart   search, pack, verify and time a small network on real digits"
-	@echo "make test         lint, types, import directions, doctests, tests, GPU kernels compiled"
+	@echo "make test         lint, types, import directions, docs, doctests, tests, GPU kernels compiled"
+	@echo "make docs         these pages and the API's as HTML, in build/docs"
 	@echo "make lint         ruff: rules and format"
 	@echo "make lock         write locks/ anew, after a change of what is depended on"
 	@echo "make audit        ask for known vulnerabilities of what is depended on"
@@ -30,7 +31,7 @@ help:
 quickstart: setup
 	$(BIN)/lbs quickstart
 
-test: lint typecheck check-imports pytest
+test: lint typecheck check-imports docs pytest
 
 lint: $(VENV)/.installed
 	$(call whole,$(BIN)/ruff check .)
@@ -41,6 +42,10 @@ typecheck: $(VENV)/.installed
 
 check-imports: $(VENV)/.installed
 	$(call whole,$(BIN)/lint-imports)
+
+# Warnings are errors. Pages come from docstrings too, which need no native modules.
+docs: $(VENV)/.installed
+	$(call whole,$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs)
 
 # The default suite and some hundreds of GPU kernels compiled, a process for each core, one thread for each process: threads
 # that wait for one another on processors that are taken make milliseconds of microseconds. Builds that tests start are not

@@ -118,6 +118,7 @@ def bench(
     """Time a packed network against baselines of the same architecture.
 
     Args:
+        packed: the network that is timed.
         batches: images per call. threads: for all contenders alike; torch's number unless given.
         model: the float network the packed one came from. A quantized one is turned into floats again, with the filters
             it has kept, which is noted. Without a model only the packed network is timed.

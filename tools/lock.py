@@ -1,10 +1,10 @@
 """Writes locks/*.txt: what `make` installs, every package pinned with the hashes of all its files.
 
-    make lock            after a change of constraints.txt or of the dependencies in pyproject.toml
+    make lock        after a change of constraints.txt or of the dependencies in pyproject.toml
 
 build.txt   what the native build takes              torch.txt       torch as PyPI has it, with what it takes for CUDA
 dev.txt     what `make test` takes but for torch     torch-cpu.txt   torch for processors alone, of PyTorch's own index
-audit.txt   what `make audit` takes                  and a file for every other extra in `EXTRAS`
+audit.txt   what `make audit` takes
 
 Versions are those of constraints.txt, hashes those PyPI tells of every wheel and source archive, so that one lock
 serves every platform and Python. Only those of torch-cpu.txt are of wheels that were seen: of the one that pip gets on
@@ -23,7 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ROOT / "locks"
 OLDEST = "3.10"  # requires-python of pyproject.toml
-EXTRAS = ("dev", "docs")  # those of them that pyproject.toml has
 TOOLS = {"build": ("setuptools", "pybind11", "ninja"), "audit": ("pip-audit",)}
 OF_TORCH = re.compile(r"torch==|nvidia-|cuda-")
 HEAD = "# Written by tools/lock.py (make lock), not by hand: pins with the hashes of every file of a release.\n"
@@ -35,15 +34,10 @@ def main() -> int:
     LOCKS.mkdir(exist_ok=True)
     for name, packages in TOOLS.items():
         write(name, compiled(*packages))
-    there = (ROOT / "pyproject.toml").read_text()
-    for extra in EXTRAS:
-        if not re.search(rf"^{extra} = \[", there, re.MULTILINE):
-            continue
-        entries = compiled("--extra", extra, "pyproject.toml")
-        write(extra, [entry for entry in entries if not OF_TORCH.match(entry[0])])
-        if extra == "dev":
-            write("torch", [entry for entry in entries if OF_TORCH.match(entry[0])])
-            write("torch-cpu", for_processors(next(pin for pin, _ in entries if pin.startswith("torch=="))))
+    entries = compiled("--extra", "dev", "pyproject.toml")
+    write("dev", [entry for entry in entries if not OF_TORCH.match(entry[0])])
+    write("torch", [entry for entry in entries if OF_TORCH.match(entry[0])])
+    write("torch-cpu", for_processors(next(pin for pin, _ in entries if pin.startswith("torch=="))))
     return 0
 
 

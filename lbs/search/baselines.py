@@ -47,6 +47,7 @@ def project(
     Arguments:
         model: calibrated, searchable; its gates are closed in place and held, `freeze` follows. batches: (images,
             labels), or whatever else `loss` compares outputs with. bops, size_mb, latency_ms, table: as in `Budget`.
+        loss: a scalar of outputs and labels, cross-entropy by default.
 
     Raises:
         PlanError: no batch, or a target the gates cannot reach.
@@ -93,6 +94,7 @@ def two_stage(
     """The two-stage baseline: prune a float network, fine-tune it, then search the bits of what is left; frozen.
 
     Arguments:
+        model, example, config: as in `lbs.prepare`.
         batches: images for calibration. search: trains a searchable model with its budget. finetune: trains the pruned
             float network. prune_bops: target of the first stage, 32 x 32 bits counted. bops: target of the second, a
             number of bit operations or a fraction of the PRUNED network's full precision.

@@ -23,7 +23,11 @@ from lbs_kernels.errors import PlanError
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan a searchable, uniform or frozen model follows right now."""
+    """The plan a searchable, uniform or frozen model follows right now.
+
+    Raises:
+        GraphError: a model that lbs did not make.
+    """
     model = unwrapped(model)
     plan = record_of(model).plan
     layers = []
@@ -58,6 +62,7 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     Layers whose activations are fixed at 8 bits take the quantizer of the stream of 8 bits that they read.
 
     Arguments:
+        model: searchable or uniform; it stays as it is.
         plan: bits and kept filters to apply, in any order of layers; None takes what the gates say.
 
     Raises:

@@ -37,13 +37,16 @@ from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 class SearchConfig:
     """What is searched.
 
+    pruning: filters too. standardize: what weights are divided by before they are rounded: their deviation (`scale`;
+    `full` takes off their mean as well), or nothing (`none`).
+
     bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
     multiple of it. ranges: of weights, one for every filter, or one for the layer (as in LBS). multi_path: a branch of
     its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py. exclude: name patterns
-    left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
-    be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
+    left in float, each matching a layer. trace: False (with pruning=False) serves models torch.fx cannot trace; they
+    can be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
     (`lbs.cost.edge_layers`).
     """
 
@@ -86,6 +89,8 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     The copy carries `lbs_record`; `conversion_report(copy)` lists every layer. Follow with `lbs.calibrate`.
 
     Arguments:
+        model: a float network, in wrappers or not; it stays as it is. config: what is searched, by default 2, 4 and 8
+            bits and filters.
         example: one input batch [N, C, H, W], or [N, C, L]. streams: bits of what residual sums store until they add
             it: 8, or 32 for floats (`conversion_report` lists them).
 
@@ -93,6 +98,9 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         GraphError: nothing can be converted, the model cannot be traced, weights are not finite, or a layer's sum at
             the widest bits of the chain could overflow once it is packed. PlanError: streams of other bits, or of 8
             where nothing is traced or all computes in float.
+
+    Source:
+        arXiv 2101.04935 (Loss-aware Bit Sharing), eq. 8-15.
     """
     config = config or SearchConfig()
     model, record = _copy_and_trace(model, example, config, streams)
@@ -138,8 +146,13 @@ def uniform(
 ) -> nn.Module:
     """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate.
 
-    ranges: of the weights, one for every filter, or one for the layer (as in LBS). exclude: name patterns left in
-    float, as in `SearchConfig`. streams: as in `prepare`. Raises GraphError, PlanError as `prepare`.
+    Arguments:
+        model, example: as in `prepare`. weight_bits, activation_bits: 1 to 8. ranges: of the weights, one for every
+            filter, or one for the layer (as in LBS). exclude: name patterns left in float, as in `SearchConfig`.
+            streams: as in `prepare`.
+
+    Raises:
+        GraphError, PlanError: as `prepare`.
     """
     for width in (weight_bits, activation_bits):
         check_chain((width,))
