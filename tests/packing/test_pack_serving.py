@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import statistics
 import time
 import weakref
@@ -12,17 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import lbs
-import lbs.zoo
+from benchmarks.bench_robustness import memory_grown, network
 from lbs.packing.model import PackedModel
 from lbs_kernels.run import loaded
 
 IMAGE = torch.randn(1, 3, 32, 32)
-
-
-def network() -> PackedModel:
-    """The shipped one, read anew."""
-    return lbs.load(lbs.zoo.entry("cifar100-resnet20").path)
 
 
 @pytest.fixture
@@ -72,23 +65,11 @@ def test_many_networks_stay_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count == [69]
 
 
-def resident() -> int:
-    """Bytes of memory this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell a process its memory so")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process its memory so")
 def test_memory_after_two_hundred_networks_in_turn() -> None:
     """Each of them leaves at most a quarter of a megabyte; laid out and with what it works in, one has 1.3 MB."""
-    for _ in range(5):
-        network()(IMAGE)
-    gc.collect()
-    before = resident()
-    for _ in range(200):
-        network()(IMAGE)
-    gc.collect()
-    assert resident() - before < 50e6
+    assert memory_grown(200) < 50e6
 
 
 @pytest.mark.slow
