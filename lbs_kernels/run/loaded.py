@@ -174,7 +174,7 @@ def loaded_text(text: str, blob: Tensor, allow: str = "") -> tuple[LoadedProgram
 
 def _drop_ownerless() -> None:
     """Forget programs whose blob lies in memory that only the cache holds: their graphs are gone."""
-    holders = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+    holders = torch._C._storage_Use_Count
     lonely = torch.empty(1, dtype=torch.uint8, device="cpu")  # who asks for a storage holds it too, in some releases
     asking = holders(_storage(lonely)) - 1
     ours = Counter(_storage(blob) for _, blob in _texts.values())
