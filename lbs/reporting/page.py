@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lbs.reporting import plots, records, tables
 from lbs.reporting.records import Record
 from lbs.run_folder import write_bytes
-from lbs_kernels.errors import CheckpointError, LbsError, first_line
+from lbs_kernels.errors import CheckpointError, LbsError, first_line, printable
 
 _TEMPLATES = Path(__file__).parent
 _PNG_DPI = 160
@@ -68,15 +68,21 @@ def render(record: Record, pictures: dict[str, tuple[str, Figure]]) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """One of the pages beside this file. What is put into it is escaped; a name it lacks is an error."""
+    """One of the pages beside this file. What is put into it is escaped and printable; a name it lacks is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_spelled_out,
         trim_blocks=True,
     )
     environment.filters["words"] = lambda text: re.sub(r"\.(?=\w)", ".\u200b", str(text))
     return environment.get_template(name)
+
+
+def _spelled_out(value: object) -> object:
+    """Text of files without its control characters; the places where words may be broken stay."""
+    return "\u200b".join(map(printable, value.split("\u200b"))) if type(value) is str else value
 
 
 def missing_parts(record: Record) -> list[tuple[str, str]]:

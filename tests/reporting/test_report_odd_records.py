@@ -36,6 +36,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = {
         "model": "cifar_resnet20",
         "num_classes": 100,
+        "input_shape": [1, 8, 8],
         "data": "digits",
         "fingerprint": "",
         "mean": [0.5],
@@ -149,6 +150,20 @@ def test_what_a_picture_is_called_is_no_path(whole: Path, tmp_path: Path, sketch
         (tmp_path / run / "network.json").write_text(json.dumps(card))
     comparison.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "out/in")
     assert [path.name for path in (tmp_path / "out").rglob("pareto*")] == [f"pareto-.._.._.._{tmp_path.name}.png"]
+
+
+@pytest.mark.usefixtures("sketches")
+def test_text_of_files_reaches_the_page_spelled_out(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    hostile = "\x1b]0;title\x07\x1b[2J\u202e$x^{$"
+    card = json.loads((whole / "network.json").read_text())
+    (tmp_path / "run/network.json").write_text(json.dumps({**card, "model": hostile}))
+    results = RunFolder(whole).results()
+    rows = [{**row, "contender": hostile} for row in results["bench"]["rows"]]
+    write_sealed(tmp_path / "run/results.json", {**results, "bench": {**results["bench"], "rows": rows}})
+    text = page.report(tmp_path / "run").read_text()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert text.count(r"\x1b]0;title\x07\x1b[2J\u202e") > 1
 
 
 def test_text_of_files_reaches_the_terminal_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
