@@ -37,16 +37,16 @@ from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 class SearchConfig:
     """What is searched.
 
-    pruning: filters too. standardize: what weights are divided by before they are rounded: their deviation (`scale`;
-    `full` takes off their mean as well), or nothing (`none`).
+    pruning: filters too. trace: the network, by torch.fx. standardize: what weights are divided by before they are
+    rounded: their deviation (`scale`; `full` takes off their mean as well), or nothing (`none`).
 
     bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
     multiple of it. ranges: of weights, one for every filter, or one for the layer (as in LBS). multi_path: a branch of
     its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py. exclude: name patterns
-    left in float, each matching a layer. trace: False (with pruning=False) serves models torch.fx cannot trace; they
-    can be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
+    left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
+    be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
     (`lbs.cost.edge_layers`).
     """
 
