@@ -12,6 +12,7 @@ if [ "${LBS_LOCK:-}" = no ]; then
     pins=$(mktemp) || exit 1
     trap 'rm -f "$pins"' EXIT
     sed -n 's/ \\$//p' "$lock" | grep -v '^ ' >"$pins"
+    if [ "$2" = dev ]; then echo torch >>"$pins"; fi # whichever build of the version in constraints.txt
     $install -c constraints.txt -r "$pins"
     exit
 fi
