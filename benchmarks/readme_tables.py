@@ -5,8 +5,9 @@
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `quickstart` as `lbs
 quickstart --json`, `op` as bench_<op>.py, `networks` as bench_networks.py, `training` as bench_search.py,
-`quantization` as bench_quantize.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the
-records of searched networks: one table for all that `lbs reproduce` made. Files of other kinds are listed by name.
+`quantization` as bench_quantize.py, `robustness` as bench_robustness.py and `gpu_...` as gpu_suite.py save them, and
+benchmarks/results/search/*.json, the records of searched networks: one table for all that `lbs reproduce` made. Files
+of other kinds are listed by name.
 
 A new kind of file is a function in `TABLES`; a new section of docs/results.md is a line of `SECTIONS` and its two
 markers in the page, under a heading and the words that say how it was measured.
@@ -226,6 +227,33 @@ OP_LEGEND = (
 )
 
 
+RUN = ("loaded and run", "valid, run by both")  # verdicts on files and programs that ran
+
+
+def robustness_table(path: str, body: Body) -> list[str]:
+    """Mutants and what became of them, memory after many networks, one image beside a large batch."""
+    names = {"crash": "crashes", "hang": "hangs", "foreign": "foreign exceptions"}
+    names["disagreement"] = "programs that Python and C++ judge or compute otherwise"
+    kinds, memory, beside = body["kinds"], body["memory"], body["beside"]
+    rows = [("mutants", "", *(f"{found['done']:,}" for found in kinds.values()))]
+    ran = (sum(found["verdicts"].get(name, 0) for name in RUN) for found in kinds.values())
+    rows.append(("of these valid, and run", "", *(f"{count:,}" for count in ran)))
+    rows += [
+        (name, "0", *(str(found["failed"].get(key, 0)) for found in kinds.values())) for key, name in names.items()
+    ]
+    worst = (f"{found['seconds_per_mb']:.2f}" for found in kinds.values())
+    rows.append(("worst seconds of the processor, per megabyte begun", "1", *worst))
+    peaks = (f"{found['peak_bytes'] / 1e6:.0f}" for found in kinds.values())
+    rows.append(("peak memory of a process, MB", "1000", *peaks))
+    head, ratio = body["header"], beside["beside_s"] / beside["alone_s"]
+    grown = f"memory after {memory['networks']} networks in turn, MB"
+    waits = f"median of batch 1 beside batch {beside['batch']}, of its time alone"
+    others = [(grown, "50", f"{memory['grown_bytes'] / 1e6:.1f}"), (waits, "3", f"{ratio:.2f}")]
+    title = f"**Robustness** on {head['device']}, torch {head['torch']}, seed {body['seed']} (`{path}`)"
+    lines = [title, "", *_table(["", "at most", *kinds], rows), "", *_table(["", "at most", "measured"], others)]
+    return [*lines, *_remarks(body)]
+
+
 # Level of a file, or its folder where it states none, in the order of the page.
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "quickstart": quickstart_table,
@@ -235,6 +263,7 @@ TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "model": model_table,
     "op": op_table,
     "training": training_table,
+    "robustness": robustness_table,
     "gpu_targets": targets_table,
     "gpu_models": gpu_models_table,
     "gpu_layers": gpu_layers_table,
@@ -251,6 +280,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "bench": ("model",),
     "operations": ("op",),
     "training": ("training",),
+    "robustness": ("robustness",),
     "gpu": ("gpu_targets", "gpu_models", "gpu_layers", "gpu_roofs"),
     "others": (),
 }

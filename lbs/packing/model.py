@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lbs.packing.pixels import Normalization
 from lbs.packing.region import PackedRegion
 from lbs.packing.serial import PackedParts, write
 from lbs.plan import Plan
-from lbs_kernels.errors import BackendError, GraphError, ShapeError
+from lbs_kernels.errors import BackendError, GraphError, LbsError, ShapeError, first_line
 from lbs_kernels.gpu.kernels import check_fallback
 from lbs_kernels.library import unwatched
 from lbs_kernels.program.steps import Program
@@ -123,6 +125,8 @@ class PackedModel(nn.Module):
 
         Raises:
             ShapeError: another rank, channel count, size, dtype or device than the model was packed for.
+            GraphError: what stays in float fails on these images, as an operation of a file may: by their values, or by
+                an argument that only the processor's kernel refuses.
         """
         if self._whole is not None and unwatched(x):
             body, name, place = self._whole
@@ -136,7 +140,25 @@ class PackedModel(nn.Module):
                     self.check_input(x)  # in words of the model
                     raise
         self.check_input(x)
-        return self.body(x)
+        if torch.compiler.is_compiling():
+            return self.body(x)
+        with self._told():
+            return self.body(x)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of torch as one of the family; what hooks of the user raise, and want of memory, stay as they are."""
+        try:
+            yield
+        except (LbsError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if any(map(hooked, self.body.modules())):
+                raise
+            raise GraphError(
+                f"{self.name or 'the packed network'} fails in its float parts ({type(error).__name__}: "
+                f"{first_line(error)}); give it other images, or pack the network again"
+            ) from error
 
     def check_input(self, x: Tensor) -> None:
         """Raises ShapeError where `x` is no batch the model was packed for."""
@@ -159,7 +181,7 @@ class PackedModel(nn.Module):
         """Output, and for each region all tensors of its program by number (see `PackedRegion.run_traced`)."""
         self.check_input(x)
         walk = _Tracing(self.body, backend)
-        with torch.no_grad():
+        with torch.no_grad(), self._told():
             output = walk.run(x)
         return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
 

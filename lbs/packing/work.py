@@ -230,12 +230,22 @@ class _Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.work.add(0, 0, _pieces(func.__name__, args))  # before they are made: views take no elements, and memory
         found = func(*args, **(kwargs or {}))
+        _check_dim(func, args, kwargs or {}, found)
         if func.is_view:
             self.work.add(0, 0)
         else:
             written, read = (sum(x.numel() for x in _tensors(value)) for value in (found, (args, kwargs)))
             self.work.add(written, max(written, read, written * _terms(func.__name__, args)))
         return found
+
+
+def _check_dim(func: Any, args: Any, kwargs: Any, found: Any) -> None:
+    """Refuse a dimension that neither the tensors given nor those made have: softmax and sort do not look here."""
+    rank = max((x.dim() for x in _tensors((args, kwargs, found))), default=0) or 1
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    dim = given.get("dim")
+    if type(dim) is int and not -rank <= dim < rank:
+        raise IndexError(f"dimension {dim} of {rank}")
 
 
 def _pieces(name: str, args: Any) -> int:

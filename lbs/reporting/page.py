@@ -17,7 +17,7 @@ from lbs.reporting import plots, records, tables
 from lbs.reporting.records import Record
 from lbs.reporting.style import svg
 from lbs.run_folder import write_bytes
-from lbs_kernels.errors import CheckpointError, LbsError, first_line
+from lbs_kernels.errors import CheckpointError, LbsError, first_line, printable
 
 _TEMPLATES = Path(__file__).parent
 _TALL = 5.0  # inches; low pictures and tall ones do not share a row
@@ -107,16 +107,22 @@ def render(record: Record, figures: list[Shown]) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """One of the pages beside this file. What is put into it is escaped; a name it lacks is an error."""
+    """One of the pages beside this file. What is put into it is escaped and printable; a name it lacks is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_spelled_out,
         trim_blocks=True,
     )
     environment.filters["words"] = lambda text: re.sub(r"\.(?=[^\W\d])", ".\u200b", str(text))
     environment.filters["rows"] = lambda shown: [list(some) for _, some in groupby(shown, lambda one: one.tall)]
     return environment.get_template(name)
+
+
+def _spelled_out(value: object) -> object:
+    """Text of files without its control characters; the places where words may be broken stay."""
+    return "\u200b".join(map(printable, value.split("\u200b"))) if type(value) is str else value
 
 
 def missing_parts(record: Record) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lbs.cost import FULL_PRECISION_BITS, bops, float_weight_bytes, full_precision, weight_bytes
 from lbs.packing.checkpoint import load
 from lbs.plan import LayerPlan, Plan
-from lbs.run_folder import RunFolder, read_json, read_sections
+from lbs.run_folder import RunFolder, read_json, read_sealed, read_sections
 from lbs_kernels.errors import CheckpointError, LbsError
 
 PHASES = ("float", "search", "finetune")
@@ -145,15 +146,16 @@ def read(path: str | Path, bench: str | Path | None = None, budget: float | None
     parts: dict[str, Any] = {name: _optional(folder.file(f"{name}.json")) for name in ("environment", "network")}
     parts |= {name: read_sections(folder.file(f"{name}.json")) for name in ("config", "results")}
     rows = folder.metrics()
-    plan = Plan.load(folder.file("plan.json")) if folder.file("plan.json").exists() else None
-    if not rows and plan is None and not parts["results"]:
+    plan = _optional(folder.file("plan.json"))
+    if not rows and not plan and not parts["results"]:
         raise CheckpointError(f"{folder.path} holds no metrics, no plan and no results; there is nothing to report")
     metrics: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         metrics.setdefault(str(row.get("phase")), []).append(row)
     made = _optional(folder.file("record.json"))
     name = folder.path.resolve().name
-    return Record(name, metrics=metrics, layers=layer_rows(plan), made=made, path=str(path), **parts)
+    layers = layer_rows(Plan.from_json(json.dumps(plan))) if plan else ()
+    return Record(name, metrics=metrics, layers=layers, made=made, path=str(path), **parts)
 
 
 def _of_file(path: Path, bench: str | Path | None, budget: float | None) -> Record:
@@ -170,14 +172,12 @@ def _of_file(path: Path, bench: str | Path | None, budget: float | None) -> Reco
     environment = header if isinstance(header, dict) else {}
     return Record(
         path.name.removesuffix(".safetensors").removesuffix(".lbs"), environment=environment, results=results,
-        network=network, layers=layer_rows(packed.plan), path=str(path), packed_alone=True,
+        network=network, layers=layer_rows(packed.plan) if packed.plan else (), path=str(path), packed_alone=True,
     )  # fmt: skip
 
 
-def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
+def layer_rows(plan: Plan) -> tuple[LayerRow, ...]:
     """Costs of every layer by the formulas of lbs.cost."""
-    if plan is None:
-        return ()
     rows = []
     for layer in plan.layers:
         inputs = plan.kept_inputs(layer)
@@ -196,4 +196,4 @@ def layer_rows(plan: Plan | None) -> tuple[LayerRow, ...]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return dict(read_json(path)) if path.exists() else {}
+    return read_sealed(path) if path.exists() else {}

@@ -22,7 +22,7 @@ from lbs.data.image_data import MAX_CLASSES
 from lbs.graph import record_of
 from lbs.plan import Plan
 from lbs.quant import QuantLayer
-from lbs.run_folder import RunFolder, read_json, sealed, unsealed, write_json
+from lbs.run_folder import RunFolder, read_sealed, write_sealed
 from lbs.search.freeze import freeze
 from lbs.search.layers import FULL_BITS
 from lbs.search.prepare import SearchConfig, check_sum, prepare
@@ -55,13 +55,13 @@ class NetworkCard:
 
     def write(self, folder: RunFolder) -> None:
         """Save as network.json."""
-        write_json(folder.file("network.json"), sealed(json.loads(json.dumps(self.__dict__))))
+        write_sealed(folder.file("network.json"), self.__dict__)
 
     @staticmethod
     def read(folder: RunFolder) -> NetworkCard:
         """Raises CheckpointError where the folder holds no run, or a damaged one."""
         path = folder.file("network.json")
-        body = unsealed(read_json(path), path)
+        body = read_sealed(path)
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in body.items()}
         try:
             card = NetworkCard(**values)
@@ -319,13 +319,12 @@ def apply_plan(model: nn.Module, card: NetworkCard, plan: Plan) -> nn.Module:
 
 def save_plan(folder: RunFolder, plan: Plan) -> None:
     """Write plan.json."""
-    write_json(folder.file("plan.json"), sealed(json.loads(plan.to_json())))
+    write_sealed(folder.file("plan.json"), json.loads(plan.to_json()))
 
 
 def plan_of_run(folder: RunFolder) -> Plan:
     """The plan of a run folder. Raises CheckpointError where it is missing or edited, PlanError where it is none."""
-    path = folder.file("plan.json")
-    return Plan.from_json(json.dumps(unsealed(read_json(path), path)))
+    return Plan.from_json(json.dumps(read_sealed(folder.file("plan.json"))))
 
 
 def load_network(folder: RunFolder) -> tuple[nn.Module, NetworkCard]:

@@ -138,13 +138,13 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False, budget
 
 
 @one_writer
-def uniform8_run(folder: RunFolder, images: list[Tensor]) -> dict[str, Any]:
+def uniform8_run(folder: RunFolder, images: list[Tensor], budget: float | None = 1.0) -> dict[str, Any]:
     """The float network of a run at 8 bits in every layer, with all its filters: what a search is to beat.
 
-    images: batches of training images, float32 [N, C, H, W], for `lbs.quantize`.
+    images: batches of training images, float32 [N, C, H, W], for `lbs.quantize`. budget: as for `verify_run`.
     """
     started = time.monotonic()
-    source, card = of_run(folder), network.NetworkCard.read(folder)
+    source, card = of_run(folder, budget=budget), network.NetworkCard.read(folder)
     if source.float_model is None:
         raise CheckpointError(f"{folder.path} holds no float network; search there with float_epochs or weights")
     packed = lbs.quantize(source.float_model, images)

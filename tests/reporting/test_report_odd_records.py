@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -21,7 +22,7 @@ from lbs.cli.console import Console
 from lbs.plan import Plan
 from lbs.reporting import comparison, page, plots, records
 from lbs.reporting.style import svg
-from lbs.run_folder import RunFolder
+from lbs.run_folder import RunFolder, write_sealed
 from lbs_kernels.errors import CheckpointError, LbsError, printable
 
 ODD: list[Any] = [None, True, -1, 1.5, 1e308, float("nan"), 10**400, "", "$x^{$", "\x1b[2J", "\ud800", [], [None], {}]
@@ -36,6 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     card = {
         "model": "cifar_resnet20",
         "num_classes": 100,
+        "input_shape": [1, 8, 8],
         "data": "digits",
         "fingerprint": "",
         "mean": [0.5],
@@ -68,12 +70,16 @@ def changed(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
 
 
 def mutate(path: Path, chance: random.Random) -> tuple[Any, Any]:
-    """One value of a file becomes an odd one; a file of lines is changed in one of them."""
+    """One value of a file becomes an odd one; a file of lines is changed in one of them. Most hashes are made right."""
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     number = chance.randrange(len(lines))
     body = json.loads(lines[number])
     place, odd = chance.choice(list(places(body))), chance.choice(ODD)
-    lines[number] = json.dumps(changed(body, place, odd))
+    body = changed(body, place, odd)
+    if isinstance(body, dict) and "hash" in body and place != ("hash",) and chance.random() < 0.9:
+        body = {key: value for key, value in body.items() if key != "hash"}
+        body["hash"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+    lines[number] = json.dumps(body)
     path.write_text("\n".join(lines))
     return place, odd
 
@@ -134,9 +140,9 @@ def test_many_odd_values_do_too(whole: Path, tmp_path: Path, seed: int) -> None:
 
 def test_a_command_says_so_in_one_line(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    results = json.loads((whole / "results.json").read_text())
+    results = RunFolder(whole).results()
     results["finetune"]["best_accuracy"] = "\x1b[2Jbest"
-    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    write_sealed(tmp_path / "run/results.json", results)
     assert main.main(["report", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert "holds a record of another form" in err
@@ -163,6 +169,20 @@ def test_what_a_picture_is_called_is_no_path(whole: Path, tmp_path: Path, sketch
         (tmp_path / run / "network.json").write_text(json.dumps(card))
     comparison.compare([tmp_path / "one", tmp_path / "two"], tmp_path / "out/in")
     assert [path.name for path in (tmp_path / "out").rglob("pareto*")] == [f"pareto-.._.._.._{tmp_path.name}.svg"]
+
+
+@pytest.mark.usefixtures("sketches")
+def test_text_of_files_reaches_the_page_spelled_out(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    hostile = "\x1b]0;title\x07\x1b[2J\u202e$x^{$"
+    card = json.loads((whole / "network.json").read_text())
+    (tmp_path / "run/network.json").write_text(json.dumps({**card, "model": hostile}))
+    results = RunFolder(whole).results()
+    rows = [{**row, "contender": hostile} for row in results["bench"]["rows"]]
+    write_sealed(tmp_path / "run/results.json", {**results, "bench": {**results["bench"], "rows": rows}})
+    text = page.report(tmp_path / "run").read_text()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert text.count(r"\x1b]0;title\x07\x1b[2J\u202e") > 1
 
 
 def test_text_of_files_reaches_the_terminal_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
