@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import lbs
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         "baselines": args.baselines,
         "rounds": args.rounds,
         "first_call": args.first_call,
-        "progress": lambda step: print(f"{step} ...", file=sys.stderr, flush=True),
+        "progress": lambda step: out.step(f"{step} ..."),
     }
     images = _images(args, source.packed)
     if images is not None:

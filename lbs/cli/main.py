@@ -44,6 +44,7 @@ WAITS = {
     "reproduce": "reading images, setting ranges or measuring",
     "quickstart": "setting ranges or measuring",
     "quantize": "reading weights and images",
+    "classify": "reading images",
     "pack": "packing, and checking the codes of every layer",
     "verify": "comparing the packed network with the trained one",
     "export": "writing the graph",
