@@ -24,6 +24,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,10 @@ def recorded(call: Contender, device: str) -> Contender:
 
 
 def header(args: argparse.Namespace) -> dict[str, object]:
-    """Machine, versions and settings; `changed`: the sources differ from the commit; `load`: others were at work."""
+    """Day, machine, versions and settings; `changed`: sources differ from the commit; `load`: others were at work."""
     on_gpu = torch.device(args.device).type == "cuda"
     return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "device": machine.gpu_name() if on_gpu else machine.cpu_name(),
         "isa": None if on_gpu else machine.default_isa(),
         "processors": machine.processors(),

@@ -1,4 +1,4 @@
-"""The rows of README's tables about networks against engines, of a file that bench_networks.py wrote."""
+"""The rows of the table about networks against engines, of a file that bench_networks.py wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's tables of searched networks, from the records `lbs reproduce --record` wrote."""
+"""The tables of searched networks, from the records `lbs reproduce --record` wrote."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ HEADS = [
 LEGEND = (
     "Searched and fine-tuned with `lbs reproduce` (a row is its command). Top-1 in percent on all test images, mean "
     "[lowest highest] where there are several seeds. The weights of the last epoch are the ones packed; the best epoch "
-    "is picked on the test images, as published figures probably are."
+    "is picked on the test images, as published figures probably are. Rows that name ranges are of code "
+    "that knows ranges per filter; the others are of code before it, whose layers had one each."
 )
 
 
@@ -36,7 +37,7 @@ def search_tables(records: dict[str, Body]) -> list[tuple[str, list[list[str]]]]
     for _, body in sorted(records.items()):
         budget = body["target_bops"] or 0
         asked = asked_of(Record(body["row"], config=body["config"]))
-        key = (body["network"], body["float_top1"], budget, body["row"], asked)
+        key = (body["network"], body["float_top1"], budget, body["row"], asked, _ranges(body))
         groups.setdefault(key, []).append(body)
     tables = []
     for network, float_top1 in sorted({key[:2] for key in groups}):
@@ -72,11 +73,16 @@ def _recipe(body: Body) -> str:
     text = f"{tuned['lr']:g}, {tuned['distill']:g}"
     text += f", decay {tuned['weight_decay']:g}" if tuned["weight_decay"] != 1e-4 else ""
     text += f", average {tuned['ema']:g}" if tuned.get("ema") else ""
-    text += ", ranges per filter" if search and search.get("ranges") == "filter" else ""
+    text += f", ranges per {_ranges(body)}" if _ranges(body) else ""
     searched = search and search["pruning"] and search["mode"] not in ("quantization-only", "greedy")
     if not searched:
         return text
     return f"{text}; {search['prune_lr']:g} by {search['importance']}, up to {search['max_pruning_ratio']:.0%}"
+
+
+def _ranges(body: Body) -> str:
+    """What has a range of its own; "" where the release that made the record had no choice (and was other code)."""
+    return str((body["config"].get("search") or {}).get("ranges", ""))
 
 
 def _spread(values: list[float]) -> str:

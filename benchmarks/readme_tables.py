@@ -1,12 +1,16 @@
-"""Writes the tables of README.md between its markers, from result files alone.
+"""Writes what is measured into README.md and docs/results.md, between their markers, from result files alone.
 
-    python benchmarks/readme_tables.py            rewrite README.md
-    python benchmarks/readme_tables.py --check    exit 1 where README.md does not say what the files say
+    python benchmarks/readme_tables.py            rewrite both
+    python benchmarks/readme_tables.py --check    exit 1 where a page does not say what the files say
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `quickstart` as `lbs
 quickstart --json`, `op` as bench_<op>.py, `networks` as bench_networks.py, `training` as bench_search.py,
-`quantization` as bench_quantize.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the
-records of searched networks: one table for all that `lbs reproduce` made. Files of other kinds are listed by name.
+`quantization` as bench_quantize.py, `robustness` as bench_robustness.py and `gpu_...` as gpu_suite.py save them, and
+benchmarks/results/search/*.json, the records of searched networks: one table for all that `lbs reproduce` made. Files
+of other kinds are listed by name.
+
+A new kind of file is a function in `TABLES`; a new section of docs/results.md is a line of `SECTIONS` and its two
+markers in the page, under a heading and the words that say how it was measured.
 """
 
 from __future__ import annotations
@@ -24,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a script from anywhere
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.readme_face import accuracy, latency  # noqa: E402  the path above comes first
 from benchmarks.readme_networks import network_parts  # noqa: E402
-from benchmarks.readme_search import HEADS, LEGEND, search_tables  # noqa: E402  the path above comes first
+from benchmarks.readme_search import HEADS, LEGEND, search_tables  # noqa: E402
 
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 Body = dict[str, Any]
 
 
@@ -70,7 +74,13 @@ def quantization_table(path: str, body: Body) -> list[str]:
     head, rows = body["header"], []
     for row in body["rows"]:
         share = row["bops"] / row["full_precision_bops"]
-        widths = f"at most {row['bops_asked']:.1%} of the BOPs" if row["bits"] is None else "{}/{}".format(*row["bits"])
+        if row.get("latency"):
+            widths = f"{row['faster_asked']:g}x of 8/8 asked, {row['latency']['faster']:.2f}x measured"
+            widths += f", {len(row['kept'])} layers pruned, {row['distill']} epochs of distillation"
+        elif row["bits"] is None:
+            widths = f"at most {row['bops_asked']:.1%} of the BOPs"
+        else:
+            widths = "{}/{}".format(*row["bits"])
         asked = widths + (f", {row['zeros']:.0%} of the weights 0" if row["zeros"] else "")
         top1 = f"{row['top1']:.2f} of {row['float_top1']:.2f}"
         cost = (f"{share:.2%}", f"{row['bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}")
@@ -217,7 +227,34 @@ OP_LEGEND = (
 )
 
 
-# Level of a file, or its folder where it states none, in the order of the README.
+RUN = ("loaded and run", "valid, run by both")  # verdicts on files and programs that ran
+
+
+def robustness_table(path: str, body: Body) -> list[str]:
+    """Mutants and what became of them, memory after many networks, one image beside a large batch."""
+    names = {"crash": "crashes", "hang": "hangs", "foreign": "foreign exceptions"}
+    names["disagreement"] = "programs that Python and C++ judge or compute otherwise"
+    kinds, memory, beside = body["kinds"], body["memory"], body["beside"]
+    rows = [("mutants", "", *(f"{found['done']:,}" for found in kinds.values()))]
+    ran = (sum(found["verdicts"].get(name, 0) for name in RUN) for found in kinds.values())
+    rows.append(("of these valid, and run", "", *(f"{count:,}" for count in ran)))
+    rows += [
+        (name, "0", *(str(found["failed"].get(key, 0)) for found in kinds.values())) for key, name in names.items()
+    ]
+    worst = (f"{found['seconds_per_mb']:.2f}" for found in kinds.values())
+    rows.append(("worst seconds of the processor, per megabyte begun", "1", *worst))
+    peaks = (f"{found['peak_bytes'] / 1e6:.0f}" for found in kinds.values())
+    rows.append(("peak memory of a process, MB", "1000", *peaks))
+    head, ratio = body["header"], beside["beside_s"] / beside["alone_s"]
+    grown = f"memory after {memory['networks']} networks in turn, MB"
+    waits = f"median of batch 1 beside batch {beside['batch']}, of its time alone"
+    others = [(grown, "50", f"{memory['grown_bytes'] / 1e6:.1f}"), (waits, "3", f"{ratio:.2f}")]
+    title = f"**Robustness** on {head['device']}, torch {head['torch']}, seed {body['seed']} (`{path}`)"
+    lines = [title, "", *_table(["", "at most", *kinds], rows), "", *_table(["", "at most", "measured"], others)]
+    return [*lines, *_remarks(body)]
+
+
+# Level of a file, or its folder where it states none, in the order of the page.
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "quickstart": quickstart_table,
     "search": network_table,
@@ -226,6 +263,7 @@ TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "model": model_table,
     "op": op_table,
     "training": training_table,
+    "robustness": robustness_table,
     "gpu_targets": targets_table,
     "gpu_models": gpu_models_table,
     "gpu_layers": gpu_layers_table,
@@ -233,61 +271,88 @@ TABLES: dict[str, Callable[[str, Body], list[str]]] = {
 }
 
 
-def measured(root: Path = ROOT) -> str:
-    """Everything between the markers."""
+# Section of docs/results.md -> levels of the files it shows; files of no level are named under `others`.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "quickstart": ("quickstart",),
+    "searched": ("search",),
+    "quantized": ("quantization",),
+    "networks": ("networks",),
+    "bench": ("model",),
+    "operations": ("op",),
+    "training": ("training",),
+    "robustness": ("robustness",),
+    "gpu": ("gpu_targets", "gpu_models", "gpu_layers", "gpu_roofs"),
+    "others": (),
+}
+PAGES: dict[str, tuple[str, ...]] = {"README.md": ("accuracy", "latency"), "docs/results.md": tuple(SECTIONS)}
+
+
+def measured(root: Path = ROOT) -> dict[str, str]:
+    """What stands between the markers of each section, README's too."""
     found: dict[str, list[list[str]]] = {level: [] for level in TABLES}
     others: list[str] = []
-    reproduced: dict[str, Body] = {}
+    bodies: dict[str, Body] = {}
     for file in sorted((root / "benchmarks" / "results").glob("*/*.json")):
         body, path = json.loads(file.read_text()), file.relative_to(root).as_posix()
-        level = body.get("level", file.parent.name)
-        if level == "search" and "row" in body:
-            reproduced[path] = body
-        elif level in TABLES:
-            found[level].append(TABLES[level](path, body))
-        else:
+        body["level"] = level = body.get("level", file.parent.name)
+        bodies[path] = body
+        if level not in TABLES:
             others.append(f"`{path}`")
+        elif level != "search" or "row" not in body:
+            found[level].append(TABLES[level](path, body))
+    reproduced = {path: body for path, body in bodies.items() if body["level"] == "search" and "row" in body}
     if reproduced:
         found["search"].append([LEGEND])
         found["search"] += [[title, "", *_table(HEADS, rows)] for title, rows in search_tables(reproduced)]
     if found["op"]:
         found["op"].insert(0, [OP_LEGEND])
-    parts = [part for level in TABLES for part in found[level]]
-    if others:
-        parts.append([f"Without a table here: {', '.join(others)}."])
-    if not parts:
-        parts.append(["Nothing yet: there are no result files."])
-    return "\n\n".join("\n".join(part) for part in parts)
+    parts = {name: [part for level in levels for part in found[level]] for name, levels in SECTIONS.items()}
+    parts["others"] = [
+        [f"Without a table here: {', '.join(others)}." if others else "Every result file has its table."]
+    ]
+    for name, table in (("accuracy", accuracy), ("latency", latency)):
+        heads, rows, remarks = table(bodies)
+        parts[name] = [_table(heads, rows), *([remark] for remark in remarks)] if rows else []
+    told = {name: "\n\n".join("\n".join(lines) for lines in part) for name, part in parts.items()}
+    return {name: text or "No result files." for name, text in told.items()}
 
 
-def rewritten(readme: str, tables: str) -> str:
-    """README with `tables` between the markers.
+def rewritten(page: str, sections: dict[str, str]) -> str:
+    """`page` with each section between its markers.
 
     Raises:
-        ValueError: the markers are not there exactly once, in order.
+        ValueError: the markers of a section are not there exactly once, in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END} once each, in this order")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+    for name, text in sections.items():
+        begin, end = markers(name)
+        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+            raise ValueError(f"the page needs the lines {begin} and {end} once each, in this order")
+        head, rest = page.split(begin)
+        page = f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def markers(section: str) -> tuple[str, str]:
+    """The lines between which a section is written."""
+    return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
 
 
 def main() -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page is out of date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = rewritten(before, measured())
-    if before == after:
-        return 0
-    if args.check:
-        print("README.md does not say what the result files say; run: python benchmarks/readme_tables.py")
-        return 1
-    readme.write_text(after)
-    print(f"wrote {readme}")
-    return 0
+    told, stale = measured(), 0
+    for page, names in PAGES.items():
+        before = (ROOT / page).read_text()
+        after = rewritten(before, {name: told[name] for name in names})
+        if before != after and args.check:
+            print(f"{page} does not say what the result files say; run: python benchmarks/readme_tables.py")
+            stale = 1
+        elif before != after:
+            (ROOT / page).write_text(after)
+            print(f"wrote {ROOT / page}")
+    return stale
 
 
 def _remarks(body: Body) -> list[str]:

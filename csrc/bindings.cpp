@@ -213,7 +213,7 @@ PYBIND11_MODULE(_cpu, module) {
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
              py::arg("isa") = "auto", py::arg("algorithms") = std::vector<std::string>(),
              "Reads the JSON text and copies what it needs of the blob. algorithms: for every step, or none: "
-             "\"direct\", \"lanes\", \"winograd\", \"winograd-or-direct\" (where it cannot serve) or \"\" (the one expected to be "
+             "\"direct\", \"lanes\", \"winograd\", \"lanes-or-direct\", \"winograd-or-direct\" (where the former cannot serve) or \"\" (the one expected to be "
              "faster). Raises FormatError, BackendError.")
         .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
              py::arg("channels_last") = std::vector<bool>(),

@@ -91,9 +91,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers in execution order.
+    """Bits and kept filters, readable and editable as JSON.
 
-    modelled: the model whose times the plan was chosen by, "" where a budget counted or measured.
+    layers: in execution order. model: its name. version: of the text's form. modelled: the model whose times the plan
+    was chosen by, "" where a budget counted or measured.
 
     >>> plan = Plan((LayerPlan("fc", "linear", 8, 8, 64, 10),))
     >>> Plan.from_json(plan.to_json()) == plan

@@ -4,11 +4,12 @@ config.json          what was asked for, one section per phase      metrics.json
 environment.json     versions and machine of the last command       results.json    one section per command
 checkpoints/         where each phase can go on                     plan.json       bits and kept filters
 float.safetensors    searched.safetensors    model.safetensors      weights after each phase
-*.lbs.safetensors    the packed network      report.html, *.png     the report
+*.lbs.safetensors    the packed network      report.html, *.svg     the report
 lock                 who writes here, while somebody does
 
-config.json, network.json, plan.json and the weights carry a hash of what they hold, which is compared when they are
-read.
+Every file that is read again carries a hash of what it holds, which is compared then: each section of config.json, each
+row of metrics.jsonl, the other files as a whole. It tells damage and edits, not who made a file. Earlier releases gave
+some files none.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def read_sections(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError where it is damaged.
     """
-    sections = read_json(path) if path.exists() else {}
+    sections = read_sealed(path) if path.exists() else {}
     for name, body in sections.items():
         if not isinstance(body, dict) and name != "version":
             raise CheckpointError(
@@ -98,18 +99,29 @@ def read_sections(path: Path) -> dict[str, Any]:
     return sections
 
 
+def write_sealed(path: Path, body: dict[str, Any]) -> None:
+    """Like `write_json`, with a hash of the body, which `read_sealed` compares."""
+    write_json(path, sealed(body))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises CheckpointError where it is missing, damaged or edited."""
+    return unsealed(read_json(path), str(path))
+
+
 def sealed(body: dict[str, Any]) -> dict[str, Any]:
-    """`body` with a `hash` of it, which `unsealed` compares."""
-    return {**body, "hash": _hash(body)}
+    """`body`, as JSON holds it, with a `hash` of it, which `unsealed` compares."""
+    plain = json.loads(json.dumps(body, allow_nan=False))
+    return {**plain, "hash": _hash(plain)}
 
 
-def unsealed(body: dict[str, Any], path: Path) -> dict[str, Any]:
+def unsealed(body: dict[str, Any], origin: str) -> dict[str, Any]:
     """`body` without its hash; files of earlier releases have none. Raises CheckpointError where it does not fit."""
     found = {key: value for key, value in body.items() if key != "hash"}
     if "hash" in body and body["hash"] != _hash(found):
         raise CheckpointError(
-            f"{path} was edited by hand (hash {body['hash']}, it holds {_hash(found)}); restore it, or start in a new "
-            "run folder"
+            f"{origin} was edited by hand (hash {body['hash']}, it holds {_hash(found)}); restore it, or start in a "
+            "new run folder"
         )
     return found
 
@@ -229,7 +241,7 @@ class RunFolder:
 
     def note_environment(self) -> None:
         """Versions and machine of the command that works here now."""
-        write_json(self.file("environment.json"), environment())
+        write_sealed(self.file("environment.json"), environment())
 
     def results(self) -> dict[str, Any]:
         """All sections of results.json; empty before the first."""
@@ -242,7 +254,7 @@ class RunFolder:
         """
         with self.held():
             kept = {name: found for name, found in self.results().items() if name not in stale}
-            write_json(self.file("results.json"), {**kept, section: _finite(body)})
+            write_sealed(self.file("results.json"), {**kept, section: _finite(body)})
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line to metrics.jsonl. Values that are not finite become null. Raises CheckpointError on a full disk."""
@@ -280,7 +292,7 @@ class RunFolder:
                     raise ValueError(f"{line} is no object")
                 if type(row.get("step", 0)) is not int:
                     raise ValueError(f"its step is {row['step']!r}, no whole number")
-                rows.append(row)
+                rows.append(unsealed(row, f"{path}, line {number}"))
             except ValueError as error:
                 if number == len(lines):
                     break
@@ -289,7 +301,7 @@ class RunFolder:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row), separators=(",", ":")) + "\n"
+    return json.dumps(sealed(_finite(row)), separators=(",", ":")) + "\n"
 
 
 def _finite(value: Any) -> Any:

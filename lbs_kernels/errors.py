@@ -45,7 +45,7 @@ class PlanError(LbsError, ValueError):
 
 
 class GraphError(LbsError, ValueError):
-    """A model that cannot be traced, converted or packed."""
+    """A model that cannot be traced, converted or packed, or a packed one whose float parts fail on images."""
 
 
 class TrainingError(LbsError, RuntimeError):

@@ -111,6 +111,7 @@ def explain(
     """Describe a packed model step by step, timed on random images.
 
     Args:
+        packed: the network that is described.
         batch: images per run. threads: of the native kernels and of torch, whose number it is unless given. rounds:
             runs whose median is the time of a step: what the first thread spent in it on the native back end, a CUDA
             graph of its launch on a GPU; the reference does not tell it. The same number of calls times the parts.

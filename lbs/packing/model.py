@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lbs.packing.pixels import Normalization
 from lbs.packing.region import PackedRegion
 from lbs.packing.serial import PackedParts, write
 from lbs.plan import Plan
-from lbs_kernels.errors import GraphError, ShapeError
+from lbs_kernels.errors import BackendError, GraphError, LbsError, ShapeError, first_line
 from lbs_kernels.gpu.kernels import check_fallback
 from lbs_kernels.library import unwatched
 from lbs_kernels.program.steps import Program
@@ -123,6 +125,8 @@ class PackedModel(nn.Module):
 
         Raises:
             ShapeError: another rank, channel count, size, dtype or device than the model was packed for.
+            GraphError: what stays in float fails on these images, as an operation of a file may: by their values, or by
+                an argument that only the processor's kernel refuses.
         """
         if self._whole is not None and unwatched(x):
             body, name, place = self._whole
@@ -136,7 +140,25 @@ class PackedModel(nn.Module):
                     self.check_input(x)  # in words of the model
                     raise
         self.check_input(x)
-        return self.body(x)
+        if torch.compiler.is_compiling():
+            return self.body(x)
+        with self._told():
+            return self.body(x)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of torch as one of the family; what hooks of the user raise, and want of memory, stay as they are."""
+        try:
+            yield
+        except (LbsError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if any(map(hooked, self.body.modules())):
+                raise
+            raise GraphError(
+                f"{self.name or 'the packed network'} fails in its float parts ({type(error).__name__}: "
+                f"{first_line(error)}); give it other images, or pack the network again"
+            ) from error
 
     def check_input(self, x: Tensor) -> None:
         """Raises ShapeError where `x` is no batch the model was packed for."""
@@ -159,7 +181,7 @@ class PackedModel(nn.Module):
         """Output, and for each region all tensors of its program by number (see `PackedRegion.run_traced`)."""
         self.check_input(x)
         walk = _Tracing(self.body, backend)
-        with torch.no_grad():
+        with torch.no_grad(), self._told():
             output = walk.run(x)
         return output, [walk.traces[f"region{index}"] for index in range(len(walk.traces))]
 
@@ -197,6 +219,43 @@ class PackedModel(nn.Module):
         """
         parts = PackedParts(self.body, self.input_shape, self.kept_float, self.plan, self.name, self.normalize)
         write(Path(path), parts)
+
+    def to_onnx(self, path: str | Path, exact: bool = True) -> tuple[str, ...]:
+        """Write the network as an ONNX file that ONNX Runtime and OpenVINO read: opset 21, any number of images.
+
+        Weights are integers of 4, 8 or 16 bits, whichever is the narrowest that holds them, activations uint8, pruned
+        filters are absent; parts in float are ordinary nodes. Input `images`, as this model takes them (docs/onnx.md).
+
+        Args:
+            path: of the file; an old one is replaced when the new one is whole.
+            exact: what follows an integer sum is computed in float64 and rounded once, so that an engine with float64
+                finds the packed network's codes. Engines without it want False: codes on a rounding boundary may then
+                come out one beside it, which some networks (MobileNetV2) spread over all that follows.
+
+        Returns:
+            What has no exact form: weights stored wider than they are, operations whose last bits are the engine's.
+
+        Raises:
+            GraphError: a part without a form in ONNX. CheckpointError: a network above 2 GB, or a place that cannot be
+                written. BackendError: the package `onnx`, or for parts in float `onnxscript`, is not installed.
+
+        Example:
+            packed.to_onnx("network.onnx")
+        """
+        try:
+            from lbs.onnx.export import Parts, write
+        except ImportError as error:
+            raise BackendError(f"to_onnx: {error}; install what writes ONNX: pip install 'lbs[onnx]'") from error
+        found = {f"region{index}": region for index, region in enumerate(self.regions)}
+        parts = Parts(
+            self.name,
+            self.body,
+            {name: region.program for name, region in found.items()},
+            {name: region.blob for name, region in found.items()},
+            self.kept_float,
+            None if self._whole is None else self._whole[2],
+        )
+        return write(Path(path), parts, self.random_images(2), exact)
 
     def extra_repr(self) -> str:
         layers = sum(hasattr(step, "w_bits") for program in self.programs for step in program.steps)

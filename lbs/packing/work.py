@@ -73,7 +73,7 @@ def check_work(graph: fx.GraphModule, shape: tuple[int, ...], dtype: torch.dtype
     if math.prod(shape) > MAX_ELEMENTS * budget or max(shape, default=0) > MAX_SIZE:
         raise CheckpointError(
             f"it takes images of {' x '.join(map(str, shape))}, of more than {MAX_ELEMENTS * budget:.0f} elements; "
-            "if they are meant, give a larger budget (--budget of a command)"
+            "if they are meant, give a larger budget=, or budget=None for any"
         )
     work = Work(budget)
     walk = _Shapes(graph, work)
@@ -136,12 +136,12 @@ class _Shapes:
         if isinstance(error, _Over):
             return (
                 f"one image takes {error}, at {self.at or 'its programs'}; a file that asks for more is not run on its "
-                "own word: if you trust it, give a larger budget (--budget of a command), or None (none) for any"
+                "own word: if you trust it, give a larger budget=, or budget=None for any"
             )
         if isinstance(error, NotImplementedError) or "meta" in str(error):
             return (
                 f"what {self.at} gives has a shape that depends on values, so that nobody can tell what it costs "
-                "before it is run: if you trust the file, give budget=None (--budget none of a command)"
+                "before it is run: if you trust the file, give budget=None"
             )
         return f"its graph fails at {self.at} on an image ({type(error).__name__}: {first_line(error)}); write it again"
 
@@ -230,12 +230,22 @@ class _Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.work.add(0, 0, _pieces(func.__name__, args))  # before they are made: views take no elements, and memory
         found = func(*args, **(kwargs or {}))
+        _check_dim(func, args, kwargs or {}, found)
         if func.is_view:
             self.work.add(0, 0)
         else:
             written, read = (sum(x.numel() for x in _tensors(value)) for value in (found, (args, kwargs)))
             self.work.add(written, max(written, read, written * _terms(func.__name__, args)))
         return found
+
+
+def _check_dim(func: Any, args: Any, kwargs: Any, found: Any) -> None:
+    """Refuse a dimension that neither the tensors given nor those made have: softmax and sort do not look here."""
+    rank = max((x.dim() for x in _tensors((args, kwargs, found))), default=0) or 1
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    dim = given.get("dim")
+    if type(dim) is int and not -rank <= dim < rank:
+        raise IndexError(f"dimension {dim} of {rank}")
 
 
 def _pieces(name: str, args: Any) -> int:

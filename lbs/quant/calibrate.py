@@ -44,6 +44,8 @@ def calibrate(
     that nobody trains afterwards is as good as its codes allow.
 
     Arguments:
+        model: as `lbs.prepare`, `lbs.uniform` or `lbs.freeze` return it. bits: the width of all ranges, 1 to 8, in
+            place of each layer's own.
         batches: a loader or list of batches, read twice; a few hundred images do, and memory does not grow with more.
             A batch is images [N, C, H, W], or a tuple, list or dictionary that holds them (labels are not looked at).
             Of an iterator, which can be read once, the first 1,024 images are kept.

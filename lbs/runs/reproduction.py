@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun, open_runs
-from lbs.run_folder import RunFolder, environment, read_json, write_json, writes
+from lbs.run_folder import RunFolder, environment, read_json, write_sealed, writes
 from lbs.runs import network
 from lbs.runs.limits import targets_met
 from lbs.runs.modes import mode_settings
@@ -85,7 +85,7 @@ def reproduce(row: Row, configs: dict[str, RunConfig], session: Session) -> dict
                 session.say("pack and verify")
                 pack_run(folder)
                 verify_run(folder, budget=None)  # packed by this very command
-            write_json(folder.file(RECORD), record_of(row, configs, folder))
+            write_sealed(folder.file(RECORD), record_of(row, configs, folder))
     distributed.wait()
     return record_of(row, configs, folder)
 

@@ -33,9 +33,12 @@ class Budget:
     construction; `finish` closes the cheapest gates if training ended before that, then opens the ones that pay most
     while they still fit.
 
+        loss = task + budget(),  budget() = sum of lambda * log R,  R = bit operations, bytes or seconds under the gates
+
     Arguments:
+        model: searchable and calibrated, on its device.
         bops: absolute (above 1) or a fraction of the full-precision count (at most 1). size_mb: packed weights, in
-            10^6 bytes. latency_ms: of one image, with `table`: `lbs.cost.Tuned()` for what `lbs tune` measured, or
+            10^6 bytes. latency_ms: of one image. table: of times, `lbs.cost.Tuned()` for what `lbs tune` measured, or
             Problem -> seconds (or None: interpolated), which leaves out what surrounds the layers in a call. Its times
             are read as running minima: nothing narrower costs more.
         strength: starting lambda. gain: growth of lambda per step while above the target (integral part, in log R).
@@ -45,6 +48,9 @@ class Budget:
     Raises:
         PlanError: no target, one that is no positive number, or one outside what the gates can reach; the smallest
             reachable value is named.
+
+    Source:
+        arXiv 2101.04935 (Loss-aware Bit Sharing), section 3.3 and eq. 16, where lambda is a constant.
     """
 
     def __init__(
@@ -319,6 +325,10 @@ def parameter_groups(
     """Groups for torch.optim.SGD: weights (decayed), norms, biases and ranges (not decayed), bit and prune thresholds.
 
     Thresholds have no weight decay and no momentum, so that an idle gate cannot drift.
+
+    Arguments:
+        model: searchable or frozen. lr: of weights, norms, biases and ranges. weight_decay: of weights alone.
+            gate_lr: of bit thresholds. prune_lr: of those of filters.
     """
     bit_alphas = [m.alpha for m in model.modules() if isinstance(m, BitGate) and m.alpha.numel()]
     prune_alphas = [m.alpha for m in model.modules() if isinstance(m, PruneGate)]

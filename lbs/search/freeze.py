@@ -15,7 +15,7 @@ from lbs.quant.layers import QuantLayer, fixed_kind
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer, StreamQuantizer
 from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
-from lbs.search.multi_path import settled_range
+from lbs.search.multi_path import settled_range, settled_weight
 from lbs.search.replace import carry, kept_like, layer_arguments, layer_options, like, replace_layer
 from lbs.search.streams import share_quantizers
 from lbs.wrappers import copied, unwrapped
@@ -23,7 +23,11 @@ from lbs_kernels.errors import PlanError
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan a searchable, uniform or frozen model follows right now."""
+    """The plan a searchable, uniform or frozen model follows right now.
+
+    Raises:
+        GraphError: a model that lbs did not make.
+    """
     model = unwrapped(model)
     plan = record_of(model).plan
     layers = []
@@ -58,6 +62,7 @@ def freeze(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     Layers whose activations are fixed at 8 bits take the quantizer of the stream of 8 bits that they read.
 
     Arguments:
+        model: searchable or uniform; it stays as it is.
         plan: bits and kept filters to apply, in any order of layers; None takes what the gates say.
 
     Raises:
@@ -173,7 +178,7 @@ def _fixed(
 ) -> nn.Module:
     """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
     new = _float_layer(old, entry) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
-    weight: Tensor = old.weight  # type: ignore[assignment]
+    weight = settled_weight(old, entry.w_bits)
     bias: Tensor | None = old.bias  # type: ignore[assignment]
     key = (id(weight), rows, columns)
     if rows is not None:

@@ -32,16 +32,22 @@ from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
+CONVOLUTIONS = "convolutions"  # of multi_path
+
 
 @dataclass(frozen=True)
 class SearchConfig:
     """What is searched.
 
+    pruning: filters too. trace: the network, by torch.fx. standardize: what weights are divided by before they are
+    rounded: their deviation (`scale`; `full` takes off their mean as well), or nothing (`none`).
+
     bits: chain of widths; (32,) searches the filters of a network that stays in float. group_size: filters per prune
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
     multiple of it. ranges: of weights, one for every filter, or one for the layer (as in LBS). multi_path: a branch of
-    its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py. exclude: name patterns
+    its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py; "convolutions" gives every
+    branch weights and a convolution of its own. exclude: name patterns
     left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
     be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
     (`lbs.cost.edge_layers`).
@@ -55,7 +61,7 @@ class SearchConfig:
     filter_tile: int = 1
     standardize: str = "scale"
     ranges: Literal["filter", "layer"] = "filter"
-    multi_path: bool = False
+    multi_path: bool | Literal["convolutions"] = False
     exclude: tuple[str, ...] = ()
     trace: bool = True
 
@@ -74,6 +80,8 @@ class SearchConfig:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"
             )
+        if self.multi_path not in (False, True, CONVOLUTIONS):
+            raise PlanError(f"multi_path={self.multi_path!r} is unknown; use False, True or {CONVOLUTIONS!r}")
         if self.ranges not in RANGES:
             raise PlanError(f"ranges={self.ranges!r} is unknown; use {' or '.join(RANGES)}")
         if self.importance not in IMPORTANCE:
@@ -86,6 +94,8 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
     The copy carries `lbs_record`; `conversion_report(copy)` lists every layer. Follow with `lbs.calibrate`.
 
     Arguments:
+        model: a float network, in wrappers or not; it stays as it is. config: what is searched, by default 2, 4 and 8
+            bits and filters.
         example: one input batch [N, C, H, W], or [N, C, L]. streams: bits of what residual sums store until they add
             it: 8, or 32 for floats (`conversion_report` lists them).
 
@@ -93,6 +103,9 @@ def prepare(model: nn.Module, example: Tensor, config: SearchConfig | None = Non
         GraphError: nothing can be converted, the model cannot be traced, weights are not finite, or a layer's sum at
             the widest bits of the chain could overflow once it is packed. PlanError: streams of other bits, or of 8
             where nothing is traced or all computes in float.
+
+    Source:
+        arXiv 2101.04935 (Loss-aware Bit Sharing), eq. 8-15.
     """
     config = config or SearchConfig()
     model, record = _copy_and_trace(model, example, config, streams)
@@ -138,8 +151,13 @@ def uniform(
 ) -> nn.Module:
     """A copy of `model` at one width throughout (first and last layer at 8 / 8): the baseline. Then calibrate.
 
-    ranges: of the weights, one for every filter, or one for the layer (as in LBS). exclude: name patterns left in
-    float, as in `SearchConfig`. streams: as in `prepare`. Raises GraphError, PlanError as `prepare`.
+    Arguments:
+        model, example: as in `prepare`. weight_bits, activation_bits: 1 to 8. ranges: of the weights, one for every
+            filter, or one for the layer (as in LBS). exclude: name patterns left in float, as in `SearchConfig`.
+            streams: as in `prepare`.
+
+    Raises:
+        GraphError, PlanError: as `prepare`.
     """
     for width in (weight_bits, activation_bits):
         check_chain((width,))
@@ -432,7 +450,10 @@ def _searchable(
     extra: dict[str, Any] = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize}
     extra |= {"importance": config.importance, "multi_path": config.multi_path}
     new = searched_kind(old)(*layer_arguments(old), **extra, **layer_options(old))
-    return adopt(new, old)  # type: ignore[return-value]
+    adopt(new, old)
+    if config.multi_path == CONVOLUTIONS:
+        new.split_paths()
+    return new
 
 
 def fixed_layer(

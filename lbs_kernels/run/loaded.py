@@ -5,7 +5,8 @@
 
 A handle names a `LoadedProgram` of this process: nothing is copied or compared in a call. The text means the same
 program everywhere, so that is what a graph holds that leaves the process (`torch.export`); its programs are kept in a
-cache and found without hashing or parsing the text: by the address of the blob, then one comparison of the text.
+cache and found without hashing or parsing the text: by the address of the blob, then one comparison of the text. Such a
+graph owns nothing but its blob: when another text is read, programs go whose blob nobody but the cache holds any more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import os
 import threading
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from lbs_kernels.program.steps import Program
 from lbs_kernels.program.text import read_program
 from lbs_kernels.run.compiled import CompiledProgram, Image, check_inputs
 
-MAX_TEXTS = 256  # programs kept for graphs that hold their text; networks of more than a hundred regions exist
+MAX_TEXTS = 256  # programs of living graphs that hold their text; networks of more than a hundred regions exist
 MAX_BUILT = 4  # back ends times devices that one loaded program stays built for
 
 _handles = itertools.count(1)  # never used twice: a graph may outlive its program
@@ -140,28 +142,50 @@ def run_program(
     text = program if isinstance(program, str) else program_text(program)
     if threads is not None and threads < 1:
         raise ShapeError(f"threads = {threads}; at least one is needed")
-    return loaded_text(text, blob).compiled(blob, backend).run(inputs, trace, threads=threads)
+    loaded, kept = loaded_text(text, blob)
+    return loaded.compiled(kept, backend).run(inputs, trace, threads=threads)
 
 
-_texts: dict[tuple[int, torch.device, int, str], LoadedProgram] = {}
+_texts: dict[tuple[int, torch.device, int, str], tuple[LoadedProgram, Tensor]] = {}
 
 
-def loaded_text(text: str, blob: Tensor, allow: str = "") -> LoadedProgram:
-    """The program of a text, read on first use and kept while its blob lies where it lay."""
+def loaded_text(text: str, blob: Tensor, allow: str = "") -> tuple[LoadedProgram, Tensor]:
+    """The program of a text, read on first use and kept while its blob lives; and the blob as the cache holds it.
+
+    That is a tensor of its own on the same memory, so that what else holds the memory can be counted.
+    """
     key = (blob.data_ptr(), blob.device, len(text), allow)
     found = _texts.get(key)
-    if found is not None and found.text == text:
+    if found is not None and found[0].text == text:
         return found
     program = read_program(text, blob.numel() if blob.dtype is torch.uint8 else None)
     with _building:
         found = _texts.get(key)  # another thread may have read it meanwhile
-        if found is not None and found.text == text:
+        if found is not None and found[0].text == text:
             return found
+        _drop_ownerless()
         made = LoadedProgram(program, allow)
         made.__dict__["text"] = text  # as given: it may leave out what has a default
         _texts.pop(key, None)
-        _keep(_texts, key, made, MAX_TEXTS)
-    return made
+        kept = made, blob.detach()
+        _keep(_texts, key, kept, MAX_TEXTS)
+    return kept
+
+
+def _drop_ownerless() -> None:
+    """Forget programs whose blob lies in memory that only the cache holds: their graphs are gone."""
+    holders = torch._C._storage_Use_Count
+    lonely = torch.empty(1, dtype=torch.uint8, device="cpu")  # who asks for a storage holds it too, in some releases
+    asking = holders(_storage(lonely)) - 1
+    ours = Counter(_storage(blob) for _, blob in _texts.values())
+    for key, (_, blob) in list(_texts.items()):
+        if holders(_storage(blob)) - asking <= ours[_storage(blob)]:
+            del _texts[key]
+
+
+def _storage(blob: Tensor) -> int:
+    """Names the memory a tensor lies in, while it lives."""
+    return blob.untyped_storage()._cdata
 
 
 def clear_runners() -> None:
@@ -212,7 +236,8 @@ def _run_fake(inputs: list[Tensor], blob: Tensor, handle: int) -> list[Tensor]:
 
 
 def _run_text(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:
-    return loaded_text(program, blob, allow).run(inputs, blob)
+    loaded, kept = loaded_text(program, blob, allow)
+    return loaded.run(inputs, kept)
 
 
 def _run_text_fake(inputs: list[Tensor], blob: Tensor, program: str, allow: str = "") -> list[Tensor]:

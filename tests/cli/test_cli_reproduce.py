@@ -20,6 +20,7 @@ from lbs.cli import main
 from lbs.cli.reproduce import epochs_of, setting
 from lbs.config import FinetuneRun, SearchRun
 from lbs.plan import Plan
+from lbs.run_folder import RunFolder, write_sealed
 from lbs.runs import rows
 from lbs.runs.reproduction import schedule_text
 from lbs.train import checkpoint
@@ -254,10 +255,10 @@ def test_a_data_set_that_changed_under_its_name_is_refused(home: Path, lbs_comma
     assert lbs_command(f"{line} --schedule 1+1 --float-epochs 1")[0] == 0
     shutil.copy(home / "changing/results.json", home / "kept.json")
     write_set(home / "own.npz", seed=2)
-    results = json.loads((home / "changing/results.json").read_text())
+    results = RunFolder(home / "changing").results()
     for name in ("finetune", "pack", "verify"):
         del results[name]
-    (home / "changing/results.json").write_text(json.dumps(results))
+    write_sealed(home / "changing/results.json", results)
     code, body, _ = lbs_command(f"{line} --resume")
     assert code == 2
     assert "another data set: own.npz has the fingerprint" in body["error"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import cli_nets
 import pytest
 
 from lbs.cli import main
-from lbs.run_folder import sealed
+from lbs.run_folder import RunFolder, sealed
+from lbs.runs.stages import bench_run, uniform8_run, verify_run
 from lbs.train import checkpoint
 from lbs_kernels.errors import CheckpointError
 
@@ -68,8 +70,20 @@ def test_what_a_run_may_cost_is_the_users_to_say(run: Path, lbs_command: Command
     line = f"{line} --run run" + ("" if line == "explain" else " --model tiny_trusted_net:Net")
     code, body, _ = lbs_command(f"{line} --budget 1e-9")
     assert code == 2
-    assert "give a larger budget (--budget of a command)" in body["error"]
+    assert "give a larger --budget, or --budget none for any" in body["error"]
     assert lbs_command(f"{line} --budget none")[0] == 0
+
+
+def test_stages_of_a_run_load_within_a_budget_too(run: Path) -> None:
+    folder = RunFolder(run, ("tiny_trusted_net:Net",))
+    stages: list[Callable[[], object]] = [
+        lambda: verify_run(folder, budget=1e-9),
+        lambda: uniform8_run(folder, [], budget=1e-9),
+        lambda: bench_run(folder, print, budget=1e-9),
+    ]
+    for stage in stages:
+        with pytest.raises(CheckpointError, match="give a larger budget"):
+            stage()
 
 
 @pytest.mark.parametrize("line", ["pack", "verify", "bench --batches 1 --rounds 2"])
@@ -97,15 +111,36 @@ def test_what_the_user_names_is_called(run: Path, lbs_command: Command) -> None:
     assert lbs_command("verify --run run --images 4 --model tiny_trusted_net:Other")[0] == 2
 
 
-@pytest.mark.parametrize("name", ["network.json", "plan.json"])
+EDITS = {
+    "network.json": ('"num_classes": 10', '"num_classes": 11', "pack"),
+    "plan.json": ('"w_bits": 8', '"w_bits": 4', "pack"),
+    "results.json": ('"accuracy": 0.', '"accuracy": 0.9', "verify --images 4"),
+    "environment.json": ('"threads": 1', '"threads": 9', "report"),
+    "metrics.jsonl": ('"loss":', '"loss":1', "report"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
 def test_an_edit_by_hand_is_seen(run: Path, lbs_command: Command, name: str) -> None:
+    old, new, line = EDITS[name]
     text = (run / name).read_text()
-    changed = text.replace('"num_classes": 10', '"num_classes": 11').replace('"w_bits": 8', '"w_bits": 4')
+    changed = text.replace(old, new)
     assert changed != text
     (run / name).write_text(changed)
-    code, body, _ = lbs_command("pack --run run --model tiny_trusted_net:Net")
+    command = "report run" if line == "report" else f"{line} --run run --model tiny_trusted_net:Net"
+    code, body, _ = lbs_command(command)
     assert code == 2
-    assert f"{name} was edited by hand" in body["error"]
+    assert re.search(rf"{name}(, line \d+)? was edited by hand", body["error"])
+
+
+def test_files_of_earlier_releases_have_no_hashes_and_are_read(run: Path, lbs_command: Command) -> None:
+    for name in EDITS:
+        bodies = [json.loads(text) for text in ((run / name).read_text().splitlines() if name[-1] == "l" else [])]
+        bodies = bodies or [json.loads((run / name).read_text())]
+        assert all(body.pop("hash") for body in bodies)
+        (run / name).write_text("\n".join(map(json.dumps, bodies)) + "\n")
+    assert lbs_command("verify --run run --images 4 --model tiny_trusted_net:Net")[0] == 0
+    assert lbs_command("report run")[0] == 0
 
 
 def test_weights_of_a_run_carry_a_digest(run: Path) -> None:

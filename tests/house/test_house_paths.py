@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("lbs", "lbs_kernels", "csrc", "tests", "benchmarks", "docs", "tools")
+FOLDERS = ("lbs", "lbs_kernels", "csrc", "tests", "benchmarks", "docs", "examples", "tools")
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml", "setup.py")
 SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 # Made by building, or by whoever ships measured times.

@@ -1,4 +1,4 @@
-"""README: its tables are those of the result files, and its example runs."""
+"""README and docs/results.md: their tables and picture are those of the result files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import readme_tables
+from benchmarks import readme_picture, readme_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
@@ -62,23 +61,37 @@ def _root(tmp_path: Path, **files: dict[str, object]) -> Path:
     return tmp_path
 
 
-def test_readme_says_what_the_result_files_say() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert readme_tables.rewritten(readme, readme_tables.measured()) == readme, "run benchmarks/readme_tables.py"
+def _text(root: Path) -> str:
+    return "\n\n".join(readme_tables.measured(root).values())
 
 
-def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(compile(code, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert ", met" in printed
-    assert (tmp_path / "digits.lbs.safetensors").stat().st_size > 10_000
+@pytest.mark.parametrize("page", readme_tables.PAGES)
+def test_pages_say_what_the_result_files_say(page: str) -> None:
+    told = readme_tables.measured()
+    text = (ROOT / page).read_text()
+    sections = {name: told[name] for name in readme_tables.PAGES[page]}
+    assert readme_tables.rewritten(text, sections) == text, "run benchmarks/readme_tables.py"
+
+
+def test_the_picture_shows_what_the_result_files_say() -> None:
+    found = readme_picture.points()
+    picture = readme_picture.PICTURE.read_text()
+    assert readme_picture.shows(picture, found), "run benchmarks/readme_picture.py"
+    found["cifar100-resnet20"]["greedy"].append((9.0, 1.0, 1.0, 1.0))
+    assert not readme_picture.shows(picture, found)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    found = readme_picture.points(tmp_path)  # no files: axes, and nothing on them
+    found["cifar100-resnet20"]["greedy"].append((2.0, -1.0, -0.5, 0.0))
+    readme_picture.draw(found, tmp_path / "picture.svg", metadata={"Description": readme_picture.told(found)})
+    picture = (tmp_path / "picture.svg").read_text()
+    assert readme_picture.shows(picture, found)
+    assert "bit operations, % of float" in picture
 
 
 def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None:
-    text = readme_tables.measured(_root(tmp_path, model_net=MODEL, op_bitconv2d=OP, layers={"part": "layers"}))
+    text = _text(_root(tmp_path, model_net=MODEL, op_bitconv2d=OP, layers={"part": "layers"}))
     assert "| 1 | packed | 1.200 [1.100 2.000] | 6.50x torch float32 |" in text
     assert "| 1 | torch float32 | 7.800 [7.000 10.000] |  |" in text
     assert "Not timed: torch bfloat16 (not asked for)." in text
@@ -93,7 +106,7 @@ def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None
 def test_the_end_of_the_quickstart_is_shown_as_it_was_printed(tmp_path: Path) -> None:
     lines = ["test images right: searched 98.00 %", "batch 1: 0.90x as fast as packed uniform 8-bit"]
     body = {"level": "quickstart", "summary": lines, "bench": {**MODEL, "notes": []}}
-    text = readme_tables.measured(_root(tmp_path, quickstart=body, model_net=MODEL))
+    text = _text(_root(tmp_path, quickstart=body, model_net=MODEL))
     assert "\n```\n" + "\n".join(lines) + "\n```\n" in text
     assert text.index("on Some CPU, 2 threads") < text.index("model_net")
 
@@ -129,7 +142,7 @@ def test_tables_of_a_gpu(tmp_path: Path) -> None:
         "roofs": {"level": "gpu_roofs", "rows": roofs, "b1_over_int8": None, "missing": {"b1": "no kernel"}},
         "tests": {"level": "gpu_tests", "passed": True},
     }
-    text = readme_tables.measured(_root(tmp_path, **{name: {**body, "header": GPU} for name, body in files.items()}))
+    text = _text(_root(tmp_path, **{name: {**body, "header": GPU} for name, body in files.items()}))
     for line in (
         "| fast | 2 | 2.5 | met | 9 layers |",
         "| faster | 94,620 | 80,000 | **missed** |  |",
@@ -159,13 +172,16 @@ def test_networks_without_training(tmp_path: Path) -> None:
     }
     row |= {"bops": 25, "full_precision_bops": 1000, "bytes": 1_250_000, "seconds": 12.34, "peak_bytes": 3e8}
     rows = [row, {**row, "zeros": 0.3}, {**row, "bits": None, "bops_asked": 0.025, "rounding": "nearest"}]
+    quick = {"faster_asked": 1.3, "latency": {"faster": 1.274}, "kept": {"a": "8/16", "b": "8/24"}, "distill": 20}
+    rows.append({**row, "bits": None, "rounding": "nearest", **quick})
     head = {"model": "net", "calibration": 512, "test": 10_000, "threads": 1, "torch": "2.13"}
-    text = readme_tables.measured(_root(tmp_path, net={"level": "quantization", "header": head, "rows": rows}))
+    text = _text(_root(tmp_path, net={"level": "quantization", "header": head, "rows": rows}))
     for line in (
         "**net without training**, calibrated on 512 images, tested on 10,000 others; 1 threads, torch 2.13",
         "| 4/8 | optimized | 67.51 of 68.80 | 2.50% | 1.25 | 12.3 | 300 |",
         "| 4/8, 30% of the weights 0 | optimized |",
         "| at most 2.5% of the BOPs | nearest |",
+        "| 1.3x of 8/8 asked, 1.27x measured, 2 layers pruned, 20 epochs of distillation | nearest | 67.51 of 68.80 |",
     ):
         assert line in text
 
@@ -179,7 +195,7 @@ def test_networks_against_engines(tmp_path: Path) -> None:
     rows[1] |= {"algorithms": {"direct": 1, "winograd": 2}, "ratios": {"slow": 4.5, "fast": 4.0, "w8a8": 1.9}}
     starts = [{"network": "net", "threads": 1, "contender": "fast", "seconds": 0.4321, "peak_bytes": 57.4e6}]
     body = {"level": "networks", "header": {"device": "Some CPU"}, "rows": rows, "starts": starts, "notes": ["busy"]}
-    text = readme_tables.measured(_root(tmp_path, networks=body))
+    text = _text(_root(tmp_path, networks=body))
     for line in (
         "| net | 1 | 16 | w8a8 | 4.000 [1.000 9.000] | 2.00x fast | 1.33x |  | 3 direct |",
         "| net | 1 | 16 | w4a4 | 2.000 [1.000 9.000] | 4.00x fast | 2.00x | 1.90x | 1 direct, 2 winograd |",
@@ -190,11 +206,52 @@ def test_networks_against_engines(tmp_path: Path) -> None:
         assert line in text
 
 
+def test_times_of_the_readme(tmp_path: Path) -> None:
+    """Made-up numbers: below 1 is shown, the newest machine wins, and speeds are those over the faster engine."""
+    one = {"network": "resnet18", "threads": 1, "p20": 0, "p80": 1, "ratios": {}, "algorithms": None, "fastest": 1e-3}
+    times = {"w8a8": 4e-3, "w4a4": 3e-3, "w4a4 pruned": 2e-3, "OpenVINO int8": 2.5e-3, "ONNX Runtime int8": 5e-3}
+    rows = [{**one, "batch": batch, "contender": name, "median": m} for name, m in times.items() for batch in (1, 16)]
+    for row in rows:
+        row["ratios"] = {"OpenVINO int8": 0.84, "ONNX Runtime int8": 1.66}
+    head = {"device": "Some CPU", "date": "2026-01-02", "engines": {"openvino": "1.2"}, "commit": "0123456789"}
+    body = {"level": "networks", "header": head, "rows": rows, "starts": [], "notes": []}
+    older = {**body, "header": {**head, "date": "2026-01-01", "device": "Older CPU"}}
+    told = readme_tables.measured(_root(tmp_path, new=body, old=older))["latency"]
+    assert "| ResNet-18 | 4.000 | 3.000 | 2.000 | 2.500 | 5.000 | 0.84x | 0.84x |" in told
+    assert "one thread of Some CPU, 2026-01-02, openvino 1.2" in told
+    assert "Older" not in told
+
+
+def test_accuracy_of_the_readme(tmp_path: Path) -> None:
+    """Made-up numbers: seeds of one budget and one kind of ranges, weights that were not zeroed."""
+    made = {**RECORD, "level": "search", "row": "cifar100-resnet56", "network": "net", "float_top1": 72.6}
+    made |= {"target_bops": 1_918_800_000.0, "published": None, "best_epoch_top1": 0.0, "seeds": {"finetune": 0}}
+    made |= {"schedule": "1+4 of 30+200 epochs, in full"}
+    tuned = {"lr": 0.03, "distill": 0.7, "weight_decay": 1e-4}
+    search = {"mode": "joint", "pruning": False, "ranges": "layer"}
+    runs = {"a": {**made, "packed_top1": 72.0}, "b": {**made, "packed_top1": 71.0}, "c": made, "d": made}
+    for name, run in runs.items():
+        run_search = {**search, "ranges": "filter"} if name == "c" else search
+        runs[name] = {**run, "config": {"finetune": tuned, "search": run_search}}
+    runs["d"]["target_bops"] = 1e9
+    row = {"bits": [4, 8], "rounding": "optimized", "zeros": 0.0, "bops_asked": None, "top1": 64.0, "float_top1": 80.0}
+    row |= {"bops": 25, "full_precision_bops": 1000, "bytes": 1_250_000, "seconds": 1.0, "peak_bytes": 1}
+    head = {"model": "mobilenet_v2", "calibration": 8, "test": 400, "threads": 1, "torch": "2.13"}
+    net = {"level": "quantization", "header": head, "rows": [row, {**row, "zeros": 0.3, "top1": 1.0}]}
+    told = readme_tables.measured(_root(tmp_path, **runs, net=net))["accuracy"]
+    for line in (
+        "| searched, fine-tuned: 1+4 epochs, 2 seeds | 72.60 | 71.50 [71.00 72.00] | 1.55% | 0.25 MB |",
+        "| `lbs.quantize`, 4/8 bits, optimized rounding | 80.00 | 64.00 | 2.50% | 1.25 MB |",
+        "MobileNetV2, ImageNet: 400 validation images, so ±2.0.",
+    ):
+        assert line in told
+
+
 def test_record_of_a_searched_network(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results" / "search"
     folder.mkdir(parents=True)
     (folder / "net.json").write_text(json.dumps(RECORD))
-    text = readme_tables.measured(tmp_path)
+    text = _text(tmp_path)
     for part in ("67.68 %", "67.70 %", "9,994 of 10,000", "649.5M of 41798.6M", "4/4, 8/2", "251,856 bytes"):
         assert part in text
     assert "`benchmarks/results/search/net.json`" in text
@@ -214,8 +271,12 @@ def test_reproduced_rows_share_a_table(tmp_path: Path) -> None:
     pruned |= {"equal_predictions": None, "config": {"finetune": {**tuned, "ema": 0.9, "weight_decay": 5e-4}}}
     for name, body in {"a": better, "b": made, "c": pruned}.items():
         (folder / f"{name}.json").write_text(json.dumps(body))
-    text = readme_tables.measured(tmp_path)
+    text = _text(tmp_path)
     assert text.count("**net**, float 68.80 %") == 1
+    ranged = {**made, "config": {"finetune": tuned, "search": {**search, "ranges": "layer"}}}
+    (folder / "a.json").write_text(json.dumps(ranged))
+    apart = [line for line in _text(tmp_path).splitlines() if line.startswith("| net |")]
+    assert ["ranges per layer" in line for line in apart] == [True, False]  # code from before ranges is another row
     rows = [line for line in text.splitlines() if line.startswith("| net")]
     assert rows == [
         "| net-prune-only | 2 epochs | 0.03, 0.7, decay 0.0005, average 0.9 | 0 | 67.68 | 68.00 | in float |  | "
@@ -227,10 +288,17 @@ def test_reproduced_rows_share_a_table(tmp_path: Path) -> None:
 
 
 def test_no_result_files(tmp_path: Path) -> None:
-    assert "no result files" in readme_tables.measured(tmp_path)
+    assert set(readme_tables.measured(tmp_path).values()) == {"No result files.", "Every result file has its table."}
 
 
-@pytest.mark.parametrize("text", ["", f"{readme_tables.BEGIN}", f"{readme_tables.END}\n{readme_tables.BEGIN}"])
-def test_readme_without_markers_is_refused(text: str) -> None:
+BEGIN, END = readme_tables.markers("networks")
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_page_without_markers_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="needs the lines"):
-        readme_tables.rewritten(text, "")
+        readme_tables.rewritten(text, {"networks": ""})
+
+
+def test_sections_are_written_between_their_markers() -> None:
+    assert readme_tables.rewritten(f"a{BEGIN}old{END}b", {"networks": "new"}) == f"a{BEGIN}\nnew\n{END}b"

@@ -3,7 +3,6 @@ callers under ThreadSanitizer."""
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import threading
@@ -19,8 +18,7 @@ from programs import CASES, random_inputs
 from test_native_runner import call, equal, native
 from torch import Tensor
 
-import lbs
-import lbs.zoo
+from benchmarks.bench_robustness import alone_and_beside
 from lbs_kernels import device
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run.reference import ReferenceRunner
@@ -105,23 +103,7 @@ def test_the_time_of_one_image_beside_a_large_batch() -> None:
     """Batch 1 beside another thread's batch 512: at most three times as long as alone, in the median."""
     if device.processors() < 2:
         pytest.skip("two processors are needed for two callers")
-    network = lbs.load(lbs.zoo.entry("cifar100-resnet20").path)
-    image, batch = torch.randn(1, 3, 32, 32), torch.randn(512, 3, 32, 32)
-
-    def median(calls: int) -> float:
-        seconds = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            network(image)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-
-    median(100)
-    alone = median(2000)
-    with in_a_loop(lambda: network(batch)) as ended:
-        while ended() == 0:
-            time.sleep(0.001)
-        beside = median(2000)
+    alone, beside = alone_and_beside()
     assert beside <= 3 * alone, (beside, alone)
 
 

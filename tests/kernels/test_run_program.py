@@ -261,10 +261,40 @@ def test_threads_that_bring_a_text_first_together_build_it_once(monkeypatch: pyt
 
 def test_the_cache_is_bounded() -> None:
     clear_runners()
-    for seed in range(loaded.MAX_TEXTS + 5):
-        program, blob = CASES["one_pixel"](seed)
+    cases = [CASES["one_pixel"](seed) for seed in range(loaded.MAX_TEXTS + 5)]
+    for program, blob in cases:
         run_program(program, blob, random_inputs(program, 1, 0), backend="reference")
     assert len(loaded._texts) == loaded.MAX_TEXTS
+    clear_runners()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_what_the_cache_alone_holds_goes_when_another_text_is_read(backend: str) -> None:
+    """Programs whose blobs share memory stay while any of it is held."""
+    clear_runners()
+    program, blob = preact_residual(0)
+    images, text, size = random_inputs(program, 1, 0), program.to_json(), blob.numel()
+    shared = torch.cat([blob, blob])
+    others = iter(range(10))
+
+    def kept_when_another_is_read() -> int:
+        other, own = CASES["one_pixel"](next(others))
+        run_program(other, own, random_inputs(other, 1, 0), backend)
+        return sum(found[0].text == text for found in loaded._texts.values())
+
+    run_program(text, blob, images, backend)
+    expected = run_program(text, shared[:size], images, backend)
+    run_program(text, shared[size:], images, backend)
+    assert kept_when_another_is_read() == 3
+    del blob
+    assert kept_when_another_is_read() == 2
+    part = shared[1:2]
+    del shared
+    assert kept_when_another_is_read() == 2
+    del part
+    assert kept_when_another_is_read() == 0
+    assert len(loaded._texts) == 1  # the others were dropped as well, one by one
+    assert torch.equal(expected[0], run_program(text, preact_residual(0)[1], images, backend)[0])
     clear_runners()
 
 

@@ -1,7 +1,7 @@
 """Packed files with something changed at random and the digest made right again, and what becomes of them.
 
 A mutant may be refused (CheckpointError) or loaded; a loaded one is run and explained, and may then raise errors of the
-family only. `attack` counts what happened and keeps the worst time; `tools/fuzz.py` runs it for as long as one likes.
+family only. `attack` counts what happened; `tools/fuzz.py` runs it for as long as one likes.
 """
 
 from __future__ import annotations
@@ -9,18 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import resource
-import signal
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pack_nets
 import torch
+from outcomes import Disagreement, Outcome
 from test_pack_checkpoint import header_of, rewrite
 from torch import Tensor, nn
 
@@ -30,7 +25,8 @@ from lbs_kernels import extension
 from lbs_kernels.errors import CheckpointError, FormatError, LbsError
 from lbs_kernels.program.text import read_program
 
-SECONDS = 20  # that one file may take, on a machine that does other things too
+MUTANT = "mutant.lbs.safetensors"
+Note = Callable[[int, Outcome], None]
 NUMBERS: list[Any] = [0, 1, -1, 2, 3, 7, 8, 64, 255, 256, 1 << 16, 1 << 24, 1 << 31, (1 << 63) - 1, 1 << 63, 1 << 64]
 NUMBERS += [10**30, -(1 << 40), 0.5, -0.0, 1e300, 5e-324, float("inf"), float("nan")]
 TEXTS: list[Any] = [
@@ -97,20 +93,6 @@ class Parts(nn.Module):
         lines = torch.cat([lines, self.rnn(lines)[0]], 1)
         lines = self.attention(lines, lines, lines)[0]
         return {"logits": self.last(lines.mean(1)), "lines": lines[:, 1:-1:2].softmax(-1).clamp(0.0, 1.0)}
-
-
-@dataclass
-class Outcome:
-    """What became of many files."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    worst: float = 0.0  # seconds
-    slowest: str = ""
-
-    def __str__(self) -> str:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        counts = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
-        return f"{counts}; worst {self.worst:.2f} s ({self.slowest}); peak memory {peak:.0f} MiB"
 
 
 def sources(folder: Path) -> list[Path]:
@@ -222,22 +204,6 @@ def _bytes(spec: dict[str, Any]) -> int:
     return total
 
 
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError where it takes longer."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def judge(path: Path) -> str:
     """Load, run and explain a file: what came of it. Raises what is no error of the family."""
     try:
@@ -280,27 +246,27 @@ def programs_agree(path: Path) -> bool:
     return True
 
 
-def attack(folder: Path, seed: int, count: int) -> Outcome:
-    """Judge `count` mutants. Raises AssertionError at the first that ends otherwise than it may; the file is kept."""
+def attack(folder: Path, seed: int, count: int, first: int = 0, note: Note = lambda number, outcome: None) -> Outcome:
+    """Judge the mutants `first` to `count` of a seed; files that end as none may are kept in the folder.
+
+    note: called before each, when the file lies in the folder as `MUTANT`.
+    """
     chance, found, outcome = random.Random(seed), sources(folder), Outcome()
-    target = folder / "mutant.lbs.safetensors"
+    target = folder / MUTANT
     for source in found:  # what is imported with the first of a kind counts for no mutant
         assert judge(source) == "loaded and run"
     for number in range(count):
         what = mutate(chance.choice(found), target, chance)
-        started = time.perf_counter()
-        try:
-            with limited(SECONDS):
-                verdict = judge(target)
-            assert extension.cpu is None or programs_agree(target), "Python and C++ judge a program of it otherwise"
-        except Exception as error:
-            kept = target.with_name(f"seed{seed}-{number}.lbs.safetensors")
-            target.rename(kept)
-            raise AssertionError(
-                f"seed {seed}, file {number}, {kept} ({what}): {type(error).__name__}: {error}"
-            ) from error
-        spent = time.perf_counter() - started
-        outcome.counts[verdict] += 1
-        if spent > outcome.worst:
-            outcome.worst, outcome.slowest = spent, f"file {number}, {what}"[:120]
+        if number < first:
+            continue
+        note(number, outcome)
+        if not outcome.judge(f"seed {seed}, file {number}, {what}", target.stat().st_size, lambda: verdict_of(target)):
+            target.rename(folder / f"seed{seed}-{number}.lbs.safetensors")
     return outcome
+
+
+def verdict_of(path: Path) -> str:
+    """See `judge`; both readers must judge the programs of the file alike."""
+    if extension.cpu is not None and not programs_agree(path):
+        raise Disagreement("Python and C++ judge a program of it otherwise")
+    return judge(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import statistics
 import time
 import weakref
@@ -12,34 +11,47 @@ from pathlib import Path
 import pytest
 import torch
 
-import lbs
-import lbs.zoo
+from benchmarks.bench_robustness import memory_grown, network
 from lbs.packing.model import PackedModel
 from lbs_kernels.run import loaded
 
 IMAGE = torch.randn(1, 3, 32, 32)
 
 
-def network() -> PackedModel:
-    """The shipped one, read anew."""
-    return lbs.load(lbs.zoo.entry("cifar100-resnet20").path)
-
-
-def test_what_was_built_goes_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    build, built = loaded.CompiledProgram, list[weakref.ref[object]]()
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[object]]:
+    """Every runner that is built."""
+    build, runners = loaded.CompiledProgram, list[weakref.ref[object]]()
 
     def remembered(*arguments: object) -> object:
         made = build(*arguments)  # type: ignore[arg-type]
-        built.append(weakref.ref(made.runner))
+        runners.append(weakref.ref(made.runner))
         return made
 
     monkeypatch.setattr(loaded, "CompiledProgram", remembered)
+    return runners
+
+
+def test_what_was_built_goes_with_its_network(built: list[weakref.ref[object]]) -> None:
     one = network()
     one(IMAGE)
     assert [ref() is not None for ref in built] == [True]
     del one
     gc.collect()
     assert built[0]() is None
+
+
+def test_what_was_built_for_an_exported_graph_goes_when_another_is_called(built: list[weakref.ref[object]]) -> None:
+    loaded.clear_runners()
+    graphs = [torch.export.export(network(), (IMAGE,)).module() for _ in range(2)]
+    before = len(built)
+    expected = graphs[0](IMAGE)
+    assert torch.equal(graphs[0](IMAGE), expected)
+    assert [ref() is not None for ref in built[before:]] == [True]  # once, for both calls
+    del graphs[0]
+    gc.collect()
+    assert torch.equal(graphs[0](IMAGE), expected)
+    assert [ref() is not None for ref in built[before:]] == [False, True]
 
 
 def test_many_networks_stay_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,23 +65,11 @@ def test_many_networks_stay_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count == [69]
 
 
-def resident() -> int:
-    """Bytes of memory this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell a process its memory so")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process its memory so")
 def test_memory_after_two_hundred_networks_in_turn() -> None:
     """Each of them leaves at most a quarter of a megabyte; laid out and with what it works in, one has 1.3 MB."""
-    for _ in range(5):
-        network()(IMAGE)
-    gc.collect()
-    before = resident()
-    for _ in range(200):
-        network()(IMAGE)
-    gc.collect()
-    assert resident() - before < 50e6
+    assert memory_grown(200) < 50e6
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import lbs
 import lbs.zoo
 from lbs.packing.packing import pack
 from lbs.packing.work import MAX_ELEMENTS, MAX_OPERATIONS, MAX_PRODUCTS, check_work
-from lbs_kernels.errors import CheckpointError
+from lbs_kernels.errors import CheckpointError, GraphError
 
 SHAPE = (3, 8, 8)
 
@@ -158,6 +158,8 @@ def test_who_trusts_a_file_raises_its_budget(saved: Path) -> None:
 
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "dimension": ([call("y", "mean", "%last", 7)], "fails at node y .*Dimension out of range"),
+    "dimension_of_softmax": ([call("y", "softmax", "%last", -1000)], "fails at node y .*dimension -1000 of 3"),
+    "dimension_of_sort": ([call("y", "torch.argsort", "%last", 3)], "fails at node y .*dimension 3 of 3"),
     "arguments": ([call("y", "torch.roll", "%last")], "fails at node y"),
     "number_of_arguments": ([call("y", "relu", "%last", 1, 2, 3)], "fails at node y"),
     "shapes": ([call("y", "torch.cat", ["%last", "%x"], 1)], "fails at node y"),
@@ -172,6 +174,44 @@ def test_what_cannot_run_is_found_when_it_is_loaded(saved: Path, name: str) -> N
     append(saved, nodes)
     with pytest.raises(CheckpointError, match=says):
         lbs.load(saved)
+
+
+# What shapes alone do not tell: kernels that do not exist for a type, numbers that do not fit it, divisors of 0.
+LATE: dict[str, list[dict[str, Any]]] = {
+    "type": [call("b", "gt", "%last", 0), call("y", "relu", "%b")],
+    "type_of_operator": [call("y", "operator.and_", "%last", 1)],
+    "number": [call("y", "clamp", "%last", 0, 1e300)],
+    "divisor": [call("i", "long", "%last"), call("y", "remainder", "%i", 0)],
+    "index": [call("i", "long", "%last"), call("y", "operator.getitem", "%last", "%i")],
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_fails_by_values_and_types_is_one_error_of_the_family(saved: Path, name: str) -> None:
+    append(saved, LATE[name])
+    packed = lbs.load(saved)
+    for run in (packed, packed.run_traced, lambda x: lbs.explain(packed, batch=1)):
+        with pytest.raises(GraphError, match="fails in its float parts \\("):
+            run(100 * packed.random_images(2))
+
+
+def test_errors_of_hooks_and_of_memory_stay_what_they_are(saved: Path) -> None:
+    packed = lbs.load(saved)
+    x = packed.random_images(1)
+
+    def raising(error: type[Exception]) -> Any:
+        def hook(*_: object) -> None:
+            raise error("mine")
+
+        return hook
+
+    handle = packed.body.rnn.register_forward_hook(raising(KeyError))
+    with pytest.raises(KeyError, match="mine"):
+        packed(x)
+    handle.remove()
+    packed.body.rnn.forward = raising(MemoryError)
+    with pytest.raises(MemoryError, match="mine"):
+        packed(x)
 
 
 @pytest.mark.parametrize(
