@@ -72,11 +72,12 @@ const Json::Number* returned(const Json::Array& nodes) {
         if (std::find(names.begin(), names.end(), *name->string()) != names.end()) return nullptr;
         names.push_back(*name->string());
     }
-    const Json::Array *const image = arguments(nodes[0], "placeholder", nullptr, 0),
-                             *const call = arguments(nodes[1], "call_module", "region0", 1),
+    const Json::Array* image = arguments(nodes[0], "placeholder", nullptr, 0);
+    if (!image) image = arguments(nodes[0], "placeholder", nullptr, 1);  // a default, which must be null
+    const Json::Array *const call = arguments(nodes[1], "call_module", "region0", 1),
                              *const item = arguments(nodes[2], "call_function", "operator.getitem", 2),
                              *const output = arguments(nodes[3], "output", nullptr, 1);
-    if (!image || !call || !item || !output) return nullptr;
+    if (!image || (!image->empty() && !image->front().is_null()) || !call || !item || !output) return nullptr;
     if (!is_node((*call)[0], names[0]) || !is_node((*item)[0], names[1]) || !is_node((*output)[0], names[2])) return nullptr;
     const Json::Number* const place = (*item)[1].number();
     return place && place->whole && place->integer >= 0 ? place : nullptr;

@@ -139,6 +139,8 @@ def _add_node(
     if op not in _OPS:
         raise CheckpointError(f"node {name} has op {op!r}; known are {', '.join(_OPS)}")
     args, kwargs = decode(entry["args"], made), decode(entry.get("kwargs", {"dict": {}}), made)
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+        raise CheckpointError(f"node {name} has arguments that are no tuple and dict; it is damaged")
     if op == "call_function":
         target = _known_function(name, target, args, kwargs)
     elif op == "call_method" and target not in METHODS:
