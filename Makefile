@@ -84,6 +84,6 @@ audit:
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	rm -f lbs_kernels/_cpu*.so lbs_kernels/_cuda*.so lbs_kernels/*.part lbs_kernels/_build_report.json $(VENV)/.native
+	rm -f lbs_kernels/*.so lbs_kernels/lbs.h lbs_kernels/*.part lbs_kernels/_build_report.json $(VENV)/.native
 	rm -f tests/native/*.so tests/native/*.part
 	find lbs lbs_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,13 @@
 """Builds the native parts; all metadata is in pyproject.toml.
 
-`lbs_kernels._cpu` is built wherever a C++17 compiler is found, `lbs_kernels._cuda` where nvcc is. Neither can break an
-installation: what failed, why, and the command that mends it go to lbs_kernels/_build_report.json (`lbs doctor`
-shows it). `cuda_model` (tests/native) serves tests: it is built in place only and part of no wheel. Environment:
+`lbs_kernels._cpu` and the C library, lbs_kernels/liblbs.so with lbs.h beside it (docs/c.md), are built wherever a C++17
+compiler is found, `lbs_kernels._cuda` where nvcc is. None can break an installation: what failed, why, and the command
+that mends it go to lbs_kernels/_build_report.json (`lbs doctor` shows it). `cuda_model` (tests/native) serves tests: it
+is built in place only and part of no wheel. What compilers warn of is shown, then one line says what was made.
+Environment:
 
     LBS_BUILD_CPU=0|1|auto       0 leaves the C++ module out, 1 makes its failure an error
+    LBS_BUILD_C=0|1|auto         the same for the C library; what LBS_BUILD_CPU says unless it is set
     LBS_BUILD_CUDA=0|1|auto      the same for the CUDA module; auto (the default) records a failure and goes on
     LBS_BUILD_TESTS=0|1|auto     the same for the module of the tests; 0 is its default
     LBS_BUILD_NATIVE=0           leaves all modules as they are: somebody else builds them meanwhile, as make does
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +43,10 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hi
 # functions lie cannot be written to once they are loaded. ResNet-20 at batch 1 takes 102 us either way (Zen 5).
 HARDENED = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 HARDENED_LINK = [f"-Wl,-z,{word}" for word in ("relro", "now", "noexecstack") if sys.platform.startswith("linux")]
+# Its threads may still spin when a program unloads the library: it stays.
+C_LINK = [f"-Wl,--version-script={SOURCES / 'include' / 'lbs.map'}", "-Wl,-soname,liblbs.so", "-Wl,-z,nodelete"]
+C_LINK = C_LINK if sys.platform.startswith("linux") else []
+MADE = ("_c*.so", "liblbs.so", "lbs.h", "_build_report.json")  # of lbs_kernels
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"]}
 ISA_FLAGS["avx512vnni"] = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni")] + ISA_FLAGS["avx2"]
 # GCC 12's own AVX-512 headers read what they did not set: 62,000 lines of warnings for one file.
@@ -66,6 +74,7 @@ LONGEST = (
 )
 
 
+STATUS = "| "  # in front of what ninja says itself
 Runs = dict[Path, list["subprocess.CompletedProcess[str]"]]  # by library: the commands that were run for it
 
 
@@ -174,9 +183,12 @@ class NinjaFile:
         self.rules: dict[str, list[str]] = {}
         self.compilations: dict[str, tuple[list[str], Command]] = {}  # by object: its lines, and what compiles it
         self.libraries: dict[Path, tuple[list[str], Command]] = {}  # objects, and what links them
+        self.whole = subprocess.CompletedProcess[str]([], 0, "", "")  # the run of ninja for all
 
     def rule(self, name: str, command: list[str]) -> None:
-        """A rule whose command uses $in, $out and $flags, and writes what it read to $out.d."""
+        """A rule whose command uses $in, $out and $flags, and writes what it read to $out.d; several may ask for it."""
+        if name in self.rules:
+            return
         self.rules[name] = command
         text = escape(command).replace("$$", "$")
         self.lines += [f"rule {name}", f"  command = {text}", f"  description = {name} $in"]
@@ -209,9 +221,14 @@ class NinjaFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         rank = {name: place for place, name in enumerate(LONGEST)}
         self.compilations = dict(sorted(self.compilations.items(), key=lambda one: rank.get(one[0], len(rank))))
-        ninja = find_ninja()
+        ninja, started = find_ninja(), time.monotonic()
         runs = self.run_commands() if ninja is None else self.run_ninja(ninja)
-        return {library: failure_of(done) for library, done in runs.items() if any(run.returncode for run in done)}
+        show_warnings([self.whole, *(run for done in runs.values() for run in done)])
+        failed = {library: failure_of(done) for library, done in runs.items() if any(run.returncode for run in done)}
+        made = ", ".join(library.name for library in self.libraries if library not in failed)
+        seconds = time.monotonic() - started
+        print(f"{made or 'nothing'} built of {len(self.compilations)} sources in {seconds:.0f} s", file=sys.stderr)
+        return failed
 
     def run_ninja(self, ninja: str) -> Runs:
         """One run of ninja for all; after a failure one for each library, which tells the words of its own alone."""
@@ -219,10 +236,11 @@ class NinjaFile:
         (self.folder / "build.ninja").write_text("\n".join([*self.lines, *compilations]) + "\n")
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run([ninja, *words], capture_output=True, text=True, cwd=self.folder)
+            environment = {**os.environ, "NINJA_STATUS": STATUS}
+            return subprocess.run([ninja, *words], capture_output=True, text=True, cwd=self.folder, env=environment)
 
-        failed = run("-k", "0").returncode
-        return {library: [run(str(library))] if failed else [] for library in self.libraries}
+        self.whole = run("-k", "0")
+        return {library: [run(str(library))] if self.whole.returncode else [] for library in self.libraries}
 
     def run_commands(self) -> Runs:
         """The same without ninja: all compilations, then the links of the libraries whose objects are there."""
@@ -295,6 +313,15 @@ def partial(library: Path) -> Path:
     return library.with_name(f"{library.name}.part")
 
 
+def show_warnings(runs: list[subprocess.CompletedProcess[str]]) -> None:
+    """What compilers said in runs that succeeded; who failed says why elsewhere."""
+    for run in runs:
+        lines = [] if run.returncode else (run.stdout + run.stderr).splitlines()
+        for line in lines:
+            if not line.startswith((STATUS, "ninja: ")):
+                print(line, file=sys.stderr)
+
+
 def failure_of(runs: list[subprocess.CompletedProcess[str]]) -> BuildFailure:
     """The errors of the runs that failed."""
     lines = [line for run in runs if run.returncode for line in (run.stdout + run.stderr).splitlines()]
@@ -304,9 +331,18 @@ def failure_of(runs: list[subprocess.CompletedProcess[str]]) -> BuildFailure:
 
 def plan_cpu(ninja: NinjaFile, library: Path, part: Part) -> None:
     """lbs_kernels._cpu."""
-    link = cxx_rule(ninja, "cpu", part)
-    bindings = ninja.compile("cpu", SOURCES / "bindings.cpp", [])
-    ninja.link(library, [bindings, *cpu_objects(ninja, "cpu", part)], link)
+    link = cxx_rule(ninja, "python", part)
+    cxx_rule(ninja, "cxx", part, for_python=False)
+    bindings = ninja.compile("python", SOURCES / "bindings.cpp", [])
+    ninja.link(library, [bindings, *cpu_objects(ninja, "cxx", part)], link)
+
+
+def plan_c(ninja: NinjaFile, library: Path, part: Part) -> None:
+    """liblbs.so: the same objects behind csrc/include/lbs.h, whose functions are all that it shows."""
+    link = [*cxx_rule(ninja, "cxx", part, for_python=False), *C_LINK]
+    bindings = ninja.compile("cxx", SOURCES / "bindings_c.cpp", [])
+    ninja.link(library, [bindings, *cpu_objects(ninja, "cxx", part)], link)
+    shutil.copyfile(SOURCES / "include" / "lbs.h", library.with_name("lbs.h"))
 
 
 def cpu_objects(ninja: NinjaFile, rule: str, part: Part) -> list[str]:
@@ -344,10 +380,12 @@ def plan_cuda(ninja: NinjaFile, library: Path, part: Part) -> None:
 
 def plan_tests(ninja: NinjaFile, library: Path, part: Part) -> None:
     """cuda_model: the headers of the CUDA kernels on a model of the GPU (docs/cuda.md)."""
+    sources = sorted((TEST_SOURCES / "cuda").glob("*.cpp"))
+    if not sources:
+        raise BuildFailure("a source distribution carries no tests", "clone the repository to run them")
     link = cxx_rule(ninja, "tests", part)
     # Nothing is computed there, and optimisation, which FORTIFY needs, is a third of its compilation.
     slow = {"bindings.cpp": ["-O0", "-U_FORTIFY_SOURCE"]}
-    sources = sorted((TEST_SOURCES / "cuda").glob("*.cpp"))
     ninja.link(library, [ninja.compile("tests", source, slow.get(source.name, [])) for source in sources], link)
 
 
@@ -361,7 +399,7 @@ def cxx_rule(ninja: NinjaFile, name: str, part: Part, for_python: bool = True) -
     return [*compiler.split(), "-shared", "$in", "-o", "$out", "-pthread", *HARDENED_LINK, *extra]
 
 
-PLANS = {"cpu": plan_cpu, "cuda": plan_cuda, "tests": plan_tests}
+PLANS = {"cpu": plan_cpu, "c": plan_c, "cuda": plan_cuda, "tests": plan_tests}
 
 
 class BuildNative(build_ext):
@@ -375,6 +413,7 @@ class BuildNative(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         libraries = {name: target / f"_{name}{suffix}" for name in ("cpu", "cuda")}
+        libraries["c"] = target / "liblbs.so"
         if in_place:
             libraries["tests"] = TEST_SOURCES / f"cuda_model{suffix}"
         ninja = NinjaFile(Path(self.build_temp).resolve())
@@ -382,7 +421,7 @@ class BuildNative(build_ext):
         failures = ninja.build()
         for name, part in parts.items():
             self.conclude(name, libraries[name], part, failures.get(libraries[name]))
-        report = {name: asdict(parts[name]) for name in ("cpu", "cuda")}
+        report = {name: asdict(parts[name]) for name in ("cpu", "c", "cuda")}
         written = partial(target / "_build_report.json")
         written.write_text(json.dumps(report, indent=2) + "\n")
         written.replace(target / "_build_report.json")
@@ -416,7 +455,7 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "lbs_kernels"
-        return [str(path) for path in (*folder.glob("_c*.so"), *folder.glob("_build_report.json"))]
+        return [str(path) for pattern in MADE for path in folder.glob(pattern)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -424,7 +463,8 @@ class BuildNative(build_ext):
 
 def wish(name: str) -> str:
     """What the environment says of a module: 0, 1 or auto."""
-    return os.environ.get(f"LBS_BUILD_{name.upper()}", "0" if name == "tests" else "auto")
+    default = {"tests": "0", "c": os.environ.get("LBS_BUILD_CPU", "auto")}.get(name, "auto")
+    return os.environ.get(f"LBS_BUILD_{name.upper()}", default)
 
 
 # Named so that setuptools runs build_ext and marks the wheel as native; the sources are found by BuildNative.

@@ -3,7 +3,8 @@
     python benchmarks/bench_search.py --model cifar_resnet20 --batch 128 --amp bf16 --threads 1 --save
 
 Steps are the trainer's own (batch in memory, forward, backward, SGD, budget), contenders interleaved in one process.
-The search keeps every gate open, its dearest state; `multi-path` computes a branch of its own for every width. Both
+The search keeps every gate open, its dearest state; `multi-path` computes a branch of its own for every width, and one
+convolution for their sum, `multi-path, convolutions` a convolution for every branch, with its own weights. All three
 are a weight and an activation step, halved; `search, budget alone` is processor time, without the budget's gradient.
 Peak memory is that of four steps in a process of its own, over what torch takes there; on a GPU, where steps are
 recorded (`--single`: not), what torch reserves for a contender more than before.
@@ -41,7 +42,8 @@ from lbs.train.trainer import Trainer
 from lbs_kernels.times.stopwatch import SelfTimed, Times, interleave
 from lbs_kernels.times.table import device_slug
 
-CONTENDERS = ("float", "fine-tuning 4/4", "search", "multi-path")
+CONTENDERS = ("float", "fine-tuning 4/4", "search", "multi-path", "multi-path, convolutions")
+PATHS: dict[str, Any] = dict(zip(CONTENDERS[2:], (False, True, "convolutions"), strict=True))
 SEARCHES = CONTENDERS[2:]  # two kinds of step in turn
 HALVES = ("search, weight step", "search, activation step")  # parts of `search`, timed on the CPU only
 PARTS = (*HALVES, "search, budget alone")
@@ -60,7 +62,7 @@ def trainer_of(contender: str, args: argparse.Namespace) -> Trainer:
     example, groups, budget = lbs.models.example(args.model), None, None
     if contender != "float":
         if contender in SEARCHES:
-            quantized = lbs.prepare(model, example, lbs.SearchConfig(multi_path=contender == "multi-path"))
+            quantized = lbs.prepare(model, example, lbs.SearchConfig(multi_path=PATHS[contender]))
         else:
             quantized = lbs.uniform(model, example, 4, 4)
         model = lbs.calibrate(quantized.to(args.device), [next(iter(loader))[0]])

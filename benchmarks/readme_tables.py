@@ -74,7 +74,13 @@ def quantization_table(path: str, body: Body) -> list[str]:
     head, rows = body["header"], []
     for row in body["rows"]:
         share = row["bops"] / row["full_precision_bops"]
-        widths = f"at most {row['bops_asked']:.1%} of the BOPs" if row["bits"] is None else "{}/{}".format(*row["bits"])
+        if row.get("latency"):
+            widths = f"{row['faster_asked']:g}x of 8/8 asked, {row['latency']['faster']:.2f}x measured"
+            widths += f", {len(row['kept'])} layers pruned, {row['distill']} epochs of distillation"
+        elif row["bits"] is None:
+            widths = f"at most {row['bops_asked']:.1%} of the BOPs"
+        else:
+            widths = "{}/{}".format(*row["bits"])
         asked = widths + (f", {row['zeros']:.0%} of the weights 0" if row["zeros"] else "")
         top1 = f"{row['top1']:.2f} of {row['float_top1']:.2f}"
         cost = (f"{share:.2%}", f"{row['bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}")

@@ -9,6 +9,7 @@
 #include "common/python_errors.h"
 #include "common/threads.h"
 #include "fakequant/fakequant.h"
+#include "file/network.h"
 #include "program/program.h"
 #include "program/runner.h"
 
@@ -134,6 +135,29 @@ void run_traced(lbs::Runner& runner, const Pointers& inputs, const Pointers& out
     runner.run(in, channels_last, out, batch, threads, targets, nullptr);
 }
 
+std::vector<int64_t> sizes_of(const lbs::Network::Shape& shape) {
+    if (shape.rank == 1) return {shape.channels};
+    return {shape.channels, shape.height, shape.width};
+}
+
+void run_network(const lbs::Network& network, uintptr_t images, uintptr_t output, int64_t count, int threads,
+                 bool channels_last) {
+    py::gil_scoped_release release;
+    network.run(pointer<const void>(images), channels_last, count, threads, pointer<float>(output));
+}
+
+void register_file_errors() {
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const lbs::FileError& e) {
+            lbs::set_error("CheckpointError", e);
+        } catch (const lbs::Unsupported& e) {
+            lbs::set_error("BackendError", e);
+        }
+    });
+}
+
 std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, const Pointers& outputs, int64_t batch,
                                int threads, const std::vector<bool>& channels_last) {
     const auto in = pointers<const void>(inputs);
@@ -149,6 +173,7 @@ std::vector<double> step_times(lbs::Runner& runner, const Pointers& inputs, cons
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Packed kernels for the processor. Pointers are addresses of contiguous memory.";
     lbs::register_errors();
+    register_file_errors();
 
     module.attr("WORD") = lbs::kWord;
     module.attr("FORMAT_VERSION") = lbs::kFormatVersion;
@@ -188,7 +213,7 @@ PYBIND11_MODULE(_cpu, module) {
         .def(py::init(&make_runner), py::arg("text"), py::arg("blob_ptr"), py::arg("blob_bytes"),
              py::arg("isa") = "auto", py::arg("algorithms") = std::vector<std::string>(),
              "Reads the JSON text and copies what it needs of the blob. algorithms: for every step, or none: "
-             "\"direct\", \"lanes\", \"winograd\", \"winograd-or-direct\" (where it cannot serve) or \"\" (the one expected to be "
+             "\"direct\", \"lanes\", \"winograd\", \"lanes-or-direct\", \"winograd-or-direct\" (where the former cannot serve) or \"\" (the one expected to be "
              "faster). Raises FormatError, BackendError.")
         .def("run", &run, py::arg("input_ptrs"), py::arg("output_ptrs"), py::arg("batch"), py::arg("threads") = 1,
              py::arg("channels_last") = std::vector<bool>(),
@@ -207,4 +232,16 @@ PYBIND11_MODULE(_cpu, module) {
         .def_property_readonly("image_bytes", &lbs::Runner::image_bytes, "Bytes of all tensors of one image.")
         .def_property_readonly("held_bytes", &lbs::Runner::held_bytes,
                                "Bytes of working memory held for further calls.");
+
+    py::class_<lbs::Network>(module, "Network", "A packed file of one program, laid out for this processor.")
+        .def(py::init([](const std::string& path, double budget) {
+                 py::gil_scoped_release release;
+                 return std::make_unique<lbs::Network>(path, budget);
+             }),
+             py::arg("path"), py::arg("budget") = 1.0, "Raises CheckpointError, BackendError.")
+        .def("run", &run_network, py::arg("images_ptr"), py::arg("output_ptr"), py::arg("count"), py::arg("threads") = 1,
+             py::arg("channels_last") = false, "As Program.run, of one input and one output.")
+        .def_property_readonly("takes_bytes", &lbs::Network::takes_bytes, "Whether images are uint8, not float32.")
+        .def_property_readonly("input_shape", [](const lbs::Network& self) { return sizes_of(self.input()); })
+        .def_property_readonly("output_shape", [](const lbs::Network& self) { return sizes_of(self.output()); });
 }

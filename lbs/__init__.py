@@ -23,7 +23,7 @@ _FACE = {
     "bench": "lbs.benchmark",
     "calibrate": "lbs.quant.calibrate",
     "explain": "lbs.packing.explain",
-    "fidelity": "lbs.post_training",
+    "fidelity": "lbs.quantization_report",
     "freeze": "lbs.search.freeze",
     "load": "lbs.packing.checkpoint",
     "pack": "lbs.packing.packing",
@@ -58,7 +58,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _FACE:
-        value = getattr(importlib.import_module(_FACE[name]), name)
+        from lbs.extras import asked_for
+
+        with asked_for(f"lbs.{name}"):
+            value = getattr(importlib.import_module(_FACE[name]), name)
     elif name in _MODULES:
         value = importlib.import_module(_MODULES[name])
     else:
@@ -80,9 +83,9 @@ if TYPE_CHECKING:
     from lbs.packing.packing import pack as pack
     from lbs.packing.verify import verify as verify
     from lbs.plan import Plan as Plan
-    from lbs.post_training import fidelity as fidelity
     from lbs.post_training import quantize as quantize
     from lbs.quant.calibrate import calibrate as calibrate
+    from lbs.quantization_report import fidelity as fidelity
     from lbs.reporting.page import report as report
     from lbs.search.budget import Budget as Budget
     from lbs.search.freeze import freeze as freeze

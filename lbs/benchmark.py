@@ -1,13 +1,10 @@
 """`lbs.bench`: a packed network against torch and against our own uniform 8 bits, in one process, interleaved.
 
 Results are checked before anything is timed: a packed network must equal the reference bit for bit on random images.
-Baselines compute in the memory format that suits them best (channels last), on inputs already converted; where the
-packed network takes bytes, they are given the normalised floats of the same bytes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,36 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental import optimization
 
-from lbs.convolutions import plain_kind
-from lbs.engines import ENGINES, EngineModels, why_not
+from lbs.contenders import BASELINES, DEFAULT_BASELINES, FLOAT32, PACKED, UNIFORM8, Contenders
+from lbs.layer_times import LayerTimes, layer_times
 from lbs.packing.model import PackedModel, need_packed
-from lbs.packing.packing import pack
 from lbs.packing.parts import PartRow, time_parts, told, torch_threads
-from lbs.quant.calibrate import calibrate
-from lbs.quant.deployed import undeploy
-from lbs.quant.layers import QuantLayer
 from lbs.run_folder import environment
-from lbs.search.prepare import uniform
-from lbs.search.replace import carry, layer_arguments, layer_options, replace_layer
-from lbs.search.streams import take_quantizers_off
-from lbs_kernels.errors import BackendError, LbsError, first_line
+from lbs_kernels.errors import LbsError, ShapeError
 from lbs_kernels.times.stopwatch import SETTLE, Times, cuda_graph, interleave
 
-PACKED = "packed"
-# Name of the option -> name of the row. float32_folded: norms merged into the convolutions, as deployment tools do.
-BASELINES = {
-    "float32": "torch float32",
-    "float32_folded": "torch float32, norms folded",
-    "bfloat16": "torch bfloat16",
-    "float16": "torch float16",
-    "uniform8": "packed uniform 8-bit",
-    **ENGINES,
-}
-DEFAULT_BASELINES = ("float32", "bfloat16", "onnxruntime8", "openvino8", "uniform8")
-_CHECKED = 4  # images compared with the reference, which is slow
-Call = Callable[[], object]
+PAYS = 1.03  # ratios nearer to 1 differ from run to run
+_NAMED = 6  # layers in a line; all of them have their times in `layers`
 
 
 @dataclass(frozen=True)
@@ -61,7 +39,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was timed, where, and what could not be. Printing it gives a table."""
+    """What was timed, where, and what could not be. Printing it gives one table of all contenders.
+
+    images: how many real ones were looked at, 0 where random numbers were. accuracy: by contender, the share that it
+    classifies as labelled; agreement: as torch's float32 does. bytes: of the file that is loaded, or of the parameters
+    of a module of torch. layers: seconds by layer at the first batch. bits: lines that say whether fewer bits paid.
+    """
 
     device: str
     threads: int
@@ -72,6 +55,12 @@ class BenchReport:
     header: dict[str, Any] = field(default_factory=dict)
     kept_float: tuple[tuple[str, str], ...] = ()
     parts: tuple[PartRow, ...] = ()  # of the packed network where parts of it stay in float, at the first batch
+    images: int = 0
+    accuracy: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    layers: tuple[LayerTimes, ...] = ()
+    bits: tuple[str, ...] = ()
 
     def ratio(self, baseline: str, batch: int) -> float:
         """How many times faster than `baseline` ("float32", ...) the packed network is.
@@ -92,16 +81,38 @@ class BenchReport:
 
     def __str__(self) -> str:
         calls = f"first call after {SETTLE * 1e3:.0f} ms of rest" if self.first_call else "calls in a loop"
-        lines = [f"{self.device}, {self.threads} threads; images of random numbers; {calls}; median [p20 p80]"]
-        for row in self.rows:
-            times = f"{row.median * 1e3:9.3f} ms [{row.p20 * 1e3:.3f} {row.p80 * 1e3:.3f}]"
-            ratios = ""
-            if row.contender == PACKED:
-                ratios = "  " + ", ".join(f"x{ratio:.2f} {name}" for name, ratio in row.ratios.items())
-            lines.append(f"batch {row.batch:4d}  {row.contender:28s} {times}{ratios}")
+        images = f"{self.images} images" if self.images else "images of random numbers"
+        lines = [f"{self.device}, {self.threads} threads; {images}; {calls}; ms are medians [p20 p80]"]
+        lines += _aligned(self._cells())
         lines += [f"not timed: {name}: {reason}" for name, reason in self.missing.items()]
         where = [f"a call at batch {self.rows[0].batch}:"] if self.parts else []
-        return "\n".join([*lines, *self.notes, *where, *told(self.parts, self.kept_float)])
+        return "\n".join([*lines, *self.bits, *self.notes, *where, *told(self.parts, self.kept_float)])
+
+    def _cells(self) -> list[list[str]]:
+        """A row per contender: right and as float where images were given, MB, and two cells for each batch."""
+        batches = list(dict.fromkeys(row.batch for row in self.rows))
+        names = list(dict.fromkeys(row.contender for row in self.rows))
+        at = {(row.contender, row.batch): row for row in self.rows}
+        shares = [(head, share) for head, share in (("right", self.accuracy), ("as float", self.agreement)) if share]
+        table = [["", *(head for head, _ in shares), "MB"]]
+        for batch in batches:
+            table[0] += [f"batch {batch}: ms", "packed is"]
+        for name in names:
+            cells = [name, *(f"{share[name]:.2%}" if name in share else "-" for _, share in shares)]
+            cells.append(f"{self.bytes[name] / 1e6:.3f}" if name in self.bytes else "-")
+            for batch in batches:
+                row, ratios = at.get((name, batch)), at[PACKED, batch].ratios
+                cells.append(f"{row.median * 1e3:.3f} [{row.p20 * 1e3:.3f} {row.p80 * 1e3:.3f}]" if row else "-")
+                cells.append(f"x{ratios[name]:.2f}" if name in ratios else "")
+            table.append(cells)
+        return table
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def bench(
@@ -114,8 +125,12 @@ def bench(
     rounds: int = 30,
     first_call: bool = False,
     uniform8: PackedModel | None = None,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    calibration: Tensor | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
-    """Time a packed network against baselines of the same architecture.
+    """Time a packed network against baselines of the same architecture, weigh them, and ask them for classes.
 
     Args:
         packed: the network that is timed.
@@ -128,11 +143,17 @@ def bench(
         first_call: on the CPU, time the first call after a pause, when threads sleep and caches are cold, instead of
             calls in a loop.
         uniform8: the network of that row, such as `lbs.quantize(model, images)` makes; unless it is given, `model` is
-            packed at 8 bits with ranges of random images, which takes as long and is of no other use.
+            packed at 8 bits with ranges of `calibration`.
+        images: [N, C, H, W] as the packed network takes them, floats or bytes. The first are timed, each contender is
+            asked for the classes of all. None: calls are timed on random numbers.
+        labels: int64 [N], the classes of `images`.
+        calibration: float32 [N, C, H, W], normalised; these set the ranges of 8 bits of the baselines. `images` do
+            unless it is given, and random numbers where there are none.
+        progress: is told each step as it begins, such as "time batch 64".
 
     Raises:
-        LbsError: an unknown baseline, batches below 1, or first_call on a GPU. BackendError: a wrong packed result;
-            nothing is timed.
+        LbsError: an unknown baseline, batches below 1, or first_call on a GPU. ShapeError: images the network was not
+        packed for, or labels of another number. BackendError: a wrong packed result; nothing is timed.
 
     Example:
         print(lbs.bench(packed, model=float_model, threads=2))
@@ -143,27 +164,81 @@ def bench(
         raise LbsError(f"unknown baselines {unknown}; there are {', '.join(BASELINES)}")
     if not batches or min(batches) < 1:
         raise LbsError(f"batches {list(batches)}; name at least one, and each is at least 1")
-    missing: dict[str, str] = {}
-    notes: list[str] = []
     device = packed.device
     if first_call and device.type != "cpu":
         raise LbsError(f"first_call is timed on the CPU; the network is on {device}. Leave it out, or move the network")
+    images, ranges = _given(packed, images, labels, calibration)
     rows: list[BenchRow] = []
+    said = progress or (lambda step: None)
     with torch_threads(threads) as count, torch.inference_mode(), _no_tf32():
-        models = _models(packed, model, [name for name in baselines if name not in ENGINES], missing, notes, uniform8)
-        engines = _engines(packed, model, baselines, missing)
+        all_of_them = Contenders(packed, model, baselines, uniform8, ranges, said)
         for batch in batches:
-            images = packed.random_images(batch)
-            floats = packed.float_images(images).float()  # what baselines are given, at no cost to them
-            calls = {name: _call(contender, images, floats) for name, contender in models.items()}
-            calls |= _engine_calls(engines, baselines, floats, count, missing)
+            some = packed.random_images(batch) if images is None else images[torch.arange(batch) % len(images)]
+            calls = all_of_them.calls(some, count)
+            said(f"time batch {batch}")
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
             rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds, first_call=first_call)))
+        if images is not None:
+            said(f"classes of {len(images)} images")
+        classes = {} if images is None else all_of_them.classes(images, max(batches), count)
         header = environment()
-        parts = time_parts(packed, packed.random_images(batches[0]), rounds) if packed.kept_float else ()
+        said("time layers")
+        first = packed.random_images(batches[0])
+        parts = time_parts(packed, first, rounds) if packed.kept_float else ()
+        named = ((name, all_of_them.network(name)) for name in (FLOAT32, UNIFORM8, PACKED))
+        layers = layer_times({name: x for name, x in named if x is not None}, packed, first, count, rounds)
     name = str(header["gpu"] if device.type == "cuda" else header["cpu"])
-    return BenchReport(name, count, tuple(rows), missing, tuple(notes), first_call, header, packed.kept_float, parts)
+    sizes = all_of_them.sizes(max(batches))
+    return BenchReport(
+        name, count, tuple(rows), all_of_them.missing, tuple(all_of_them.notes), first_call, header, packed.kept_float,
+        parts, 0 if images is None else len(images), _shares(classes, labels), _shares(classes, classes.get(FLOAT32)),
+        sizes, layers, bits_told(rows, sizes, layers, batches[0]),
+    )  # fmt: skip
+
+
+def _given(
+    packed: PackedModel, images: Tensor | None, labels: Tensor | None, calibration: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Images on the device of the network, and normalised floats that set ranges."""
+    if labels is not None and (images is None or len(labels) != len(images)):
+        raise ShapeError(f"{len(labels)} labels for {0 if images is None else len(images)} images; give one for each")
+    if images is not None:
+        images = images.to(packed.device)
+        packed.check_input(images)
+        if not len(images):
+            raise ShapeError("no images; give at least one, or None for random numbers")
+    if calibration is None and images is not None:
+        calibration = packed.float_images(images).float()
+    return images, calibration
+
+
+def _shares(classes: dict[str, Tensor], expected: Tensor | None) -> dict[str, float]:
+    if expected is None:
+        return {}
+    return {name: float((found == expected.cpu()).double().mean()) for name, found in classes.items()}
+
+
+def bits_told(
+    rows: list[BenchRow], sizes: dict[str, int], layers: tuple[LayerTimes, ...], batch: int
+) -> tuple[str, ...]:
+    """Where the packed network is no faster than at 8 bits: as a whole, and by layer at the first batch."""
+    lines = []
+    ratios = {row.batch: row.ratios[UNIFORM8] for row in rows if row.contender == PACKED and UNIFORM8 in row.ratios}
+    slow = [f"x{ratio:.2f} at batch {at}" for at, ratio in ratios.items() if ratio < PAYS]
+    if slow:
+        saved = (
+            f" with {sizes[PACKED] / sizes[UNIFORM8]:.0%} of its bytes" if {PACKED, UNIFORM8} <= sizes.keys() else ""
+        )
+        lines.append(f"bits did not pay: against uniform 8-bit, packed is {', '.join(slow)}{saved}")
+    fewer = [x for x in layers if 0 < x.w_bits < 8 and {PACKED, UNIFORM8} <= x.seconds.keys()]
+    same = [x.name for x in fewer if x.seconds[UNIFORM8] < PAYS * x.seconds[PACKED]]
+    if same:
+        lines.append(
+            f"layers of fewer bits that are no faster than at 8 (batch {batch}): {len(same)} of {len(fewer)}: "
+            f"{', '.join(same[:_NAMED])}" + (", ..." if len(same) > _NAMED else "")
+        )
+    return tuple(lines)
 
 
 @contextmanager
@@ -174,126 +249,6 @@ def _no_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def _models(
-    packed: PackedModel,
-    model: nn.Module | None,
-    baselines: Sequence[str],
-    missing: dict[str, str],
-    notes: list[str],
-    uniform8: PackedModel | None,
-) -> dict[str, nn.Module]:
-    """Contenders by row name, every packed one checked."""
-    models: dict[str, nn.Module] = {PACKED: packed}
-    if model is None:
-        missing.update((BASELINES[name], "no float network was given (model=)") for name in baselines)
-        _check(packed)
-        return models
-    plain = _float_model(model, notes).to(packed.device).eval()
-    for name in baselines:
-        if name == "uniform8":
-            models[BASELINES[name]] = uniform8 or _uniform8(plain, packed)
-        else:
-            models[BASELINES[name]] = _baseline(name, plain)
-    for contender in models.values():
-        if isinstance(contender, PackedModel):
-            _check(contender)
-    return models
-
-
-def _float_model(model: nn.Module, notes: list[str]) -> nn.Module:
-    """A copy in which quantized layers, and the norms and means around them, are torch's own again."""
-    model = copy.deepcopy(model)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
-    for name, layer in layers:
-        plain: Any = plain_kind(layer)(*layer_arguments(layer), **layer_options(layer))
-        plain.weight = nn.Parameter(layer.quantized_weight().detach().clone())
-        plain.bias = layer.bias
-        carry(plain, layer)
-        replace_layer(model, name, plain)
-    take_quantizers_off(model)
-    for module in model.modules():
-        undeploy(module)
-    if any(layer.kept is not None for _, layer in layers):
-        notes.append("the float baselines have only the filters that were kept: the model given is already pruned")
-    return model
-
-
-def _baseline(name: str, model: nn.Module) -> nn.Module:
-    if name == "float32_folded":
-        model = optimization.fuse(model)
-    dtype = torch.float32 if name.startswith("float32") else getattr(torch, name)
-    return copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-
-
-def _uniform8(model: nn.Module, packed: PackedModel) -> PackedModel:
-    with torch.inference_mode(False), torch.no_grad():
-        images = packed.float_images(packed.random_images(8)).float()
-        pixels = packed.normalize
-        normalize = None if pixels is None else (pixels.mean, pixels.std)
-        return pack(calibrate(uniform(model, images, 8, 8), [images]).eval(), normalize=normalize, verify=False)
-
-
-def _engines(
-    packed: PackedModel, model: nn.Module | None, baselines: Sequence[str], missing: dict[str, str]
-) -> EngineModels | None:
-    """The float network for the engines asked for; None where none of them can be timed."""
-    asked = [name for name in baselines if name in ENGINES]
-    for name in asked:
-        reason = "no float network was given (model=)" if model is None else why_not(name)
-        if packed.device.type != "cpu":
-            reason = "timed on the CPU only"
-        if reason is not None:
-            missing[ENGINES[name]] = reason
-    if model is None or all(ENGINES[name] in missing for name in asked):
-        return None
-    return EngineModels(_float_model(model, []), packed.input_shape)
-
-
-def _engine_calls(
-    engines: EngineModels | None, baselines: Sequence[str], images: Tensor, threads: int, missing: dict[str, str]
-) -> dict[str, Call]:
-    """Contenders of one batch. An engine that cannot run the network is listed as missing."""
-    calls: dict[str, Call] = {}
-    for name in baselines:
-        if engines is None or name not in ENGINES or ENGINES[name] in missing:
-            continue
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                calls[ENGINES[name]] = engines.call(name, images.clone(), threads)
-        except Exception as error:  # noqa: BLE001  whatever a foreign engine raises, the others are still timed
-            missing[ENGINES[name]] = f"batch {len(images)}: {type(error).__name__}: {first_line(error)}"
-    return calls
-
-
-def _call(model: nn.Module, images: Tensor, floats: Tensor) -> Call:
-    if isinstance(model, PackedModel):
-        return lambda: model(images)
-    dtype = next(iter(model.parameters())).dtype
-    pixels = floats.dim() == 4
-    ready = floats.to(dtype=dtype, memory_format=torch.channels_last if pixels else torch.preserve_format)
-    return lambda: model(ready)
-
-
-def _check(packed: PackedModel) -> None:
-    """The network on its back end equals the reference on the first images, bit for bit."""
-    images = packed.random_images(_CHECKED)
-    output = packed(images)
-    expected, _ = packed.run_traced(images, backend="reference")
-    for one, other in zip(_flat(output), _flat(expected), strict=True):
-        if not torch.equal(one, other):
-            raise BackendError(
-                f"{packed.name or 'the packed network'} differs from the reference by "
-                f"{float((one - other).abs().max())}; a wrong result is not timed, run lbs.verify"
-            )
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    items = list(value.values()) if isinstance(value, dict) else list(value)
-    return [tensor for item in items for tensor in _flat(item)]
 
 
 def _rows(batch: int, times: dict[str, Times]) -> list[BenchRow]:

@@ -156,9 +156,15 @@ class FinetuneRun(RunConfig):
     exclude: tuple[str, ...] = ()  # name patterns of layers that stay in float, with plan or uniform
     streams: int = 32  # bits of residual streams, likewise: 8, or 32 for floats
     uniform: tuple[int, ...] = ()  # (weight bits, activation bits) of a uniform baseline instead of a plan
+    uniform_pruned: float = 0.0  # share of its filters that every layer that can lose some loses, with uniform
+    ranges: str = "layer"  # of the weights, with uniform; as in a search
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.uniform_pruned < 1 or (self.uniform_pruned and not self.uniform):
+            raise TrainingError(
+                f"uniform_pruned={self.uniform_pruned:g}; it is a share of filters in [0, 1), beside uniform bits"
+            )
         if bool(self.teacher) != bool(self.teacher_weights):
             raise TrainingError(
                 f"teacher {self.teacher!r} with weights {self.teacher_weights!r}: give the name of a network and the "

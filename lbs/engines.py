@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
+from lbs.onnx.quiet import quiet
 from lbs_kernels.errors import BackendError
 
 # Name of the option -> name of the row.
@@ -56,15 +54,23 @@ def session(name: str, path: Path, threads: int) -> Callable[[Any], Any]:
 class EngineModels:
     """One float network in the forms the engines read."""
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        folder: Path | None = None,
+        calibration: Tensor | None = None,
+    ) -> None:
         """
         Args:
             model: float network in evaluation mode. input_shape: [C, H, W].
             folder: keeps the files, and those of this network that it has are read; None: they go with the object.
+            calibration: float32 [N, C, H, W], images that set the ranges of int8; None: random numbers do.
         """
         plain = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._model = optimization.fuse(plain)
         self._shape = tuple(input_shape)
+        self._calibration = calibration
         self._scratch = None if folder else tempfile.TemporaryDirectory(prefix="lbs-engines-")
         self._folder = folder or Path(self._scratch.name)  # type: ignore[union-attr]
 
@@ -86,40 +92,53 @@ class EngineModels:
             )
         return lambda: run(array)
 
+    def outputs(self, name: str, images: Tensor, batch: int, threads: int) -> Tensor:
+        """Logits of any number of images, float32 [N, C, H, W], in calls of `batch`; the last one is filled up."""
+        run = session(name, self.file(8 if name.endswith("8") else 32, batch), threads)
+        rows = (torch.arange(-(-len(images) // batch) * batch) % len(images)).split(batch)
+        parts = [torch.from_numpy(run(images[some].cpu().contiguous().numpy()).copy()) for some in rows]
+        return torch.cat(parts)[: len(images)]
+
     def file(self, bits: int, batch: int) -> Path:
         """The ONNX file of one width and batch size, written on first use."""
         path = onnx_file(self._folder, bits, batch)
         if not path.exists():
             if bits == 8:
-                _quantize(self.file(32, batch), path, batch, self._shape)
+                _quantize(self.file(32, batch), path, self._ranges(batch))
             else:
                 self._export(path, batch)
         return path
 
+    def _ranges(self, batch: int) -> list[Tensor]:
+        """Batches that set ranges; the last one of given images is filled up."""
+        if self._calibration is None:
+            count = max(1, 8 // batch)
+            return [torch.randn(batch, *self._shape, dtype=torch.float32) for _ in range(count)]
+        images = self._calibration.cpu()
+        return [images[rows] for rows in (torch.arange(-(-len(images) // batch) * batch) % len(images)).split(batch)]
+
     def _export(self, path: Path, batch: int) -> None:
-        with _quiet():
+        with quiet():
             torch.onnx.export(
                 self._model, (torch.randn(batch, *self._shape, dtype=torch.float32),), str(path), input_names=[_INPUT],
                 dynamo=True, external_data=False, verbose=False,
             )  # fmt: skip
 
 
-def _quantize(source: Path, target: Path, batch: int, shape: tuple[int, ...]) -> None:
-    """Static int8 quantization: ranges from random images, such as the timing uses."""
+def _quantize(source: Path, target: Path, images: list[Tensor]) -> None:
+    """Static int8 quantization with ranges from batches of images."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = iter(
-                [{_INPUT: torch.randn(batch, *shape, dtype=torch.float32).numpy()} for _ in range(max(1, 8 // batch))]
-            )
+            self.left = iter([{_INPUT: batch.contiguous().numpy()} for batch in images])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.left, None)
 
     prepared = source.with_suffix(".prepared.onnx")
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(prepared))
         quantize_static(
             str(prepared), str(target), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -149,19 +168,3 @@ def _openvino(path: Path, threads: int) -> Callable[[Any], Any]:
     }
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
     return lambda array: request.infer({_INPUT: array}, share_inputs=True, share_outputs=True)[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters tell their progress through warnings and loggers; it is of no use in a table."""
-    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

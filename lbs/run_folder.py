@@ -4,7 +4,7 @@ config.json          what was asked for, one section per phase      metrics.json
 environment.json     versions and machine of the last command       results.json    one section per command
 checkpoints/         where each phase can go on                     plan.json       bits and kept filters
 float.safetensors    searched.safetensors    model.safetensors      weights after each phase
-*.lbs.safetensors    the packed network      report.html, *.png     the report
+*.lbs.safetensors    the packed network      report.html, *.svg     the report
 lock                 who writes here, while somebody does
 
 Every file that is read again carries a hash of what it holds, which is compared then: each section of config.json, each

@@ -7,8 +7,6 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lbs_kernels import extension
 
 
@@ -66,6 +64,8 @@ def processors() -> int:
 
 def default_threads() -> int:
     """Threads a native call uses unless told otherwise: torch's number, at most the processors there are."""
+    import torch  # lazily, as below: who computes in numpy asks for processors alone
+
     return max(1, min(torch.get_num_threads(), processors()))
 
 
@@ -87,6 +87,8 @@ GPUS = {
 
 def gpu_name() -> str | None:
     """Name and compute capability of GPU 0, or None."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(0)

@@ -16,9 +16,11 @@ from typing import Any
 from lbs_kernels.errors import BackendError
 
 _REPORT = Path(__file__).with_name("_build_report.json")
+C_LIBRARY = Path(__file__).with_name("liblbs.so")  # where it is built; lbs.h lies beside it
 # What Python uses of each module. One that lacks any of it is another release's, and so is taken for missing.
 NEEDED: dict[str, tuple[str, ...]] = {
     "cpu": (
+        "Network.run",
         "Program.run",
         "Program.run_traced",
         "Program.step_times",

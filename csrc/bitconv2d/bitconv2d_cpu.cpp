@@ -133,13 +133,17 @@ std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_s
     return blocks;
 }
 
-double direct_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
-                     const KernelTable& kernels) {
+double direct_cycles(const StepSpec& step, const TensorSpec& source, const CodeLayout& layout, int filters, int height,
+                     int width, const KernelTable& kernels, const EmitPlan& emit) {
     const int vectors = vector_count(int64_t{height} * width, kernels.lanes);
     const int taps = step.kernel.y * step.kernel.x, steps = taps * layout.groups;
     int pieces = width % kernels.lanes == 0 || layout.is_row ? 1 : 1 + kernels.lanes / width;
     if (taps == 1 && layout.phases != step.stride.x) pieces = 1;         // of a copy
     else if (layout.phases != step.stride.x || pieces > 4) pieces = 16;  // an offset for every lane
+    if (is_short(step, source, steps, emit)) {
+        constexpr double kQuad = 25;  // what is seen of the epilogue
+        return (steps * 4 * kernels.dot_cycles + kQuad) * vectors * ((filters + 3) / 4);
+    }
     double cost = 0;
     for (const FilterCut& block : cut_filters(filters, vectors, pieces, steps, kernels.shapes))
         for (const TileShape* shape = kernels.shapes; shape->filters; ++shape)

@@ -43,20 +43,21 @@ struct FilterCut {
 // The cheapest cut of `filters` (rounded up to four) on that many vectors of pixels, each in `pieces`.
 std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_steps, const TileShape* shapes);
 
+// Whether sums of so many steps are short, and emitted as they are made.
+inline bool is_short(const StepSpec& step, const TensorSpec& source, int k_steps, const EmitPlan& emit) {
+    // Where streams and residuals are read and written, longer ones are faster as tiles.
+    const int most = emit.is_usual && emit.coded.tensor < 0 ? kShortSteps : kShortSteps / 2;
+    return k_steps <= most && emit.is_lean && emit.consumer_count == 1 && !needs_sum(step) && !source.is_signed;
+}
+
 // Cycles of the direct kernel on one image of [height, width] output pixels, cut as cut_filters cuts it.
-double direct_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
-                     const KernelTable& kernels);
+double direct_cycles(const StepSpec& step, const TensorSpec& source, const CodeLayout& layout, int filters, int height,
+                     int width, const KernelTable& kernels, const EmitPlan& emit);
 
 // Bytes of the filters [first, first + width) of an ungrouped convolution: int8 [k_steps][width][4], k as in
 // window_offsets. `codes` are those of unpack_weight_codes.
 void write_weights(const StepSpec& step, const std::vector<uint8_t>& codes, int filters, int channels, int first,
                    int width, int8_t* out);
-
-// Whether sums of so many steps are short, and emitted as they are made.
-inline bool is_short(const StepSpec& step, const TensorSpec& source, int k_steps, const EmitPlan& emit) {
-    const int most = emit.is_usual ? kShortSteps : kShortSteps / 2;  // reads and writes of streams are slower so
-    return k_steps <= most && emit.is_lean && emit.consumer_count == 1 && !needs_sum(step) && !source.is_signed;
-}
 
 // Whether a pair of products may exceed what the instruction set's dot takes.
 bool needs_wide_dot(const KernelTable& kernels, const StepSpec& step, int a_bits);

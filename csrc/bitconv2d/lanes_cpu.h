@@ -8,14 +8,21 @@
 
 namespace lbs {
 
-// Fills in everything of `plan` but its emit part, or answers false where pixels on the lanes have to serve or are
-// expected to be faster.
+// Fills in everything of `plan` but where its results lie, or answers false where pixels on the lanes have to serve or
+// are expected to be faster.
 bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
-                Algorithm algorithm, Store& store, LanesPlan& plan);
+                Algorithm algorithm, const EmitPlan& emit, Store& store, LanesPlan& plan);
+
+// Whether what is made of sums whose filters are on the lanes can be made as they lie.
+bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit);
+
+// Where it is then stored: in maps of `width` and `pixels`, multiplied in groups of `per_group`.
+PixelPlan place_pixels(const std::vector<CodeLayout>& layouts, const EmitPlan& emit, int width, int pixels,
+                       int per_group, Store& store);
 
 // Cycles on one image of [height, width] output pixels, comparable with direct_cycles; infinite where it cannot serve.
-double lanes_cycles(const StepSpec& step, const CodeLayout& layout, int filters, int height, int width,
-                    const KernelTable& kernels);
+double lanes_cycles(const StepSpec& step, const TensorSpec& source, const CodeLayout& layout, int filters, int height,
+                    int width, const KernelTable& kernels, const EmitPlan& emit);
 
 // Working memory that a thread needs for it.
 int64_t lanes_bytes(const LanesPlan& plan, const KernelTable& kernels);

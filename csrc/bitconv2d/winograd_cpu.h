@@ -16,7 +16,8 @@ bool suits_winograd(const StepSpec& step, const TensorSpec& source);
 // weights that are no bytes, products of pairs beyond the instruction set's dot), where it is asked for, and left the
 // choice where it is faster.
 bool plan_winograd(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout,
-                   const KernelTable& kernels, Algorithm algorithm, Store& store, WinogradPlan& plan);
+                   const KernelTable& kernels, Algorithm algorithm, const EmitPlan& emit, Store& store,
+                   WinogradPlan& plan);
 
 // Working memory that a thread needs for it.
 int64_t winograd_bytes(const WinogradPlan& plan, int lanes);

@@ -36,8 +36,9 @@ struct TileRun {
 // The working memory of a thread, as plan_winograd has measured it.
 struct WinogradMemory {
     unsigned char* inputs;  // V: bytes [vector][place][group][L][4], places `place_pitch` apart
-    int32_t* products[2];   // [place][vector][filter][L]: being made, and being transformed
-    int32_t* dots[2];       // [filter][pixel of the chunk]: being made, and being emitted
+    // [place][vector][filter][L]: being made, and being transformed; with filters on the lanes those of a block alone
+    int32_t* products[2] = {};
+    int32_t* dots[2] = {};  // [filter][pixel of the chunk]: being made, and being emitted
     TileRun* runs;
     int32_t* first_run;  // of every vector, and the end
 
@@ -48,10 +49,14 @@ struct WinogradMemory {
             return part;
         };
         inputs = take(plan.chunk_vectors * kPlaces * plan.place_pitch);
-        for (int32_t*& part : products)
-            part = reinterpret_cast<int32_t*>(take(int64_t{4} * kPlaces / 2 * plan.widest_block * Simd::L));
-        for (int32_t*& part : dots)
-            part = reinterpret_cast<int32_t*>(take(int64_t{4} * plan.widest_filters * plan.dot_pitch));
+        const int64_t made = int64_t{4} * kPlaces * plan.widest_block * Simd::L;
+        if (plan.tiles) {
+            products[0] = reinterpret_cast<int32_t*>(take(made));
+        } else {
+            for (int32_t*& part : products) part = reinterpret_cast<int32_t*>(take(made / 2));
+            for (int32_t*& part : dots)
+                part = reinterpret_cast<int32_t*>(take(int64_t{4} * plan.widest_filters * plan.dot_pitch));
+        }
         runs = reinterpret_cast<TileRun*>(take(plan.chunk_runs * static_cast<int64_t>(sizeof(TileRun))));
         first_run = reinterpret_cast<int32_t*>(take(int64_t{4} * (plan.chunk_vectors + 1)));
     }
@@ -175,6 +180,15 @@ LBS_INLINE void store_row(int32_t* out, uint64_t columns, Simd::I even, Simd::I 
     Simd::istore_mask(out + Simd::L, static_cast<uint32_t>(columns >> Simd::L), high);
 }
 
+// Four times the dots of 2 x 2 output pixels: A^T, of sums of both rows.
+LBS_INLINE void two_by_two(const Simd::I (&upper)[4], const Simd::I (&lower)[4], Simd::I (&y)[4]) {
+    const Simd::I even = Simd::iadd(Simd::iadd(lower[0], lower[1]), lower[2]);
+    y[0] = Simd::iadd(Simd::iadd(upper[0], upper[1]), upper[2]);
+    y[1] = Simd::isub(Simd::isub(upper[1], upper[2]), upper[3]);
+    y[2] = Simd::isub(Simd::izero(), even);
+    y[3] = Simd::isub(Simd::iadd(lower[2], lower[3]), lower[1]);
+}
+
 // Dots of a vector of tiles and a filter; `pitch` integers from one row of sums to the next.
 LBS_INLINE void transform_output(const int32_t* products, int64_t pitch, const TileRun* run, const TileRun* end,
                                  int width, int32_t* dots) {
@@ -184,10 +198,8 @@ LBS_INLINE void transform_output(const int32_t* products, int64_t pitch, const T
         upper[c] = Simd::iload(products);
         lower[c] = Simd::iload(products + pitch);
     }
-    const Simd::I even = Simd::iadd(Simd::iadd(lower[0], lower[1]), lower[2]);
-    const Simd::I y[4] = {Simd::iadd(Simd::iadd(upper[0], upper[1]), upper[2]),
-                          Simd::isub(Simd::isub(upper[1], upper[2]), upper[3]), Simd::isub(Simd::izero(), even),
-                          Simd::isub(Simd::iadd(lower[2], lower[3]), lower[1])};
+    Simd::I y[4];
+    two_by_two(upper, lower, y);
     for (; run != end; ++run) {
         int32_t* out = dots + run->pixel - 2 * run->lane;
         store_row(out, run->columns, Simd::isar(y[0], 2), Simd::isar(y[1], 2));

@@ -49,12 +49,12 @@ Json::Number whole_number(const std::string& digits) {
 
 class JsonParser {
 public:
-    explicit JsonParser(const std::string& text) : text_(text) {}
+    JsonParser(const std::string& text, const char* what) : text_(text), what_(what) {}
 
     Json parse() {
         const int64_t characters = read_utf8(text_);
         if (characters > kMaxText)
-            refuse(rule::kTextSize, "program text has " + std::to_string(characters) + " characters; at most " +
+            refuse(rule::kTextSize, what_ + " has " + std::to_string(characters) + " characters; at most " +
                                         std::to_string(kMaxText) + " are read");
         if (characters < 0) fail("the text is not UTF-8");
         Json value;
@@ -66,7 +66,7 @@ public:
 
 private:
     [[noreturn]] void fail(const std::string& what) const {
-        refuse(rule::kJson, "program text is not JSON at byte " + std::to_string(at_) + ": " + what);
+        refuse(rule::kJson, what_ + " is not JSON at byte " + std::to_string(at_) + ": " + what);
     }
 
     void skip_space() {
@@ -138,7 +138,7 @@ private:
         std::sort(keys.begin(), keys.end(), [](const auto* a, const auto* b) { return *a < *b; });
         for (size_t i = 1; i < keys.size(); ++i)
             if (*keys[i] == *keys[i - 1])
-                refuse(rule::kRepeatedKey, "program text repeats the key '" + *keys[i] + "' in one object");
+                refuse(rule::kRepeatedKey, what_ + " repeats the key '" + *keys[i] + "' in one object");
     }
 
     void read_array(Json::Array& array, int depth) {
@@ -241,10 +241,11 @@ private:
     }
 
     const std::string& text_;
+    const std::string what_;
     size_t at_ = 0;
 };
 
-Json Json::parse(const std::string& text) { return JsonParser(text).parse(); }
+Json Json::parse(const std::string& text, const char* what) { return JsonParser(text, what).parse(); }
 
 const Json* Json::find(const char* key) const {
     if (const Object* members = object())

@@ -23,7 +23,8 @@ public:
         bool whole;
     };
 
-    static Json parse(const std::string& text);
+    // `what` it is, for messages. Raises FormatError.
+    static Json parse(const std::string& text, const char* what = "program text");
 
     bool is_null() const { return std::holds_alternative<std::monostate>(value_); }
     // Each is null where the value is of another kind.

@@ -65,12 +65,30 @@ struct Simd {
         const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
         return _mm256_or_si256(low, _mm256_or_si256(_mm256_slli_epi32(q2, 16), _mm256_slli_epi32(q3, 24)));
     }
-    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+    static I ibytes_clamped(I q0, I q1, I q2, I q3, I low, I high) {
         const I bytes = _mm256_packus_epi16(_mm256_packs_epi32(q0, q1), _mm256_packs_epi32(q2, q3));
-        const I codes = _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
+        return _mm256_min_epu8(_mm256_max_epu8(bytes, low), high);
+    }
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
         // Four pixels of a channel lie together, and become four channels of a pixel.
         return _mm256_shuffle_epi8(
-            codes, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+            ibytes_clamped(q0, q1, q2, q3, low, high),
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    }
+    static I ibytes_of(I a, int i) {
+        const __m128i first = _mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1);
+        const __m128i more = _mm_set1_epi32(4 * i);  // of the low byte of each lane; the others stay negative
+        return _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(_mm_or_si128(first, more)));
+    }
+    static I iload_quarters(const unsigned char* p, int64_t pitch) {
+        return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(p + pitch), reinterpret_cast<const __m128i*>(p));
+    }
+    static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
+        if (lanes == 4)
+            return _mm256_storeu2_m128i(reinterpret_cast<__m128i*>(p + pitch), reinterpret_cast<__m128i*>(p), a);
+        const __m128i mask = _mm_cmpgt_epi32(_mm_set1_epi32(lanes), _mm_setr_epi32(0, 1, 2, 3));
+        _mm_maskstore_epi32(reinterpret_cast<int*>(p), mask, _mm256_castsi256_si128(a));
+        _mm_maskstore_epi32(reinterpret_cast<int*>(p + pitch), mask, _mm256_extracti128_si256(a, 1));
     }
     static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
         const I times = _mm256_set1_epi16(static_cast<short>(factor));
@@ -145,6 +163,22 @@ struct Simd {
     }
     static void fstore(float* p, F a) { _mm256_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm256_maskstore_ps(p, lane_mask(mask), a); }
+    static F fload_quarters(const float* p, int64_t pitch) {
+        return fbits(iload_quarters(reinterpret_cast<const unsigned char*>(p), 4 * pitch));
+    }
+    static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
+        istore_quarters(reinterpret_cast<unsigned char*>(p), 4 * pitch, lanes, _mm256_castps_si256(a));
+    }
+    static void ftranspose(F (&x)[4]) {
+        const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1]));
+        const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(x[2], x[3]));
+        const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1]));
+        const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(x[2], x[3]));
+        x[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+        x[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+        x[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+        x[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+    }
     static F fcvt(I a) { return _mm256_cvtepi32_ps(a); }
     static F ffma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F fadd(F a, F b) { return _mm256_add_ps(a, b); }

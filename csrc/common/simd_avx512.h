@@ -54,12 +54,33 @@ struct Simd {
         const I low = _mm512_or_si512(q0, _mm512_slli_epi32(q1, 8));
         return _mm512_ternarylogic_epi32(low, _mm512_slli_epi32(q2, 16), _mm512_slli_epi32(q3, 24), 0xfe);
     }
-    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+    static I ibytes_clamped(I q0, I q1, I q2, I q3, I low, I high) {
         const I bytes = _mm512_packus_epi16(_mm512_packs_epi32(q0, q1), _mm512_packs_epi32(q2, q3));
-        const I codes = _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
+        return _mm512_min_epu8(_mm512_max_epu8(bytes, low), high);
+    }
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
         // Four pixels of a channel lie together, and become four channels of a pixel.
         return _mm512_shuffle_epi8(
-            codes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+            ibytes_clamped(q0, q1, q2, q3, low, high),
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    }
+    static I ibytes_of(I a, int i) {
+        const __m128i first = _mm_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1);
+        const __m128i more = _mm_set1_epi32(4 * i);  // of the low byte of each lane; the others stay negative
+        return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_or_si128(first, more)));
+    }
+    static I iload_quarters(const unsigned char* p, int64_t pitch) {
+        const auto quarter = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * pitch)); };
+        I a = _mm512_inserti32x4(_mm512_castsi128_si512(quarter(0)), quarter(1), 1);
+        a = _mm512_inserti32x4(a, quarter(2), 2);
+        return _mm512_inserti32x4(a, quarter(3), 3);
+    }
+    static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
+        const __mmask8 mask = static_cast<__mmask8>((1u << lanes) - 1u);
+        _mm_mask_storeu_epi32(p, mask, _mm512_castsi512_si128(a));
+        _mm_mask_storeu_epi32(p + pitch, mask, _mm512_extracti32x4_epi32(a, 1));
+        _mm_mask_storeu_epi32(p + 2 * pitch, mask, _mm512_extracti32x4_epi32(a, 2));
+        _mm_mask_storeu_epi32(p + 3 * pitch, mask, _mm512_extracti32x4_epi32(a, 3));
     }
     static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
         const I times = _mm512_set1_epi16(static_cast<short>(factor));
@@ -112,6 +133,22 @@ struct Simd {
     }
     static void fstore(float* p, F a) { _mm512_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), a); }
+    static F fload_quarters(const float* p, int64_t pitch) {
+        return fbits(iload_quarters(reinterpret_cast<const unsigned char*>(p), 4 * pitch));
+    }
+    static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
+        istore_quarters(reinterpret_cast<unsigned char*>(p), 4 * pitch, lanes, _mm512_castps_si512(a));
+    }
+    static void ftranspose(F (&x)[4]) {
+        const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+        const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+        const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+        const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+        x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+        x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+        x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+        x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+    }
     static F fcvt(I a) { return _mm512_cvtepi32_ps(a); }
     static F ffma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F fadd(F a, F b) { return _mm512_add_ps(a, b); }

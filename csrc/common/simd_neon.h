@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
@@ -122,16 +123,30 @@ struct Simd {
             return vsliq_n_s32(vsliq_n_s32(vsliq_n_s32(q0.v[i], q1.v[i], 8), q2.v[i], 16), q3.v[i], 24);
         });
     }
-    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
-        constexpr uint8_t kPixels[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    static I ibytes_clamped(I q0, I q1, I q2, I q3, I low, I high) {
         return make_bytes([&](int i) {
             const int16x8_t first = vcombine_s16(vqmovn_s32(q0.v[i]), vqmovn_s32(q1.v[i]));
             const int16x8_t second = vcombine_s16(vqmovn_s32(q2.v[i]), vqmovn_s32(q3.v[i]));
             const uint8x16_t codes = vcombine_u8(vqmovun_s16(first), vqmovun_s16(second));
-            const uint8x16_t clamped = vminq_u8(vmaxq_u8(codes, bytes(low.v[i])), bytes(high.v[i]));
-            // Four pixels of a channel lie together, and become four channels of a pixel.
-            return vqtbl1q_u8(clamped, vld1q_u8(kPixels));
+            return vminq_u8(vmaxq_u8(codes, bytes(low.v[i])), bytes(high.v[i]));
         });
+    }
+    static I ipack4_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+        constexpr uint8_t kPixels[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+        const I together = ibytes_clamped(q0, q1, q2, q3, low, high);
+        // Four pixels of a channel lie together, and become four channels of a pixel.
+        return make_bytes([&](int i) { return vqtbl1q_u8(bytes(together.v[i]), vld1q_u8(kPixels)); });
+    }
+    static I ibytes_of(I a, int i) {
+        constexpr uint8_t kFirst[16] = {0, 255, 255, 255, 1, 255, 255, 255, 2, 255, 255, 255, 3, 255, 255, 255};
+        const uint8x16_t more = vreinterpretq_u8_u32(vdupq_n_u32(static_cast<uint32_t>(4 * i)));
+        return make_bytes([&](int k) { return vqtbl1q_u8(bytes(a.v[k]), vorrq_u8(vld1q_u8(kFirst), more)); });
+    }
+    static I iload_quarters(const unsigned char* p, int64_t pitch) {
+        return make_bytes([&](int i) { return vld1q_u8(p + i * pitch); });
+    }
+    static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
+        for (int i = 0; i < 2; ++i) std::memcpy(p + i * pitch, &a.v[i], 4 * static_cast<size_t>(lanes));
     }
     static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
         const uint16x8_t times = vdupq_n_u16(static_cast<uint16_t>(factor));
@@ -215,6 +230,22 @@ struct Simd {
         for (int i = 0; i < 2; ++i) vst1q_f32(p + 4 * i, a.v[i]);
     }
     static void fstore_mask(float* p, uint32_t mask, F a) { istore_mask(p, mask, ibits(a)); }
+    static F fload_quarters(const float* p, int64_t pitch) {
+        return fmake([&](int i) { return vld1q_f32(p + i * pitch); });
+    }
+    static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
+        for (int i = 0; i < 2; ++i) std::memcpy(p + i * pitch, &a.v[i], 4 * static_cast<size_t>(lanes));
+    }
+    static void ftranspose(F (&x)[4]) {
+        for (int i = 0; i < 2; ++i) {
+            const float32x4_t low01 = vzip1q_f32(x[0].v[i], x[1].v[i]), high01 = vzip2q_f32(x[0].v[i], x[1].v[i]);
+            const float32x4_t low23 = vzip1q_f32(x[2].v[i], x[3].v[i]), high23 = vzip2q_f32(x[2].v[i], x[3].v[i]);
+            x[0].v[i] = vcombine_f32(vget_low_f32(low01), vget_low_f32(low23));
+            x[1].v[i] = vcombine_f32(vget_high_f32(low01), vget_high_f32(low23));
+            x[2].v[i] = vcombine_f32(vget_low_f32(high01), vget_low_f32(high23));
+            x[3].v[i] = vcombine_f32(vget_high_f32(high01), vget_high_f32(high23));
+        }
+    }
     static F fcvt(I a) {
         return fmake([&](int i) { return vcvtq_f32_s32(a.v[i]); });
     }

@@ -106,6 +106,37 @@ struct Simd {
             for (int i = 0; i < L; ++i) one.v[i] = one.v[i] < least ? least : one.v[i] > most ? most : one.v[i];
         return ipack4(q[0], q[1], q[2], q[3]);
     }
+    // The same, clamped likewise, but of four lanes: their bytes of q0, then of q1, q2 and q3
+    static I ibytes_clamped(I q0, I q1, I q2, I q3, I low, I high) {
+        const int32_t least = low.v[0] & 255, most = high.v[0] & 255;
+        const I q[4] = {q0, q1, q2, q3};
+        I r;
+        for (int i = 0; i < L; ++i) {
+            uint8_t four[4];
+            for (int j = 0; j < 4; ++j) {
+                const int32_t x = q[i % 4].v[i / 4 * 4 + j];
+                four[j] = static_cast<uint8_t>(x < least ? least : x > most ? most : x);
+            }
+            std::memcpy(&r.v[i], four, 4);
+        }
+        return r;
+    }
+    // Of every four lanes the bytes of lane i, one a lane
+    static I ibytes_of(I a, int i) {
+        I r;
+        for (int k = 0; k < L; ++k)
+            r.v[k] = static_cast<int32_t>(static_cast<uint32_t>(a.v[k / 4 * 4 + i]) >> (8 * (k % 4)) & 255u);
+        return r;
+    }
+    // Four lanes each from p, p + pitch, ...; of those the first `lanes`
+    static I iload_quarters(const unsigned char* p, int64_t pitch) {
+        I r;
+        for (int i = 0; i < L / 4; ++i) std::memcpy(&r.v[4 * i], p + i * pitch, 16);
+        return r;
+    }
+    static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
+        for (int i = 0; i < L / 4; ++i) std::memcpy(p + i * pitch, &a.v[4 * i], 4 * static_cast<size_t>(lanes));
+    }
     // Of bytes: (min(x, most) * factor + offset) >> shift; sums fit 16 bits, results a byte
     static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
         uint8_t bytes[4 * L];
@@ -223,6 +254,21 @@ struct Simd {
     static void fstore_mask(float* p, uint32_t mask, F a) {
         for (int i = 0; i < L; ++i)
             if (mask >> i & 1) p[i] = a.v[i];
+    }
+    // As those of integers; pitches are of floats
+    static F fload_quarters(const float* p, int64_t pitch) {
+        F r;
+        for (int i = 0; i < L / 4; ++i) std::memcpy(&r.v[4 * i], p + i * pitch, 16);
+        return r;
+    }
+    static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
+        for (int i = 0; i < L / 4; ++i) std::memcpy(p + i * pitch, &a.v[4 * i], 4 * static_cast<size_t>(lanes));
+    }
+    // Of every four lanes: lane i of vector j becomes lane j of vector i
+    static void ftranspose(F (&x)[4]) {
+        const F old[4] = {x[0], x[1], x[2], x[3]};
+        for (int k = 0; k < L; ++k)
+            for (int j = 0; j < 4; ++j) x[j].v[k] = old[k % 4].v[k / 4 * 4 + j];
     }
     static F fcvt(I a) {
         F r;

@@ -9,7 +9,7 @@ constexpr float kRintMagic = 12582912.0f;  // 1.5 * 2^23: added to |t| < 2^22, l
 constexpr uint32_t kRintMagicBits = 0x4B400000u;
 
 // What a run is worked off in.
-constexpr int piece_of(int run) { return run < 8 ? run : 8; }
+LBS_HD constexpr int piece_of(int run) { return run < 8 ? run : 8; }
 
 // 4, 8 or 16 bytes at once.
 template <int kBytes>
@@ -188,14 +188,15 @@ LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t 
         }
         return;
     }
-    if (kRun < kLeastOfPlanes) return;  // no such task is accepted (task.h)
-    LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
-        uint32_t bits = 0;
-        LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
-            // Bit 0 of the four bytes, gathered: 2^24 + 2^17 + 2^10 + 2^3 puts byte i at bit 24 + i, without carries.
-            bits |= ((codes[c / 4] >> plane & 0x01010101u) * 0x01020408u >> 24) << c;
+    if constexpr (kRun >= kLeastOfPlanes) {  // no other task is accepted (task.h)
+        LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
+            uint32_t bits = 0;
+            LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
+                // Bit 0 of the four bytes, gathered: 2^24 + 2^17 + 2^10 + 2^3 puts byte i at bit 24 + i, without carries.
+                bits |= ((codes[c / 4] >> plane & 0x01010101u) * 0x01020408u >> 24) << c;
+            }
+            store_plane<kRun>(p, k, plane, bits, row, first);
         }
-        store_plane<kRun>(p, k, plane, bits, row, first);
     }
 }
 

@@ -4,6 +4,7 @@
 #define LBS_TILES(row) row(2, 4)
 #define LBS_WINOGRAD_TILES(row) row(2, 4)
 #define LBS_LANES_VECTORS 2
+#define LBS_WINOGRAD_LANES(row)
 #define LBS_LANES_PIXELS 5
 
 #include "bitconv2d/bitconv2d_kernel.h"

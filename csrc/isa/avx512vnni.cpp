@@ -4,6 +4,7 @@
 #define LBS_TILES(row) row(2, 12) row(3, 8) row(6, 4)
 #define LBS_WINOGRAD_TILES(row) row(2, 8) row(2, 4)
 #define LBS_LANES_VECTORS 3
+#define LBS_WINOGRAD_LANES(row) row(7) row(8)
 #define LBS_LANES_PIXELS 7
 
 #include "bitconv2d/bitconv2d_kernel.h"

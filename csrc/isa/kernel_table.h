@@ -3,7 +3,7 @@
 
 #include "bitconv2d/depthwise_kernel.h"
 #include "bitconv2d/lanes_kernel.h"
-#include "bitconv2d/winograd_kernel.h"
+#include "bitconv2d/winograd_lanes_kernel.h"
 #include "bitlinear/bitlinear_kernel.h"
 #include "fakequant/fakequant_kernel.h"
 #include "isa/kernels.h"
@@ -23,10 +23,11 @@ constexpr KernelTable kernel_table(decltype(KernelTable::conv) conv, bool uses_t
         uses_tiles,
         kTileShapes,
         kWinogradShapes,
+        kWinogradTiles,
         LBS_LANES_VECTORS,
         LBS_LANES_PIXELS,
         conv,
-        winograd_kernel,
+        any_winograd_kernel,
         depthwise_kernel,
         lanes_kernel,
         linear_kernel,

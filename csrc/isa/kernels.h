@@ -12,9 +12,11 @@ struct TileShape {
     int vectors, filters;
 };
 
-// How a convolution is computed; kAuto: as is expected to be fastest. kWinograd is refused where it cannot serve, there
-// kWinogradOrDirect takes the direct kernel.
-enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect, kLanes };
+// How a convolution is computed; kAuto: as is expected to be fastest. kWinograd and kLanes are refused where they
+// cannot serve, there kWinogradOrDirect and kLanesOrDirect take another.
+enum class Algorithm { kAuto, kDirect, kWinograd, kWinogradOrDirect, kLanes, kLanesOrDirect };
+inline bool names_winograd(Algorithm a) { return a == Algorithm::kWinograd || a == Algorithm::kWinogradOrDirect; }
+inline bool names_lanes(Algorithm a) { return a == Algorithm::kLanes || a == Algorithm::kLanesOrDirect; }
 
 struct KernelTable {
     int lanes;          // pixels in one vector
@@ -23,6 +25,7 @@ struct KernelTable {
     bool uses_tiles;    // convolutions read ConvPlan::tiles
     const TileShape* shapes;
     const TileShape* winograd_shapes;
+    const int* winograd_tiles;        // that are multiplied together, where filters lie on the lanes; 0 ends the list
     int lanes_vectors, lanes_pixels;  // vectors of filters by pixels, where filters lie on the lanes
 
     // Vectors [first_vector, last_vector) of the blocks [first_block, last_block).

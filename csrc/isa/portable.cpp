@@ -4,6 +4,7 @@
 #define LBS_TILES(row) row(1, 4)
 #define LBS_WINOGRAD_TILES(row) row(1, 4)
 #define LBS_LANES_VECTORS 1
+#define LBS_WINOGRAD_LANES(row)
 #define LBS_LANES_PIXELS 4
 
 #include "bitconv2d/bitconv2d_kernel.h"

@@ -18,12 +18,6 @@ bool is_digest(const std::string& digest) {
     return digest.empty() || (digest.size() == 64 && std::all_of(digest.begin(), digest.end(), is_hex));
 }
 
-bool is_printable(uint32_t code) {
-    for (const schema::CodePoints& hidden : schema::kNotPrintable)
-        if (code >= hidden.first && code <= hidden.last) return false;
-    return true;
-}
-
 void check_name(const std::string& name, const std::string& place) {
     int64_t characters = 0;
     bool printable = true;
@@ -146,6 +140,12 @@ void check_planes(const ProgramSpec& program) {
 
 }  // namespace
 
+bool is_printable(uint32_t code) {
+    for (const schema::CodePoints& hidden : schema::kNotPrintable)
+        if (code >= hidden.first && code <= hidden.last) return false;
+    return true;
+}
+
 void check_program(const ProgramSpec& program, int64_t blob_bytes) {
     check_count(program.tensors.size(), "tensors");
     check_count(program.steps.size(), "steps");
@@ -159,7 +159,7 @@ void check_program(const ProgramSpec& program, int64_t blob_bytes) {
     for (const std::string& key : program.array_keys()) check_array(program.array(key), key, blob_bytes);
     for (const StepSpec& step : program.steps) check_name(step.name, "a step");
     walk_program(program);
-    check_planes(program);
+    if (program.has_blob()) check_planes(program);
 }
 
 }  // namespace lbs

@@ -120,16 +120,16 @@ LBS_INLINE Simd::I coded_word(const lbs::CodedPlan& c, const lbs::RunContext& ru
     return c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
 }
 
-// What channel j of them stands for.
-LBS_INLINE Simd::F coded_value(const lbs::CodedPlan& c, Simd::I word, int j) {
-    Simd::F units = Simd::fcvt(Simd::ibyte(word, j));
+// What codes of a residual stand for.
+LBS_INLINE Simd::F coded_value(const lbs::CodedPlan& c, Simd::I codes) {
+    Simd::F units = Simd::fcvt(codes);
     if (c.zero != 0.0f) units = Simd::fsub(units, Simd::fset(c.zero));
     return Simd::fmul(units, Simd::fset(c.step));
 }
 
 LBS_INLINE Quad add_coded(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector, Quad y) {
     const Simd::I word = coded_word(c, run, channel, vector);
-    return each(y, [&](Simd::F x, int j) { return Simd::fadd(x, coded_value(c, word, j)); });
+    return each(y, [&](Simd::F x, int j) { return Simd::fadd(x, coded_value(c, Simd::ibyte(word, j))); });
 }
 
 // Activation, gate and residual of the first `live` channels from `channel` on, in the lanes of `valid`.

@@ -135,12 +135,22 @@ LBS_INLINE Simd::I scaled(const lbs::CodeScale& of, Simd::I codes) {
     return Simd::iscale_bytes(codes, of.most, of.factor, of.offset, of.shift);
 }
 
-// Steps 5 and 6 for fast.only. Bounds of codes are integers, so numbers may be rounded before they are clamped.
-LBS_INLINE Simd::I bounded_codes(const lbs::ConsumerPlan& c, Simd::F scale, Simd::I lowest, Simd::I highest, Quad y) {
-    Simd::I q[4];
+// Step 5 for fast.only, but for its bounds: those of codes are integers, so numbers may be rounded before they are
+// clamped.
+LBS_INLINE void unbounded_codes(const lbs::ConsumerPlan& c, Simd::F scale, Quad y, Simd::I (&q)[4]) {
     for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(Simd::fmul(y.v[j], scale));
     add_zero(c, q);
+}
+
+LBS_INLINE Simd::I bounded_codes(const lbs::ConsumerPlan& c, Simd::F scale, Simd::I lowest, Simd::I highest, Quad y) {
+    Simd::I q[4];
+    unbounded_codes(c, scale, y, q);
     return Simd::ipack4_clamped(q[0], q[1], q[2], q[3], lowest, highest);
+}
+
+// Asks for the lines that the next four channels of a vector are stored in.
+LBS_INLINE void prefetch_next(const lbs::ConsumerPlan& c, const unsigned char* base, int vector) {
+    if (c.map.pieces != 0) __builtin_prefetch(base + c.group_pitch + c.map.table[vector * c.map.pieces].offset, 1);
 }
 
 // A constant, as a constructor that is not inlined would be one symbol for all instruction sets.
@@ -178,9 +188,9 @@ struct UsualEmit {
     LBS_INLINE void emit(int vector, Simd::I a0, Simd::I a1, Simd::I a2, Simd::I a3) const {
         Quad y = {{value(a0, 0), value(a1, 1), value(a2, 2), value(a3, 3)}};
         if (fast.coded) y = add_coded(*fast.coded, *fast.run, channel, vector, y);
-        // Asking for lines ahead would cost more than it saves.
         store_word(base, consumer.map, vector, kAllLanes, bounded_codes(consumer, scale, lowest, highest, y));
     }
+    LBS_INLINE void ask_next(int vector) const { prefetch_next(consumer, base, vector); }
 };
 
 LBS_INLINE void fast_consumer(const lbs::ConsumerPlan& c, const FastEmit& fast, int channel, int vector, Quad& y) {
@@ -228,6 +238,16 @@ LBS_INLINE Quad store_stream(const FastEmit& fast, int64_t first, Quad y) {
     return y;
 }
 
+// Step 5 for the first reader where plan.is_lean.
+LBS_INLINE void bounded_integers(const FastEmit& fast, Quad y, Simd::I (&q)[4]) {
+    const lbs::ConsumerPlan& c = *fast.plan->consumers;
+    y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
+    if (!fast.positive) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
+    y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(c.high)); });
+    for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(y.v[j]);
+    add_zero(c, q);
+}
+
 // Steps 3 to 6 where plan.is_lean; `first` is where the stream has them.
 LBS_INLINE void emit_values(const FastEmit& fast, int channel, int vector, int64_t first, Quad y) {
     if (fast.only) return emit_only(fast, channel, vector, y);
@@ -242,12 +262,8 @@ LBS_INLINE void emit_values(const FastEmit& fast, int channel, int vector, int64
     }
     y = store_stream(fast, first, y);
     if (e.consumer_count == 0) return;
-    const lbs::ConsumerPlan& c = *e.consumers;
-    y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
-    if (!fast.positive) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
-    y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(c.high)); });
-    Simd::I q[4] = {Simd::ifromf(y.v[0]), Simd::ifromf(y.v[1]), Simd::ifromf(y.v[2]), Simd::ifromf(y.v[3])};
-    add_zero(c, q);
+    Simd::I q[4];
+    bounded_integers(fast, y, q);
     store_all(fast, channel, vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
 }
 
@@ -266,6 +282,10 @@ struct LeanEmit {
         const Simd::I acc[4] = {a0, a1, a2, a3};
         emit_values(fast, channel, vector, channel * fast.pixels + int64_t{vector} * Simd::L,
                     values(*fast.acc, channel, acc));
+    }
+    LBS_INLINE void ask_next(int vector) const {
+        const lbs::ConsumerPlan* c = fast.plan->consumers;
+        for (int k = 0; k < fast.plan->consumer_count; ++k) prefetch_next(c[k], fast.codes(c[k], channel), vector);
     }
 };
 

@@ -34,7 +34,8 @@ struct Piece {
 };
 
 struct PixelMap {
-    int pieces = 1;  // 1: every vector contiguous, and whole if neither `masked` nor `over`; 2, 4, 8: pieces; 0: one offset per lane
+    int pieces = 1;  // 1: every vector contiguous, and whole if neither `masked` nor `over`; 2, 4, 8: pieces; 0: one
+                     // offset per lane
     bool compress = false;
     bool over = false;  // the last vector may be stored whole
     bool masked = false;
@@ -167,12 +168,27 @@ struct ConvPlan {
     EmitPlan emit;
 };
 
+// Where the pixels of a map lie in a tensor of codes, from the first of four channels on.
+struct PixelOffsets {
+    const int32_t* offsets = nullptr;  // bytes, [pixels]
+    bool is_joined = false;            // those of a row lie side by side
+    const uint8_t* is_run = nullptr;   // of each four of a group that is multiplied together: side by side
+};
+
+// What is made of sums whose filters are on the lanes, where it is made as they lie.
+struct PixelPlan {
+    bool is_placed = false;
+    int pixels = 0;
+    const PixelOffsets* outputs = nullptr;  // of every reader
+    PixelOffsets residual;                  // of codes
+};
+
 // Places of the 4 x 4 in the order in which they are multiplied: rows 1, 3, 2, 0 of each column. Sums that start at a
 // row 1 or 2 go on with the next; weights of row 1 are stored negative.
 constexpr int kPlaceOrder[16] = {4, 12, 8, 0, 5, 13, 9, 1, 6, 14, 10, 2, 7, 15, 11, 3};
 
-// `width` filters; weights int8 [place in order][groups][width][4], start int32 [sum][width]: it takes off what the
-// shift of the inputs adds.
+// `width` filters, whole vectors where they lie on the lanes; weights int8 [place in order][groups][width][4], start
+// int32 [sum][width]: it takes off what the shift of the inputs adds.
 struct WinogradBlock {
     int first = 0, width = 0;
     const int8_t* weights = nullptr;
@@ -193,6 +209,8 @@ struct WinogradPlan {
     int64_t dot_pitch = 0;                     // integers from one filter's dots to the next's
     int widest_filters = 0, widest_block = 0;  // of the blocks: filters, filters times vectors
     int quads_per_place = 0;                   // emitted after every place, of a block before
+    int tiles = 0;                             // multiplied together, where filters lie on the lanes; else 0
+    PixelPlan made;
     int block_count = 0;
     const WinogradBlock* blocks = nullptr;
     AccumulatorPlan acc;
@@ -228,6 +246,7 @@ struct LanesBlock {
 // A convolution of few pixels with filters on the lanes (lanes_kernel.h).
 struct LanesPlan {
     int input = 0;
+    PixelPlan made;  // of sums that are not turned first
     int k_steps = 0;
     const int32_t* k_offsets = nullptr;      // bytes, [k_steps]
     int padded_pixels = 0;                   // whole groups of pixels that are multiplied together

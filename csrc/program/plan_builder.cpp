@@ -128,9 +128,12 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan_linear(spec, step, layout, kernels, store, plan.linear);
             plan.linear.emit = emit;
         } else if (step.kind == StepKind::kConv &&
-                   plan_winograd(spec, step, layout, kernels, algorithm, store, plan.winograd)) {
+                   plan_winograd(spec, step, layout, kernels, algorithm, emit, store, plan.winograd)) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = bounded(emit, plan.winograd.acc);
+            if (plan.winograd.tiles)
+                plan.winograd.made = place_pixels(layouts, emit, plan.winograd.width, static_cast<int>(emit.pixels),
+                                                  plan.winograd.tiles, store);
             scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
         } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, emit, kernels.lanes)) {
             plan.run = StepPlan::Run::kDepthwise;
@@ -138,9 +141,12 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.depthwise.emit = bounded(emit, plan.depthwise.acc);
             row_count = std::max(row_count, depthwise_scratch(plan.depthwise));
         } else if (step.kind == StepKind::kConv && algorithm != Algorithm::kWinograd &&
-                   plan_lanes(spec, step, layout, kernels, algorithm, store, plan.lanes)) {
+                   plan_lanes(spec, step, layout, kernels, algorithm, emit, store, plan.lanes)) {
             plan.run = StepPlan::Run::kLanes;
             plan.lanes.emit = bounded(emit, plan.lanes.acc);
+            if (is_made_in_place(source, kernels, emit))
+                plan.lanes.made = place_pixels(layouts, emit, target_of(spec, step).width,
+                                               static_cast<int>(emit.pixels), kernels.lanes_pixels, store);
             scratch_bytes = std::max(scratch_bytes, lanes_bytes(plan.lanes, kernels));
         } else if (step.kind == StepKind::kConv) {
             if (algorithm == Algorithm::kWinograd)
@@ -149,7 +155,8 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                     "that takes 3 x 3 windows of stride 1, few bits and weights whose transforms are bytes");
             if (algorithm == Algorithm::kLanes)
                 refuse_algorithm(step, "lanes",
-                                 "that takes up to 256 pixels, one group, and weights that need no sums");
+                                 "that takes up to 256 pixels, or 1024 where its epilogue is a lean one, one group, and "
+                                 "weights that need no sums");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = bounded(emit, plan.conv.acc);

@@ -87,7 +87,7 @@ struct ArraySpec {
 class ProgramSpec {
 public:
     // Raises FormatError for a text or blob that breaks a rule of lbs_kernels/program/rules.py: a kernel that is given
-    // the others stays inside its memory.
+    // the others stays inside its memory. Where the blob is not there yet (null), the text alone is read.
     ProgramSpec(const std::string& text, const unsigned char* blob, int64_t blob_bytes);
 
     std::vector<TensorSpec> tensors;
@@ -103,6 +103,7 @@ public:
     const ArraySpec& array(const std::string& key) const { return arrays_.at(key); }
     const ArraySpec* find_array(const std::string& key) const;  // null where there is none
     const std::vector<std::string>& array_keys() const { return keys_; }
+    bool has_blob() const { return blob_ != nullptr; }
 
 private:
     std::map<std::string, ArraySpec> arrays_;

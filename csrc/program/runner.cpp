@@ -37,6 +37,7 @@ std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
     static const std::map<std::string, Algorithm> kNames = {{"", Algorithm::kAuto},
                                                             {"direct", Algorithm::kDirect},
                                                             {"lanes", Algorithm::kLanes},
+                                                            {"lanes-or-direct", Algorithm::kLanesOrDirect},
                                                             {"winograd", Algorithm::kWinograd},
                                                             {"winograd-or-direct", Algorithm::kWinogradOrDirect}};
     std::vector<Algorithm> all;
@@ -45,7 +46,8 @@ std::vector<Algorithm> parsed(const std::vector<std::string>& names) {
         if (found == kNames.end())
             throw BackendError(
                 "algorithm '" + name +
-                "' is unknown; use 'direct', 'lanes', 'winograd', 'winograd-or-direct', or '' for the faster one");
+                "' is unknown; use 'direct', 'lanes', 'winograd', 'lanes-or-direct', 'winograd-or-direct', or '' for "
+                "the fastest one");
         all.push_back(found->second);
     }
     return all;

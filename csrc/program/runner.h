@@ -15,8 +15,8 @@ namespace lbs {
 
 class Runner {
 public:
-    // Copies what it needs of the blob. algorithms: "", "direct", "lanes", "winograd" or "winograd-or-direct" for every
-    // step, or nothing. Raises FormatError or BackendError.
+    // Copies what it needs of the blob. algorithms: "", "direct", "lanes", "winograd", "lanes-or-direct" or
+    // "winograd-or-direct" for every step, or nothing. Raises FormatError or BackendError.
     Runner(const std::string& text, const unsigned char* blob, int64_t blob_bytes, const std::string& isa,
            const std::vector<std::string>& algorithms);
     ~Runner();

@@ -11,19 +11,13 @@ import torch
 
 import lbs
 from lbs.cli.console import console
+from lbs.extras import EXTRAS
 from lbs_kernels import device, extension
 from lbs_kernels.gpu.configs import cuda
 from lbs_kernels.gpu.configs.gemm import spills
 
-PACKAGES = {
-    "numpy": "numpy",
-    "safetensors": "safetensors",
-    "matplotlib": "matplotlib",
-    "sklearn": "scikit-learn",
-    "tqdm": "tqdm",
-    "jinja2": "jinja2",
-    "PIL": "pillow",
-}
+NEEDS = {"train": "images in files, the data set digits and bars of progress", "report": "lbs report"}
+PACKAGES = {"numpy": "numpy", "safetensors": "safetensors"}
 
 
 @dataclass(frozen=True)
@@ -63,18 +57,23 @@ def examine() -> list[Finding]:
     return [
         Finding(f"lbs {lbs.__version__}", "ok", about),
         *[_package(module, name) for module, name in PACKAGES.items()],
+        *[_package(module, name, extra) for module, (name, extra) in EXTRAS.items()],
         _processor(),
         _native_cpu(),
+        _c_library(),
         _gpu(),
         _triton(),
         _native_cuda(),
     ]
 
 
-def _package(module: str, name: str) -> Finding:
+def _package(module: str, name: str, extra: str = "") -> Finding:
+    """A package, needed by all of lbs or by what an extra of it names."""
     try:
         found = importlib.import_module(module)
     except ImportError as error:
+        if extra:
+            return Finding(name, "absent", f"{error}; needed by {NEEDS[extra]} only", f"pip install 'lbs[{extra}]'")
         return Finding(name, "missing", f"{error}", f"pip install {name}")
     return Finding(name, "ok", str(getattr(found, "__version__", "installed")))
 
@@ -94,6 +93,16 @@ def _native_cpu() -> Finding:
         )
     sets = ", ".join(f"{isa} ({why})" if why else isa for isa, why in device.isa_reasons().items())
     return Finding("native CPU module", "ok", f"uses {device.default_isa()}; built for {sets}")
+
+
+def _c_library() -> Finding:
+    if extension.C_LIBRARY.exists():
+        return Finding("C library", "ok", f"{extension.C_LIBRARY}, and lbs.h beside it")
+    part = extension.build_report().get("c", {})
+    reason = str(part.get("reason") or "it was never built").split("\n")[0]
+    return Finding(
+        "C library", "absent", f"{reason}; needed by programs in C only", part.get("fix") or "pip install -e ."
+    )
 
 
 def _gpu() -> Finding:

@@ -18,20 +18,22 @@ _UNSET = argparse.SUPPRESS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of fine-tuning."""
     add_training(parser, FinetuneRun)
-    parser.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
-    add_exclude(parser)
-    add_streams(parser)
-    parser.add_argument(
+    bits = parser.add_argument_group("bits", "those of the search in the run folder, or")
+    bits.add_argument("--plan", default=_UNSET, metavar="FILE", help="a plan written by hand, applied to --weights")
+    bits.add_argument(
+        "--uniform", type=numbers, default=_UNSET, metavar="W,A", help="one width for all weights, one for activations"
+    )
+    add_exclude(bits)
+    add_streams(bits)
+    more = parser.add_argument_group("teacher and average")
+    more.add_argument("--teacher", default=_UNSET, metavar="NAME", help="another network for --distill to follow")
+    more.add_argument("--teacher-weights", default=_UNSET, metavar="FILE", help="its float weights")
+    more.add_argument(
         "--ema",
         type=decimal,
         default=_UNSET,
         metavar="D",
         help="keep the running average of the weights, of this decay (default 0: none)",
-    )
-    parser.add_argument("--teacher", default=_UNSET, metavar="NAME", help="another network for --distill to follow")
-    parser.add_argument("--teacher-weights", default=_UNSET, metavar="FILE", help="its float weights")
-    parser.add_argument(
-        "--uniform", type=numbers, default=_UNSET, metavar="W,A", help="one width for all weights, one for activations"
     )
 
 

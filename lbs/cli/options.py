@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,7 +121,7 @@ def _budget(text: str) -> float | None:
     return None if text == "none" else decimal(text)
 
 
-def add_budget(parser: argparse.ArgumentParser) -> None:
+def add_budget(parser: argparse._ActionsContainer) -> None:
     """--budget: what a packed file may cost, which may be a stranger's."""
     parser.add_argument(
         "--budget",
@@ -132,67 +132,92 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse._ActionsContainer) -> None:
     """--threads and --device: may differ when a run goes on."""
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own number)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
-def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
-    """Options of every training command. kind: its configuration, whose defaults the help shows."""
-    parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
-    parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
-    parser.add_argument(
-        "--data",
-        default=_UNSET,
-        help="digits, synthetic, a .npz file, an image folder, or imagenet:FOLDER to stream one",
-    )
-    parser.add_argument("--model", default=_UNSET, metavar="NAME", help="a name of lbs.models, or module:function")
-    parser.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
-    parser.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
-    parser.add_argument("--std", type=decimals, default=_UNSET, metavar="S,..", help="pixel deviation per channel")
-    parser.add_argument(
-        "--no-augment", dest="augment", action="store_false", default=_UNSET, help="no random crops and flips"
-    )
-    for name, number, text in (
+# Group of options -> (name, kind, what it is) of those that have a default in the configuration.
+_NUMBERS: dict[str, tuple[tuple[str, Callable[[str], Any], str], ...]] = {
+    "images": (
+        ("max-unreadable", decimal, "share of an image folder's files that may be left out, unreadable"),
+        ("train-images", int, "train on that many images, drawn by the seed; 0: on all"),
+        ("calibration", int, "training images that set the ranges"),
+    ),
+    "training": (
         ("epochs", int, "epochs"),
         ("batch-size", int, "images per step"),
         ("lr", decimal, "learning rate of weights"),
-        ("weight-decay", decimal, "weight decay of weights"),
         ("warmup", decimal, "epochs of linear rise"),
+        ("weight-decay", decimal, "weight decay of weights"),
         ("label-smoothing", decimal, "label smoothing"),
         ("distill", decimal, "share of the loss against the float network's outputs, 0..1"),
         ("temperature", decimal, "what those outputs are divided by"),
         ("minutes", decimal, "end the phase, and its learning-rate curve, after these minutes; 0: no limit"),
-        ("max-unreadable", decimal, "share of an image folder's files that may be left out, unreadable"),
-        ("train-images", int, "train on that many images, drawn by the seed; 0: on all"),
+    ),
+    "the run": (
         ("seed", int, "seed of order, augmentation and initialisation"),
         ("log-every", int, "steps between two rows of metrics"),
         ("eval-every", int, "epochs between two measurements on the test images"),
-        ("calibration", int, "training images that set the ranges"),
-    ):
-        usual = getattr(kind, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=number, default=_UNSET, metavar="N", help=f"{text} (default {usual:g})")
-    parser.add_argument(
+    ),
+}
+
+
+def add_training(parser: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
+    """Options of every training command, in groups. kind: its configuration, whose defaults the help shows."""
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder: configuration, checkpoints, results")
+    parser.add_argument("--resume", action="store_true", help="go on with the run after a stop")
+    network = parser.add_argument_group("network")
+    add_name(network)
+    network.add_argument("--weights", default=_UNSET, metavar="FILE", help="float weights: .safetensors or .pth")
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--data",
+        default=_UNSET,
+        help="digits, synthetic, a .npz file, an image folder, or imagenet:FOLDER to stream one",
+    )
+    images.add_argument("--mean", type=decimals, default=_UNSET, metavar="M,..", help="pixel mean per channel, of 0..1")
+    images.add_argument("--std", type=decimals, default=_UNSET, metavar="S,..", help="pixel deviation per channel")
+    images.add_argument(
+        "--no-augment", dest="augment", action="store_false", default=_UNSET, help="no random crops and flips"
+    )
+    training = parser.add_argument_group("training")
+    run = parser.add_argument_group("the run")
+    for group, container in (("images", images), ("training", training), ("the run", run)):
+        for name, number, text in _NUMBERS[group]:
+            usual = getattr(kind, name.replace("-", "_"))
+            container.add_argument(
+                f"--{name}", type=number, default=_UNSET, metavar="N", help=f"{text} (default {usual:g})"
+            )
+    training.add_argument(
         "--schedule",
         choices=("cosine", "step", "constant"),
         default=_UNSET,
         help=f"curve of the learning rate (default {kind.schedule})",
     )
-    parser.add_argument(
+    training.add_argument(
         "--milestones",
         type=numbers,
         default=_UNSET,
         metavar="E,..",
         help="epochs at which `step` divides by 10",
     )
-    parser.add_argument("--amp", choices=("off", "bf16"), default=_UNSET, help="bfloat16 autocast while training")
-    add_machine(parser)
+    training.add_argument("--amp", choices=("off", "bf16"), default=_UNSET, help="bfloat16 autocast while training")
+    add_machine(run)
+
+
+NAMES = "a name of lbs.models, timm:NAME, torchvision:NAME, or module:function"
+
+
+def add_name(parser: argparse._ActionsContainer) -> None:
+    """--model, of commands that build a network anew."""
+    parser.add_argument("--model", default=_UNSET, metavar="NAME", help=NAMES)
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration fields the user named."""
-    own = {"command", "json", "run", "resume", "threads", "device"}
+    own = {"command", "json", "console", "run", "resume", "threads", "device"}
     found = {key: value for key, value in vars(args).items() if key not in own}
     if "milestones" in found:  # epochs of this run, not of the full schedule
         found["full_epochs"] = 0

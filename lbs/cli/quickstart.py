@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from lbs.cli.console import Console, console
 from lbs.cli.options import set_threads
 from lbs.cli.verify import show
 from lbs.config import FinetuneRun, SearchRun, open_run
+from lbs.extras import asked_for
 from lbs.reporting import records
-from lbs.reporting.page import report
 from lbs.reporting.tables import bits_pay, kept_filters, speeds
 from lbs.reporting.units import bops, percent, size
-from lbs.run_folder import RunFolder
+from lbs.run_folder import RunFolder, read_sections
 from lbs.runs.phases import Session, run_finetune, run_search
 from lbs.runs.session import calibration_batches
 from lbs.runs.stages import bench_run, pack_run, uniform8_run, verify_run
+from lbs.train.stopping import Stopped
 from lbs_kernels.device import processors
+from lbs_kernels.errors import LbsError
 
 # 8x8 images: threads cost more than they bring (2 threads on 2 busy cores were 15 times slower than one).
 TRAINING_THREADS = 1
@@ -58,7 +61,22 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)  # refused now, not after the training
     folder = RunFolder(args.run or free_folder(Path("runs")))
     with folder.held():
-        return _stages(args, out, folder)
+        try:
+            return _stages(args, out, folder)
+        except KeyboardInterrupt as stop:
+            raise Stopped(_rest(folder, stop), getattr(stop, "number", 0) or signal.SIGINT) from stop
+
+
+def _rest(folder: RunFolder, stop: KeyboardInterrupt) -> str:
+    """What is left to do in a run that was interrupted, command by command; a quickstart itself starts anew."""
+    done = folder.results()
+    left = [name for name in ("search", "finetune", "pack", "verify", "bench") if name not in done]
+    begun = read_sections(folder.file("config.json"))
+    commands = [f"lbs {name} --run {folder.path}" + (" --resume" if name in begun else "") for name in left]
+    told = str(stop).partition("; go on")[0] or "interrupted"
+    return (
+        f"{told}; go on with {'; '.join([*commands, f'lbs report {folder.path}'])}, or start anew with lbs quickstart"
+    )
 
 
 def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
@@ -80,13 +98,13 @@ def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
     _title(out, 4, "verify: codes of every layer, predictions on every test image")
     verified = verify_run(folder, strict=True)
     show(out, verified)
-    _title(out, 5, f"time it against torch and uniform 8 bits in the same process, {args.threads} threads")
+    _title(out, 5, f"time it against torch, uniform 8 bits and engines in the same process, {args.threads} threads")
     timed = bench_run(folder, out.say, threads=args.threads)
     _title(out, 6, "write the report")
-    page, record = report(folder.path), records.read(folder.path)
+    page, record = _page(out, folder), records.read(folder.path)
     passed = verified["passed"] and verified["packed_accuracy"] >= LEAST_ACCURACY
     seconds = time.monotonic() - started
-    summary = [*_results(record, tuned, searched), f"{seconds:.0f} s; open {page}"]
+    summary = [*_results(record, tuned, searched), f"{seconds:.0f} s" + (f"; open {page}" if page else "")]
     for line in summary:
         out.say(line)
     if not passed:
@@ -94,9 +112,20 @@ def _stages(args: argparse.Namespace, out: Console, folder: RunFolder) -> int:
             f"FAILED: every prediction must be equal and at least {percent(LEAST_ACCURACY)} right; "
             f"{verified['first_difference'] or 'see the lines above'}"
         )
-    body = {"level": "quickstart", "passed": passed, "seconds": seconds, "page": str(page), "summary": summary}
+    body = {"level": "quickstart", "passed": passed, "seconds": seconds, "page": page, "summary": summary}
     out.finish({**body, **folder.results(), "bench": timed})
     return 0 if passed else 1
+
+
+def _page(out: Console, folder: RunFolder) -> str:
+    """Writes the report; its path, or nothing where what draws it is not installed."""
+    try:
+        with asked_for("the report"):
+            from lbs.reporting.page import report
+    except LbsError as error:
+        out.say(str(error))
+        return ""
+    return str(report(folder.path))
 
 
 def free_folder(parent: Path) -> Path:

@@ -31,29 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", help="CIFAR-100: a .npz file or the folder cifar-100-python; ImageNet: imagenet:FOLDER"
     )
     parser.add_argument("--weights", metavar="FILE", help="float weights; without them the float network is trained")
-    parser.add_argument("--schedule", metavar="S+F", help="epochs of search and fine-tuning, such as 8+30")
-    parser.add_argument("--float-epochs", type=int, metavar="N", help="epochs of the float network, without --weights")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of all phases (default 0)")
-    parser.add_argument("--amp", choices=("off", "bf16"), help="bfloat16 autocast while training")
-    parser.add_argument("--minutes", type=decimal, metavar="N", help="end fine-tuning, and its curve, after N minutes")
-    parser.add_argument("--curve", choices=("cosine", "step", "constant"), help="learning rate of fine-tuning")
-    parser.add_argument("--lr", type=decimal, metavar="X", help="learning rate of fine-tuning")
-    parser.add_argument("--distill", type=decimal, metavar="X", help="share of the float network in fine-tuning's loss")
-    parser.add_argument("--bops", type=bit_operations, help="another budget: 0.03 (share), 650M, 34.7G")
-    parser.add_argument("--train-images", type=int, metavar="N", help="train on that many images only")
-    parser.add_argument(
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the record here too")
+    add_machine(parser)
+    other = parser.add_argument_group("other than the row has them")
+    other.add_argument("--schedule", metavar="S+F", help="epochs of search and fine-tuning, such as 8+30")
+    other.add_argument("--float-epochs", type=int, metavar="N", help="epochs of the float network, without --weights")
+    other.add_argument("--seed", type=int, metavar="N", help="seed of all phases (default 0)")
+    other.add_argument("--amp", choices=("off", "bf16"), help="bfloat16 autocast while training")
+    other.add_argument("--minutes", type=decimal, metavar="N", help="end fine-tuning, and its curve, after N minutes")
+    other.add_argument("--curve", choices=("cosine", "step", "constant"), help="learning rate of fine-tuning")
+    other.add_argument("--lr", type=decimal, metavar="X", help="learning rate of fine-tuning")
+    other.add_argument("--distill", type=decimal, metavar="X", help="share of the float network in fine-tuning's loss")
+    other.add_argument("--bops", type=bit_operations, help="another budget: 0.03 (share), 650M, 34.7G")
+    other.add_argument("--train-images", type=int, metavar="N", help="train on that many images only")
+    other.add_argument(
         "--max-unreadable", type=decimal, metavar="X", help="share of a folder's files that may be left out"
     )
     for phase in ("search", "finetune"):
-        parser.add_argument(
+        other.add_argument(
             f"--{phase}",
             action="append",
             default=[],
             metavar="KEY=VALUE",
             help=f"another option of the {phase} phase",
         )
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the record here too")
-    add_machine(parser)
 
 
 def run(args: argparse.Namespace) -> int:

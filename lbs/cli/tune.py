@@ -43,35 +43,37 @@ def pairs(text: str) -> tuple[tuple[int, int], ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured, for how long."""
     add_source(parser, plans=True)
-    parser.add_argument(
+    shapes = parser.add_argument_group("float networks")
+    shapes.add_argument(
         "--shapes",
         metavar="NAME,..",
-        help=f"instead of a packed network: layers and calls of {', '.join(sorted(lbs.models.REGISTRY))} or "
-        "module:function, the layers over a grid of kept filters on the processor",
+        help=f"instead of a packed network: layers and calls of {', '.join(sorted(lbs.models.REGISTRY))}, timm:NAME, "
+        "torchvision:NAME or module:function, the layers over a grid of kept filters on the processor",
     )
-    parser.add_argument(
+    shapes.add_argument(
         "--input-shape", type=numbers, default=(), metavar="C,H,W", help="one image of --shapes (default: the model's)"
     )
-    parser.add_argument("--classes", type=int, metavar="N", help="classes of --shapes (default: the model's)")
-    add_exclude(parser)
-    add_streams(parser)
-    parser.add_argument("--batch", type=numbers, default=(1,), metavar="N,..", help="images per call (default 1)")
-    parser.add_argument(
+    shapes.add_argument("--classes", type=int, metavar="N", help="classes of --shapes (default: the model's)")
+    add_exclude(shapes)
+    add_streams(shapes)
+    shapes.add_argument(
         "--bits",
         type=pairs,
         metavar="W/A,..",
         help="weight/activation bits of --shapes (default: every pair of 2, 4 and 8)",
     )
-    parser.add_argument(
+    shapes.add_argument(
         "--points",
         type=int,
         metavar="N",
         help=f"kept sizes per axis of a layer of --shapes (default {_POINTS}; 1: whole layers)",
     )
-    parser.add_argument("--group", type=int, metavar="N", help="filters kept or cut together (default: the model's)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop after this long; call again to go on")
-    parser.add_argument("--again", action="store_true", help="measure what is known, too")
-    parser.add_argument("--every", action="store_true", help="on a GPU: every configuration, not the nearest ones")
+    shapes.add_argument("--group", type=int, metavar="N", help="filters kept or cut together (default: the model's)")
+    measured = parser.add_argument_group("measuring")
+    measured.add_argument("--batch", type=numbers, default=(1,), metavar="N,..", help="images per call (default 1)")
+    measured.add_argument("--minutes", type=float, metavar="M", help="stop after this long; call again to go on")
+    measured.add_argument("--again", action="store_true", help="measure what is known, too")
+    measured.add_argument("--every", action="store_true", help="on a GPU: every configuration, not the nearest ones")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,7 +33,8 @@ _STREAMED = "imagenet:"
 
 def load(source: str | Path, max_unreadable: float = 0.0) -> ImageSet:
     """An image set by name ("digits", "synthetic") or path: a .npz file, a folder that is or holds
-    `cifar-100-python`, or a folder with train/<class>/*.png and test/<class>/*.png, which is read into memory.
+    `cifar-100-python`, or a folder with train/<class>/*.png and test/<class>/*.png, which is read into memory (or with
+    images and a labels.txt in train and test, lines of a path and a class).
     `imagenet:PATH` is such a folder (val instead of test) with images of any size, read while training: crops of 224.
 
     max_unreadable: share of a folder's files that may be left out because they cannot be read.

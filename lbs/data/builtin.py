@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lbs.data.image_data import ImageData, from_arrays
+from lbs.extras import asked_for
 from lbs_kernels.errors import DataError
 
 _DIGITS_TEST = 360
@@ -15,7 +16,8 @@ def digits(seed: int = 0) -> ImageData:
 
     The split is random but fixed by `seed`, since the file is ordered by writer. Pixels 0..16 become 0..255.
     """
-    from sklearn.datasets import load_digits  # half a second to import, needed by this data set only
+    with asked_for("the data set digits"):
+        from sklearn.datasets import load_digits  # half a second to import, needed by this data set only
 
     source = load_digits()
     images = np.rint(source.images * (255 / 16)).astype(np.uint8)[..., None]

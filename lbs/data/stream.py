@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lbs.data.decode import TEST_SCALE, Draw, central_crop, read_rgb, training_crop
-from lbs.data.folder import class_folders, image_files, too_many_unreadable
+from lbs.data.folder import labelled_files, too_many_unreadable
 from lbs.data.loader import normalize
 from lbs.data.position import Position, check_parts
 from lbs_kernels.device import processors
@@ -101,10 +101,9 @@ class FolderData:
 def stream_folder(path: str | Path, size: int = IMAGENET_SIZE, max_unreadable: float = 0.0) -> FolderData:
     """List an ImageNet-style folder. Raises DataError for missing folders and classes that differ between parts."""
     root = Path(path)
-    classes, folders = class_folders(root)
+    classes, found = labelled_files(root)
     parts = {}
-    for part, folder in folders.items():
-        named = [(file, label) for label, name in enumerate(classes) for file in image_files(folder / name)]
+    for part, named in found.items():
         parts[part] = Listing(tuple(file for file, _ in named), tuple(label for _, label in named))
     digest = hashlib.sha256("".join(listing.fingerprint(root) for listing in parts.values()).encode()).hexdigest()
     return FolderData(

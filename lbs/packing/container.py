@@ -111,7 +111,7 @@ def _digest_entry(digest: str) -> bytes:
 
 def _parse(text: bytes, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text.decode(), object_pairs_hook=_unique)  # of bytes, json would guess the encoding
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no packed network, its header is no JSON ({error}); copy it again") from error
     if not isinstance(header, dict) or not isinstance(header.get(_META), dict):

@@ -134,6 +134,8 @@ def _add_node(
     tensors: Mapping[str, Tensor],
 ) -> None:
     op, target, name = entry["op"], entry["target"], _identifier(entry["name"])
+    if name in made:
+        raise CheckpointError(f"its graph has two nodes {name}; it is damaged")
     if op not in _OPS:
         raise CheckpointError(f"node {name} has op {op!r}; known are {', '.join(_OPS)}")
     args, kwargs = decode(entry["args"], made), decode(entry.get("kwargs", {"dict": {}}), made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from lbs.packing.pixels import Normalization
 from lbs.packing.region import PackedRegion
 from lbs.packing.serial import PackedParts, write
 from lbs.plan import Plan
-from lbs_kernels.errors import GraphError, LbsError, ShapeError, first_line
+from lbs_kernels.errors import BackendError, GraphError, LbsError, ShapeError, first_line
 from lbs_kernels.gpu.kernels import check_fallback
 from lbs_kernels.library import unwatched
 from lbs_kernels.program.steps import Program
@@ -62,7 +63,8 @@ class PackedModel(nn.Module):
         self.plan = plan
         self.name = name
         self.normalize = normalize
-        self._whole = whole_region(graph)
+        # Regions take images: rows [N, C] come to them through `PackedRegion.forward`.
+        self._whole = whole_region(graph) if len(input_shape) == 3 else None
         self.requires_grad_(False).eval()
 
     @property
@@ -218,6 +220,43 @@ class PackedModel(nn.Module):
         parts = PackedParts(self.body, self.input_shape, self.kept_float, self.plan, self.name, self.normalize)
         write(Path(path), parts)
 
+    def to_onnx(self, path: str | Path, exact: bool = True) -> tuple[str, ...]:
+        """Write the network as an ONNX file that ONNX Runtime and OpenVINO read: opset 21, any number of images.
+
+        Weights are integers of 4, 8 or 16 bits, whichever is the narrowest that holds them, activations uint8, pruned
+        filters are absent; parts in float are ordinary nodes. Input `images`, as this model takes them (docs/onnx.md).
+
+        Args:
+            path: of the file; an old one is replaced when the new one is whole.
+            exact: what follows an integer sum is computed in float64 and rounded once, so that an engine with float64
+                finds the packed network's codes. Engines without it want False: codes on a rounding boundary may then
+                come out one beside it, which some networks (MobileNetV2) spread over all that follows.
+
+        Returns:
+            What has no exact form: weights stored wider than they are, operations whose last bits are the engine's.
+
+        Raises:
+            GraphError: a part without a form in ONNX. CheckpointError: a network above 2 GB, or a place that cannot be
+                written. BackendError: the package `onnx`, or for parts in float `onnxscript`, is not installed.
+
+        Example:
+            packed.to_onnx("network.onnx")
+        """
+        try:
+            from lbs.onnx.export import Parts, write
+        except ImportError as error:
+            raise BackendError(f"to_onnx: {error}; install what writes ONNX: pip install 'lbs[onnx]'") from error
+        found = {f"region{index}": region for index, region in enumerate(self.regions)}
+        parts = Parts(
+            self.name,
+            self.body,
+            {name: region.program for name, region in found.items()},
+            {name: region.blob for name, region in found.items()},
+            self.kept_float,
+            None if self._whole is None else self._whole[2],
+        )
+        return write(Path(path), parts, self.random_images(2), exact)
+
     def extra_repr(self) -> str:
         layers = sum(hasattr(step, "w_bits") for program in self.programs for step in program.steps)
         images = f"{str(self.input_dtype).removeprefix('torch.')} {self.input_shape}"
@@ -245,7 +284,12 @@ def whole_region(graph: fx.GraphModule) -> tuple[fx.GraphModule, str, int] | Non
     """
     match list(graph.graph.nodes):
         case [image, call, item, output] if (
-            call.op == "call_module" and call.args == (image,) and item.args[:1] == (call,) and output.args == (item,)
+            call.op == "call_module"
+            and call.args == (image,)
+            and item.target is operator.getitem
+            and item.args[:1] == (call,)
+            and type(item.args[1]) is int
+            and output.args == (item,)
         ):
             whole = isinstance(graph.get_submodule(call.target), PackedRegion)
             return (graph, call.target, item.args[1]) if whole else None

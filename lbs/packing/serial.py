@@ -8,6 +8,7 @@ shape, what stays in float and why, how bytes are normalised), `plan` (bits and 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lbs.plan import Plan
 from lbs_kernels.errors import CheckpointError, FormatError, PlanError, printable
 from lbs_kernels.program.checks import check_planes
 from lbs_kernels.program.steps import ARRAY_DTYPES, BLOB_ALIGNMENT, Program, blob_digest
-from lbs_kernels.program.text import read_program
+from lbs_kernels.program.text import parse_json, read_program
 
 FORMAT = "lbs-packed"
 # 2: the model may take bytes. 3: more float parts, values and names in the graph. 4: programs of version 4, more
@@ -85,16 +86,16 @@ def read(path: Path, budget: float | None = 1.0) -> PackedParts:
         count = sum(key.startswith("program") for key in metadata)
         regions = [_region(index, metadata[f"program{index}"], tensors) for index in range(count)]
         floats = {key.removeprefix(_FLOAT): value for key, value in tensors.items() if key.startswith(_FLOAT)}
-        model = json.loads(metadata["model"])
+        model = parse_json(metadata["model"], "its model")
         shape = tuple(_size(value) for value in model["input_shape"])
-        kept = tuple((printable(str(label)), printable(str(reason))) for label, reason in model["kept_float"])
+        name, kept = _labels(model)
         plan = Plan.from_json(metadata["plan"]) if metadata["plan"] else None
-        graph = graph_from_json(json.loads(metadata["graph"]), regions, floats)
+        graph = graph_from_json(parse_json(metadata["graph"], "its graph"), regions, floats)
         if not regions:
             raise CheckpointError("it holds no program")
         normalize = _normalization(model, shape, regions)
         check_work(graph, shape, torch.float32 if normalize is None else torch.uint8, budget)
-        return PackedParts(graph, shape, kept, plan, printable(str(model["name"])), normalize)
+        return PackedParts(graph, shape, kept, plan, name, normalize)
     except (CheckpointError, FormatError, PlanError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -131,7 +132,7 @@ def _check_arrays(program: Program, arrays: dict[str, Tensor], index: int) -> No
 
 def _normalization(model: dict[str, Any], shape: tuple[int, ...], regions: list[PackedRegion]) -> Normalization | None:
     """How the images are normalised, which must be what the programs expect."""
-    found = None if model.get("normalize") is None else Normalization.of(model["normalize"])
+    found = None if model.get("normalize") is None else Normalization.of(_number_lists(model["normalize"]))
     programs = [region.program for region in regions]
     bytes_read = any(program.tensors[index].dtype == "uint8" for program in programs for index in program.inputs)
     if bytes_read != (found is not None) or (found is not None and shape[:1] != (len(found.mean),)):
@@ -140,6 +141,32 @@ def _normalization(model: dict[str, Any], shape: tuple[int, ...], regions: list[
             f"{'bytes' if bytes_read else 'floats'} of shape {list(shape)}; write the file again"
         )
     return found
+
+
+def _labels(model: dict[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The network's name, and what stays in float and why."""
+    name, kept = model["name"], model["kept_float"]
+    pairs = isinstance(kept, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in kept)
+    if not pairs or not all(isinstance(text, str) for text in (name, *(part for pair in kept for part in pair))):
+        raise CheckpointError("it has a name or kept_float that is no text, or list of pairs of texts; write it again")
+    return printable(name), tuple((printable(label), printable(reason)) for label, reason in kept)
+
+
+def _number_lists(value: Any) -> Any:
+    """`value` where it is two lists of numbers that a float64 can hold. Raises CheckpointError."""
+    lists = isinstance(value, list) and len(value) == 2 and all(isinstance(part, list) for part in value)
+    if not lists or not all(_is_finite(number) for part in value for number in part):
+        raise CheckpointError(
+            f"it says that images are normalised by {str(value)[:80]}; give [mean, std], each of numbers"
+        )
+    return value
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _size(value: Any) -> int:

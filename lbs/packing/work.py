@@ -73,7 +73,7 @@ def check_work(graph: fx.GraphModule, shape: tuple[int, ...], dtype: torch.dtype
     if math.prod(shape) > MAX_ELEMENTS * budget or max(shape, default=0) > MAX_SIZE:
         raise CheckpointError(
             f"it takes images of {' x '.join(map(str, shape))}, of more than {MAX_ELEMENTS * budget:.0f} elements; "
-            "if they are meant, give a larger budget (--budget of a command)"
+            "if they are meant, give a larger budget=, or budget=None for any"
         )
     work = Work(budget)
     walk = _Shapes(graph, work)
@@ -127,20 +127,21 @@ class _Shapes:
 
     def of_image(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Walk for one image."""
+        walk = _Walk(self)  # not counted: weights are there, whatever images come
         with torch.no_grad(), _Counted(self.work):
-            _Walk(self).run(torch.empty((1, *shape), dtype=dtype, device="meta"))
+            walk.run(torch.empty((1, *shape), dtype=dtype, device="meta"))
 
     def told(self, error: Exception) -> str:
         """What went wrong, in words of the file."""
         if isinstance(error, _Over):
             return (
                 f"one image takes {error}, at {self.at or 'its programs'}; a file that asks for more is not run on its "
-                "own word: if you trust it, give a larger budget (--budget of a command), or None (none) for any"
+                "own word: if you trust it, give a larger budget=, or budget=None for any"
             )
         if isinstance(error, NotImplementedError) or "meta" in str(error):
             return (
                 f"what {self.at} gives has a shape that depends on values, so that nobody can tell what it costs "
-                "before it is run: if you trust the file, give budget=None (--budget none of a command)"
+                "before it is run: if you trust the file, give budget=None"
             )
         return f"its graph fails at {self.at} on an image ({type(error).__name__}: {first_line(error)}); write it again"
 

@@ -20,7 +20,9 @@ def variant(record: Record) -> str:
     """`joint`, `greedy`, `uniform-4-4`: how the bits came about; "" where the run does not say."""
     search, finetune = record.config.get("search"), record.config.get("finetune", {})
     uniform = finetune.get("uniform")
-    return f"uniform-{'-'.join(map(str, uniform))}" if uniform else str(search.get("mode", "")) if search else ""
+    pruned = f"-pruned-{finetune['uniform_pruned']:g}" if finetune.get("uniform_pruned") else ""
+    even = f"uniform-{'-'.join(map(str, uniform))}{pruned}" if uniform else ""
+    return even or (str(search.get("mode", "")) if search else "")
 
 
 def asked_of(record: Record) -> str:

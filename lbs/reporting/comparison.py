@@ -1,185 +1,86 @@
-"""`lbs report RUN RUN ...`: several runs in one table, and in one picture of accuracy against bit operations."""
+"""`lbs report RUN RUN ...`: several runs in tables, and in pictures of accuracy against what they cost."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure
 
-from lbs.reporting import page, pareto, records
-from lbs.reporting.asked import asked_of, variant
-from lbs.reporting.plots import STYLE
-from lbs.reporting.published import NETWORKS, marks_of
-from lbs.reporting.records import Record
+from lbs.reporting import page
+from lbs.reporting.comparison_pictures import draw, in_no_picture
+from lbs.reporting.gathered import Gathered, Line, gather
+from lbs.reporting.published import marks_of
+from lbs.reporting.style import STYLE
 from lbs.reporting.tables import Table
-from lbs.reporting.units import bops, percent, quantity, seconds
+from lbs.reporting.units import bops, percent, seconds, size
 from lbs.run_folder import write_bytes
 
 
-@dataclass(frozen=True)
-class Line:
-    """What one run says of itself. Accuracies in 0..1; None where a phase is missing."""
-
-    name: str
-    label: str  # the row of the results, or the run's name
-    network: str
-    seed: int | None
-    schedule: str
-    float_accuracy: float | None
-    last: float | None
-    best: float | None
-    best_epoch: int | None
-    packed: float | None
-    equal: str
-    targets: dict[str, dict[str, Any]]  # as Record.targets
-    bops: int | None
-    full: int | None
-    seconds: float | None
-    variant: str
-    asked: str  # runs that agree in it differ by their seeds only; "": not known
-
-    def of_targets(self, key: str) -> str:
-        """One number of every target, such as `630.6M, 5.5 kB`; a dash where no target has it."""
-        shown = [quantity(name, row[key], row["modelled"]) for name, row in self.targets.items()]
-        return ", ".join(shown) if set(shown) - {"-"} else "-"
-
-
-def line_of(record: Record) -> Line:
-    """Read from the record of a reproduced row where there is one, else from the sections of results.json."""
-    model, classes = str(record.network.get("model", "?")), int(record.network.get("num_classes", 0))
-    images, equal = record.value("verify", "images"), record.value("verify", "equal_predictions")
-    spent = [record.value(phase, "seconds") for phase in ("float", "search", "finetune")]
-    return Line(
-        name=record.name,
-        label=record.made.get("row") or record.name,
-        network=NETWORKS.get((model, classes), model),
-        seed=record.seed(),
-        schedule=record.made.get("schedule") or _schedule(record),
-        float_accuracy=record.value("float", "accuracy"),
-        last=record.value("finetune", "accuracy"),
-        best=record.value("finetune", "best_accuracy"),
-        best_epoch=record.value("finetune", "best_epoch"),
-        packed=record.value("verify", "packed_accuracy"),
-        equal=f"{equal} of {images}" if images is not None else "-",
-        targets=record.targets(),
-        bops=sum(row.bops for row in record.layers) or None,
-        full=sum(row.full_bops for row in record.layers) or None,
-        seconds=sum(x for x in spent if x is not None) or None,
-        variant=record.made.get("variant") or variant(record),
-        asked=asked_of(record),
-    )
-
-
-def _schedule(record: Record) -> str:
-    epochs = [record.value(phase, "epochs") for phase in ("search", "finetune")]
-    return "+".join(str(x) for x in epochs if x is not None) + " epochs" if any(epochs) else "-"
-
-
-def _records(run_dirs: Sequence[str | Path]) -> list[Record]:
-    """Named by their folders, with as many of the folders above as tell them apart."""
-    found = [records.read(folder) for folder in run_dirs]
-    parts = [Path(folder).resolve().parts for folder in run_dirs]
-    depth = next((n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(set(parts))), 1)
-    return [replace(record, name="/".join(own[-depth:])) for record, own in zip(found, parts, strict=True)]
-
-
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write report.html and the PNG files of a comparison into `out`; returns the path of the page.
+    """Write report.html and the SVG files of a comparison into `out`; returns the path of the page.
+
+    A run that cannot be read is left out, and named on the page with the reason.
 
     Raises:
-        CheckpointError: a folder that holds no run, a damaged file, or a full disk.
+        CheckpointError: no run can be read, or a full disk.
     """
-    found = _records(run_dirs)
-    with page.odd_told(" or ".join(map(str, run_dirs))):
-        return _compare(found, Path(out))
+    return write(gather(run_dirs), out)
 
 
-def _compare(found: list[Record], folder: Path) -> Path:
-    lines = [line_of(record) for record in found]
-    with matplotlib.rc_context(STYLE):
-        pictures = draw(lines, found)
-    for stem, (_, figure) in pictures.items():
-        write_bytes(folder / f"{stem}.png", page.png(figure))
-    text = page.template("compare.html").render(
-        title=f"{len(lines)} runs",
-        runs=[line.name for line in lines],
-        tables=[table for table in tables(lines) if table.rows],
-        figures=[(stem, caption, page.svg_data(figure)) for stem, (caption, figure) in pictures.items()],
-    )
-    write_bytes(folder / "report.html", text.encode())
+def write(gathered: Gathered, out: str | Path) -> Path:
+    """As `compare`, of runs that were read."""
+    folder, lines = Path(out), gathered.lines
+    with page.odd_told(" or ".join(record.path for record in gathered.found)):
+        with matplotlib.rc_context(STYLE):
+            pictures, notes = draw(lines, gathered.found)
+        text = page.template("compare.html").render(
+            title=f"{len(lines)} runs",
+            runs=[line.name for line in lines],
+            left_out=[*gathered.left_out.items(), *in_no_picture(lines)],
+            tables=[table for table in tables(lines) if table.rows],
+            figures=page.save_pictures(pictures, folder, notes),
+        )
+        body = text.encode()
+    write_bytes(folder / "report.html", body)
     return folder / "report.html"
 
 
-def draw(lines: list[Line], found: list[Record]) -> dict[str, tuple[str, Figure]]:
-    """File stem -> (caption, figure): a Pareto picture for each network, and the fine-tuning curves."""
-    pictures: dict[str, tuple[str, Figure]] = {}
-    for network in dict.fromkeys(line.network for line in lines):
-        points = [
-            pareto.Point(line.name, line.bops, 100 * line.last)
-            for line in lines
-            if line.network == network and line.bops and line.last is not None
-        ]
-        if points:
-            figure = pareto.accuracy_over_cost(points, marks_of(network))
-            pictures["pareto-" + re.sub(r"[^\w.-]", "_", network)] = (f"{network}: accuracy and bit operations", figure)
-    curves = pareto.curves({record.name: record.epochs("finetune") for record in found})
-    if curves is not None:
-        pictures["curves"] = ("Fine-tuning: test accuracy by epoch", curves)
-    return pictures
-
-
 def tables(lines: list[Line]) -> list[Table]:
-    """Every run; rows that were run with several seeds; what was published for these networks."""
-    return [_runs(lines), _seeds(lines), _published(lines)]
+    """Every run; what was asked of it; rows that were run with several seeds; what was published for these networks."""
+    return [_runs(lines), _asked(lines), _seeds(lines), _published(lines)]
 
 
 def _runs(lines: list[Line]) -> Table:
-    header = (
-        "Run",
-        "Row",
-        "#Seed",
-        "#Float",
-        "#Last epoch",
-        "#Best (epoch)",
-        "#Packed",
-        "#Equal predictions",
-        "#BOPs",
-        "#Allowed",
-        "#Reached by thresholds",
-        "#Result",
-        "Schedule",
-        "#Training",
-    )
+    batches = sorted({batch for line in lines for batch in line.times})
+    header = ("Run", "#Float", "#Last epoch", "#Best (epoch)", "#Packed", "#Equal predictions", "#BOPs", "#File")
     rows = []
     for line in lines:
         best = f"{percent(line.best)} ({line.best_epoch})" if line.best is not None else "-"
-        rows.append(
-            (
-                line.name,
-                line.label,
-                "-" if line.seed is None else str(line.seed),
-                percent(line.float_accuracy),
-                percent(line.last),
-                best,
-                percent(line.packed),
-                line.equal,
-                bops(line.bops) if line.bops else "-",
-                *(line.of_targets(key) for key in ("target", "thresholds", "value")),
-                line.schedule,
-                seconds(line.seconds) if line.seconds else "-",
-            )
-        )
+        shares = (percent(line.float_accuracy), percent(line.last), best, percent(line.packed), line.equal)
+        weight = size(line.bytes) if line.bytes else "-"
+        took = (seconds(line.times[batch]) if batch in line.times else "-" for batch in batches)
+        rows.append((line.name, *shares, bops(line.bops) if line.bops else "-", weight, *took))
+    machines = dict.fromkeys(line.timed_on for line in lines if line.timed_on)
     note = (
-        "The weights of the last epoch are kept and packed; the best epoch was picked on the test images. What the "
-        "trained thresholds had reached is followed by a projection to the result."
+        "The weights of the last epoch are kept and packed; the best epoch was picked on the test images."
+        + (f" Times: {'; '.join(machines)}." if machines else "")
+        + (" Compare times of one machine only." if len(machines) > 1 else "")
     )
-    return Table("Runs", header, tuple(rows), note)
+    return Table("Runs", header + tuple(f"#Time, batch {batch}" for batch in batches), tuple(rows), note)
+
+
+def _asked(lines: list[Line]) -> Table:
+    header = ("Run", "Row", "#Seed", "#Allowed", "#Reached by thresholds", "#Result", "Schedule", "#Training")
+    rows = []
+    for line in lines:
+        numbers = (line.of_targets(key) for key in ("target", "thresholds", "value"))
+        spent = seconds(line.seconds) if line.seconds else "-"
+        seed = "-" if line.seed is None else str(line.seed)
+        rows.append((line.name, line.label, seed, *numbers, line.schedule, spent))
+    note = "What the trained thresholds had reached is followed by a projection to the result."
+    return Table("What was asked of them", header, tuple(rows), note)
 
 
 def _seeds(lines: list[Line]) -> Table:
@@ -217,10 +118,3 @@ def _published(lines: list[Line]) -> Table:
         rows += [(network, mark.method, f"{mark.top1:.1f} %", bops(mark.bops)) for mark in marks]
     note = "arXiv 2101.04935; probably the best epoch of the full schedule, starting from other float networks."
     return Table("Published", ("Network", "Method", "#Top-1", "#BOPs"), tuple(rows), note)
-
-
-def summary(run_dirs: Sequence[str | Path]) -> list[Line]:
-    """The lines of the first table."""
-    found = _records(run_dirs)
-    with page.odd_told(" or ".join(map(str, run_dirs))):
-        return [line_of(record) for record in found]

@@ -1,82 +1,75 @@
-"""Pictures of several runs: accuracy against bit operations, published points as marks, and accuracy by epoch."""
+"""Pictures of several runs: accuracy against what a network costs, published points as marks, and accuracy by epoch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lbs.reporting.plots import INK, QUIET
 from lbs.reporting.published import Mark
+from lbs.reporting.style import GREYS, INK, QUIET, SERIES, panel
 from lbs.reporting.units import plain
 
 # Points closer than this factor to the runs' mean cost are drawn again, enlarged.
 _CLOSE = 1.35
 _SHAPES = "sD^v<>ph8"
-_GREYS = ("#4b5763", "#8a94a0")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run: bit operations of one image, top-1 in percent."""
+    """One run: what one image costs, in any unit, and top-1 in percent."""
 
     name: str
-    bops: float
+    cost: float
     top1: float
 
 
-def accuracy_over_cost(points: list[Point], marks: list[Mark]) -> Figure:
-    """Runs in colour, joined where none is both cheaper and better; published points hollow; the crowd enlarged."""
-    middle = geometric_mean(point.bops for point in points)
-    close = [mark for mark in marks if 1 / _CLOSE < mark.bops / middle < _CLOSE]
-    crowded = bool(close) and all(1 / _CLOSE < point.bops / middle < _CLOSE for point in points)
-    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2 if crowded else 1, squeeze=False)[0]
-    for panel, shown in zip(panels, (marks, close), strict=False):
-        _draw(panel, points, marks, shown)
-    costs = [*(point.bops for point in points), *(mark.bops for mark in marks)]
-    if max(costs) > 10 * min(costs):  # on less than a decade a logarithmic axis has no labels
-        panels[0].set_xscale("log")
-        panels[0].xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("top-1 accuracy, %")
-    if crowded:
-        panels[0].set_title("All")
-        panels[1].set_title("Near these runs")
-        panels[1].xaxis.set_major_locator(MaxNLocator(5))
-    for panel in panels:
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.set_xlabel("bit operations per image")
-        panel.margins(x=0.08, y=0.12)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8.5)
+def accuracy_over_cost(points: list[Point], marks: dict[Mark, int], label: str, told: Callable[[float], str]) -> Figure:
+    """Runs in colour, joined where none is both cheaper and better; published points hollow; names below.
+
+    marks: each with its number, by which it looks the same in every picture.
+    """
+    figure, axis = panel(3.1 + 0.19 * (len(points) + len(marks)))
+    for mark, index in marks.items():
+        axis.plot(
+            [mark.bops], [mark.top1], linestyle="", markerfacecolor="none", markersize=7,
+            label=f"{mark.method} (published)", marker=_SHAPES[index % len(_SHAPES)], color=GREYS[index % 2],
+        )  # fmt: skip
+    front = frontier(points)
+    if len(front) > 1:
+        axis.plot([p.cost for p in front], [p.top1 for p in front], color=QUIET, linewidth=1, zorder=1)
+    for point, color in zip(points, _colors(len(points)), strict=True):
+        axis.plot(
+            [point.cost], [point.top1], "o", color=color, markeredgecolor=INK, markersize=8, label=plain(point.name)
+        )
+    _cost_axis(axis, [*(point.cost for point in points), *(mark.bops for mark in marks)], told)
+    axis.set_xlabel(label)
+    axis.set_ylabel("top-1 accuracy, %")
+    axis.margins(x=0.08, y=0.12)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", fontsize=8.5)
     return figure
 
 
-def _draw(panel: Axes, points: list[Point], marks: list[Mark], shown: list[Mark]) -> None:
-    for index, mark in enumerate(marks):
-        if mark in shown:
-            style = {"marker": _SHAPES[index % len(_SHAPES)], "color": _GREYS[index % 2]}
-            panel.plot(
-                [mark.bops],
-                [mark.top1],
-                linestyle="",
-                markerfacecolor="none",
-                markersize=7,
-                label=f"{mark.method} (published)",
-                **style,  # type: ignore[arg-type]
-            )
-    front = frontier(points)
-    if len(front) > 1:
-        panel.plot([p.bops for p in front], [p.top1 for p in front], color=QUIET, linewidth=1, zorder=1)
-    colors = _colors(len(points))
-    for point, color in zip(points, colors, strict=True):
-        panel.plot(
-            [point.bops], [point.top1], "o", color=color, markeredgecolor=INK, markersize=8, label=plain(point.name)
-        )
+def _cost_axis(axis: Axes, costs: list[float], told: Callable[[float], str]) -> None:
+    if max(costs) > 10 * min(costs):  # on less than a decade a logarithmic axis has no labels
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(numticks=5))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: told(value)))
+
+
+def crowd(points: list[Point], marks: dict[Mark, int]) -> dict[Mark, int]:
+    """The published points near the runs, where all runs lie so near to one another that a picture enlarges them."""
+    middle = geometric_mean(point.cost for point in points)
+    close = {mark: index for mark, index in marks.items() if 1 / _CLOSE < mark.bops / middle < _CLOSE}
+    return close if all(1 / _CLOSE < point.cost / middle < _CLOSE for point in points) else {}
 
 
 def frontier(points: list[Point]) -> list[Point]:
@@ -86,7 +79,7 @@ def frontier(points: list[Point]) -> list[Point]:
     ['b', 'a']
     """
     best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.bops, -p.top1)):
+    for point in sorted(points, key=lambda p: (p.cost, -p.top1)):
         if not best or point.top1 > best[-1].top1:
             best.append(point)
     return best
@@ -100,18 +93,16 @@ def curves(epochs: dict[str, list[dict[str, Any]]]) -> Figure | None:
     }
     if not any(known.values()):
         return None
-    figure = Figure(figsize=(10.4, 3.6), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = panel(3.1 + 0.19 * len(known))
     for (name, pairs), color in zip(known.items(), _colors(len(known)), strict=True):
         if pairs:
             axis.plot(*zip(*pairs, strict=True), "o-", color=color, markersize=3.5, linewidth=1.4, label=plain(name))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1 accuracy, %")
-    figure.legend(loc="outside right upper", fontsize=8.5)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", fontsize=8.5)
     return figure
 
 
-def _colors(count: int) -> list[Any]:
-    palette = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    return [palette[i % len(palette)] for i in range(count)]
+def _colors(count: int) -> list[str]:
+    return [SERIES[i % len(SERIES)] for i in range(count)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lbs.reporting.records import PHASES, Record
+from lbs.cost import FULL_PRECISION_BITS
+from lbs.reporting.records import BEFORE, EVEN8, PACKED, PHASES, Record
 from lbs.reporting.units import bops, percent, quantity, seconds, size, times
 
 TARGET_NAMES = {"bops": "bit operations", "size_mb": "packed weights", "latency_ms": "latency of one image"}
@@ -13,6 +14,7 @@ TARGET_NAMES = {"bops": "bit operations", "size_mb": "packed weights", "latency_
 
 MOST_LOST = 0.01  # accuracy that a network may lose and still count as one that does the same faster
 PAYS = 1.03  # ratios nearer to 1 differ from run to run
+EVEN_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def tiles(record: Record) -> list[Tile]:
 def _accuracy_tiles(record: Record) -> list[Tile | None]:
     before, after = record.value("float", "accuracy"), record.value("finetune", "accuracy")
     packed = record.value("verify", "packed_accuracy")
+    if packed is None and after is None:  # a packed file has its benchmark alone
+        before, packed = record.accuracy(BEFORE), record.accuracy(PACKED)
     result = packed if packed is not None else after
     if result is None:
         return []
@@ -138,7 +142,7 @@ def _state(good: bool) -> str:
 
 
 def tables(record: Record) -> list[Table]:
-    """All tables for which the run holds something."""
+    """All tables below the pictures for which there is something."""
     made = (
         budget_table(record),
         layer_table(record),
@@ -147,6 +151,46 @@ def tables(record: Record) -> list[Table]:
         environment_table(record),
     )
     return [table for table in made if table.rows]
+
+
+def before_after_table(record: Record) -> Table:
+    """What the network was and what it is: accuracy, costs and times, and between them the same at uniform 8 bits."""
+    rows: list[tuple[str, ...]] = []
+    whole = (BEFORE, EVEN8, PACKED)
+    found = [record.accuracy(name) for name in whole]
+    if found[2] is not None:
+        change = f"{100 * (found[2] - found[0]):+.2f} pts" if found[0] is not None else "-"
+        rows.append(("top-1 accuracy", *map(percent, found), change))
+    alike = [record.agreement(name) for name in whole]
+    if alike[2] is not None:
+        rows.append(("class of float32", *map(percent, alike), "-"))
+    if record.layers:
+        full, now = sum(row.full_bops for row in record.layers), sum(row.bops for row in record.layers)
+        even = full * EVEN_BITS**2 // FULL_PRECISION_BITS**2
+        rows.append(("bit operations", bops(full), bops(even), bops(now), times(full / now)))
+        all_of_them, kept = (
+            sum(row.layer.filters for row in record.layers),
+            sum(row.layer.kept_filters for row in record.layers),
+        )
+        rows.append(("filters", str(all_of_them), str(all_of_them), str(kept), f"{1 - kept / all_of_them:.0%} gone"))
+    sizes = [record.bytes(name) for name in whole]
+    if sizes[2] is not None:
+        smaller = times(sizes[0] / sizes[2]) if sizes[0] else "-"
+        rows.append(("file or weights", *("-" if count is None else size(count) for count in sizes), smaller))
+    for batch in dict.fromkeys(row["batch"] for row in record.bench_rows()):
+        took = [record.seconds(name, batch) for name in whole]
+        faster = times(took[0] / took[2]) if took[0] and took[2] else "-"
+        rows.append((f"call, batch {batch}", *("-" if one is None else seconds(one) for one in took), faster))
+    images = record.value("bench", "images")
+    asked = record.value("bench", "accuracy") or record.value("bench", "agreement")
+    note = f"Classes of {images} images. " if images and asked else ""
+    header = ("", "#Before: float32", "#Uniform 8 bits", "#After: packed", "#Gain")
+    return Table(
+        "Before and after",
+        header,
+        tuple(rows),
+        note + "Bit operations: of one image. Bytes: of the file, in float of all weights.",
+    )
 
 
 def budget_table(record: Record) -> Table:
@@ -170,25 +214,49 @@ def budget_table(record: Record) -> Table:
 
 def layer_table(record: Record) -> Table:
     """One row per layer, and the totals."""
-    header = ("Layer", "Kind", "#Weight bits", "#Activation bits", "#Filters", "#BOPs", "#Full", "#Bytes", "#float32")
+    header: tuple[str, ...] = (
+        "Layer",
+        "Kind",
+        "#Weight bits",
+        "#Activation bits",
+        "#Filters",
+        "#BOPs",
+        "#Full",
+        "#Bytes",
+        "#float32",
+    )
+    timed = {str(row["name"]): row["seconds"] for row in record.layer_times()}
+    if timed:
+        header += ("#Time", "#at 8 bits", "#in float32")
     rows = []
     for row in record.layers:
         layer = row.layer
-        kernel = (
-            "linear" if layer.kind == "linear" else f"{layer.kernel[0]}x{layer.kernel[1]}, stride {layer.stride[0]}"
-        )
+        size_of, down = "x".join(map(str, layer.kernel)), layer.stride[0]
+        kernel = "linear" if layer.kind == "linear" else size_of + (f" /{down}" if down > 1 else "")
         filters = f"{layer.kept_filters} / {layer.filters}"
         costs = (bops(row.bops), bops(row.full_bops), size(row.bytes), size(row.full_bytes))
-        rows.append((layer.name, kernel, str(layer.w_bits), str(layer.a_bits), filters, *costs))
+        took = [timed.get(layer.name, {}).get(name) for name in (PACKED, EVEN8, BEFORE)] if timed else []
+        cells = ("-" if one is None else seconds(one) for one in took)
+        rows.append((layer.name, kernel, str(layer.w_bits), str(layer.a_bits), filters, *costs, *cells))
     if rows:
         sums = [sum(getattr(row, key) for row in record.layers) for key in ("bops", "full_bops", "bytes", "full_bytes")]
         kept = sum(row.layer.kept_filters for row in record.layers)
         filters = f"{kept} / {sum(row.layer.filters for row in record.layers)}"
-        rows.append(("total", "", "", "", filters, bops(sums[0]), bops(sums[1]), size(sums[2]), size(sums[3])))
+        total = ["total", "", "", "", filters, bops(sums[0]), bops(sums[1]), size(sums[2]), size(sums[3])]
+        for name in (PACKED, EVEN8, BEFORE) if timed else ():
+            known = [took[name] for took in timed.values() if name in took]
+            total.append(seconds(sum(known)) if known else "-")
+        rows.append(tuple(total))
     note = (
-        "BOPs: bit operations of one image. Full: 32 x 32 bits, nothing pruned. Bytes: planes, multiplier and bias; "
+        "Kind: the kernel, behind / its stride. BOPs: bit operations of one image. Full: 32 x 32 bits, nothing pruned. "
+        "Bytes: planes, multiplier and bias; "
         "planes fill words of 32 channels, so a layer that reads few channels can be larger than its floats."
     )
+    if timed:
+        note += (
+            " Times are of calls at the first batch: packed layers with what follows them, norm and activation "
+            "included; those of torch without."
+        )
     return Table("Layers", header, tuple(rows), note)
 
 
@@ -201,16 +269,30 @@ def latency_table(record: Record) -> Table:
         spread = f"{seconds(row['p20'])} - {seconds(row['p80'])}"
         rate = f"{row['batch'] / row['median']:,.0f}"
         ratio_text = times(ratio) if ratio else "-"
-        right = percent(record.accuracy(row["contender"]))
-        rows.append((row["contender"], str(row["batch"]), seconds(row["median"]), spread, rate, ratio_text, right))
-    header = ("Contender", "#Batch", "#Median", "#20 - 80 %", "#Images / s", "#Packed is faster", "#Top-1")
+        shares = (percent(record.accuracy(row["contender"])), percent(record.agreement(row["contender"])))
+        weight = record.bytes(row["contender"])
+        held = "-" if weight is None else size(weight)
+        times_of = (seconds(row["median"]), spread, rate, ratio_text)
+        rows.append((row["contender"], str(row["batch"]), *times_of, *shares, held))
+    header = (
+        "Contender",
+        "#Batch",
+        "#Median",
+        "#20 - 80 %",
+        "#Images / s",
+        "#Packed is faster",
+        "#Top-1",
+        "#As float32",
+        "#Size",
+    )
     bench = record.results.get("bench", {})
     about = f"{bench.get('device', 'cpu')}, {bench.get('threads', '?')} threads. " if rows else ""
     bits, missing = bits_pay(record), bench.get("missing", {})
+    told = "".join(f" {line[0].upper()}{line[1:]}." for line in bench.get("bits", []))
     left_out = " Not measured: " + "; ".join(f"{k}: {v}" for k, v in missing.items()) + "." if missing else ""
     note = (
         f"{about}All contenders in one process, interleaved, on the same images; ratios are medians of pairs. "
-        f"{'Packed ' + bits + '.' if bits else ''}{left_out}"
+        f"{'Packed ' + bits + '.' if bits else ''}{told}{left_out}"
     )
     return Table("Latency", header, tuple(rows), note)
 

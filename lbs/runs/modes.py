@@ -14,6 +14,7 @@ MODES: dict[str, dict[str, Any]] = {
     "pruning-only": {"bits": (FULL_BITS,), "pruning": True},  # the network stays in float
     "two-stage": {"pruning": True},  # filters of the float network, fine-tuning, then bits
     "multi-path": {"multi_path": True},  # a branch for every width
+    "multi-path-convolutions": {"multi_path": "convolutions"},  # with weights and a convolution of its own
     "greedy": {},  # no threshold is trained: choices are fixed by the losses they were measured to add
 }
 

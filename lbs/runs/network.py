@@ -90,8 +90,9 @@ class NetworkCard:
             raise ValueError(f"num_classes {self.num_classes!r} and streams {self.streams!r} are whole numbers")
 
 
-def build(name: str, num_classes: int) -> nn.Module:
-    """A float network by registry name, or by `module:function`, called with the number of classes.
+def build(name: str, num_classes: int | None) -> nn.Module:
+    """A float network by registry name, `timm:NAME`, `torchvision:NAME`, or by `module:function`, called with the
+    number of classes (None: with nothing). Weights of the first three are random: nothing is downloaded.
 
     It is in channels_last memory, as the trainer wants it, so that a network read back from a file sums in the same
     order as the one that was trained.
@@ -99,9 +100,15 @@ def build(name: str, num_classes: int) -> nn.Module:
     Raises:
         LbsError: an unknown name, more classes than networks are built for, or a function that gives no module.
     """
-    if not 1 <= num_classes <= MAX_CLASSES:
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
         raise LbsError(f"{num_classes} classes; networks are built for 1 to {MAX_CLASSES}, leave out or merge some")
-    made = lbs.models.create(name, num_classes) if ":" not in name else _import(name, num_classes)
+    package, _, inner = name.partition(":")
+    if ":" not in name:
+        made = lbs.models.create(name, num_classes)
+    elif package in _ZOOS:
+        made = _of_zoo(package, inner, {} if num_classes is None else {"num_classes": num_classes})
+    else:
+        made = _import(name, () if num_classes is None else (num_classes,))
     return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -119,13 +126,34 @@ def build_of(folder: RunFolder, name: str, num_classes: int) -> nn.Module:
     return build(name, num_classes)
 
 
-def _import(name: str, num_classes: int) -> nn.Module:
+# Package of architectures -> (module, function, what keeps it from downloading weights).
+_ZOOS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "timm": ("timm", "create_model", {"pretrained": False}),
+    "torchvision": ("torchvision.models", "get_model", {"weights": None}),
+}
+
+
+def _of_zoo(package: str, name: str, options: dict[str, Any]) -> nn.Module:
+    """An architecture by name. Raises LbsError."""
+    if not name.replace(".", "_").isidentifier():  # timm takes names of a hub as well, and downloads what they say
+        raise LbsError(f"model={package}:{name}: {name!r} is no name of {package}; give one such as {package}:resnet18")
+    module, function, offline = _ZOOS[package]
+    try:
+        made: nn.Module = getattr(importlib.import_module(module), function)(name, **offline, **options)
+    except ImportError as error:
+        raise LbsError(f"model={package}:{name}: {error}; pip install {package}") from error
+    except Exception as error:
+        raise LbsError(f"model={package}:{name}: {type(error).__name__}: {error}; give a name of {package}") from error
+    return made
+
+
+def _import(name: str, arguments: tuple[int, ...]) -> nn.Module:
     module_name, _, function = name.partition(":")
     try:
         # A module beside the user, where none of that name is installed: what lies in a folder takes no other's place.
         if "" not in sys.path and importlib.util.find_spec(module_name.partition(".")[0]) is None:
             sys.path.append("")
-        made = getattr(importlib.import_module(module_name), function)(num_classes)
+        made = getattr(importlib.import_module(module_name), function)(*arguments)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise LbsError(
@@ -135,6 +163,34 @@ def _import(name: str, num_classes: int) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise LbsError(f"model={name} made a {type(made).__name__}; it must return a torch.nn.Module")
     return made
+
+
+def is_function(name: str) -> bool:
+    """Whether a name is a `module:function` of the user's."""
+    package = name.partition(":")[0]
+    return ":" in name and package not in _ZOOS
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """What images a float network takes. side: None where nothing says; mean, std: empty where nothing does."""
+
+    channels: int
+    side: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def image_form(name: str, model: nn.Module) -> ImageForm:
+    """Of a network that `build` has made: by the registry, by what timm tells of it, or its first convolution."""
+    if name in lbs.models.REGISTRY:
+        channels, side, _ = lbs.models.entry(name).input_shape
+        return ImageForm(channels, side)
+    told: Any = getattr(model, "pretrained_cfg", None)
+    if name.startswith("timm:") and told:
+        return ImageForm(told["input_size"][0], told["input_size"][1], tuple(told["mean"]), tuple(told["std"]))
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return ImageForm(3 if first is None else first.in_channels, 224 if name.startswith("torchvision:") else None)
 
 
 def prune_group(name: str) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lbs
 from lbs.packing.model import PackedModel
 from lbs.run_folder import RunFolder
 from lbs.runs import network
 from lbs.train import checkpoint
-from lbs_kernels.errors import CheckpointError
+from lbs_kernels.errors import CheckpointError, LbsError
 
 PACKED = "packed.lbs.safetensors"
 
@@ -44,3 +45,21 @@ def of_run(folder: RunFolder, device: object = "cpu", with_float: bool = True, b
         checkpoint.apply_weights(float_model, checkpoint.load_weights(folder.file(network.FLOAT)), network.FLOAT)
         float_model.eval()
     return Source(lbs.load(path, str(device), budget=budget), path, float_model, folder)
+
+
+def float_of(packed: PackedModel, name: str, weights: str = "") -> nn.Module:
+    """The float network a packed file came from: `name` as in `network.build`, with its weights where they are named.
+
+    Raises:
+        LbsError: an unknown name. CheckpointError: weights of another network.
+    """
+    with torch.inference_mode():
+        logits = packed(packed.random_images(1))
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise LbsError(
+            f"{packed.name or 'the packed network'} returns no logits; the float networks named are classifiers"
+        )
+    model = network.build(name, logits.shape[1])
+    if weights:
+        checkpoint.apply_weights(model, checkpoint.load_weights(Path(weights)), weights)
+    return model.eval()

@@ -13,7 +13,7 @@ from torch import nn
 import lbs.data
 from lbs.config import FinetuneRun, FloatRun, RunConfig, SearchRun
 from lbs.graph import record_of
-from lbs.plan import Plan
+from lbs.plan import RANGES, Plan
 from lbs.quant import calibrate
 from lbs.run_folder import RunFolder
 from lbs.runs import network
@@ -21,6 +21,7 @@ from lbs.runs.limits import limits, targets_section
 from lbs.runs.network import FINAL, FLOAT, SEARCHED, NetworkCard
 from lbs.runs.searches import SearchJob, check_reach, left_out, search_of, search_settings
 from lbs.runs.session import Session, calibration_batches, goes_on, one_writer, test_loader, train_loader
+from lbs.search.baselines import evenly_pruned
 from lbs.search.budget import parameter_groups
 from lbs.search.freeze import plan_of
 from lbs.search.prepare import uniform
@@ -242,10 +243,7 @@ def _start_of_finetuning(
         network.check_images(model, card, torch.device("cpu"))
         network.load_float(model, path, card)
         if config.uniform:
-            w_bits, a_bits = config.uniform
-            quantized = uniform(
-                model, card.example(), w_bits, a_bits, config.exclude, ranges="layer", streams=config.streams
-            )  # ranges as plans have them
+            quantized = _uniform(config, model, card)
         else:
             quantized = network.apply_plan(model, card, Plan.load(config.plan))
         quantized = quantized.to(session.device)
@@ -262,6 +260,21 @@ def _start_of_finetuning(
     quantized = network.apply_plan(quantized, card, network.plan_of_run(folder))
     checkpoint.apply_weights(quantized, checkpoint.load_weights(folder.file(SEARCHED)), folder.file(SEARCHED))
     return quantized.to(session.device), card
+
+
+def _uniform(config: FinetuneRun, model: nn.Module, card: NetworkCard) -> nn.Module:
+    """The float network at uniform bits, with all its filters or an even share of them."""
+    w_bits, a_bits = config.uniform
+    if config.ranges not in RANGES:
+        raise PlanError(f"ranges={config.ranges!r} is unknown; use {' or '.join(RANGES)}")
+    ranges: Any = config.ranges
+    if not config.uniform_pruned:
+        return uniform(model, card.example(), w_bits, a_bits, config.exclude, ranges=ranges, streams=config.streams)
+    size = network.prune_group(config.model)
+    plan = evenly_pruned(model, card.example(), config.uniform_pruned, group_size=size, exclude=config.exclude)
+    plan = plan.with_bits(w_bits, a_bits)
+    layers = (replace(layer, ranges=ranges) for layer in plan.layers)
+    return network.apply_plan(model, card, replace(plan, layers=tuple(layers)))
 
 
 def _teacher(config: FinetuneRun, card: NetworkCard, folder: RunFolder) -> nn.Module | None:

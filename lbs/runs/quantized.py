@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 import lbs.data
-import lbs.models
 from lbs.data.pictures import read_pictures
 from lbs.packing.model import PackedModel
 from lbs.post_training import quantize
@@ -25,10 +24,10 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation th
 
 def quantize_files(
     name: str,
-    weights: str,
     images: str,
-    out: str,
     *,
+    weights: str | None = None,
+    out: str | None = None,
     count: int = 256,
     size: int | None = None,
     classes: int | None = None,
@@ -42,27 +41,28 @@ def quantize_files(
     """Quantize and save: (packed network, what `--json` tells).
 
     Arguments:
-        name: as in `network.build`. weights: a state dict, .safetensors or .pth. images: see `read_pictures`.
-        out: the file written, at once or not at all; it ends in .lbs.safetensors. size: of images; by default that of a
-            network of lbs.models, else that of the images. classes: by default as many as the last matrix of the
-            weights has rows. uint8: the packed network is given bytes and normalises them. latency_device: whose times
-            latency_ms counts. say: is told what is done, and which images cannot be read. options: of `lbs.quantize`.
+        name: as in `network.build`. images: see `read_pictures`. weights: a state dict, .safetensors or .pth; only a
+            function may come with its own.
+        out: the file written, at once or not at all; it ends in .lbs.safetensors, and by default is called as the
+            network. size: of images; by default that of the network where it is known, else that of the images.
+        classes: by default as many as the last matrix of the weights has rows. uint8: the packed network is given bytes
+            and normalises them. latency_device: whose times latency_ms counts. say: is told what is done, and which
+            images cannot be read. options: of `lbs.quantize`.
 
     Raises:
         LbsError: of its family, whatever is wrong with model, weights, images or targets.
     """
+    out = out or name.rpartition(":")[2]
     target = Path(out if out.endswith(".safetensors") else out + SUFFIX)
     if target.is_dir():
         raise LbsError(f"{target} is a folder; name a file")
-    tensors = checkpoint.load_weights(Path(weights))
-    model = network.build(name, classes or _classes(tensors, weights))
-    checkpoint.apply_weights(model, tensors, weights)
-    model.eval()
-    channels, sides = _image_form(name, model)
+    model = _trained(name, weights, classes).eval()
+    form = network.image_form(name, model)
+    channels, sides = form.channels, form.side
     pictures, unread = read_pictures(images, count, channels, size or sides)
     for reason in unread.values():
         say(f"left out: {reason}")
-    mean, std = _statistics(mean, std, channels, say)
+    mean, std = _statistics(mean, std, form, say)
     say(f"{len(pictures)} images of {' x '.join(map(str, pictures.shape[1:]))} from {images}")
     if options.get("latency_ms") is not None:
         options["table"] = latency_table(name, latency_device, options.get("streams", FLOAT))
@@ -75,6 +75,17 @@ def quantize_files(
     return packed, section | (targets_section(report.outcome) if report.outcome is not None else {})
 
 
+def _trained(name: str, weights: str | None, classes: int | None) -> nn.Module:
+    if weights is not None:
+        tensors = checkpoint.load_weights(Path(weights))
+        model = network.build(name, classes or _classes(tensors, weights))
+        checkpoint.apply_weights(model, tensors, weights)
+        return model
+    if not network.is_function(name):
+        raise LbsError(f"{name} is built with random weights, and none are downloaded; give weights=FILE")
+    return network.build(name, classes)
+
+
 def _classes(tensors: dict[str, Tensor], weights: str) -> int:
     matrices = [tensor for tensor in tensors.values() if tensor.dim() == 2]
     if not matrices:
@@ -82,19 +93,14 @@ def _classes(tensors: dict[str, Tensor], weights: str) -> int:
     return len(matrices[-1])
 
 
-def _image_form(name: str, model: nn.Module) -> tuple[int, int | None]:
-    """Channels and sides of the images; sides are None where the model does not say."""
-    if name in lbs.models.REGISTRY:
-        channels, height, _ = lbs.models.entry(name).input_shape
-        return channels, height
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return (3 if first is None else first.in_channels), None
-
-
 def _statistics(
-    mean: tuple[float, ...], std: tuple[float, ...], channels: int, say: Callable[[str], None]
+    mean: tuple[float, ...], std: tuple[float, ...], form: network.ImageForm, say: Callable[[str], None]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Those given, or of three channels ImageNet's. Raises DataError."""
+    """Those given, those the network comes with, or of three channels ImageNet's. Raises DataError."""
+    channels = form.channels
+    if not mean and not std and form.mean:
+        say(f"images are normalised by mean {form.mean} and deviation {form.std}, as the network has them")
+        return form.mean, form.std
     if not mean and not std and channels == len(IMAGENET[0]):
         say(f"images are normalised by ImageNet's mean {IMAGENET[0]} and deviation {IMAGENET[1]}, as none were given")
         return IMAGENET

@@ -93,6 +93,13 @@ def _uniform(network: Network, w_bits: int, a_bits: int) -> Row:
     return Row(f"{network.name}-{variant}", network, variant, None, {"uniform": (w_bits, a_bits)}, published=mark)
 
 
+def _evenly_pruned(network: Network, bits: int, share: float) -> Row:
+    """Uniform bits without a share of the filters of every layer that can lose some; `uniform_pruned` is another."""
+    variant = f"uniform-{bits}-pruned"
+    named = {"uniform": (bits, bits), "uniform_pruned": share}
+    return Row(f"{network.name}-{variant}", network, variant, None, named)
+
+
 def _cifar_rows(network: Network, joint: float, quantized: float, pruned: float) -> list[Row]:
     return [
         _row(network, "joint", {"bops": joint}, OURS),
@@ -103,6 +110,7 @@ def _cifar_rows(network: Network, joint: float, quantized: float, pruned: float)
         _row(network, "greedy", {"bops": joint, "mode": "greedy"}, ""),
         *[_uniform(network, bits, bits) for bits in UNIFORM_BITS],
         *[_uniform(network, *pair) for pair in MIXED_PAIRS],
+        _evenly_pruned(network, 4, 0.25),
     ]
 
 
@@ -126,6 +134,7 @@ ROWS: dict[str, Row] = {
         _row(DIGITS, "greedy", {"bops": 0.02, "mode": "greedy"}, ""),
         _row(DIGITS, "quant-only", {"bops": 0.03, "mode": "quantization-only"}, ""),
         *[_uniform(DIGITS, bits, bits) for bits in UNIFORM_BITS],
+        _evenly_pruned(DIGITS, 4, 0.25),
     )
 }
 

@@ -11,22 +11,25 @@ from torch import Tensor, nn
 
 import lbs
 import lbs.data
-from lbs.benchmark import PACKED as PACKED_ROW
+from lbs.contenders import PACKED as PACKED_ROW
+from lbs.contenders import UNIFORM8 as UNIFORM8_ROW
 from lbs.cost.latency import fastest, surroundings
 from lbs.packing.explain import estimated_call, streams_of, streams_of_codes
 from lbs.packing.model import PackedModel
 from lbs.packing.parts import time_call, torch_threads
 from lbs.run_folder import RunFolder, read_sections
 from lbs.runs import network
-from lbs.runs.packed import PACKED, of_run
+from lbs.runs.bench_images import of_data
+from lbs.runs.packed import PACKED, Source, of_run
 from lbs.runs.session import one_writer
 from lbs_kernels.device import default_threads
-from lbs_kernels.errors import CheckpointError, GraphError, LbsError
+from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 from lbs_kernels.times.table import kind
 
 UNIFORM8 = "uniform8.lbs.safetensors"
 _EXAMPLES = 4
 _BATCH = 256
+_IMAGES = ("images", "labels", "calibration")  # arguments of lbs.bench
 
 
 @one_writer
@@ -40,7 +43,7 @@ def pack_run(folder: RunFolder, stream_dtype: str = "float32", uint8: bool = Fal
     if network.plan_of_run(folder).in_float:
         raise GraphError(
             f"{folder.path} holds a float network: its search cut filters and no bits. There is nothing to pack; "
-            "search bits too, in a new run with --mode joint or two-stage"
+            "search bits too, in a new run with mode=joint or mode=two-stage"
         )
     target = _processor_target(folder)
     data = network.images_of(card)
@@ -102,7 +105,7 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False, budget
     rounding boundary, and never if `strict`. `budget`: of the file, as for `lbs.load`.
     """
     if images < 1:
-        raise LbsError(f"{images} images to compare code by code; give --images 1 or more")
+        raise LbsError(f"{images} images to compare code by code; give images=1 or more")
     started = time.monotonic()
     model, card = network.load_network(folder)
     packed = of_run(folder, with_float=False, budget=budget).packed
@@ -160,19 +163,34 @@ def uniform8_run(folder: RunFolder, images: list[Tensor], budget: float | None =
 
 @one_writer
 def bench_run(
-    folder: RunFolder, say: Callable[[str], None], budget: float | None = 1.0, **options: Any
+    folder: RunFolder,
+    say: Callable[[str], None],
+    source: Source | None = None,
+    budget: float | None = 1.0,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Time the packed network of a run against its float network and the one of `uniform8_run`, options as `lbs.bench`.
+    """Time the packed network of a run against its float network and others, options as `lbs.bench`.
 
-    `of_bits` of the section: by batch, how many times faster than the same filters at 8 bits it is. `budget`: of both
-    files, as for `lbs.load`.
+    The network of `uniform8_run` is taken where there is one. All are asked for test images of the run's data unless
+    `images` are given, or where that is not there any more, which is said. `budget`: of the files, as for `lbs.load`.
+    `of_bits` of the section: by batch, how many times faster than the same filters at 8 bits the packed network is.
     """
-    source, even = of_run(folder, budget=budget), lbs.load(folder.file(UNIFORM8), budget=budget)
-    timed = lbs.bench(source.packed, model=source.float_model, uniform8=even, **options)
+    source = source or of_run(folder, budget=budget)
+    packed, device = source.packed, source.packed.device
+    if "images" not in options:
+        try:
+            options |= of_data(network.images_of(network.NetworkCard.read(folder)), packed).options()
+        except (DataError, TrainingError) as error:
+            say(f"images of random numbers, and no accuracies: {error}")
+    even = lbs.load(folder.file(UNIFORM8), str(device), budget=budget) if "uniform8" in folder.results() else None
+    timed = lbs.bench(packed, model=source.float_model, uniform8=even, **options)
     say(str(timed))
-    kept = lbs.bench(source.packed, model=network.load_network(folder)[0], baselines=("uniform8",), **options)
-    of_bits = {str(row.batch): kept.ratio("uniform8", row.batch) for row in kept.rows if row.contender == PACKED_ROW}
-    section = {**timed.to_json(), "of_bits": of_bits}
+    section = timed.to_json()
+    if UNIFORM8_ROW in timed.bytes:
+        alone = {key: value for key, value in options.items() if key not in (*_IMAGES, "baselines")}
+        kept = lbs.bench(packed, model=network.load_network(folder)[0], baselines=("uniform8",), **alone)
+        ratios = {row.batch: row.ratios[UNIFORM8_ROW] for row in kept.rows if row.contender == PACKED_ROW}
+        section["of_bits"] = {str(batch): ratio for batch, ratio in ratios.items()}
     folder.add_result("bench", section)
     return section
 

@@ -50,15 +50,15 @@ def shapes_of(name: str, input_shape: tuple[int, ...] = (), classes: int | None 
     """
     if input_shape and (len(input_shape) not in (2, 3) or min(input_shape) < 1):
         raise LbsError(
-            f"--input-shape {','.join(map(str, input_shape))} is no image; give channels, height and width, such as "
-            "3,32,32 (a line: channels and length), each at least 1"
+            f"input_shape={input_shape} is no image; give channels, height and width, such as 3, 32 and 32 (a line: "
+            "channels and length), each at least 1"
         )
     if classes is not None and classes < 1:
-        raise LbsError(f"--classes {classes}; give at least 1")
+        raise LbsError(f"classes={classes}; give at least 1")
     if ":" in name and not (input_shape and classes):
         raise LbsError(
             f"{name} does not say what it takes; name the shape of one image and the number of classes: "
-            "--input-shape 3,32,32 --classes 100"
+            "input_shape=(3, 32, 32), classes=100"
         )
     known = None if ":" in name else lbs.models.entry(name)
     if known is not None:

@@ -1,6 +1,7 @@
 """What a learned search is measured against: greedy projection by measured losses, and pruning before quantizing.
 
-Uniform widths are `lbs.uniform`, or a chain of one width; separate branches are `SearchConfig(multi_path=True)`.
+Uniform widths are `lbs.uniform`, or a chain of one width, filters pruned evenly `evenly_pruned`; separate branches are
+`SearchConfig(multi_path=True)`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lbs.plan import Plan
 from lbs.quant import calibrate
 from lbs.search.budget import Budget, BudgetResult
-from lbs.search.freeze import freeze
+from lbs.search.freeze import freeze, plan_of
 from lbs.search.layers import FULL_BITS
+from lbs.search.ledger import Ledger
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.projection import at_levels
 from lbs.search.projection import project as project_choices
@@ -55,8 +58,16 @@ def project(
     return project_budget(Budget(model, bops, size_mb=size_mb, latency_ms=latency_ms, table=table), batches, loss)
 
 
-def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: Loss = F.cross_entropy) -> BudgetResult:
-    """`project` towards the targets of a budget, which is frozen from then on."""
+def project_budget(
+    budget: Budget,
+    batches: Iterable[tuple[Tensor, Any]],
+    loss: Loss = F.cross_entropy,
+    filters: Callable[[Ledger], None] | None = None,
+) -> BudgetResult:
+    """`project` towards the targets of a budget, which is frozen from then on.
+
+    filters: gives the ledger's choices of filters their order and errors, which are not measured here then.
+    """
     stored = list(batches)
     if not stored:
         raise PlanError("project got no batch; give at least one batch of images and labels")
@@ -66,9 +77,12 @@ def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: 
         ledger.read(errors=True)
         at_levels(ledger, lambda choice: choice.top)
         ledger.apply()
-        open_loss, below = losses(model, ledger, stored, loss)
-        for choice in ledger.choices:
-            choice.errors = _errors_of(below[choice], open_loss)
+        if filters is not None:
+            filters(ledger)
+        known = () if filters is None else tuple(ledger.filters)
+        open_loss, below = losses(model, ledger, stored, loss, without=known)
+        for choice, found in below.items():
+            choice.errors = _errors_of(found, open_loss)
         project_choices(ledger, budget.targets, filters_last=False)
         ledger.apply()
         budget.freeze()  # holds the thresholds as they are now
@@ -78,6 +92,26 @@ def project_budget(budget: Budget, batches: Iterable[tuple[Tensor, Any]], loss: 
 def _errors_of(below: list[float], open_loss: float) -> tuple[float, ...]:
     """Loss added by each step down of one choice, the others open; what lowers the loss counts as free."""
     return tuple(max(0.0, lower - upper) for lower, upper in pairwise([*below, open_loss]))
+
+
+def evenly_pruned(
+    model: nn.Module, example: Tensor, share: float, *, group_size: int = 4, exclude: tuple[str, ...] = ()
+) -> Plan:
+    """The plan of a float network of which every layer that can lose filters loses the same share of its groups.
+
+    Those whose norms have the smallest gamma go. `with_bits` makes it one of uniform bits, `freeze` applies it.
+
+    Raises:
+        PlanError: a share outside [0, 1). GraphError: as `prepare`.
+    """
+    config = SearchConfig((FULL_BITS,), group_size=group_size, max_pruning_ratio=share, exclude=exclude)
+    searched = prepare(model, example, config)
+    plan_of(searched)  # ranks the filters
+    ledger = Ledger(searched)
+    ledger.read(errors=True)
+    at_levels(ledger, lambda choice: 0)
+    ledger.apply()
+    return plan_of(searched)
 
 
 def two_stage(

@@ -15,7 +15,7 @@ from lbs.quant.layers import QuantLayer, fixed_kind
 from lbs.quant.quantizers import ActivationQuantizer, InputQuantizer, StreamQuantizer
 from lbs.search.gates import BitGate, refresh
 from lbs.search.layers import FULL_BITS, SearchLayer
-from lbs.search.multi_path import settled_range
+from lbs.search.multi_path import settled_range, settled_weight
 from lbs.search.replace import carry, kept_like, layer_arguments, layer_options, like, replace_layer
 from lbs.search.streams import share_quantizers
 from lbs.wrappers import copied, unwrapped
@@ -178,7 +178,7 @@ def _fixed(
 ) -> nn.Module:
     """A layer of fixed bits that keeps `rows` (filters) and `columns` (input channels) of `old`."""
     new = _float_layer(old, entry) if entry.w_bits == FULL_BITS else _quantized_layer(old, entry)
-    weight: Tensor = old.weight  # type: ignore[assignment]
+    weight = settled_weight(old, entry.w_bits)
     bias: Tensor | None = old.bias  # type: ignore[assignment]
     key = (id(weight), rows, columns)
     if rows is not None:

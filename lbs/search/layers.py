@@ -18,7 +18,7 @@ from lbs.search.importance import IMPORTANCE, rule_of
 from lbs.search.multi_path import BranchGate
 
 # What a layer under search has and a layer of fixed bits has not.
-SEARCH_STATE = ("w_gate", "prune", "importance", "input_gate", "through_gate", "norm_behind", "watches_input")
+SEARCH_STATE = ("w_gate", "prune", "importance", "input_gate", "through_gate", "norm_behind", "watches_input", "paths")
 FULL_BITS = 32  # a layer of these bits computes in float: only its filters are searched
 
 
@@ -34,7 +34,7 @@ class FloatInput(nn.Module):
 class SearchQuantizer(ActivationQuantizer):
     """An activation quantizer whose width is searched."""
 
-    def __init__(self, chain: tuple[int, ...], signed: bool = False, multi_path: bool = False) -> None:
+    def __init__(self, chain: tuple[int, ...], signed: bool = False, multi_path: bool | str = False) -> None:
         super().__init__(chain[-1], signed, zero_bits=chain[0])
         self.gate = BranchGate(chain) if multi_path else BitGate(chain)
 
@@ -71,6 +71,7 @@ class SearchLayer(QuantLayer):
 
     w_gate: BitGate | None
     prune: PruneGate | None
+    paths: nn.ParameterList | None
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class SearchLayer(QuantLayer):
         quantizer: ActivationQuantizer | InputQuantizer | FloatInput,
         standardize: str,
         importance: str,
-        multi_path: bool = False,
+        multi_path: bool | str = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -87,6 +88,7 @@ class SearchLayer(QuantLayer):
         gate_type = BranchGate if multi_path else BitGate
         self.w_gate = gate_type(chain) if len(chain) > 1 else None
         self.w_grid = "odd" if self.w_gate is not None else grid_at(chain[-1])
+        self.paths = None  # weights of every branch but the widest, which has `weight`
         self.prune = None
         self.importance = importance
         # In lists: owned, saved and trained elsewhere.
@@ -131,10 +133,39 @@ class SearchLayer(QuantLayer):
         if learning and self.watches_input:
             seen = input.detach()
             self.input_gate[0].note(seen.flatten(2).mean((0, 2)) if seen.dim() > 2 else seen.mean(0))
+        if self.paths is not None and self.training and self.quantize:
+            return self._through_paths(input)
         return super().forward(input)
 
+    def split_paths(self) -> None:
+        """Give every branch weights of its own, all as the layer's are now, and so a convolution."""
+        gate = self.w_gate
+        if isinstance(gate, BranchGate):
+            own = (nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad) for _ in gate.chain[1:])
+            self.paths = nn.ParameterList(own)
+
+    def path_weight(self, level: int) -> Tensor:
+        """The weights of one branch."""
+        return self.weight if self.paths is None or level == len(self.paths) else self.paths[level]
+
+    def _through_paths(self, input: Tensor) -> Tensor:
+        """The sum over the branches' convolutions, each times what it counts."""
+        gate: Any = self.w_gate
+        source, v, shares = self.quantizer(input), self.weight_range().abs(), gate.weights()
+        total: Any = None
+        for level in range(len(gate.chain)):
+            w = codec.standardize(self.path_weight(level), self.standardize, self._alive())
+            weight = self._cut_inputs(gate.branch(w, v, codec.WEIGHTS["odd"], level) * self.output_scale)
+            part = self.product(source, weight, None)
+            part = shares[level].to(part.dtype) * part
+            total = part if total is None else total + part
+        if self.bias is None:
+            return total
+        return total + (self.bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else self.bias)
+
     def float_weight(self) -> Tensor:
-        return codec.standardize(self.weight, self.standardize, self._alive())
+        weight = self.weight if self.w_gate is None else self.path_weight(self.w_gate.level)
+        return codec.standardize(weight, self.standardize, self._alive())
 
     def _alive(self) -> Tensor | None:
         """1 for weights between living channels, broadcastable to `weight`; None if all live."""

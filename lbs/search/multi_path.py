@@ -5,13 +5,21 @@
 T puts logits on the scale of bit sharing's thresholds, so that one learning rate serves both. The widest branch starts
 with two thirds of the weight: among equal ones the first step of the budget would decide everything.
 
-Every step computes K_w + K_a quantized copies where bit sharing computes one of each: that is the comparison. The same
-`Budget` drives it: the share of the increment to width b_j is p_j + p_(j+1) + ... instead of a product of gates.
+Every step computes K_w + K_a quantized copies where bit sharing computes one of each. What the papers compare with is
+dearer: there a branch is a convolution with weights of its own,
+
+    y = sum_b p_b * (Q_b(w_b; v_b) * x'),   x' = the mix of the activations' branches
+
+(Wu et al. 2018, arXiv 1812.00090): `SearchConfig(multi_path="convolutions")`. With equal weights both are the same
+number, so that they differ in what they learn, in time and in memory. One convolution for the sum is the cheaper form,
+as Cai and Vasconcelos have it (2020, arXiv 2004.05795). The same `Budget` drives it: the share of the increment to
+width b_j is p_j + p_(j+1) + ... instead of a product of gates.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +85,14 @@ class BranchGate(BitGate):
     def settle(self) -> None:
         """One branch is left once the search is over."""
         self.close_to(int(self.open_level()))
+
+
+def settled_weight(layer: Any, bits: int) -> Tensor:
+    """The weights of the branch of a width, or the layer's where its branches share them."""
+    gate = getattr(layer, "w_gate", None)
+    if not getattr(layer, "paths", None) or gate is None or bits not in gate.chain:
+        return layer.weight
+    return layer.path_weight(gate.chain.index(bits))
 
 
 def settled_range(common: nn.Parameter, gate: BitGate | None) -> nn.Parameter:

@@ -32,6 +32,8 @@ from lbs.wrappers import unwrapped
 from lbs_kernels.errors import FormatError, GraphError, LbsError, PlanError, raise_together
 from lbs_kernels.program.planes import accumulator_fits, check_accumulator
 
+CONVOLUTIONS = "convolutions"  # of multi_path
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -44,7 +46,8 @@ class SearchConfig:
     group (B). max_pruning_ratio: share of a layer's groups that may close. importance: a rule of
     lbs/search/importance.py, such as `gamma` or the paper's `magnitude`. filter_tile: kept filters of a layer are a
     multiple of it. ranges: of weights, one for every filter, or one for the layer (as in LBS). multi_path: a branch of
-    its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py. exclude: name patterns
+    its own for every width instead of bit sharing, the baseline of lbs/search/multi_path.py; "convolutions" gives every
+    branch weights and a convolution of its own. exclude: name patterns
     left in float, each matching a layer. trace=False (with pruning=False) serves models torch.fx cannot trace; they can
     be searched and fine-tuned, not packed. The first and the last layer stay at 8 / 8 bits and keep their filters
     (`lbs.cost.edge_layers`).
@@ -58,7 +61,7 @@ class SearchConfig:
     filter_tile: int = 1
     standardize: str = "scale"
     ranges: Literal["filter", "layer"] = "filter"
-    multi_path: bool = False
+    multi_path: bool | Literal["convolutions"] = False
     exclude: tuple[str, ...] = ()
     trace: bool = True
 
@@ -77,6 +80,8 @@ class SearchConfig:
             raise PlanError(
                 f"max_pruning_ratio={self.max_pruning_ratio}; it lies in [0, 1): a layer keeps one group at least"
             )
+        if self.multi_path not in (False, True, CONVOLUTIONS):
+            raise PlanError(f"multi_path={self.multi_path!r} is unknown; use False, True or {CONVOLUTIONS!r}")
         if self.ranges not in RANGES:
             raise PlanError(f"ranges={self.ranges!r} is unknown; use {' or '.join(RANGES)}")
         if self.importance not in IMPORTANCE:
@@ -445,7 +450,10 @@ def _searchable(
     extra: dict[str, Any] = {"chain": chain, "quantizer": quantizer, "standardize": config.standardize}
     extra |= {"importance": config.importance, "multi_path": config.multi_path}
     new = searched_kind(old)(*layer_arguments(old), **extra, **layer_options(old))
-    return adopt(new, old)  # type: ignore[return-value]
+    adopt(new, old)
+    if config.multi_path == CONVOLUTIONS:
+        new.split_paths()
+    return new
 
 
 def fixed_layer(

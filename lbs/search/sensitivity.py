@@ -7,33 +7,45 @@ are all that is held. A model that cannot be traced takes whole passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
 from lbs.graph import trace
-from lbs.search.ledger import Choice, Ledger
+from lbs.search.ledger import Choice
 from lbs.traced import Evaluation, evaluating
 from lbs_kernels.errors import GraphError
+
+
+class Tried(Protocol):
+    """Choices, and what makes a model compute at their levels: a ledger, say."""
+
+    choices: list[Choice]
+
+    def apply(self) -> None:
+        """Make the model follow the present levels."""
+
 
 Loss = Callable[[Any, Any], Tensor]  # of what the model returns and what a batch says it should
 Batches = Sequence[tuple[Tensor, Any]]
 
 
-def losses(model: nn.Module, ledger: Ledger, batches: Batches, loss: Loss) -> tuple[float, dict[Choice, list[float]]]:
+def losses(
+    model: nn.Module, ledger: Tried, batches: Batches, loss: Loss, without: Container[Choice] = ()
+) -> tuple[float, dict[Choice, list[float]]]:
     """(mean loss, all choices at the levels they have; by choice those at every level below, lowest first).
 
     Arguments:
         model: of the ledger, whose choices are at their top and applied; they are again afterwards. batches: (images,
-            whatever `loss` compares outputs with).
+            whatever `loss` compares outputs with). without: choices that are left at their top.
     """
     total = sum(len(images) for images, _ in batches)
+    found = {choice: [0.0] * choice.top for choice in ledger.choices if choice not in without}
     try:
-        walk: _Walk | _Whole = _Walk(trace(model, batches[0][0][:2]).module, ledger)
+        walk: _Walk | _Whole = _Walk(trace(model, batches[0][0][:2]).module, ledger, list(found))
     except GraphError:
         walk = _Whole(model, ledger)
-    found = {choice: [0.0] * choice.top for choice in ledger.choices}
     open_loss = 0.0
     with evaluating(model):
         for images, labels in batches:
@@ -46,7 +58,7 @@ def losses(model: nn.Module, ledger: Ledger, batches: Batches, loss: Loss) -> tu
     return open_loss, found
 
 
-def _tried(ledger: Ledger, choice: Choice, found: list[float], run: Callable[[], float]) -> None:
+def _tried(ledger: Tried, choice: Choice, found: list[float], run: Callable[[], float]) -> None:
     """Adds to `found` what `run` gives with the choice at each level below its top, where it is again afterwards."""
     for level in reversed(range(choice.top)):
         choice.level = level
@@ -59,7 +71,7 @@ def _tried(ledger: Ledger, choice: Choice, found: list[float], run: Callable[[],
 class _Whole:
     """Passes from the images to the outputs."""
 
-    def __init__(self, model: nn.Module, ledger: Ledger) -> None:
+    def __init__(self, model: nn.Module, ledger: Tried) -> None:
         self.model, self.ledger = model, ledger
 
     def along(self, images: Tensor, loss: Callable[[Any], float], found: dict[Choice, list[float]]) -> float:
@@ -71,14 +83,14 @@ class _Whole:
 class _Walk(Evaluation):
     """Goes along the nodes of a graph, and from each that a choice belongs to, to the end and back."""
 
-    def __init__(self, module: fx.GraphModule, ledger: Ledger) -> None:
+    def __init__(self, module: fx.GraphModule, ledger: Tried, choices: Sequence[Choice]) -> None:
         super().__init__(module)
         self.ledger = ledger
         self.nodes = list(module.graph.nodes)
         first = {str(n.target): n for n in reversed(self.nodes) if n.op == "call_module"}
         self.starting: dict[fx.Node, list[Choice]] = {}
         self.uncalled: list[Choice] = []
-        for choice in ledger.choices:
+        for choice in choices:
             if choice.layer in first:
                 self.starting.setdefault(first[choice.layer], []).append(choice)
             else:

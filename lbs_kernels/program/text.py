@@ -30,15 +30,7 @@ def read_program(text: str, blob_bytes: int | None = None) -> Program:
     Raises:
         FormatError: names the place (`steps[3].emit.low`), the value and the rule.
     """
-    if len(text) > MAX_TEXT:
-        raise FormatError(f"program text has {len(text)} characters; at most {MAX_TEXT} are read", "text-size")
-    try:
-        text.encode()
-        body = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except FormatError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"program text is not JSON: {error}; write it with Program.to_json", "json") from error
+    body = parse_json(text, "program text")
     if not isinstance(body, dict):
         raise FormatError(f"program text is a JSON {type(body).__name__}; expected an object", "type")
     version = body.get("version")
@@ -52,17 +44,36 @@ def read_program(text: str, blob_bytes: int | None = None) -> Program:
     return program
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in keys or keys.add(key))  # type: ignore[func-returns-value]
-        raise FormatError(f"program text repeats the key {repeated!r} in one object; keys are unique", "repeated-key")
-    return result
+def parse_json(text: str, what: str) -> Any:
+    """The value of a text that readers in every language take alike: JSON of RFC 8259 whose keys are unique.
 
+    Args:
+        what: the text is, in words of an error.
 
-def _refuse_constant(name: str) -> float:
-    raise FormatError(f"program text holds {name}; numbers are finite", "json")
+    Raises:
+        FormatError: another text.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys: set[str] = set()
+            repeated = next(key for key, _ in pairs if key in keys or keys.add(key))  # type: ignore[func-returns-value]
+            raise FormatError(f"{what} repeats the key {repeated!r} in one object; keys are unique", "repeated-key")
+        return result
+
+    def refuse_constant(name: str) -> float:
+        raise FormatError(f"{what} holds {name}; numbers are finite", "json")
+
+    if len(text) > MAX_TEXT:
+        raise FormatError(f"{what} has {len(text)} characters; at most {MAX_TEXT} are read", "text-size")
+    try:
+        text.encode()
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what} is not JSON: {error}; it is damaged, write it again", "json") from error
 
 
 def _read_record(value: Any, kind: Record, place: str) -> Any:

@@ -7,7 +7,7 @@ from lbs_kernels.program.steps import ConvStep, Program
 from lbs_kernels.times import table
 
 # What a measured algorithm asks for. Times are those of other weights, so a winner that does not suit these gives way.
-WISHES = {"direct": "direct", "winograd": "winograd-or-direct"}
+WISHES = {"direct": "direct", "lanes": "lanes-or-direct", "winograd": "winograd-or-direct"}
 
 
 def measured(program: Program, batch: int, threads: int) -> tuple[str, ...]:

@@ -31,9 +31,9 @@ class CpuRunner:
         Args:
             blob: uint8, contiguous, on the CPU; kept, and copied into every layout.
             isa: instruction set, a key of `device.isa_reasons`, or "auto": what LBS_ISA names, else the best present.
-            algorithms: step name -> "direct", "lanes", "winograd", or "winograd-or-direct" (the latter where the
-                former cannot serve); of other steps the native module guesses the faster one. Unless given, what was
-                measured decides, for the isa "auto" alone: tables tell of no other.
+            algorithms: step name -> "direct", "lanes", "winograd", "lanes-or-direct", or "winograd-or-direct" (the
+                latter where the former cannot serve); of other steps the native module guesses the faster one. Unless
+                given, what was measured decides, for the isa "auto" alone: tables tell of no other.
 
         Raises:
             BackendError: no native module, or it cannot run `isa` here, or an algorithm does not suit its step.

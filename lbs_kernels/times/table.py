@@ -21,7 +21,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -263,7 +263,7 @@ _Grid = dict[tuple[int, int], dict[str, float]]  # (in_channels, out_channels) -
 def estimate(problem: Problem, threads: int | None = None) -> float | None:
     """Seconds of a layer by linear interpolation in its channels between measured problems that differ in nothing else.
 
-    Between the four neighbours (in_channels, out_channels) of the grid `lbs tune` measured; at the nearest measured
+    Between four neighbours (in_channels, out_channels) of the grid `lbs tune` measured; at the nearest measured
     bucket of the batch, in proportion to it. Below the grid its smallest size counts.
 
     Args:
@@ -306,18 +306,38 @@ def _place(row: str) -> tuple[str, tuple[int, int]]:
 
 
 def _interpolate(grid: _Grid, problem: Problem, threads: int | None) -> float | None:
-    inputs = _neighbours({place[0] for place in grid}, problem.in_channels)
-    outputs = _neighbours({place[1] for place in grid}, problem.out_channels)
-    diagonal = "_depthwise_" in _place(key(problem))[0]
-    total = 0.0
-    for c, c_share in inputs:
-        for o, o_share in [(c, 1.0)] if diagonal else outputs:
-            measured = grid.get((c, o), {})
-            own = {i: t for i, t in measured.items() if threads is None or is_native(i, threads)}
-            if not own:
-                return None
-            total += c_share * o_share * min(own.values())
-    return total if inputs and outputs else None
+    """Between the corners of the smallest rectangle around the problem that are all measured.
+
+    Layers that differ in nothing but channels share a grid, which then has holes: 64 -> 384 and 384 -> 64 of a
+    bottleneck were measured at sizes of their own.
+    """
+    known: dict[int, dict[int, float]] = {}  # by outputs and inputs
+    for (c, o), measured in grid.items():
+        own = [t for i, t in measured.items() if threads is None or is_native(i, threads)]
+        if own:
+            known.setdefault(o, {})[c] = min(own)
+    if "_depthwise_" in _place(key(problem))[0]:
+        along = _neighbours({o for o, row in known.items() if o in row}, problem.out_channels)
+        return sum(share * known[o][o] for o, share in along) if along else None
+    best: tuple[float, float] | None = None
+    for outputs in _brackets(known.keys(), problem.out_channels):
+        sides = [o for o, _ in outputs]
+        inputs = _neighbours(set.intersection(*(set(known[o]) for o in sides)), problem.in_channels)
+        if not inputs:
+            continue
+        extent = math.log(max(sides) / min(*sides, problem.out_channels))
+        extent += math.log(inputs[-1][0] / min(inputs[0][0], problem.in_channels))
+        if best is None or extent < best[0]:
+            best = extent, sum(o_share * c_share * known[o][c] for o, o_share in outputs for c, c_share in inputs)
+    return None if best is None else best[1]
+
+
+def _brackets(sizes: Iterable[int], size: int) -> Iterator[list[tuple[int, float]]]:
+    """Every pair of measured sizes around `size`, with their shares of it, as `_neighbours`."""
+    low = [s for s in sizes if s <= size]
+    high = [s for s in sizes if s >= size]
+    for pair in ({s, t} for t in high for s in (low or [t])):
+        yield _neighbours(pair, size)
 
 
 def _neighbours(sizes: set[int], size: int) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -15,8 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import lbs
 import lbs.data
 import lbs.models
+from lbs.errors import LbsError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -59,6 +62,25 @@ def test_of_arrays_training_images_calibrate(bench: ModuleType, tmp_path: Path) 
     assert (len(found.calibration), len(found.test)) == (bench.CALIBRATION, len(data.test_x))
     assert torch.equal(found.labels, data.test_y)
     assert abs(float(found.calibration.mean())) < 0.05
+
+
+def test_a_row_under_milliseconds(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8/8 bits over a factor, filters and all; what was not measured is said."""
+    args = argparse.Namespace(bops=None, faster=1.25, prune=0.5, distill=3, only_faster=True)
+    plain, trained = bench.asked_rows(args)
+    assert (plain.distill, trained.distill, trained.name) == (0, 3, "1.25x, up to 50% pruned, 3 epochs")
+    assert len(bench.asked_rows(argparse.Namespace(**{**vars(args), "only_faster": False}))) == 8
+    model, x = lbs.models.create("digits_resnet8").eval(), torch.randn(16, 1, 8, 8)
+    monkeypatch.setattr(bench, "call_seconds", lambda *_, **options: None)
+    with pytest.raises(LbsError, match="run lbs tune --shapes MODEL first"):
+        bench.budget_of(plain, model, x)
+    monkeypatch.setattr(bench, "call_seconds", lambda *_, **options: 1e-3)
+    budget = bench.budget_of(plain, model, x)
+    assert (budget["latency_ms"], budget["max_pruning_ratio"]) == (0.8, 0.5)
+    assert bench.budget_of(bench.Asked((8, 8)), model, x) == {"bits": (8, 8), "bops": None}
+    found = bench.timed(lbs.quantize(model, x), model, x, 3)
+    assert found["faster"] > 0
+    assert 0 < found["packed"][0] <= found["packed"][1]
 
 
 @pytest.mark.slow

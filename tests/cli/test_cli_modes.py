@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lbs import run_folder
 from lbs.cli import main
-from lbs.config import SearchRun
+from lbs.config import FinetuneRun, SearchRun
 from lbs.cost import latency
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder
@@ -23,7 +23,7 @@ from lbs.runs import limits, network, rows
 from lbs.runs.stages import pack_run
 from lbs.train import checkpoint
 from lbs.train.trainer import Trainer
-from lbs_kernels.errors import GraphError, PlanError
+from lbs_kernels.errors import GraphError, PlanError, TrainingError
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
 
@@ -46,6 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("modes")
     (folder / "tiny_modes.py").write_text(cli_nets.SOURCE)
     made = [rows._row(SMALL, mode, {"bops": bops, "mode": mode}, "") for mode, bops in MODES.items()]
+    made.append(rows._evenly_pruned(SMALL, 4, 0.5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "ROWS", {row.name: row for row in made})
         patch.chdir(folder)
@@ -78,6 +79,31 @@ def test_a_row_of_every_mode(home: Path, mode: str) -> None:
         assert record["equal_predictions"] == record["images"] == 360
     pruned = any(layer.kept_filters < layer.filters for layer in plan.layers)
     assert pruned or mode not in ("pruning-only", "two-stage")
+
+
+def test_uniform_bits_without_an_even_share_of_the_filters(home: Path) -> None:
+    line = "reproduce small-uniform-4-pruned --out even --schedule 1 --threads 1 --finetune ranges=filter"
+    assert main.main(line.split()) == 0
+    record, plan = json.loads((home / "even/record.json").read_text()), Plan.load(home / "even/plan.json")
+    assert record["verified"]
+    assert record["bits"] == [[4, 4], [8, 8]]
+    assert {layer.ranges for layer in plan.layers} == {"filter"}
+    whole = {layer.name: layer.filters for layer in plan.layers}
+    assert record["pruned_layers"] == {name: f"{whole[name] // 2}/{whole[name]}" for name in record["pruned_layers"]}
+    assert record["pruned_layers"].keys() == {layer.name for layer in plan.layers if layer.kept_filters < layer.filters}
+    assert record["pruned_layers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"uniform_pruned": 0.25}, r"uniform_pruned=0.25; it is a share of filters in \[0, 1\), beside uniform bits"),
+        ({"uniform_pruned": 1.0, "uniform": (4, 4)}, "uniform_pruned=1; it is a share"),
+    ],
+)
+def test_shares_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        FinetuneRun(**options)
 
 
 def test_a_network_that_was_only_pruned_stays_in_float(home: Path, lbs_command: Command) -> None:

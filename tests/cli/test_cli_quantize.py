@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from torch import nn
 import lbs
 import lbs.models
 from lbs.cli import main
+from lbs.runs import network
+from lbs_kernels.errors import LbsError
 
 Command = Callable[[str], tuple[int, Any, str]]
 
@@ -46,6 +50,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_filters_go_and_training_follows(place: Path, lbs_command: Command) -> None:
+    line = f"{ASKED} --weights net.pth --out packed --size-mb 0.03 --prune 0.5 --distill 2"
+    code, section, told = lbs_command(line)
+    assert code == 0
+    assert section["targets"]["size_mb"]["value"] <= 0.03e6
+    assert [line for line in told.splitlines() if line in ("plan ...", "convert ...", "distill ...")]
+    plan = lbs.load(place / section["file"]).plan
+    assert plan is not None
+    assert any(layer.kept_filters < layer.filters for layer in plan.layers)
 
 
 def of_its_own(place: Path, channels: int = 1) -> str:
@@ -168,3 +183,71 @@ def test_a_picture_of_another_size_is_named_without_one(place: Path, lbs_command
     code, section, _ = lbs_command(asked)
     assert code == 2
     assert "zz.png is 9x8, those before it are 8x8; give --size" in section["error"]
+
+
+def test_the_network_may_come_first_and_the_file_is_called_after_it(place: Path, lbs_command: Command) -> None:
+    asked = "quantize digits_resnet8 --images pictures --mean .3 --std .4 --weights net.pth"
+    code, section, _ = lbs_command(asked)
+    assert (code, section["file"]) == (0, "digits_resnet8.lbs.safetensors")
+    code, section, _ = lbs_command(f"{asked} --model digits_resnet8")
+    assert (code, "name one network" in section["error"]) == (2, True)
+
+
+def test_a_function_may_have_its_own_weights_and_a_name_may_not(place: Path, lbs_command: Command) -> None:
+    own = of_its_own(place)
+    module = own.partition(":")[0]
+    body = f"def trained():\n    net = Net(7)\n    net.load_state_dict(torch.load('{place}/own.pth'))\n    return net\n"
+    source = f"\n\n{body}"
+    (place / f"{module}.py").write_text((place / f"{module}.py").read_text() + source)
+    code, section, _ = lbs_command(f"quantize {module}:trained --images pictures --mean .3 --std .4")
+    assert (code, section["file"]) == (0, "trained.lbs.safetensors")
+    code, section, _ = lbs_command("quantize digits_resnet8 --images pictures")
+    assert code == 2
+    assert "random weights, and none are downloaded; give --weights FILE" in section["error"]
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "function", "offline"),
+    [
+        ("timm", "timm", "create_model", {"pretrained": False}),
+        ("torchvision", "torchvision.models", "get_model", {"weights": None}),
+    ],
+)
+def test_architectures_of_other_packages_are_built_by_name_and_download_nothing(
+    monkeypatch: pytest.MonkeyPatch, package: str, module: str, function: str, offline: dict[str, Any]
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def make(name: str, **options: Any) -> nn.Module:
+        asked.append((name, options))
+        if name == "none":
+            raise ValueError("unknown")
+        return nn.Conv2d(3, 4, 1)
+
+    fake = ModuleType(module)
+    setattr(fake, function, make)
+    monkeypatch.setitem(sys.modules, package, fake)
+    monkeypatch.setitem(sys.modules, module, fake)
+    assert isinstance(network.build(f"{package}:resnet18d.a1_in1k", 7), nn.Conv2d)
+    assert asked == [("resnet18d.a1_in1k", {**offline, "num_classes": 7})]
+    with pytest.raises(LbsError, match=rf"model={package}:none: ValueError: unknown; give a name of {package}"):
+        network.build(f"{package}:none", 7)
+    with pytest.raises(LbsError, match=f"'hf-hub:owner/net' is no name of {package}"):
+        network.build(f"{package}:hf-hub:owner/net", 7)
+    assert len(asked) == 2
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(LbsError, match=f"pip install {package}"):
+        network.build(f"{package}:resnet18", 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "name"), [("timm", "resnet18d"), ("torchvision", "resnet18")])
+def test_a_network_of_another_package_is_quantized(place: Path, lbs_command: Command, package: str, name: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
+    torch.manual_seed(0)
+    model = trained(network.build(f"{package}:{name}", 5).to(memory_format=torch.contiguous_format), 3)
+    torch.save(model.state_dict(), place / "zoo.pth")
+    code, section, _ = lbs_command(f"quantize {package}:{name} --weights zoo.pth --images pictures --size 64 --count 4")
+    assert (code, section["file"]) == (0, f"{name}.lbs.safetensors")
+    assert lbs.load(place / section["file"]).input_shape == (3, 64, 64)

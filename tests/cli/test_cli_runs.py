@@ -24,6 +24,7 @@ from lbs.runs import stages
 from lbs.train import checkpoint
 from lbs.train.trainer import Trainer
 from lbs_kernels import extension
+from lbs_kernels.errors import DataError
 
 NETWORK = (
     cli_nets.SOURCE
@@ -44,6 +45,8 @@ OWN = "--model tiny_cli_net:Net"
 BENCH = "--batches 1,3 --rounds 3 --threads 1 --baselines float32,uniform8"
 FINETUNE = "--epochs 2 --batch-size 64 --lr 0.02 --threads 1 --distill 0.3 --calibration 128"
 Command = Callable[..., tuple[int, Any, str]]
+PICTURES = ("accuracy", "bits", "bytes", "filters", "gates-activations", "gates-cost", "gates-filters", "gates-weights")
+PICTURES += ("latency-1", "latency-3", "loss", "milliseconds", "operations", "top1")
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +89,32 @@ def test_the_road_from_search_to_report(home: Path, lbs_command: Command) -> Non
     assert {(row["contender"], row["batch"]) for row in timed["rows"]} == {
         (name, batch) for name in ("packed", "torch float32", "packed uniform 8-bit") for batch in (1, 3)
     }
+    assert timed["images"] == 360  # of the run's own data
+    assert timed["accuracy"]["packed"] == verified["packed_accuracy"]
+    assert timed["accuracy"]["torch float32"] == results["float"]["accuracy"]
     code, written, _ = lbs_command("report whole")
     assert code == 0
     assert (written["pictures"], Path(written["page"]).name) == (
-        ["bits.png", "cost.png", "gates.png", "latency.png", "training.png"],
+        [f"{stem}.svg" for stem in PICTURES],
         "report.html",
     )
     code, alone, _ = lbs_command(f"explain {run / packed['file']}")
     assert [row["kept_filters"] for row in alone["rows"]] == [row["kept_filters"] for row in explained["rows"]]
+
+
+def test_a_run_whose_images_are_gone_is_timed_all_the_same(
+    home: Path, lbs_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(card: object) -> None:
+        raise DataError("no data set at images.npz")
+
+    shutil.copytree(home / "whole", home / "imageless")
+    assert lbs_command(f"pack --run imageless {OWN}")[0] == 0
+    monkeypatch.setattr("lbs.runs.network.images_of", gone)
+    code, timed, told = lbs_command(f"bench --run imageless {BENCH} {OWN}")
+    assert code == 0
+    assert "images of random numbers, and no accuracies: no data set at images.npz" in told
+    assert (timed["images"], timed["accuracy"]) == (0, {})
 
 
 def test_streams_of_8_bits_go_through_all_of_it(home: Path, lbs_command: Command) -> None:
@@ -147,12 +168,11 @@ def test_a_killed_command_goes_on_to_the_same_bits(
         options = SEARCH if command == "search" else FINETUNE
         code, _, errors = lbs_command(f"{command} --run {run} {options} {OWN}")
         assert code == 130
-        assert "goes on with --resume" in errors
-    resume = "--resume" if any((home / run / "checkpoints").glob(f"{command}.*")) or kill > 9 else options
+        assert f"go on with lbs {command} --run {run} --resume" in errors
     left[0] = 10**9
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", counted)
-        code, section, errors = lbs_command(f"{command} --run {run} {resume} {OWN}")
+        code, section, errors = lbs_command(f"{command} --run {run} --resume {OWN}")
     assert code == 0, errors
     assert not often or taken[0] == section["steps"]  # none twice
     name = "searched.safetensors" if command == "search" else "model.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lbs.cli import main
+from lbs.cli import main, quickstart
 from lbs.run_folder import RunFolder
 from lbs.train import checkpoint, stopping
 from lbs.train.trainer import Trainer
@@ -157,3 +158,70 @@ def test_a_rank_that_is_gone_is_named(tmp_path: Path, victim: str, number: int) 
     assert left.returncode == 2, told
     assert f"rank {victim} of 2 gives no answer" in told
     assert "Traceback" not in told
+
+
+LONG = (
+    "--data digits --model digits_resnet8 --no-augment --batch-size 64 --train-images 256 --calibration 64 --threads 1"
+)
+
+
+def named_command(told: str) -> list[str]:
+    """The first command that a message says goes on."""
+    found = re.search(r"go on with lbs ([^;\n]*)", told)
+    assert found, told
+    return found[1].split()
+
+
+@pytest.mark.parametrize(
+    "place", ["lbs.runs.network.load_data", "lbs.runs.searches.calibrate", "lbs.runs.phases.evaluate"]
+)
+def test_an_interruption_between_steps_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as inside:
+        inside.setattr(place, stop)
+        assert (
+            main.main(f"search --run {tmp_path / 'run'} {LONG} --epochs 1 --float-epochs 1 --bops 0.05".split()) == 130
+        )
+    command = named_command(capsys.readouterr().err)
+    assert main.main([*command, "--threads", "1"]) == 0
+
+
+def test_what_is_not_trained_says_that_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lbs.benchmark.interleave", stop)
+    assert main.main(["bench", "--zoo", "cifar100-resnet20", "--batches", "1", "--baselines", "float32"]) == 130
+    assert capsys.readouterr().err.endswith("lbs bench: interrupted; nothing was written: call it again\n")
+    monkeypatch.setattr("lbs_kernels.tune.tuner.tune", stop)
+    assert main.main(["tune", "--zoo", "cifar100-resnet20", "--minutes", "1"]) == 130
+    assert "lbs tune: interrupted; what was measured is kept: call it again to go on" in capsys.readouterr().err
+
+
+def test_a_quickstart_that_was_interrupted_names_the_commands_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        quickstart, "SEARCH", {**quickstart.SEARCH, "float_epochs": 1, "epochs": 1, "train_images": 640}
+    )
+    step, taken = Trainer._train_step, [0]
+
+    def counted(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+        taken[0] += 1
+        if taken[0] == 3:
+            signal.raise_signal(signal.SIGINT)
+        step(self, images, labels)
+
+    monkeypatch.setattr(Trainer, "_train_step", counted)
+    assert main.main(f"quickstart --run {tmp_path / 'run'} --threads 1".split()) == 130
+    told = capsys.readouterr().err
+    assert "stopped by SIGINT after step 3" in told
+    for name in ("search", "finetune", "pack", "verify", "bench"):
+        assert f"lbs {name} --run {tmp_path / 'run'}" in told
+    assert main.main([*named_command(told), "--threads", "1"]) == 0

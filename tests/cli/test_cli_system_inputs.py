@@ -115,7 +115,9 @@ def test_absurd_numbers_of_classes_are_refused_unbuilt(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1 << 40, 0, dtype=torch.float32)}, tmp_path / "w.pth")
     picture(tmp_path / "images/a.png")
     with pytest.raises(LbsError, match="1099511627776 classes"):
-        quantize_files("digits_resnet8", str(tmp_path / "w.pth"), str(tmp_path / "images"), str(tmp_path / "out"))
+        quantize_files(
+            "digits_resnet8", str(tmp_path / "images"), weights=str(tmp_path / "w.pth"), out=str(tmp_path / "a")
+        )
 
 
 @pytest.mark.parametrize(

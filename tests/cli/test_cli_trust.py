@@ -70,7 +70,7 @@ def test_what_a_run_may_cost_is_the_users_to_say(run: Path, lbs_command: Command
     line = f"{line} --run run" + ("" if line == "explain" else " --model tiny_trusted_net:Net")
     code, body, _ = lbs_command(f"{line} --budget 1e-9")
     assert code == 2
-    assert "give a larger budget (--budget of a command)" in body["error"]
+    assert "give a larger --budget, or --budget none for any" in body["error"]
     assert lbs_command(f"{line} --budget none")[0] == 0
 
 

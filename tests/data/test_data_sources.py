@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import subprocess
 import zipfile
 from collections import OrderedDict
@@ -199,7 +200,7 @@ def test_missing_class_and_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the classes c9 are in only one of train and test"):
         lbs.data.load(root)
     (root / "test" / "c9").mkdir()
-    with pytest.raises(DataError, match="c9 holds no images"):
+    with pytest.raises(DataError, match="class c9 holds no images"):
         lbs.data.load(root)
 
 
@@ -375,3 +376,71 @@ def test_synthetic_images_can_be_told_apart() -> None:
     assert (nearest == data.test_y).float().mean() > 0.95
     with pytest.raises(DataError, match="must be >= 1"):
         lbs.data.synthetic(classes=0)
+
+
+def listed(root: Path, labels: dict[str, dict[str, str]], name: str = "labels.txt", between: str = " ") -> Path:
+    """Parts of images in any folders, 4 x 4 and of one colour each, with lists of their classes."""
+    for part, classes in labels.items():
+        for index, file in enumerate(classes):
+            path = root / part / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (index, 0, len(part))).save(path)
+        lines = [f"{file}{between}{label}\n" for file, label in classes.items()]
+        (root / part / name).write_text("".join(lines))
+    return root
+
+
+NAMED = {
+    "train": {"b.png": "dog", "deep/a 1.png": "cat", "deep/c.png": "dog"},
+    "val": {"x.png": "cat", "y.png": "dog"},
+}
+
+
+@pytest.mark.parametrize(("name", "between"), [("labels.txt", " "), ("labels.csv", ","), ("labels.txt", "  ")])
+def test_a_list_of_labels_takes_the_place_of_class_folders(tmp_path: Path, name: str, between: str) -> None:
+    data = lbs.data.load(listed(tmp_path, NAMED, name, between))
+    assert data.classes == ("cat", "dog")
+    assert data.train_y.tolist() == [0, 1, 1]
+    assert data.train_x[:, 0, 0, 0].tolist() == [1, 0, 2]  # by class, then by name
+    assert data.test_y.tolist() == [0, 1]
+    streamed = lbs.data.load(f"imagenet:{tmp_path}")
+    assert (streamed.classes, streamed.train.labels) == (("cat", "dog"), (0, 1, 1))
+    assert [file.name for file in streamed.train.files] == ["a 1.png", "b.png", "c.png"]
+
+
+def test_classes_that_are_numbers_keep_them(tmp_path: Path) -> None:
+    """As lists of ImageNet have them: a part need not show every class."""
+    data = lbs.data.load(listed(tmp_path, {"train": {"a.png": "10", "b.png": "2"}, "test": {"c.png": "2"}}))
+    assert len(data.classes) == 11
+    assert (data.train_y.tolist(), data.test_y.tolist()) == ([2, 10], [2])
+
+
+ODD_LISTS = {
+    "a.png cat\n": "b.png is not listed in labels.txt, as 1 more",
+    "a.png cat\nb.png dog\ndeep/c.png dog\nd.png cat\n": "d.png is listed in labels.txt and no image there",
+    "a.png cat\na.png dog\n": "line 2: a.png is listed a second time",
+    "a.png\n": "line 1: 'a.png' is no path below",
+    "../a.png cat\n": "line 1: '../a.png cat' is no path below",
+    "/a.png cat\n": "line 1: '/a.png cat' is no path below",
+    "a.png 70000\nb.png 1\ndeep/c.png 2\n": "class 70000 is listed; numbers of classes are below 65536",
+}
+
+
+@pytest.mark.parametrize("text", ODD_LISTS)
+def test_a_list_that_does_not_fit_its_images_is_refused(tmp_path: Path, text: str) -> None:
+    numbers = text.startswith("a.png 7")
+    last = {"x.png": "1" if numbers else "cat"}
+    listed(tmp_path, {"train": {"a.png": "cat", "b.png": "dog", "deep/c.png": "dog"}, "test": last})
+    (tmp_path / "train" / "labels.txt").write_text(text)
+    with pytest.raises(DataError, match=re.escape(ODD_LISTS[text])):
+        lbs.data.load(tmp_path)
+
+
+def test_without_classes_and_list_both_ways_are_named(tmp_path: Path) -> None:
+    listed(tmp_path, NAMED)
+    (tmp_path / "train" / "labels.txt").unlink()
+    for file in (tmp_path / "train" / "deep").iterdir():
+        file.unlink()
+    (tmp_path / "train" / "deep").rmdir()
+    with pytest.raises(DataError, match=r"<class>/\*\.png, or with their classes in .*labels\.txt"):
+        lbs.data.load(tmp_path)

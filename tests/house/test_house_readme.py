@@ -172,6 +172,8 @@ def test_networks_without_training(tmp_path: Path) -> None:
     }
     row |= {"bops": 25, "full_precision_bops": 1000, "bytes": 1_250_000, "seconds": 12.34, "peak_bytes": 3e8}
     rows = [row, {**row, "zeros": 0.3}, {**row, "bits": None, "bops_asked": 0.025, "rounding": "nearest"}]
+    quick = {"faster_asked": 1.3, "latency": {"faster": 1.274}, "kept": {"a": "8/16", "b": "8/24"}, "distill": 20}
+    rows.append({**row, "bits": None, "rounding": "nearest", **quick})
     head = {"model": "net", "calibration": 512, "test": 10_000, "threads": 1, "torch": "2.13"}
     text = _text(_root(tmp_path, net={"level": "quantization", "header": head, "rows": rows}))
     for line in (
@@ -179,6 +181,7 @@ def test_networks_without_training(tmp_path: Path) -> None:
         "| 4/8 | optimized | 67.51 of 68.80 | 2.50% | 1.25 | 12.3 | 300 |",
         "| 4/8, 30% of the weights 0 | optimized |",
         "| at most 2.5% of the BOPs | nearest |",
+        "| 1.3x of 8/8 asked, 1.27x measured, 2 layers pruned, 20 epochs of distillation | nearest | 67.51 of 68.80 |",
     ):
         assert line in text
 

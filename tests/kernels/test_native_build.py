@@ -51,6 +51,7 @@ def test_no_compiler(tmp_path: Path) -> None:
         "details": {},
     }
     assert "lbs_kernels._cpu is left out: no C++17 compiler was found" in done.stderr
+    assert report["c"] == report["cpu"]
     assert not report["cuda"]["built"]
     assert report["cuda"]["reason"]
 
@@ -64,6 +65,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     assert not report["cpu"]["built"]
     assert report["cpu"]["reason"].startswith("the compiler failed: ")
     assert "error: out of ideas" in report["cpu"]["reason"]
+    assert "error: out of ideas" in report["c"]["reason"]
     assert report["cpu"]["details"]["amx"].startswith("left out")
     assert report["cuda"]["reason"] == "LBS_BUILD_CUDA=0 left it out"
 
@@ -96,7 +98,8 @@ def test_modules_are_left_as_they_are_where_somebody_else_builds_them(tmp_path: 
 def test_the_module_of_the_tests_is_part_of_no_installation(tmp_path: Path) -> None:
     done, report = build(tmp_path, PATH=os.environ["PATH"], LBS_BUILD_CPU="0", LBS_BUILD_CUDA="0", LBS_BUILD_TESTS="1")
     assert done.returncode == 0, done.stderr
-    assert sorted(report) == ["cpu", "cuda"]
+    assert sorted(report) == ["c", "cpu", "cuda"]
+    assert report["c"]["reason"] == "LBS_BUILD_C=0 left it out"
     assert [path.name for path in (tmp_path / "lbs_kernels").iterdir()] == ["_build_report.json"]
     assert [path.name for path in (tmp_path / "temp").iterdir()] == ["build.ninja"]
     assert "tests.native" not in (tmp_path / "temp" / "build.ninja").read_text()

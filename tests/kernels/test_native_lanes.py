@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from programs import CASES, one_conv
+from test_native_lean import RESIDUALS, RESULTS, net
 from test_native_program import ISAS, check
 
 from lbs_kernels.errors import BackendError
@@ -67,6 +68,24 @@ def test_whatever_an_epilogue_does(case: str, isa: str) -> None:
     check(program, blob, isa, batches=(1, 3), algorithms=chosen)
 
 
+# Rows of whole groups of pixels, rows that end within four pixels, pixels side by side, and columns that lie apart.
+READERS = {"rows": {}, "one row": {"kernel": (1, 1), "padding": (0, 0)}, "columns apart": {"stride": (2, 2)}}
+
+
+@pytest.mark.parametrize("isa", LANES_ISAS)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("results", RESULTS)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_what_is_made_of_sums_as_they_lie(residual: str, results: str, reader: str, isa: str) -> None:
+    """Streams of 48 filters are made so, of 12 they are turned; codes always are, groups of four that end a vector."""
+    for layer in ("3x3, 48 filters", "1x1, 16 steps"):
+        for size, bounds, zero in (((7, 7), (0.0, None), 0), ((5, 10), (None, 0.75), 93), ((2, 31), (-0.5, 1.0), 200)):
+            program, blob = net(layer, residual, results, size, bounds, zero, w_bits=4, **READERS[reader])
+            chosen = algorithms(program)
+            assert "lanes" in chosen
+            check(program, blob, isa, batches=(2,), threads=(1, 2), share=0.0, algorithms=chosen)
+
+
 @pytest.mark.parametrize("isa", LANES_ISAS)
 def test_signed_codes(isa: str) -> None:
     shape = {"channels": 9, "filters": 21, "size": (5, 5), "padding": (0, 0)}
@@ -77,7 +96,7 @@ def test_signed_codes(isa: str) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        {"channels": 4, "filters": 4, "size": (17, 16)},  # too many pixels
+        {"channels": 4, "filters": 4, "size": (17, 61)},  # too many pixels
         {"channels": 8, "filters": 8, "size": (4, 4), "groups": 2},
         {"channels": 4, "filters": 4, "size": (4, 4), "w_bits": 8},  # sums of codes
     ],
@@ -91,10 +110,16 @@ def test_what_it_does_not_take_is_refused(shape: dict[str, object]) -> None:
 @pytest.mark.skipif("avx512vnni" not in ISAS, reason="this processor lacks AVX-512 VNNI")
 def test_it_is_chosen_where_vectors_of_pixels_would_be_part_empty() -> None:
     chosen = {}
-    for channels, size, kernel in ((512, 7, 3), (2048, 7, 1), (64, 16, 3), (96, 14, 1)):
+    for channels, size, kernel in ((512, 7, 3), (2048, 7, 1), (96, 14, 1), (64, 16, 3), (64, 56, 3)):
         geometry = ((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
         problem = Problem("bitconv2d", 1, size, size, channels, 512, *geometry, 8, 8)
         program, blob = layer_program(problem)
         index = [step.name for step in program.steps].index(LAYER)
         chosen[channels, size] = CpuRunner(program, blob, "avx512vnni").native.algorithms[index]
-    assert chosen == {(512, 7): "lanes", (2048, 7): "lanes", (64, 16): "direct", (96, 14): "direct"}
+    assert chosen == {
+        (512, 7): "lanes",
+        (2048, 7): "lanes",
+        (96, 14): "lanes",
+        (64, 16): "direct",
+        (64, 56): "direct",
+    }

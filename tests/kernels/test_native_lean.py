@@ -23,25 +23,29 @@ LAYERS = {  # channels, filters, kernel
     "1x1, 16 steps": (64, 12, 1),
     "1x1, 17 steps": (68, 13, 1),
     "3x3": (5, 20, 3),
+    "3x3, 48 filters": (5, 48, 3),
 }
 RESIDUALS = ("none", "floats", "codes")
 RESULTS = ("stream", "stream and codes", "codes", "codes and codes of them")
 
 
 def net(
-    layer: str,
+    layer: str | tuple[int, int, int],
     residual: str,
     results: str,
     size: tuple[int, int],
     bounds: tuple[float | None, float | None] = (0.0, None),
     zero: int = 0,
+    w_bits: int = 8,
+    a_bits: int = 8,
+    **reader: tuple[int, int],
 ) -> tuple[Program, Tensor]:
-    """Image, codes, what is added, the layer of 8-bit weights, and what reads its results."""
-    channels, filters, kernel = LAYERS[layer]
+    """Image, codes, what is added, the layer, and what reads its results, through a window like `reader`."""
+    channels, filters, kernel = LAYERS[layer] if isinstance(layer, str) else layer
     window = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2)}
     b = Builder(7)
     image = b.image(channels, *size)
-    codes = b.consumer((*size, channels), 8)
+    codes = b.consumer((*size, channels), a_bits)
     b.quantize(image, Emit(consumers=(codes,)))
     shape = (*size, filters)
     added: dict[str, object] = {}
@@ -59,9 +63,10 @@ def net(
         consumers.append(b.consumer(shape, 4))
     stream = b.stream(shape, output=results == "stream") if results.startswith("stream") else None
     emit = Emit(low=bounds[0], high=bounds[1], stream=stream, consumers=tuple(consumers), **added)  # type: ignore[arg-type]
-    b.conv(codes.tensor, emit, filters, w_bits=8, **window)  # type: ignore[arg-type]
+    b.conv(codes.tensor, emit, filters, w_bits=w_bits, **window)  # type: ignore[arg-type]
     for consumer in consumers:
-        b.conv(consumer.tensor, Emit(stream=b.stream((*size, 5), output=True)), 5, w_bits=4)
+        out = b.conv_shape(consumer.tensor, 5, **reader)
+        b.conv(consumer.tensor, Emit(stream=b.stream(out, output=True)), 5, w_bits=4, **reader)
     return b.build()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from programs import CASES, coded_sums, one_conv, random_program
+from test_native_lean import RESIDUALS, RESULTS, net
 from test_native_program import ISAS, check
 from torch import Tensor
 
@@ -122,6 +123,27 @@ def test_whatever_an_epilogue_does(case: str, isa: str) -> None:
 @pytest.mark.parametrize("size", [(9, 7), (3, 33), (14, 14)])
 def test_residuals_of_codes(size: tuple[int, int], isa: str) -> None:
     check_winograd(*coded_sums(24, size, "1x1"), isa, batches=(1, 3), share=0.0)
+
+
+# Filters (a part of a vector, blocks of two and three vectors), maps (of 16, 35, 49 tiles, and 210 in several chunks,
+# rows of odd width and height), and the window of what reads the codes.
+ON_THE_LANES = (
+    (48, (7, 7), {}),
+    (20, (14, 9), {"kernel": (1, 1), "padding": (0, 0)}),
+    (80, (13, 14), {"stride": (2, 2)}),
+    (16, (27, 30), {}),
+)
+
+
+@pytest.mark.parametrize("isa", WINOGRAD_ISAS)
+@pytest.mark.parametrize("results", RESULTS)
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_many_channels(residual: str, results: str, isa: str) -> None:
+    """From 128 channels on filters lie on the lanes where what is made of sums can be made so (AVX-512)."""
+    bounds = ((0.0, None), (None, 0.75), (-0.5, 1.0), (None, None))
+    for (filters, size, reader), bound, zero in zip(ON_THE_LANES, bounds, (0, 93, 200, 0), strict=True):
+        program, blob = net((128, filters, 3), residual, results, size, bound, zero, w_bits=4, a_bits=4, **reader)
+        check_winograd(program, blob, isa, batches=(2,), threads=(1, 2), share=0.0)
 
 
 @pytest.mark.parametrize("isa", WINOGRAD_ISAS)

@@ -243,6 +243,20 @@ def test_estimates_need_every_corner() -> None:
     assert estimate(replace(base, in_channels=12, out_channels=16)) == pytest.approx(5.0)
 
 
+def test_layers_of_one_geometry_share_a_grid_with_holes() -> None:
+    """8 -> 32 and 32 -> 8, each measured at sizes of its own: between their sizes lie those of the other."""
+    base = replace(CONV, batch=1)
+    wide = {(c, o): float(c + 10 * o) for c in (4, 8) for o in (16, 32)}
+    narrow = {(c, o): float(c + 10 * o) for c in (12, 32) for o in (4, 8)}
+    write_grid(base, wide | narrow)
+    at = lambda c, o: estimate(replace(base, in_channels=c, out_channels=o))  # noqa: E731
+    assert at(20, 6) == pytest.approx(20 + 60)
+    assert at(6, 20) == pytest.approx(6 + 200)
+    assert at(8, 32) == 8 + 320
+    assert at(2, 24) == pytest.approx(4 + 240)  # the smallest size of its own layer
+    assert at(20, 20) is None  # between the two, where neither was measured
+
+
 def test_a_depthwise_layer_is_a_line() -> None:
     base = replace(CONV, batch=1)
     write_grid(base, {(8, 8): 1.0, (16, 16): 2.0}, groups=True)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 import lbs
+import lbs.data
 import lbs.models
-from lbs import benchmark as bench_module
-from lbs.benchmark import BASELINES, DEFAULT_BASELINES
+from lbs import contenders
+from lbs.benchmark import BenchRow, bits_told
+from lbs.contenders import BASELINES, DEFAULT_BASELINES
 from lbs.engines import ENGINES, EngineModels, why_not
+from lbs.layer_times import LayerTimes
 from lbs.packing.model import PackedModel
-from lbs_kernels.errors import BackendError, LbsError
+from lbs_kernels.errors import BackendError, LbsError, ShapeError
 
 OWN_BASELINES = tuple(name for name in BASELINES if name not in ENGINES)
 
@@ -49,12 +52,12 @@ def test_without_a_float_network_the_baselines_are_missing_by_name() -> None:
 
 def test_quantized_model_becomes_float_again_and_pruning_is_noted() -> None:
     notes: list[str] = []
-    pruned = bench_module._float_model(pack_nets.mixed_network(), notes)
+    pruned = contenders.float_model(pack_nets.mixed_network(), notes)
     assert pack_nets.layers_of(pruned) == {}
     assert pruned.layer1[1].conv1.out_channels == 4
     assert len(notes) == 1
     model = pack_nets.network("cifar_resnet20", 8, 8)
-    plain = bench_module._float_model(model, notes).eval()
+    plain = contenders.float_model(model, notes).eval()
     assert len(notes) == 1  # nothing is pruned here
     x = pack_nets.images(8, (3, 32, 32))
     with torch.no_grad():
@@ -62,7 +65,7 @@ def test_quantized_model_becomes_float_again_and_pruning_is_noted() -> None:
     assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.99
     assert pack_nets.layers_of(model)  # the model given stays quantized
     assert {type(m) for m in plain.modules()} == {type(m) for m in lbs.models.create("cifar_resnet20").modules()}
-    bench_module._baseline("float32_folded", plain)
+    contenders.baseline("float32_folded", plain)
 
 
 def test_baselines_compute_what_the_float_model_does() -> None:
@@ -71,8 +74,8 @@ def test_baselines_compute_what_the_float_model_does() -> None:
     with torch.no_grad():
         expected = model(x)
         for name in ("float32", "float32_folded"):
-            torch.testing.assert_close(bench_module._baseline(name, model)(x), expected, rtol=1e-3, atol=1e-4)
-        half = bench_module._baseline("bfloat16", model)
+            torch.testing.assert_close(contenders.baseline(name, model)(x), expected, rtol=1e-3, atol=1e-4)
+        half = contenders.baseline("bfloat16", model)
     assert next(half.parameters()).dtype == torch.bfloat16
     assert half.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -114,7 +117,7 @@ def test_an_engine_that_fails_does_not_cost_the_other_contenders(monkeypatch: py
         raise RuntimeError(f"{name} has no kernel\nfor this")
 
     monkeypatch.setattr(EngineModels, "call", refuse)
-    monkeypatch.setattr(bench_module, "why_not", lambda name: None)
+    monkeypatch.setattr(contenders, "why_not", lambda name: None)
     model = lbs.models.create("digits_resnet8", 10)
     found = lbs.bench(
         pack_nets.packed_digits(), model=model, batches=(1,), threads=1, baselines=("float32", "openvino8"), rounds=1
@@ -135,3 +138,106 @@ def test_engines_compute_the_float_network(name: str) -> None:
         engines._model.fc.bias += 100.0  # the file on disk still holds the network as it was
     with pytest.raises(BackendError, match="differs from torch by"):
         engines.call(name, images, 1)
+
+
+def digits_images(count: int) -> tuple[Tensor, Tensor]:
+    data = lbs.data.load("digits")
+    pixels, labels = lbs.data.pixels_at(data, torch.arange(count))
+    return lbs.data.normalize(pixels, data.mean, data.std), labels
+
+
+def test_every_contender_is_asked_weighed_and_timed_in_one_table() -> None:
+    packed, model = pack_nets.packed_digits(), lbs.models.create("digits_resnet8", 10)
+    images, labels = digits_images(11)
+    steps: list[str] = []
+    found = lbs.bench(
+        packed, model=model, batches=(1, 4), threads=1, baselines=("float32", "uniform8"), rounds=1, images=images,
+        labels=labels, progress=steps.append,
+    )  # fmt: skip
+    made = ["make torch float32", "make packed uniform 8-bit"]
+    assert steps == [*made, "time batch 1", "time batch 4", "classes of 11 images", "time layers"]
+    names = ["packed", "torch float32", "packed uniform 8-bit"]
+    assert list(found.accuracy) == list(found.agreement) == names
+    classes = packed(images).argmax(1)
+    assert found.accuracy["packed"] == float((classes == labels).double().mean())
+    with torch.no_grad():
+        of_float = model.eval()(images).argmax(1)
+    assert found.agreement["packed"] == pytest.approx(float((classes == of_float).double().mean()))
+    assert found.agreement["torch float32"] == 1.0
+    assert found.bytes["torch float32"] == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert packed.packed_bytes < found.bytes["packed"] < found.bytes["packed uniform 8-bit"]
+    lines = str(found).splitlines()
+    assert "11 images" in lines[0]
+    assert " ".join(lines[1].split()) == "right as float MB batch 1: ms packed is batch 4: ms packed is"
+    assert [line[: len(name)] for line, name in zip(lines[2:], names, strict=False)] == names
+    assert all(f"{found.accuracy[name]:.2%}" in line for line, name in zip(lines[2:], names, strict=False))
+    layers = {layer.name: layer for layer in found.layers}
+    assert layers.keys() == {layer.name for layer in packed.plan.layers}  # type: ignore[union-attr]
+    assert all(set(layer.seconds) == set(names) and min(layer.seconds.values()) > 0 for layer in found.layers)
+    assert layers["fc"].w_bits == 8
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    packed, (images, labels) = pack_nets.packed_digits(), digits_images(3)
+    with pytest.raises(ShapeError, match="2 labels for 3 images"):
+        lbs.bench(packed, images=images, labels=labels[:2])
+    with pytest.raises(ShapeError, match="1 labels for 0 images"):
+        lbs.bench(packed, labels=labels[:1])
+    with pytest.raises(ShapeError, match="no images; give at least one"):
+        lbs.bench(packed, images=images[:0])
+    with pytest.raises(ShapeError, match="was packed for"):
+        lbs.bench(packed, images=images[:, :, :4])
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(1.02, True), (1.04, False)])
+def test_bits_that_do_not_pay_are_told(ratio: float, told: bool) -> None:
+    rows = [BenchRow(1, "packed", 1.0, 1.0, 1.0, {"packed uniform 8-bit": ratio})]
+    layers = (
+        LayerTimes("a", 4, {"packed": 1.0, "packed uniform 8-bit": 1.02}),
+        LayerTimes("b", 4, {"packed": 1.0, "packed uniform 8-bit": 1.2}),
+        LayerTimes("c", 8, {"packed": 1.0, "packed uniform 8-bit": 1.0}),
+    )
+    lines = bits_told(rows, {"packed": 50, "packed uniform 8-bit": 100}, layers, 1)
+    whole = ["bits did not pay: against uniform 8-bit, packed is x1.02 at batch 1 with 50% of its bytes"]
+    assert list(lines) == [
+        *(whole if told else []),
+        "layers of fewer bits that are no faster than at 8 (batch 1): 1 of 2: a",
+    ]
+
+
+def test_ranges_of_8_bits_come_from_the_images() -> None:
+    model, packed = pack_nets.unsettle(lbs.models.create("digits_resnet8", 10)).eval(), pack_nets.packed_digits()
+    images, _ = digits_images(8)
+    with torch.no_grad():
+        expected = model(images)
+    off = []
+    for ranges in (images, 1e-2 * images):
+        even = contenders.Contenders(packed, model, ("uniform8",), None, ranges).network("packed uniform 8-bit")
+        assert even is not None
+        off.append(float((even(images) - expected).norm() / expected.norm()))
+    assert off[0] < 0.1 < off[1]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime8", "openvino8"])
+def test_engines_are_calibrated_asked_and_weighed(name: str) -> None:
+    if (reason := why_not(name)) is not None:
+        pytest.skip(reason)
+    model = pack_nets.unsettle(lbs.models.create("digits_resnet8", 10)).eval()
+    images, labels = digits_images(7)
+    found = lbs.bench(
+        pack_nets.packed_digits(), model=model, batches=(1, 4), threads=1, baselines=("float32", name), rounds=1,
+        images=images, labels=labels,
+    )  # fmt: skip
+    assert found.missing == {}
+    assert found.agreement[ENGINES[name]] > 0.8
+    assert 0 < found.bytes[ENGINES[name]] < found.bytes["torch float32"]
+    engines = EngineModels(model, (1, 8, 8), calibration=images)
+    ranges = engines._ranges(4)
+    assert [len(part) for part in ranges] == [4, 4]
+    assert torch.equal(torch.cat(ranges)[:7], images)
+    far = EngineModels(model, (1, 8, 8), calibration=1e-3 * images)
+    with torch.no_grad():
+        expected = model(images)
+    near, off = (float((x.outputs(name, images, 4, 1) - expected).norm() / expected.norm()) for x in (engines, far))
+    assert 3 * near < off
+    assert near < 0.1

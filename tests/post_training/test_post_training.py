@@ -20,8 +20,9 @@ import lbs
 import lbs.models
 from lbs.errors import DataError, GraphError, LbsError, PlanError, ShapeError
 from lbs.packing.model import PackedModel
-from lbs.post_training import CHAINS, LEAST_AGREEMENT, MOST_ERROR, Fidelity
+from lbs.post_training import CHAINS
 from lbs.quant.layers import QuantLayer
+from lbs.quantization_report import LEAST_AGREEMENT, MOST_ERROR, Fidelity
 from lbs.search.prepare import at_widths
 
 PIXELS = ((0.4,), (0.3,))
@@ -303,7 +304,7 @@ def test_fidelity_of_the_network_itself_and_of_another() -> None:
 def test_a_result_far_from_float_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     lbs.quantize(network(), images())
     assert not caplog.records
-    monkeypatch.setattr("lbs.post_training.LEAST_AGREEMENT", 1.0)
+    monkeypatch.setattr("lbs.quantization_report.LEAST_AGREEMENT", 1.0)
     packed = lbs.quantize(network(), images(), bits=1)
     kept = packed.report.fidelity.kept
     assert kept < 24
@@ -482,3 +483,43 @@ def test_a_network_of_133_million_weights_takes_a_minute_and_four_gigabytes() ->
     """Eight convolutions at 224 x 224 and three large linear layers, as VGG-11 has them."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(LARGE)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Filters that go, and training to follow.
+
+
+@pytest.mark.parametrize("distill", [0, 2])
+def test_filters_go_for_a_budget_that_bits_do_not_reach(distill: int) -> None:
+    model, x = network(), images(48)
+    before = copy.deepcopy(model.state_dict())
+    by_filters = lambda problem: 1e-6 * problem.in_channels * problem.out_channels  # noqa: E731  widths cost alike
+    whole = sum(by_filters(layer.problem()) for layer in lbs.quantize(model, x[:8]).plan.layers)  # type: ignore[union-attr]
+    target = 1e3 * 0.8 * whole
+    with pytest.raises(PlanError, match="out of reach"):
+        lbs.quantize(model, x, latency_ms=target, table=by_filters)
+    packed = lbs.quantize(model, x, latency_ms=target, table=by_filters, max_pruning_ratio=0.5, distill=distill)
+    plan = packed.plan
+    assert plan is not None
+    assert sum(map(by_filters, plan.kept_problems())) <= 0.8 * whole
+    assert packed.report.outcome is not None
+    assert packed.report.outcome.met
+    pruned = [layer for layer in plan.layers if layer.kept_filters < layer.filters]
+    assert pruned
+    assert all(layer.kept_filters % 8 == 0 and layer.kept_filters >= layer.filters // 2 for layer in pruned)
+    assert {(layer.w_bits, layer.a_bits) for layer in plan.layers} == {(8, 8)}  # narrower ones save nothing
+    assert packed.report.full_precision_bops == plan.full_precision_bops()
+    assert ("distill" in packed.report.seconds) == bool(distill)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_pruning_ratio": 0.5}, "max_pruning_ratio=0.5: filters go for a budget"),
+        ({"bops": 0.05, "max_pruning_ratio": 1.0}, r"max_pruning_ratio=1.0; it lies in \[0, 1\)"),
+        ({"distill": -1}, "distill=-1; it counts epochs"),
+    ],
+)
+def test_pruning_and_distilling_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        lbs.quantize(network(), images(), **options)

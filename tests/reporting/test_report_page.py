@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import pack_nets
 import pytest
 
 from lbs.plan import LayerPlan, Plan
-from lbs.reporting import page, records, tables, units
+from lbs.reporting import page, plots, records, style, tables, units
 from lbs.run_folder import RunFolder, write_json
-from lbs_kernels.errors import CheckpointError, PlanError
+from lbs_kernels.errors import CheckpointError, LbsError, PlanError
 
 PLAN = Plan(
     (
@@ -27,8 +30,7 @@ PLAN = Plan(
 @pytest.fixture
 def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are composed but not rendered, which takes seconds."""
-    monkeypatch.setattr(page, "png", lambda figure: b"")
-    monkeypatch.setattr(page, "svg_data", lambda figure: "data:,")
+    monkeypatch.setattr(page, "svg", lambda figure: b"<svg/>")
 
 
 def bench_rows() -> list[dict[str, Any]]:
@@ -47,6 +49,12 @@ def bench_rows() -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def bench_section() -> dict[str, Any]:
+    layers = [{"name": x.name, "seconds": {"packed": 1e-5, "torch float32": 8e-5}} for x in PLAN.layers]
+    told = {"missing": {"x": "not installed"}, "bits": ["bits did not pay: packed is x0.90"], "layers": layers}
+    return {"version": 1, "device": "cpu", "threads": 2, "rows": bench_rows(), **told}
 
 
 def fill(folder: RunFolder, *parts: str) -> None:
@@ -84,15 +92,16 @@ def fill(folder: RunFolder, *parts: str) -> None:
         folder.add_result("pack", {"bytes": 20_000})
         folder.add_result("verify", {"images": 50, "equal_predictions": 50, "packed_accuracy": 0.7, "passed": True})
     if "bench" in parts:
-        folder.add_result(
-            "bench", {"device": "cpu", "threads": 2, "rows": bench_rows(), "missing": {"x": "not installed"}}
-        )
+        folder.add_result("bench", bench_section())
     if "environment" in parts:
         folder.note_environment()
         write_json(folder.file("config.json"), {"version": 1, "search": {"hash": "abc123", "seed": 7}})
 
 
 EVERYTHING = ("plan", "metrics", "results", "bench", "environment")
+LAYERS, TIMES = ("bits", "filters", "operations", "bytes"), ("milliseconds", "latency-1", "latency-64")
+TRAINING = ("accuracy", "loss", "gates-cost", "gates-weights", "gates-activations", "gates-filters")
+PICTURES = ("top1", *LAYERS, *TIMES, *TRAINING)
 
 
 def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) -> None:
@@ -100,11 +109,11 @@ def test_a_complete_run_makes_one_page_that_needs_no_other_file(tmp_path: Path) 
     fill(folder, *EVERYTHING)
     path = page.report(folder.path)
     text = path.read_text()
-    for stem in ("bits", "cost", "training", "gates", "latency"):
+    for stem in PICTURES:
         assert f'id="{stem}"' in text
-        assert folder.file(f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+        ElementTree.parse(folder.file(f"{stem}.svg"))
     assert not re.search(r'(src|href)="(?!data:)', text)
-    assert "Not in this run yet" not in text
+    assert "Not here yet" not in text
     for expected in (
         "70.00 %",
         "12 / 16",
@@ -219,10 +228,10 @@ def test_every_part_may_be_missing(tmp_path: Path, part: str) -> None:
     folder = RunFolder(tmp_path / "run")
     fill(folder, *(other for other in EVERYTHING if other != part))
     text = page.report(folder.path).read_text()
-    pictures = {"plan": ("bits", "cost"), "metrics": ("training", "gates"), "bench": ("latency",)}
-    for stem in pictures.get(part, ()):
-        assert f'id="{stem}"' not in text
-        assert not folder.file(f"{stem}.png").exists()
+    lost = {"plan": LAYERS, "metrics": TRAINING, "bench": TIMES, "results": ("top1",)}.get(part, ())
+    for stem in PICTURES:
+        assert (f'id="{stem}"' not in text) == (stem in lost)
+        assert folder.file(f"{stem}.svg").exists() == (stem not in lost)
     if part == "bench":
         assert f"benchmark: <code>lbs bench --run {folder.path}</code>" in text
 
@@ -231,7 +240,7 @@ def test_every_part_may_be_missing(tmp_path: Path, part: str) -> None:
 def test_every_part_stands_alone(tmp_path: Path, part: str) -> None:
     folder = RunFolder(tmp_path / "run")
     fill(folder, part)
-    assert "Not in this run yet" in page.report(folder.path).read_text()
+    assert "Not here yet" in page.report(folder.path).read_text()
 
 
 def test_totals_are_those_of_the_plan() -> None:
@@ -276,3 +285,98 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"layers": [{"name": 1}]}')
     with pytest.raises(PlanError, match="not a plan"):
         page.report(tmp_path)
+
+
+def test_before_stands_beside_after() -> None:
+    results = {
+        "float": {"accuracy": 0.72, "bytes": 100_000},
+        "verify": {"packed_accuracy": 0.7},
+        "pack": {"bytes": 20_000},
+        "bench": {**bench_section(), "images": 50, "accuracy": {"packed": 0.71, "torch float32": 0.74}},
+    }
+    table = tables.before_after_table(records.Record("run", results=results, layers=records.layer_rows(PLAN)))
+    found = {row[0]: row[1:] for row in table.rows}
+    assert found["top-1 accuracy"] == ("74.00 %", "-", "71.00 %", "-3.00 pts")  # all of the same images
+    assert "Classes of 50 images" in table.note
+    assert found["filters"] == ("58", "58", "54", "7% gone")
+    assert found["file or weights"] == ("100.0 kB", "-", "20.0 kB", "5.0x")
+    assert found["call, batch 1"] == ("2.00 ms", "-", "200.0 us", "10.0x")
+    full = PLAN.full_precision_bops()
+    assert found["bit operations"][:3] == (units.bops(full), units.bops(full // 16), units.bops(PLAN.bops()))
+
+
+def test_layers_have_their_times_and_a_line_where_bits_did_not_pay(tmp_path: Path) -> None:
+    record = records.Record("run", results={"bench": bench_section()}, layers=records.layer_rows(PLAN))
+    table = tables.layer_table(record)
+    assert table.header[-3:] == ("#Time", "#at 8 bits", "#in float32")
+    assert {row[-3:] for row in table.rows[:-1]} == {("10.0 us", "-", "80.0 us")}
+    assert table.rows[-1][-3:] == ("40.0 us", "-", "320.0 us")
+    assert "Bits did not pay: packed is x0.90." in tables.latency_table(record).note
+
+
+def test_a_packed_file_and_its_benchmark_make_a_page(tmp_path: Path, sketches: None) -> None:
+    file, bench = tmp_path / "net.lbs.safetensors", tmp_path / "bench.json"
+    pack_nets.packed_digits().save(file)
+    path = page.report(file)
+    text = path.read_text()
+    assert path == tmp_path / "net-report" / "report.html"
+    assert 'id="bits"' in text
+    assert 'id="latency-1"' not in text
+    assert f"lbs bench {file} --model NAME --json &gt; bench.json" in text
+    layers = [{"name": "<img src=x>", "seconds": {"packed": 1e-5}}]
+    bench.write_text(json.dumps({**bench_section(), "accuracy": {"packed": 0.9}, "layers": layers}))
+    text = page.report(file, bench=bench, out=tmp_path / "out").read_text()
+    assert "Not here yet" not in text
+    assert "90.00 %" in text
+    assert "<img src=x>" not in text
+    assert (tmp_path / "out" / "latency-64.svg").exists()
+    bench.write_text("{}")
+    with pytest.raises(CheckpointError, match="is no benchmark; lbs bench"):
+        page.report(file, bench=bench)
+    folder = RunFolder(tmp_path / "run")
+    fill(folder, "results")
+    with pytest.raises(LbsError, match="goes with a packed file"):
+        page.report(folder.path, bench=bench)
+
+
+def test_pictures_are_narrow_labelled_and_have_dark_colours() -> None:
+    results = {"bench": {**bench_section(), "accuracy": {"packed": 0.9, "torch float32": 0.91}}}
+    row = {"phase": "search", "kind": "epoch", "step": 1, "bops": 1e6, "task_loss": 1.0, "test_accuracy": 0.5}
+    row["gates"] = {layer.name: [8, 8, 4] for layer in PLAN.layers}
+    record = records.Record("run", results=results, layers=records.layer_rows(PLAN), metrics={"search": [row]})
+    pictures = plots.draw(record)
+    assert set(pictures) == set(PICTURES)
+    for stem, (_, figure) in pictures.items():
+        axis = figure.axes[0]
+        assert axis.get_xlabel(), stem
+        assert axis.get_ylabel(), stem
+        assert figure.get_figwidth() == style.WIDTH
+        image = style.svg(figure).decode()
+        root = ElementTree.fromstring(image)
+        assert float(root.attrib["width"].removesuffix("pt")) == 72 * style.WIDTH
+        assert "@media (prefers-color-scheme: dark)" in image
+        drawn = {
+            color
+            for kind in ("fill", "stroke")
+            for color in re.findall(rf'style="[^"]*{kind}: (#[0-9a-f]{{6}})', image)
+        }
+        assert drawn & {style.INK, style.QUIET}
+        assert not drawn & {"#000000", "#808080"}, stem  # matplotlib's own, which no rule swaps
+
+
+def test_what_a_dark_page_swaps_is_readable() -> None:
+    """Contrast of text against cards, as WCAG counts it: 4.5 and more."""
+
+    def light(color: str) -> float:
+        parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((light(one), light(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for back, ink in ((style.BACK, style.INK), (style.DARK[style.BACK], style.DARK[style.INK])):
+        assert contrast(back, ink) > 4.5
+    for color in (style.WEIGHTS, style.ACTIVATIONS, style.KEPT, *style.SERIES):
+        assert contrast(style.DARK[style.BACK], style.DARK.get(color, color)) > 3.0

@@ -15,7 +15,8 @@ import lbs.models
 from lbs import SearchConfig, prepare
 from lbs.cost import Tuned
 from lbs.plan import Plan
-from lbs.reporting import comparison, tables
+from lbs.reporting import tables
+from lbs.reporting.gathered import line_of
 from lbs.reporting.records import Record
 from lbs.runs.limits import latency_table, targets_section
 from lbs.search import Budget, freeze
@@ -70,7 +71,7 @@ def test_the_record_of_a_search_says_modelled(found: tuple[nn.Module, Any]) -> N
     record = Record("run", results={"search": section})
     [row] = [row for row in tables.budget_table(record).rows if row[0] == tables.TARGET_NAMES["latency_ms"]]
     assert all(MARK in cell for cell in row[1:4] if cell != "-")
-    line = comparison.line_of(record)
+    line = line_of(record)
     assert MARK in line.of_targets("value")
     assert MARK in line.of_targets("target")
 

@@ -18,6 +18,9 @@ from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.multi_path import BranchGate
 from lbs.search.prepare import SearchConfig, prepare
+from lbs_kernels.errors import PlanError
+
+OWN = "convolutions"
 
 
 def images(seed: int = 0) -> Tensor:
@@ -26,7 +29,7 @@ def images(seed: int = 0) -> Tensor:
 
 def searchable(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     torch.manual_seed(0)
-    config = SearchConfig(multi_path=True, **options)
+    config = SearchConfig(**{"multi_path": True, **options})
     model = prepare(lbs.models.create("digits_resnet8").to(dtype), images().to(dtype), config)
     return lbs.calibrate(model, [images().to(dtype)]).train()
 
@@ -67,8 +70,9 @@ def test_cost_is_the_expectation_over_branches() -> None:
     assert budget.cost().item() == pytest.approx(expected, rel=1e-6)  # a weight step: activations at their argmax
 
 
-def test_training_meets_the_target_and_leaves_one_branch() -> None:
-    model = searchable()
+@pytest.mark.parametrize("multi_path", [True, "convolutions"])
+def test_training_meets_the_target_and_leaves_one_branch(multi_path: bool | str) -> None:
+    model = searchable(multi_path=multi_path)
     budget = Budget(model, bops=0.02, strength=4.0)
     groups = parameter_groups(model, lr=0.01, gate_lr=0.05)
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
@@ -107,6 +111,54 @@ def test_every_width_is_computed_in_every_step(monkeypatch: pytest.MonkeyPatch) 
     model(images())
     searched = sum(isinstance(m, BranchGate) for m in model.modules()) // 2
     assert calls == {"weight": 3 * searched + 2, "activation": 3 * searched + 1}
+
+
+def test_a_convolution_a_branch_is_the_sum_of_them() -> None:
+    """At equal weights what one convolution of the mix gives; every branch computes and learns its own."""
+    cheap, dear = searchable(torch.float64, pruning=False), searchable(torch.float64, pruning=False, multi_path=OWN)
+    for model in (cheap, dear):
+        for _, gate, _ in Budget(model, bops=0.03).bit_gates():
+            gate.alpha.data.copy_(torch.tensor([0.03, -0.02, 0.09], dtype=torch.float64))
+    x = images().double()
+    torch.testing.assert_close(dear(x), cheap(x))
+    layer, one = dear.get_submodule("layer2.0.conv2"), cheap.get_submodule("layer2.0.conv2")
+    calls: list[Tensor] = []
+    inner = layer.product
+
+    def counted(source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        calls.append(weight)
+        return inner(source, weight, bias)
+
+    layer.product = counted
+    dear(x).square().sum().backward()
+    cheap(x).square().sum().backward()
+    assert len(calls) == 3
+    assert len({id(layer.path_weight(level)) for level in range(3)}) == 3
+    torch.testing.assert_close(sum(layer.path_weight(level).grad for level in range(3)), one.weight.grad)
+    p = layer.w_gate.weights().detach()
+    with torch.no_grad():
+        for level in range(3):
+            layer.path_weight(level).mul_(level + 2)  # standardised away
+            layer.path_weight(level)[0, 0, 0, 0] += 0.1 * (level + 1)
+    source = torch.rand(2, layer.in_channels, 4, 4, dtype=torch.float64)
+    calls.clear()
+    y = layer(source)
+    torch.testing.assert_close(y, sum(p[k] * inner(layer.quantizer(source), calls[k], None) for k in range(3)))
+    assert not torch.equal(calls[0], calls[1])
+
+
+def test_the_weights_of_the_branch_that_is_left_stay() -> None:
+    model = searchable(multi_path=OWN)
+    layer = model.get_submodule("layer1.0.conv2")
+    with torch.no_grad():
+        for level in range(3):
+            layer.path_weight(level).fill_(level + 1.0)
+    layer.w_gate.close_to(1)
+    kept = freeze(model).get_submodule("layer1.0.conv2")
+    assert kept.w_bits == 4
+    assert (kept.weight == 2).all()
+    with pytest.raises(PlanError, match="multi_path='all' is unknown"):
+        SearchConfig(multi_path="all")  # type: ignore[arg-type]
 
 
 def test_one_step_of_the_budget_does_not_decide() -> None:

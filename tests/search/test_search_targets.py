@@ -20,7 +20,7 @@ import lbs.models
 from lbs import cost
 from lbs.plan import Plan
 from lbs.search import projection
-from lbs.search.baselines import project, two_stage
+from lbs.search.baselines import evenly_pruned, project, two_stage
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.controller import Controller
 from lbs.search.freeze import freeze, plan_of
@@ -449,6 +449,23 @@ def test_measured_projection_spares_the_layer_that_matters() -> None:
     project(model, labelled("digits_resnet8"), bops=0.03, loss=loss)
     assert sensitive.w_bits == 8
     assert {e.w_bits for e in plan_of(model).layers[1:-1]} - {8}
+
+
+def test_an_even_share_of_filters_goes_by_the_norms() -> None:
+    torch.manual_seed(0)
+    model = lbs.models.create("cifar_resnet20", 10)
+    gamma = model.get_submodule("layer2.1.bn1").weight
+    with torch.no_grad():
+        gamma.copy_(torch.arange(32.0).flip(0) + 1)
+    plan = evenly_pruned(model, images(), 0.25)
+    counts = {layer.name: (layer.kept_filters, layer.filters) for layer in plan.layers}
+    for name, (kept, filters) in counts.items():
+        can_go = name.endswith("conv1") and name.startswith("layer")
+        assert kept == (filters * 3 // 4 if can_go else filters), name
+    assert plan.layer("layer2.1.conv1").kept == tuple(range(24))  # the largest
+    assert {layer.w_bits for layer in plan.with_bits(4, 4).layers} == {4, 8}
+    with pytest.raises(PlanError, match="max_pruning_ratio=1"):
+        evenly_pruned(model, images(), 1.0)
 
 
 def test_two_stages_prune_in_float_then_quantize() -> None:
