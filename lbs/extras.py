@@ -37,4 +37,5 @@ def asked_for(what: str) -> Iterator[None]:
         if module not in EXTRAS:
             raise
         package, extra = EXTRAS[module]
-        raise LbsError(f"{what} needs {package}, which is not installed: pip install 'lbs[{extra}]'") from error
+        together = " ".join(name for name, of in EXTRAS.values() if of == extra)
+        raise LbsError(f"{what} needs {package}, which is not installed: pip install {together}") from error

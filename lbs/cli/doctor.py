@@ -73,7 +73,7 @@ def _package(module: str, name: str, extra: str = "") -> Finding:
         found = importlib.import_module(module)
     except ImportError as error:
         if extra:
-            return Finding(name, "absent", f"{error}; needed by {NEEDS[extra]} only", f"pip install 'lbs[{extra}]'")
+            return Finding(name, "absent", f"{error}; needed by {NEEDS[extra]} only", f"pip install {name}")
         return Finding(name, "missing", f"{error}", f"pip install {name}")
     return Finding(name, "ok", str(getattr(found, "__version__", "installed")))
 

@@ -65,7 +65,7 @@ def outer_model(
     """
     if importlib.util.find_spec("onnxscript") is None:
         raise BackendError(
-            f"to_onnx: parts stay in float ({kept_float}), which onnxscript writes: pip install 'lbs[onnx]'"
+            f"to_onnx: parts stay in float ({kept_float}), which onnxscript writes: pip install onnxscript"
         )
     graph = fx.GraphModule(body, body.graph)
     for index, (name, program) in enumerate(programs.items()):

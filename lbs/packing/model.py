@@ -245,7 +245,7 @@ class PackedModel(nn.Module):
         try:
             from lbs.onnx.export import Parts, write
         except ImportError as error:
-            raise BackendError(f"to_onnx: {error}; install what writes ONNX: pip install 'lbs[onnx]'") from error
+            raise BackendError(f"to_onnx: {error}; install what writes ONNX: pip install onnx onnxscript") from error
         found = {f"region{index}": region for index, region in enumerate(self.regions)}
         parts = Parts(
             self.name,

@@ -10,7 +10,7 @@ import pytest
 
 from lbs.cli import main
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lbs[onnx]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx onnxscript")
 
 
 def test_a_packed_file_becomes_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import lbs.models
 import lbs.zoo
 from lbs_kernels.errors import CheckpointError, GraphError
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lbs[onnx]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx onnxscript")
 IMAGES = 1000
 # OpenVINO takes float32 for float64: codes on a rounding boundary may come out one beside it, and move what is behind.
 ALIKE = {"onnxruntime": 1.0, "openvino": 0.995}

@@ -16,7 +16,7 @@ from lbs_kernels.errors import GraphError
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run.compiled import CompiledProgram
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lbs[onnx]'")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx onnxscript")
 
 from lbs.onnx.nodes import Nodes  # noqa: E402
 from lbs.onnx.steps import ProgramNodes  # noqa: E402
