@@ -50,7 +50,7 @@ def quantize(
     model: nn.Module,
     images: Any,
     *,
-    bits: int | tuple[int, int] | None = None,
+    bits: int | tuple[int, ...] | None = None,
     bops: float | None = None,
     size_mb: float | None = None,
     latency_ms: float | None = None,
@@ -203,11 +203,11 @@ def _plain(model: nn.Module, floats: list[Tensor], config: SearchConfig) -> tupl
     return copy.eval(), record_of(copy).groups
 
 
-def _pair(bits: int | tuple[int, int] | None) -> tuple[int, int]:
-    pair = (8, 8) if bits is None else (bits, bits) if isinstance(bits, int) else tuple(bits)
-    if len(pair) != 2:
-        raise PlanError(f"bits={bits!r}; give one width, or (weights, activations) such as (4, 8)")
-    return pair
+def _pair(bits: int | tuple[int, ...] | None) -> tuple[int, int]:
+    given = (8,) if bits is None else (bits,) if isinstance(bits, int) else tuple(bits)
+    if len(given) not in (1, 2):
+        raise PlanError(f"bits={bits!r}; give one width, or those of weights and activations, such as bits=(4, 8)")
+    return given[0], given[-1]
 
 
 class _Clock:

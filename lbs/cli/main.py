@@ -84,6 +84,17 @@ def _usage(parser: argparse.ArgumentParser) -> str:
     return " ".join([*words, "[options]"])
 
 
+def _by_argument(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The option that is meant by an argument: the one of its name, else the one that fills it in (`--prune`)."""
+    named = {option[2:].replace("-", "_"): option for option in options_of(parser)}
+    filled = {
+        action.dest: action.option_strings[-1]
+        for action in parser._actions
+        if action.option_strings and action.const is not False  # --no-augment says the opposite of augment=True
+    }
+    return filled | named
+
+
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
     """The options a parser has, by their long names."""
     return {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
@@ -112,13 +123,13 @@ def as_options(message: str, command: str, typed: Sequence[str] = ()) -> str:
     """
     parser = argparse.ArgumentParser()
     importlib.import_module(f"lbs.cli.{command}").add_arguments(parser)
-    options = options_of(parser)
+    options = _by_argument(parser)
     by_key = any(action.metavar == "KEY=VALUE" for action in parser._actions)
 
     def spelled(found: re.Match[str]) -> str:
-        option = "--" + found["name"].replace("_", "-")
+        option = options.get(found["name"])
         value = found["value"] or ""
-        if option not in options or found[0] in typed or "/" in value or (by_key and value != "True"):
+        if option is None or found[0] in typed or "/" in value or (by_key and value != "True"):
             return found[0]
         if value == "None":
             value = "none"

@@ -178,7 +178,10 @@ def targets_of(
         targets.append(_scaled(packed_bytes(), size_mb))
     if latency_ms is not None:
         if table is None:
-            raise PlanError("budget latency_ms needs table=, a function from a Problem to its seconds")
+            raise PlanError(
+                "budget latency_ms needs table=: lbs.cost.Tuned(), what lbs tune measured, or a function from a Problem to its "
+                "seconds"
+            )
         targets.append(_scaled(seconds(table, plan), latency_ms))
     if not targets:
         raise PlanError("budget without a target; give bops=, size_mb= or latency_ms=")

@@ -101,6 +101,8 @@ def test_errors_are_one_line_and_a_code(
         ("reproduce", "lr=0; go on with resume=True", "lr=0; go on with --resume"),  # --lr, or --search lr=0
         # What only looks like an argument: a folder, a path, a longer name.
         ("search", "lr=0.1 and runs/lr=0.1 and lr=0.1/config.json", "lr=0.1 and runs/lr=0.1 and lr=0.1/config.json"),
+        ("quantize", "max_pruning_ratio=0.3: filters go", "--prune 0.3: filters go"),
+        ("search", "augment=True, no_augment=True", "augment=True, --no-augment"),
         ("search", "own.lr=1, model=net/a.py:f", "own.lr=1, model=net/a.py:f"),
     ],
 )

@@ -104,6 +104,12 @@ def test_the_report_goes_to_stdout_and_progress_to_stderr(place: Path, capsys: p
     assert "calibrate ..." not in captured.out
 
 
+def test_one_width_counts_for_weights_and_activations(place: Path, lbs_command: Command) -> None:
+    code, section, told = lbs_command(f"{ASKED} --weights net.pth --out a --bits 4")
+    assert code == 0, told
+    assert [4, 4, 8] in section["widths"]
+
+
 def test_a_budget_of_each_kind(place: Path, lbs_command: Command) -> None:
     code, section, _ = lbs_command(f"{ASKED} --weights net.pth --out a --bops 0.03 --count 8")
     assert code == 0
@@ -158,6 +164,9 @@ REFUSED = {
     "weights without a matrix": ("--weights flat.pth", "holds no matrix that says .* give --classes N"),
     "statistics of three channels": ("--weights net.pth --mean .1,.2,.3", "for images of 1 channels"),
     "a folder as the file": ("--weights net.pth --out pictures", r"pictures.lbs.safetensors is a folder; name a file"),
+    "three widths": ("--weights net.pth --bits 8,4,2", "^--bits 8,4,2; give one width, .* such as --bits 4,8$"),
+    "filters without a budget": ("--weights net.pth --prune 0.3", "^--prune 0.3: filters go for a budget; name --bops"),
+    "filters all gone": ("--weights net.pth --bops .1 --prune 1", r"^--prune 1.0; it lies in \[0, 1\)"),
     "widths and a budget": ("--weights net.pth --bits 4 --bops .1", "--bits .* and a budget"),
 }
 

@@ -163,7 +163,7 @@ def test_two_bits_are_chosen_only_where_the_budget_needs_them() -> None:
 def test_bytes_and_seconds_are_budgets_too() -> None:
     report = lbs.quantize(network(), images(), size_mb=0.05).report
     assert report.packed_bytes <= 50_000
-    with pytest.raises(PlanError, match="latency_ms needs table="):
+    with pytest.raises(PlanError, match=r"latency_ms needs table=: lbs\.cost\.Tuned\(\)"):
         lbs.quantize(network(), images(), latency_ms=1)
     outcome = lbs.quantize(
         network(), images(), latency_ms=5, table=lambda problem: 1e-4 * problem.w_bits
