@@ -23,6 +23,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -53,6 +54,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         files.replace(path, content)
     except OSError as error:
         raise _not_written(path, f"({len(content)} bytes)", error) from error
+
+
+def check_place(path: Path) -> None:
+    """Raises CheckpointError where `write_bytes` could not write: a folder, or a place without leave."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _not_written(path, "(the result)", error) from error
 
 
 def _not_written(path: Path, what: str, error: OSError) -> CheckpointError:

@@ -10,7 +10,7 @@ import lbs.data
 from lbs.cli.console import console
 from lbs.cli.main import as_options
 from lbs.cli.options import decimals, numbers
-from lbs.cli.packed import add_source, known_statistics, source_of, statistics_of
+from lbs.cli.packed import add_source, check_statistics, known_statistics, source_of, statistics_of
 from lbs.contenders import BASELINES, DEFAULT_BASELINES
 from lbs.packing.model import PackedModel
 from lbs.runs import network
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pictures.add_argument("--data", metavar="SET", help="labelled: digits, a .npz file, a folder with classes, ...")
     pictures.add_argument("--images", metavar="DIR", help="pictures without labels: classes are compared with float")
-    pictures.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"how many are asked (default {COUNT})")
+    pictures.add_argument("--count", type=int, metavar="N", help=f"how many are asked (default {COUNT})")
     pictures.add_argument("--mean", type=decimals, default=(), metavar="M,..", help="pixel mean per channel, of 0..1")
     pictures.add_argument("--std", type=decimals, default=(), metavar="S,..", help="pixel deviation per channel")
 
@@ -92,9 +92,13 @@ def _images(args: argparse.Namespace, packed: PackedModel) -> BenchImages | None
     """Those that were named; None leaves a run its own data, and a file random numbers."""
     if args.data and args.images:
         raise LbsError("--data and --images both name images; leave one of them out")
+    count = COUNT if args.count is None else args.count
     if args.data:
+        check_statistics(args, packed)
         mean, std = (args.mean, args.std) if args.mean or args.std else known_statistics(args)
-        return of_data(network.load_data(args.data, mean, std), packed, args.count)
+        return of_data(network.load_data(args.data, mean, std), packed, count)
     if args.images:
-        return of_folder(args.images, packed, *statistics_of(args, packed), args.count)
+        return of_folder(args.images, packed, *statistics_of(args, packed), count)
+    if args.count is not None or args.mean or args.std:
+        raise LbsError("--count, --mean and --std are of images, and none are named; give --data SET or --images DIR")
     return None

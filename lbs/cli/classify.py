@@ -8,7 +8,7 @@ from pathlib import Path
 from lbs.cli.console import console
 from lbs.cli.options import decimals, device_of
 from lbs.cli.packed import add_source, source_of, statistics_of
-from lbs.runs.classify import classify_folder, write_csv
+from lbs.runs.classify import check_result, classify_folder, write_csv
 from lbs.train import distributed
 from lbs_kernels.errors import DataError
 
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     packed = source_of(args).packed
     mean, std = statistics_of(args, packed)
     names = _names(args.names) if args.names else []
+    check_result(packed, args.out, names)
     rows = classify_folder(packed, args.images, mean=mean, std=std, batch=args.batch, progress=out.progress())
     write_csv(args.out, rows, names)
     unread = {row.image: row.error for row in rows if row.place is None}
@@ -47,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _names(file: str) -> list[str]:
     try:
-        return Path(file).read_text().splitlines()
+        names = Path(file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}; give a text file with a name on each line") from error
+    if not any(name.strip() for name in names):
+        raise DataError(f"{file} holds no names; give a name on each line, or leave --names out")
+    return names

@@ -67,9 +67,18 @@ def known_statistics(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple
 
 
 def statistics_of(args: argparse.Namespace, packed: PackedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """--mean and --std, else those that are known, else of three channels ImageNet's."""
+    """--mean and --std, else those that are known, else of three channels ImageNet's. Raises LbsError as below."""
+    check_statistics(args, packed)
     mean, std = (args.mean, args.std) if args.mean or args.std else known_statistics(args)
     return IMAGENET if not mean and not std and packed.input_shape[0] == len(IMAGENET[0]) else (mean, std)
+
+
+def check_statistics(args: argparse.Namespace, packed: PackedModel) -> None:
+    """Raises LbsError where one of --mean and --std is given without the other, or both to a network of bytes."""
+    if bool(args.mean) != bool(args.std):
+        raise LbsError("--mean and --std belong together; give both, one value of each per channel, or none")
+    if args.mean and packed.normalize is not None:
+        raise LbsError("--mean and --std: the network takes bytes and normalises them itself; leave them out")
 
 
 def _rebuilt(args: argparse.Namespace, packed: PackedModel) -> nn.Module | None:

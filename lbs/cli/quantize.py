@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     widths = parser.add_argument_group("widths", "8 bits, or one of")
     widths.add_argument(
-        "--bits", type=numbers, default=_UNSET, metavar="W,A", help="of weights and activations, such as 4,8, or one for both"
+        "--bits",
+        type=numbers,
+        default=_UNSET,
+        metavar="W,A",
+        help="of weights and activations, such as 4,8, or one for both",
     )
     widths.add_argument("--bops", type=bit_operations, default=_UNSET, help="budget: 0.03 (share), 650M, 34.7G")
     widths.add_argument(

@@ -60,7 +60,7 @@ def write(path: Path, parts: Parts, images: Tensor, exact: bool) -> tuple[str, .
         replace(path, model.SerializeToString())
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    return _notes(programs)
+    return _notes(programs, exact)
 
 
 def _whole(parts: Parts, images: Tensor, exact: bool) -> tuple[onnx.ModelProto, list[ProgramNodes]]:
@@ -126,10 +126,14 @@ def _outer(parts: Parts, images: Tensor, exact: bool) -> tuple[onnx.ModelProto, 
     return made_model, written
 
 
-def _notes(programs: list[ProgramNodes]) -> tuple[str, ...]:
+def _notes(programs: list[ProgramNodes], exact: bool) -> tuple[str, ...]:
     wide = [layer for program in programs for layer in program.wide]
     own = sorted({name for program in programs for name in program.own})
     notes = []
+    if not exact:
+        notes.append(
+            "float32 behind the sums: a code on a rounding boundary may come out one beside the packed network's"
+        )
     if wide:
         notes.append(f"no narrower type of ONNX holds the weights of {', '.join(wide)}")
     if own:

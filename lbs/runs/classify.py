@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lbs.data.pictures import picture_files, read_picture
 from lbs.packing.model import PackedModel
-from lbs.run_folder import write_bytes
+from lbs.run_folder import check_place, write_bytes
 from lbs.runs.bench_images import served
 from lbs.train import distributed
 from lbs.train.protocols import Progress
@@ -127,25 +127,40 @@ def _decoded(file: Path, channels: int, height: int, width: int) -> np.ndarray |
 
 @torch.inference_mode()
 def _classes(packed: PackedModel, images: Tensor) -> list[tuple[int, float]]:
-    logits = packed(images.to(packed.device))
+    logits = _logits(packed, images.to(packed.device))
+    shares = logits.double().softmax(1)
+    places = logits.argmax(1)
+    return list(zip(places.tolist(), shares.gather(1, places[:, None])[:, 0].tolist(), strict=True))
+
+
+def _logits(packed: PackedModel, images: Tensor) -> Tensor:
+    logits = packed(images)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise LbsError(
             f"{packed.name or 'the packed network'} returns no logits [N, classes]; there is no class to tell"
         )
-    shares = logits.double().softmax(1)
-    places = logits.argmax(1)
-    return list(zip(places.tolist(), shares.gather(1, places[:, None])[:, 0].tolist(), strict=True))
+    return logits
+
+
+def check_result(packed: PackedModel, path: str | Path, names: Sequence[str] = ()) -> None:
+    """What `write_csv` would find after the last image, before the first.
+
+    Raises:
+        DataError: fewer names than classes. CheckpointError: a place that cannot be written. LbsError: no logits.
+    """
+    with torch.inference_mode():
+        classes = _logits(packed, packed.random_images(1)).shape[1]
+    if names and classes > len(names):
+        raise DataError(f"{len(names)} names for {classes} classes; give a name for every class, from 0 on")
+    distributed.first(lambda: check_place(Path(path)))
 
 
 def write_csv(path: str | Path, rows: Sequence[Row], names: Sequence[str] = ()) -> None:
     """One line per row, whole or not at all; of several processes the first writes.
 
     Raises:
-        DataError: fewer names than classes. CheckpointError: a full disk.
+        CheckpointError: a full disk.
     """
-    most = max((row.place for row in rows if row.place is not None), default=-1)
-    if names and most >= len(names):
-        raise DataError(f"{len(names)} names, and an image of class {most}; give a name for every class, from 0 on")
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)

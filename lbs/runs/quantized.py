@@ -34,7 +34,7 @@ def quantize_files(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     uint8: bool = False,
-    latency_device: str = "cpu",
+    latency_device: str | None = None,
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> tuple[PackedModel, dict[str, Any]]:
@@ -46,8 +46,8 @@ def quantize_files(
         out: the file written, at once or not at all; it ends in .lbs.safetensors, and by default is called as the
             network. size: of images; by default that of the network where it is known, else that of the images.
         classes: by default as many as the last matrix of the weights has rows. uint8: the packed network is given bytes
-            and normalises them. latency_device: whose times latency_ms counts. say: is told what is done, and which
-            images cannot be read. options: of `lbs.quantize`.
+            and normalises them. latency_device: whose times latency_ms counts (cpu). say: is told what is done, and
+            which images cannot be read. options: of `lbs.quantize`.
 
     Raises:
         LbsError: of its family, whatever is wrong with model, weights, images or targets.
@@ -56,6 +56,10 @@ def quantize_files(
     target = Path(out if out.endswith(".safetensors") else out + SUFFIX)
     if target.is_dir():
         raise LbsError(f"{target} is a folder; name a file")
+    if latency_device is not None and options.get("latency_ms") is None:
+        raise LbsError(
+            f"latency_device={latency_device} says whose times a budget counts; there is none: give latency_ms=X too"
+        )
     model = _trained(name, weights, classes).eval()
     form = network.image_form(name, model)
     channels, sides = form.channels, form.side
@@ -65,7 +69,7 @@ def quantize_files(
     mean, std = _statistics(mean, std, form, say)
     say(f"{len(pictures)} images of {' x '.join(map(str, pictures.shape[1:]))} from {images}")
     if options.get("latency_ms") is not None:
-        options["table"] = latency_table(name, latency_device, options.get("streams", FLOAT))
+        options["table"] = latency_table(name, latency_device or "cpu", options.get("streams", FLOAT))
     normalize = (mean, std) if uint8 else None
     given = pictures if uint8 else lbs.data.normalize(pictures.permute(0, 2, 3, 1), mean, std)
     packed = quantize(model, given, normalize=normalize, progress=lambda step: say(f"{step} ..."), **options)

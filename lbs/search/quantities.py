@@ -179,8 +179,8 @@ def targets_of(
     if latency_ms is not None:
         if table is None:
             raise PlanError(
-                "budget latency_ms needs table=: lbs.cost.Tuned(), what lbs tune measured, or a function from a Problem to its "
-                "seconds"
+                "budget latency_ms needs table=: lbs.cost.Tuned(), what lbs tune measured, or a function from a "
+                "Problem to its seconds"
             )
         targets.append(_scaled(seconds(table, plan), latency_ms))
     if not targets:

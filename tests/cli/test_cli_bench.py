@@ -70,6 +70,9 @@ def test_pictures_without_labels_are_compared_with_float(
         (("--data", "digits", "--images", "x"), "--data and --images both name images"),
         (("--data", "synthetic"), r"images of synthetic are \(3, 32, 32\), the network is for \(1, 8, 8\)"),
         (("--data", "digits", "--count", "0"), "0 images; at least 1 is needed"),
+        (("--count", "9"), "--count, --mean and --std are of images, and none are named; give --data"),
+        (("--mean", ".5", "--std", ".5"), "none are named; give --data"),
+        (("--data", "digits", "--mean", ".5"), "--mean and --std belong together"),
         (("--model", "nothing"), "nothing"),
         (("--weights", "w.pth"), "--weights w.pth needs --model"),
     ],
@@ -93,3 +96,7 @@ def test_bytes_are_given_as_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, body, told = bench(capsys, tmp_path / "bytes.lbs.safetensors", "--data", "digits", "--count", "5")
     assert code == 0, told
     assert "packed" in body["accuracy"]
+    for source in (("--data", "digits"), ("--images", tmp_path)):
+        words = (tmp_path / "bytes.lbs.safetensors", *source, "--mean", ".3", "--std", ".4")
+        code, body, _ = bench(capsys, *words)
+        assert (code, "takes bytes and normalises them itself; leave them out" in body["error"]) == (2, True)

@@ -91,9 +91,13 @@ def test_batches_do_not_matter(images: Path, tmp_path: Path) -> None:
         (("--images", "absent"), "no folder absent"),
         (("--images", "{empty}"), "holds no file that ends in"),
         (("--images", "{images}", "--batch", "0"), "--batch 0|batch is 0"),
-        (("--images", "{images}", "--mean", ".5"), "1 means and 0 deviations for images of 3 channels"),
-        (("--images", "{images}", "--names", "{images}/notes.txt"), "1 names, and an image of class"),
+        (("--images", "{images}", "--mean", ".5"), "--mean and --std belong together"),
+        (("--images", "{images}", "--names", "{images}/notes.txt"), "1 names for 100 classes"),
         (("--images", "{images}", "--names", "absent.txt"), "absent.txt cannot be read"),
+        (("--images", "{images}", "--names", "{empty}/none.txt"), "none.txt holds no names; give"),
+        (("--images", "absent", "--out", "{empty}"), "empty could not be written.* it is a folder; .* give a path"),
+        (("--images", "absent", "--out", "{images}/notes.txt/x.csv"), "x.csv could not be written"),
+        (("--images", "absent", "--names", "{images}/notes.txt"), "1 names for 100 classes"),
         (("--images", "{damaged}"), "no image of .* can be read"),
     ],
 )
@@ -101,6 +105,7 @@ def test_what_cannot_be_is_said(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "none.txt").write_text("\n")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "x.png").write_bytes(b"")
     places: dict[str, Any] = {"images": images, "empty": tmp_path / "empty", "damaged": tmp_path / "damaged"}

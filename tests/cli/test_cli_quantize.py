@@ -164,6 +164,10 @@ REFUSED = {
     "weights without a matrix": ("--weights flat.pth", "holds no matrix that says .* give --classes N"),
     "statistics of three channels": ("--weights net.pth --mean .1,.2,.3", "for images of 1 channels"),
     "a folder as the file": ("--weights net.pth --out pictures", r"pictures.lbs.safetensors is a folder; name a file"),
+    "whose times, and no budget of them": (
+        "--weights net.pth --latency-device cuda",
+        "^--latency-device cuda says whose times .*: give --latency-ms X too",
+    ),
     "three widths": ("--weights net.pth --bits 8,4,2", "^--bits 8,4,2; give one width, .* such as --bits 4,8$"),
     "filters without a budget": ("--weights net.pth --prune 0.3", "^--prune 0.3: filters go for a budget; name --bops"),
     "filters all gone": ("--weights net.pth --bops .1 --prune 1", r"^--prune 1.0; it lies in \[0, 1\)"),

@@ -23,6 +23,8 @@ def test_a_packed_file_becomes_an_onnx_file(tmp_path: Path, capsys: pytest.Captu
     written = (tmp_path / "network.onnx").read_bytes()
     assert written == (tmp_path / "expected.onnx").read_bytes()
     assert told == {"file": str(tmp_path / "network.onnx"), "bytes": len(written), "notes": list(notes)}
+    assert main.main([*command, "--float32"]) == 0
+    assert "a code on a rounding boundary may come out one beside" in capsys.readouterr().out
     (tmp_path / "folder.onnx").mkdir()
     assert main.main(["export", "--zoo", "cifar100-resnet20", "--out", str(tmp_path / "folder")]) == 2
     assert "cannot write" in capsys.readouterr().err
