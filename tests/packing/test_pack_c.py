@@ -34,6 +34,7 @@ from lbs.packing.model import PackedModel, whole_region
 from lbs.packing.packing import pack
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, CheckpointError, LbsError, ShapeError
+from lbs_kernels.program.rules import MAX_DEPTH
 
 if not (ROOT / "setup.py").exists():
     pytest.skip("the tests run without the source tree", allow_module_level=True)
@@ -278,6 +279,24 @@ def test_lies_are_refused_by_both(lie: str, judge: Judge, saved: Path, tmp_path:
     (found,) = judge(tmp_path, [Case(saved, torch.zeros(0, 1, 8, 8))])
     assert (found.status, found.words[: len(str(saved))]) == (refused_as(lie), str(saved))
     assert found.words.isprintable()
+
+
+@pytest.mark.parametrize("key", ["model", "graph"])
+@pytest.mark.parametrize(("depth", "status"), [(MAX_DEPTH - 1, "OK"), (MAX_DEPTH, "FILE")])
+def test_lists_in_one_another_are_read_as_deep_by_both(
+    key: str, depth: int, status: str, judge: Judge, saved: Path, tmp_path: Path
+) -> None:
+    header, data = header_of(saved)
+    text(key, "{", '{"more": ' + "[" * depth + "]" * depth + ", ")(header)  # the object is one more
+    rewrite(saved, header, data)
+    (found,) = judge(tmp_path, [Case(saved, torch.zeros(0, 1, 8, 8))])
+    assert found.status == status, found.words
+    if status == "OK":
+        lbs.load(saved)
+        return
+    assert "nested too deeply" in found.words
+    with pytest.raises(CheckpointError, match=f"its {key} is not JSON: nested too deeply"):
+        lbs.load(saved)
 
 
 def damaged(path: Path) -> list[Path]:
