@@ -446,6 +446,7 @@ def test_misuse_is_told(saved: Path) -> None:
         (5, None, b"a pointer is null"),
         (2, 7, b"layout is neither"),
         (3, -1, b"count is -1"),
+        (3, 2**62, b"count is 4611686018427387904; so many images of 64 elements have no place in any memory"),
         (4, 0, b"needs a thread"),
     ):
         assert c.lbs_run(*good[:place], value, *good[place + 1 :]) == 1
