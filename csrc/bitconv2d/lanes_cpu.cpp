@@ -11,12 +11,13 @@ namespace {
 constexpr int kMostTurned = 256;  // pixels: sums and dots of a block of filters stay in the first caches
 constexpr int kMostPixels = 1024;
 
-// Four pixels after the other, of groups of `per_group`.
+// Four pixels after the other, of groups of `per_group`, or of rows where that is 0.
 PixelOffsets offsets_of(const CodeLayout& layout, int64_t first, int width, int pixels, int per_group, Store& store) {
     std::vector<int32_t> offsets;
     for (int i = 0; i < pixels; ++i)
         offsets.push_back(
             static_cast<int32_t>((layout.is_row ? layout.offset(0, i) : layout.offset(i / width, i % width)) - first));
+    if (per_group == 0) return {store.keep(offsets), layout.phases == 1, nullptr};
     const int fours = (per_group + 3) / 4;
     uint8_t* is_run = store.make<uint8_t>(static_cast<size_t>(vector_count(pixels, per_group) * fours));
     for (int begin = 0; begin < pixels; begin += per_group)
@@ -70,7 +71,7 @@ double lanes_cycles(const StepSpec& step, const TensorSpec& source, const CodeLa
     if (is_made_in_place(source, kernels, emit)) {
         // Of the vector of a pixel, half in the shadow of dots; codes of strided readers lie apart.
         const bool is_apart = emit.consumer_count > 0 && (emit.consumers->map.compress || !emit.consumers->map.pieces);
-        const double made = 4.5 + (emit.is_usual ? 0 : 6) + (is_apart ? 4 : 0);
+        const double made = 5.7 + (emit.is_usual ? 0 : 6) + (is_apart ? 4 : 0);
         return multiplied + vectors * groups * kernels.lanes_pixels * made;
     }
     constexpr double kTurn = 30, kQuad = 30;  // of a vector of dots from memory; of the epilogue, in nothing's shadow

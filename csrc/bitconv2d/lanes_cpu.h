@@ -16,7 +16,8 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
 // Whether what is made of sums whose filters are on the lanes can be made as they lie.
 bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit);
 
-// Where it is then stored: in maps of `width` and `pixels`, multiplied in groups of `per_group`.
+// Where it is then stored: in maps of `width` and `pixels`, multiplied in groups of `per_group`, or 0: stored row by
+// row.
 PixelPlan place_pixels(const std::vector<CodeLayout>& layouts, const EmitPlan& emit, int width, int pixels,
                        int per_group, Store& store);
 

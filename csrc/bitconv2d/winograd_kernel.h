@@ -36,7 +36,8 @@ struct TileRun {
 // The working memory of a thread, as plan_winograd has measured it.
 struct WinogradMemory {
     unsigned char* inputs;  // V: bytes [vector][place][group][L][4], places `place_pitch` apart
-    // [place][vector][filter][L]: being made, and being transformed; with filters on the lanes those of a block alone
+    // [place][vector][filter][L]: being made, and being transformed; or
+    // [group of tiles][place][kV][kX] of a block, filters on the lanes
     int32_t* products[2] = {};
     int32_t* dots[2] = {};  // [filter][pixel of the chunk]: being made, and being emitted
     TileRun* runs;

@@ -83,10 +83,11 @@ struct Simd {
     static I iload_quarters(const unsigned char* p, int64_t pitch) {
         return _mm256_loadu2_m128i(reinterpret_cast<const __m128i*>(p + pitch), reinterpret_cast<const __m128i*>(p));
     }
+    static __m128i first_lanes(int lanes) { return _mm_cmpgt_epi32(_mm_set1_epi32(lanes), _mm_setr_epi32(0, 1, 2, 3)); }
     static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
         if (lanes == 4)
             return _mm256_storeu2_m128i(reinterpret_cast<__m128i*>(p + pitch), reinterpret_cast<__m128i*>(p), a);
-        const __m128i mask = _mm_cmpgt_epi32(_mm_set1_epi32(lanes), _mm_setr_epi32(0, 1, 2, 3));
+        const __m128i mask = first_lanes(lanes);
         _mm_maskstore_epi32(reinterpret_cast<int*>(p), mask, _mm256_castsi256_si128(a));
         _mm_maskstore_epi32(reinterpret_cast<int*>(p + pitch), mask, _mm256_extracti128_si256(a, 1));
     }
@@ -163,8 +164,9 @@ struct Simd {
     }
     static void fstore(float* p, F a) { _mm256_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm256_maskstore_ps(p, lane_mask(mask), a); }
-    static F fload_quarters(const float* p, int64_t pitch) {
-        return fbits(iload_quarters(reinterpret_cast<const unsigned char*>(p), 4 * pitch));
+    static F fload_quarters(const float* p, int64_t pitch, int lanes) {
+        const __m128i mask = first_lanes(lanes);
+        return _mm256_set_m128(_mm_maskload_ps(p + pitch, mask), _mm_maskload_ps(p, mask));
     }
     static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
         istore_quarters(reinterpret_cast<unsigned char*>(p), 4 * pitch, lanes, _mm256_castps_si256(a));

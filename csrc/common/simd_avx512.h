@@ -77,10 +77,15 @@ struct Simd {
     }
     static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
         const __mmask8 mask = static_cast<__mmask8>((1u << lanes) - 1u);
-        _mm_mask_storeu_epi32(p, mask, _mm512_castsi512_si128(a));
-        _mm_mask_storeu_epi32(p + pitch, mask, _mm512_extracti32x4_epi32(a, 1));
-        _mm_mask_storeu_epi32(p + 2 * pitch, mask, _mm512_extracti32x4_epi32(a, 2));
-        _mm_mask_storeu_epi32(p + 3 * pitch, mask, _mm512_extracti32x4_epi32(a, 3));
+        const auto store = [&](int i, __m128i x) {
+            // Else GCC stores as it extracts, which touches lanes that are masked out too.
+            __asm__("" : "+v"(x));
+            _mm_mask_storeu_epi32(p + i * pitch, mask, x);
+        };
+        store(0, _mm512_castsi512_si128(a));
+        store(1, _mm512_extracti32x4_epi32(a, 1));
+        store(2, _mm512_extracti32x4_epi32(a, 2));
+        store(3, _mm512_extracti32x4_epi32(a, 3));
     }
     static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
         const I times = _mm512_set1_epi16(static_cast<short>(factor));
@@ -133,8 +138,12 @@ struct Simd {
     }
     static void fstore(float* p, F a) { _mm512_storeu_ps(p, a); }
     static void fstore_mask(float* p, uint32_t mask, F a) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), a); }
-    static F fload_quarters(const float* p, int64_t pitch) {
-        return fbits(iload_quarters(reinterpret_cast<const unsigned char*>(p), 4 * pitch));
+    static F fload_quarters(const float* p, int64_t pitch, int lanes) {
+        const __mmask8 mask = static_cast<__mmask8>((1u << lanes) - 1u);
+        const auto quarter = [&](int i) { return _mm_maskz_loadu_ps(mask, p + i * pitch); };
+        F a = _mm512_insertf32x4(_mm512_castps128_ps512(quarter(0)), quarter(1), 1);
+        a = _mm512_insertf32x4(a, quarter(2), 2);
+        return _mm512_insertf32x4(a, quarter(3), 3);
     }
     static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
         istore_quarters(reinterpret_cast<unsigned char*>(p), 4 * pitch, lanes, _mm512_castps_si512(a));

@@ -230,8 +230,12 @@ struct Simd {
         for (int i = 0; i < 2; ++i) vst1q_f32(p + 4 * i, a.v[i]);
     }
     static void fstore_mask(float* p, uint32_t mask, F a) { istore_mask(p, mask, ibits(a)); }
-    static F fload_quarters(const float* p, int64_t pitch) {
-        return fmake([&](int i) { return vld1q_f32(p + i * pitch); });
+    static F fload_quarters(const float* p, int64_t pitch, int lanes) {
+        return fmake([&](int i) {
+            float four[4] = {};
+            std::memcpy(four, p + i * pitch, 4 * static_cast<size_t>(lanes));
+            return vld1q_f32(four);
+        });
     }
     static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {
         for (int i = 0; i < 2; ++i) std::memcpy(p + i * pitch, &a.v[i], 4 * static_cast<size_t>(lanes));

@@ -255,10 +255,10 @@ struct Simd {
         for (int i = 0; i < L; ++i)
             if (mask >> i & 1) p[i] = a.v[i];
     }
-    // As those of integers; pitches are of floats
-    static F fload_quarters(const float* p, int64_t pitch) {
-        F r;
-        for (int i = 0; i < L / 4; ++i) std::memcpy(&r.v[4 * i], p + i * pitch, 16);
+    // The first `lanes` each, the others zero; pitches are of floats
+    static F fload_quarters(const float* p, int64_t pitch, int lanes) {
+        F r{};
+        for (int i = 0; i < L / 4; ++i) std::memcpy(&r.v[4 * i], p + i * pitch, 4 * static_cast<size_t>(lanes));
         return r;
     }
     static void fstore_quarters(float* p, int64_t pitch, int lanes, F a) {

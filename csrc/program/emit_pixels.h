@@ -75,13 +75,14 @@ private:
         for (int k = 1; k < e.consumer_count; ++k) store_four(at, k, scaled(e.consumers[k].of_first, codes));
     }
 
-    // Floats of a residual added, bounds, floats stored. Slack: behind the last pixels of a channel.
+    // Floats of a residual added, bounds, floats stored. Those of an output have no slack.
     LBS_INLINE Quad through_stream(const Place& at, Quad y) const {
         const lbs::EmitPlan& e = *fast.plan;
         const int64_t first = at.filter * fast.pixels + at.pixel, pitch = 4 * fast.pixels;
         if (fast.residual) {
             Simd::F x[4];
-            for (int j = 0; j < 4; ++j) x[j] = Simd::fload_quarters(fast.residual + first + j * fast.pixels, pitch);
+            for (int j = 0; j < 4; ++j)
+                x[j] = Simd::fload_quarters(fast.residual + first + j * fast.pixels, pitch, at.count);
             Simd::ftranspose(x);
             for (int j = 0; j < 4; ++j) y.v[j] = Simd::fadd(y.v[j], x[j]);
         }

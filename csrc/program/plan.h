@@ -196,7 +196,8 @@ struct WinogradBlock {
 };
 
 // A 3 x 3 convolution of stride 1 in tiles of 2 x 2 output pixels (winograd_kernel.h). A unit is the fewest rows of
-// tiles whose output pixels are whole vectors, a chunk is what is computed together.
+// tiles whose output pixels are whole vectors, or one where filters lie on the lanes; a chunk is what is computed
+// together.
 struct WinogradPlan {
     int input = 0;
     int height = 0, width = 0;  // of the output map
@@ -207,9 +208,10 @@ struct WinogradPlan {
     int chunk_vectors = 0, chunk_runs = 0;     // at most
     int64_t input_bytes = 0, place_pitch = 0;  // of one vector and place of transformed codes
     int64_t dot_pitch = 0;                     // integers from one filter's dots to the next's
-    int widest_filters = 0, widest_block = 0;  // of the blocks: filters, filters times vectors
-    int quads_per_place = 0;                   // emitted after every place, of a block before
-    int tiles = 0;                             // multiplied together, where filters lie on the lanes; else 0
+    // Of the blocks: filters, and filters times vectors of tiles, or vectors of filters times tiles
+    int widest_filters = 0, widest_block = 0;
+    int quads_per_place = 0;  // emitted after every place, of a block before
+    int tiles = 0;            // multiplied together, where filters lie on the lanes; else 0
     PixelPlan made;
     int block_count = 0;
     const WinogradBlock* blocks = nullptr;

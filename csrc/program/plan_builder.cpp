@@ -132,8 +132,8 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan.run = StepPlan::Run::kWinograd;
             plan.winograd.emit = bounded(emit, plan.winograd.acc);
             if (plan.winograd.tiles)
-                plan.winograd.made = place_pixels(layouts, emit, plan.winograd.width, static_cast<int>(emit.pixels),
-                                                  plan.winograd.tiles, store);
+                plan.winograd.made =
+                    place_pixels(layouts, emit, plan.winograd.width, static_cast<int>(emit.pixels), 0, store);
             scratch_bytes = std::max(scratch_bytes, winograd_bytes(plan.winograd, kernels.lanes));
         } else if (step.kind == StepKind::kConv && is_depthwise(spec, step, layout, emit, kernels.lanes)) {
             plan.run = StepPlan::Run::kDepthwise;
@@ -154,9 +154,11 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
                     step, "winograd",
                     "that takes 3 x 3 windows of stride 1, few bits and weights whose transforms are bytes");
             if (algorithm == Algorithm::kLanes)
-                refuse_algorithm(step, "lanes",
-                                 "that takes up to 256 pixels, or 1024 where its epilogue is a lean one, one group, and "
-                                 "weights that need no sums");
+                refuse_algorithm(
+                    step, "lanes",
+                    "that takes up to 256 pixels, or 1024 where its epilogue is lean and floats are those of "
+                    "whole vectors of filters, one group, and "
+                    "weights that need no sums");
             plan.run = StepPlan::Run::kConv;
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = bounded(emit, plan.conv.acc);

@@ -66,6 +66,13 @@ def operations() -> Iterator[Case]:
             program, blob = lean.net(layer, residual, results, (3, 19))
             name = f"{layer}, residual: {residual}, {results}"
             yield name, program, blob, [], random_inputs(program, BATCH, seed=5)
+    for size, results in product(((3, 19), (7, 7), (13, 13)), lean.RESULTS):
+        for residual in lean.RESIDUALS:
+            program, blob = lean.net((128, 48, 3), residual, results, size, w_bits=4, a_bits=4)
+            ways = {"lanes": lanes.algorithms(program), "winograd": winograd.algorithms(program, blob, "avx2")}
+            for way, chosen in ways.items():
+                name = f"{way} of many channels, {size}, residual: {residual}, {results}"
+                yield name, program, blob, chosen, random_inputs(program, 1, seed=5)
     for kind in KINDS:
         step, _ = one_activation(kind)
         yield kind, step.program, step.blob, [], [step.image]

@@ -25,7 +25,7 @@ LAYERS = {  # channels, filters, kernel
     "3x3": (5, 20, 3),
     "3x3, 48 filters": (5, 48, 3),
 }
-RESIDUALS = ("none", "floats", "codes")
+RESIDUALS = ("none", "floats", "an output", "codes")
 RESULTS = ("stream", "stream and codes", "codes", "codes and codes of them")
 
 
@@ -49,8 +49,8 @@ def net(
     b.quantize(image, Emit(consumers=(codes,)))
     shape = (*size, filters)
     added: dict[str, object] = {}
-    if residual == "floats":
-        added["residual"] = floats = b.stream(shape)
+    if residual in ("floats", "an output"):  # which lies where the caller wants it
+        added["residual"] = floats = b.stream(shape, output=residual == "an output")
         b.conv(codes.tensor, Emit(stream=floats), filters, w_bits=4, kernel=(1, 1), padding=(0, 0))
     elif residual == "codes":
         held = b.consumer(shape, 8, zero=zero)
