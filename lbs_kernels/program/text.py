@@ -18,7 +18,8 @@ from lbs_kernels.program.rules import MAX_DEPTH, MAX_TEXT
 from lbs_kernels.program.schema import Count, Field, Kind, Record, record
 from lbs_kernels.program.steps import PROGRAM_VERSION, STEP_TYPES, Program
 
-_MARKS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)  # what opens and closes; an escape may hide a quotation mark
+_ESCAPES = re.compile(r"\\.", re.DOTALL)
+_MARKS = re.compile(r'"[^"]*"?|[\[\]{}]')  # strings without escapes, and what opens and closes
 _TYPES: dict[Kind, type] = {Kind.INT: int, Kind.BOOL: bool, Kind.TEXT: str}
 
 
@@ -89,18 +90,13 @@ def parse_json(text: str, what: str) -> Any:
 
 def _too_deep(text: str) -> int | None:
     """Where the first list or object begins that lies in MAX_DEPTH others."""
-    depth, is_text = 0, False
-    for mark in _MARKS.finditer(text):
-        one = mark[0]
-        if one == '"':
-            is_text = not is_text
-        elif is_text or one[0] == "\\":
-            continue
-        elif one in "[{":
+    depth = 0
+    for mark in _MARKS.finditer(_ESCAPES.sub("__", text)):  # as long as before
+        if mark[0] in ("[", "{"):
             depth += 1
             if depth > MAX_DEPTH:
                 return mark.start()
-        else:
+        elif mark[0] in ("]", "}"):
             depth -= 1
     return None
 
