@@ -342,7 +342,6 @@ def plan_c(ninja: NinjaFile, library: Path, part: Part) -> None:
     link = [*cxx_rule(ninja, "cxx", part, for_python=False), *C_LINK]
     bindings = ninja.compile("cxx", SOURCES / "bindings_c.cpp", [])
     ninja.link(library, [bindings, *cpu_objects(ninja, "cxx", part)], link)
-    shutil.copyfile(SOURCES / "include" / "lbs.h", library.with_name("lbs.h"))
 
 
 def cpu_objects(ninja: NinjaFile, rule: str, part: Part) -> list[str]:
@@ -439,12 +438,21 @@ class BuildNative(build_ext):
         return part
 
     def conclude(self, name: str, library: Path, part: Part, failure: BuildFailure | None) -> None:
-        """Tells of a module that is not there; an end with an error where the user insisted on it."""
+        """Tells of a module that is not there; an end with an error where the user insisted on it.
+
+        The header of the C library comes and goes with it.
+        """
         if failure is not None:
             part.built, part.reason, part.fix = False, str(failure), failure.fix
             part.details = {of: told for of, told in part.details.items() if told != "built"}
+        header = library.with_name("lbs.h") if name == "c" else None
         if part.built:
+            if header is not None:
+                shutil.copyfile(SOURCES / "include" / "lbs.h", partial(header))
+                partial(header).replace(header)
             return
+        if header is not None:
+            header.unlink(missing_ok=True)
         library.unlink(missing_ok=True)  # a stale module is worse than none
         partial(library).unlink(missing_ok=True)
         module = f"{library.parent.name}.{library.name.split('.')[0]}"

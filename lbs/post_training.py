@@ -46,6 +46,7 @@ _TILE = 8  # filters that come and go together: kernels compute as many at a tim
 _log = logging.getLogger("lbs")
 
 
+@torch.inference_mode(False)  # scales, weights and filters are learned, on tensors that may be written to
 def quantize(
     model: nn.Module,
     images: Any,

@@ -55,6 +55,14 @@ Network::Shape check_input(const ProgramSpec& program, const ModelText& model) {
     return shape_of(image, static_cast<int>(model.input_shape.size()));
 }
 
+// Of images, or of what becomes of them, four bytes each: no address lies beyond an int64.
+void check_bytes(int64_t elements, int64_t count) {
+    int64_t bytes = 0;
+    require(!__builtin_mul_overflow(elements * 4, count, &bytes),
+            "count is " + std::to_string(count) + "; so many images of " + std::to_string(elements) +
+                " elements have no place in any memory, run fewer at once");
+}
+
 }  // namespace
 
 Network::Network(const std::string& path, double budget) {
@@ -105,6 +113,9 @@ void Network::read(const std::string& path, double budget) {
 
 void Network::run(const void* images, bool channels_last, int64_t count, int threads, float* output) const {
     require(count >= 0, "count is " + std::to_string(count) + "; it cannot be negative");
+    check_bytes(input_.elements(), count);
+    check_bytes(output_.elements(), count);
+    for (const int64_t elements : other_elements_) check_bytes(elements, count);
     std::vector<std::vector<float>> others;
     std::vector<float*> outputs;
     for (const int64_t elements : other_elements_) outputs.push_back(others.emplace_back(elements * count).data());

@@ -38,7 +38,8 @@ public:
     bool takes_bytes() const { return takes_bytes_; }
 
     // images: `count` of them, float32 or bytes, channels first or last; output: float32 [count, output()], channels first.
-    // Calls from several threads run at once. Raises FormatError for a negative count or no thread.
+    // Calls from several threads run at once. Raises FormatError for a negative count, one whose images have more bytes
+    // than an int64 counts, or no thread.
     void run(const void* images, bool channels_last, int64_t count, int threads, float* output) const;
 
 private:

@@ -19,7 +19,7 @@ extern "C" {
 
 typedef enum lbs_status {
     LBS_OK = 0,
-    LBS_ARGUMENT = 1,    /* a null pointer, a negative count, no thread, a budget that is no positive number */
+    LBS_ARGUMENT = 1,    /* a null pointer, a count below 0 or beyond memory, no thread, a budget that is no positive number */
     LBS_FILE = 2,        /* missing, damaged, foreign, newer, claims what it does not hold, or costs more than the budget */
     LBS_UNSUPPORTED = 3, /* a network of several programs or with parts in float: Python runs it */
     LBS_BACKEND = 4,     /* LBS_ISA or LBS_SPIN_US says what this processor or library does not have */

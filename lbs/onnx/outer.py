@@ -67,7 +67,7 @@ def outer_model(
         raise BackendError(
             f"to_onnx: parts stay in float ({kept_float}), which onnxscript writes: pip install onnxscript"
         )
-    graph = fx.GraphModule(body, body.graph)
+    graph = fx.GraphModule(body, copy.deepcopy(body.graph))  # a graph belongs to one module
     for index, (name, program) in enumerate(programs.items()):
         setattr(graph, name, _Region(program, index))
     module = copy.deepcopy(_Graph(graph)).cpu().eval()

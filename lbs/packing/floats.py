@@ -6,6 +6,7 @@ timed against where the network it came from is not at hand.
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -33,7 +34,7 @@ from lbs_kernels.program.steps import (
 
 
 def float_network(packed: PackedModel) -> fx.GraphModule:
-    """The network in float32, for normalised images, in evaluation mode on the CPU.
+    """The network in float32, for normalised images, in evaluation mode on the CPU; nothing of it is the packed one's.
 
     Raises:
         GraphError: steps that move pixels, which the layers of torch that made them cannot be told from.
@@ -41,6 +42,7 @@ def float_network(packed: PackedModel) -> fx.GraphModule:
     modules: dict[str, Any] = {}
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {}
+    memo: dict[int, Any] = {}  # parts in float that share weights share those of the copies
     for node in packed.body.graph.nodes:
         called = packed.body.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(called, PackedRegion):
@@ -52,7 +54,8 @@ def float_network(packed: PackedModel) -> fx.GraphModule:
             made[node] = graph.node_copy(node, lambda read: made[read])
             if node.op in ("call_module", "get_attr"):
                 path = str(node.target)
-                modules[path] = called if called is not None else operator.attrgetter(path)(packed.body)
+                part = called if called is not None else operator.attrgetter(path)(packed.body)
+                modules[path] = copy.deepcopy(part, memo)
     graph.lint()
     return fx.GraphModule(modules, graph, class_name=packed.name or "FloatNetwork").cpu().eval()
 

@@ -57,14 +57,26 @@ def of_folder(
     """Pictures of a folder, without labels: they set ranges too, and the classes of float are what is compared with.
 
     Raises:
-        DataError: nothing readable.
+        DataError: nothing readable, or a network that takes no images.
     """
-    channels, height, width = packed.input_shape
+    channels, height, width = sizes_of(packed)
     pictures, unread = read_pictures(folder, count, channels, height if height == width else None)
     images = served(pictures.permute(0, 2, 3, 1), packed, mean, std)
     left_out = f", {len(unread)} more cannot be read" if unread else ""
     ranges = packed.float_images(images[:CALIBRATION]).float()
     return BenchImages(images, None, ranges, f"{len(images)} of {folder}{left_out}")
+
+
+def sizes_of(packed: PackedModel) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a network. Raises DataError where it takes lines or rows."""
+    if len(packed.input_shape) != 3:
+        wanted = ", ".join(map(str, packed.input_shape))
+        raise DataError(
+            f"{packed.name or 'the packed network'} takes [N, {wanted}], pictures are [N, C, H, W]; call it in Python "
+            "(lbs.load) with what it was trained on"
+        )
+    channels, height, width = packed.input_shape
+    return channels, height, width
 
 
 def served(pixels: Tensor, packed: PackedModel, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lbs.data.pictures import picture_files, read_picture
 from lbs.packing.model import PackedModel
 from lbs.run_folder import check_place, write_bytes
-from lbs.runs.bench_images import served
+from lbs.runs.bench_images import served, sizes_of
 from lbs.train import distributed
 from lbs.train.protocols import Progress
 from lbs_kernels.errors import DataError, LbsError
@@ -59,7 +59,8 @@ def classify_folder(
         mean, std: pixel statistics per channel, of a network that takes floats. batch: images per call.
 
     Raises:
-        DataError: no folder, or no image in it that can be read. LbsError: a network that returns no logits.
+        DataError: no folder, no image in it that can be read, or a network that takes no images. LbsError: one that
+            returns no logits.
     """
     if batch < 1:
         raise DataError(f"batch is {batch}; a call takes at least 1 image")
@@ -93,7 +94,7 @@ def _computed(
     batch: int,
     ahead: ThreadPoolExecutor,
 ) -> Iterator[list[Row]]:
-    channels, height, width = packed.input_shape
+    channels, height, width = sizes_of(packed)
     parts = [files[start : start + batch] for start in range(0, len(files), batch)]
 
     def decoded(part: list[Path]) -> list[np.ndarray | str]:

@@ -38,7 +38,7 @@ from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.sensitivity import Loss, losses
 from lbs.traced import evaluating
 from lbs.wrappers import copied
-from lbs_kernels.errors import PlanError
+from lbs_kernels.errors import DataError, PlanError
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of what is read
 PLACES = 64  # pixels looked at in each image
@@ -216,21 +216,31 @@ def readers_of(model: nn.Module, group: ChannelGroup) -> list[Reader]:
 def observe(model: nn.Module, beside: nn.Module, readers: Sequence[Reader], batches: Sequence[Tensor]) -> None:
     """Fill the readers' moments: rows of what they read in `model`, and of what they compute in `beside`.
 
-    Every image is seen in two views, the second turned around. The first image of a batch belongs to the first fold,
-    the next to the second, and so on.
+    Every image is seen in two views, the second turned around. The first image of all belongs to the first fold, the
+    next to the second, and so on.
+
+    Raises:
+        DataError: a single image, which leaves a fold empty.
     """
+    if sum(map(len, batches)) < 2:
+        raise DataError(
+            "filters go by what other images than those that weights are fitted to say, and there is a single one; "
+            "give 2 images at least, a few hundred as a rule"
+        )
+    seen = list(accumulate(map(len, batches), initial=0))[:-1]  # before each batch
     names = [reader.name for reader in readers]
     generator = torch.Generator().manual_seed(0)
     with evaluating(model), evaluating(beside), _noted(model, names) as read, _noted(beside, names) as wanted:
-        for view in (turned for batch in batches for turned in (batch, batch.flip(-1))):
+        for start, view in ((at, x) for at, batch in zip(seen, batches, strict=True) for x in (batch, batch.flip(-1))):
             model(view)
             if beside is not model:
                 beside(view)
             for reader in readers:
                 for (x, _), (_, y) in zip(read.pop(reader.name), wanted.pop(reader.name), strict=True):
                     for fold, moments in enumerate(reader.folds):
-                        if len(x) > fold:
-                            moments.add(*reader.rows(x[fold::2], y[fold::2], generator))
+                        first = (start + fold) % 2
+                        if len(x) > first:
+                            moments.add(*reader.rows(x[first::2], y[first::2], generator))
 
 
 @contextmanager
@@ -285,8 +295,8 @@ def measure(
 
     Arguments:
         model: the plain float network, whose readers are changed and restored. groups: of it. ledger: of a searchable
-            copy, its prune gates of groups of one filter. batches: images; weights are fitted to the even ones of
-            each batch, and losses measured on `count` of the odd ones. loss: of the outputs and the float ones.
+            copy, its prune gates of groups of one filter. batches: images; weights are fitted to the even ones, and
+            losses measured on `count` of the odd ones. loss: of the outputs and the float ones.
     """
     by_gate = {choice.layer: choice for choice in ledger.filters}
     found = {group.producer: readers_of(model, group) for group in groups if group.producer in by_gate}
@@ -299,7 +309,7 @@ def measure(
         levels = sorted({round(part * choice.top / LEVELS) for part in range(LEVELS + 1)})
         kept = [sorted(choice.order[: choice.amounts[level]]) for level in levels]
         pairs[name] = trial.add(name, readers, kept)
-    held_out = torch.cat([batch[1::2] for batch in batches])[:count].split(len(batches[0]))
+    held_out = torch.cat(list(batches))[1::2][:count].split(len(batches[0]))
     with evaluating(model):
         told = [(batch, model(batch)) for batch in held_out]
     whole, below = losses(model, trial, told, loss)

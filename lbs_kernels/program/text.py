@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.checks import check_program
-from lbs_kernels.program.rules import MAX_TEXT
+from lbs_kernels.program.rules import MAX_DEPTH, MAX_TEXT
 from lbs_kernels.program.schema import Count, Field, Kind, Record, record
 from lbs_kernels.program.steps import PROGRAM_VERSION, STEP_TYPES, Program
 
+_ESCAPES = re.compile(r"\\.", re.DOTALL)
+_MARKS = re.compile(r'"[^"]*"?|[\[\]{}]')  # strings without escapes, and what opens and closes
 _TYPES: dict[Kind, type] = {Kind.INT: int, Kind.BOOL: bool, Kind.TEXT: str}
 
 
@@ -45,7 +48,8 @@ def read_program(text: str, blob_bytes: int | None = None) -> Program:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """The value of a text that readers in every language take alike: JSON of RFC 8259 whose keys are unique.
+    """The value of a text that readers in every language take alike: JSON of RFC 8259, its keys unique, its lists and
+    objects at most MAX_DEPTH inside one another.
 
     Args:
         what: the text is, in words of an error.
@@ -67,13 +71,34 @@ def parse_json(text: str, what: str) -> Any:
 
     if len(text) > MAX_TEXT:
         raise FormatError(f"{what} has {len(text)} characters; at most {MAX_TEXT} are read", "text-size")
+    deep = _too_deep(text)
     try:
         text.encode()
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+        # Up to there, so that what is wrong before it is told first; what is cut is never whole.
+        return json.loads(text[:deep], object_pairs_hook=unique, parse_constant=refuse_constant)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
+        if deep is not None and getattr(error, "pos", None) == deep:
+            raise FormatError(
+                f"{what} is not JSON: nested too deeply at character {deep}; at most {MAX_DEPTH} lists and objects lie "
+                "inside one another",
+                "json",
+            ) from error
         raise FormatError(f"{what} is not JSON: {error}; it is damaged, write it again", "json") from error
+
+
+def _too_deep(text: str) -> int | None:
+    """Where the first list or object begins that lies in MAX_DEPTH others."""
+    depth = 0
+    for mark in _MARKS.finditer(_ESCAPES.sub("__", text)):  # as long as before
+        if mark[0] in ("[", "{"):
+            depth += 1
+            if depth > MAX_DEPTH:
+                return mark.start()
+        elif mark[0] in ("]", "}"):
+            depth -= 1
+    return None
 
 
 def _read_record(value: Any, kind: Record, place: str) -> Any:

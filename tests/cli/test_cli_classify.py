@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pack_nets
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import lbs
 import lbs.data
@@ -112,6 +114,21 @@ def test_what_cannot_be_is_said(
     code, rows = classify(tmp_path / "out.csv", *(word.format(**places) for word in words))
     assert (code, rows) == (2, [])
     assert re.search(says, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (16,)])
+@pytest.mark.parametrize("command", ["classify", "bench"])
+def test_a_network_that_takes_no_pictures_is_named(
+    command: str, shape: tuple[int, ...], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first: nn.Module = nn.Linear(16, 8) if len(shape) == 1 else nn.Conv1d(3, 8, 3)
+    rest = [] if len(shape) == 1 else [nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+    network = nn.Sequential(first, nn.ReLU(), *rest, nn.Linear(8, 4))
+    lbs.pack(pack_nets.quantized(network, shape), verify=False).save(tmp_path / "net.lbs.safetensors")
+    words = ["--images", str(images), *(("--out", str(tmp_path / "out.csv")) if command == "classify" else ())]
+    assert main.main([command, str(tmp_path / "net.lbs.safetensors"), *words]) == 2
+    wanted = ", ".join(map(str, shape))
+    assert f"takes [N, {wanted}], pictures are [N, C, H, W]; call it in Python" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_a_compiler_that_fails(tmp_path: Path) -> None:
     assert report["cpu"]["reason"].startswith("the compiler failed: ")
     assert "error: out of ideas" in report["cpu"]["reason"]
     assert "error: out of ideas" in report["c"]["reason"]
+    assert not (tmp_path / "lbs_kernels" / "lbs.h").exists()
     assert report["cpu"]["details"]["amx"].startswith("left out")
     assert report["cuda"]["reason"] == "LBS_BUILD_CUDA=0 left it out"
 
@@ -80,10 +81,25 @@ def test_a_stale_module_does_not_stay(tmp_path: Path) -> None:
     module = tmp_path / "lbs_kernels" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     module.parent.mkdir()
     module.write_bytes(b"old")
+    c_library = [module.with_name(name) for name in ("liblbs.so", "lbs.h")]
+    for path in c_library:
+        path.write_bytes(b"old")
     done, report = build(tmp_path, PATH=os.environ["PATH"], LBS_BUILD_CPU="0", LBS_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert report["cpu"]["reason"] == "LBS_BUILD_CPU=0 left it out"
-    assert not module.exists()
+    assert not any(path.exists() for path in (module, *c_library))
+
+
+def test_the_header_of_the_c_library_is_put_in_place_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads the one before it goes on reading that."""
+    setup = load_setup(monkeypatch)
+    library, header, read = (tmp_path / name for name in ("liblbs.so", "lbs.h", "read"))
+    header.write_text("old")
+    os.link(header, read)
+    setup.BuildNative.conclude(None, "c", library, setup.Part(built=True), None)
+    assert header.read_bytes() == (ROOT / "csrc" / "include" / "lbs.h").read_bytes()
+    assert read.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lbs.h", "read"]
 
 
 def test_modules_are_left_as_they_are_where_somebody_else_builds_them(tmp_path: Path) -> None:

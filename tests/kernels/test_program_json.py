@@ -13,8 +13,9 @@ from programs import CASES, chain, preact_residual, random_inputs, random_progra
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.program.checks import check_planes, check_program
+from lbs_kernels.program.rules import MAX_DEPTH
 from lbs_kernels.program.steps import Program
-from lbs_kernels.program.text import read_program
+from lbs_kernels.program.text import parse_json, read_program
 from lbs_kernels.run.loaded import run_program
 
 
@@ -89,6 +90,26 @@ def test_what_has_a_default_may_be_left_out() -> None:
     expected = run_program(program, blob, images, backend="reference")
     for one, other in zip(run_program(json.dumps(text), blob, images), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{{"a": "[[{{", "b": {0}}}', '{{"\\\\": "\\"", "b": {0}}}', '[{{"a": [{{}}, []]}}, {0}]'],
+)
+def test_lists_in_one_another_have_a_limit_wherever_they_lie(text: str) -> None:
+    """Brackets in strings count for nothing, and those that are closed no longer."""
+    inside = MAX_DEPTH - 1
+    parse_json(text.format("[" * inside + "]" * inside), "it")
+    for depth in (MAX_DEPTH, 5000):
+        with pytest.raises(
+            FormatError, match=r"it is not JSON: nested too deeply at character \d+; at most 64"
+        ) as found:
+            parse_json(text.format("[" * depth + "]" * depth), "it")
+        assert found.value.rule == "json"
+    with pytest.raises(FormatError, match="repeats the key 'a'"):  # told first
+        parse_json('[{"a": 1, "a": 2}, ' + "[" * MAX_DEPTH, "it")
+    with pytest.raises(FormatError, match="it is not JSON: Expecting value: line 1 column 2 "):
+        parse_json("[," + "[" * MAX_DEPTH, "it")
 
 
 def body() -> tuple[dict[str, Any], int]:

@@ -112,6 +112,12 @@ def test_parts_in_float_are_nodes_between_the_regions(engine: str, tmp_path: Pat
         assert float((found - packed(images)).abs().max()) < 1e-4
 
 
+def test_the_packed_network_keeps_its_graph(tmp_path: Path) -> None:
+    packed = pack_nets.packed_two_regions()
+    packed.to_onnx(tmp_path / "network.onnx")
+    assert packed.body.graph.owning_module is packed.body
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_lines_are_taken(engine: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

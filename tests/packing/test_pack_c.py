@@ -33,7 +33,8 @@ from lbs.packing import work
 from lbs.packing.model import PackedModel, whole_region
 from lbs.packing.packing import pack
 from lbs_kernels import extension
-from lbs_kernels.errors import BackendError, CheckpointError, LbsError, ShapeError
+from lbs_kernels.errors import BackendError, CheckpointError, FormatError, LbsError, ShapeError
+from lbs_kernels.program.rules import MAX_DEPTH
 
 if not (ROOT / "setup.py").exists():
     pytest.skip("the tests run without the source tree", allow_module_level=True)
@@ -280,6 +281,24 @@ def test_lies_are_refused_by_both(lie: str, judge: Judge, saved: Path, tmp_path:
     assert found.words.isprintable()
 
 
+@pytest.mark.parametrize("key", ["model", "graph"])
+@pytest.mark.parametrize(("depth", "status"), [(MAX_DEPTH - 1, "OK"), (MAX_DEPTH, "FILE")])
+def test_lists_in_one_another_are_read_as_deep_by_both(
+    key: str, depth: int, status: str, judge: Judge, saved: Path, tmp_path: Path
+) -> None:
+    header, data = header_of(saved)
+    text(key, "{", '{"more": ' + "[" * depth + "]" * depth + ", ")(header)  # the object is one more
+    rewrite(saved, header, data)
+    (found,) = judge(tmp_path, [Case(saved, torch.zeros(0, 1, 8, 8))])
+    assert found.status == status, found.words
+    if status == "OK":
+        lbs.load(saved)
+        return
+    assert "nested too deeply" in found.words
+    with pytest.raises(CheckpointError, match=f"its {key} is not JSON: nested too deeply"):
+        lbs.load(saved)
+
+
 def damaged(path: Path) -> list[Path]:
     """Copies of a file, none of which is one."""
     whole = path.read_bytes()
@@ -427,6 +446,7 @@ def test_misuse_is_told(saved: Path) -> None:
         (5, None, b"a pointer is null"),
         (2, 7, b"layout is neither"),
         (3, -1, b"count is -1"),
+        (3, 2**62, b"count is 4611686018427387904; so many images of 64 elements have no place in any memory"),
         (4, 0, b"needs a thread"),
     ):
         assert c.lbs_run(*good[:place], value, *good[place + 1 :]) == 1
@@ -538,6 +558,51 @@ def test_numpy_images_lie_as_they_like(saved: Path, tmp_path: Path) -> None:
     pack_nets.packed_two_regions().save(tmp_path / "two")
     with pytest.raises(BackendError, match="it has 2 programs"):
         lbs_kernels.network.load(tmp_path / "two")
+
+
+@needs_module
+@pytest.mark.parametrize("threads", [0, -1, 2**31, 2**70, 1.5, "2"])
+def test_numpy_calls_need_threads_that_can_be(saved: Path, threads: Any) -> None:
+    network = lbs_kernels.network.load(saved)
+    x = pack_nets.images(2, (1, 8, 8)).numpy()
+    with pytest.raises(FormatError, match=f"threads is {threads!r}; a call needs a thread, takes at most 2147483647"):
+        network(x, threads)
+    assert np.array_equal(network(x, np.int64(2)), network(x, 2**31 - 1))  # type: ignore[arg-type]
+
+
+@needs_module
+def test_numpy_files_have_any_name_and_a_budget(saved: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path / "net") + b"\xff"
+    shutil.copyfile(saved, odd)
+    for path in (odd, os.fsdecode(odd), Path(os.fsdecode(odd))):
+        assert lbs_kernels.network.load(path, np.float32(1)).input_shape == (1, 8, 8)  # type: ignore[arg-type]
+    budgets: tuple[Any, ...] = (None, "1", 1j)
+    for budget in budgets:
+        with pytest.raises(CheckpointError, match=r"budget is .*; give a positive number .*, math.inf for any"):
+            lbs_kernels.network.load(saved, budget)
+
+
+@needs_module
+@pytest.mark.parametrize("last", [False, True])
+def test_numpy_images_are_read_where_they_can_be(last: bool, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats at an odd address are copied first."""
+    network = lbs_kernels.network.load(saved)
+    native, given = network._native, []
+
+    class Watched:
+        def run(self, images: int, *more: Any) -> None:
+            given.append(images)
+            native.run(images, *more)
+
+    monkeypatch.setattr(network, "_native", Watched())
+    x = pack_nets.images(2, (1, 8, 8)).numpy()
+    bytes_of = np.zeros(x.nbytes + 1, np.uint8)
+    odd = bytes_of[1:].view(np.float32).reshape((2, 8, 8, 1) if last else x.shape)
+    odd = odd.transpose(0, 3, 1, 2) if last else odd
+    odd[...] = x
+    assert not odd.flags.aligned
+    assert network(odd).tobytes() == network(x).tobytes()
+    assert given[0] % 4 == 0
 
 
 # Other builds

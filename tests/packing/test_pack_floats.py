@@ -32,6 +32,31 @@ def test_eight_bits_are_near(name: str, size: int | None) -> None:
     assert distance(lbs.pack(pack_nets.network(name, 8, 8, size), verify=False)) < 0.2
 
 
+class Scaled(nn.Module):
+    """A norm, and a weight of the network's own, between packed layers: both stay in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)
+        self.scale = nn.Parameter(torch.rand(1, 8, 1, 1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.softplus(self.norm(torch.relu(self.first(x))) * self.scale))
+
+
+def test_the_packed_network_keeps_its_parts_in_float() -> None:
+    torch.manual_seed(0)
+    packed = lbs.pack(pack_nets.quantized(Scaled(), (3, 10, 10), 8, 8), verify=False)
+    assert len(list(packed.body.parameters())) == 3
+    images = packed.random_images(2)
+    expected = packed(images)
+    plain = float_network(packed).double()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert torch.equal(packed(images), expected)
+
+
 def test_parts_in_float_and_filters_that_are_gone_are_as_they_are() -> None:
     assert distance(lbs.pack(pack_nets.quantized(pack_nets.TwoRegions(), (3, 10, 10), 8, 8), verify=False)) < 0.1
     packed = lbs.pack(pack_nets.mixed_network(), verify=False)

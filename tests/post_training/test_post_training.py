@@ -513,6 +513,21 @@ def test_filters_go_for_a_budget_that_bits_do_not_reach(distill: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "options", [{"distill": 1}, {"bits": (3, 8), "rounding": "optimized"}, {"bops": 0.03}], ids=str
+)
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_is_left_and_changes_nothing(made_inside: bool, options: dict[str, Any]) -> None:
+    expected = lbs.quantize(network(), images(), **options)
+    outside = network()
+    with torch.inference_mode():
+        model, x = (network() if made_inside else outside), images()
+        packed = lbs.quantize(model, x, **options)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(outputs(packed, images(seed=9)), outputs(expected, images(seed=9)))
+    assert not any(value.is_inference() for value in packed.state_dict().values())
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_pruning_ratio": 0.5}, "max_pruning_ratio=0.5: filters go for a budget"),

@@ -19,7 +19,7 @@ from lbs.search.freeze import freeze
 from lbs.search.ledger import Ledger
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.removal import Moments, Reader, elimination
-from lbs_kernels.errors import PlanError
+from lbs_kernels.errors import DataError, PlanError
 
 
 def images(count: int = 32, seed: int = 0) -> Tensor:
@@ -167,11 +167,35 @@ def test_errors_are_losses_of_images_held_out_and_the_model_stays() -> None:
         assert all(error >= 0 for error in choice.errors)
         assert sum(choice.errors) > 0
         assert sorted(choice.order) == list(range(16))
-    odd = torch.cat([batch[1::2] for batch in batches])
+    odd = torch.cat(batches)[1::2]
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(seen)[:8], model(odd[:8]))
     assert model.state_dict().keys() == before.keys()  # no bias stays
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (3, 1, 1, 1), (5, 1)])
+def test_how_images_are_put_into_batches_does_not_matter(sizes: tuple[int, ...]) -> None:
+    """Images are even and odd among all of them: a batch may hold one."""
+    model, _ = plain(net())
+    rows = []
+    for batches in ([images(6)], images(6).split(sizes)):
+        readers = [Reader("5", model.get_submodule("5"), 16), Reader("10", model.get_submodule("10"), 16)]  # type: ignore[arg-type]
+        removal.observe(model, model, readers, batches)
+        rows.append([reader.folds for reader in readers])
+    places = min(removal.PLACES, 25)
+    assert [[fold.rows for fold in folds] for folds in rows[1]] == [[6 * places] * 2, [6] * 2]
+    for one, other in zip(*(folds for _, folds in rows), strict=True):  # of the classifier all rows are taken
+        for expected, found in zip(one.parts, other.parts, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_filters_go_where_every_batch_holds_one_image() -> None:
+    options: dict[str, Any] = {"bops": 0.017, "max_pruning_ratio": 0.5}
+    report = lbs.quantize(net(), list(images(8).split(1)), **options).report
+    assert report.outcome is not None
+    with pytest.raises(DataError, match="there is a single one; give 2 images at least"):
+        lbs.quantize(net(), images(1), **options)
 
 
 def test_losses_between_those_measured_lie_between_and_never_fall() -> None:
