@@ -119,7 +119,7 @@ def test_it_is_chosen_where_vectors_of_pixels_would_be_part_empty() -> None:
     assert chosen == {
         (512, 7): "lanes",
         (2048, 7): "lanes",
-        (96, 14): "lanes",
+        (96, 14): "direct",
         (64, 16): "direct",
         (64, 56): "direct",
     }

@@ -189,7 +189,8 @@ def test_programs_pose_their_problem_and_are_mostly_unsaturated(problem: Problem
 def test_the_native_step_is_checked_and_timed(problem: Problem) -> None:
     found = tuner.measure_cpu(problem, threads=1, rounds=2)
     assert not found.refused
-    assert set(found.seconds) == ({"cpu/direct:t1"} if problem.op == "bitconv2d" else {"cpu:t1"})
+    able, others = ({"cpu/direct:t1"}, {"cpu/lanes:t1"}) if problem.op == "bitconv2d" else ({"cpu:t1"}, set())
+    assert able <= set(found.seconds) <= able | others
     assert all(0 < seconds < 1 for seconds in found.seconds.values())
     assert tuner.known_on_cpu(1)(problem, found.seconds)
     assert not tuner.known_on_cpu(2)(problem, found.seconds)
