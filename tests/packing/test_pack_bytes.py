@@ -158,8 +158,8 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (None, "images are normalised by None, and its programs take bytes"),
         ([[0.5], [0.2]], "its programs take bytes of shape"),
         ([[0.5] * 3, [0.2, 0.2, 0.0]], "std is above 0"),
-        ([[0.5] * 3, ["x"] * 3], "normalize is"),
-        ("text", "normalize is"),
+        ([[0.5] * 3, ["x"] * 3], "images are normalised by .*; give \\[mean, std\\]"),
+        ("text", "images are normalised by text; give \\[mean, std\\]"),
     ],
 )
 def test_a_file_that_disagrees_with_its_programs_is_refused(
