@@ -9,8 +9,8 @@ all packed networks are timed in one process, interleaved, at every batch. The f
 with those that are there.
 
 Points are shares of what a call of uniform 8 bits takes, and become milliseconds once, in DIR/points.json. Contenders
-are uniform 8 and 4 bits, uniform 4 bits without an even share of the filters of every layer that can lose some, and
-8 bits as `lbs.quantize` makes them without training. Fine-tuning is the same for all that are trained.
+are uniform 8 and 4 bits, both without an even share of the filters of every layer that can lose some, too, and 8 bits
+as `lbs.quantize` makes them without training. Fine-tuning is the same for all that are trained.
 
     {"version": 1, "level": "milliseconds", "header": {..., "row", "options", "points"},
      "missing": [what lbs reproduce refused, a point out of reach say],
@@ -28,6 +28,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ from lbs_kernels.times.stopwatch import Times, interleave
 from lbs_kernels.times.table import device_slug
 
 POINTS = (0.9, 0.75, 0.6)  # of a call of uniform 8 bits
-PRUNED = (0.25, 0.5)  # even shares of filters, of uniform 4 bits
+UNIFORM = (8, 4)  # bits
+PRUNED = (0.25, 0.5)  # even shares of filters
 UNTRAINED = "8 bits, not trained"
 CALIBRATION = 512  # training images, for those
 REFUSED = 2  # what lbs ends with, having said why
@@ -72,10 +74,10 @@ class Contender:
 
 def contenders(row: str, points: list[float], search: tuple[str, ...] = ()) -> list[Contender]:
     """All that are trained, those searched under milliseconds last."""
-    found = [Contender(f"uniform {bits}", f"{row}-uniform-{bits}") for bits in (8, 4)]
-    for share in PRUNED:
+    found = [Contender(f"uniform {bits}", f"{row}-uniform-{bits}") for bits in UNIFORM]
+    for bits, share in product(UNIFORM, PRUNED):
         own = ("--finetune", f"uniform_pruned={share}")
-        found.append(Contender(f"uniform 4 without {share:.0%}", f"{row}-uniform-4-pruned", own))
+        found.append(Contender(f"uniform {bits} without {share:.0%}", f"{row}-uniform-{bits}-pruned", own))
     found = [Contender(one.name, one.row, (*one.options, "--finetune", "ranges=filter")) for one in found]
     for asked in points:
         named = [f"latency_ms={asked:g}", "bops=0", "ranges=filter", "max_pruning_ratio=0.5", *search]

@@ -110,7 +110,7 @@ def _cifar_rows(network: Network, joint: float, quantized: float, pruned: float)
         _row(network, "greedy", {"bops": joint, "mode": "greedy"}, ""),
         *[_uniform(network, bits, bits) for bits in UNIFORM_BITS],
         *[_uniform(network, *pair) for pair in MIXED_PAIRS],
-        _evenly_pruned(network, 4, 0.25),
+        *[_evenly_pruned(network, bits, 0.25) for bits in (8, 4)],
     ]
 
 
@@ -134,7 +134,7 @@ ROWS: dict[str, Row] = {
         _row(DIGITS, "greedy", {"bops": 0.02, "mode": "greedy"}, ""),
         _row(DIGITS, "quant-only", {"bops": 0.03, "mode": "quantization-only"}, ""),
         *[_uniform(DIGITS, bits, bits) for bits in UNIFORM_BITS],
-        _evenly_pruned(DIGITS, 4, 0.25),
+        *[_evenly_pruned(DIGITS, bits, 0.25) for bits in (8, 4)],
     )
 }
 
