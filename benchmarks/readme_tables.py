@@ -72,7 +72,7 @@ def training_table(path: str, body: Body) -> list[str]:
 def milliseconds_table(path: str, body: Body) -> list[str]:
     """Networks searched under milliseconds beside those one would take without."""
     head = body["header"]
-    title = f"**{head['row']}**, float {body['rows'][0]['float_top1']:.2f} %, {head['device']}, torch {head['torch']} (`{path}`)"
+    title = f"**{head['row']}**, float {body['rows'][0]['float_top1']:.2f} %, {head['device']} (`{path}`)"
     told = f"All that are trained: `{head['options']}`."
     refused = [f"Refused: {'; '.join(body['missing'])}."] if body["missing"] else []
     return [title, "", *_table(*milliseconds_rows(body)), "", told, *refused]
