@@ -58,13 +58,18 @@ Launch::Launch(const void* params, size_t bytes, int tiles, const Kernel& kernel
     blocks_ = static_cast<int>(places < tiles ? places : tiles);
 }
 
-void Launch::enqueue(cudaStream_t stream) const {
+void Launch::enqueue(cudaStream_t stream, bool overlaps) const {
     if (blocks_ == 0) return;
     const DeviceGuard guard(device_);
     void* arguments[] = {const_cast<unsigned char*>(params_.data())};
-    cuda_check(cudaLaunchKernel(kernel_.function, dim3(blocks_), dim3(kernel_.threads), arguments, kernel_.shared_bytes,
-                                stream),
-               "launching the kernel");
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks_), config.blockDim = dim3(kernel_.threads);
+    config.dynamicSmemBytes = kernel_.shared_bytes, config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = overlaps ? 1 : 0;
+    cuda_check(cudaLaunchKernelExC(&config, kernel_.function, arguments), "launching the kernel");
 }
 
 }  // namespace lbs::gpu

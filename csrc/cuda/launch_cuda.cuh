@@ -23,7 +23,9 @@ public:
     template <class Params>
     Launch(const Params& params, const Kernel& kernel, int device)
         : Launch(&params, sizeof(Params), params.tiles, kernel, device) {}
-    void enqueue(cudaStream_t stream) const;
+    // overlaps: it may begin before the kernel in front of it on the stream has ended, whatever that is; its own waits
+    // are then what orders the two (programmatic dependent launch, from compute capability 9.0 on).
+    void enqueue(cudaStream_t stream, bool overlaps) const;
 
 private:
     Launch(const void* params, size_t bytes, int tiles, const Kernel& kernel, int device);

@@ -74,13 +74,16 @@ LBS_HD void find_windows(Machine& machine, const Params& p, int first_row) {
 }
 
 template <class T, class Machine>
-LBS_HD void copy_chunk(Machine& machine, const Params& p, int filter_block, int chunk, int stage) {
+LBS_HD void copy_weights(Machine& machine, const Params& p, int filter_block, int chunk, int stage) {
+    if (machine.thread() != 0) return;
+    machine.expect(T::full(stage), T::kWeightBytes);
+    machine.bulk_copy(stage * T::kStageBytes + T::kWeightByte,
+                      p.w + weight_block<T::kColumns>(p, filter_block, chunk), T::kWeightBytes, T::full(stage));
+}
+
+template <class T, class Machine>
+LBS_HD void copy_activations(Machine& machine, const Params& p, int chunk, int stage) {
     const int byte = stage * T::kStageBytes, warp = machine.thread() / 32, lane = machine.thread() % 32;
-    if (machine.thread() == 0) {
-        machine.expect(T::full(stage), T::kWeightBytes);
-        machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kColumns>(p, filter_block, chunk),
-                          T::kWeightBytes, T::full(stage));
-    }
     // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
     const int unit = lane % kChunkUnits, first = lane / kChunkUnits;
     const Tap tap = tap_of(p, chunk * kChunkUnits + unit);
@@ -109,8 +112,23 @@ LBS_HD void publish_chunk(Machine& machine, Place<T>& oldest) {
     oldest.step();
 }
 
+// Weights of the first chunks of the first tile, into stages that are empty: no kernel writes weights, so that they need
+// not wait for the kernels before. Returns how many chunks.
+template <class T, class Machine>
+LBS_HD int begin_weights(Machine& machine, const Params& p) {
+    if (machine.block() >= p.tiles) return 0;
+    const int chunks = p.chunks < T::kStages ? p.chunks : T::kStages;
+    const int filter_block = place_of(p, machine.block()).filter_block;
+    LBS_NO_UNROLL for (int chunk = 0; chunk < chunks; ++chunk) {
+        copy_weights<T>(machine, p, filter_block, chunk, chunk);
+    }
+    return chunks;
+}
+
 template <class T, class Machine>
 LBS_HD void produce(Machine& machine, const Params& p) {
+    int begun = begin_weights<T>(machine, p);
+    machine.wait_for_kernels_before();
     Place<T> at{0}, oldest{0};
     int under_way = 0;
     LBS_NO_UNROLL for (int tile = machine.block(); tile < p.tiles; tile += machine.blocks()) {
@@ -118,7 +136,9 @@ LBS_HD void produce(Machine& machine, const Params& p) {
         find_windows<T>(machine, p, place.row_block * T::kRows);
         LBS_NO_UNROLL for (int chunk = 0; chunk < p.chunks; ++chunk) {
             machine.wait(T::empty(at.stage()), 1 - at.round());  // the phase before the first counts as complete
-            copy_chunk<T>(machine, p, place.filter_block, chunk, at.stage());
+            if (begun > 0) --begun;
+            else copy_weights<T>(machine, p, place.filter_block, chunk, at.stage());
+            copy_activations<T>(machine, p, chunk, at.stage());
             at.step();
             if (under_way == T::kAhead) publish_chunk<T, T::kAhead>(machine, oldest);
             else ++under_way;
@@ -239,6 +259,7 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sum
 // Tiles consumer, consumer + 2, ... of those of this block.
 template <class T, class Machine>
 LBS_HD void consume(Machine& machine, const Params& p, int consumer) {
+    machine.wait_for_kernels_before();  // it reads residuals, and writes where they may read
     Place<T> at{0};
     at.advance(consumer * p.chunks);
     int tile = machine.block() + consumer * machine.blocks();
@@ -253,6 +274,7 @@ LBS_HD void consume(Machine& machine, const Params& p, int consumer) {
 
 template <class T, class Machine>
 LBS_HD void run_tiles(Machine& machine, const Params& p) {
+    machine.launch_dependents();
     if (machine.thread() == 0) {
         LBS_NO_UNROLL for (int stage = 0; stage < T::kStages; ++stage) {
             machine.make_barrier(T::full(stage), kWarpgroup);

@@ -118,6 +118,29 @@ def coded_residuals(filters: int) -> tuple[Program, Tensor]:
     return b.build()
 
 
+def deep(blocks: int, channels: int = 64, size: int = 14, bits: int = 8) -> tuple[Program, Tensor]:
+    """Residual blocks of two convolutions, as in networks: the memory of codes is written again two steps later."""
+    b = programs.Builder(blocks, "float16")
+    image = b.image(channels, size, size)
+    shape = (size, size, channels)
+    codes, stream = b.consumer(shape, bits), b.stream(shape)
+    b.quantize(image, Emit(stream=stream, consumers=(codes,)))
+    for block in range(blocks):
+        last = block == blocks - 1
+        between, added = b.consumer(shape, bits), b.stream(shape, output=last)
+        b.conv(codes.tensor, Emit(low=0.0, consumers=(between,)), channels, w_bits=4)
+        # The stream grows from block to block; a norm brings it back.
+        behind = () if last else (b.consumer(shape, bits, norm=True, top=4.0),)
+        b.conv(
+            between.tensor,
+            Emit(residual=stream, low=-1.0, high=3.0, stream=added, consumers=behind),
+            channels,
+            w_bits=4,
+        )
+        codes, stream = behind[0] if behind else codes, added
+    return b.build()
+
+
 def all_as_bytes(program: Program) -> Program:
     """The program whose codes are all kept as bytes, whatever their width."""
     tensors = (replace(spec, bits=8) if spec.form == "codes" else spec for spec in program.tensors)

@@ -164,15 +164,55 @@ def test_few_instructions_of_s8_kernels_stand_between_products() -> None:
 
 
 def test_s8_operands_come_by_asynchronous_copies_alone() -> None:
-    """Bytes of activations by LDGSTS of 16, weights by one bulk copy a chunk; stored is a window alone, once a tile."""
+    """Bytes of activations by LDGSTS of 16, weights by one bulk copy a chunk, in the loop and in front of it; stored is
+    a window alone, once a tile.
+    """
     for kernel in s8_kernels():
         copies = kernel.loops("LDGSTS")[0]
         assert not [text for text in copies if re.match(r"STS\b|LDG\b|BAR\b", text)]
         assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") == kernel.count("LDGSTS") > 0
-        assert kernel.count("UBLKCP") == 1
+        assert kernel.count("UBLKCP") == 2
         assert kernel.count(r"\bSTS\b") == 1
         assert kernel.count(r"\bIDP\b") == 0
         assert kernel.count("USETMAXREG") == 2
+
+
+MEMORY = r"(?<![.\w])(LDG|STG|LDGSTS|RED|ATOM)\b"  # of the device, but the bulk copies of weights
+
+
+def test_kernels_begin_before_those_in_front_have_ended() -> None:
+    """Programmatic dependent launch: the next kernel is let go first, barriers and weights come before the wait, and
+    whatever another kernel may write, or read, behind it.
+    """
+    for kernel in kernels("sm_90a"):
+        assert kernel.count(r"\bPREEXIT\b") == 1
+        if kernel.family == "onebit":
+            before, wait, behind = kernel.sass.partition("ACQBULK")
+            assert wait
+            assert "PREEXIT" in before
+            weights = kernel.filters * 128 // 16 // kernel.threads  # copies of a thread for a chunk
+            assert re.findall(r"LDGSTS\S*", before) == ["LDGSTS.E.BYPASS.128"] * weights
+            assert not re.findall(r"\b(LDG|STG|BMMA|BGMMA)\b", before)
+            assert "ACQBULK" not in behind
+            continue
+        # The branch of those that multiply comes first, then that of those that copy.
+        together, consumers, producers = re.split("USETMAXREG", kernel.sass)
+        assert "PREEXIT" in together
+        assert "SYNCS.EXCH" in together
+        assert not re.search(MEMORY, together)
+        for part, early in ((consumers, "IGMMA"), (producers, "UBLKCP")):
+            before, wait, behind = part.partition("ACQBULK")
+            assert wait
+            assert not re.search(MEMORY, before)
+            assert re.search(MEMORY, behind)
+            assert ("UBLKCP" in before) == (early == "UBLKCP")
+            assert early in behind
+            assert "ACQBULK" not in behind
+
+
+def test_kernels_for_ampere_know_nothing_of_it() -> None:
+    for kernel in kernels("sm_80"):
+        assert kernel.count("PREEXIT|ACQBULK") == 0
 
 
 def test_floats_are_contracted_nowhere_but_where_the_format_says() -> None:

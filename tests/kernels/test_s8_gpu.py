@@ -10,7 +10,7 @@ import pytest
 import torch
 from contenders import assert_same
 from cuda_steps import check_steps, served
-from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals
 
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
@@ -21,6 +21,7 @@ from lbs_kernels.program.layer import LAYER, layer_program
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import STREAM_DTYPES, Emit, Program
 from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times import graph
 
 gpu_runner = pytest.importorskip("lbs_kernels.gpu.runner", reason="Triton is not installed: pip install triton")
 pytestmark = [
@@ -125,6 +126,28 @@ def test_narrow_codes_kept_as_bytes(name: str) -> None:
     assert kept != program
     served_by_s8 = {step.name: CONFIGS[-1] for step in kept.steps if served(kept, step, 4, "cuda", S8Config)}
     check_runner(gpu_runner.GpuRunner(kept, blob, "cuda", served_by_s8), program, blob)
+
+
+@pytest.mark.parametrize("kernels_of", ["s8", "triton", "both"])
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("pdl", ["0", "1"])
+def test_kernels_that_overlap(pdl: str, batch: int, kernels_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network whose memory is written again two steps later, called and replayed without a pause."""
+    monkeypatch.setenv("LBS_PDL", pdl)
+    program, blob = deep(12)
+    names = [step.name for step in program.steps[1:]]
+    mine = {"s8": names, "triton": [], "both": names[::2]}[kernels_of]
+    families = None if mine else ("triton",)
+    runner = gpu_runner.GpuRunner(program, blob, "cuda", dict.fromkeys(mine, CONFIGS[-1]), families)
+    images = [programs.random_inputs(program, batch, seed) for seed in range(3)]
+    expected = [ReferenceRunner(program, blob).run(image)[0].cuda() for image in images]
+    static = images[0][0].cuda()
+    recorded = graph.record(lambda: runner.run([static]), "cuda")
+    for turn in range(60):
+        static.copy_(images[turn % 3][0])
+        recorded.replay()
+        assert_same(recorded.result[0], expected[turn % 3], f"replay {turn}")
+        assert_same(runner.run([static])[0], expected[turn % 3], f"call {turn}")
 
 
 def check_runner(runner: Any, program: Program, blob: torch.Tensor) -> None:

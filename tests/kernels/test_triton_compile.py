@@ -24,6 +24,7 @@ from compiled_layers import (
     check_gemm,
     check_layouts,
     check_operands,
+    check_order,
     compile_problem,
     compile_steps,
     launches,
@@ -68,6 +69,7 @@ def test_every_kind_of_step_compiles(target: str, tmp_path: Path) -> None:
         "quantpack_kernel", "gemm_kernel", "max_planes_kernel", "max_stream_kernel", "mean_kernel",
     }  # fmt: skip
     for kernel in kernels:
+        check_order(kernel, target)
         if kernel.name == "gemm_kernel":
             check_gemm(kernel, "mma.sync" if "wgmma" not in kernel.ptx else "wgmma")
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.gemm import GemmConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, pixel_elements
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget
@@ -134,7 +134,7 @@ def gemm_shape(problem: Problem, source: TensorSpec) -> GemmShape:
 
 def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
     """Options of a launch, and of an ahead-of-time compilation of the same kernel."""
-    return {**LAUNCH_OPTIONS, "num_warps": warps, "num_stages": stages}
+    return {**LAUNCH_OPTIONS, "launch_pdl": overlaps(), "num_warps": warps, "num_stages": stages}
 
 
 def gemm_meta(weights: GemmWeights, shape: GemmShape, config: GemmConfig) -> GemmMeta:

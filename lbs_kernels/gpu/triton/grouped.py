@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lbs_kernels.gpu.configs.direct import GroupedConfig
 from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.triton.common import fma
+from lbs_kernels.gpu.triton.common import begin_step, fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options
 from lbs_kernels.gpu.triton.gemm_kernel import GemmShape, tile
@@ -61,6 +61,7 @@ def grouped_kernel(
     CONFIG: tl.constexpr,
 ):
     """One tile of a grouped convolution: accumulate, y = fma(float32(acc), multiplier, bias), emit."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_O: tl.constexpr = CONFIG.block_o
     TAPS: tl.constexpr = META.kernel[0] * META.kernel[1]

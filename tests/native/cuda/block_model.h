@@ -89,6 +89,7 @@ struct Block {
     int index, count;
     Operands operands;
     Timing timing;
+    bool launched = false;  // the kernel behind this one
 };
 
 // A queue of asynchronous operations, finished group by group in the order they were committed.
@@ -131,6 +132,7 @@ public:
         const uintptr_t source = reinterpret_cast<uintptr_t>(from);
         require(!inside || source % kBytes == 0, "model: unaligned source of a copy");
         require(!inside || block_.operands.holds(source, kBytes), "model: a copy from outside the operands");
+        if (inside) check_order(source, kBytes);
         const Copy copy{to, inside ? from : nullptr, kBytes};
         if (block_.timing == Timing::kEarly) gpu::finish(copy);
         else std::memset(to, kPoison, kBytes);
@@ -146,14 +148,29 @@ public:
     }
     void sync() { Fibers::meet(block_.all); }
     void sync_warp() { Fibers::meet(block_.mail[thread_ / 32].meeting); }
+    void launch_dependents() { block_.launched = true; }
+    void wait_for_kernels_before() { waited_ = true; }
+    // What every thread must have done when it ends.
+    void check_end() const {
+        require(block_.launched, "model: a kernel that never lets the next one begin");
+        check_waited();
+    }
 
 protected:
     int lane() const { return thread_ % 32; }
+    void check_waited() const {
+        require(waited_, "model: a thread that did not wait for the kernels before");
+    }
+    // Weights are written by no kernel; everything else may be.
+    void check_order(uintptr_t source, uintptr_t count) const {
+        require(waited_ || block_.operands.w.holds(source, count),
+                "model: a copy of what a kernel before may write, without waiting for it");
+    }
 
     Block& block_;
     Groups<Copy> copies_;
     int thread_;
-    bool unpublished_ = false;
+    bool unpublished_ = false, waited_ = false;
 };
 
 // The fences and products of wgmma. `kDot` is what one row and one column of 32 bytes give.
@@ -187,6 +204,7 @@ public:
     template <int kGroups, int kRegisters>
     void finish_products(int (&)[kGroups][kRegisters]) {
         wait_products<0>();
+        check_waited();  // what follows is written
         require(products_.idle(), "model: registers are read before their product was committed");
         fenced_ = false;
     }
@@ -242,6 +260,7 @@ void run_blocks(int threads, int shared_bytes, int blocks, const Operands& opera
         Fibers::run(threads, order.seed, [&](int thread) {
             Machine machine(block, thread);
             run(machine);
+            machine.check_end();
         });
     }
 }

@@ -32,6 +32,7 @@ public:
     void bulk_copy(int byte, const void* from, int bytes, int on) {
         require(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "model: an unaligned bulk copy");
         require(block_.operands.holds(reinterpret_cast<uintptr_t>(from), bytes), "model: a copy from elsewhere");
+        check_order(reinterpret_cast<uintptr_t>(from), bytes);
         Copy copy{block_.at(address(byte), bytes, 16), from, bytes};
         std::memset(copy.to, kPoison, bytes);
         Barrier& to = used(on);

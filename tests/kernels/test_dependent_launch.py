@@ -1,0 +1,103 @@
+"""Programmatic dependent launch: every kernel of a step waits for those in front of it, and one switch turns it off."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import programs
+import pytest
+import torch
+from s8_cases import deep
+
+import lbs_kernels
+from lbs_kernels.errors import BackendError
+from lbs_kernels.gpu.launch import overlaps
+from lbs_kernels.gpu.layout import plan_arena
+from lbs_kernels.run.reference import ReferenceRunner
+
+TRITON = Path(lbs_kernels.__file__).parent / "gpu" / "triton"
+FILES = sorted(TRITON.glob("*.py"))
+
+
+def triton_kernels(source: str) -> list[ast.FunctionDef]:
+    """Functions that are launched: `name[grid]` or, in tests and docs, named so."""
+    tree = ast.parse(source)
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]
+
+
+def test_every_triton_kernel_of_a_step_waits_first() -> None:
+    """By its first statement: whoever adds a kernel and forgets it would read what is not yet written."""
+    found = {kernel.name: kernel for file in FILES for kernel in triton_kernels(file.read_text())}
+    assert {"gemm_kernel", "quantpack_kernel", "mean_kernel", "depthwise_kernel", "select_planes_kernel"} <= set(found)
+    for name, kernel in found.items():
+        documented = isinstance(kernel.body[0], ast.Expr) and isinstance(kernel.body[0].value, ast.Constant)
+        assert ast.unparse(kernel.body[1 if documented else 0]) == "begin_step()", name
+    launched = {name for file in FILES for name in re.findall(r"\b(\w+)\[\w*grid\w*[\](]", file.read_text())}
+    assert launched
+    assert launched <= set(found), "a kernel is launched whose name does not end in _kernel"
+
+
+def test_only_kernels_of_steps_are_launched_so() -> None:
+    """Others, those of training and of half precision, do not wait by themselves: the stream orders them."""
+    package = Path(lbs_kernels.__file__).parent
+    users = {file for file in package.rglob("*.py") if re.search(r"launch_pdl|\boverlaps\(", file.read_text())}
+    steps = {file for file in FILES if triton_kernels(file.read_text())} | {TRITON / "gemm.py"}
+    assert users <= steps | {package / "gpu" / "launch.py", package / "gpu" / "cuda" / "task.py"}
+
+
+def on_capability(monkeypatch: pytest.MonkeyPatch, *capability: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+def test_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LBS_PDL", raising=False)
+    for capability, expected in (((9, 0), True), ((12, 0), True), ((8, 0), False), ((8, 9), False)):
+        on_capability(monkeypatch, *capability)
+        assert overlaps(0) is expected
+    on_capability(monkeypatch, 9, 0)
+    monkeypatch.setenv("LBS_PDL", "0")
+    assert not overlaps()
+    monkeypatch.setenv("LBS_PDL", "1")
+    assert overlaps()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not overlaps()
+    monkeypatch.setenv("LBS_PDL", "no")
+    with pytest.raises(BackendError, match="LBS_PDL is 'no'; set it to 0"):
+        overlaps()
+
+
+def test_the_network_that_gpu_tests_run_would_show_a_step_that_is_too_early() -> None:
+    """Its memory is written again two steps later, and its codes are not all the same."""
+    program, blob = deep(12)
+    slots, _ = plan_arena(program, 1)
+    codes = [index for index, spec in enumerate(program.tensors) if spec.form == "codes"]
+    assert len({slots[index].offset for index in codes}) <= 4 < len(codes)
+    trace: dict[int, torch.Tensor] = {}
+    ReferenceRunner(program, blob).run(programs.random_inputs(program, 1, 0), trace)
+    for index in codes:
+        assert trace[index].unique().numel() > 50, index
+
+
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_launches_ask_for_it(wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every Triton launch of a program, on a GPU of compute capability 9.0 that is not there."""
+    pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
+    from ahead_of_time import compiling
+    from compiled_layers import launches
+    from triton.runtime.jit import JITFunction
+
+    program, blob = programs.imagenet_stem(0)
+    with monkeypatch.context() as patch:
+        patch.setenv("LBS_PDL", wanted)
+        on_capability(patch, 9, 0)
+        bound = launches(program, blob, 1)
+    asked: list[bool] = []
+    image = torch.empty(1, 3, 64, 64)
+    with compiling("sm_90", tmp_path), monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda self, *args, **options: asked.append(options["launch_pdl"]))
+        for launch in bound:
+            launch([image])
+    assert asked == [wanted == "1"] * len(program.steps)
