@@ -10,10 +10,12 @@
 
 namespace lbs::gpu {
 
-// A kernel whose one argument is its parameters, for blocks that stay and share the tiles.
+// A kernel whose one argument is its parameters, for blocks that stay and share the tiles, or for clusters of blocks
+// that share one tile each.
 struct Kernel {
     const void* function;
     int threads, shared_bytes, least_registers;  // a kernel with fewer registers was built without its instruction
+    int cluster = 0;                             // blocks, if they share a tile
 };
 
 // Everything is chosen, checked and allowed when it is made; `enqueue` only launches: it neither allocates nor waits.
@@ -29,6 +31,7 @@ public:
 
 private:
     Launch(const void* params, size_t bytes, int tiles, const Kernel& kernel, int device);
+    int blocks_at_once() const;  // of the whole GPU
 
     std::vector<unsigned char> params_;
     Kernel kernel_;

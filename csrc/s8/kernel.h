@@ -115,36 +115,53 @@ LBS_HD void publish_chunk(Machine& machine, Place<T>& oldest) {
 // Weights of the first chunks of the first tile, into stages that are empty: no kernel writes weights, so that they need
 // not wait for the kernels before. Returns how many chunks.
 template <class T, class Machine>
-LBS_HD int begin_weights(Machine& machine, const Params& p) {
-    if (machine.block() >= p.tiles) return 0;
-    const int chunks = p.chunks < T::kStages ? p.chunks : T::kStages;
-    const int filter_block = place_of(p, machine.block()).filter_block;
+LBS_HD int begin_weights(Machine& machine, const Params& p, int filter_block, const Share& share) {
+    const int chunks = share.chunks < T::kStages ? share.chunks : T::kStages;
     LBS_NO_UNROLL for (int chunk = 0; chunk < chunks; ++chunk) {
-        copy_weights<T>(machine, p, filter_block, chunk, chunk);
+        copy_weights<T>(machine, p, filter_block, share.first + chunk, chunk);
     }
     return chunks;
 }
 
+// Where the producer stands: chunks whose weights are on their way already, those of which all is but that are not
+// published, and the places of the next chunk and of the oldest of the latter.
+template <class T>
+struct Production {
+    int begun, under_way = 0;
+    Place<T> at{0}, oldest{0};
+};
+
+// The chunks of one tile, or of a share of it.
+template <class T, class Machine>
+LBS_HD void produce_tile(Machine& machine, const Params& p, const TilePlace& place, const Share& share,
+                         Production<T>& made) {
+    find_windows<T>(machine, p, place.row_block * T::kRows);
+    LBS_NO_UNROLL for (int chunk = 0; chunk < share.chunks; ++chunk) {
+        machine.wait(T::empty(made.at.stage()), 1 - made.at.round());  // the phase before the first counts as complete
+        if (made.begun > 0) --made.begun;
+        else copy_weights<T>(machine, p, place.filter_block, share.first + chunk, made.at.stage());
+        copy_activations<T>(machine, p, share.first + chunk, made.at.stage());
+        made.at.step();
+        if (made.under_way == T::kAhead) publish_chunk<T, T::kAhead>(machine, made.oldest);
+        else ++made.under_way;
+    }
+}
+
+template <class T, class Machine>
+LBS_HD void publish_rest(Machine& machine, Production<T>& made) {
+    LBS_NO_UNROLL for (; made.under_way > 0; --made.under_way) publish_chunk<T, 0>(machine, made.oldest);
+}
+
 template <class T, class Machine>
 LBS_HD void produce(Machine& machine, const Params& p) {
-    int begun = begin_weights<T>(machine, p);
+    const Share all = whole(p);
+    const bool any = machine.block() < p.tiles;
+    Production<T> made{any ? begin_weights<T>(machine, p, place_of(p, machine.block()).filter_block, all) : 0};
     machine.wait_for_kernels_before();
-    Place<T> at{0}, oldest{0};
-    int under_way = 0;
     LBS_NO_UNROLL for (int tile = machine.block(); tile < p.tiles; tile += machine.blocks()) {
-        const TilePlace place = place_of(p, tile);
-        find_windows<T>(machine, p, place.row_block * T::kRows);
-        LBS_NO_UNROLL for (int chunk = 0; chunk < p.chunks; ++chunk) {
-            machine.wait(T::empty(at.stage()), 1 - at.round());  // the phase before the first counts as complete
-            if (begun > 0) --begun;
-            else copy_weights<T>(machine, p, place.filter_block, chunk, at.stage());
-            copy_activations<T>(machine, p, chunk, at.stage());
-            at.step();
-            if (under_way == T::kAhead) publish_chunk<T, T::kAhead>(machine, oldest);
-            else ++under_way;
-        }
+        produce_tile<T>(machine, p, place_of(p, tile), all, made);
     }
-    LBS_NO_UNROLL for (; under_way > 0; --under_way) publish_chunk<T, 0>(machine, oldest);
+    publish_rest<T>(machine, made);
 }
 
 // One warp's leave of a stage: its products have read it.
@@ -185,9 +202,9 @@ LBS_HD void multiply_step(Machine& machine, Sums<T>& sums, uint64_t stage, int s
 // No condition stands around a product, else the compiler would end each of them where it began: so the last chunk,
 // which may be shorter, has a loop of its own that surely begins.
 template <class T, class Machine>
-LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Place<T>& at) {
+LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at) {
     int before = -1;  // the stage whose products may still run
-    LBS_NO_UNROLL for (int left = p.chunks - 1; left > 0; --left) {
+    LBS_NO_UNROLL for (int left = share.chunks - 1; left > 0; --left) {
         const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
         machine.wait(T::full(at.stage()), at.round());
         machine.open_products();
@@ -206,7 +223,7 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Plac
         multiply_step(machine, sums, stage, step);
         machine.close_products();
         machine.template wait_products<1>();
-    } while (++step < p.last_steps);
+    } while (++step < share.last_steps);
     machine.finish_products(sums.acc);
     if (T::kSums) machine.finish_products(sums.codes);
     if (before >= 0) leave<T>(machine, before);
@@ -219,14 +236,19 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Plac
 template <class T>
 constexpr int kRunOf = run_of(T::kN) < 16 ? run_of(T::kN) : 16;
 
-// Run `part` of the accumulators of a thread, with the offset; runs of one row follow one another.
-template <class T>
-LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[kRunOf<T>]) {
-    constexpr int kRun = kRunOf<T>, kRuns = T::kN / 4 / kRun;
+// The run's offsets, to which its sums are added.
+template <int kRun>
+LBS_HD void take_offset(const Params& p, int first, int (&run)[kRun]) {
     LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
         const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
         LBS_UNROLL for (int i = 0; i < 4; ++i) run[c + i] = offset.v[i];
     }
+}
+
+// Adds run `part` of the accumulators of a thread; runs of one row follow one another.
+template <class T>
+LBS_HD void add_run(const Params& p, const Sums<T>& sums, int part, int (&run)[kRunOf<T>]) {
+    constexpr int kRun = kRunOf<T>, kRuns = T::kN / 4 / kRun;
     LBS_UNROLL for (int which = 0; which < 2 * T::kGroups * kRuns; ++which) {
         if (which != part) continue;
         const int group = which / kRuns / 2, half = which / kRuns % 2, from = which % kRuns * kRun;
@@ -251,7 +273,8 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sum
         const int row = front + part / kRuns / 2 * kWarpgroupRows + part / kRuns % 2 * fragment_row(0, 0, 2);
         const int first = begin + part % kRuns * kRun;
         int run[kRun];
-        take_run(p, sums, part, first, run);
+        take_offset(p, first, run);
+        add_run(p, sums, part, run);
         if (row < p.rows) emit<kRun, T::kN>(p, run, row, first);
     }
 }
@@ -266,15 +289,14 @@ LBS_HD void consume(Machine& machine, const Params& p, int consumer) {
     LBS_NO_UNROLL for (; tile < p.tiles; tile += kConsumers * machine.blocks()) {
         Sums<T> sums;
         clear(sums);
-        multiply_tile(machine, p, sums, at);
+        multiply_tile(machine, whole(p), sums, at);
         at.advance((kConsumers - 1) * p.chunks);
         write_tile(p, machine.thread(), tile, sums);
     }
 }
 
 template <class T, class Machine>
-LBS_HD void run_tiles(Machine& machine, const Params& p) {
-    machine.launch_dependents();
+LBS_HD void make_barriers(Machine& machine) {
     if (machine.thread() == 0) {
         LBS_NO_UNROLL for (int stage = 0; stage < T::kStages; ++stage) {
             machine.make_barrier(T::full(stage), kWarpgroup);
@@ -283,6 +305,12 @@ LBS_HD void run_tiles(Machine& machine, const Params& p) {
         machine.publish();
     }
     machine.sync();
+}
+
+template <class T, class Machine>
+LBS_HD void run_tiles(Machine& machine, const Params& p) {
+    machine.launch_dependents();
+    make_barriers<T>(machine);
     const int consumer = machine.warpgroup() - 1;
     if (consumer < 0) {
         machine.give_registers();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import one_step
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}"),
 ]
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
+SHARED = S8Config(*S8Config.clusters[0])
 WRITES_PLANES = [config for config in CONFIGS if config.planes]
 
 
@@ -53,6 +55,26 @@ def test_accumulator(config: S8Config, reading: str, name: str, batch: int) -> N
 def test_weights_and_zero_points(reading: str) -> None:
     made = layer("pixel", reading, batch=70)
     assert check_steps(made.program, made.blob, [made.image], "cuda", CONFIGS[0]) == [one_step.STEP]
+
+
+# Chunks of the reduction: 7, 7, 5 and 22.
+@pytest.mark.parametrize("batch", [1, 300])
+@pytest.mark.parametrize(
+    ("name", "split"), [("odd", 2), ("odd", 4), ("stem", 4), ("outside", 4), ("long", 2), ("long", 4), ("long", 8)]
+)
+@pytest.mark.parametrize("reading", ["w8_odd", "w8_zero", "w4_odd"])
+def test_blocks_of_a_cluster_share_a_reduction(reading: str, name: str, split: int, batch: int) -> None:
+    made = layer(name, reading, seed=batch, batch=batch)
+    for _ in range(3):
+        found = check_steps(made.program, made.blob, [made.image], "cuda", replace(SHARED, split=split))
+        assert found == [one_step.STEP]
+
+
+@pytest.mark.parametrize("filters", [130, 72, 33])
+def test_shared_tiles_are_written_as_others(filters: int) -> None:
+    for program, blob in (residuals(filters, "float16"), coded_residuals(filters)):
+        images = programs.random_inputs(program, 70, 1)
+        assert check_steps(program, blob, images, "cuda", replace(SHARED, split=4)) == ["step1", "step2"]
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 1000])
@@ -128,7 +150,7 @@ def test_narrow_codes_kept_as_bytes(name: str) -> None:
     check_runner(gpu_runner.GpuRunner(kept, blob, "cuda", served_by_s8), program, blob)
 
 
-@pytest.mark.parametrize("kernels_of", ["s8", "triton", "both"])
+@pytest.mark.parametrize("kernels_of", ["s8", "shared", "triton", "all"])
 @pytest.mark.parametrize("batch", [1, 40])
 @pytest.mark.parametrize("pdl", ["0", "1"])
 def test_kernels_that_overlap(pdl: str, batch: int, kernels_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +158,9 @@ def test_kernels_that_overlap(pdl: str, batch: int, kernels_of: str, monkeypatch
     monkeypatch.setenv("LBS_PDL", pdl)
     program, blob = deep(12)
     names = [step.name for step in program.steps[1:]]
-    mine = {"s8": names, "triton": [], "both": names[::2]}[kernels_of]
-    families = None if mine else ("triton",)
-    runner = gpu_runner.GpuRunner(program, blob, "cuda", dict.fromkeys(mine, CONFIGS[-1]), families)
+    s8, shared = dict.fromkeys(names, CONFIGS[0]), dict.fromkeys(names, replace(SHARED, split=4))
+    mine = {"s8": s8, "shared": shared, "triton": {}, "all": dict([*s8.items()][::3] + [*shared.items()][1::3])}
+    runner = gpu_runner.GpuRunner(program, blob, "cuda", mine[kernels_of], ("triton",))
     images = [programs.random_inputs(program, batch, seed) for seed in range(3)]
     expected = [ReferenceRunner(program, blob).run(image)[0].cuda() for image in images]
     static = images[0][0].cuda()

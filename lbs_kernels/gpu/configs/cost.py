@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lbs_kernels.gpu.configs.cuda import GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
+from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
@@ -33,7 +33,6 @@ from lbs_kernels.program.problem import Problem
 
 STEP_BYTES = 32  # of K in one product of bytes
 STEP_BITS = 256  # of K in one product of single bits
-CHUNK_BYTES = 128  # of a row in a stage of the CUDA kernels
 LANES = 128  # of a multiprocessor: instructions of threads that it issues in a clock
 
 
@@ -63,6 +62,9 @@ GEMM_ISSUE = 48.0  # instructions of a thread per 64 x N x 32 product, activatio
 PLANES_ISSUE = (32.0, 5.4)  # and of planes: to begin with, and for each plane
 COPY_ISSUE = 13.0  # for a copy of 16 bytes
 BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
+# A lead, published for this GPU: some 200 clocks to another block's shared memory, which two barriers of a cluster, the
+# sums and what is waited for between them take about once each.
+EXCHANGE_CLOCKS = 800.0
 DEPTHWISE_ISSUE = 1424 / 32 / 9  # for an output and tap
 
 
@@ -153,6 +155,12 @@ def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> floa
         copies = config.block_m * 32 / wide * COPY_ISSUE / LANES
     refill = (config.block_m + config.block_o) * CHUNK_BYTES / machine.refill
     epilogue = tile * _epilogue(problem, isinstance(config, S8Config)) / LANES
+    if config.tile in config.clusters:
+        # Blocks share the chunks of a tile and then its outputs; whoever writes has read the sums of all others.
+        rounds = -(-(pixels * filters // tile * config.split) // machine.multiprocessors)
+        own = -(-chunks // config.split)
+        exchange = EXCHANGE_CLOCKS + 2 * 4 * tile / machine.refill
+        return rounds * (max(products / chunks, refill, copies) * own + exchange + epilogue / config.split)
     rounds = -(-(pixels * filters // tile) // machine.multiprocessors)
     # A tile is written under the products of the next, the last one under nothing.
     return rounds * max(products, chunks * max(refill, copies), epilogue) + epilogue

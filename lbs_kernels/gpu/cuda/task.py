@@ -109,6 +109,7 @@ def bind_task(
         "w_bits": problem.w_bits,
         "w_odd": step.w_grid == "odd",
         "a_bits": problem.a_bits,
+        "split": config.split,
         "signed": source.signed,
         "stream_type": program.stream_dtype,
         "low": emit.low,
