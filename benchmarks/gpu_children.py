@@ -144,7 +144,7 @@ def models(run: Run, attempt: Attempts) -> None:
 
 def compile_contender(folder: str, network: str, contender: str, batch: int, share: tuple[int, int]) -> int:
     """For a compiling process: pack a network where that was not done, and compile a share of its launches."""
-    with gpu_models.overlap_of(contender) as variant:
+    with gpu_models.switches_of(contender) as variant:
         return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch, share)
 
 

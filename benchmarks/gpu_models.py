@@ -33,7 +33,7 @@ ORDER = (*COMPILED_AT, ("resnet50", 256), ("resnet18", 256))
 # one after the other; where it did not come so far, what the default way made counts, and the result says which it was.
 AUTOTUNED, PLAIN = "max-autotune-no-cudagraphs", "default"
 TIMED = "mean of back-to-back replays of a CUDA graph, images on the GPU; one request alone waits for its launch, too"
-IN_ORDER = ", LBS_PDL=0"
+SWITCHES = ("LBS_PDL", "LBS_FORK")  # kernels that overlap, and branches of a network beside one another
 CHECKED = 2  # images compared with the reference, which is slow
 Call = Callable[[], object]
 
@@ -45,23 +45,23 @@ def variants(network: str) -> list[str]:
 
 
 def contenders(network: str, batch: int) -> list[str]:
-    """The packed ones; at batch 1, where launches are most of the time, also one whose kernels do not overlap."""
+    """The packed ones; at batch 1, where launches are most of the time, also one with each switch of theirs off."""
     names = variants(network)
-    return [*names, names[0] + IN_ORDER] if batch == 1 else names
+    return [*names, *(f"{names[0]}, {name}=0" for name in SWITCHES)] if batch == 1 else names
 
 
 @contextmanager
-def overlap_of(contender: str) -> Iterator[str]:
-    """Kernels bound inside overlap, or not, as the contender says; gives its variant."""
-    before = os.environ.get("LBS_PDL")
-    os.environ["LBS_PDL"] = "0" if contender.endswith(IN_ORDER) else "1"
+def switches_of(contender: str) -> Iterator[str]:
+    """What is bound inside goes by the switches that the contender names; gives its variant."""
+    variant, _, off = contender.partition(", ")
+    before = {name: os.environ.get(name) for name in SWITCHES}
+    os.environ.update({name: "0" if off == f"{name}=0" else "1" for name in SWITCHES})
     try:
-        yield contender.removesuffix(IN_ORDER)
+        yield variant
     finally:
-        if before is None:
-            del os.environ["LBS_PDL"]
-        else:
-            os.environ["LBS_PDL"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def packed_calls(
             missing[name] = tuner.BROKE
             continue
         try:
-            with overlap_of(name) as variant:
+            with switches_of(name) as variant:
                 packed = lbs.load(gpu_nets.build(str(folder), network, variant), device=gpu_device.DEVICE)
                 check(packed, images)
                 found[name] = gpu_device.recorded(functools.partial(packed, images))

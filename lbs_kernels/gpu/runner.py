@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.branches import branches, enqueue
+from lbs_kernels.gpu.configs.cuda import on_hopper
 from lbs_kernels.gpu.kernels import Choice
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, in_order
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
 from lbs_kernels.gpu.stem import unfolded
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
@@ -36,6 +39,8 @@ class BatchPlan:
     buffers: dict[int, Tensor]
     choices: tuple[Choice, ...]  # one per step
     launches: tuple[Launch, ...]  # one per step
+    beside: dict[int, int]  # steps that run beside others in a recorded graph, and where they join (gpu/branches.py)
+    aside: torch.cuda.Stream | None  # that they run on; None where there are none
 
 
 class GpuRunner:
@@ -118,11 +123,15 @@ class GpuRunner:
         """
         batch = inputs[0].shape[0]
         with self._lock, device_guard(self.device):
-            plan = self._recorded_plan(batch) if capturing(self.device) else self.plan(batch)
-            for step, launch in zip(self.program.steps, plan.launches, strict=True):
-                launch(inputs)
-                if trace is not None:
-                    self._record(step, plan, trace)
+            recorded = capturing(self.device)
+            plan = self._recorded_plan(batch) if recorded else self.plan(batch)
+            if recorded and trace is None:
+                enqueue(plan.launches, inputs, plan.beside, torch.cuda.current_stream(self.device), plan.aside)
+            else:
+                for step, launch in zip(self.program.steps, plan.launches, strict=True):
+                    launch(inputs)
+                    if trace is not None:
+                        self._record(step, plan, trace)
             results = empty_outputs(self.program, batch, self.device) if out is None else out
             for index, result in zip(self.program.outputs, results, strict=True):
                 values = plan.buffers[index].permute(0, 3, 1, 2)
@@ -190,20 +199,25 @@ class GpuRunner:
 
     def _make_plan(self, batch: int) -> BatchPlan:
         program = self.program
-        slots, size = plan_arena(program, batch)
+        problems = [self._problem(step, batch) for step in program.steps]
+        choices = [self._choice(step, problem) for step, problem in zip(program.steps, problems, strict=True)]
+        configs = [choice.config for choice in choices]
+        # The model is that of compute capability 9.0.
+        beside = branches(program, list(zip(problems, configs, strict=True))) if on_hopper(str(self.device)) else {}
+        slots, size = plan_arena(program, batch, beside)
         arena = torch.empty(size, dtype=torch.uint8, device=self.device)
         buffers = {
             index: arena_view(arena, slot, program.tensors[index], program.stream_dtype, batch)
             for index, slot in slots.items()
         }
-        choices, launches = [], []
-        for step in program.steps:
-            problem = self._problem(step, batch)
-            choice = self._choice(step, problem)
-            choices.append(choice)
-            launches.append(self._bind(step, problem, choice, buffers))
+        launches = []
+        for place, (step, problem, choice) in enumerate(zip(program.steps, problems, choices, strict=True)):
+            with in_order() if place in {*beside, *beside.values()} else contextlib.nullcontext():
+                launches.append(self._bind(step, problem, choice, buffers))
         self._finish()  # what was laid out for these configurations
-        return BatchPlan(arena, buffers, tuple(choices), tuple(launches))
+        # Made now: recording a graph is no time to make a stream.
+        aside = torch.cuda.Stream(self.device) if beside else None
+        return BatchPlan(arena, buffers, tuple(choices), tuple(launches), beside, aside)
 
     def _finish(self) -> None:
         """Wait until the weights lie ready, so that every stream may read them."""

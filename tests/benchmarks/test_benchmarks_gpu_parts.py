@@ -189,18 +189,20 @@ def test_networks_that_targets_speak_of_come_first() -> None:
     assert {(network, int(batch)) for network, batch in wanted} <= set(gpu_models.ORDER)
 
 
-def test_at_batch_1_one_contender_goes_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_batch_1_contenders_go_without_each_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_models.contenders("resnet18", 128) == gpu_models.variants("resnet18")
-    (extra,) = set(gpu_models.contenders("resnet18", 1)) - set(gpu_models.variants("resnet18"))
+    extra = set(gpu_models.contenders("resnet18", 1)) - set(gpu_models.variants("resnet18"))
+    assert extra == {"w8a8, LBS_PDL=0", "w8a8, LBS_FORK=0"}
     for before in (None, "1", "0"):
-        monkeypatch.delenv("LBS_PDL", raising=False)
-        if before is not None:
-            monkeypatch.setenv("LBS_PDL", before)
-        with gpu_models.overlap_of(extra) as variant:
-            assert (variant, os.environ["LBS_PDL"]) == ("w8a8", "0")
-        with gpu_models.overlap_of("w4a4") as variant:
-            assert (variant, os.environ["LBS_PDL"]) == ("w4a4", "1")
-        assert os.environ.get("LBS_PDL") == before
+        for name in gpu_models.SWITCHES:
+            monkeypatch.delenv(name, raising=False)
+            if before is not None:
+                monkeypatch.setenv(name, before)
+        for contender, expected in (("w8a8, LBS_PDL=0", ["0", "1"]), ("w4a4 pruned", ["1", "1"])):
+            with gpu_models.switches_of(contender) as variant:
+                assert variant == contender.partition(", ")[0]
+                assert [os.environ[name] for name in gpu_models.SWITCHES] == expected
+        assert [os.environ.get(name) for name in gpu_models.SWITCHES] == [before, before]
 
 
 def test_norms_are_folded_for_every_contender() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from s8_cases import deep
+from s8_cases import deep, shortcuts
 
 import lbs_kernels
 from lbs_kernels.errors import BackendError
-from lbs_kernels.gpu.launch import overlaps
+from lbs_kernels.gpu.launch import in_order, overlaps
 from lbs_kernels.gpu.layout import plan_arena
 from lbs_kernels.run.reference import ReferenceRunner
 
@@ -62,10 +62,13 @@ def test_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not overlaps()
     monkeypatch.setenv("LBS_PDL", "1")
     assert overlaps()
+    with in_order():
+        assert not overlaps()
+    assert overlaps()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not overlaps()
     monkeypatch.setenv("LBS_PDL", "no")
-    with pytest.raises(BackendError, match="LBS_PDL is 'no'; set it to 0"):
+    with pytest.raises(BackendError, match="LBS_PDL is 'no'; set it to 0, off"):
         overlaps()
 
 
@@ -101,3 +104,26 @@ def test_launches_ask_for_it(wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         for launch in bound:
             launch([image])
     assert asked == [wanted == "1"] * len(program.steps)
+
+
+def test_where_streams_fork_and_join_nothing_begins_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
+    from ahead_of_time import compiling
+    from compiled_layers import launches
+    from triton.runtime.jit import JITFunction
+
+    from lbs_kernels.gpu import runner
+
+    program, blob = shortcuts(2)
+    with monkeypatch.context() as patch:
+        on_capability(patch, 9, 0)
+        patch.setattr(runner, "on_hopper", lambda device: True)
+        patch.setattr(runner, "branches", lambda program, chosen: {1: 3, 4: 6})
+        patch.setattr(torch.cuda, "Stream", lambda device: None)
+        bound = launches(program, blob, 1)
+    asked: list[bool] = []
+    with compiling("sm_90", tmp_path), monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda self, *args, **options: asked.append(options["launch_pdl"]))
+        for launch in bound:
+            launch([torch.empty(1, 64, 28, 28)])
+    assert asked == [True, False, True, False, False, True, False]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from contenders import assert_same
 from cuda_steps import check_steps, served
-from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals, shortcuts
 
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
@@ -160,7 +160,21 @@ def test_kernels_that_overlap(pdl: str, batch: int, kernels_of: str, monkeypatch
     names = [step.name for step in program.steps[1:]]
     s8, shared = dict.fromkeys(names, CONFIGS[0]), dict.fromkeys(names, replace(SHARED, split=4))
     mine = {"s8": s8, "shared": shared, "triton": {}, "all": dict([*s8.items()][::3] + [*shared.items()][1::3])}
-    runner = gpu_runner.GpuRunner(program, blob, "cuda", mine[kernels_of], ("triton",))
+    check_replays(gpu_runner.GpuRunner(program, blob, "cuda", mine[kernels_of], ("triton",)), program, blob, batch)
+
+
+@pytest.mark.parametrize("fork", ["0", "1"])
+@pytest.mark.parametrize("between", [1, 2])
+def test_shortcuts_on_a_stream_of_their_own(between: int, fork: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBS_FORK", fork)
+    program, blob = shortcuts(3, between=between)
+    runner = gpu_runner.GpuRunner(program, blob, "cuda")
+    assert bool(runner.plan(1).beside) == (fork == "1")
+    check_replays(runner, program, blob, 1)
+
+
+def check_replays(runner: Any, program: Program, blob: torch.Tensor, batch: int) -> None:
+    """Replays and calls one behind the other, each of another image."""
     images = [programs.random_inputs(program, batch, seed) for seed in range(3)]
     expected = [ReferenceRunner(program, blob).run(image)[0].cuda() for image in images]
     static = images[0][0].cuda()

@@ -57,7 +57,13 @@ class Machine:
 # of ResNet-18 and the 58 of ResNet-50 at batch 1 the 122 and 256 us that their compiled kernels let expect.
 H200 = Machine("nvidia-h200", 132, 15.36e15 / 2 / (132 * 32768), 4.17e12, 34.0, 3.4e-6)
 
+# Seconds of a fork of streams and its join in a graph: a guess, some half of a step; none was timed.
+FORK = 1.5e-6
+
 # Read from the disassembly, batch 128 (docs/triton.md, docs/cuda.md).
+LARGE_TILE = (
+    64 * 128
+)  # of Triton's: two blocks of it have room on a multiprocessor, of larger ones one (docs/triton.md)
 GEMM_ISSUE = 48.0  # instructions of a thread per 64 x N x 32 product, activations of 8 bits
 PLANES_ISSUE = (32.0, 5.4)  # and of planes: to begin with, and for each plane
 COPY_ISSUE = 13.0  # for a copy of 16 bytes
@@ -105,6 +111,19 @@ def bytes_moved(problem: Problem, config: Any) -> float:
     pixels = problem.batch * problem.height * problem.width
     weights = problem.out_channels * problem.reduction * w_bits
     return (a_bits * (pixels * problem.in_channels + problem.rows * problem.out_channels) + weights) / 8
+
+
+def resident(problem: Problem, config: Any, machine: Machine = H200) -> float | None:
+    """Blocks of a step over those that find room on the machine at once; None for a kernel that is no GEMM."""
+    pixels, filters = _padded(problem, config)
+    if isinstance(config, CudaConfig):
+        places = machine.multiprocessors * (2 if config.tile in config.clusters else 1)
+        blocks = config.count(problem) * config.split
+        return blocks / places if config.tile in config.clusters else min(blocks / places, 1.0)
+    if isinstance(config, GemmConfig):
+        tile = config.block_m * config.block_o
+        return pixels * filters // tile * config.split_k / (machine.multiprocessors * (2 if tile <= LARGE_TILE else 1))
+    return None
 
 
 def _padded(problem: Problem, config: Any) -> tuple[int, int]:
