@@ -68,14 +68,14 @@ def enqueue(
     inputs: list[Tensor],
     beside: Mapping[int, int],
     current: torch.cuda.Stream,
-    aside: torch.cuda.Stream | None,
+    aside: torch.cuda.Stream,
 ) -> None:
     """Enqueue all launches on `current`, those of branches on `aside`, which forks from it and joins it again."""
     joins = set(beside.values())
     for place, launch in enumerate(launches):
-        if aside is not None and place in joins:
+        if place in joins:
             current.wait_stream(aside)
-        if aside is None or place not in beside:
+        if place not in beside:
             launch(inputs)
             continue
         aside.wait_stream(current)

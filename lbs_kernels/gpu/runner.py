@@ -23,7 +23,7 @@ from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
 from lbs_kernels.gpu.stem import unfolded
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.runner import StepKernel, empty_outputs
+from lbs_kernels.program.runner import StepKernel, output_shape
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step
 from lbs_kernels.times import graph
 from lbs_kernels.times.stopwatch import cuda_graph, interleave
@@ -125,20 +125,35 @@ class GpuRunner:
         with self._lock, device_guard(self.device):
             recorded = capturing(self.device)
             plan = self._recorded_plan(batch) if recorded else self.plan(batch)
-            if recorded and trace is None:
-                enqueue(plan.launches, inputs, plan.beside, torch.cuda.current_stream(self.device), plan.aside)
+            if recorded and plan.aside is not None and trace is None:
+                current = torch.cuda.current_stream(self.device)
+                enqueue(plan.launches, inputs, plan.beside, current, plan.aside)
             else:
                 for step, launch in zip(self.program.steps, plan.launches, strict=True):
                     launch(inputs)
                     if trace is not None:
                         self._record(step, plan, trace)
-            results = empty_outputs(self.program, batch, self.device) if out is None else out
-            for index, result in zip(self.program.outputs, results, strict=True):
-                values = plan.buffers[index].permute(0, 3, 1, 2)
-                result.copy_(values.flatten(1) if self.program.tensors[index].flat else values)
+            given = [None] * len(self.program.outputs) if out is None else out
+            results = [
+                self._result(index, plan, batch, result, recorded)
+                for index, result in zip(self.program.outputs, given, strict=True)
+            ]
         if trace is not None:
             trace.update(zip(self.program.inputs, inputs, strict=True))
         return results
+
+    def _result(self, index: int, plan: BatchPlan, batch: int, out: Tensor | None, recorded: bool) -> Tensor:
+        """An output, copied to `out` or to new memory: the buffers are written again by the next call.
+
+        A recorded graph owns its buffers: there logits that are float32 already stay where they were written.
+        """
+        spec, values = self.program.tensors[index], plan.buffers[index].permute(0, 3, 1, 2)
+        values = values.flatten(1) if spec.flat else values
+        if out is None and recorded and spec.flat and values.dtype == torch.float32:
+            return values
+        if out is None:
+            out = torch.empty((batch, *output_shape(spec)), dtype=torch.float32, device=self.device)
+        return out.copy_(values)
 
     def plan(self, batch: int) -> BatchPlan:
         """Buffers and launches of one batch size on the current stream, made on first use.

@@ -137,5 +137,5 @@ def test_streams_fork_and_join(monkeypatch: pytest.MonkeyPatch) -> None:
     first = ["0 on current", fork, "1 on aside", "2 on current", join, "3 on current"]
     assert log == [*first, fork, "4 on aside", "5 on current", join, "6 on current"]
     log.clear()
-    enqueue(launches, [], {}, current, None)  # type: ignore[arg-type]
+    enqueue(launches, [], {}, current, aside)  # type: ignore[arg-type]
     assert log == [f"{place} on current" for place in range(7)]
