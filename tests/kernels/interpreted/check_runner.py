@@ -264,9 +264,9 @@ def test_logits_of_a_recorded_call_stay_where_they_were_written(dtype: str, monk
     for recorded in (False, True):
         runner.run(images)
         arena = runner.plan(3).arena.untyped_storage().data_ptr()
-        monkeypatch.setattr(gpu_runner, "capturing", lambda device, recorded=recorded: recorded)
-        (result,) = runner.run(images)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_runner, "capturing", lambda device, recorded=recorded: recorded)
+            (result,) = runner.run(images)
         assert_same(result, expected, "logits")
         assert (result.untyped_storage().data_ptr() == arena) == (recorded and dtype == "float32")
 
