@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS
 from lbs_kernels.gpu.triton.common import INTERPRETED, begin_step, fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
@@ -223,6 +223,6 @@ def bind_depthwise(
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.channels, config.block_c),)
     run = functools.partial(
         depthwise_kernel[grid], GemmOperands(*pixel, taps, weights.offset, multiplier, bias), target, shape,
-        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2),
+        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()

@@ -134,7 +134,7 @@ def gemm_shape(problem: Problem, source: TensorSpec) -> GemmShape:
 
 def launch_options(warps: int, stages: int) -> dict[str, int | bool]:
     """Options of a launch, and of an ahead-of-time compilation of the same kernel."""
-    return {**LAUNCH_OPTIONS, "launch_pdl": overlaps(), "num_warps": warps, "num_stages": stages}
+    return {**LAUNCH_OPTIONS, "num_warps": warps, "num_stages": stages}
 
 
 def gemm_meta(weights: GemmWeights, shape: GemmShape, config: GemmConfig) -> GemmMeta:
@@ -189,6 +189,6 @@ def bind_gemm(
     run = functools.partial(
         gemm_kernel[gemm_grid(shape, config)], operands, split_target(shape, config, x.device), target, shape,
         META=gemm_meta(weights, shape, config), EMIT=emit_meta, CONFIG=config,
-        **launch_options(config.warps, config.stages),
+        **launch_options(config.warps, config.stages), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()

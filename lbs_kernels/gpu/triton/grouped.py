@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.direct import GroupedConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.triton.common import begin_step, fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options
@@ -121,6 +121,6 @@ def bind_grouped(
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.filters, config.block_o),)
     run = functools.partial(
         grouped_kernel[grid], x, weights.planes, multiplier, bias, target, shape,
-        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2),
+        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()
