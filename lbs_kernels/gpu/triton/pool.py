@@ -19,6 +19,8 @@ from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import PoolStep, Program, TensorSpec
 
+MEAN_STAGES, MEAN_BYTES = 8, 48 * 1024  # pixels of a mean on their way, and shared memory for them at most
+
 
 class PoolShape(NamedTuple):
     """Sizes read at run time. `pitch` is the distance of two pixels of x in its elements."""
@@ -180,8 +182,13 @@ def average_stream_kernel(
 
 
 @triton.jit
-def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constexpr, CONFIG: tl.constexpr):
-    """Global mean: one float32 addition per pixel, in row-major order, then one multiplication; emitted."""
+def mean_kernel(
+    x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constexpr, STAGES: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Global mean: one float32 addition per pixel, in row-major order, then one multiplication; emitted.
+
+    STAGES: pixels that are on their way at once, as each is waited for in turn.
+    """
     begin_step()
     DTYPE: tl.constexpr = EMIT.stream_dtype
     row, first = pool_tile(rows, channels, CONFIG)
@@ -190,7 +197,7 @@ def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constex
     mask = row_mask[:, None] & (channel < channels)[None, :]
     start = x_ptr + (row * pixels)[:, None] * channels + channel[None, :]
     total = load_stream(start, mask, DTYPE)
-    for pixel in range(1, pixels):
+    for pixel in tl.range(1, pixels, num_stages=STAGES):
         total += load_stream(start + pixel * channels, mask, DTYPE)
     emit(total * inverse, row, row_mask, first, channels, target, EMIT)
 
@@ -243,5 +250,7 @@ def bind(
         pixels = problem.height * problem.width
         inverse = float(torch.tensor(1.0 / pixels, dtype=torch.float32))
         sizes = (problem.batch, problem.in_channels, pixels, inverse)
-        run = functools.partial(mean_kernel[grid], kernel_view(x), target, *sizes, EMIT=meta, **common)
+        stages = max(1, min(MEAN_STAGES, MEAN_BYTES // (4 * config.block_m * config.block_c)))
+        operands = (kernel_view(x), target, *sizes)
+        run = functools.partial(mean_kernel[grid], *operands, EMIT=meta, STAGES=stages, **common)
     return lambda inputs: run()
