@@ -251,6 +251,6 @@ def bind(
         inverse = float(torch.tensor(1.0 / pixels, dtype=torch.float32))
         sizes = (problem.batch, problem.in_channels, pixels, inverse)
         stages = max(1, min(MEAN_STAGES, MEAN_BYTES // (4 * config.block_m * config.block_c)))
-        operands = (kernel_view(x), target, *sizes)
-        run = functools.partial(mean_kernel[grid], *operands, EMIT=meta, STAGES=stages, **common)
+        common["STAGES"] = stages
+        run = functools.partial(mean_kernel[grid], kernel_view(x), target, *sizes, EMIT=meta, **common)
     return lambda inputs: run()
