@@ -10,7 +10,7 @@ import programs
 import pytest
 import torch
 from contenders import assert_same
-from cuda_steps import check_steps, served
+from cuda_steps import check_replays, check_steps, served
 from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals, shortcuts
 
 from lbs_kernels import extension
@@ -22,7 +22,6 @@ from lbs_kernels.program.layer import LAYER, layer_program
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import STREAM_DTYPES, Emit, Program
 from lbs_kernels.run.reference import ReferenceRunner
-from lbs_kernels.times import graph
 
 gpu_runner = pytest.importorskip("lbs_kernels.gpu.runner", reason="Triton is not installed: pip install triton")
 pytestmark = [
@@ -171,19 +170,6 @@ def test_shortcuts_on_a_stream_of_their_own(between: int, fork: str, monkeypatch
     runner = gpu_runner.GpuRunner(program, blob, "cuda")
     assert bool(runner.plan(1).beside) == (fork == "1")
     check_replays(runner, program, blob, 1)
-
-
-def check_replays(runner: Any, program: Program, blob: torch.Tensor, batch: int) -> None:
-    """Replays and calls one behind the other, each of another image."""
-    images = [programs.random_inputs(program, batch, seed) for seed in range(3)]
-    expected = [ReferenceRunner(program, blob).run(image)[0].cuda() for image in images]
-    static = images[0][0].cuda()
-    recorded = graph.record(lambda: runner.run([static]), "cuda")
-    for turn in range(60):
-        static.copy_(images[turn % 3][0])
-        recorded.replay()
-        assert_same(recorded.result[0], expected[turn % 3], f"replay {turn}")
-        assert_same(runner.run([static])[0], expected[turn % 3], f"call {turn}")
 
 
 def check_runner(runner: Any, program: Program, blob: torch.Tensor) -> None:
