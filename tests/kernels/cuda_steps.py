@@ -130,7 +130,7 @@ def check_steps(
 
 
 def check_replays(runner: Any, program: Program, blob: Tensor, batch: int) -> None:
-    """Replays and calls of a runner on a GPU, each of another image, one behind the other; compared when all are done."""
+    """Replays and calls of a runner on a GPU, each of another image; compared when all are done."""
     seeds = range(3)
     images = [programs.random_inputs(program, batch, seed)[0].cuda() for seed in seeds]
     expected = [ReferenceRunner(program, blob).run([image.cpu()])[0] for image in images]
