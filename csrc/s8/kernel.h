@@ -4,13 +4,14 @@
 //
 // A block of threads stays and works off tiles of kRows pixels by kN filters, in the order of place_of(). One group of
 // 128 threads copies chunks of K into a ring of stages, two groups multiply: tiles go to them in turn, so that one
-// multiplies while the other writes its sums out. Nothing orders the two but the ring, in which the chunks of a tile
-// follow those of the tile before.
+// multiplies while the other writes its sums out. The chunks of a tile follow those of the tile before in the ring.
 //
 // Every stage has two barriers. `full` completes when the producer's copies lie there: the activations, by
 // asynchronous copies of 16 bytes that every thread publishes for the tensor core and then arrives for, and the
 // weights, one run of bytes that a bulk copy counts on the barrier. `empty` completes when the four warps that
-// multiply have left the stage.
+// multiply have left the stage. A barrier tells but whether a phase is even or odd, so nobody may ask for one before the
+// phase in front of it is over, which may be the other consumer's: so a third kind, `turn`, completes when the other
+// consumer has seen the last chunk of the tile in front arrive. It has then seen all of them.
 //
 // Where sum_scale is not 0, kernels of their own (kSums) multiply the activations by eight columns of ones as well: of
 // a fragment of eight columns a thread holds the sums of the very rows whose products it holds.
@@ -36,7 +37,7 @@ struct Tile {
     static constexpr int kStageBytes = kWeightByte + kWeightBytes;
     static constexpr int kWindowByte = kStages * kStageBytes;
     static constexpr int kBarrierByte = kWindowByte + kRows * static_cast<int>(sizeof(Window));
-    static constexpr int kSharedBytes = kBarrierByte + 2 * kStages * 8;
+    static constexpr int kSharedBytes = kBarrierByte + (2 * kStages + kConsumers) * 8;
     // Chunks that are on their way before the first of them is waited for. The consumer leaves a stage when it has
     // begun with the next one, so that at least two must be there.
     static constexpr int kAhead = kStages / 2;
@@ -45,6 +46,7 @@ struct Tile {
 
     LBS_HD static constexpr int full(int stage) { return kBarrierByte + 8 * stage; }
     LBS_HD static constexpr int empty(int stage) { return kBarrierByte + 8 * (kStages + stage); }
+    LBS_HD static constexpr int turn(int consumer) { return kBarrierByte + 8 * (2 * kStages + consumer); }
 };
 
 // A place in the ring, counted through two rounds of it: in the second the barriers wait for the other parity.
@@ -200,9 +202,9 @@ LBS_HD void multiply_step(Machine& machine, Sums<T>& sums, uint64_t stage, int s
 
 // All products of a tile. Those of a chunk run on while the next one is waited for and begun; then its stage is left.
 // No condition stands around a product, else the compiler would end each of them where it began: so the last chunk,
-// which may be shorter, has a loop of its own that surely begins.
+// which may be shorter, has a loop of its own that surely begins. `next`: the barrier of who comes next, or none, -1.
 template <class T, class Machine>
-LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at) {
+LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
     int before = -1;  // the stage whose products may still run
     LBS_NO_UNROLL for (int left = share.chunks - 1; left > 0; --left) {
         const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
@@ -217,6 +219,7 @@ LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, P
     }
     const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
     machine.wait(T::full(at.stage()), at.round());
+    if (next >= 0 && machine.thread() % kWarpgroup == 0) machine.arrive(next);
     int step = 0;
     LBS_NO_UNROLL do {
         machine.open_products();
@@ -285,11 +288,13 @@ LBS_HD void consume(Machine& machine, const Params& p, int consumer) {
     machine.wait_for_kernels_before();  // it reads residuals, and writes where they may read
     Place<T> at{0};
     at.advance(consumer * p.chunks);
-    int tile = machine.block() + consumer * machine.blocks();
+    int tile = machine.block() + consumer * machine.blocks(), parity = 1 - consumer;  // nobody is in front of the first
     LBS_NO_UNROLL for (; tile < p.tiles; tile += kConsumers * machine.blocks()) {
         Sums<T> sums;
         clear(sums);
-        multiply_tile(machine, whole(p), sums, at);
+        machine.wait(T::turn(consumer), parity);
+        parity = 1 - parity;
+        multiply_tile(machine, whole(p), sums, at, T::turn(1 - consumer));
         at.advance((kConsumers - 1) * p.chunks);
         write_tile(p, machine.thread(), tile, sums);
     }
@@ -301,6 +306,9 @@ LBS_HD void make_barriers(Machine& machine) {
         LBS_NO_UNROLL for (int stage = 0; stage < T::kStages; ++stage) {
             machine.make_barrier(T::full(stage), kWarpgroup);
             machine.make_barrier(T::empty(stage), kWarpgroup / 32);
+        }
+        LBS_NO_UNROLL for (int consumer = 0; consumer < kConsumers; ++consumer) {
+            machine.make_barrier(T::turn(consumer), 1);
         }
         machine.publish();
     }

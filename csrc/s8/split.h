@@ -88,7 +88,7 @@ LBS_HD void run_split_tile(Machine& machine, const Params& p) {
         Place<T> at{0};
         Sums<T> sums;
         clear(sums);
-        multiply_tile(machine, share, sums, at);
+        multiply_tile(machine, share, sums, at, -1);
         keep_sums(machine, p, sums);
     }
     machine.sync_cluster();

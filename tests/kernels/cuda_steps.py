@@ -112,7 +112,9 @@ def check_steps(
             added = program.tensors[step.emit.residual]
             values = expected[step.emit.residual]
             coded = added.form == "codes"
-            buffers[step.emit.residual] = input_buffer(values, added, device) if coded else values.to(device)
+            buffers[step.emit.residual] = (
+                input_buffer(values, added, device) if coded else values.to(device).contiguous()
+            )
         written = [consumer.tensor for consumer in step.emit.consumers]
         written += [] if step.emit.stream is None else [step.emit.stream]
         guarded = {}

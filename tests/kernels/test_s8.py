@@ -12,7 +12,7 @@ import pytest
 import torch
 from cuda_steps import bound, check_steps, input_buffer
 from gpu_model import launches_on_the_model, native
-from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals, shortcuts
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
@@ -96,6 +96,14 @@ def test_shared_tiles_are_written_as_others(config: S8Config, filters: int) -> N
         assert check_steps(program, blob, images, config=config) == ["step1", "step2"]
 
 
+@pytest.mark.parametrize("config", [WIDE, replace(SHARED[1], split=4)], ids=str)
+def test_the_networks_that_gpu_tests_replay(config: S8Config) -> None:
+    for (program, blob), layers in ((deep(2, size=9), 4), (shortcuts(1, between=2, size=9), 3)):
+        small = replace(config, split=1) if layers == 3 else config  # one chunk in a shortcut
+        found = check_steps(program, blob, programs.random_inputs(program, 1, 0), config=small)
+        assert found == [step.name for step in program.steps[1:]]
+
+
 def test_where_blocks_may_share_a_reduction() -> None:
     late = replace(LAYER, batch=1, height=7, width=7, in_channels=512, out_channels=512)
     found = [config for config in S8Config.with_splits(late) if config.split > 1]
@@ -152,6 +160,19 @@ def test_nothing_depends_on_moments_and_orders(
     padding = (kernel // 2, kernel // 2)
     check(one_step.conv(x, planes, a_bits=8, kernel=(kernel, kernel), padding=padding, zero=77), config)
     assert len(launched) == 1
+
+
+# 22 chunks, more than any ring has, and as many as one of six or of twelve stages, under several tiles of each consumer:
+# those who multiply in turn come back to a stage when it was filled for the other meanwhile.
+@pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize("channels", [304, 80, 160])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tiles_of_more_chunks_than_the_ring_follow_one_another(
+    config: S8Config, channels: int, late: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches_on_the_model(monkeypatch, 1, late, seed)
+    x, planes = random_codes(channels, (1, 6, 6, channels), 2 * config.block_o + 40, (3, 3), 4)
+    check(one_step.conv(x, planes, a_bits=8, kernel=(3, 3), padding=(1, 1), zero=77), config)
 
 
 # 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
