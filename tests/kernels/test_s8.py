@@ -162,8 +162,8 @@ def test_nothing_depends_on_moments_and_orders(
     assert len(launched) == 1
 
 
-# 22 chunks, more than any ring has, and as many as one of six or of twelve stages, under several tiles of each consumer:
-# those who multiply in turn come back to a stage when it was filled for the other meanwhile.
+# 22 chunks, more than any ring has, and as many as one of six or of twelve stages, under several tiles of each
+# consumer: those who multiply in turn come back to a stage when it was filled for the other meanwhile.
 @pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 1)])
 @pytest.mark.parametrize("channels", [304, 80, 160])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

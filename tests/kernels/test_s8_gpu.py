@@ -50,6 +50,16 @@ def test_accumulator(config: S8Config, reading: str, name: str, batch: int) -> N
         assert check_steps(made.program, made.blob, [made.image], "cuda", config) == [one_step.STEP]
 
 
+# 22 chunks, more than any ring has; three tiles of 128 pixels and more for a block.
+@pytest.mark.parametrize("channels", [304, 80, 160])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tiles_of_more_chunks_than_the_ring_follow_one_another(config: S8Config, channels: int) -> None:
+    x, planes = random_codes(channels, (200, 14, 14, channels), 24, (3, 3), 4)
+    made = one_step.conv(x, planes, a_bits=8, kernel=(3, 3), padding=(1, 1), zero=77)
+    for _ in range(3):
+        assert check_steps(made.program, made.blob, [made.image], "cuda", config) == [one_step.STEP]
+
+
 @pytest.mark.parametrize("reading", sorted(READINGS))
 def test_weights_and_zero_points(reading: str) -> None:
     made = layer("pixel", reading, batch=70)
