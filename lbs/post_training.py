@@ -125,7 +125,7 @@ def quantize(
                 max_pruning_ratio=max_pruning_ratio,
                 exclude=exclude,
             )
-            plan, outcome = _planned(model, floats, asked, streams, table, targets)
+            plan, outcome = _planned(model, floats, asked, streams, table, targets, progress)
         with clock.step("convert"):
             network = _converted(model, floats, asked, streams, plan)
     else:
@@ -162,6 +162,7 @@ def _planned(
     streams: int,
     table: Table | None,
     targets: dict[str, Any],
+    progress: Callable[[str], None],
 ) -> tuple[Plan, BudgetResult]:
     """Widths and filters of every layer from measured losses, and what the budget reached."""
     for chain in CHAINS:
@@ -180,7 +181,8 @@ def _planned(
 
     def filters(ledger: Ledger) -> None:
         plain, groups = removal.plain(model, floats[0][:2], config)
-        removal.measure(plain, groups, ledger, floats, _PLANNED, distance)
+        removal.measure(plain, groups, ledger, floats, _PLANNED, distance, lambda step: progress(f"plan: {step}"))
+        progress("plan: losses of fewer bits")
 
     outcome = project_budget(budget, pairs, distance, filters if budget.ledger.filters else None)
     return plan_of(searched), outcome

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +135,7 @@ def greedy(job: SearchJob, model: nn.Module) -> Found:
     searched = job.prepared(model, settings)
     budget = job.budget(searched, **limits(job.config))
     if not goes_on(job.session, "search"):
-        close_by_losses(budget, model, settings, job.images())
+        close_by_losses(budget, model, settings, job.images(), job.session.say)
     training = job.search(searched, budget, "search", teacher=model)
     return job.found(searched, budget.result(), training)
 
@@ -147,26 +146,34 @@ def by_filters(settings: SearchConfig) -> SearchConfig:
     return replace(settings, group_size=1, filter_tile=tile) if settings.pruning else settings
 
 
-def close_by_losses(budget: Budget, model: nn.Module, settings: SearchConfig, batches: list[Tensor]) -> None:
+def close_by_losses(
+    budget: Budget,
+    model: nn.Module,
+    settings: SearchConfig,
+    batches: list[Tensor],
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
     """Fix widths and filters by how far the outputs move; readers are fitted to the filters that stay.
 
     Arguments:
-        budget: of a searchable, calibrated copy of `model`, prepared by `settings`. batches: images.
+        budget: of a searchable, calibrated copy of `model`, prepared by `settings`. batches: images. say: is told what
+            begins.
     """
     with evaluating(model), torch.no_grad():
         pairs = [(images, model(images)) for images in batches]
     plain, groups = removal.plain(model, batches[0][:2], settings)
-    measured = partial(_measure, plain, groups, batches)
+    count = sum(map(len, batches))
+
+    def measured(ledger: Ledger) -> None:
+        removal.measure(plain, groups, ledger, batches, count, distance, say)
+        say("losses of fewer bits")
+
     project_budget(budget, pairs, distance, measured if budget.ledger.filters else None)
     kept = {layer.name: layer.kept for layer in plan_of(budget.model).layers if layer.kept is not None}
     if kept:
         fitted = removal.compensated(plain, groups, kept, batches)
         removal.make_up(budget.model, fitted, groups, kept)
         estimate_norms(budget.model, batches)
-
-
-def _measure(plain: nn.Module, groups: Any, batches: list[Tensor], ledger: Ledger) -> None:
-    removal.measure(plain, groups, ledger, batches, sum(map(len, batches)), distance)
 
 
 def two_stage(job: SearchJob, model: nn.Module) -> Found:

@@ -297,21 +297,30 @@ class _Trial:
 
 
 def measure(
-    model: nn.Module, groups: Sequence[ChannelGroup], ledger: Ledger, batches: Sequence[Tensor], count: int, loss: Loss
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    ledger: Ledger,
+    batches: Sequence[Tensor],
+    count: int,
+    loss: Loss,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> None:
     """Give choices of filters their order, and as errors what losing them adds to a loss once readers made up for it.
 
     Arguments:
         model: the plain float network, whose readers are changed and restored. groups: of it. ledger: of a searchable
             copy, its prune gates of groups of one filter. batches: images; weights are fitted to the even ones, and
-            losses measured on `count` of the odd ones. loss: of the outputs and the float ones.
+            losses measured on `count` of the odd ones. loss: of the outputs and the float ones. progress: is told what
+        begins.
     """
     by_gate = {choice.layer: choice for choice in ledger.filters}
     found = {group.producer: readers_of(model, group) for group in groups if group.producer in by_gate}
+    progress(f"what {sum(map(len, found.values()))} layers read")
     observe(model, model, [reader for readers in found.values() for reader in readers], batches)
     trial = _Trial()
     pairs: dict[str, Choice] = {}
-    for name, readers in found.items():
+    for place, (name, readers) in enumerate(found.items(), 1):
+        progress(f"filters of {name}, {place} of {len(found)}")
         choice = by_gate[name]
         choice.order = elimination(readers, 0)[::-1]  # strongest first
         levels = sorted({round(part * choice.top / LEVELS) for part in range(LEVELS + 1)})
@@ -320,6 +329,7 @@ def measure(
     held_out = torch.cat(list(batches))[1::2][:count].split(len(batches[0]))
     with evaluating(model):
         told = [(batch, model(batch)) for batch in held_out]
+    progress(f"losses without them, on {sum(map(len, held_out))} images")
     whole, below = losses(model, trial, told, loss)
     for name, tried in pairs.items():
         by_gate[name].errors = _steps(by_gate[name].amounts, tried.amounts, [*below[tried], whole])
