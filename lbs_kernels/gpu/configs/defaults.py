@@ -15,6 +15,8 @@ from lbs_kernels.gpu.configs.direct import (
 )
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, channel_block, elementwise_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_default
+from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
+from lbs_kernels.gpu.configs.stem_pool import stem_pool_default
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem
 
@@ -74,6 +76,7 @@ def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:
 DEFAULTS: dict[str, Callable[[Problem], Iterator[Any]]] = {
     "bitconv2d": weighted_defaults,
     "bitlinear": weighted_defaults,
+    STEM_POOL: lambda problem: iter([stem_pool_default(problem)]),
     "pool": lambda problem: iter([pool_default(problem)]),
     "quantpack": lambda problem: iter([elementwise_default(problem)]),
     "resize": lambda problem: iter([elementwise_default(problem)]),
