@@ -14,9 +14,6 @@ from torch import Tensor
 
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.gemm import gemm_candidates
-from lbs_kernels.gpu.configs.stem_pool import PIECES, StemPoolConfig
-from lbs_kernels.gpu.stem import fold_stem
-from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.planes import pack_weights
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program
@@ -56,23 +53,6 @@ def check(program: Program, blob: Tensor, batch: int, seed: int) -> None:
 @pytest.mark.parametrize("batch", [1, 5])
 def test_named_programs(name: str, batch: int) -> None:
     check(*programs.CASES[name](seed=7), batch=batch, seed=batch)
-
-
-@pytest.mark.parametrize("piece", PIECES)
-@pytest.mark.parametrize("written", ["stream", "codes", "clamped"])
-def test_a_stem_with_its_maximum(written: str, piece: int) -> None:
-    """As one step, of several tiles and strips, from buffers full of garbage."""
-    from lbs_kernels.gpu.runner import GpuRunner
-
-    program, blob = programs.stem_and_maximum(3, written, size=(64, 50), filters=64, stream_dtype="float16")
-    folded, data = fold_stem(program, blob)
-    config = StemPoolConfig(64, 64, 3, 4, 3, piece)
-    runner = GpuRunner(pool_stems(folded, data), data, "cuda", {"step1": config}, whole=False)
-    images = programs.random_inputs(program, 7, 2)
-    runner.plan(7).arena.random_()
-    expected = ReferenceRunner(program, blob).run(images)
-    for result, output in zip(runner.run([image.cuda() for image in images]), expected, strict=True):
-        assert_same(result, output, "output")
 
 
 @pytest.mark.parametrize("seed", range(200, 216))
