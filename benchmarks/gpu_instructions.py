@@ -58,19 +58,18 @@ def problems() -> dict[tuple[str, str], Any]:
 
 
 def triton_row(problem: Any, config: Any) -> Row:
-    """The launch of a layer that writes a stream and codes. Instructions of a thread for one tile; where nothing of
+    """The launch of a layer (`compiled`). Instructions of a thread for one tile; where nothing of
     the tensor core is there, all of them, as such kernels are unrolled.
     """
-    from compiled_layers import compile_problem
     from disassembly import Loop, instructions, main_loop
 
-    with tempfile.TemporaryDirectory() as folder:
-        kernel = compile_problem(problem, TARGET, Path(folder), config, **grid_of(compile_problem, problem.w_bits))
+    kernel = compiled(problem)
     code = Loop(tuple(text for _, text in instructions(kernel)))
     found: Row = {"kernel": f"triton:{config}", "registers": kernel.registers, "spill_bytes": kernel.spill_bytes}
     found["shared_bytes"] = kernel.shared_bytes
     filters = getattr(config, "block_o", getattr(config, "block_c", 0))
-    outputs = config.block_m * filters / (32 * config.warps)
+    strip = (3 - problem.stride[0]) * getattr(config, "columns", 0)  # of depthwise kernels by columns
+    outputs = config.block_m * filters * (strip or 1) / (32 * config.warps)
     found["instruction"], steps, loop = "", 0, Loop(())
     if code.products:
         loop, steps = main_loop(kernel), reduction_steps(problem, config)
@@ -80,6 +79,35 @@ def triton_row(problem: Any, config: Any) -> Row:
     found |= {"in_loops": looped, "outside": len(code.instructions) - len(loop.instructions)}
     found["per_output"] = (looped + found["outside"]) / outputs
     return found | {"memory": {name: (loop if steps else code).count(text) for name, text in MEMORY.items()}}
+
+
+def compiled(problem: Any) -> Any:
+    """The launch of a layer that writes codes, and a stream where it is one of a residual network."""
+    import programs
+    from ahead_of_time import compiling
+    from compiled_layers import launches
+
+    from lbs_kernels.program.steps import Emit
+
+    b = programs.Builder(0)
+    size, channels, filters = (problem.height, problem.width), problem.in_channels, problem.out_channels
+    codes = b.consumer((*size, channels), problem.a_bits)
+    b.quantize(b.image(channels, *size), Emit(consumers=(codes,)))
+    window = {"kernel": problem.kernel, "stride": problem.stride, "padding": problem.padding}
+    shape = b.conv_shape(codes.tensor, filters, **window)
+    out = b.consumer(shape, problem.a_bits)
+    inverted = problem.groups > 1 or channels < 32 < filters  # what an inverted residual begins with
+    emit = Emit(low=0.0, high=6.0, consumers=(out,)) if inverted else Emit(
+        low=0.0, stream=b.stream(shape, output=True), consumers=(out,)
+    )  # fmt: skip
+    window |= grid_of(b.conv, problem.w_bits)
+    b.conv(codes.tensor, emit, filters, w_bits=problem.w_bits, groups=problem.groups, **window)
+    if inverted:  # a program returns something
+        b.conv(out.tensor, Emit(stream=b.stream((*shape[:2], 8), output=True)), 8, w_bits=4)
+    _, launch, *_ = launches(*b.build(), problem.batch)
+    with tempfile.TemporaryDirectory() as folder, compiling(TARGET, Path(folder)) as kernels:
+        launch([])  # it reads what the step before wrote
+    return kernels[0]
 
 
 def pair_row() -> Row:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
-from lbs_kernels.gpu.configs.defaults import DEFAULTS
+from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
 from lbs_kernels.gpu.forms import BATCH, as_kept, configurations, fastest
 from lbs_kernels.gpu.layout import storage
 from lbs_kernels.gpu.stem import fold_steps
@@ -71,7 +71,7 @@ class Modelled:
         """
         problem = problem_of(step, program, self.batch, "cuda")
         weighted = isinstance(step, ConvStep | LinearStep)
-        everywhere = [*DEFAULTS[step.op](problem)][-1:]
+        everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
         chosen = configurations(step, problem) if weighted and hopper else everywhere
         moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
         moved += problem.out_channels * problem.reduction * problem.w_bits / 8 if weighted else 0.0

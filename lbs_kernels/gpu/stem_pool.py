@@ -21,7 +21,7 @@ from torch import Tensor
 from lbs_kernels.gpu.configs.stem_pool import OP, PAD, STEP, TAPS, WINDOW
 from lbs_kernels.gpu.layout import BYTE_BITS
 from lbs_kernels.gpu.stem import FoldedStep
-from lbs_kernels.program.steps import Consumer, ConvStep, Emit, PoolStep, Program, Step, sources
+from lbs_kernels.program.steps import ConvStep, Emit, PoolStep, Program, Step, sources
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,13 @@ def _emitted(program: Program, step: ConvStep, pool: PoolStep) -> tuple[Emit, Em
         return None
     if own.stream is None:  # a maximum of codes hands them on
         (written,), (consumer,) = own.consumers, behind.consumers
-        if not _rises(written):
+        if written.pre_scale is not None:
             return None
         return replace(own, consumers=(replace(written, tensor=consumer.tensor),)), None
     bare = (behind.residual, behind.gate, behind.activation, behind.low, behind.high) == (None,) * 5
     if bare and (behind.stream is not None or program.stream_dtype == "float32"):
         return replace(behind, low=own.low, high=own.high), None
     return behind, Emit(low=own.low, high=own.high)
-
-
-def _rises(consumer: Consumer) -> bool:
-    return consumer.pre_scale is None and consumer.scale > 0
 
 
 def _finite(program: Program, step: ConvStep, blob: Tensor | None) -> bool:

@@ -28,7 +28,7 @@ from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import IMAGE_DTYPES, Program, WeightGrid
+from lbs_kernels.program.steps import IMAGE_DTYPES, Program
 
 INT8 = {
     "mma.sync": r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
@@ -74,14 +74,12 @@ def square(channels: int, filters: int, size: int, kernel: int, batch: int, w_bi
     )
 
 
-def compile_problem(
-    problem: Problem, target: str, folder: Path, config: Any = None, grid: WeightGrid = "odd"
-) -> Compiled:
+def compile_problem(problem: Problem, target: str, folder: Path, config: Any = None) -> Compiled:
     """The launch of one layer that writes a stream and codes of as many bits as it reads."""
     program, blob = programs.one_conv(
         0, channels=problem.in_channels, filters=problem.out_channels, size=(problem.height, problem.width),
         w_bits=problem.w_bits, a_bits=problem.a_bits, out_bits=problem.a_bits, kernel=problem.kernel,
-        stride=problem.stride, padding=problem.padding, groups=problem.groups, grid=grid,
+        stride=problem.stride, padding=problem.padding, groups=problem.groups,
     )  # fmt: skip
     _, launch = launches(program, blob, problem.batch, config and {"step1": config})
     with compiling(target, folder) as kernels:

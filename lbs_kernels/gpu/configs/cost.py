@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbs_kernels.gpu.configs.cuda import GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
-from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, column_positions, column_rows
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, stem_pool_steps, stem_pool_tiles
@@ -64,6 +64,7 @@ GEMM_ISSUE = 48.0  # instructions of a thread per 64 x N x 32 product, activatio
 PLANES_ISSUE = (32.0, 5.4)  # and of planes: to begin with, and for each plane
 COPY_ISSUE = 13.0  # for a copy of 16 bytes
 BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
+COLUMNS_ISSUE = {1: 14.1, 2: 18.2}  # for an output by strips of columns, its epilogue included, by the step
 DEPTHWISE_ISSUE = 1424 / 32 / 9  # for an output and tap
 # Of a stem with its maximum, tiles of 64 x 64 in 4 warps: a step of 256 bytes of K, and an output of the maximum.
 STEM_ISSUE, STEM_EPILOGUE = 180.0, 750 / 32
@@ -75,6 +76,8 @@ def executed(problem: Problem, config: Any) -> int:
     if isinstance(config, StemPoolConfig):
         steps = stem_pool_tiles(problem, config) * stem_pool_steps(config)
         return steps * config.block_m * config.block_o * problem.window.taps * byte_pitch(problem.in_channels)
+    if isinstance(config, DepthwiseConfig) and config.columns:
+        return _column_outputs(problem, config) * 12  # three sums of four
     pixels, filters = _padded(problem, config)
     taps = problem.window.taps
     if isinstance(config, GemmConfig):
@@ -136,10 +139,19 @@ def _clocks(problem: Problem, config: Any, machine: Machine) -> float:
         shared = 8 * tile / machine.refill if config.split_k > 1 else 0.0  # sums to the workspace and back
         tiles = pixels * filters // tile * config.split_k
         return -(-tiles // machine.multiprocessors) * (loop + shared + tile * _epilogue(problem) / LANES)
+    if isinstance(config, DepthwiseConfig) and config.columns:
+        issued = _column_outputs(problem, config) * COLUMNS_ISSUE[problem.stride[0]]
+        return issued / LANES / machine.multiprocessors
     per_output = _epilogue(problem)
     if isinstance(config, DepthwiseConfig | GroupedConfig):
         per_output += DEPTHWISE_ISSUE * problem.reduction
     return pixels * filters * per_output / LANES / machine.multiprocessors
+
+
+def _column_outputs(problem: Problem, config: DepthwiseConfig) -> int:
+    """Outputs of whole strips and blocks of channels."""
+    pixels = column_positions(problem, config.columns) * config.columns * column_rows(problem)
+    return pixels * _up(problem.out_channels, config.block_c)
 
 
 def _stem_pool_clocks(problem: Problem, config: StemPoolConfig, machine: Machine) -> float:

@@ -10,7 +10,7 @@ from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, oneb
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
-    depthwise_default,
+    depthwise_defaults,
     grouped_default,
 )
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, channel_block, elementwise_default
@@ -25,7 +25,7 @@ def conv_default(problem: Problem) -> GemmConfig | DepthwiseConfig | GroupedConf
     """The matrix product, or a direct kernel where there are groups."""
     if problem.groups == 1:
         return gemm_default(problem)
-    return depthwise_default(problem) if problem.depthwise else grouped_default(problem)
+    return depthwise_defaults(problem)[0] if problem.depthwise else grouped_default(problem)
 
 
 def pool_default(problem: Problem) -> ElementwiseConfig:
@@ -57,7 +57,7 @@ def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[
         own = seconds(problem, last)
         rated = [(seconds(problem, config), executed(problem, config), config) for config in _cuda_configs(problem)]
         yield from (config for took, _, config in sorted(rated, key=lambda row: row[:2]) if took < own)
-    yield last
+    yield from depthwise_defaults(problem) if problem.depthwise else [last]
 
 
 def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:

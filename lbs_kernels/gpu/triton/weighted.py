@@ -9,14 +9,27 @@ from torch import Tensor
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.layout import BYTE_BITS
 from lbs_kernels.gpu.triton.depthwise import bind_depthwise
+from lbs_kernels.gpu.triton.depthwise_columns import bind_columns
 from lbs_kernels.gpu.triton.emit import bind_emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, bind_gemm, gemm_shape, prepare_weights
 from lbs_kernels.gpu.triton.grouped import bind_grouped
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program
 
-__all__ = ["bind", "prepare_weights"]
+__all__ = ["bind", "prepare_weights", "writes_why_not"]
+
+
+def writes_why_not(
+    step: ConvStep | LinearStep, config: GemmConfig | DepthwiseConfig | GroupedConfig, program: Program
+) -> str | None:
+    """Why a configuration cannot run a step, beyond what its problem says: columns sum products of bytes alone."""
+    if not isinstance(config, DepthwiseConfig) or not config.columns:
+        return None
+    if program.tensors[step.input].signed or (step.w_bits == BYTE_BITS and step.w_grid == "odd"):
+        return f"{config}: {step.name} sums more than products of bytes; take columns of 0"
+    return None
 
 
 def bind(
@@ -33,6 +46,8 @@ def bind(
     multiplier, bias = arrays[step.multiplier], arrays[step.bias]
     shape = gemm_shape(problem, program.tensors[step.input])
     operands = (buffers[step.input], weights, multiplier, bias, target, meta, shape)
+    if isinstance(config, DepthwiseConfig) and config.columns:
+        return bind_columns(*operands, problem, config)
     if isinstance(config, DepthwiseConfig):
         return bind_depthwise(*operands, config)
     if isinstance(config, GroupedConfig):

@@ -29,7 +29,7 @@ from lbs_kernels.gpu.triton.common import INTERPRETED, fma
 from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.steps import Program, WeightGrid
+from lbs_kernels.program.steps import Emit, Program, WeightGrid
 from lbs_kernels.run.reference import ReferenceRunner
 
 BITS = (2, 4, 8)
@@ -308,6 +308,43 @@ def test_depthwise_with_other_configurations(case: dict[str, object]) -> None:
     check_depthwise(case, GroupedConfig(16, 32, 4))
 
 
+# Strips that divide the rows of the output, leave a rest, or are longer; blocks that end behind the channels; images of
+# odd and even sides, also of one row; every reading of the weights.
+COLUMNS: list[tuple[dict[str, object], DepthwiseConfig]] = [
+    ({"channels": 33, "w_bits": 4, "zero": 7, "size": (5, 7)}, DepthwiseConfig(16, 32, 1, 7)),
+    ({"channels": 33, "w_bits": 8, "grid": "zero", "stride": (2, 2), "size": (7, 8)}, DepthwiseConfig(16, 32, 1, 2)),
+    ({"channels": 64, "w_bits": 2, "padding": (0, 0), "size": (6, 9)}, DepthwiseConfig(16, 64, 2, 4)),
+    (
+        {"channels": 70, "w_bits": 8, "grid": "zero", "zero": 91, "size": (8, 8), "out_bits": 8},
+        DepthwiseConfig(64, 32, 4, 8),
+    ),
+    ({"channels": 16, "w_bits": 4, "stride": (2, 2), "size": (9, 9), "out_bits": 4}, DepthwiseConfig(16, 32, 1, 4)),
+    ({"channels": 5, "w_bits": 3, "grid": "zero", "padding": (1, 0), "size": (1, 4)}, DepthwiseConfig(16, 32, 1, 1)),
+    ({"channels": 32, "w_bits": 4, "stride": (2, 2), "padding": (0, 1), "size": (8, 7)}, DepthwiseConfig(32, 32, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("case", "config"), COLUMNS, ids=str)
+def test_depthwise_by_columns(case: dict[str, object], config: DepthwiseConfig) -> None:
+    check_depthwise({"a_bits": 8, "out_bits": 8, "stream_dtype": "float16", **case}, config)
+
+
+def test_depthwise_by_columns_is_the_default_of_bytes() -> None:
+    """But where sums of the activations are asked for as well, or they are signed."""
+    common = {"channels": 8, "filters": 8, "groups": 8, "size": (6, 6), "a_bits": 8}
+    for changed, columns in (
+        ({"w_bits": 4}, True),
+        ({"w_bits": 8, "grid": "zero"}, True),
+        ({"w_bits": 8}, False),
+        ({"w_bits": 4, "signed": True, "padding": (0, 0)}, False),
+        ({"w_bits": 4, "a_bits": 4}, False),
+    ):
+        program, blob = programs.one_conv(1, **{**common, **changed})
+        runner = GpuRunner(program, blob, "cpu")
+        assert (runner.choices(2)[1].config.columns > 0) is columns, changed
+        check(program, blob, programs.random_inputs(program, 2, 3), runner)
+
+
 def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedConfig) -> None:
     program, blob = programs.one_conv(
         5, **{"size": (4, 5), **case, "filters": case["channels"], "groups": case["channels"]}
@@ -337,6 +374,28 @@ def test_not_a_number_and_infinity_become_codes() -> None:
     images = programs.random_inputs(program, batch=1, seed=0)
     images[0][0, :, 1, 1] = torch.tensor([math.nan, math.inf, -math.inf])
     check(program, blob, images)
+
+
+def test_bounds_of_values_become_bounds_of_codes() -> None:
+    """Where no stream is stored; ties, values beyond all bounds, infinities, what is no number; every kind of code."""
+    b = programs.Builder(seed=0)
+    image = b.image(1, 1, 48)
+    shape = (1, 48, 1)
+    for low, high in ((None, None), (0.0, 6.0), (-0.75, 1.25), (0.5, None), (2.0, 1.0)):
+        kinds = [b.consumer(shape, 8, zero=zero, top=3.0) for zero in (0, 90, 91, 255)]
+        kinds += [
+            b.consumer(shape, 8, signed=True),
+            b.consumer(shape, 8, zero=33, relu=True),
+            b.consumer(shape, 4, zero=5),
+        ]
+        b.quantize(image, Emit(low=low, high=high, consumers=tuple(kinds)))
+    b.quantize(image, Emit(low=0.0, stream=b.stream(shape, output=True)))
+    program, blob = b.build()
+    scale = kinds[1].scale
+    ties = (torch.arange(-20, 20) + 0.5) / scale
+    values = torch.cat([ties, torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 7.5, -7.5, 1.25])])
+    trace = check(program, blob, [values.reshape(1, 1, 1, 48)])
+    assert len(trace[kinds[1].tensor].unique()) > 20
 
 
 def test_ties_round_to_even_and_bounds_saturate() -> None:
