@@ -175,23 +175,31 @@ def gpu_roofs_table(path: str, body: Body) -> list[str]:
 
 
 def gpu_layers_table(path: str, body: Body) -> list[str]:
-    """Geometric mean of the fastest kernel of each problem over float16, by bits and batch."""
+    """Geometric mean of the fastest kernel of each problem over float16 and cuDNN's int8, by bits and batch."""
     times: dict[str, dict[str, float]] = {}
     for row in body["rows"]:
         if "median_s" in row:
             times.setdefault(row["problem"], {})[row["contender"]] = row["median_s"]
-    logs: dict[tuple[str, int], list[float]] = {}
+    others = ("float16", "cudnn int8")
+    logs: dict[tuple[str, int], dict[str, list[float]]] = {}
     for problem, found in times.items():
         bits, batch = re.search(r"_(w\d+a\d+)_", problem), re.search(r"_n(\d+)_", problem)
         kernels = [seconds for name, seconds in found.items() if name.startswith(("triton:", "cuda:"))]
-        if bits and batch and kernels and "float16" in found:
-            logs.setdefault((bits[1], int(batch[1])), []).append(math.log(found["float16"] / min(kernels)))
+        for other in others:
+            if bits and batch and kernels and other in found:
+                place = logs.setdefault((bits[1], int(batch[1])), {name: [] for name in others})
+                place[other].append(math.log(found[other] / min(kernels)))
     rows = [
-        (bits, str(batch), str(len(values)), f"{math.exp(sum(values) / len(values)):.2f}x")
-        for (bits, batch), values in sorted(logs.items())
+        (bits, str(batch), *(cell for name in others for cell in _mean_speed(speeds[name])))
+        for (bits, batch), speeds in sorted(logs.items())
     ]
-    title = f"**Layers** on {_machine(body)}, L2 {body['l2']}, against float16 channels_last (`{path}`)"
-    return [title, "", *_table(["bits", "batch", "layer shapes", "speed over float16, geometric mean"], rows)]
+    title = f"**Layers** on {_machine(body)}, L2 {body['l2']}, convolutions alone against ours with epilogue (`{path}`)"
+    heads = [head for name in others for head in ("layer shapes", f"speed over {name}, geometric mean")]
+    return [title, "", *_table(["bits", "batch", *heads], rows), *_remarks(body)]
+
+
+def _mean_speed(logs: list[float]) -> tuple[str, str]:
+    return (str(len(logs)), f"{math.exp(sum(logs) / len(logs)):.2f}x") if logs else ("", "")
 
 
 def gpu_models_table(path: str, body: Body) -> list[str]:
