@@ -237,6 +237,45 @@ def test_depthwise_multiplies_four_taps_at_once(bits: tuple[int, int], target: s
 
 
 @TARGET
+@pytest.mark.parametrize(
+    ("channels", "bits", "limit"),
+    [
+        (16, (8, 8), 18.5),
+        (24, (4, 4), 31.0),
+        pytest.param(24, (2, 2), 27.0, marks=pytest.mark.slow),
+        (64, (4, 4), 31.0),
+    ],
+)
+def test_a_short_reduction_has_a_small_epilogue(
+    channels: int, bits: tuple[int, int], limit: float, target: str, tmp_path: Path
+) -> None:
+    """What an inverted residual begins with: instructions of a thread for an output, and barriers."""
+    filters = 6 * channels
+    b = programs.Builder(0)
+    codes, window = b.consumer((56, 56, channels), bits[1]), {"kernel": (1, 1), "padding": (0, 0)}
+    b.quantize(b.image(channels, 56, 56), Emit(consumers=(codes,)))
+    out = b.consumer((56, 56, filters), bits[1])
+    grid = "zero" if bits[0] == 8 else "odd"
+    b.conv(codes.tensor, Emit(low=0.0, high=6.0, consumers=(out,)), filters, w_bits=bits[0], grid=grid, **window)
+    b.conv(out.tensor, Emit(stream=b.stream((56, 56, 8), output=True)), 8, w_bits=4, **window)
+    program, blob = b.build()
+    layer = problem_of(program.steps[1], program, 32, "cpu")
+    config = conv_default(layer)
+    assert isinstance(config, GemmConfig)
+    assert (config.block_m, config.block_o, config.warps) == (256, 32, 4)
+    with compiling(target, tmp_path) as kernels:
+        launches(program, blob, 32)[1]([])
+    (kernel,) = kernels
+    check_gemm(kernel, "wgmma" if target == "sm_90" else "mma.sync")
+    check_layouts(kernel)
+    code = Loop(tuple(text for _, text in instructions(kernel)))
+    tiles = -(-layer.rows // config.block_m) * -(-filters // config.block_o)
+    useful = layer.rows * filters / tiles / (32 * config.warps)
+    assert len(code.instructions) / useful <= limit
+    assert code.count("BAR") <= 12
+
+
+@TARGET
 @pytest.mark.parametrize(("stride", "limit"), [(1, 15.5), (2, 20.0)])
 def test_depthwise_by_columns_is_a_few_vector_instructions(
     stride: int, limit: float, target: str, tmp_path: Path

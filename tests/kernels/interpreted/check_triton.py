@@ -265,6 +265,16 @@ def test_several_taps_in_a_step(config: GemmConfig, w_bits: int, a_bits: int, ch
     check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_reduction_of_one_short_step(bits: int) -> None:
+    """The tile of what an inverted residual begins with; filters that end within a block."""
+    program, blob = programs.one_conv(
+        2, channels=24, filters=40, size=(20, 15), w_bits=bits, a_bits=bits, kernel=(1, 1), padding=(0, 0), zero=3
+    )
+    config = GemmConfig(256, 32, 1, 4, 2, weights_first=False)
+    check(program, blob, programs.random_inputs(program, 1, 6), GpuRunner(program, blob, "cpu", {"step1": config}))
+
+
 # 27 steps in 4 parts, the last of 6; in 16 parts of 2, where the last two parts have nothing to do.
 @pytest.mark.parametrize("parts", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("bits", "weights"), [(4, "fields"), (8, "bytes")])
