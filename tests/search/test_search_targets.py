@@ -24,6 +24,7 @@ from lbs.search.baselines import evenly_pruned, project, two_stage
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.controller import Controller
 from lbs.search.freeze import freeze, plan_of
+from lbs.search.ledger import NOISE
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.quantities import Quantity, packed_bytes, seconds
 from lbs_kernels.errors import PlanError
@@ -116,6 +117,25 @@ def test_a_width_that_is_slower_than_the_one_above_is_stepped_over() -> None:
     assert {bits for entry in searched for bits in (entry.w_bits, entry.a_bits)} <= {2, 8}
     with pytest.raises(PlanError, match="out of reach"):
         Budget(model, latency_ms=0.999 * floor / 1e-3, table=slow_in_the_middle)
+
+
+@pytest.mark.parametrize(("gain", "pays"), [(0.6 * NOISE, False), (2.0 * NOISE, True)])
+def test_bits_that_are_faster_by_no_more_than_measurements_differ_are_no_reason(gain: float, pays: bool) -> None:
+    """Filters are there to be cut as well, so the target is within reach of both."""
+
+    def nearly_alike(problem: Problem) -> float:
+        return problem.macs * 1e-11 * (1.0 if problem.w_bits == problem.a_bits == 8 else 1.0 - gain)
+
+    model = searchable()
+    full = Budget(model, latency_ms=1000.0, table=nearly_alike)
+    look(model, full)
+    result = Budget(model, latency_ms=0.9 * full.ledger.total(full.targets[0].quantity) / 1e-3, table=nearly_alike)
+    outcome = result.finish()
+    plan = plan_of(model)
+    narrow = [entry for entry in plan.layers if (entry.w_bits, entry.a_bits) != (8, 8)]
+    assert outcome.met
+    assert bool(narrow) == pays
+    assert any(entry.kept is not None for entry in plan.layers) or pays
 
 
 def together(problem: Problem) -> float:
