@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu.configs.direct import DepthwiseConfig, column_positions
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, column_positions, column_rows
 from lbs_kernels.gpu.launch import Launch
 from lbs_kernels.gpu.triton.common import fma
 from lbs_kernels.gpu.triton.depthwise import dot_bytes, natural_order, permute_bytes
@@ -38,7 +38,7 @@ class ColumnsMeta(NamedTuple):
     """What the compiler knows of a step; everything here selects code."""
 
     step: int  # of the window, each way
-    padded: bool  # windows reach beyond the image
+    padded: bool  # windows reach beyond the image, those of rows and columns that are not written too
     tail: bool  # the last block reaches beyond the channels
     exact: bool  # strips divide the rows of the output
 
@@ -221,6 +221,18 @@ def depthwise_columns_kernel(operands, target, shape, META: tl.constexpr, EMIT: 
             a0, a1, a2, a3 = c0, c1, c2, c3
 
 
+def columns_meta(problem: Problem, config: DepthwiseConfig) -> ColumnsMeta:
+    """The facts of a problem for one configuration."""
+    exact = problem.out_width % config.columns == 0
+    whole = exact and problem.out_height % column_rows(problem) == 0
+    return ColumnsMeta(
+        problem.stride[0],
+        padded=problem.padding != (0, 0) or not whole,
+        tail=problem.in_channels % config.block_c != 0,
+        exact=exact,
+    )
+
+
 def bind_columns(
     x: Tensor,
     weights: GemmWeights,
@@ -240,16 +252,11 @@ def bind_columns(
         x.view(torch.int32), weights.padding.view(torch.int32), taps, offset.reshape(-1, 4).T.contiguous(), multiplier,
         bias,
     )  # fmt: skip
-    meta = ColumnsMeta(
-        shape.stride_h,
-        padded=shape.pad_h > 0 or shape.pad_w > 0,
-        tail=channels % config.block_c != 0,
-        exact=shape.out_width % config.columns == 0,
-    )
     tiles = triton.cdiv(column_positions(problem, config.columns), config.block_m)
     grid = (tiles * triton.cdiv(channels, config.block_c),)
     run = functools.partial(
-        depthwise_columns_kernel[grid], operands, target, shape, META=meta, EMIT=emit_meta, CONFIG=config,
+        depthwise_columns_kernel[grid], operands, target, shape, META=columns_meta(problem, config), EMIT=emit_meta,
+        CONFIG=config,
         **launch_options(config.warps, 1),
     )  # fmt: skip
     return lambda inputs: run()

@@ -9,6 +9,7 @@ tests/kernels/test_triton_interpreted.py; by hand:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import one_step
 import programs
@@ -26,9 +27,11 @@ from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.gpu.triton.depthwise_columns import columns_meta
 from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
+from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Emit, Program, WeightGrid
 from lbs_kernels.run.reference import ReferenceRunner
 
@@ -324,6 +327,7 @@ COLUMNS: list[tuple[dict[str, object], DepthwiseConfig]] = [
     ({"channels": 33, "w_bits": 4, "zero": 7, "size": (5, 7)}, DepthwiseConfig(16, 32, 1, 7)),
     ({"channels": 33, "w_bits": 8, "grid": "zero", "stride": (2, 2), "size": (7, 8)}, DepthwiseConfig(16, 32, 1, 2)),
     ({"channels": 64, "w_bits": 2, "padding": (0, 0), "size": (6, 9)}, DepthwiseConfig(16, 64, 2, 4)),
+    ({"channels": 32, "w_bits": 4, "padding": (0, 0), "size": (5, 6)}, DepthwiseConfig(16, 32, 1, 4)),
     (
         {"channels": 70, "w_bits": 8, "grid": "zero", "zero": 91, "size": (8, 8), "out_bits": 8},
         DepthwiseConfig(64, 32, 4, 8),
@@ -337,6 +341,17 @@ COLUMNS: list[tuple[dict[str, object], DepthwiseConfig]] = [
 @pytest.mark.parametrize(("case", "config"), COLUMNS, ids=str)
 def test_depthwise_by_columns(case: dict[str, object], config: DepthwiseConfig) -> None:
     check_depthwise({"a_bits": 8, "out_bits": 8, "stream_dtype": "float16", **case}, config)
+
+
+def test_no_row_or_column_is_read_beyond_an_image() -> None:
+    """Rows and columns that are not written are read all the same, where strips do not divide the output."""
+    config = DepthwiseConfig(16, 32, 1, 4)
+    layer = Problem("bitconv2d", 1, 8, 10, 32, 32, (3, 3), groups=32)  # 6 x 8 outputs
+    assert columns_meta(layer, config) == (1, False, False, True)
+    assert columns_meta(replace(layer, height=9), config).padded  # 7 rows, by two
+    assert not columns_meta(replace(layer, height=9, width=17, stride=(2, 2)), config).padded  # 4 rows, by one
+    assert columns_meta(replace(layer, width=11), config) == (1, True, False, False)
+    assert columns_meta(replace(layer, padding=(1, 1)), config).padded
 
 
 def test_depthwise_by_columns_is_the_default_of_bytes() -> None:
