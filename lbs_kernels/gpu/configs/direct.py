@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from lbs_kernels.device import GPUS
@@ -53,6 +53,11 @@ class DepthwiseConfig:
         if self.warps > 8 or self.block_m * self.block_c > LANES * 32 * self.warps:
             return f"{self}: at most 8 warps, and {LANES} sums for each thread"
         return None
+
+    @property
+    def wide(self) -> bool:
+        """Whether a thread has 16 channels of a strip, for which registers suffice where bytes alone are written."""
+        return self.columns > 0 and self.block_m * self.block_c > 8 * 32 * self.warps
 
     def _columns_why_not(self, problem: Problem) -> str | None:
         """Bytes, windows of 3 x 3 that step by one or two, padded by at most one; 16 channels for each thread."""
@@ -133,9 +138,12 @@ def column_positions(problem: Problem, columns: int) -> int:
 
 
 def depthwise_defaults(problem: Problem) -> list[DepthwiseConfig]:
-    """Where nothing was measured: strips of columns where they serve, then what serves everything."""
+    """Where nothing was measured: strips of columns where they serve, of 16 channels a thread and then of 8, which
+    leave the epilogue registers; last what serves everything.
+    """
     chosen = _columns_default(problem)
-    return ([chosen] if chosen.why_not(problem) is None else []) + [depthwise_default(problem)]
+    strips = [chosen, replace(chosen, warps=2 * chosen.warps)] if chosen.why_not(problem) is None else []
+    return [*strips, depthwise_default(problem)]
 
 
 def _columns_default(problem: Problem) -> DepthwiseConfig:

@@ -324,23 +324,40 @@ def test_depthwise_with_other_configurations(case: dict[str, object]) -> None:
 # Strips that divide the rows of the output, leave a rest, or are longer; blocks that end behind the channels; images of
 # odd and even sides, also of one row; every reading of the weights.
 COLUMNS: list[tuple[dict[str, object], DepthwiseConfig]] = [
-    ({"channels": 33, "w_bits": 4, "zero": 7, "size": (5, 7)}, DepthwiseConfig(16, 32, 1, 7)),
-    ({"channels": 33, "w_bits": 8, "grid": "zero", "stride": (2, 2), "size": (7, 8)}, DepthwiseConfig(16, 32, 1, 2)),
-    ({"channels": 64, "w_bits": 2, "padding": (0, 0), "size": (6, 9)}, DepthwiseConfig(16, 64, 2, 4)),
-    ({"channels": 32, "w_bits": 4, "padding": (0, 0), "size": (5, 6)}, DepthwiseConfig(16, 32, 1, 4)),
+    ({"channels": 33, "w_bits": 4, "zero": 7, "size": (5, 7)}, DepthwiseConfig(16, 32, 2, 7)),
+    ({"channels": 33, "w_bits": 8, "grid": "zero", "stride": (2, 2), "size": (7, 8)}, DepthwiseConfig(16, 32, 2, 2)),
+    ({"channels": 64, "w_bits": 2, "padding": (0, 0), "size": (6, 9)}, DepthwiseConfig(16, 64, 4, 4)),
+    ({"channels": 32, "w_bits": 4, "padding": (0, 0), "size": (5, 6)}, DepthwiseConfig(16, 32, 2, 4)),
     (
         {"channels": 70, "w_bits": 8, "grid": "zero", "zero": 91, "size": (8, 8), "out_bits": 8},
-        DepthwiseConfig(64, 32, 4, 8),
+        DepthwiseConfig(64, 32, 8, 8),
     ),
-    ({"channels": 16, "w_bits": 4, "stride": (2, 2), "size": (9, 9), "out_bits": 4}, DepthwiseConfig(16, 32, 1, 4)),
-    ({"channels": 5, "w_bits": 3, "grid": "zero", "padding": (1, 0), "size": (1, 4)}, DepthwiseConfig(16, 32, 1, 1)),
-    ({"channels": 32, "w_bits": 4, "stride": (2, 2), "padding": (0, 1), "size": (8, 7)}, DepthwiseConfig(32, 32, 2, 2)),
+    ({"channels": 16, "w_bits": 4, "stride": (2, 2), "size": (9, 9), "out_bits": 4}, DepthwiseConfig(16, 32, 2, 4)),
+    ({"channels": 5, "w_bits": 3, "grid": "zero", "padding": (1, 0), "size": (1, 4)}, DepthwiseConfig(16, 32, 2, 1)),
+    ({"channels": 32, "w_bits": 4, "stride": (2, 2), "padding": (0, 1), "size": (8, 7)}, DepthwiseConfig(32, 32, 4, 2)),
 ]
 
 
 @pytest.mark.parametrize(("case", "config"), COLUMNS, ids=str)
 def test_depthwise_by_columns(case: dict[str, object], config: DepthwiseConfig) -> None:
     check_depthwise({"a_bits": 8, "out_bits": 8, "stream_dtype": "float16", **case}, config)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sixteen_channels_a_thread_where_bytes_alone_are_written(stride: int) -> None:
+    b = programs.Builder(3)
+    codes = b.consumer((6, 8, 40), 8, zero=5)
+    b.quantize(b.image(40, 6, 8), Emit(consumers=(codes,)))
+    out = b.consumer((6 // stride, 8 // stride, 40), 8)
+    emit = Emit(low=0.0, high=2.0, consumers=(out,))
+    b.conv(codes.tensor, emit, 40, w_bits=4, stride=(stride, stride), groups=40)
+    b.conv(out.tensor, Emit(stream=b.stream(b.shape(out.tensor), output=True)), 40, w_bits=4, groups=40)
+    program, blob = b.build()
+    runner = GpuRunner(program, blob, "cpu")
+    assert runner.choices(2)[1].config.wide
+    trace = check(program, blob, programs.random_inputs(program, 2, 3), runner)
+    assert len(trace[out.tensor].unique()) > 50
+    assert not runner.choices(2)[2].config.wide  # a stream is written
 
 
 def test_no_row_or_column_is_read_beyond_an_image() -> None:
