@@ -40,6 +40,7 @@ WAYS = {
 VARIANTS = {"joint": SEARCHED, "greedy": "greedy", **{f"uniform-{n}": f"uniform {n} bits, fine-tuned" for n in (4, 8)}}
 CONTENDERS = {
     "searched": SEARCHED,
+    "greedy": "greedy",
     **{f"uniform {n}": f"uniform {n} bits, fine-tuned" for n in (4, 8)},
     "8 bits, not": UNTRAINED,
 }

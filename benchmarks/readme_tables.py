@@ -74,7 +74,7 @@ def milliseconds_table(path: str, body: Body) -> list[str]:
     head = body["header"]
     title = f"**{head['row']}**, float {body['rows'][0]['float_top1']:.2f} %, {head['device']} (`{path}`)"
     told = f"All that are trained: `{head['options']}`."
-    refused = [f"Refused: {'; '.join(body['missing'])}."] if body["missing"] else []
+    refused = [f"Refused or not trained: {'; '.join(body['missing'])}."] if body["missing"] else []
     return [title, "", *_table(*milliseconds_rows(body)), "", told, *refused]
 
 

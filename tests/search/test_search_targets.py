@@ -192,7 +192,7 @@ def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
 
 @pytest.mark.parametrize("kind", ["size", "latency"])
 def test_derivatives_are_increments_between_neighbours(kind: str) -> None:
-    """Against R recomputed from the plan with one gate moved by hand."""
+    """Against R recomputed from the plan with one gate moved by hand; times towards where a filter saves most."""
     model = searchable()
     options: dict[str, Any] = {"size_mb": 0.2} if kind == "size" else {"latency_ms": 1.0, "table": made_up}
     budget = Budget(model, **options)
@@ -215,9 +215,13 @@ def test_derivatives_are_increments_between_neighbours(kind: str) -> None:
     to_two, to_four = by_bits[1] - by_bits[0], total - by_bits[1]
     expected = -s * (1 - s) * torch.tensor([to_two + to_four, to_four], dtype=torch.float64)
     torch.testing.assert_close(of_width.double(), expected, rtol=1e-5, atol=0)
-    layer.prune.hold((0,), -1)
-    slope = (total - measure(model)) / layer.prune.size
-    layer.prune.hold((0,), 0)
+    slopes = []
+    for count in range(1, layer.prune.groups - layer.prune.least + 1):
+        layer.prune.hold(tuple(range(count)), -1)
+        slopes.append((total - measure(model)) / (count * layer.prune.size))
+        layer.prune.hold(tuple(range(count)), 0)
+    slope = slopes[0] if kind == "size" else max(slopes)  # times fall by stairs
+    assert kind == "size" or slope > 1.1 * slopes[0]
     s = torch.sigmoid(layer.prune.statistic.detach() - layer.prune.alpha.detach()).double()
     torch.testing.assert_close(of_filters.double(), -(s * (1 - s)).sum() * layer.prune.size * slope, rtol=1e-5, atol=0)
 
@@ -325,7 +329,7 @@ def test_bits_that_save_nothing_stay_where_filters_have_to_go() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_prices_of_noisy_times_never_rise_with_what_is_narrower(seed: int) -> None:
-    """And they are those that were measured wherever nothing as wide or wider takes less."""
+    """And they are those that were measured wherever nothing as wide or wider takes less, or hardly more."""
 
     def noisy(problem: Problem) -> float:
         return made_up(problem) * (1 + 0.3 * ((zlib.crc32(f"{seed} {problem}".encode()) % 1000) / 1000))
@@ -341,7 +345,7 @@ def test_prices_of_noisy_times_never_rise_with_what_is_narrower(seed: int) -> No
         for row in ledger.rows:
             inputs, outputs, w_bits, a_bits = row.amounts()
             own = noisy(row.entry.problem(inputs, outputs, w_bits=w_bits, a_bits=a_bits))
-            assert row.price(quantity) <= own
+            assert row.price(quantity) <= own / (1 - NOISE)
             measured += row.price(quantity) == own
         for choice in ledger.choices:
             assert all(change >= 0 for change in map(float.__sub__, *_neighbours(ledger.changes(quantity, choice))))

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, column_positions, column_rows
-from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.triton.common import fma
+from lbs_kernels.gpu.launch import Launch, overlaps
+from lbs_kernels.gpu.triton.common import begin_step, fma
 from lbs_kernels.gpu.triton.depthwise import dot_bytes, natural_order, permute_bytes
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options
@@ -150,6 +150,7 @@ def write_row(
 @triton.jit
 def depthwise_columns_kernel(operands, target, shape, META: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """One tile of positions and channels. A position is a strip of an image, COLUMNS wide and ROWS high."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_C: tl.constexpr = CONFIG.block_c
     COLUMNS: tl.constexpr = CONFIG.columns
@@ -257,6 +258,6 @@ def bind_columns(
     run = functools.partial(
         depthwise_columns_kernel[grid], operands, target, shape, META=columns_meta(problem, config), EMIT=emit_meta,
         CONFIG=config,
-        **launch_options(config.warps, 1),
+        **launch_options(config.warps, 1), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()

@@ -25,10 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, pooled, stem_pool_tiles
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS, PITCH
 from lbs_kernels.gpu.stem_pool import PooledStem
-from lbs_kernels.gpu.triton.common import as_stream, at_least, at_most, fma
+from lbs_kernels.gpu.triton.common import as_stream, at_least, at_most, begin_step, fma
 from lbs_kernels.gpu.triton.emit import bind_emit, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options, prepare_weights
 from lbs_kernels.gpu.weights import centre_bytes
@@ -104,6 +104,7 @@ def stem_pool_kernel(
     operands, target, shape, FLIP: tl.constexpr, BEFORE: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr
 ):
     """One tile: BLOCK_M pooled columns, ROWS pooled rows, BLOCK_O filters."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_O: tl.constexpr = CONFIG.block_o
     PIECE: tl.constexpr = CONFIG.piece
@@ -181,6 +182,6 @@ def bind(
     run = functools.partial(
         stem_pool_kernel[(stem_pool_tiles(problem, config),)], operands, target, shape,
         FLIP=bool((multiplier < 0).any()), BEFORE=before, EMIT=meta, CONFIG=config,
-        **launch_options(config.warps, config.stages),
+        **launch_options(config.warps, config.stages), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()
