@@ -30,7 +30,7 @@ GPU_TEST = r"mark\.gpu|CONTENDERS"
 # What has changed since it ran on a GPU, or never did: kernels in CUDA, those of bytes before the others; then those of
 # training, and what torch compiles, which takes one process half a minute; at the end the hundreds of tiles that
 # compilers are busy with for minutes.
-FIRST = ("s8", "onebit", "cuda|search_recorded|forms", "fakequant|search|half|pack_gpu")
+FIRST = ("s8", "onebit", "cuda|search_recorded|forms|stem|depthwise", "fakequant|search|half|pack_gpu")
 LAST = "triton_gpu"
 # Kernels in CUDA; those in Triton are not ours to sanitize. A few cases of each, as everything runs 10 to 100 times
 # slower, the most telling first: every tile with windows that leave the image, then both epilogues.

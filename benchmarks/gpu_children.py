@@ -76,7 +76,7 @@ def layers(run: Run, attempt: Attempts) -> None:
         if late:
             print(f"{problem}: not compiled ahead: {late}", flush=True)
         try:
-            return tuner.measure_gpu(problem, device, limit, rounds=12, others=gpu_layers.half, attempt=attempt)
+            return tuner.measure_gpu(problem, device, limit, rounds=12, others=gpu_layers.baselines, attempt=attempt)
         except Exception as error:  # noqa: BLE001  one problem that cannot be measured must not cost the others
             gpu_device.survive()
             return tuner.Measured(problem, {}, {"all": f"{type(error).__name__}: {str(error)[:300]}"})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lbs.cost
 import lbs.models
-from benchmarks import gpu_device, gpu_nets, gpu_steps
+from benchmarks import gpu_cudnn, gpu_device, gpu_nets, gpu_steps
 from lbs_kernels.gpu.modelled import Modelled
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.tune import tuner
@@ -27,7 +27,8 @@ HALF = "float16"
 # Said in the result. A table knows a layer by its problem, which says nothing of what its result goes through.
 TIMED = (
     "one launch: codes in, codes out (floats out of a linear layer); residuals and several consumers are timed in "
-    "whole networks alone. float16 is the convolution without norm, activation or addition"
+    "whole networks alone. float16 and cudnn int8 are the convolution without norm, activation or addition; the latter "
+    "writes int32"
 )
 W4A4, W8A8 = (4, 4), (8, 8)
 PRUNED = gpu_nets.PRUNING[0]
@@ -88,6 +89,11 @@ def half(layer: Layer) -> dict[str, Callable[[], object]]:
         return torch.nn.functional.conv2d(x, weight, *settings)
 
     return {HALF: convolve}
+
+
+def baselines(layer: Layer) -> dict[str, Callable[[], object]]:
+    """What every layer is timed against: float16 through torch, and int8 of cuDNN where its front end is there."""
+    return {**half(layer), **gpu_cudnn.int8(layer)}
 
 
 def logical_bytes(problem: Problem) -> float:
@@ -155,6 +161,7 @@ def sweep(
         found.setdefault(row["problem"], []).append(row)
     body: dict[str, Any] = {
         "problems": len(todo), "timed": TIMED, "l2": "cold", "complete": False, "passes": 0,
+        "missing": gpu_cudnn.missing(),
     }  # fmt: skip
 
     def tell(measured: Measured | None) -> None:

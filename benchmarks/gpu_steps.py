@@ -15,6 +15,7 @@ from benchmarks import gpu_device, gpu_nets
 from lbs_kernels.gpu.modelled import Modelled
 from lbs_kernels.program.problem import Problem
 
+LAYERS = ("bitconv2d", "bitlinear")  # what can be tuned
 NETWORKS = (("resnet18", "w8a8"), ("resnet18", "w4a4"), ("resnet50", "w8a8"), ("resnet50", "w4a4"))
 BATCHES = (128, 1)
 ROUNDS = 7
@@ -48,6 +49,7 @@ def measure(folder: Path, network: str, variant: str, batch: int) -> list[dict[s
             "modelled_seconds": told,
         }
         for step, choice, took, told in zip(region.program.steps, choices, seconds, modelled, strict=True)
+        if step.name in problems  # else it is part of another step
     ]
     runner.release()
     return rows
@@ -82,6 +84,6 @@ def costliest(rows: list[dict[str, Any]], count: int) -> list[Problem]:
     largest = max((row["batch"] for row in rows), default=0)
     for row in rows:
         problem = Problem(**{key: tuple(v) if isinstance(v, list) else v for key, v in row["problem"].items()})
-        if problem.w_bits and row["batch"] == largest:
+        if problem.op in LAYERS and row["batch"] == largest:
             taken[problem] = max(taken.get(problem, 0.0), row["seconds"] or row["modelled_seconds"])
     return sorted(taken, key=lambda problem: taken[problem], reverse=True)[:count]

@@ -5,9 +5,9 @@
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `quickstart` as `lbs
 quickstart --json`, `op` as bench_<op>.py, `networks` as bench_networks.py, `training` as bench_search.py,
-`quantization` as bench_quantize.py, `milliseconds` as bench_milliseconds.py, `robustness` as bench_robustness.py and
-`gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records of searched networks: one table
-for all that `lbs reproduce` made. Files of other kinds are listed by name.
+`quantization` as bench_quantize.py, `milliseconds` as bench_milliseconds.py, `robustness` as bench_robustness.py,
+`instructions` as gpu_instructions.py and `gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the
+records of searched networks: one table for all that `lbs reproduce` made. Files of other kinds are listed by name.
 
 A new kind of file is a function in `TABLES`; a new section of docs/results.md is a line of `SECTIONS` and its two
 markers in the page, under a heading and the words that say how it was measured.
@@ -184,23 +184,31 @@ def gpu_roofs_table(path: str, body: Body) -> list[str]:
 
 
 def gpu_layers_table(path: str, body: Body) -> list[str]:
-    """Geometric mean of the fastest kernel of each problem over float16, by bits and batch."""
+    """Geometric mean of the fastest kernel of each problem over float16 and cuDNN's int8, by bits and batch."""
     times: dict[str, dict[str, float]] = {}
     for row in body["rows"]:
         if "median_s" in row:
             times.setdefault(row["problem"], {})[row["contender"]] = row["median_s"]
-    logs: dict[tuple[str, int], list[float]] = {}
+    others = ("float16", "cudnn int8")
+    logs: dict[tuple[str, int], dict[str, list[float]]] = {}
     for problem, found in times.items():
         bits, batch = re.search(r"_(w\d+a\d+)_", problem), re.search(r"_n(\d+)_", problem)
         kernels = [seconds for name, seconds in found.items() if name.startswith(("triton:", "cuda:"))]
-        if bits and batch and kernels and "float16" in found:
-            logs.setdefault((bits[1], int(batch[1])), []).append(math.log(found["float16"] / min(kernels)))
+        for other in others:
+            if bits and batch and kernels and other in found:
+                place = logs.setdefault((bits[1], int(batch[1])), {name: [] for name in others})
+                place[other].append(math.log(found[other] / min(kernels)))
     rows = [
-        (bits, str(batch), str(len(values)), f"{math.exp(sum(values) / len(values)):.2f}x")
-        for (bits, batch), values in sorted(logs.items())
+        (bits, str(batch), *(cell for name in others for cell in _mean_speed(speeds[name])))
+        for (bits, batch), speeds in sorted(logs.items())
     ]
-    title = f"**Layers** on {_machine(body)}, L2 {body['l2']}, against float16 channels_last (`{path}`)"
-    return [title, "", *_table(["bits", "batch", "layer shapes", "speed over float16, geometric mean"], rows)]
+    title = f"**Layers** on {_machine(body)}, L2 {body['l2']}, convolutions alone against ours with epilogue (`{path}`)"
+    heads = [head for name in others for head in ("layer shapes", f"speed over {name}, geometric mean")]
+    return [title, "", *_table(["bits", "batch", *heads], rows), *_remarks(body)]
+
+
+def _mean_speed(logs: list[float]) -> tuple[str, str]:
+    return (str(len(logs)), f"{math.exp(sum(logs) / len(logs)):.2f}x") if logs else ("", "")
 
 
 def gpu_models_table(path: str, body: Body) -> list[str]:
@@ -217,6 +225,33 @@ def gpu_models_table(path: str, body: Body) -> list[str]:
     for pair, reasons in body["missing"].items():
         lines += _remarks({"missing": {f"{name} ({pair})": reason for name, reason in reasons.items()}})
     return lines
+
+
+def instructions_table(path: str, body: Body) -> list[str]:
+    """What kernels cost by their machine code, an older state beside this one. Nothing of it is a time."""
+    states = body["states"]
+    rows = []
+    found = {name: {(row["layer"], row["bits"]): row for row in state["rows"]} for name, state in states.items()}
+    keys = dict.fromkeys(key for name in ("before", "now") for key in found.get(name, {}))
+    for key in keys:
+        for name in ("before", "now"):
+            if (row := found.get(name, {}).get(key)) is not None:
+                rows.append((*(key if name == "before" or key not in found.get("before", {}) else ("", "")), name,
+                             *_instruction_cells(row)))  # fmt: skip
+    of = "; ".join(f"{name}: commit {state['commit']}, Triton {state['triton']}" for name, state in states.items())
+    title = f"**Machine code** for {body['target']}, batch {body['batch']}, read and not timed; {of} (`{path}`)"
+    heads = ["layer", "bits", "", "kernel", "tensor core", "per product", "loops of a tile", "outside", "per output",
+             "registers", "shared KB", "of the loop: STS, IDP, BAR"]  # fmt: skip
+    return [title, "", *_table(heads, rows)]
+
+
+def _instruction_cells(row: Body) -> tuple[str, ...]:
+    product, output = (f"{row[name]:.1f}" if name in row else "" for name in ("per_product", "per_output"))
+    spilled = f" (spills {row['spill_bytes']} B)" if row["spill_bytes"] else ""
+    loops, outside = (str(row.get(name, "")) for name in ("in_loops", "outside"))
+    sizes = (f"{row['registers']}{spilled}", f"{row['shared_bytes'] / 1024:.0f}")
+    memory = ", ".join(str(row["memory"][name]) for name in ("STS", "IDP", "BAR"))
+    return f"`{row['kernel']}`", row["instruction"], product, loops, outside, output, *sizes, memory
 
 
 def _machine(body: Body) -> str:
@@ -274,6 +309,7 @@ TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "op": op_table,
     "training": training_table,
     "robustness": robustness_table,
+    "instructions": instructions_table,
     "gpu_targets": targets_table,
     "gpu_models": gpu_models_table,
     "gpu_layers": gpu_layers_table,
@@ -293,6 +329,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "training": ("training",),
     "robustness": ("robustness",),
     "gpu": ("gpu_targets", "gpu_models", "gpu_layers", "gpu_roofs"),
+    "compiled": ("instructions",),
     "others": (),
 }
 PAGES: dict[str, tuple[str, ...]] = {"README.md": ("accuracy", "latency"), "docs/results.md": tuple(SECTIONS)}

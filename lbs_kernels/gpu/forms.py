@@ -17,6 +17,8 @@ from typing import Any
 
 from lbs_kernels.gpu.configs.cost import seconds
 from lbs_kernels.gpu.configs.defaults import conv_default, weighted_defaults
+from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
+from lbs_kernels.gpu.configs.stem_pool import stem_pool_default
 from lbs_kernels.gpu.layout import BYTE_BITS
 from lbs_kernels.gpu.stem import folded_problem
 from lbs_kernels.program.planes import accumulator_fits
@@ -52,6 +54,8 @@ def as_kept(program: Program, measured: Callable[[Problem], float | None] = lamb
 
 def configurations(step: Step, problem: Problem) -> list[Any]:
     """Of a layer's step on compute capability 9.0, of the kernels that can write what it writes."""
+    if problem.op == STEM_POOL:
+        return [stem_pool_default(problem)]
     plain = (step.emit.activation, step.emit.gate) == (None, None)
     return list(weighted_defaults(problem, hopper=True)) if plain else [conv_default(problem)]
 

@@ -26,7 +26,10 @@ from lbs_kernels.gpu.configs.direct import (
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, elementwise_candidates
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, triton_why_not
 from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
+from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
+from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, stem_pool_candidates
 from lbs_kernels.gpu.forms import as_kept
+from lbs_kernels.gpu.modelled import with_pooled_stem
 from lbs_kernels.gpu.stem import fold_stem
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program
@@ -77,6 +80,12 @@ def _elementwise(op: str) -> ModuleType:
     return {"pool": pool, "quantpack": quantpack, "resize": resize, "select": select}[op]
 
 
+def _stem_pool(op: str) -> ModuleType:
+    from lbs_kernels.gpu.triton import stem_pool
+
+    return stem_pool
+
+
 def _onebit(op: str) -> ModuleType:
     from lbs_kernels.gpu.cuda import onebit
 
@@ -101,6 +110,7 @@ KERNELS: list[Kernel] = [
     Kernel("triton", WEIGHTED, GemmConfig, gemm_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, GroupedConfig, grouped_candidates, _weighted, triton_why_not),
+    Kernel("triton", (STEM_POOL,), StemPoolConfig, stem_pool_candidates, _stem_pool),
     Kernel("cuda", WEIGHTED, S8Config, S8Config.candidates, _s8, s8_why_not),
     Kernel("cuda", WEIGHTED, OneBitConfig, OneBitConfig.candidates, _onebit, onebit_why_not),
     Kernel("triton", ELEMENTWISE, ElementwiseConfig, elementwise_candidates, _elementwise),
@@ -220,14 +230,16 @@ def choose(
 def program_on(
     program: Program, blob: Tensor, device: str, families: tuple[str, ...] | None = None
 ) -> tuple[Program, Tensor]:
-    """The program as the GPU there runs it, and its blob: its stem folded (`stem.py`), and with codes as bytes where
-    the s8 kernels may serve (`forms.py`).
+    """The program as the GPU there runs it, and its blob: its stem folded (`stem.py`), one with the maximum behind
+    it (`stem_pool.py`), with codes as bytes where the s8 kernels may serve (`forms.py`).
     """
     if not device.startswith("cuda"):
         return program, blob
     program, blob = fold_stem(program, blob)
-    allowed = families is None or "cuda" in families
-    if allowed and extension.cuda is not None and on_hopper(device):
+    cuda = (families is None or "cuda" in families) and extension.cuda is not None and on_hopper(device)
+    if families is None or "triton" in families:
+        program = with_pooled_stem(program, blob, hopper=cuda)
+    if cuda:
         program = as_kept(program, lambda problem: choose(problem, families).seconds)
     return program, blob
 

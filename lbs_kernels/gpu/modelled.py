@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
-from lbs_kernels.gpu.configs.defaults import DEFAULTS
-from lbs_kernels.gpu.forms import as_kept, configurations, fastest
+from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
+from lbs_kernels.gpu.forms import BATCH, as_kept, configurations, fastest
 from lbs_kernels.gpu.layout import storage
 from lbs_kernels.gpu.stem import fold_steps
+from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step, sources
@@ -54,17 +57,42 @@ class Modelled:
         return seconds(*fastest(problem), self.machine) / self.batch
 
     def of_steps(self, program: Program) -> list[float]:
-        """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU."""
-        program = as_kept(fold_steps(program))
-        return [self._of_step(step, program) for step in program.steps]
+        """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU; 0 of one
+        that another step takes in.
+        """
+        kept = as_kept(with_pooled_stem(fold_steps(program)))
+        found = {step.name: self.of_step(step, kept) for step in kept.steps}
+        return [found.get(step.name, 0.0) for step in program.steps]
 
-    def _of_step(self, step: Step, program: Program) -> float:
+    def of_step(self, step: Step, program: Program, hopper: bool = True) -> float:
+        """Seconds of one step of a program as a GPU runs it, for the whole batch.
+
+        hopper: on compute capability 9.0, with the kernels in CUDA.
+        """
         problem = problem_of(step, program, self.batch, "cuda")
         weighted = isinstance(step, ConvStep | LinearStep)
-        chosen = configurations(step, problem) if weighted else DEFAULTS[step.op](problem)
+        everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
+        chosen = configurations(step, problem) if weighted and hopper else everywhere
         moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
         moved += problem.out_channels * problem.reduction * problem.w_bits / 8 if weighted else 0.0
         return min(seconds(problem, config, self.machine, moved) for config in chosen)
+
+
+def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool = True) -> Program:
+    """The program with a stem and the maximum behind it as one step, where that takes less time by the model.
+
+    Args:
+        blob: as `pool_stems` takes it. hopper: as `of_step` takes it.
+    """
+    one = pool_stems(program, blob)
+    if one is program:
+        return program
+    model, ways = Modelled(batch=BATCH), (one, program)
+    times = [
+        sum(model.of_step(step, own, hopper) for step in own.steps if step not in other.steps)
+        for own, other in (ways, ways[::-1])
+    ]
+    return one if times[0] < times[1] else program
 
 
 def modelled(text: str) -> Modelled | None:

@@ -21,6 +21,7 @@ from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.gpu.launch import Launch, in_order
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
 from lbs_kernels.gpu.stem import unfolded
+from lbs_kernels.gpu.stem_pool import PooledStem
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.runner import StepKernel, output_shape
@@ -65,6 +66,7 @@ class GpuRunner:
         device: torch.device | str,
         configs: dict[str, Any] | None = None,
         families: tuple[str, ...] | None = None,
+        whole: bool = True,
     ) -> None:
         """
         Args:
@@ -73,6 +75,7 @@ class GpuRunner:
             device: where to run.
             configs: configurations by step name, of any type in `kernels.KERNELS`; the others are chosen.
             families: kernels to choose from ("triton", ...); all exact ones unless given.
+            whole: run the program as `kernels.program_on` makes it, where no configuration is named; else as it is.
 
         Raises:
             BackendError: a step or configuration no kernel serves, or a CPU device without the interpreter.
@@ -82,9 +85,12 @@ class GpuRunner:
         self.families = families
         # Configurations that are named are those of the program as it is.
         self.given = program
-        if not self.configs:
+        self._blob = blob
+        if whole and not self.configs:
             program, blob = kernels.program_on(program, blob, str(self.device), families)
         self.program = program
+        # Steps that another one takes in -> that one.
+        self._run_by = {step.pool: step.name for step in program.steps if isinstance(step, PooledStem)}
         if self.device.type != "cuda" and not INTERPRETED.value:
             raise BackendError(
                 f"GPU kernels cannot run on {self.device}: they need a CUDA device; move the tensors to one, take "
@@ -122,6 +128,9 @@ class GpuRunner:
                 one was recorded.
         """
         batch = inputs[0].shape[0]
+        if trace is not None and self._run_by:
+            # What lies between steps that are one is nowhere; a runner of the program as it is given tells it.
+            GpuRunner(self.given, self._blob, self.device, families=self.families, whole=False).run(inputs, trace)
         with self._lock, device_guard(self.device):
             recorded = capturing(self.device)
             plan = self._recorded_plan(batch) if recorded else self.plan(batch)
@@ -186,15 +195,23 @@ class GpuRunner:
 
     def kernels(self, batch: int, *, threads: int | None = None) -> list[StepKernel]:
         """The kernel of each step with its configuration, as tuning tables name it."""
-        return [StepKernel(choice.name, choice.kernel.exact) for choice in self.choices(batch)]
+        choices = dict(zip((step.name for step in self.program.steps), self.choices(batch), strict=True))
+        found = (choices[self._run_by.get(step.name, step.name)] for step in self.given.steps)
+        return [StepKernel(choice.name, choice.kernel.exact) for choice in found]
 
     def step_seconds(self, inputs: list[Tensor], *, threads: int | None = None, rounds: int = 30) -> list[float] | None:
-        """Median of a CUDA graph of each launch, the steps interleaved; None in the interpreter."""
+        """Median of a CUDA graph of each launch, the steps interleaved; None in the interpreter. 0 of a step that
+        another one takes in.
+        """
         if self.device.type != "cuda":
             return None
         launches = self.plan(inputs[0].shape[0]).launches
-        calls = {str(place): cuda_graph(functools.partial(launch, inputs)) for place, launch in enumerate(launches)}
-        return [times.median for times in interleave(calls, device=self.device, rounds=rounds).values()]
+        names = [step.name for step in self.program.steps]
+        calls = {
+            name: cuda_graph(functools.partial(launch, inputs)) for name, launch in zip(names, launches, strict=True)
+        }
+        times = interleave(calls, device=self.device, rounds=rounds)
+        return [times[step.name].median if step.name in times else 0.0 for step in self.given.steps]
 
     def _recorded_plan(self, batch: int) -> BatchPlan:
         """The plan of an earlier call, given to the graph that is being recorded: binding and compiling would wait.

@@ -36,6 +36,7 @@ class Compiled:
     ptx: str
     cubin: bytes
     log: str  # of ptxas -v
+    shared_bytes: int  # of a block
 
     @functools.cached_property
     def sass(self) -> str:
@@ -96,8 +97,11 @@ def compiling(target: str, folder: Path) -> Iterator[list[Compiled]]:
         with contextlib.redirect_stdout(log):
             kernel = run(self, *args, **{**kwargs, "warmup": True})
         kernels.append(
-            Compiled(kernel.name, kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue())
-        )
+            Compiled(
+                kernel.name, kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], log.getvalue(),
+                kernel.metadata.shared,
+            )
+        )  # fmt: skip
         return kernel
 
     with contextlib.ExitStack() as stack:

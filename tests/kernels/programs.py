@@ -279,6 +279,44 @@ def stem(
     return b.build()
 
 
+def stem_and_maximum(
+    seed: int,
+    written: str = "stream",
+    *,
+    size: tuple[int, int] = (13, 12),
+    filters: int = 20,
+    signs: bool = True,
+    bits: int = 8,
+    high: float | None = None,
+    stream_dtype: str = "float32",
+) -> tuple[Program, Tensor]:
+    """A window of 7 x 7 that steps by two and a maximum of 3 x 3 behind it, of what is `written` between the two.
+
+    stream: the maximum writes a stream and codes of `bits`. codes: a maximum of codes of `bits`. clamped: of a stream,
+    clamped again, written as codes alone. Filters have multipliers of both signs, or of one.
+    """
+    b = Builder(seed, stream_dtype)
+    image = b.image(3, *size)
+    codes = b.consumer((*size, 3), 8, zero=91)
+    b.quantize(image, Emit(consumers=(codes,)))
+    window = {"kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)}
+    shape = b.conv_shape(codes.tensor, filters, **window)
+    wide = b.consumer(shape, bits) if written == "codes" else None
+    between = b.stream(shape) if wide is None else wide.tensor
+    emit = Emit(low=0.0, high=high, stream=between) if wide is None else Emit(low=0.0, high=high, consumers=(wide,))
+    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero", **window)
+    multiplier = next(key for key in b.arrays if key.startswith("multiplier"))
+    b.arrays[multiplier] = b.arrays[multiplier] if signs else b.arrays[multiplier].abs()
+    pool = b.conv_shape(between, filters, (3, 3), (2, 2), (1, 1))
+    out, made = b.stream(pool, output=True) if written == "stream" else None, b.consumer(pool, bits, top=1.5)
+    made = made if wide is None else replace(wide, tensor=made.tensor)
+    clamp = {"low": 0.25, "high": 1.25} if written == "clamped" else {}
+    b.pool(between, Emit(stream=out, consumers=(made,), **clamp), "max", (3, 3), (2, 2), (1, 1))
+    if out is None:
+        b.conv(made.tensor, Emit(stream=b.stream((*pool[:2], 6), output=True)), 6, w_bits=4)
+    return b.build()
+
+
 def one_conv(
     seed: int,
     *,

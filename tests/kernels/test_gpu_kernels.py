@@ -25,6 +25,7 @@ from lbs_kernels.times.table import TuningTable
 from lbs_kernels.tune import tuner
 
 LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4, device="cuda:0")
+STEM = Problem("stem_pool", 32, 115, 115, 12, 64, (4, 4), device="cuda:0")  # of two steps that a GPU runs as one
 FAST = GemmConfig(64, 64, 2, 4, 2, weights_first=False)
 
 
@@ -46,7 +47,7 @@ def measured(problem: Problem, **seconds: float) -> None:
 
 @pytest.mark.parametrize("op", sorted(DEFAULTS))
 def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
-    found = kernels.candidates(replace(LAYER, op=op))
+    found = kernels.candidates(STEM if op == STEM.op else replace(LAYER, op=op))
     assert len(found) > 5
     for choice in found:
         assert choice.kernel.config.parse(str(choice.config)) == choice.config
@@ -55,7 +56,7 @@ def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
 
 
 def test_every_operation_has_a_default_and_a_kernel() -> None:
-    assert set(DEFAULTS) == set(STEP_TYPES) == {op for kernel in kernels.KERNELS for op in kernel.ops}
+    assert set(DEFAULTS) == {*STEP_TYPES, STEM.op} == {op for kernel in kernels.KERNELS for op in kernel.ops}
 
 
 def test_the_table_needs_no_triton() -> None:
@@ -67,7 +68,7 @@ from lbs_kernels.gpu import kernels
 from lbs_kernels.program.problem import Problem
 layer = {LAYER!r}
 for op in {sorted(DEFAULTS)}:
-    problem = replace(layer, op=op)
+    problem = {STEM!r} if op == "stem_pool" else replace(layer, op=op)
     kernels.choose(problem), kernels.candidates(problem), kernels.why_not_by_family(problem)
 try:
     kernels.choose(layer).kernel.implementation("bitconv2d")

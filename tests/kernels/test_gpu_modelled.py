@@ -106,7 +106,8 @@ def test_the_rule_follows_the_model() -> None:
     first, *_ = weighted_defaults(late, hopper=True)  # too few tiles: their reduction is shared
     assert (first.tile in first.clusters, first.split) == (True, 8)
     assert chosen(replace(late, kernel=(1, 1), padding=(0, 0)))[-1] == "GemmConfig"
-    assert chosen(replace(many, groups=128)) == ["DepthwiseConfig"]
+    assert chosen(replace(many, groups=128, a_bits=4)) == ["DepthwiseConfig"]
+    assert chosen(replace(many, groups=128, a_bits=8)) == ["DepthwiseConfig"] * 3  # by columns, and what serves all
     for problem in (many, replace(many, w_bits=2, a_bits=2), replace(many, kernel=(1, 1), padding=(0, 0))):
         *preferred, last = (seconds(problem, config) for config in weighted_defaults(problem, hopper=True))
         assert preferred == sorted(preferred)

@@ -30,14 +30,16 @@ from compiled_layers import (
     launches,
     square,
 )
-from disassembly import SPLIT, main_loop, neighbours_in_a_thread, packed_layouts
+from disassembly import SPLIT, Loop, instructions, main_loop, neighbours_in_a_thread, packed_layouts
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu.configs.defaults import conv_default
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, column_rows
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.stem import fold_stem
+from lbs_kernels.program.problem import problem_of
 from lbs_kernels.program.steps import Emit, QuantPackStep, ResizeStep, SelectStep
 
 TARGET = pytest.mark.parametrize("target", sorted(TARGETS))
@@ -251,6 +253,74 @@ def test_depthwise_multiplies_four_taps_at_once(bits: tuple[int, int], target: s
     assert "dp4a.s32.s32" in kernel.ptx
     assert "prmt.b32" in kernel.ptx
     assert not re.search(r"LDG\.E\.[US]8", kernel.sass), "bytes are loaded one by one"
+
+
+@TARGET
+@pytest.mark.parametrize(
+    ("channels", "bits", "limit"),
+    [
+        (16, (8, 8), 18.5),
+        (24, (4, 4), 31.0),
+        pytest.param(24, (2, 2), 27.0, marks=pytest.mark.slow),
+        (64, (4, 4), 31.0),
+    ],
+)
+def test_a_short_reduction_has_a_small_epilogue(
+    channels: int, bits: tuple[int, int], limit: float, target: str, tmp_path: Path
+) -> None:
+    """What an inverted residual begins with: instructions of a thread for an output, and barriers."""
+    filters = 6 * channels
+    b = programs.Builder(0)
+    codes, window = b.consumer((56, 56, channels), bits[1]), {"kernel": (1, 1), "padding": (0, 0)}
+    b.quantize(b.image(channels, 56, 56), Emit(consumers=(codes,)))
+    out = b.consumer((56, 56, filters), bits[1])
+    grid = "zero" if bits[0] == 8 else "odd"
+    b.conv(codes.tensor, Emit(low=0.0, high=6.0, consumers=(out,)), filters, w_bits=bits[0], grid=grid, **window)
+    b.conv(out.tensor, Emit(stream=b.stream((56, 56, 8), output=True)), 8, w_bits=4, **window)
+    program, blob = b.build()
+    layer = problem_of(program.steps[1], program, 32, "cpu")
+    config = conv_default(layer)
+    assert isinstance(config, GemmConfig)
+    assert (config.block_m, config.block_o, config.warps) == (256, 32, 4)
+    with compiling(target, tmp_path) as kernels:
+        launches(program, blob, 32)[1]([])
+    (kernel,) = kernels
+    check_gemm(kernel, "wgmma" if target == "sm_90" else "mma.sync")
+    check_layouts(kernel)
+    code = Loop(tuple(text for _, text in instructions(kernel)))
+    tiles = -(-layer.rows // config.block_m) * -(-filters // config.block_o)
+    useful = layer.rows * filters / tiles / (32 * config.warps)
+    assert len(code.instructions) / useful <= limit
+    assert code.count("BAR") <= 12
+
+
+@TARGET
+@pytest.mark.parametrize(("stride", "limit"), [(1, 15.5), (2, 20.0)])
+def test_depthwise_by_columns_is_a_few_vector_instructions(
+    stride: int, limit: float, target: str, tmp_path: Path
+) -> None:
+    """Of a layer of MobileNetV2: loads of 16 bytes, no shared memory, no barrier, and what an output takes in all."""
+    b = programs.Builder(0)
+    codes, window = b.consumer((56, 56, 96), 8), {"stride": (stride, stride), "groups": 96}
+    b.quantize(b.image(96, 56, 56), Emit(consumers=(codes,)))
+    out = b.consumer((56 // stride, 56 // stride, 96), 8)
+    b.conv(codes.tensor, Emit(low=0.0, high=6.0, consumers=(out,)), 96, w_bits=8, grid="zero", **window)
+    b.conv(out.tensor, Emit(stream=b.stream(b.shape(out.tensor), output=True)), 96, w_bits=8, grid="zero", groups=96)
+    program, blob = b.build()
+    layer = problem_of(program.steps[1], program, 128, "cpu")
+    config = conv_default(layer)
+    assert isinstance(config, DepthwiseConfig)
+    assert config.columns == (8 if stride == 1 else 7)
+    with compiling(target, tmp_path) as kernels:
+        launches(program, blob, 128)[1]([])
+    (kernel,) = kernels
+    check_exact(kernel)
+    code = Loop(tuple(text for _, text in instructions(kernel)))
+    outputs = config.block_m * config.block_c * config.columns * column_rows(layer) / (32 * config.warps)
+    assert len(code.instructions) / outputs < limit
+    assert code.count("STS|LDS|BAR|LDL|STL") == 0
+    assert code.count(r"LDG\.E\.128") > 0.8 * code.count("LDG")
+    assert code.count("IDP") == 3 * outputs
 
 
 CORNERS = [(64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 8), (256, 64, 4, 8), (256, 32, 4, 8), (32, 128, 4, 4)]

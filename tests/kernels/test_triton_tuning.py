@@ -13,7 +13,7 @@ import lbs.models
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.defaults import conv_default
-from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, depthwise_defaults
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.kernels import Choice
@@ -84,6 +84,7 @@ def test_rules_of_fields_and_groups(change: dict[str, int], reason: str) -> None
         (DepthwiseConfig(48, 32, 4), "powers of two"),
         (DepthwiseConfig(32, 16, 4), "words of 32"),
         (DepthwiseConfig(256, 128, 4), "128 sums for each thread"),
+        (DepthwiseConfig(64, 32, 4, 7), "activations of 4 bits are planes"),
         (GroupedConfig(16, 16, 4), "100 filters in blocks of 16 would share words"),
         (GroupedConfig(256, 64, 4), "64 sums for each thread"),
         (GroupedConfig(16, 48, 4), "powers of two"),
@@ -96,6 +97,36 @@ def test_rules_of_the_direct_kernels(config: DepthwiseConfig | GroupedConfig, re
     assert found is not None
     assert reason in found
     assert why_not(config, LAYER) is not None  # one group
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "reason"),
+    [
+        (DepthwiseConfig(64, 32, 4, 7), {"kernel": (5, 5)}, "windows of 3 x 3"),
+        (DepthwiseConfig(64, 32, 4, 7), {"stride": (2, 1)}, "step by 1 or 2"),
+        (DepthwiseConfig(64, 32, 4, 7), {"padding": (2, 1)}, "padded by at most 1"),
+        (DepthwiseConfig(64, 32, 4, 7), {"dilation": (2, 2)}, "windows of 3 x 3"),
+        (DepthwiseConfig(128, 32, 4, 7), {}, "16 channels for each thread"),
+        (DepthwiseConfig(64, 32, 4, 9), {}, "8 columns"),
+    ],
+    ids=str,
+)
+def test_rules_of_strips_of_columns(config: DepthwiseConfig, change: dict[str, object], reason: str) -> None:
+    layer = replace(LAYER, in_channels=100, out_channels=100, groups=100, a_bits=8)
+    assert DepthwiseConfig(64, 32, 4, 7).why_not(layer) is None
+    assert reason in (config.why_not(replace(layer, **change)) or "")  # type: ignore[arg-type]
+
+
+def test_strips_divide_rows_and_keep_the_machine_at_work() -> None:
+    def chosen(size: int, channels: int, batch: int = 128) -> DepthwiseConfig:
+        sides = {"height": size, "width": size, "in_channels": channels, "out_channels": channels, "groups": channels}
+        return depthwise_defaults(replace(LAYER, batch=batch, a_bits=8, **sides))[0]  # type: ignore[arg-type]
+
+    layers = {(112, 32): 8, (56, 144): 8, (28, 192): 7, (14, 384): 7, (7, 960): 7}  # of MobileNetV2
+    assert {layer: chosen(*layer).columns for layer in layers} == layers
+    assert chosen(29, 96).columns == 4  # a prime
+    assert str(chosen(7, 960)) == "depthwise_m32_c32_w2_x7"
+    assert str(chosen(14, 384, batch=1)) == "depthwise_m16_c32_w1_x1"
 
 
 def test_a_configuration_of_another_kernel_is_refused() -> None:

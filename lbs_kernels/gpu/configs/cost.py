@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
-from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, column_positions, column_rows
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
-from lbs_kernels.gpu.layout import byte_pitch
+from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, stem_pool_steps, stem_pool_tiles
+from lbs_kernels.gpu.layout import PITCH, byte_pitch
 from lbs_kernels.program.planes import MAX_BITS, WORD, words
 from lbs_kernels.program.problem import Problem
 
@@ -71,11 +72,20 @@ BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
 # A lead, published for this GPU: some 200 clocks to another block's shared memory, which two barriers of a cluster, the
 # sums and what is waited for between them take about once each.
 EXCHANGE_CLOCKS = 800.0
+COLUMNS_ISSUE = {1: 14.1, 2: 18.2}  # for an output by strips of columns, its epilogue included, by the step
 DEPTHWISE_ISSUE = 1424 / 32 / 9  # for an output and tap
+# Of a stem with its maximum, tiles of 64 x 64 in 4 warps: a step of 256 bytes of K, and an output of the maximum.
+STEM_ISSUE, STEM_EPILOGUE = 180.0, 750 / 32
+FIRST_LEVEL = 64.0  # bytes a clock of asynchronous copies that the first-level cache serves: half of what loads get
 
 
 def executed(problem: Problem, config: Any) -> int:
     """Products of one weight and one activation that `config` computes for `problem`, those of padding included."""
+    if isinstance(config, StemPoolConfig):
+        steps = stem_pool_tiles(problem, config) * stem_pool_steps(config)
+        return steps * config.block_m * config.block_o * problem.window.taps * byte_pitch(problem.in_channels)
+    if isinstance(config, DepthwiseConfig) and config.columns:
+        return _column_outputs(problem, config) * 12  # three sums of four
     pixels, filters = _padded(problem, config)
     taps = problem.window.taps
     if isinstance(config, GemmConfig):
@@ -101,7 +111,7 @@ def seconds(problem: Problem, config: Any, machine: Machine = H200, moved: float
     """
     moved = bytes_moved(problem, config) if moved is None else moved
     parts = _clocks(problem, config, machine) / machine.clock, moved / machine.bandwidth
-    return machine.step + (sum(parts) if isinstance(config, GemmConfig) else max(parts))
+    return machine.step + (sum(parts) if isinstance(config, GemmConfig | StemPoolConfig) else max(parts))
 
 
 def bytes_moved(problem: Problem, config: Any) -> float:
@@ -136,6 +146,8 @@ def _clocks(problem: Problem, config: Any, machine: Machine) -> float:
     """Clocks of the multiprocessor that works longest."""
     if isinstance(config, CudaConfig):
         return _cuda_clocks(problem, config, machine)
+    if isinstance(config, StemPoolConfig):
+        return _stem_pool_clocks(problem, config, machine)
     pixels, filters = _padded(problem, config)
     if isinstance(config, GemmConfig):
         tile = config.block_m * config.block_o
@@ -148,10 +160,29 @@ def _clocks(problem: Problem, config: Any, machine: Machine) -> float:
         shared = 8 * tile / machine.refill if config.split_k > 1 else 0.0  # sums to the workspace and back
         tiles = pixels * filters // tile * config.split_k
         return -(-tiles // machine.multiprocessors) * (loop + shared + tile * _epilogue(problem) / LANES)
+    if isinstance(config, DepthwiseConfig) and config.columns:
+        issued = _column_outputs(problem, config) * COLUMNS_ISSUE[problem.stride[0]]
+        return issued / LANES / machine.multiprocessors
     per_output = _epilogue(problem)
     if isinstance(config, DepthwiseConfig | GroupedConfig):
         per_output += DEPTHWISE_ISSUE * problem.reduction
     return pixels * filters * per_output / LANES / machine.multiprocessors
+
+
+def _column_outputs(problem: Problem, config: DepthwiseConfig) -> int:
+    """Outputs of whole strips and blocks of channels."""
+    pixels = column_positions(problem, config.columns) * config.columns * column_rows(problem)
+    return pixels * _up(problem.out_channels, config.block_c)
+
+
+def _stem_pool_clocks(problem: Problem, config: StemPoolConfig, machine: Machine) -> float:
+    reduction = problem.window.taps * byte_pitch(problem.in_channels)
+    products = max(1, config.block_m // GROUP_ROWS) * reduction // STEP_BYTES * config.block_o / 2
+    tile = config.block_m * config.block_o
+    cache = machine.refill if config.piece == PITCH else FIRST_LEVEL
+    step = max(products + STEM_ISSUE * tile / 4096, config.block_m * reduction / cache)
+    rounds = -(-stem_pool_tiles(problem, config) // machine.multiprocessors)
+    return rounds * (stem_pool_steps(config) * step + config.rows * tile * STEM_EPILOGUE / LANES)
 
 
 def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> float:

@@ -10,11 +10,13 @@ from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, oneb
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
-    depthwise_default,
+    depthwise_defaults,
     grouped_default,
 )
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig, channel_block, elementwise_default
 from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_default
+from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
+from lbs_kernels.gpu.configs.stem_pool import stem_pool_default
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem
 
@@ -23,7 +25,7 @@ def conv_default(problem: Problem) -> GemmConfig | DepthwiseConfig | GroupedConf
     """The matrix product, or a direct kernel where there are groups."""
     if problem.groups == 1:
         return gemm_default(problem)
-    return depthwise_default(problem) if problem.depthwise else grouped_default(problem)
+    return depthwise_defaults(problem)[0] if problem.depthwise else grouped_default(problem)
 
 
 def pool_default(problem: Problem) -> ElementwiseConfig:
@@ -55,7 +57,7 @@ def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[
         own = seconds(problem, last)
         rated = [(seconds(problem, config), executed(problem, config), config) for config in _cuda_configs(problem)]
         yield from (config for took, _, config in sorted(rated, key=lambda row: row[:2]) if took < own)
-    yield last
+    yield from depthwise_defaults(problem) if problem.depthwise else [last]
 
 
 def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:
@@ -74,6 +76,7 @@ def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:
 DEFAULTS: dict[str, Callable[[Problem], Iterator[Any]]] = {
     "bitconv2d": weighted_defaults,
     "bitlinear": weighted_defaults,
+    STEM_POOL: lambda problem: iter([stem_pool_default(problem)]),
     "pool": lambda problem: iter([pool_default(problem)]),
     "quantpack": lambda problem: iter([elementwise_default(problem)]),
     "resize": lambda problem: iter([elementwise_default(problem)]),

@@ -75,16 +75,29 @@ def load_stream(pointer, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_stream(pointer, y, mask, DTYPE: tl.constexpr):
-    """Store y in the stream type and return the stored value as float32.
+def bfloat16_bits(y):
+    """y as bfloat16 in the low half of an int32, rounded half to even on the bit pattern: interpreted as on a GPU."""
+    bits = y.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Adding could carry a NaN into an infinity: keep the upper half and set the quiet bit instead.
+    return tl.where(y == y, rounded, (bits >> 16) | 0x40)
 
-    bfloat16 is rounded half to even on the bit pattern, the same code on a GPU and in the interpreter.
-    """
+
+@triton.jit
+def as_stream(y, DTYPE: tl.constexpr):
+    """float32 y as a stream would store it."""
     if DTYPE == "bfloat16":
-        bits = y.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        # Adding could carry a NaN into an infinity: keep the upper half and set the quiet bit instead.
-        rounded = tl.where(y == y, rounded, (bits >> 16) | 0x40)
+        y = (bfloat16_bits(y) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == "float16":
+        y = y.to(tl.float16).to(tl.float32)
+    return y
+
+
+@triton.jit
+def store_stream(pointer, y, mask, DTYPE: tl.constexpr):
+    """Store y in the stream type and return the stored value as float32."""
+    if DTYPE == "bfloat16":
+        rounded = bfloat16_bits(y)
         tl.store(pointer, rounded.to(tl.int16), mask=mask)
         stored = (rounded << 16).to(tl.float32, bitcast=True)
     elif DTYPE == "float16":

@@ -50,6 +50,7 @@ class EmitMeta(NamedTuple):
     activation: str | None  # of these two at most one: in front of gate and residual,
     activation_behind: str | None  # or behind them
     gate: bool
+    folds: bool  # low and high go into the bounds of the codes, as nothing else sees what they bound
 
 
 class ConsumerTarget(NamedTuple):
@@ -90,6 +91,34 @@ class EmitTarget(NamedTuple):
 
 
 @triton.jit
+def bounded(t, scale, META: tl.constexpr, INDEX: tl.constexpr):
+    """t between the bounds of its codes, and those of y and u where nothing has bounded these.
+
+    A positive scale and a sum, both rounded, leave numbers in order, so that a bound of y is one of t. All of them
+    together are the two numbers that -inf and inf become; a NaN becomes the first.
+    """
+    CONSUMER: tl.constexpr = META.consumers[INDEX]
+    LEVELS: tl.constexpr = (1 << CONSUMER.bits) - 1
+    LEAST: tl.constexpr = -1.0 * CONSUMER.zero
+    MOST: tl.constexpr = 1.0 * (LEVELS - CONSUMER.zero)
+    LOW: tl.constexpr = META.low
+    HIGH: tl.constexpr = META.high
+    least, most = scale * float("-inf"), scale * float("inf")
+    if LOW is not None:
+        least = scale * LOW
+    if HIGH is not None:
+        most = scale * HIGH
+        least = at_most(least, most)
+    if CONSUMER.relu:
+        least, most = at_least(least, 0.0), at_least(most, 0.0)
+    if CONSUMER.signed:
+        least, most = least + LEVELS / 2, most + LEVELS / 2
+    least = at_most(at_least(least, LEAST), MOST)
+    most = at_most(at_least(most, LEAST), MOST)
+    return at_most(at_least(t, least), most)
+
+
+@triton.jit
 def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
     """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes; returns
     y, or what codes with a step stand for.
@@ -105,19 +134,30 @@ def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, I
         pre_scale = tl.load(target.pre_scale + column, mask=column_mask, other=0.0)
         pre_bias = tl.load(target.pre_bias + column, mask=column_mask, other=0.0)
         u = fma(u, pre_scale[None, :], pre_bias[None, :])
-    if CONSUMER.relu:
+    if CONSUMER.relu and not META.folds:
         u = at_least(u, 0.0)
     t = u * target.scale
     if CONSUMER.signed:
         t = t + LEVELS / 2
-    # Both bounds are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
-    t = at_most(at_least(t, -1.0 * CONSUMER.zero), 1.0 * (LEVELS - CONSUMER.zero))
-    codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
+    # Bounds of codes are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
+    if META.folds:
+        t = bounded(t, target.scale, META, INDEX)
+    else:
+        t = at_most(at_least(t, -1.0 * CONSUMER.zero), 1.0 * (LEVELS - CONSUMER.zero))
     if CONSUMER.as_bytes:
         mask = row_mask[:, None] & (column < columns)[None, :]
-        tl.store(target.codes + row[:, None] * target.pitch + column[None, :], (codes - 128).to(tl.int8), mask=mask)
-    else:
-        store_planes(target.codes, codes, row, row_mask, first, columns, BITS)
+        place = target.codes + row[:, None] * target.pitch + column[None, :]
+        # The lowest byte of the float is that of the code. An even number in the constant moves it, and no tie.
+        EVEN: tl.constexpr = (CONSUMER.zero - 128) // 2 * 2
+        MAGIC: tl.constexpr = RINT_MAGIC + EVEN
+        byte = (t + MAGIC).to(tl.int32, bitcast=True)
+        if CONSUMER.zero % 2:
+            byte += 1
+        tl.store(place, byte.to(tl.int8), mask=mask)
+    if CONSUMER.stands or not CONSUMER.as_bytes:
+        codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
+        if not CONSUMER.as_bytes:
+            store_planes(target.codes, codes, row, row_mask, first, columns, BITS)
     if CONSUMER.stands:
         y = (codes - CONSUMER.zero).to(tl.float32) * target.step
     return y
@@ -164,9 +204,9 @@ def emit(y, row, row_mask, first, columns, target, META: tl.constexpr):
         y = y + (codes + (128 - ZERO)).to(tl.float32) * target.coded.step
     if BEHIND is not None:
         y = activated(y, column, columns, target, BEHIND)
-    if LOW is not None:
+    if LOW is not None and not META.folds:
         y = at_least(y, LOW)
-    if HIGH is not None:
+    if HIGH is not None and not META.folds:
         y = at_most(y, HIGH)
     if META.stream:
         y = store_stream(target.stream + index, y, mask, DTYPE)
@@ -231,5 +271,6 @@ def bind_emit(
         kind if first else None,
         None if first else kind,
         emit.gate is not None,
+        emit.stream is None and not any(k.pre_scale is not None or k.step is not None for k in emit.consumers),
     )
     return target, meta

@@ -9,6 +9,7 @@ tests/kernels/test_triton_interpreted.py; by hand:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import one_step
 import programs
@@ -26,10 +27,12 @@ from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.gpu.triton.depthwise_columns import columns_meta
 from lbs_kernels.program.activations import KINDS
 from lbs_kernels.program.epilogue import fma32
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.steps import Program, WeightGrid
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import Emit, Program, WeightGrid
 from lbs_kernels.run.reference import ReferenceRunner
 
 BITS = (2, 4, 8)
@@ -265,6 +268,16 @@ def test_several_taps_in_a_step(config: GemmConfig, w_bits: int, a_bits: int, ch
     check_accumulator(config, w_bits, a_bits, channels, zero=1, filters=13)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_reduction_of_one_short_step(bits: int) -> None:
+    """The tile of what an inverted residual begins with; filters that end within a block."""
+    program, blob = programs.one_conv(
+        2, channels=24, filters=40, size=(20, 15), w_bits=bits, a_bits=bits, kernel=(1, 1), padding=(0, 0), zero=3
+    )
+    config = GemmConfig(256, 32, 1, 4, 2, weights_first=False)
+    check(program, blob, programs.random_inputs(program, 1, 6), GpuRunner(program, blob, "cpu", {"step1": config}))
+
+
 # 27 steps in 4 parts, the last of 6; in 16 parts of 2, where the last two parts have nothing to do.
 @pytest.mark.parametrize("parts", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("bits", "weights"), [(4, "fields"), (8, "bytes")])
@@ -308,6 +321,72 @@ def test_depthwise_with_other_configurations(case: dict[str, object]) -> None:
     check_depthwise(case, GroupedConfig(16, 32, 4))
 
 
+# Strips that divide the rows of the output, leave a rest, or are longer; blocks that end behind the channels; images of
+# odd and even sides, also of one row; every reading of the weights.
+COLUMNS: list[tuple[dict[str, object], DepthwiseConfig]] = [
+    ({"channels": 33, "w_bits": 4, "zero": 7, "size": (5, 7)}, DepthwiseConfig(16, 32, 2, 7)),
+    ({"channels": 33, "w_bits": 8, "grid": "zero", "stride": (2, 2), "size": (7, 8)}, DepthwiseConfig(16, 32, 2, 2)),
+    ({"channels": 64, "w_bits": 2, "padding": (0, 0), "size": (6, 9)}, DepthwiseConfig(16, 64, 4, 4)),
+    ({"channels": 32, "w_bits": 4, "padding": (0, 0), "size": (5, 6)}, DepthwiseConfig(16, 32, 2, 4)),
+    (
+        {"channels": 70, "w_bits": 8, "grid": "zero", "zero": 91, "size": (8, 8), "out_bits": 8},
+        DepthwiseConfig(64, 32, 8, 8),
+    ),
+    ({"channels": 16, "w_bits": 4, "stride": (2, 2), "size": (9, 9), "out_bits": 4}, DepthwiseConfig(16, 32, 2, 4)),
+    ({"channels": 5, "w_bits": 3, "grid": "zero", "padding": (1, 0), "size": (1, 4)}, DepthwiseConfig(16, 32, 2, 1)),
+    ({"channels": 32, "w_bits": 4, "stride": (2, 2), "padding": (0, 1), "size": (8, 7)}, DepthwiseConfig(32, 32, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(("case", "config"), COLUMNS, ids=str)
+def test_depthwise_by_columns(case: dict[str, object], config: DepthwiseConfig) -> None:
+    check_depthwise({"a_bits": 8, "out_bits": 8, "stream_dtype": "float16", **case}, config)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sixteen_channels_a_thread_where_bytes_alone_are_written(stride: int) -> None:
+    b = programs.Builder(3)
+    codes = b.consumer((6, 8, 40), 8, zero=5)
+    b.quantize(b.image(40, 6, 8), Emit(consumers=(codes,)))
+    out = b.consumer((6 // stride, 8 // stride, 40), 8)
+    emit = Emit(low=0.0, high=2.0, consumers=(out,))
+    b.conv(codes.tensor, emit, 40, w_bits=4, stride=(stride, stride), groups=40)
+    b.conv(out.tensor, Emit(stream=b.stream(b.shape(out.tensor), output=True)), 40, w_bits=4, groups=40)
+    program, blob = b.build()
+    runner = GpuRunner(program, blob, "cpu")
+    assert runner.choices(2)[1].config.wide
+    trace = check(program, blob, programs.random_inputs(program, 2, 3), runner)
+    assert len(trace[out.tensor].unique()) > 50
+    assert not runner.choices(2)[2].config.wide  # a stream is written
+
+
+def test_no_row_or_column_is_read_beyond_an_image() -> None:
+    """Rows and columns that are not written are read all the same, where strips do not divide the output."""
+    config = DepthwiseConfig(16, 32, 1, 4)
+    layer = Problem("bitconv2d", 1, 8, 10, 32, 32, (3, 3), groups=32)  # 6 x 8 outputs
+    assert columns_meta(layer, config) == (1, False, False, True)
+    assert columns_meta(replace(layer, height=9), config).padded  # 7 rows, by two
+    assert not columns_meta(replace(layer, height=9, width=17, stride=(2, 2)), config).padded  # 4 rows, by one
+    assert columns_meta(replace(layer, width=11), config) == (1, True, False, False)
+    assert columns_meta(replace(layer, padding=(1, 1)), config).padded
+
+
+def test_depthwise_by_columns_is_the_default_of_bytes() -> None:
+    """But where sums of the activations are asked for as well, or they are signed."""
+    common = {"channels": 8, "filters": 8, "groups": 8, "size": (6, 6), "a_bits": 8}
+    for changed, columns in (
+        ({"w_bits": 4}, True),
+        ({"w_bits": 8, "grid": "zero"}, True),
+        ({"w_bits": 8}, False),
+        ({"w_bits": 4, "signed": True, "padding": (0, 0)}, False),
+        ({"w_bits": 4, "a_bits": 4}, False),
+    ):
+        program, blob = programs.one_conv(1, **{**common, **changed})
+        runner = GpuRunner(program, blob, "cpu")
+        assert (runner.choices(2)[1].config.columns > 0) is columns, changed
+        check(program, blob, programs.random_inputs(program, 2, 3), runner)
+
+
 def check_depthwise(case: dict[str, object], config: DepthwiseConfig | GroupedConfig) -> None:
     program, blob = programs.one_conv(
         5, **{"size": (4, 5), **case, "filters": case["channels"], "groups": case["channels"]}
@@ -337,6 +416,30 @@ def test_not_a_number_and_infinity_become_codes() -> None:
     images = programs.random_inputs(program, batch=1, seed=0)
     images[0][0, :, 1, 1] = torch.tensor([math.nan, math.inf, -math.inf])
     check(program, blob, images)
+
+
+def test_bounds_of_values_become_bounds_of_codes() -> None:
+    """Where no stream is stored; ties, values beyond all bounds, infinities, what is no number; every kind of code."""
+    b = programs.Builder(seed=0)
+    image = b.image(1, 1, 48)
+    shape = (1, 48, 1)
+    for low, high in ((None, None), (0.0, 6.0), (-0.75, 1.25), (0.5, None), (2.0, 1.0)):
+        kinds = [b.consumer(shape, 8, zero=zero, top=3.0) for zero in (0, 90, 91, 255)]
+        kinds += [
+            b.consumer(shape, 8, signed=True),
+            b.consumer(shape, 8, zero=33, relu=True),
+            b.consumer(shape, 4, zero=5),
+        ]
+        b.quantize(image, Emit(low=low, high=high, consumers=tuple(kinds)))
+    b.quantize(image, Emit(low=0.0, stream=b.stream(shape, output=True)))
+    program, blob = b.build()
+    scale = kinds[1].scale
+    ties = (torch.arange(-20, 20) + 0.5) / scale
+    values = torch.cat([ties, torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 7.5, -7.5, 1.25])])
+    trace = check(program, blob, [values.reshape(1, 1, 1, 48)])
+    # Of the first kinds nothing is bounded but codes; of the last every value is the one above its bound.
+    assert len(trace[program.steps[0].emit.consumers[1].tensor].unique()) > 20
+    assert len(trace[kinds[1].tensor].unique()) == 1
 
 
 def test_ties_round_to_even_and_bounds_saturate() -> None:
