@@ -45,8 +45,8 @@ std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_s
 
 // Whether sums of so many steps are short, and emitted as they are made.
 inline bool is_short(const StepSpec& step, const TensorSpec& source, int k_steps, const EmitPlan& emit) {
-    // Where streams and residuals are read and written, longer ones are faster as tiles.
-    const int most = emit.is_usual && emit.coded.tensor < 0 ? kShortSteps : kShortSteps / 2;
+    // Where streams and residuals of floats are read and written, longer ones are faster as tiles.
+    const int most = emit.is_usual ? kShortSteps : kShortSteps / 2;
     const bool few = emit.consumer_count == 1 || (emit.consumer_count == 2 && emit.is_usual);
     return k_steps <= most && emit.is_lean && few && !needs_sum(step) && !source.is_signed;
 }

@@ -41,12 +41,13 @@ bool suits_lanes(const StepSpec& step, const TensorSpec& source, int height, int
 }  // namespace
 
 std::vector<FilterCut> cut_vectors(int filters, const KernelTable& kernels) {
-    const int vectors = vector_count(filters, kernels.lanes), count = vector_count(vectors, kernels.lanes_vectors);
+    const int vectors = vector_count(filters, kernels.lanes);
+    int count = vector_count(vectors, kernels.lanes_vectors);
+    if (count > 1) count += count % 2;  // so that two threads get as much
     std::vector<FilterCut> cut;
-    for (int b = 0, first = 0; b < count; ++b) {
-        const int held = vectors / count + (b < vectors % count);
-        cut.push_back({first, held * kernels.lanes});
-        first += held * kernels.lanes;
+    for (int b = 0; b < count; ++b) {
+        const int first = vectors * b / count, last = vectors * (b + 1) / count;
+        cut.push_back({first * kernels.lanes, (last - first) * kernels.lanes});
     }
     return cut;
 }

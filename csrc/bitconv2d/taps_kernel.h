@@ -3,7 +3,8 @@
 // Four vectors of pixels under four neighbouring taps, interleaved byte by byte, are four vectors of sums: lane 4 b + c
 // of the i-th holds what channel c of pixel 4 b + i meets, so that a dot multiplies nothing but that, and every lane's
 // factors are those of its channel. Packed to bytes, the four are a vector of pixels as it is stored. On a Zen 5
-// 96 channels of 112 x 112 pixels took 120 us as sums over four channels, three of them times zero, and MEASURED so.
+// 96 channels of 112 x 112 pixels take 112 us so, and 121 as sums over four channels, three of them times zero; 960 of
+// 7 x 7 11 us and 18.
 #pragma once
 
 #include "bitconv2d/short_kernel.h"

@@ -74,6 +74,11 @@ LBS_INLINE void store_cut(unsigned char* base, const lbs::Piece* piece, int piec
     constexpr uint32_t kEven = 0x55555555u & ((1u << Simd::L) - 1u);
     if (compress && piece[0].mask == kEven && piece[1].mask == kEven << 1)
         return Simd::istore_apart(base + piece[0].offset, base + piece[1].offset, word);
+    if (!compress && pieces <= 2) {  // without a branch on whether a row ends here
+        Simd::istore_mask(base + piece[0].offset, piece[0].mask, word);
+        if (pieces == 2) Simd::istore_mask(base + piece[1].offset, piece[1].mask, word);
+        return;
+    }
     for (int i = 0; i < pieces; ++i) {
         if (piece[i].mask == 0) break;
         if (compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);
@@ -83,11 +88,7 @@ LBS_INLINE void store_cut(unsigned char* base, const lbs::Piece* piece, int piec
 
 LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
     if (map.pieces == 0) return store_lanes(base, map, vector, valid, word);
-    const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
-    if (map.compress || map.pieces > 2) return store_cut(base, piece, map.pieces, map.compress, word);
-    // Without a branch on whether a row ends here.
-    Simd::istore_mask(base + piece[0].offset, piece[0].mask, word);
-    if (map.pieces == 2) Simd::istore_mask(base + piece[1].offset, piece[1].mask, word);
+    store_cut(base, map.table + static_cast<int64_t>(vector) * map.pieces, map.pieces, map.compress, word);
 }
 
 // Asks for the lines of a vector that is stored a little later. Stores that miss the cache wait for each other (on

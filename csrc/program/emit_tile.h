@@ -175,9 +175,7 @@ struct UsualCodes {
     LBS_INLINE void store(int vector, Simd::I word) const {
         const lbs::Piece* const piece = table + int64_t{vector} * pieces;
         if (is_whole || piece->mask == kAllLanes) return Simd::istore(base + piece->offset, word);
-        if (is_apart || pieces > 2) return store_cut(base, piece, pieces, is_apart, word);
-        Simd::istore_mask(base + piece[0].offset, piece[0].mask, word);
-        if (pieces == 2) Simd::istore_mask(base + piece[1].offset, piece[1].mask, word);
+        store_cut(base, piece, pieces, is_apart, word);
     }
     // For the lines that the next four channels of a vector are stored in.
     LBS_INLINE void ask_next(int vector) const {
