@@ -222,6 +222,8 @@ class NinjaFile:
         rank = {name: place for place, name in enumerate(LONGEST)}
         self.compilations = dict(sorted(self.compilations.items(), key=lambda one: rank.get(one[0], len(rank))))
         ninja, started = find_ninja(), time.monotonic()
+        names = ", ".join(library.name for library in self.libraries)
+        print(f"{names}: {len(self.compilations)} sources, minutes the first time ...", file=sys.stderr, flush=True)
         runs = self.run_commands() if ninja is None else self.run_ninja(ninja)
         show_warnings([self.whole, *(run for done in runs.values() for run in done)])
         failed = {library: failure_of(done) for library, done in runs.items() if any(run.returncode for run in done)}

@@ -8,12 +8,15 @@
 all packed networks are timed in one process, interleaved, at every batch. The file is written again after every row,
 with those that are there.
 
-Points are shares of what a call of uniform 8 bits takes, and become milliseconds once, in DIR/points.json. Contenders
-are uniform 8 and 4 bits, both without an even share of the filters of every layer that can lose some, too, and 8 bits
-as `lbs.quantize` makes them without training. Fine-tuning is the same for all that are trained.
+--trained trains nothing more: it times what is there.
+
+Points are shares of what a call of uniform 8 bits takes, and become milliseconds once, in DIR/points.json. Searched is
+by thresholds that learn, and by measured losses (greedy). Beside them are uniform 8 and 4 bits, both without an even
+share of the filters of every layer that can lose some, too, and 8 bits as `lbs.quantize` makes them without training.
+Fine-tuning is the same for all that are trained.
 
     {"version": 1, "level": "milliseconds", "header": {..., "row", "options", "points"},
-     "missing": [what lbs reproduce refused, a point out of reach say],
+     "missing": [what lbs reproduce refused, a point out of reach say, and what was not trained],
      "rows": [{"contender", "seed", "batch", "median", "p20", "p80", "fastest"  (seconds),
                "asked", "estimated"  (seconds at batch 1, null without a target), "top1"  (percent, packed),
                "float_top1", "bops", "bytes", "bits", "pruned_layers"}]}
@@ -52,6 +55,7 @@ from lbs_kernels.times.table import device_slug
 POINTS = (0.9, 0.75, 0.6)  # of a call of uniform 8 bits
 UNIFORM = (8, 4)  # bits
 PRUNED = (0.25, 0.5)  # even shares of filters
+SEARCHED = {"searched": "", "greedy": "-greedy"}  # name -> variant of the row
 UNTRAINED = "8 bits, not trained"
 CALIBRATION = 512  # training images, for those
 REFUSED = 2  # what lbs ends with, having said why
@@ -73,7 +77,7 @@ class Contender:
 
 
 def contenders(row: str, points: list[float], search: tuple[str, ...] = ()) -> list[Contender]:
-    """All that are trained, those searched under milliseconds last."""
+    """All that are trained, those searched under milliseconds last; `search` are options of these."""
     found = [Contender(f"uniform {bits}", f"{row}-uniform-{bits}") for bits in UNIFORM]
     for bits, share in product(UNIFORM, PRUNED):
         own = ("--finetune", f"uniform_pruned={share}")
@@ -82,7 +86,8 @@ def contenders(row: str, points: list[float], search: tuple[str, ...] = ()) -> l
     for asked in points:
         named = [f"latency_ms={asked:g}", "bops=0", "ranges=filter", "max_pruning_ratio=0.5", *search]
         own = tuple(text for pair in named for text in ("--search", pair))
-        found.append(Contender(f"searched {asked * 1e3:.1f} us", row, own, asked))
+        for how, variant in SEARCHED.items():
+            found.append(Contender(f"{how} {asked * 1e3:.1f} us", row + variant, own, asked))
     return found
 
 
@@ -108,10 +113,13 @@ def points_of(args: argparse.Namespace) -> list[float]:
 
 def trained(one: Contender, seed: int, args: argparse.Namespace) -> dict[str, Any] | None:
     """The record of a contender, which is trained as far as it is not yet; None where that is refused, as a point out
-    of reach is. Raises CalledProcessError where it ends otherwise: asked to stop, say.
+    of reach is, or where nothing more is to be trained. Raises CalledProcessError where it ends otherwise: asked to
+    stop, say.
     """
     folder = one.folder(args.runs, seed)
     record = folder / "record.json"
+    if not record.exists() and args.trained:
+        return None
     if not record.exists():
         begun = (folder / "config.json").exists()
         options = () if begun else (*one.options, *shlex.split(args.options), "--seed", str(seed))
@@ -178,7 +186,8 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
     """Train what is missing, time everything that is there, keep the file at `path`, print the rows."""
     args.runs.mkdir(parents=True, exist_ok=True)
     model = row_named(args.row).network.model
-    command("tune", "--shapes", model, "--threads", str(args.threads))
+    if not args.trained:
+        command("tune", "--shapes", model, "--threads", str(args.threads))
     points = points_of(args)
     head = {**header(args), "row": args.row, "options": args.options, "points": points}
     missing: list[str] = []
@@ -199,7 +208,8 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
                 done[UNTRAINED] = {**known(one, seed, record), "contender": UNTRAINED, "bops": None, "bits": [[8, 8]]}
                 done[UNTRAINED] |= {"top1": 100 * section["accuracy"], "bytes": section["bytes"], "pruned_layers": {}}
                 files[UNTRAINED] = folder / UNIFORM8
-            written(path, head, missing, done, measured(files, args.batches, args.rounds, args.threads))
+            if not args.trained:
+                written(path, head, missing, done, measured(files, args.batches, args.rounds, args.threads))
     times = measured(files, args.batches, 2 * args.rounds, args.threads)
     written(path, head, missing, done, times)
     for row in rows_of(done, times):
@@ -208,7 +218,7 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
         name = f"{row['contender']:24s} seed {row['seed']}"
         print(f"batch {row['batch']:3d}  {name}  {row['top1']:6.2f} %  {span}{asked}")
     for name in missing:
-        print(f"{name}: refused by lbs reproduce, which says why above")
+        print(f"{name}: " + ("not trained" if args.trained else "refused by lbs reproduce, which says why above"))
 
 
 def written(
@@ -236,6 +246,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--points", nargs="+", type=float, default=list(POINTS), help="shares of uniform 8 bits' time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--trained", action="store_true", help="train nothing more, time what is there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}/<device>/milliseconds_<row>.json")

@@ -48,7 +48,7 @@ def steps(run: Run, attempt: Attempts) -> None:
     jobs = [(*place, batch, share) for batch in gpu_steps.BATCHES for place in gpu_steps.NETWORKS for share in shares]
     for network, variant, batch, share in jobs:
         name = (network, variant, batch, share)
-        compiler.submit(name, compile_variant, str(folder), network, variant, batch, share)
+        compiler.submit(name, compile_contender, str(folder), network, variant, batch, share)
 
     def ready(network: str, variant: str) -> None:
         for name in jobs:
@@ -96,11 +96,11 @@ def models(run: Run, attempt: Attempts) -> None:
     shares = {place: SHARES if index < FIRST else 1 for index, place in enumerate(order)}
     jobs: dict[tuple[str, int], list[Any]] = {place: [] for place in order}
     for (network, batch), count in shares.items():
-        for variant in gpu_models.variants(network):
+        for contender in gpu_models.contenders(network, batch):
             for share in range(count):
-                name = (network, batch, variant, share)
+                name = (network, batch, contender, share)
                 jobs[network, batch].append(name)
-                compiler.submit(name, compile_variant, str(folder), network, variant, batch, (share, count))
+                compiler.submit(name, compile_contender, str(folder), network, contender, batch, (share, count))
     # Rows of this run's own earlier process, which the device failed; those of another run stood on other kernels.
     begun = run.scratch / ".models-begun"
     earlier = run.load("models") if begun.exists() else {}
@@ -142,9 +142,10 @@ def models(run: Run, attempt: Attempts) -> None:
     compiler.stop()
 
 
-def compile_variant(folder: str, network: str, variant: str, batch: int, share: tuple[int, int]) -> int:
+def compile_contender(folder: str, network: str, contender: str, batch: int, share: tuple[int, int]) -> int:
     """For a compiling process: pack a network where that was not done, and compile a share of its launches."""
-    return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch, share)
+    with gpu_models.switches_of(contender) as variant:
+        return gpu_compile.compile_network(gpu_nets.build(folder, network, variant), batch, share)
 
 
 def warm_plain(folder: Path, network: str, batch: int, threads: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ ORDER = (*COMPILED_AT, ("resnet50", 256), ("resnet18", 256))
 # one after the other; where it did not come so far, what the default way made counts, and the result says which it was.
 AUTOTUNED, PLAIN = "max-autotune-no-cudagraphs", "default"
 TIMED = "mean of back-to-back replays of a CUDA graph, images on the GPU; one request alone waits for its launch, too"
+SWITCHES = ("LBS_PDL", "LBS_FORK")  # kernels that overlap, and branches of a network beside one another
 CHECKED = 2  # images compared with the reference, which is slow
 Call = Callable[[], object]
 
@@ -40,6 +42,26 @@ def variants(network: str) -> list[str]:
     """Packed contenders of a network: those that targets speak of."""
     own = {"resnet18": ["w4a4 pruned"], "resnet50": ["w4a4 pruned", "mixed"]}
     return ["w8a8", "w4a4", *own.get(network, [])]
+
+
+def contenders(network: str, batch: int) -> list[str]:
+    """The packed ones; at batch 1, where launches are most of the time, also one with each switch of theirs off."""
+    names = variants(network)
+    return [*names, *(f"{names[0]}, {name}=0" for name in SWITCHES)] if batch == 1 else names
+
+
+@contextmanager
+def switches_of(contender: str) -> Iterator[str]:
+    """What is bound inside goes by the switches that the contender names; gives its variant."""
+    variant, _, off = contender.partition(", ")
+    before = {name: os.environ.get(name) for name in SWITCHES}
+    os.environ.update({name: "0" if off == f"{name}=0" else "1" for name in SWITCHES})
+    try:
+        yield variant
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
 
 
 @contextmanager
@@ -148,18 +170,19 @@ def packed_calls(
     images = _images(network, batch)
     found: dict[str, Call] = {}
     missing: dict[str, str] = {}
-    for variant in variants(network):
-        if not attempt(f"{network} {batch} {variant}"):
-            missing[variant] = tuner.BROKE
+    for name in contenders(network, batch):
+        if not attempt(f"{network} {batch} {name}"):
+            missing[name] = tuner.BROKE
             continue
         try:
-            packed = lbs.load(gpu_nets.build(str(folder), network, variant), device=gpu_device.DEVICE)
-            check(packed, images)
-            found[variant] = gpu_device.recorded(functools.partial(packed, images))
+            with switches_of(name) as variant:
+                packed = lbs.load(gpu_nets.build(str(folder), network, variant), device=gpu_device.DEVICE)
+                check(packed, images)
+                found[name] = gpu_device.recorded(functools.partial(packed, images))
             for region in packed.regions:  # the graph has buffers of its own
                 region.compiled().runner.release()  # type: ignore[attr-defined]
         except Exception as error:  # noqa: BLE001  one variant that fails must not cost the others
-            missing[variant] = f"{type(error).__name__}: {str(error)[:300]}"
+            missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
             gpu_device.survive()
     return found, missing
 

@@ -1,4 +1,4 @@
-"""The tables of searched networks, from the records `lbs reproduce --record` wrote."""
+"""The tables of searched networks, from records of `lbs reproduce --record` and files of bench_milliseconds.py."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ def _ranges(body: Body) -> str:
     return str((body["config"].get("search") or {}).get("ranges", ""))
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 2) -> str:
     if not values:
         return ""
-    return f"{mean(values):.2f}" + (f" [{min(values):.2f} {max(values):.2f}]" if len(values) > 1 else "")
+    middle, low, high = (f"{value:.{digits}f}" for value in (mean(values), min(values), max(values)))
+    return f"{middle} [{low} {high}]" if len(values) > 1 else middle
 
 
 def _counts(group: list[Body]) -> str:
@@ -105,3 +106,32 @@ def _cost(group: list[Body]) -> str:
     measured = " to ".join(f"{cost}M" for cost in dict.fromkeys((costs[0], costs[-1])))
     target = group[0]["target_bops"]
     return f"{measured} of {target / 1e6:.1f}M" if target else measured
+
+
+def milliseconds_rows(body: Body) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of networks searched under milliseconds beside the others, the seeds of each together."""
+    rows = body["rows"]
+    batches = sorted({row["batch"] for row in rows})
+    shown = []
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        group = [row for row in rows if row["contender"] == contender]
+        once = [row for row in group if row["batch"] == batches[0]]
+        asked = once[0]["asked"]
+        shown.append(
+            [
+                contender,
+                ", ".join(str(row["seed"]) for row in once),
+                _spread([row["top1"] for row in once]),
+                "" if asked is None else f"{1e6 * asked:.1f}",
+                *(_microseconds([row for row in group if row["batch"] == batch]) for batch in batches),
+                " or ".join(dict.fromkeys(", ".join(f"{w}/{a}" for w, a in row["bits"]) for row in once)),
+                ", ".join(dict.fromkeys(str(len(row["pruned_layers"])) for row in once)),
+                f"{mean(row['bytes'] for row in once) / 1e6:.2f}",
+            ]
+        )
+    times = [f"us an image, batch {batch}" for batch in batches]
+    return ["network", "seeds", "top-1", "us asked", *times, "bits", "layers pruned", "MB"], shown
+
+
+def _microseconds(group: list[Body]) -> str:
+    return _spread([1e6 * row["median"] / row["batch"] for row in group], digits=1)

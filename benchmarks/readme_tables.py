@@ -5,9 +5,9 @@
 
 Read are benchmarks/results/<device>/*.json, level `model` as `lbs bench --json` prints it, `quickstart` as `lbs
 quickstart --json`, `op` as bench_<op>.py, `networks` as bench_networks.py, `training` as bench_search.py,
-`quantization` as bench_quantize.py, `robustness` as bench_robustness.py and `gpu_...` as gpu_suite.py save them, and
-benchmarks/results/search/*.json, the records of searched networks: one table for all that `lbs reproduce` made. Files
-of other kinds are listed by name.
+`quantization` as bench_quantize.py, `milliseconds` as bench_milliseconds.py, `robustness` as bench_robustness.py and
+`gpu_...` as gpu_suite.py save them, and benchmarks/results/search/*.json, the records of searched networks: one table
+for all that `lbs reproduce` made. Files of other kinds are listed by name.
 
 A new kind of file is a function in `TABLES`; a new section of docs/results.md is a line of `SECTIONS` and its two
 markers in the page, under a heading and the words that say how it was measured.
@@ -30,7 +30,7 @@ if str(ROOT) not in sys.path:  # run as a script from anywhere
 
 from benchmarks.readme_face import accuracy, latency  # noqa: E402  the path above comes first
 from benchmarks.readme_networks import network_parts  # noqa: E402
-from benchmarks.readme_search import HEADS, LEGEND, search_tables  # noqa: E402
+from benchmarks.readme_search import HEADS, LEGEND, milliseconds_rows, search_tables  # noqa: E402
 
 Body = dict[str, Any]
 
@@ -67,6 +67,15 @@ def training_table(path: str, body: Body) -> list[str]:
     title = f"**Training steps of {name}**, {head['threads']} threads, torch {head['torch']} (`{path}`)"
     heads = ["contender", "ms per step, median [p20 p80]", "of float", "peak MB", "of float"]
     return [title, "", *_table(heads, rows)]
+
+
+def milliseconds_table(path: str, body: Body) -> list[str]:
+    """Networks searched under milliseconds beside those one would take without."""
+    head = body["header"]
+    title = f"**{head['row']}**, float {body['rows'][0]['float_top1']:.2f} %, {head['device']} (`{path}`)"
+    told = f"All that are trained: `{head['options']}`."
+    refused = [f"Refused or not trained: {'; '.join(body['missing'])}."] if body["missing"] else []
+    return [title, "", *_table(*milliseconds_rows(body)), "", told, *refused]
 
 
 def quantization_table(path: str, body: Body) -> list[str]:
@@ -258,6 +267,7 @@ def robustness_table(path: str, body: Body) -> list[str]:
 TABLES: dict[str, Callable[[str, Body], list[str]]] = {
     "quickstart": quickstart_table,
     "search": network_table,
+    "milliseconds": milliseconds_table,
     "quantization": quantization_table,
     "networks": networks_table,
     "model": model_table,
@@ -275,6 +285,7 @@ TABLES: dict[str, Callable[[str, Body], list[str]]] = {
 SECTIONS: dict[str, tuple[str, ...]] = {
     "quickstart": ("quickstart",),
     "searched": ("search",),
+    "milliseconds": ("milliseconds",),
     "quantized": ("quantization",),
     "networks": ("networks",),
     "bench": ("model",),

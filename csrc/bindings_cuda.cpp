@@ -51,10 +51,12 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<lbs::gpu::Launch>(module, "Launch", "A convolution, bound once.")
         .def(
             "enqueue",
-            [](const lbs::gpu::Launch& launch, uintptr_t stream) {
-                launch.enqueue(reinterpret_cast<cudaStream_t>(stream));
+            [](const lbs::gpu::Launch& launch, uintptr_t stream, bool overlaps) {
+                launch.enqueue(reinterpret_cast<cudaStream_t>(stream), overlaps);
             },
-            py::arg("stream"), "Launches on a stream; neither allocates nor waits, and can be captured.");
+            py::arg("stream"), py::arg("overlaps") = false,
+            "Launches on a stream; neither allocates nor waits, and can be captured. overlaps: it may begin before the "
+            "kernel in front of it has ended, and waits by itself (compute capability 9.0).");
     define(module, "onebit_tiles", "onebit_launch", lbs::onebit::kTileRows, &lbs::onebit::bind);
     define(module, "s8_tiles", "s8_launch", lbs::s8::kTileRows, &lbs::s8::bind);
     module.def(

@@ -22,6 +22,7 @@ from lbs_kernels.errors import LbsError, ShapeError
 from lbs_kernels.times.stopwatch import SETTLE, Times, cuda_graph, interleave
 
 PAYS = 1.03  # ratios nearer to 1 differ from run to run
+LIMIT = 60.0  # seconds of timing a batch; fewer rounds then
 _NAMED = 6  # layers in a line; all of them have their times in `layers`
 
 
@@ -139,7 +140,7 @@ def bench(
             it has kept, which is noted. Without a model only the packed network is timed.
         baselines: of "float32", "float32_folded", "bfloat16", "float16", "uniform8", and on the CPU "onnxruntime",
             "onnxruntime8", "openvino", "openvino8" (post-training int8) where these are installed.
-        rounds: measurements of each contender.
+        rounds: measurements of each contender; fewer, with a note, where those of a batch take more than a minute.
         first_call: on the CPU, time the first call after a pause, when threads sleep and caches are cold, instead of
             calls in a loop.
         uniform8: the network of that row, such as `lbs.quantize(model, images)` makes; unless it is given, `model` is
@@ -169,6 +170,7 @@ def bench(
         raise LbsError(f"first_call is timed on the CPU; the network is on {device}. Leave it out, or move the network")
     images, ranges = _given(packed, images, labels, calibration)
     rows: list[BenchRow] = []
+    made = rounds  # of the slowest batch
     said = progress or (lambda step: None)
     with torch_threads(threads) as count, torch.inference_mode(), _no_tf32():
         all_of_them = Contenders(packed, model, baselines, uniform8, ranges, said)
@@ -178,16 +180,20 @@ def bench(
             said(f"time batch {batch}")
             if device.type == "cuda":
                 calls = {name: cuda_graph(call) for name, call in calls.items()}
-            rows.extend(_rows(batch, interleave(calls, device=device, rounds=rounds, first_call=first_call)))
+            times = interleave(calls, device=device, rounds=rounds, limit=LIMIT, first_call=first_call)
+            rows.extend(_rows(batch, times))
+            made = min(made, len(times[PACKED].seconds))
+            if made < rounds:
+                all_of_them.notes.append(f"batch {batch}: {made} of {rounds} rounds were made in {LIMIT:.0f} s")
         if images is not None:
             said(f"classes of {len(images)} images")
         classes = {} if images is None else all_of_them.classes(images, max(batches), count)
         header = environment()
         said("time layers")
         first = packed.random_images(batches[0])
-        parts = time_parts(packed, first, rounds) if packed.kept_float else ()
+        parts = time_parts(packed, first, made) if packed.kept_float else ()
         named = ((name, all_of_them.network(name)) for name in (FLOAT32, UNIFORM8, PACKED))
-        layers = layer_times({name: x for name, x in named if x is not None}, packed, first, count, rounds)
+        layers = layer_times({name: x for name, x in named if x is not None}, packed, first, count, made)
     name = str(header["gpu"] if device.type == "cuda" else header["cpu"])
     sizes = all_of_them.sizes(max(batches))
     return BenchReport(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lbs.benchmark import bench
-from lbs.channels import ChannelGroup
 from lbs.graph import record_of
 from lbs.image_batches import batches_of, ranks_of
 from lbs.packing.model import PackedModel
@@ -26,8 +25,7 @@ from lbs.quantization_report import fidelity, report_of
 from lbs.search import removal
 from lbs.search.baselines import project_budget
 from lbs.search.budget import Budget
-from lbs.search.freeze import freeze, plan_of
-from lbs.search.layers import FULL_BITS
+from lbs.search.freeze import plan_of
 from lbs.search.ledger import Ledger
 from lbs.search.outcome import BudgetResult
 from lbs.search.prepare import SearchConfig, at_widths, prepare, uniform
@@ -137,7 +135,7 @@ def quantize(
         calibrate(network.eval(), floats, norms="correct" if rounding == "nearest" else "keep")
     if distill:
         with clock.step("distill"):
-            teacher, _ = _plain(model, floats, SearchConfig(exclude=exclude))
+            teacher, _ = removal.plain(model, floats[0][:2], SearchConfig(exclude=exclude))
             follow(network, teacher, floats, distill, record_of(network).plan.edges[-1])
     if rounding == "optimized":
         with clock.step("round"):
@@ -181,7 +179,7 @@ def _planned(
         pairs = [(batch, run(model, batch)) for batch in chosen]
 
     def filters(ledger: Ledger) -> None:
-        plain, groups = _plain(model, floats, config)
+        plain, groups = removal.plain(model, floats[0][:2], config)
         removal.measure(plain, groups, ledger, floats, _PLANNED, distance)
 
     outcome = project_budget(budget, pairs, distance, filters if budget.ledger.filters else None)
@@ -193,15 +191,9 @@ def _converted(model: nn.Module, floats: list[Tensor], config: SearchConfig, str
     kept = {layer.name: layer.kept for layer in plan.layers if layer.kept is not None}
     if not kept:
         return at_widths(model, floats[0][:2], plan, config.exclude, streams)
-    plain, groups = _plain(model, floats, config)
+    plain, groups = removal.plain(model, floats[0][:2], config)
     compensated = removal.compensated(plain, groups, kept, floats)
     return removal.without_filters(compensated, floats[0][:2], config, plan, streams)
-
-
-def _plain(model: nn.Module, floats: list[Tensor], config: SearchConfig) -> tuple[nn.Module, tuple[ChannelGroup, ...]]:
-    """A copy of the float network in plain layers, as searchable ones are named, and its groups of channels."""
-    copy = freeze(prepare(model, floats[0][:2], replace(config, bits=(FULL_BITS,), pruning=False)))
-    return copy.eval(), record_of(copy).groups
 
 
 def _pair(bits: int | tuple[int, ...] | None) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 #include "cuda/launch_cuda.cuh"
 
+#include <algorithm>
+
 #include "common/cuda_check.cuh"
 #include "cuda/index.h"
 
@@ -10,6 +12,24 @@ int attribute(cudaDeviceAttr name, int device) {
     int value = 0;
     cuda_check(cudaDeviceGetAttribute(&value, name, device), "asking GPU " + std::to_string(device) + " for its size");
     return value;
+}
+
+// A launch, but for its stream; `attributes` has room for two.
+cudaLaunchConfig_t config_of(const Kernel& kernel, int blocks, bool overlaps, cudaLaunchAttribute* attributes) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks), config.blockDim = dim3(kernel.threads);
+    config.dynamicSmemBytes = kernel.shared_bytes, config.attrs = attributes;
+    if (kernel.cluster) {
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = kernel.cluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (overlaps) {
+        cudaLaunchAttribute& order = attributes[config.numAttrs++];
+        order.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        order.val.programmaticStreamSerializationAllowed = 1;
+    }
+    return config;
 }
 
 }  // namespace
@@ -47,24 +67,35 @@ Launch::Launch(const void* params, size_t bytes, int tiles, const Kernel& kernel
     cuda_check(cudaFuncSetAttribute(kernel_.function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared),
                "asking for more shared memory than cache");
-    int at_once = 0;
-    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, kernel_.function, kernel_.threads,
-                                                             kernel_.shared_bytes),
-               "counting blocks of the kernel");
+    const int at_once = blocks_at_once();
     if (at_once < 1)
         throw BackendError("the kernel needs " + std::to_string(kernel_.shared_bytes) +
                            " bytes of shared memory per block, more than this GPU has; take fewer stages");
-    const int64_t places = static_cast<int64_t>(at_once) * multiprocessors(device);
-    blocks_ = static_cast<int>(places < tiles ? places : tiles);
+    blocks_ = kernel_.cluster ? tiles * kernel_.cluster : std::min(at_once, tiles);
 }
 
-void Launch::enqueue(cudaStream_t stream) const {
+int Launch::blocks_at_once() const {
+    int count = 0;
+    if (kernel_.cluster) {
+        cudaLaunchAttribute attributes[2]{};
+        const cudaLaunchConfig_t config = config_of(kernel_, kernel_.cluster, false, attributes);
+        cuda_check(cudaOccupancyMaxActiveClusters(&count, kernel_.function, &config), "counting clusters of the kernel");
+        return count * kernel_.cluster;
+    }
+    cuda_check(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel_.function, kernel_.threads, kernel_.shared_bytes),
+        "counting blocks of the kernel");
+    return count * multiprocessors(device_);
+}
+
+void Launch::enqueue(cudaStream_t stream, bool overlaps) const {
     if (blocks_ == 0) return;
     const DeviceGuard guard(device_);
     void* arguments[] = {const_cast<unsigned char*>(params_.data())};
-    cuda_check(cudaLaunchKernel(kernel_.function, dim3(blocks_), dim3(kernel_.threads), arguments, kernel_.shared_bytes,
-                                stream),
-               "launching the kernel");
+    cudaLaunchAttribute attributes[2]{};
+    cudaLaunchConfig_t config = config_of(kernel_, blocks_, overlaps, attributes);
+    config.stream = stream;
+    cuda_check(cudaLaunchKernelExC(&config, kernel_.function, arguments), "launching the kernel");
 }
 
 }  // namespace lbs::gpu

@@ -44,6 +44,19 @@ public:
     __device__ void sync() const { __syncthreads(); }
     __device__ void sync_warp() const { __syncwarp(); }
 
+    // Programmatic dependent launch (docs/cuda.md): the next kernel may begin, which says nothing of what was written;
+    // and wait until the kernels before have ended and what they wrote is visible. Below sm_90 they have.
+    __device__ void launch_dependents() const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+    }
+    __device__ void wait_for_kernels_before() const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    }
+
 private:
     uint8_t* shared_;
     uint32_t address_;

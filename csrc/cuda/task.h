@@ -29,6 +29,7 @@ struct Task {
     int64_t batch = 0, height = 0, width = 0, channels = 0, filters = 0;
     int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
     int w_bits = 0, a_bits = 0;
+    int split = 1;  // thread blocks that share K of a tile
     bool w_odd = true;  // a weight code counts as 2 q - n, else as q - 2^(w_bits - 1)
     bool is_signed = false;
     StreamType stream_type = StreamType::kFloat32;

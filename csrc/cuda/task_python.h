@@ -10,6 +10,7 @@
 //     whose
 //                                      0 is residual_zero
 //     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, w_odd, a_bits, signed
+//     split                            thread blocks of a cluster that share K of a tile, 1 where none do
 //     low, high                        floats or None
 //     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, as_bytes,
 //                                      pitch (words or bytes from pixel to pixel), zero, signed, relu, step (None, or
@@ -101,6 +102,7 @@ inline Task read_task(const pybind11::dict& task) {
     t.w_bits = field<int>(task, "w_bits");
     t.w_odd = field<bool>(task, "w_odd");
     t.a_bits = field<int>(task, "a_bits");
+    t.split = field<int>(task, "split");
     t.is_signed = field<bool>(task, "signed");
     t.has_low = bound(task, "low", t.low);
     t.has_high = bound(task, "high", t.high);

@@ -11,6 +11,7 @@ namespace lbs::gpu {
 struct TileRow {
     const char* machine;
     int groups, filters, stages, shared_bytes;  // groups of 64 pixels
+    bool clusters = false;                      // thread blocks may share K of a tile
 };
 
 inline bool same_row(const TileRow& a, const TileRow& b) {

@@ -90,18 +90,40 @@ LBS_HD void copy_activations(Machine& machine, const Params& p, int a_pair, int 
 }
 
 template <class T, class Machine>
-LBS_HD void copy_chunk(Machine& machine, const Params& p, const Cursor& at) {
+LBS_HD void copy_chunk_activations(Machine& machine, const Params& p, const Cursor& at) {
     if (at.tile >= p.tiles) return;
-    const auto [row_block, filter_block] = place_of(p, at.tile);
-    if (at.pass == 0 && at.chunk == 0) find_windows<T>(machine, p, row_block * T::kRows);
+    if (at.pass == 0 && at.chunk == 0) find_windows<T>(machine, p, place_of(p, at.tile).row_block * T::kRows);
     const int byte = at.stage * T::kStageBytes, a_pair = p.pass[at.pass].a_pair;
     if (p.copy_words == 4) copy_activations<T, 4>(machine, p, a_pair, at.chunk, byte);
     else if (p.copy_words == 2) copy_activations<T, 2>(machine, p, a_pair, at.chunk, byte);
     else copy_activations<T, 1>(machine, p, a_pair, at.chunk, byte);
+}
+
+template <class T, class Machine>
+LBS_HD void copy_chunk_weights(Machine& machine, const Params& p, const Cursor& at) {
+    if (at.tile >= p.tiles) return;
+    const int byte = at.stage * T::kStageBytes + T::kWeightByte, filter_block = place_of(p, at.tile).filter_block;
     const uint32_t* w = p.w + weight_block<T::kN>(p, p.pass[at.pass].w_pair, filter_block, at.chunk);
     LBS_UNROLL for (int i = 0; i < T::kN * kRowBytes / kUnitBytes / T::kThreads; ++i) {
         const int unit = machine.thread() + i * T::kThreads;
-        machine.template copy<kUnitBytes>(byte + T::kWeightByte + unit * kUnitBytes, w + unit * 4, true);
+        machine.template copy<kUnitBytes>(byte + unit * kUnitBytes, w + unit * 4, true);
+    }
+}
+
+// The first copies. No kernel writes weights: theirs, which arrive with the first group, do not wait for the kernels
+// before; everything else does.
+template <class T, class Machine>
+LBS_HD void begin_copies(Machine& machine, const Params& p, Cursor& at) {
+    Cursor weights = at;
+    LBS_NO_UNROLL for (int i = 0; i < copies_ahead<T, Machine>(); ++i) {
+        copy_chunk_weights<T>(machine, p, weights);
+        advance<T>(p, machine.blocks(), weights);
+    }
+    machine.wait_for_kernels_before();
+    LBS_NO_UNROLL for (int i = 0; i < copies_ahead<T, Machine>(); ++i) {
+        copy_chunk_activations<T>(machine, p, at);
+        machine.commit_copies();
+        advance<T>(p, machine.blocks(), at);
     }
 }
 
@@ -184,7 +206,8 @@ LBS_HD void multiply_pass(Machine& machine, const Params& p, const Pass& pass,
             machine.template wait_copies<copies_ahead<T, Machine>() - 1>();
             machine.publish();
             machine.sync();  // everybody's copies are there, and everybody has left the stage that is filled next
-            copy_chunk<T>(machine, p, at.ahead);
+            copy_chunk_activations<T>(machine, p, at.ahead);
+            copy_chunk_weights<T>(machine, p, at.ahead);
             machine.commit_copies();
             advance<T>(p, machine.blocks(), at.ahead);
         }
@@ -199,12 +222,9 @@ LBS_HD void multiply_pass(Machine& machine, const Params& p, const Pass& pass,
 
 template <class T, class Machine>
 LBS_HD void run_tiles(Machine& machine, const Params& p) {
+    machine.launch_dependents();
     Progress at{{machine.block(), 0, 0, 0}, 0, 0};
-    LBS_NO_UNROLL for (int i = 0; i < copies_ahead<T, Machine>(); ++i) {
-        copy_chunk<T>(machine, p, at.ahead);
-        machine.commit_copies();
-        advance<T>(p, machine.blocks(), at.ahead);
-    }
+    begin_copies<T>(machine, p, at.ahead);
     LBS_NO_UNROLL for (int tile = machine.block(); tile < p.tiles; tile += machine.blocks()) {
         int acc[kMultiplyGroups][T::kN / 2];
         LBS_UNROLL for (int g = 0; g < kMultiplyGroups; ++g) {

@@ -24,6 +24,7 @@ inline void plan_passes(int w_pairs, int a_pairs, Params& p) {
 inline Params make_params(const Task& t, const TileRow& row) {
     for (int bits : {t.w_bits, t.a_bits})
         require(bits == 2 || bits == 4, "one-bit kernel: codes of " + std::to_string(bits) + " bits; it takes 2 or 4");
+    require(t.split == 1, "one-bit kernel: K is shared by " + std::to_string(t.split) + " thread blocks; it takes 1");
     Params p{};
     const int64_t words = (t.channels + kWord - 1) / kWord;
     fill_layer(t, {row.groups * kWarpgroupRows, row.filters, words, kChunkWords}, p);

@@ -13,6 +13,8 @@ constexpr int kTurnRows = 32 / kChunkUnits;  // rows that a warp copies at once:
 constexpr int kTurns = 4;                    // whose windows are read before the first of them is copied
 constexpr int kTurnBytes = kProducerWarps * kTurnRows * kRowBytes;  // that lie between those of one turn and the next
 
+constexpr int kMostBlocks = 8;  // of a cluster: what every GPU with clusters takes
+
 constexpr int kSumColumns = 8;  // of ones where a channel exists, behind the filters: the fewest that are multiplied
 
 // Bytes of the weight operand before a block: [filter block][chunk][column][8 units, swizzled].
@@ -25,6 +27,20 @@ LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
 // but their number: all have the same place in the swizzle.
 LBS_HD int copied_row(int warp, int i) {
     return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
+}
+
+// Chunks of K that follow one another.
+struct Share {
+    int first, chunks;
+    int last_steps;  // multiplications of the last of them
+};
+
+LBS_HD Share whole(const Params& p) { return {0, p.chunks, p.last_steps}; }
+
+// What block `rank` of a cluster multiplies: as even as whole chunks are, and there are as many as blocks at least.
+LBS_HD Share share_of(const Params& p, int rank) {
+    const int first = rank * p.chunks >> p.split_log, end = (rank + 1) * p.chunks >> p.split_log;
+    return {first, end - first, end == p.chunks ? p.last_steps : kChunkSteps};
 }
 
 // The window of an output pixel with its place in bytes, and the place of 16 channels of a tap relative to a window.

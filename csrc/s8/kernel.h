@@ -4,13 +4,14 @@
 //
 // A block of threads stays and works off tiles of kRows pixels by kN filters, in the order of place_of(). One group of
 // 128 threads copies chunks of K into a ring of stages, two groups multiply: tiles go to them in turn, so that one
-// multiplies while the other writes its sums out. Nothing orders the two but the ring, in which the chunks of a tile
-// follow those of the tile before.
+// multiplies while the other writes its sums out. The chunks of a tile follow those of the tile before in the ring.
 //
 // Every stage has two barriers. `full` completes when the producer's copies lie there: the activations, by
 // asynchronous copies of 16 bytes that every thread publishes for the tensor core and then arrives for, and the
 // weights, one run of bytes that a bulk copy counts on the barrier. `empty` completes when the four warps that
-// multiply have left the stage.
+// multiply have left the stage. A barrier tells but whether a phase is even or odd, so nobody may ask for one before the
+// phase in front of it is over, which may be the other consumer's: so a third kind, `turn`, completes when the other
+// consumer has seen the last chunk of the tile in front arrive. It has then seen all of them.
 //
 // Where sum_scale is not 0, kernels of their own (kSums) multiply the activations by eight columns of ones as well: of
 // a fragment of eight columns a thread holds the sums of the very rows whose products it holds.
@@ -36,7 +37,7 @@ struct Tile {
     static constexpr int kStageBytes = kWeightByte + kWeightBytes;
     static constexpr int kWindowByte = kStages * kStageBytes;
     static constexpr int kBarrierByte = kWindowByte + kRows * static_cast<int>(sizeof(Window));
-    static constexpr int kSharedBytes = kBarrierByte + 2 * kStages * 8;
+    static constexpr int kSharedBytes = kBarrierByte + (2 * kStages + kConsumers) * 8;
     // Chunks that are on their way before the first of them is waited for. The consumer leaves a stage when it has
     // begun with the next one, so that at least two must be there.
     static constexpr int kAhead = kStages / 2;
@@ -45,6 +46,7 @@ struct Tile {
 
     LBS_HD static constexpr int full(int stage) { return kBarrierByte + 8 * stage; }
     LBS_HD static constexpr int empty(int stage) { return kBarrierByte + 8 * (kStages + stage); }
+    LBS_HD static constexpr int turn(int consumer) { return kBarrierByte + 8 * (2 * kStages + consumer); }
 };
 
 // A place in the ring, counted through two rounds of it: in the second the barriers wait for the other parity.
@@ -74,13 +76,16 @@ LBS_HD void find_windows(Machine& machine, const Params& p, int first_row) {
 }
 
 template <class T, class Machine>
-LBS_HD void copy_chunk(Machine& machine, const Params& p, int filter_block, int chunk, int stage) {
+LBS_HD void copy_weights(Machine& machine, const Params& p, int filter_block, int chunk, int stage) {
+    if (machine.thread() != 0) return;
+    machine.expect(T::full(stage), T::kWeightBytes);
+    machine.bulk_copy(stage * T::kStageBytes + T::kWeightByte,
+                      p.w + weight_block<T::kColumns>(p, filter_block, chunk), T::kWeightBytes, T::full(stage));
+}
+
+template <class T, class Machine>
+LBS_HD void copy_activations(Machine& machine, const Params& p, int chunk, int stage) {
     const int byte = stage * T::kStageBytes, warp = machine.thread() / 32, lane = machine.thread() % 32;
-    if (machine.thread() == 0) {
-        machine.expect(T::full(stage), T::kWeightBytes);
-        machine.bulk_copy(byte + T::kWeightByte, p.w + weight_block<T::kColumns>(p, filter_block, chunk),
-                          T::kWeightBytes, T::full(stage));
-    }
     // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
     const int unit = lane % kChunkUnits, first = lane / kChunkUnits;
     const Tap tap = tap_of(p, chunk * kChunkUnits + unit);
@@ -109,22 +114,56 @@ LBS_HD void publish_chunk(Machine& machine, Place<T>& oldest) {
     oldest.step();
 }
 
+// Weights of the first chunks of the first tile, into stages that are empty: no kernel writes weights, so that they need
+// not wait for the kernels before. Returns how many chunks.
+template <class T, class Machine>
+LBS_HD int begin_weights(Machine& machine, const Params& p, int filter_block, const Share& share) {
+    const int chunks = share.chunks < T::kStages ? share.chunks : T::kStages;
+    LBS_NO_UNROLL for (int chunk = 0; chunk < chunks; ++chunk) {
+        copy_weights<T>(machine, p, filter_block, share.first + chunk, chunk);
+    }
+    return chunks;
+}
+
+// Where the producer stands: chunks whose weights are on their way already, those of which all is but that are not
+// published, and the places of the next chunk and of the oldest of the latter.
+template <class T>
+struct Production {
+    int begun, under_way = 0;
+    Place<T> at{0}, oldest{0};
+};
+
+// The chunks of one tile, or of a share of it.
+template <class T, class Machine>
+LBS_HD void produce_tile(Machine& machine, const Params& p, const TilePlace& place, const Share& share,
+                         Production<T>& made) {
+    find_windows<T>(machine, p, place.row_block * T::kRows);
+    LBS_NO_UNROLL for (int chunk = 0; chunk < share.chunks; ++chunk) {
+        machine.wait(T::empty(made.at.stage()), 1 - made.at.round());  // the phase before the first counts as complete
+        if (made.begun > 0) --made.begun;
+        else copy_weights<T>(machine, p, place.filter_block, share.first + chunk, made.at.stage());
+        copy_activations<T>(machine, p, share.first + chunk, made.at.stage());
+        made.at.step();
+        if (made.under_way == T::kAhead) publish_chunk<T, T::kAhead>(machine, made.oldest);
+        else ++made.under_way;
+    }
+}
+
+template <class T, class Machine>
+LBS_HD void publish_rest(Machine& machine, Production<T>& made) {
+    LBS_NO_UNROLL for (; made.under_way > 0; --made.under_way) publish_chunk<T, 0>(machine, made.oldest);
+}
+
 template <class T, class Machine>
 LBS_HD void produce(Machine& machine, const Params& p) {
-    Place<T> at{0}, oldest{0};
-    int under_way = 0;
+    const Share all = whole(p);
+    const bool any = machine.block() < p.tiles;
+    Production<T> made{any ? begin_weights<T>(machine, p, place_of(p, machine.block()).filter_block, all) : 0};
+    machine.wait_for_kernels_before();
     LBS_NO_UNROLL for (int tile = machine.block(); tile < p.tiles; tile += machine.blocks()) {
-        const TilePlace place = place_of(p, tile);
-        find_windows<T>(machine, p, place.row_block * T::kRows);
-        LBS_NO_UNROLL for (int chunk = 0; chunk < p.chunks; ++chunk) {
-            machine.wait(T::empty(at.stage()), 1 - at.round());  // the phase before the first counts as complete
-            copy_chunk<T>(machine, p, place.filter_block, chunk, at.stage());
-            at.step();
-            if (under_way == T::kAhead) publish_chunk<T, T::kAhead>(machine, oldest);
-            else ++under_way;
-        }
+        produce_tile<T>(machine, p, place_of(p, tile), all, made);
     }
-    LBS_NO_UNROLL for (; under_way > 0; --under_way) publish_chunk<T, 0>(machine, oldest);
+    publish_rest<T>(machine, made);
 }
 
 // One warp's leave of a stage: its products have read it.
@@ -163,11 +202,11 @@ LBS_HD void multiply_step(Machine& machine, Sums<T>& sums, uint64_t stage, int s
 
 // All products of a tile. Those of a chunk run on while the next one is waited for and begun; then its stage is left.
 // No condition stands around a product, else the compiler would end each of them where it began: so the last chunk,
-// which may be shorter, has a loop of its own that surely begins.
+// which may be shorter, has a loop of its own that surely begins. `next`: the barrier of who comes next, or none, -1.
 template <class T, class Machine>
-LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Place<T>& at) {
+LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
     int before = -1;  // the stage whose products may still run
-    LBS_NO_UNROLL for (int left = p.chunks - 1; left > 0; --left) {
+    LBS_NO_UNROLL for (int left = share.chunks - 1; left > 0; --left) {
         const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
         machine.wait(T::full(at.stage()), at.round());
         machine.open_products();
@@ -180,13 +219,14 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Plac
     }
     const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
     machine.wait(T::full(at.stage()), at.round());
+    if (next >= 0 && machine.thread() % kWarpgroup == 0) machine.arrive(next);
     int step = 0;
     LBS_NO_UNROLL do {
         machine.open_products();
         multiply_step(machine, sums, stage, step);
         machine.close_products();
         machine.template wait_products<1>();
-    } while (++step < p.last_steps);
+    } while (++step < share.last_steps);
     machine.finish_products(sums.acc);
     if (T::kSums) machine.finish_products(sums.codes);
     if (before >= 0) leave<T>(machine, before);
@@ -199,14 +239,19 @@ LBS_HD void multiply_tile(Machine& machine, const Params& p, Sums<T>& sums, Plac
 template <class T>
 constexpr int kRunOf = run_of(T::kN) < 16 ? run_of(T::kN) : 16;
 
-// Run `part` of the accumulators of a thread, with the offset; runs of one row follow one another.
-template <class T>
-LBS_HD void take_run(const Params& p, const Sums<T>& sums, int part, int first, int (&run)[kRunOf<T>]) {
-    constexpr int kRun = kRunOf<T>, kRuns = T::kN / 4 / kRun;
+// The run's offsets, to which its sums are added.
+template <int kRun>
+LBS_HD void take_offset(const Params& p, int first, int (&run)[kRun]) {
     LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
         const Ints4 offset = *reinterpret_cast<const Ints4*>(p.offset + first + c);
         LBS_UNROLL for (int i = 0; i < 4; ++i) run[c + i] = offset.v[i];
     }
+}
+
+// Adds run `part` of the accumulators of a thread; runs of one row follow one another.
+template <class T>
+LBS_HD void add_run(const Params& p, const Sums<T>& sums, int part, int (&run)[kRunOf<T>]) {
+    constexpr int kRun = kRunOf<T>, kRuns = T::kN / 4 / kRun;
     LBS_UNROLL for (int which = 0; which < 2 * T::kGroups * kRuns; ++which) {
         if (which != part) continue;
         const int group = which / kRuns / 2, half = which / kRuns % 2, from = which % kRuns * kRun;
@@ -231,7 +276,8 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sum
         const int row = front + part / kRuns / 2 * kWarpgroupRows + part / kRuns % 2 * fragment_row(0, 0, 2);
         const int first = begin + part % kRuns * kRun;
         int run[kRun];
-        take_run(p, sums, part, first, run);
+        take_offset(p, first, run);
+        add_run(p, sums, part, run);
         if (row < p.rows) emit<kRun, T::kN>(p, run, row, first);
     }
 }
@@ -239,28 +285,40 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sum
 // Tiles consumer, consumer + 2, ... of those of this block.
 template <class T, class Machine>
 LBS_HD void consume(Machine& machine, const Params& p, int consumer) {
+    machine.wait_for_kernels_before();  // it reads residuals, and writes where they may read
     Place<T> at{0};
     at.advance(consumer * p.chunks);
-    int tile = machine.block() + consumer * machine.blocks();
+    int tile = machine.block() + consumer * machine.blocks(), parity = 1 - consumer;  // nobody is in front of the first
     LBS_NO_UNROLL for (; tile < p.tiles; tile += kConsumers * machine.blocks()) {
         Sums<T> sums;
         clear(sums);
-        multiply_tile(machine, p, sums, at);
+        machine.wait(T::turn(consumer), parity);
+        parity = 1 - parity;
+        multiply_tile(machine, whole(p), sums, at, T::turn(1 - consumer));
         at.advance((kConsumers - 1) * p.chunks);
         write_tile(p, machine.thread(), tile, sums);
     }
 }
 
 template <class T, class Machine>
-LBS_HD void run_tiles(Machine& machine, const Params& p) {
+LBS_HD void make_barriers(Machine& machine) {
     if (machine.thread() == 0) {
         LBS_NO_UNROLL for (int stage = 0; stage < T::kStages; ++stage) {
             machine.make_barrier(T::full(stage), kWarpgroup);
             machine.make_barrier(T::empty(stage), kWarpgroup / 32);
         }
+        LBS_NO_UNROLL for (int consumer = 0; consumer < kConsumers; ++consumer) {
+            machine.make_barrier(T::turn(consumer), 1);
+        }
         machine.publish();
     }
     machine.sync();
+}
+
+template <class T, class Machine>
+LBS_HD void run_tiles(Machine& machine, const Params& p) {
+    machine.launch_dependents();
+    make_barriers<T>(machine);
     const int consumer = machine.warpgroup() - 1;
     if (consumer < 0) {
         machine.give_registers();

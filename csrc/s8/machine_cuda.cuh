@@ -41,6 +41,21 @@ public:
                      "l"(from), "r"(bytes), "r"(address(barrier))
                      : "memory");
     }
+    // Of all threads of the cluster; what they wrote before is visible behind it.
+    __device__ void sync_cluster() const {
+        asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    }
+    // Shared memory of block `rank` of the cluster.
+    __device__ gpu::Ints4 load_from(int rank, int byte) const {
+        uint32_t there;
+        gpu::Ints4 four;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(byte)), "r"(rank));
+        asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(four.v[0]), "=r"(four.v[1]), "=r"(four.v[2]), "=r"(four.v[3])
+                     : "r"(there)
+                     : "memory");
+        return four;
+    }
     // 65536 registers for three groups of 128 threads: the producer needs few, the consumers hold sums.
     __device__ void give_registers() const { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
     __device__ void take_registers() const { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }

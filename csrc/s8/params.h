@@ -18,6 +18,7 @@ struct Params : Layer {
     int pitch;
     int sum_scale;
     int last_steps;  // multiplications of the last chunk of K; the others have kChunkSteps
+    int split_log;   // 2^split_log thread blocks of a cluster share the chunks of a tile
 };
 
 }  // namespace lbs::s8

@@ -18,6 +18,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) s8_wgmma(const __grid_constant
 #endif
 }
 
+// Two blocks have room on a multiprocessor.
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 2) s8_cluster_wgmma(const __grid_constant__ Params p) {
+#if defined(LBS_HAS_WGMMA)
+    WgmmaMachine machine(shared_memory);
+    run_split_tile<T>(machine, p);
+#else
+    __trap();
+#endif
+}
+
 using Peak = Tile<2, 128, 4, false>;
 constexpr int kPeakThreads = kConsumers * kWarpgroup;
 
@@ -55,12 +66,23 @@ Kernel kernel_of() {
     return {reinterpret_cast<const void*>(&s8_wgmma<T>), T::kThreads, T::kSharedBytes, 64};
 }
 
-Kernel kernel_of(const TileRow& row, bool sums) {
+template <class T>
+Kernel cluster_kernel_of(int split) {
+    return {reinterpret_cast<const void*>(&s8_cluster_wgmma<T>), T::kThreads, T::kSharedBytes, 64, split};
+}
+
+Kernel kernel_of(const TileRow& row, bool sums, int split) {
 #define LBS_KERNEL(machine, groups, filters, stages)                   \
     if (same_row(row, {#machine, groups, filters, stages, 0}))         \
         return sums ? kernel_of<Tile<groups, filters, stages, true>>() \
                     : kernel_of<Tile<groups, filters, stages, false>>();
     LBS_S8_TILES(LBS_KERNEL)
+#undef LBS_KERNEL
+#define LBS_KERNEL(machine, groups, filters, stages)                               \
+    if (same_row(row, {#machine, groups, filters, stages, 0}))                     \
+        return sums ? cluster_kernel_of<ClusterTile<filters, stages, true>>(split) \
+                    : cluster_kernel_of<ClusterTile<filters, stages, false>>(split);
+    LBS_S8_CLUSTER_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
     return {};  // find_row() knows the rows of the same table only
 }
@@ -71,7 +93,7 @@ Launch bind(const Task& task, const TileRow& row, int device) {
     const Params params = make_params(task, row);
     const DeviceGuard guard(device);
     check_capability("s8", false, device);
-    return Launch(params, kernel_of(row, needs_sums(task)), device);
+    return Launch(params, kernel_of(row, needs_sums(task), task.split), device);
 }
 
 int64_t peak_threads(int device) { return int64_t{kPeakThreads} * multiprocessors(device); }

@@ -26,6 +26,11 @@ inline Params make_params(const Task& t, const TileRow& row) {
     p.pitch = static_cast<int>(units) * kUnitBytes;
     constexpr int kStepUnits = kStepBytes / kUnitBytes;
     p.last_steps = (p.k_pieces - (p.chunks - 1) * kChunkUnits + kStepUnits - 1) / kStepUnits;
+    const int most = row.clusters ? kMostBlocks : 1;
+    check_range(t.split, 1, p.chunks < most ? p.chunks : most, "the number of thread blocks that share K");
+    while (1 << p.split_log < t.split) ++p.split_log;
+    require(1 << p.split_log == t.split, "s8 kernel: " + std::to_string(t.split) + " thread blocks share K; 1, 2, 4 or 8");
+    check_range(int64_t{p.tiles} * t.split, 0, kMost, "the number of thread blocks");
     const int x_scale = t.is_signed ? 2 : 1;
     p.dot_scale = (needs_sums(t) ? 2 : 1) * x_scale;
     p.sum_scale = needs_sums(t) ? x_scale : 0;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/tile_row.h"
-#include "s8/kernel.h"
+#include "s8/split.h"
 
 // row(machine, groups of 64 pixels, filters, stages): two kernels, with sums of codes and without. Stages fill the shared memory of one block: the registers of its
 // three groups of threads allow no second one.
@@ -13,12 +13,18 @@
     row(wgmma, 2, 64, 8)  \
     row(wgmma, 2, 48, 9)  \
     row(wgmma, 1, 64, 12)
+// Of clusters whose blocks share K (split.h): few stages, as a share is short, so that two blocks have room on a
+// multiprocessor, of which one may belong to the next kernel.
+#define LBS_S8_CLUSTER_TILES(row) row(wgmma, 1, 64, 5)
 
 namespace lbs::s8 {
 
 #define LBS_ROW(machine, groups, filters, stages) \
     {#machine, groups, filters, stages, Tile<groups, filters, stages, true>::kSharedBytes},
-constexpr TileRow kTileRows[] = {LBS_S8_TILES(LBS_ROW)};
+#define LBS_CLUSTER_ROW(machine, groups, filters, stages) \
+    {#machine, groups, filters, stages, ClusterTile<filters, stages, true>::kSharedBytes, true},
+constexpr TileRow kTileRows[] = {LBS_S8_TILES(LBS_ROW) LBS_S8_CLUSTER_TILES(LBS_CLUSTER_ROW)};
 #undef LBS_ROW
+#undef LBS_CLUSTER_ROW
 
 }  // namespace lbs::s8

@@ -21,12 +21,17 @@ def limits(config: SearchRun) -> dict[str, Any]:
     """Arguments of `Budget` that name the targets.
 
     Raises:
-        PlanError: the run has no target.
+        PlanError: the run has no target, or names whose times count and no number of them.
     """
     asked = {name: value for name in TARGETS if (value := getattr(config, name))}
     if not asked:
         raise PlanError(NO_TARGET)
     if "latency_ms" not in asked:
+        if config.latency_device != SearchRun.latency_device:
+            raise PlanError(
+                f"latency_device={config.latency_device} says whose times a budget of milliseconds counts, and there "
+                "is none; give latency_ms=X too, or leave it out"
+            )
         return asked
     return {**asked, "table": latency_table(config.model, config.latency_device, config.streams)}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import lbs.data
@@ -19,18 +22,21 @@ from lbs.runs.modes import mode_settings
 from lbs.runs.session import (
     Session,
     calibration_batches,
-    calibration_pairs,
     goes_on,
     test_loader,
     train_loader,
 )
+from lbs.search import removal
 from lbs.search.baselines import project_budget
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.freeze import freeze, plan_of
 from lbs.search.layers import FULL_BITS
+from lbs.search.ledger import Ledger
 from lbs.search.outcome import BudgetResult
 from lbs.search.prepare import SearchConfig, conversion_report, prepare
 from lbs.search.streams import FLOAT, check_streams
+from lbs.traced import evaluating
+from lbs.train.following import distance
 from lbs.train.trainer import Trainer
 from lbs_kernels.errors import PlanError, TrainingError
 
@@ -126,12 +132,41 @@ def by_gates(job: SearchJob, model: nn.Module) -> Found:
 
 def greedy(job: SearchJob, model: nn.Module) -> Found:
     """Choices are fixed by measured losses before any step; then as a search goes on once its budget is met."""
-    searched = job.prepared(model, search_settings(job.config))
+    settings = by_filters(search_settings(job.config))
+    searched = job.prepared(model, settings)
     budget = job.budget(searched, **limits(job.config))
     if not goes_on(job.session, "search"):
-        project_budget(budget, calibration_pairs(job.config, job.data, job.session.device))
+        close_by_losses(budget, model, settings, job.images())
     training = job.search(searched, budget, "search", teacher=model)
     return job.found(searched, budget.result(), training)
+
+
+def by_filters(settings: SearchConfig) -> SearchConfig:
+    """The same, filters ranked one by one where some may go, as many together as before."""
+    tile = math.lcm(settings.group_size, settings.filter_tile)
+    return replace(settings, group_size=1, filter_tile=tile) if settings.pruning else settings
+
+
+def close_by_losses(budget: Budget, model: nn.Module, settings: SearchConfig, batches: list[Tensor]) -> None:
+    """Fix widths and filters by how far the outputs move; readers are fitted to the filters that stay.
+
+    Arguments:
+        budget: of a searchable, calibrated copy of `model`, prepared by `settings`. batches: images.
+    """
+    with evaluating(model), torch.no_grad():
+        pairs = [(images, model(images)) for images in batches]
+    plain, groups = removal.plain(model, batches[0][:2], settings)
+    measured = partial(_measure, plain, groups, batches)
+    project_budget(budget, pairs, distance, measured if budget.ledger.filters else None)
+    kept = {layer.name: layer.kept for layer in plan_of(budget.model).layers if layer.kept is not None}
+    if kept:
+        fitted = removal.compensated(plain, groups, kept, batches)
+        removal.make_up(budget.model, fitted, groups, kept)
+        estimate_norms(budget.model, batches)
+
+
+def _measure(plain: nn.Module, groups: Any, batches: list[Tensor], ledger: Ledger) -> None:
+    removal.measure(plain, groups, ledger, batches, sum(map(len, batches)), distance)
 
 
 def two_stage(job: SearchJob, model: nn.Module) -> Found:

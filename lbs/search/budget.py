@@ -6,6 +6,7 @@ loss.backward(); optimizer.step(); budget.step()
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -72,7 +73,7 @@ class Budget:
         self.targets = targets_of(self.plan, bops, size_mb, latency_ms, table)
         for target in self.targets:
             _check_reachable(self.ledger, target)
-        self.controllers = [Controller(strength, gain) for _ in self.targets]
+        self.controllers = [Controller(strength, gain, span=_span(self.ledger, target)) for target in self.targets]
         self.read_every = read_every or (8 if next(model.parameters()).is_cuda else 1)
         self.steps, self.frozen = 0, False
         self._held: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []  # thresholds, and what they were
@@ -302,6 +303,12 @@ class Budget:
         if self.frozen:
             self._note_model()
         self._assign_sides()
+
+
+def _span(ledger: Ledger, target: Target) -> float:
+    """How far the widest network is above a target, as log of the ratio; 1 where it is further, or within it."""
+    over = math.log(ledger.ceiling(target.quantity) / target.limit)
+    return min(1.0, over) if over > 0 else 1.0
 
 
 def _check_reachable(ledger: Ledger, target: Target) -> None:

@@ -5,6 +5,7 @@ Plain numbers on the host. `read` takes them from the gates, `apply` writes them
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate, product
 from typing import Any
@@ -19,6 +20,8 @@ from lbs.search.layers import SearchLayer, searched_gate
 from lbs.search.quantities import Quantity
 from lbs.search.stacks import BitStack, prune_stacks
 from lbs_kernels.errors import PlanError
+
+NOISE = 0.05  # of a time: by how much two measurements of the same differ; bits that pay save a quarter and more
 
 
 @dataclass(eq=False)
@@ -65,8 +68,9 @@ class Row:
         """What the layer costs under the present choices.
 
         Of a measured quantity the running minimum over all that is as wide or wider in bits, channels and filters: what
-        is narrower never costs more, so that neither noise nor a width that is slower than the one above it is a reason
-        to close anything. Tables stay as they were measured; where nothing wider costs the same, the price is theirs.
+        is narrower never costs more. Widths that are faster by less than `NOISE` cost what the wider ones do. So
+        neither noise nor a width that is slower than the one above it is a reason to close anything. Tables stay as
+        they were measured.
         """
         key = quantity.name, self.amounts()
         if key not in self.prices:
@@ -90,13 +94,17 @@ class Row:
             key = quantity.name, self.amounts()
             if key in self.prices:
                 continue
-            least = self._own_price(quantity)
+            own, wider, more = self._own_price(quantity), math.inf, math.inf  # more: channels or filters
             for choice in choices:
                 if choice.level < choice.top:
                     choice.level += 1
-                    least = min(least, self.prices[quantity.name, self.amounts()])
+                    price = self.prices[quantity.name, self.amounts()]
                     choice.level -= 1
-            self.prices[key] = least
+                    if choice.kind == "filters":
+                        more = min(more, price)
+                    else:
+                        wider = min(wider, price)
+            self.prices[key] = min(own if own < (1 - NOISE) * wider else wider, more)
         for choice, level in zip(choices, present, strict=True):
             choice.level = level
 
@@ -190,6 +198,16 @@ class Ledger:
         """
         present = [choice.level for choice in self.choices]
         self.make_cheapest(quantity)
+        total = self.total(quantity)
+        for choice, level in zip(self.choices, present, strict=True):
+            choice.level = level
+        return total
+
+    def ceiling(self, quantity: Quantity) -> float:
+        """What the network costs with everything as wide as it can be."""
+        present = [choice.level for choice in self.choices]
+        for choice in self.choices:
+            choice.level = choice.top
         total = self.total(quantity)
         for choice, level in zip(self.choices, present, strict=True):
             choice.level = level

@@ -20,7 +20,8 @@ class Prices:
 
     total: what the network costs, a scalar. widths: the bit gates that learn; open, steps: for every step between their
     neighbouring widths, 1 where it is open, and its price [K]. filters: the prune gates; slopes: what one filter costs,
-    towards the neighbouring number of them, 0 where there is none [P].
+    0 where there is one number of them [P]: towards the neighbouring number, and of times, which fall by stairs,
+    towards the one below at which a filter less saves most.
     """
 
     def __init__(self, ledger: Ledger, quantity: Quantity, side: str, device: torch.device) -> None:
@@ -60,9 +61,10 @@ class Prices:
         return self._steps[key]
 
     def _slope(self, choice: Choice) -> float:
-        level = choice.level - 1 if choice.level else 1
-        change = self.ledger.change(self.quantity, choice, level)
-        return change / (choice.amounts[level] - choice.amount)
+        stairs = self.quantity.measured or self.quantity.modelled
+        levels = range(choice.level) if choice.level and stairs else (choice.level - 1 if choice.level else 1,)
+        changes = ((self.ledger.change(self.quantity, choice, level), choice.amounts[level]) for level in levels)
+        return max(change / (amount - choice.amount) for change, amount in changes)
 
 
 def sent(values: list[float], device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ is judged on images that its weights were not fitted to, and what it costs to lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -30,9 +30,11 @@ from torch.nn import functional as F
 
 from lbs.channels import ChannelGroup
 from lbs.convolutions import TransposedConv2d
+from lbs.graph import record_of
 from lbs.plan import Plan, grid_at
 from lbs.quant.layers import QuantLayer
 from lbs.search.freeze import freeze
+from lbs.search.layers import FULL_BITS
 from lbs.search.ledger import Choice, Ledger
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.sensitivity import Loss, losses
@@ -195,6 +197,12 @@ def elimination(readers: Sequence[Reader], fold: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+def plain(model: nn.Module, example: Tensor, config: SearchConfig) -> tuple[nn.Module, tuple[ChannelGroup, ...]]:
+    """A copy of a float network in plain layers, as searchable ones are named, and its groups of channels."""
+    copy = freeze(prepare(model, example, replace(config, bits=(FULL_BITS,), pruning=False)))
+    return copy.eval(), record_of(copy).groups
+
+
 def readers_of(model: nn.Module, group: ChannelGroup) -> list[Reader]:
     """The layers of `model` that read the filters of a group.
 
@@ -352,6 +360,21 @@ def compensated(
                 weight, bias = reader.settled(living)
                 reader.compute(reader.spread(living, weight), bias)
     return made
+
+
+@torch.no_grad()
+def make_up(searched: nn.Module, compensated: nn.Module, groups: Sequence[ChannelGroup], kept: Collection[str]) -> None:
+    """Give a searchable copy whose filters are closed the weights of readers that were fitted to those kept.
+
+    Readers that have no bias of their own get none: norms behind them are estimated anew, and take in what it would be.
+    """
+    for group in groups:
+        for name in group.consumers if group.producer in kept else ():
+            layer: Any = searched.get_submodule(name)
+            fitted: Any = compensated.get_submodule(name)
+            layer.weight.copy_(fitted.weight)
+            if layer.bias is not None:
+                layer.bias.copy_(fitted.bias)
 
 
 def without_filters(model: nn.Module, example: Tensor, config: SearchConfig, plan: Plan, streams: int) -> nn.Module:

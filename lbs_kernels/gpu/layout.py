@@ -10,14 +10,16 @@ Each form has an exact inverse, `to_logical(from_logical(x)) == x`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from lbs_kernels.errors import ShapeError
 from lbs_kernels.program.planes import pack_planes, unpack_planes, words
-from lbs_kernels.program.steps import STREAM_DTYPES, Program, TensorSpec, sources
+from lbs_kernels.program.steps import STREAM_DTYPES, Program, Step, TensorSpec, sources
 
 PITCH = 16  # bytes: one vector load
 ALIGNMENT = 256  # bytes: what cudaMalloc gives
@@ -85,27 +87,44 @@ class Slot:
     nbytes: int
 
 
-def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
-    """First and last step (inclusive) at which each tensor must keep its values; outputs stay to the end."""
+def read_by(step: Step) -> list[int]:
+    """The tensors a step reads."""
+    return [index for index in (*sources(step), step.emit.gate, step.emit.residual) if index is not None]
+
+
+def written_by(step: Step) -> list[int]:
+    """The tensors a step writes."""
+    written = [consumer.tensor for consumer in step.emit.consumers]
+    return written if step.emit.stream is None else [step.emit.stream, *written]
+
+
+def lifetimes(program: Program, beside: Mapping[int, int] = MappingProxyType({})) -> dict[int, tuple[int, int]]:
+    """First and last step (inclusive) at which each tensor must keep its values; outputs stay to the end.
+
+    beside: steps that run beside all up to the one they join (`gpu/branches.py`): what they touch stays until then.
+    """
     spans: dict[int, tuple[int, int]] = {}
     for at, step in enumerate(program.steps):
-        emit = step.emit
-        for index in (*sources(step), emit.gate, emit.residual):
-            if index is not None and index in spans:
-                spans[index] = (spans[index][0], at)
-        written = [consumer.tensor for consumer in emit.consumers]
-        for index in written if emit.stream is None else [emit.stream, *written]:
-            spans[index] = (at, at)
+        last = beside.get(at, at + 1) - 1
+        for index in read_by(step):
+            if index in spans:
+                spans[index] = (spans[index][0], max(spans[index][1], last))
+        for index in written_by(step):
+            spans[index] = (at, last)
     end = len(program.steps)
     return {index: (first, end if index in program.outputs else last) for index, (first, last) in spans.items()}
 
 
-def plan_arena(program: Program, batch: int) -> tuple[dict[int, Slot], int]:
+def plan_arena(
+    program: Program, batch: int, beside: Mapping[int, int] = MappingProxyType({})
+) -> tuple[dict[int, Slot], int]:
     """Offsets for every tensor that steps write, and the arena's size. Tensors overlap only if never alive together.
 
     First fit in order of writing: networks are chains, and the gap a dead tensor leaves suits a later one.
+
+    beside: as `lifetimes` takes them.
     """
-    spans = lifetimes(program)
+    spans = lifetimes(program, beside)
     slots: dict[int, Slot] = {}
     size = 0
     for index, (first, last) in spans.items():

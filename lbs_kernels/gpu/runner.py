@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.branches import branches, enqueue
+from lbs_kernels.gpu.configs.cuda import on_hopper
 from lbs_kernels.gpu.kernels import Choice
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, in_order
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
 from lbs_kernels.gpu.stem import unfolded
 from lbs_kernels.gpu.triton.common import INTERPRETED, device_guard
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.runner import StepKernel, empty_outputs
+from lbs_kernels.program.runner import StepKernel, output_shape
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step
 from lbs_kernels.times import graph
 from lbs_kernels.times.stopwatch import cuda_graph, interleave
@@ -36,6 +39,8 @@ class BatchPlan:
     buffers: dict[int, Tensor]
     choices: tuple[Choice, ...]  # one per step
     launches: tuple[Launch, ...]  # one per step
+    beside: dict[int, int]  # steps that run beside others in a recorded graph, and where they join (gpu/branches.py)
+    aside: torch.cuda.Stream | None  # that they run on; None where there are none
 
 
 class GpuRunner:
@@ -118,18 +123,37 @@ class GpuRunner:
         """
         batch = inputs[0].shape[0]
         with self._lock, device_guard(self.device):
-            plan = self._recorded_plan(batch) if capturing(self.device) else self.plan(batch)
-            for step, launch in zip(self.program.steps, plan.launches, strict=True):
-                launch(inputs)
-                if trace is not None:
-                    self._record(step, plan, trace)
-            results = empty_outputs(self.program, batch, self.device) if out is None else out
-            for index, result in zip(self.program.outputs, results, strict=True):
-                values = plan.buffers[index].permute(0, 3, 1, 2)
-                result.copy_(values.flatten(1) if self.program.tensors[index].flat else values)
+            recorded = capturing(self.device)
+            plan = self._recorded_plan(batch) if recorded else self.plan(batch)
+            if recorded and plan.aside is not None and trace is None:
+                current = torch.cuda.current_stream(self.device)
+                enqueue(plan.launches, inputs, plan.beside, current, plan.aside)
+            else:
+                for step, launch in zip(self.program.steps, plan.launches, strict=True):
+                    launch(inputs)
+                    if trace is not None:
+                        self._record(step, plan, trace)
+            given = [None] * len(self.program.outputs) if out is None else out
+            results = [
+                self._result(index, plan, batch, result, recorded)
+                for index, result in zip(self.program.outputs, given, strict=True)
+            ]
         if trace is not None:
             trace.update(zip(self.program.inputs, inputs, strict=True))
         return results
+
+    def _result(self, index: int, plan: BatchPlan, batch: int, out: Tensor | None, recorded: bool) -> Tensor:
+        """An output, copied to `out` or to new memory: the buffers are written again by the next call.
+
+        A recorded graph owns its buffers: there logits that are float32 already stay where they were written.
+        """
+        spec, values = self.program.tensors[index], plan.buffers[index].permute(0, 3, 1, 2)
+        values = values.flatten(1) if spec.flat else values
+        if out is None and recorded and spec.flat and values.dtype == torch.float32:
+            return values
+        if out is None:
+            out = torch.empty((batch, *output_shape(spec)), dtype=torch.float32, device=self.device)
+        return out.copy_(values)
 
     def plan(self, batch: int) -> BatchPlan:
         """Buffers and launches of one batch size on the current stream, made on first use.
@@ -190,20 +214,25 @@ class GpuRunner:
 
     def _make_plan(self, batch: int) -> BatchPlan:
         program = self.program
-        slots, size = plan_arena(program, batch)
+        problems = [self._problem(step, batch) for step in program.steps]
+        choices = [self._choice(step, problem) for step, problem in zip(program.steps, problems, strict=True)]
+        configs = [choice.config for choice in choices]
+        # The model is that of compute capability 9.0.
+        beside = branches(program, list(zip(problems, configs, strict=True))) if on_hopper(str(self.device)) else {}
+        slots, size = plan_arena(program, batch, beside)
         arena = torch.empty(size, dtype=torch.uint8, device=self.device)
         buffers = {
             index: arena_view(arena, slot, program.tensors[index], program.stream_dtype, batch)
             for index, slot in slots.items()
         }
-        choices, launches = [], []
-        for step in program.steps:
-            problem = self._problem(step, batch)
-            choice = self._choice(step, problem)
-            choices.append(choice)
-            launches.append(self._bind(step, problem, choice, buffers))
+        launches = []
+        for place, (step, problem, choice) in enumerate(zip(program.steps, problems, choices, strict=True)):
+            with in_order() if place in {*beside, *beside.values()} else contextlib.nullcontext():
+                launches.append(self._bind(step, problem, choice, buffers))
         self._finish()  # what was laid out for these configurations
-        return BatchPlan(arena, buffers, tuple(choices), tuple(launches))
+        # Made now: recording a graph is no time to make a stream.
+        aside = torch.cuda.Stream(self.device) if beside else None
+        return BatchPlan(arena, buffers, tuple(choices), tuple(launches), beside, aside)
 
     def _finish(self) -> None:
         """Wait until the weights lie ready, so that every stream may read them."""

@@ -25,6 +25,7 @@ SETTLE = 25e-3  # seconds: OpenMP's idle threads spin after a torch call and hol
 LOOK = 5e-3  # seconds: after those, as long as threads of this process still work half of such a time
 MAX_SETTLE = 2.0  # seconds; those of ONNX Runtime spin for longer than SETTLE
 AWAKE = 2e-3  # seconds: a sleeping thread was seen to take 300 us to start on a virtual machine (Zen 4)
+LEAST = 5  # rounds, whatever the limit: fewer have no quantiles worth the name
 MIN_SPAN = 2e-4  # seconds of one CPU measurement: a thousand times the resolution and cost of the clock
 # Seconds of one GPU measurement. The first event is over before the first call has reached the device, say 20 us
 # later, which is counted once. A call of 60 us seems to take 80 while each is waited for, so 3 ms make 38 of them,
@@ -97,6 +98,7 @@ def interleave(
     *,
     device: str | torch.device = "cpu",
     rounds: int = 30,
+    limit: float = math.inf,
     warmup: float = 0.1,
     cold_l2: bool = False,
     first_call: bool = False,
@@ -109,6 +111,8 @@ def interleave(
             is timed by what it returns.
         device: "cpu" times by wall clock, "cuda" by events.
         rounds: measurements of each contender.
+        limit: seconds after which no further round begins, once there are `LEAST`: a contender whose threads wait for
+            a busy processor may take a thousand times as long.
         warmup: seconds spent on each contender before the first measurement.
         cold_l2: GPU only: overwrite the L2 cache before each measurement.
         first_call: CPU only: time one call after a pause of `SETTLE`, what a request that comes alone waits for.
@@ -131,7 +135,10 @@ def interleave(
         calls[name] = _warm_up(call, warmup, torch.device(device))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
+    begun = time.perf_counter()
     for index in range(rounds):
+        if index >= LEAST and time.perf_counter() - begun > limit:
+            break
         first = index % max(1, len(names))
         for name in names[first:] + names[:first]:
             before(name)

@@ -189,6 +189,22 @@ def test_networks_that_targets_speak_of_come_first() -> None:
     assert {(network, int(batch)) for network, batch in wanted} <= set(gpu_models.ORDER)
 
 
+def test_at_batch_1_contenders_go_without_each_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_models.contenders("resnet18", 128) == gpu_models.variants("resnet18")
+    extra = set(gpu_models.contenders("resnet18", 1)) - set(gpu_models.variants("resnet18"))
+    assert extra == {"w8a8, LBS_PDL=0", "w8a8, LBS_FORK=0"}
+    for before in (None, "1", "0"):
+        for name in gpu_models.SWITCHES:
+            monkeypatch.delenv(name, raising=False)
+            if before is not None:
+                monkeypatch.setenv(name, before)
+        for contender, expected in (("w8a8, LBS_PDL=0", ["0", "1"]), ("w4a4 pruned", ["1", "1"])):
+            with gpu_models.switches_of(contender) as variant:
+                assert variant == contender.partition(", ")[0]
+                assert [os.environ[name] for name in gpu_models.SWITCHES] == expected
+        assert [os.environ.get(name) for name in gpu_models.SWITCHES] == [before, before]
+
+
 def test_norms_are_folded_for_every_contender() -> None:
     model = gpu_models.folded("cifar_resnet20")
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())

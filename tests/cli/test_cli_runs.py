@@ -215,6 +215,10 @@ def test_resuming_what_is_finished_changes_nothing(home: Path, lbs_command: Comm
         ("search --run bad --data digits --model resnet9000 --bops 0.03 --float-epochs 1", "no model is called"),
         ("search --run bad --data digits --model tiny_cli_net:Nut --bops 0.03 --float-epochs 1", "tiny_cli_net:Nut"),
         ("search --run bad --data digits --model digits_resnet8 --float-epochs 1", "no budget; name one"),
+        (
+            "search --run bad --data digits --model digits_resnet8 --float-epochs 1 --bops 0.1 --latency-device cuda",
+            "--latency-device cuda says whose times a budget of milliseconds counts, and there is none; give",
+        ),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.03", "no float weights to start from"),
         ("search --run bad --data digits --model digits_resnet8 --bops 0.03 --weights none.pth", "none.pth"),
         ("search --run bad --data digits --model digits_resnet8 --bops .03 --weights w.pth --bits 2,3", "bit chain"),

@@ -77,17 +77,19 @@ def test_the_picture_shows_what_the_result_files_say() -> None:
     found = readme_picture.points()
     picture = readme_picture.PICTURE.read_text()
     assert readme_picture.shows(picture, found), "run benchmarks/readme_picture.py"
-    found["cifar100-resnet20"]["greedy"].append((9.0, 1.0, 1.0, 1.0))
+    found["cifar100-resnet20"][readme_picture.OPERATIONS]["greedy"].append((9.0, 1.0, 1.0, 1.0))
     assert not readme_picture.shows(picture, found)
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    found = readme_picture.points(tmp_path)  # no files: axes, and nothing on them
-    found["cifar100-resnet20"]["greedy"].append((2.0, -1.0, -0.5, 0.0))
+    found = readme_picture.points(tmp_path)  # no files: published points
+    found["cifar100-resnet20"][readme_picture.OPERATIONS]["greedy"] = [(2.0, -1.0, -0.5, 0.0)]
+    found["cifar100-resnet20"][readme_picture.TIME][readme_picture.SEARCHED] = [(80.0, -1.0, -0.5, 0.0)]
     readme_picture.draw(found, tmp_path / "picture.svg", metadata={"Description": readme_picture.told(found)})
     picture = (tmp_path / "picture.svg").read_text()
     assert readme_picture.shows(picture, found)
-    assert "bit operations, % of float" in picture
+    for text in ("bit operations, % of float", "microseconds an image", "not measured", "published", "greedy"):
+        assert text in picture
 
 
 def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None:
@@ -101,6 +103,35 @@ def test_tables_name_their_files_and_nothing_is_left_out(tmp_path: Path) -> None
     assert "| packed | 12.35x |" in text
     for name in ("model_net", "op_bitconv2d", "layers"):
         assert f"`benchmarks/results/cpu/{name}.json`" in text
+
+
+def test_networks_under_milliseconds_are_a_row_for_all_seeds(tmp_path: Path) -> None:
+    """Made-up numbers. Batch 1 alone is drawn."""
+    row = {"contender": "searched 94.3 us", "bits": [[8, 8]], "pruned_layers": {"conv": "8/16"}, "bytes": 210_000}
+    row |= {"asked": 94.3e-6, "float_top1": 68.83}
+    rows = [
+        {**row, "seed": seed, "batch": batch, "top1": top1, "median": batch * seconds}
+        for seed, top1 in ((0, 68.0), (1, 67.0))
+        for batch, seconds in ((1, 94e-6), (16, 83.2e-6))
+    ]
+    plain = {**rows[0], "contender": "8 bits, not trained", "asked": None, "pruned_layers": {}, "top1": 68.6}
+    head = {
+        "row": "cifar100-resnet20",
+        "device": "Some CPU",
+        "threads": 1,
+        "torch": "2.13.0",
+        "options": "--schedule 1",
+    }
+    body = {"level": "milliseconds", "header": head, "missing": ["searched 1.0 us, seed 0"], "rows": [*rows, plain]}
+    root = _root(tmp_path, milliseconds=body)
+    text = _text(root)
+    spread = "67.50 [67.00 68.00] | 94.3 | 94.0 [94.0 94.0] | 83.2 [83.2 83.2] | 8/8 | 1 | 0.21 |"
+    assert f"| searched 94.3 us | 0, 1 | {spread}" in text
+    assert "| 8 bits, not trained | 0 | 68.60 |  | 94.0 |  | 8/8 | 0 | 0.21 |" in text
+    assert "Refused or not trained: searched 1.0 us, seed 0." in text
+    drawn = readme_picture.points(root)["cifar100-resnet20"][readme_picture.TIME]
+    assert drawn[readme_picture.SEARCHED] == [(94.0, -1.83, -1.33, -0.83)]
+    assert drawn[readme_picture.UNTRAINED] == [(94.0, -0.23, -0.23, -0.23)]
 
 
 def test_the_end_of_the_quickstart_is_shown_as_it_was_printed(tmp_path: Path) -> None:

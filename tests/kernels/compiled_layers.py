@@ -88,6 +88,16 @@ def compile_problem(problem: Problem, target: str, folder: Path, config: Any = N
     return kernel
 
 
+def check_order(kernel: Compiled, target: str) -> None:
+    """On sm_90 nothing is read or written in front of the wait for the kernels before; sm_80 has no such wait."""
+    before, wait, _ = kernel.ptx.partition("griddepcontrol.wait")
+    assert bool(wait) == (target == "sm_90"), kernel.name
+    if wait:
+        assert "griddepcontrol.launch_dependents" in before
+        assert not re.search(r"\b(ld|st|atom|red)\.global|cp\.async", before), kernel.name
+        assert not re.search(r"\b(LDG|STG|LDGSTS|ATOMG?)\b", kernel.sass.partition("ACQBULK")[0]), kernel.name
+
+
 def check_exact(kernel: Compiled) -> None:
     """No spills, no flush of small numbers to zero."""
     assert kernel.spill_bytes == 0, f"{kernel.name} spills {kernel.spill_bytes} bytes: {kernel.log}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import programs
 import torch
 from contenders import assert_same
 from torch import Tensor
@@ -19,6 +20,7 @@ from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, storage, to_logical
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, TensorSpec
 from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.times import graph
 
 GUARD = 256  # bytes on either side, so that the buffer keeps its alignment
 
@@ -110,7 +112,9 @@ def check_steps(
             added = program.tensors[step.emit.residual]
             values = expected[step.emit.residual]
             coded = added.form == "codes"
-            buffers[step.emit.residual] = input_buffer(values, added, device) if coded else values.to(device)
+            buffers[step.emit.residual] = (
+                input_buffer(values, added, device) if coded else values.to(device).contiguous()
+            )
         written = [consumer.tensor for consumer in step.emit.consumers]
         written += [] if step.emit.stream is None else [step.emit.stream]
         guarded = {}
@@ -125,3 +129,20 @@ def check_steps(
             assert_same(actual, expected[index], f"{used}: tensor {index} of {step.name}")
             guarded[index].check_guards()
     return names
+
+
+def check_replays(runner: Any, program: Program, blob: Tensor, batch: int) -> None:
+    """Replays and calls of a runner on a GPU, each of another image; compared when all are done."""
+    seeds = range(3)
+    images = [programs.random_inputs(program, batch, seed)[0].cuda() for seed in seeds]
+    expected = [ReferenceRunner(program, blob).run([image.cpu()])[0] for image in images]
+    static = images[0].clone()
+    recorded = graph.record(lambda: runner.run([static]), "cuda")
+    found = []
+    for turn in range(60):
+        static.copy_(images[turn % len(seeds)])
+        recorded.replay()
+        found.append((recorded.result[0].clone(), runner.run([static])[0]))
+    for turn, results in enumerate(found):
+        for result in results:
+            assert_same(result.cpu(), expected[turn % len(seeds)], f"turn {turn}")

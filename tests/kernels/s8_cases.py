@@ -118,6 +118,54 @@ def coded_residuals(filters: int) -> tuple[Program, Tensor]:
     return b.build()
 
 
+def deep(blocks: int, channels: int = 64, size: int = 14, bits: int = 8) -> tuple[Program, Tensor]:
+    """Residual blocks of two convolutions, as in networks: the memory of codes is written again two steps later."""
+    b = programs.Builder(blocks, "float16")
+    image = b.image(channels, size, size)
+    shape = (size, size, channels)
+    codes, stream = b.consumer(shape, bits), b.stream(shape)
+    b.quantize(image, Emit(stream=stream, consumers=(codes,)))
+    for block in range(blocks):
+        last = block == blocks - 1
+        between, added = b.consumer(shape, bits), b.stream(shape, output=last)
+        b.conv(codes.tensor, Emit(low=0.0, consumers=(between,)), channels, w_bits=4)
+        # The stream grows from block to block; a norm brings it back.
+        behind = () if last else (b.consumer(shape, bits, norm=True, top=4.0),)
+        b.conv(
+            between.tensor,
+            Emit(residual=stream, low=-1.0, high=3.0, stream=added, consumers=behind),
+            channels,
+            w_bits=4,
+        )
+        codes, stream = behind[0] if behind else codes, added
+    return b.build()
+
+
+def shortcuts(
+    blocks: int, channels: int = 64, size: int = 28, bits: int = 8, between: int = 1
+) -> tuple[Program, Tensor]:
+    """Residual blocks that halve their size, each with a convolution in its shortcut, in front of the others: `between`
+    of them and the one that adds it.
+    """
+    b = programs.Builder(blocks, "float16")
+    codes = b.consumer((size, size, channels), bits)
+    b.quantize(b.image(channels, size, size), Emit(consumers=(codes,)))
+    for block in range(blocks):
+        filters, last = 2 * channels, block == blocks - 1
+        window = {"kernel": (1, 1), "stride": (2, 2), "padding": (0, 0)}
+        shape = b.conv_shape(codes.tensor, filters, **window)
+        added = b.stream(shape)
+        b.conv(codes.tensor, Emit(stream=added), filters, w_bits=4, **window)
+        for place in range(between):
+            source, codes = codes, b.consumer(shape, bits)
+            stride = (2, 2) if place == 0 else (1, 1)
+            b.conv(source.tensor, Emit(low=0.0, consumers=(codes,)), filters, w_bits=4, stride=stride)
+        source, codes, channels = codes, b.consumer(shape, bits), filters
+        emit = Emit(residual=added, low=0.0, stream=b.stream(shape, output=True) if last else None, consumers=(codes,))
+        b.conv(source.tensor, emit, filters, w_bits=4)
+    return b.build()
+
+
 def all_as_bytes(program: Program) -> Program:
     """The program whose codes are all kept as bytes, whatever their width."""
     tensors = (replace(spec, bits=8) if spec.form == "codes" else spec for spec in program.tensors)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lbs_kernels import extension
+from lbs_kernels.gpu.configs.cuda import S8Config
 
 SPEC = importlib.util.find_spec("triton")
 TOOL = Path(SPEC.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if SPEC and SPEC.origin else Path()
@@ -45,6 +46,8 @@ class Kernel:
 
     @property
     def threads(self) -> int:
+        if self.family == "s8 cluster":
+            return 2 * 2 * 128  # two blocks on a multiprocessor
         return 3 * 128 if self.family == "s8" else self.groups * 128
 
     def loops(self, pattern: str) -> list[list[str]]:
@@ -76,8 +79,11 @@ def sections(text: str) -> dict[tuple[str, str, int, int, bool], str]:
     found = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         match = re.search(r"(onebit|s8)_(wgmma|mma)I.*?TileILi(\d+)ELi(\d+)ELi\d+E(?:Lb([01])E)?", name)
+        shared = re.search(r"s8_cluster_wgmmaI.*?ClusterTileILi(\d+)ELi\d+ELb([01])E", name)
         if match:
             found[match[1], match[2], int(match[3]), int(match[4]), match[5] == "1"] = body
+        elif shared:
+            found["s8 cluster", "wgmma", 1, int(shared[1]), shared[2] == "1"] = body
     return found
 
 
@@ -89,8 +95,10 @@ def kernels(arch: str) -> list[Kernel]:
         registers, stack = (int(re.search(rf"{word}:(\d+)", usage[key]).group(1)) for word in ("REG", "STACK"))  # type: ignore[union-attr]
         rows.append(Kernel(*key, sass, registers, stack))
     tiles = {"onebit": extension.cuda.onebit_tiles(), "s8": extension.cuda.s8_tiles()}  # type: ignore[union-attr]
-    built = {(family, *row[:3], False) for family, rows_of in tiles.items() for row in rows_of}
-    built |= {("s8", *row[:3], True) for row in tiles["s8"]}
+    shared = [(machine, m // 64, o, stages) for machine, m, o, stages in S8Config.clusters]
+    built = {(family, *row[:3], False) for family, rows_of in tiles.items() for row in rows_of if row[:4] not in shared}
+    built |= {("s8", *row[:3], True) for row in tiles["s8"] if row[:4] not in shared}
+    built |= {("s8 cluster", *row[:3], sums) for row in shared for sums in (False, True)}
     assert set(code) == built
     return rows
 
@@ -131,8 +139,8 @@ def test_wgmma_kernels_multiply_single_bits_asynchronously() -> None:
             assert kernel.count(r"LDGSTS") > 0
 
 
-def s8_kernels() -> list[Kernel]:
-    found = [kernel for kernel in kernels("sm_90a") if kernel.family == "s8"]
+def s8_kernels(*families: str) -> list[Kernel]:
+    found = [kernel for kernel in kernels("sm_90a") if kernel.family in (families or ("s8", "s8 cluster"))]
     assert found
     return found
 
@@ -164,20 +172,88 @@ def test_few_instructions_of_s8_kernels_stand_between_products() -> None:
 
 
 def test_s8_operands_come_by_asynchronous_copies_alone() -> None:
-    """Bytes of activations by LDGSTS of 16, weights by one bulk copy a chunk; stored is a window alone, once a tile."""
-    for kernel in s8_kernels():
+    """Bytes of activations by LDGSTS of 16, weights by one bulk copy a chunk, in the loop and in front of it; stored is
+    a window alone, once a tile.
+    """
+    for kernel in s8_kernels("s8"):
         copies = kernel.loops("LDGSTS")[0]
         assert not [text for text in copies if re.match(r"STS\b|LDG\b|BAR\b", text)]
         assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") == kernel.count("LDGSTS") > 0
-        assert kernel.count("UBLKCP") == 1
+        assert kernel.count("UBLKCP") == 2
         assert kernel.count(r"\bSTS\b") == 1
         assert kernel.count(r"\bIDP\b") == 0
         assert kernel.count("USETMAXREG") == 2
+
+
+def test_blocks_that_share_a_reduction_meet_in_shared_memory() -> None:
+    """Sums are stored and read 16 bytes at a time, between two barriers of the cluster; no atomics, nothing in the
+    device's memory but what the epilogue writes. Two blocks have room on a multiprocessor.
+    """
+    for kernel in s8_kernels("s8 cluster"):
+        sums = 2 * kernel.filters // 4  # of a thread
+        together, *behind = kernel.sass.split("UCGABAR_WAIT")
+        assert len(behind) == kernel.count("UCGABAR_ARV") == 2
+        assert len(re.findall(r"STS\.128", together)) == sums // 4 + 1  # and a window
+        assert len(re.findall(r"\bLD\.E\.128\b", behind[0])) == 4 * 16 // 4  # a run of 16, of four blocks at once
+        assert kernel.count(r"\bLD\.E") == 4 * 16 // 4
+        assert kernel.count(r"\bSTS\b") == sums // 4 + 1
+        assert kernel.count(r"(?<![.\w])(RED|ATOM|ATOMG|ATOMS)\b") == 0
+        assert not re.search(r"\bSTG\b", together)
+        assert kernel.registers * kernel.threads <= 65536
+        (row,) = (row for row in extension.cuda.s8_tiles() if row[1:4] == (1, kernel.filters, 5))  # type: ignore[union-attr]
+        assert 2 * (row[4] + 1024 + 1024) <= 228 * 1024  # with what a block takes beside its own
+
+
+MEMORY = r"(?<![.\w])(LDG|STG|LDGSTS|RED|ATOM)\b"  # of the device, but the bulk copies of weights
+
+
+def test_kernels_begin_before_those_in_front_have_ended() -> None:
+    """Programmatic dependent launch: the next kernel is let go first, barriers and weights come before the wait, and
+    whatever another kernel may write, or read, behind it.
+    """
+    for kernel in kernels("sm_90a"):
+        assert kernel.count(r"\bPREEXIT\b") == 1
+        if kernel.family == "onebit":
+            before, wait, behind = kernel.sass.partition("ACQBULK")
+            assert wait
+            assert "PREEXIT" in before
+            weights = kernel.filters * 128 // 16 // kernel.threads  # copies of a thread for a chunk
+            assert re.findall(r"LDGSTS\S*", before) == ["LDGSTS.E.BYPASS.128"] * weights
+            assert not re.findall(r"\b(LDG|STG|BMMA|BGMMA)\b", before)
+            assert "ACQBULK" not in behind
+            continue
+        if kernel.family == "s8 cluster":
+            together, consumers, rest = kernel.sass.split("ACQBULK")
+            assert re.search(r"PREEXIT[\s\S]*SYNCS\.EXCH", together)
+            assert not re.search(MEMORY, together + consumers)
+            assert "IGMMA" not in together
+            assert consumers.count("UBLKCP") == 1
+            assert re.search(MEMORY, rest)
+            continue
+        # The branch of those that multiply comes first, then that of those that copy.
+        together, consumers, producers = re.split("USETMAXREG", kernel.sass)
+        assert "PREEXIT" in together
+        assert "SYNCS.EXCH" in together
+        assert not re.search(MEMORY, together)
+        for part, early in ((consumers, "IGMMA"), (producers, "UBLKCP")):
+            before, wait, behind = part.partition("ACQBULK")
+            assert wait
+            assert not re.search(MEMORY, before)
+            assert re.search(MEMORY, behind)
+            assert ("UBLKCP" in before) == (early == "UBLKCP")
+            assert early in behind
+            assert "ACQBULK" not in behind
+
+
+def test_kernels_for_ampere_know_nothing_of_it() -> None:
+    for kernel in kernels("sm_80"):
+        assert kernel.count("PREEXIT|ACQBULK") == 0
 
 
 def test_floats_are_contracted_nowhere_but_where_the_format_says() -> None:
     """Fused multiply-adds: one per channel and row for step 2, and one for a norm before a consumer."""
     for kernel in kernels("sm_90a"):
         # Two rows of a quarter of the filters; the s8 kernels loop over runs of 16 channels, or of what divides theirs.
-        runs = math.gcd(16, kernel.filters // 4) if kernel.family == "s8" else 2 * kernel.filters // 4
+        one_bit = kernel.family == "onebit"
+        runs = 2 * kernel.filters // 4 if one_bit else math.gcd(16, kernel.filters // 4)
         assert kernel.count(r"\bFFMA\b") == 2 * runs, kernel.count(r"\bFFMA\b")

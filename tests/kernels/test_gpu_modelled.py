@@ -102,7 +102,10 @@ def test_the_rule_follows_the_model() -> None:
     assert chosen(many)[-1] == "GemmConfig"
     assert chosen(replace(many, w_bits=2, a_bits=2))[0] == "OneBitConfig"
     assert "OneBitConfig" not in chosen(replace(many, w_bits=4, a_bits=4))
-    assert chosen(replace(LAYER, height=7, width=7, in_channels=512)) == ["GemmConfig"]  # too few tiles: split
+    late = replace(LAYER, height=7, width=7, in_channels=512, out_channels=512)
+    first, *_ = weighted_defaults(late, hopper=True)  # too few tiles: their reduction is shared
+    assert (first.tile in first.clusters, first.split) == (True, 8)
+    assert chosen(replace(late, kernel=(1, 1), padding=(0, 0)))[-1] == "GemmConfig"
     assert chosen(replace(many, groups=128)) == ["DepthwiseConfig"]
     for problem in (many, replace(many, w_bits=2, a_bits=2), replace(many, kernel=(1, 1), padding=(0, 0))):
         *preferred, last = (seconds(problem, config) for config in weighted_defaults(problem, hopper=True))

@@ -7,7 +7,8 @@ import programs
 import pytest
 import torch
 from contenders import assert_same
-from cuda_steps import bound, check_steps
+from cuda_steps import bound, check_replays, check_steps
+from s8_cases import deep
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError
@@ -145,6 +146,19 @@ def test_a_captured_launch_replays_and_follows_its_inputs() -> None:
         for index in written:
             assert index is not None
             assert_same(to_logical(buffers[index], program.tensors[index]), trace[index], "replayed output")
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("pdl", ["0", "1"])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], CONFIGS[5]], ids=str)
+def test_kernels_that_overlap(config: OneBitConfig, pdl: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network whose memory is written again two steps later; the first step is a kernel in Triton."""
+    require(config)
+    gpu_runner = pytest.importorskip("lbs_kernels.gpu.runner", reason="Triton is not installed: pip install triton")
+    monkeypatch.setenv("LBS_PDL", pdl)
+    program, blob = deep(8, channels=128, bits=2)
+    configs = {step.name: config for step in program.steps[1:]}
+    check_replays(gpu_runner.GpuRunner(program, blob, "cuda", configs), program, blob, batch)
 
 
 @pytest.mark.parametrize("machine", ["wgmma", "mma"])

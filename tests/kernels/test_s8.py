@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import ModuleType
 
@@ -11,13 +12,13 @@ import pytest
 import torch
 from cuda_steps import bound, check_steps, input_buffer
 from gpu_model import launches_on_the_model, native
-from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals, shortcuts
 
 from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs import cuda
-from lbs_kernels.gpu.configs.cuda import S8Config, s8_why_not
+from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, s8_why_not
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.cuda.layout import S8Layout, channel_order
 from lbs_kernels.gpu.cuda.s8 import prepare_weights, step_why_not
@@ -27,7 +28,11 @@ from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
 
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
+SHARED = [S8Config(*tile, split=split) for tile in S8Config.clusters for split in (2, 4, 8)]
 WIDE, NARROW = S8Config("wgmma", 128, 128, 6), S8Config("wgmma", 64, 64, 12)
+READ = {  # bytes of K under an output, 16 channels at a time
+    name: math.prod(case["kernel"]) * -(-case["shape"][-1] // 16) * 16 for name, case in SHAPES.items()
+}
 LOW, TALL = S8Config("wgmma", 64, 128, 8), S8Config("wgmma", 128, 64, 8)
 BY_EIGHTS, BY_FOURS = S8Config("wgmma", 128, 96, 7), S8Config("wgmma", 128, 48, 9)
 
@@ -51,6 +56,66 @@ def test_geometry(config: S8Config, name: str) -> None:
 def test_every_tile(config: S8Config) -> None:
     check(layer("strided", "w4_odd"), config)
     check(layer("odd", "w8_odd"), config)  # with sums of codes, over channels that leave bytes of a pixel unused
+
+
+# Chunks of K: 7 (odd), 6 (smallest), 22 (long), 5 (outside: windows beyond the image).
+@pytest.mark.parametrize("name", ["odd", "long", "stem", "same", "outside"])
+@pytest.mark.parametrize("config", SHARED, ids=str)
+def test_blocks_of_a_cluster_share_a_reduction(config: S8Config, name: str) -> None:
+    made = layer(name, "w8_odd")
+    chunks = -(-READ[name] // 128)
+    if config.split <= chunks:
+        check(made, config)
+    else:
+        with pytest.raises(BackendError, match=f"shared by {config.split} blocks; .* are possible"):
+            check(made, config)
+
+
+@pytest.mark.parametrize("reading", sorted(READINGS))
+def test_shared_sums_count_zero_points_once(reading: str) -> None:
+    check(layer("long" if not READINGS[reading].get("signed") else "pixel", reading), SHARED[0])
+
+
+@pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+@pytest.mark.parametrize("config", [SHARED[0], SHARED[2]], ids=str)
+def test_no_block_depends_on_moments_and_orders(
+    config: S8Config, late: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on which block of its cluster comes first; several tiles, so several clusters."""
+    launched = launches_on_the_model(monkeypatch, 1, late, seed)
+    x, planes = random_codes(seed, (1, 9, 9, 130), 70, (3, 3), 8)
+    check(one_step.conv(x, planes, a_bits=8, kernel=(3, 3), padding=(1, 1), zero=77), config)
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize("filters", [130, 72, 68, 33])
+@pytest.mark.parametrize("config", SHARED[:2], ids=str)
+def test_shared_tiles_are_written_as_others(config: S8Config, filters: int) -> None:
+    for program, blob in (residuals(filters, "float16"), coded_residuals(filters)):
+        images = programs.random_inputs(program, 2, 1)
+        assert check_steps(program, blob, images, config=config) == ["step1", "step2"]
+
+
+@pytest.mark.parametrize("config", [WIDE, replace(SHARED[1], split=4)], ids=str)
+def test_the_networks_that_gpu_tests_replay(config: S8Config) -> None:
+    for (program, blob), layers in ((deep(2, size=9), 4), (shortcuts(1, between=2, size=9), 3)):
+        small = replace(config, split=1) if layers == 3 else config  # one chunk in a shortcut
+        found = check_steps(program, blob, programs.random_inputs(program, 1, 0), config=small)
+        assert found == [step.name for step in program.steps[1:]]
+
+
+def test_where_blocks_may_share_a_reduction() -> None:
+    late = replace(LAYER, batch=1, height=7, width=7, in_channels=512, out_channels=512)
+    found = [config for config in S8Config.with_splits(late) if config.split > 1]
+    assert [config.split for config in found] == [2, 4, 8]
+    assert all(S8Config.parse(str(config)) == config for config in found)
+    assert str(found[-1]) == "s8_wgmma_m64_o64_s5_t2_k8"
+    assert set(found) <= set(S8Config.candidates(late))
+    assert not [config for config in S8Config.with_splits(replace(late, batch=128)) if config.split > 1]  # tiles enough
+    short = replace(late, in_channels=64, kernel=(1, 1), padding=(0, 0))
+    assert {config.split for config in S8Config.with_splits(short)} == {1}  # one chunk
+    assert "blocks; (1,) are possible" in str(replace(WIDE, split=2).why_not(late))
+    assert "blocks; (1,) are possible" in str(OneBitConfig(*OneBitConfig.tiles[0], split=2).why_not(late))
 
 
 @pytest.mark.parametrize("reading", sorted(READINGS))
@@ -95,6 +160,19 @@ def test_nothing_depends_on_moments_and_orders(
     padding = (kernel // 2, kernel // 2)
     check(one_step.conv(x, planes, a_bits=8, kernel=(kernel, kernel), padding=padding, zero=77), config)
     assert len(launched) == 1
+
+
+# 22 chunks, more than any ring has, and as many as one of six or of twelve stages, under several tiles of each
+# consumer: those who multiply in turn come back to a stage when it was filled for the other meanwhile.
+@pytest.mark.parametrize(("late", "seed"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize("channels", [304, 80, 160])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tiles_of_more_chunks_than_the_ring_follow_one_another(
+    config: S8Config, channels: int, late: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches_on_the_model(monkeypatch, 1, late, seed)
+    x, planes = random_codes(channels, (1, 6, 6, channels), 2 * config.block_o + 40, (3, 3), 4)
+    check(one_step.conv(x, planes, a_bits=8, kernel=(3, 3), padding=(1, 1), zero=77), config)
 
 
 # 130 filters: two blocks and a word of two bits; 72 and 68: multiples of 8 and of 4, a word begun; 33: of nothing.
@@ -260,7 +338,7 @@ def test_the_default_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names[0] == str(kernels.default(many).name)
     assert any(name.startswith("triton:gemm") for name in names)
     few = replace(LAYER, batch=1)
-    assert kernels.default(few).config == conv_default(few)  # a split reduction keeps the multiprocessors at work
+    assert kernels.default(few).config == replace(SHARED[1], split=4)  # few tiles: their reduction is shared
     for other in (replace(many, a_bits=4), replace(many, groups=2)):
         assert kernels.default(other).config == conv_default(other)
     assert kernels.choose(many, ("triton",)).config == conv_default(many)
@@ -309,6 +387,7 @@ def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> Non
     for change, words in (
         ({"a_bits": 4}, "activations of 4 bits; it takes 8"),
         ({"border": 0}, "there is no pixel that padding holds"),
+        ({"split": 2}, "the number of thread blocks that share K is 2; it takes 1 to 1"),
         ({"batch": 2**28, "channels": 128}, "the number of input bytes is 34359738368"),
     ):
         with pytest.raises(FormatError, match=words):

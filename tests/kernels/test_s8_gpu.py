@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import one_step
@@ -9,8 +10,8 @@ import programs
 import pytest
 import torch
 from contenders import assert_same
-from cuda_steps import check_steps, served
-from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, layer, random_codes, residuals
+from cuda_steps import check_replays, check_steps, served
+from s8_cases import READINGS, SHAPES, all_as_bytes, coded_residuals, deep, layer, random_codes, residuals, shortcuts
 
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
@@ -28,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}"),
 ]
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
+SHARED = S8Config(*S8Config.clusters[0])
 WRITES_PLANES = [config for config in CONFIGS if config.planes]
 
 
@@ -48,10 +50,40 @@ def test_accumulator(config: S8Config, reading: str, name: str, batch: int) -> N
         assert check_steps(made.program, made.blob, [made.image], "cuda", config) == [one_step.STEP]
 
 
+# 22 chunks, more than any ring has; three tiles of 128 pixels and more for a block.
+@pytest.mark.parametrize("channels", [304, 80, 160])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_tiles_of_more_chunks_than_the_ring_follow_one_another(config: S8Config, channels: int) -> None:
+    x, planes = random_codes(channels, (200, 14, 14, channels), 24, (3, 3), 4)
+    made = one_step.conv(x, planes, a_bits=8, kernel=(3, 3), padding=(1, 1), zero=77)
+    for _ in range(3):
+        assert check_steps(made.program, made.blob, [made.image], "cuda", config) == [one_step.STEP]
+
+
 @pytest.mark.parametrize("reading", sorted(READINGS))
 def test_weights_and_zero_points(reading: str) -> None:
     made = layer("pixel", reading, batch=70)
     assert check_steps(made.program, made.blob, [made.image], "cuda", CONFIGS[0]) == [one_step.STEP]
+
+
+# Chunks of the reduction: 7, 7, 5 and 22.
+@pytest.mark.parametrize("batch", [1, 300])
+@pytest.mark.parametrize(
+    ("name", "split"), [("odd", 2), ("odd", 4), ("stem", 4), ("outside", 4), ("long", 2), ("long", 4), ("long", 8)]
+)
+@pytest.mark.parametrize("reading", ["w8_odd", "w8_zero", "w4_odd"])
+def test_blocks_of_a_cluster_share_a_reduction(reading: str, name: str, split: int, batch: int) -> None:
+    made = layer(name, reading, seed=batch, batch=batch)
+    for _ in range(3):
+        found = check_steps(made.program, made.blob, [made.image], "cuda", replace(SHARED, split=split))
+        assert found == [one_step.STEP]
+
+
+@pytest.mark.parametrize("filters", [130, 72, 33])
+def test_shared_tiles_are_written_as_others(filters: int) -> None:
+    for program, blob in (residuals(filters, "float16"), coded_residuals(filters)):
+        images = programs.random_inputs(program, 70, 1)
+        assert check_steps(program, blob, images, "cuda", replace(SHARED, split=4)) == ["step1", "step2"]
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 1000])
@@ -125,6 +157,29 @@ def test_narrow_codes_kept_as_bytes(name: str) -> None:
     assert kept != program
     served_by_s8 = {step.name: CONFIGS[-1] for step in kept.steps if served(kept, step, 4, "cuda", S8Config)}
     check_runner(gpu_runner.GpuRunner(kept, blob, "cuda", served_by_s8), program, blob)
+
+
+@pytest.mark.parametrize("kernels_of", ["s8", "shared", "triton", "all"])
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("pdl", ["0", "1"])
+def test_kernels_that_overlap(pdl: str, batch: int, kernels_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network whose memory is written again two steps later, called and replayed without a pause."""
+    monkeypatch.setenv("LBS_PDL", pdl)
+    program, blob = deep(12)
+    names = [step.name for step in program.steps[1:]]
+    s8, shared = dict.fromkeys(names, CONFIGS[0]), dict.fromkeys(names, replace(SHARED, split=4))
+    mine = {"s8": s8, "shared": shared, "triton": {}, "all": dict([*s8.items()][::3] + [*shared.items()][1::3])}
+    check_replays(gpu_runner.GpuRunner(program, blob, "cuda", mine[kernels_of], ("triton",)), program, blob, batch)
+
+
+@pytest.mark.parametrize("fork", ["0", "1"])
+@pytest.mark.parametrize("between", [1, 2])
+def test_shortcuts_on_a_stream_of_their_own(between: int, fork: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBS_FORK", fork)
+    program, blob = shortcuts(3, between=between)
+    runner = gpu_runner.GpuRunner(program, blob, "cuda")
+    assert bool(runner.plan(1).beside) == (fork == "1")
+    check_replays(runner, program, blob, 1)
 
 
 def check_runner(runner: Any, program: Program, blob: torch.Tensor) -> None:

@@ -51,6 +51,15 @@ def test_a_contender_is_called_until_its_threads_are_awake(monkeypatch: pytest.M
     assert len(clock.order) == 1 + 8 + 1  # warm-up, untimed, timed
 
 
+def test_no_round_begins_behind_the_limit_once_there_are_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    slow = {"a": clock.contender("a", 2.0)}  # 4 s a round: one call to wake, one timed
+    assert len(interleave(slow, rounds=30, limit=1.0, warmup=0.0)["a"].seconds) == stopwatch.LEAST
+    assert len(interleave(slow, rounds=30, limit=27.0, warmup=0.0)["a"].seconds) == 7  # the last begins at 24 s
+    assert len(interleave(slow, rounds=3, limit=1.0, warmup=0.0)["a"].seconds) == 3
+    assert len(interleave(slow, rounds=30, warmup=0.0)["a"].seconds) == 30
+
+
 def test_the_first_call_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(stopwatch.time, "sleep", lambda seconds: clock.order.append(f"pause {seconds}"))

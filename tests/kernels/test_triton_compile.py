@@ -24,6 +24,7 @@ from compiled_layers import (
     check_gemm,
     check_layouts,
     check_operands,
+    check_order,
     compile_problem,
     compile_steps,
     launches,
@@ -68,6 +69,7 @@ def test_every_kind_of_step_compiles(target: str, tmp_path: Path) -> None:
         "quantpack_kernel", "gemm_kernel", "max_planes_kernel", "max_stream_kernel", "mean_kernel",
     }  # fmt: skip
     for kernel in kernels:
+        check_order(kernel, target)
         if kernel.name == "gemm_kernel":
             check_gemm(kernel, "mma.sync" if "wgmma" not in kernel.ptx else "wgmma")
         else:
@@ -167,6 +169,23 @@ def test_nothing_is_contracted_that_the_epilogue_rounds_twice(tmp_path: Path, mo
     monkeypatch.setattr(quantpack, "LAUNCH_OPTIONS", {"enable_fp_fusion": True})
     (fused,) = compile_steps(program, blob, 2, "sm_90", tmp_path / "fused")
     assert "FFMA" in fused.sass
+
+
+@TARGET
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pixels_of_a_mean_are_on_their_way_before_one_is_added(dtype: str, target: str, tmp_path: Path) -> None:
+    """Copies of seven pixels stand in front of the loop, which waits for the oldest alone."""
+    b = programs.Builder(0, dtype)
+    stream, mean = b.stream((7, 7, 512)), b.consumer((1, 1, 512), 8)
+    b.quantize(b.image(512, 7, 7), Emit(stream=stream))
+    b.pool(stream, Emit(consumers=(mean,)), "mean")
+    b.linear(mean.tensor, Emit(stream=b.stream((1, 1, 10), output=True, flat=True)), 10, w_bits=8)
+    (kernel,) = (one for one in compile_steps(*b.build(), 1, target, tmp_path) if one.name == "mean_kernel")
+    check_exact(kernel)
+    before, _, behind = kernel.ptx.partition("add.rn.f32")
+    assert len(re.findall("cp.async.commit_group", before)) >= 7
+    assert re.search(r"cp\.async\.wait_group\s+6", before)
+    assert "ld.global.v" not in behind.partition("st.global")[0]
 
 
 def test_fused_multiply_add_is_one_instruction(tmp_path: Path) -> None:

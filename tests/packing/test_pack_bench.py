@@ -23,6 +23,13 @@ from lbs_kernels.errors import BackendError, LbsError, ShapeError
 OWN_BASELINES = tuple(name for name in BASELINES if name not in ENGINES)
 
 
+def test_a_batch_that_takes_too_long_has_fewer_rounds_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lbs.benchmark, "LIMIT", 0.0)
+    found = lbs.bench(pack_nets.packed_digits(), batches=(1, 2), threads=1, baselines=(), rounds=7)
+    assert found.notes[-2:] == tuple(f"batch {batch}: 5 of 7 rounds were made in 0 s" for batch in (1, 2))
+    assert found.rows[0].median > 0
+
+
 def test_all_contenders_are_timed_in_rows_that_the_report_reads() -> None:
     packed, model = pack_nets.packed_digits(), lbs.models.create("digits_resnet8", 10)
     before = torch.get_num_threads()

@@ -14,10 +14,13 @@ from torch.nn import functional as F
 import lbs
 from lbs.graph import record_of
 from lbs.models.mobilenet_v2 import InvertedResidual
+from lbs.runs.searches import by_filters, close_by_losses
 from lbs.search import removal
-from lbs.search.freeze import freeze
+from lbs.search.budget import Budget
+from lbs.search.freeze import freeze, plan_of
 from lbs.search.ledger import Ledger
 from lbs.search.prepare import SearchConfig, prepare
+from lbs.search.quantities import bit_operations
 from lbs.search.removal import Moments, Reader, elimination
 from lbs_kernels.errors import DataError, PlanError
 
@@ -245,6 +248,30 @@ def test_hidden_channels_of_an_inverted_residual_go_with_their_depthwise_layer()
     assert not reader.weight[:, 1::2].any()
     with torch.no_grad():
         assert (made(images(8)) - model(images(8))).square().mean() < 0.2 * model(images(8)).var()
+
+
+def test_a_search_by_losses_begins_with_readers_that_make_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the filters of both layers go, in fours; the network is then trained, norms and all."""
+    model = net()
+    with torch.no_grad():
+        for _ in range(60):  # statistics of norms are those of the images, as after any training
+            model.train()(images(64))
+    model.eval()
+    config = by_filters(SearchConfig(bits=(8,), group_size=4, max_pruning_ratio=0.5))
+    assert (config.group_size, config.filter_tile) == (1, 4)
+    off, x = [], images(64, seed=5)
+    for made_up in (True, False):
+        if not made_up:
+            monkeypatch.setattr(removal, "make_up", lambda *args: None)
+        searched = lbs.calibrate(prepare(model, images(2), config), [images(64)], norms="estimate")
+        budget = Budget(searched, bops=1.01 * Budget(searched, bops=1.0).ledger.floor(bit_operations()))
+        close_by_losses(budget, model, config, list(images(64).split(16)))
+        assert [len(layer.kept or ()) for layer in plan_of(searched).layers[1:3]] == [8, 8]
+        assert budget.frozen
+        found = lbs.calibrate(freeze(searched), [images(64)], norms="estimate").eval()
+        with torch.no_grad():
+            off.append(float((found(x) - model(x)).square().mean()))
+    assert off[0] < 0.5 * off[1]
 
 
 def test_a_transposed_reader_is_named() -> None:

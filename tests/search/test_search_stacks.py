@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -20,18 +21,19 @@ from lbs.search.controller import Controller
 from lbs.search.freeze import plan_of
 from lbs.search.gates import BitGate, PruneGate, running_product, step
 from lbs.search.layers import SearchLayer, searched_gate
+from lbs.search.ledger import NOISE
 from lbs.search.quantities import Quantity, Target
 from lbs_kernels.program.problem import Problem
 
 
 def table(problem: Problem) -> float:
-    """Times that no sum adds exactly, and by which four bits are slower than eight."""
+    """Times that no sum adds exactly, by which four bits are slower than eight and two faster, whatever the layer."""
     rate = {2: 0.61, 4: 1.53, 8: 1.07}
-    return 1.1e-6 + problem.macs * rate[problem.w_bits] * rate[problem.a_bits] * 1.3e-11
+    return 1.1e-11 + problem.macs * rate[problem.w_bits] * rate[problem.a_bits] * 1.3e-11
 
 
 def wider(gate: BitGate | None, bits: int) -> list[int]:
-    """A width and those of a gate's chain above it."""
+    """A width and those of a gate's chain above it, rising."""
     return [bits] if gate is None else [width for width in gate.chain if width >= bits]
 
 
@@ -41,8 +43,10 @@ class Definition:
     def __init__(self, model: nn.Module, targets: tuple[Target, ...], strength: float, gain: float) -> None:
         self.plan = plan_of(model)
         self.layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, SearchLayer)}
-        self.targets, self.controllers = targets, [Controller(strength, gain) for _ in targets]
         self.steps, self.frozen = 0, False
+        over = [math.log(self.total(target.quantity) / target.limit) for target in targets]  # everything is open
+        spans = [min(1.0, way) if way > 0 else 1.0 for way in over]
+        self.targets, self.controllers = targets, [Controller(strength, gain, span=span) for span in spans]
         self.take_turns()
 
     def widths(self, side: str) -> Iterator[tuple[LayerPlan, BitGate]]:
@@ -70,17 +74,24 @@ class Definition:
 
     def price(self, quantity: Quantity, entry: LayerPlan, living: dict[PruneGate, int], **bits: int) -> float:
         """Of a layer under the present gates, but for the counts and bits that are named; of times, whose table knows
-        no number of filters that is faster than a smaller one, the least of these and all wider pairs of bits.
+        no number of filters that is faster than a smaller one, that of the pair with one width wider, unless it is
+        less by more than noise.
         """
         layer = self.layers[entry.name]
         counts = [self.feeding(entry), layer.own_gate()]
         inputs, outputs = (gate and living.get(gate, self.living[gate]) for gate in counts)
         w_bits, a_bits = bits.get("w_bits", layer.w_bits), bits.get("a_bits", layer.a_bits)
         problem = entry.problem(inputs, outputs)
+        own = quantity.price(replace(problem, w_bits=w_bits, a_bits=a_bits))
         if not quantity.measured:
-            return quantity.price(replace(problem, w_bits=w_bits, a_bits=a_bits))
-        pairs = product(wider(layer.w_gate, w_bits), wider(searched_gate(layer.quantizer), a_bits))
-        return min(quantity.price(replace(problem, w_bits=w, a_bits=a)) for w, a in pairs)
+            return own
+        chains = {"w_bits": wider(layer.w_gate, w_bits), "a_bits": wider(searched_gate(layer.quantizer), a_bits)}
+        above = [
+            self.price(quantity, entry, living, **{**bits, name: chain[1]})
+            for name, chain in chains.items()
+            if len(chain) > 1
+        ]
+        return own if own < (1 - NOISE) * min(above, default=math.inf) else min(above)
 
     def total(self, quantity: Quantity) -> float:
         self.living = {gate: len(gate.kept()) for gate in self.prunes()}
@@ -99,18 +110,24 @@ class Definition:
         return torch.tensor([wider - narrower for narrower, wider in pairwise(changes)], dtype=torch.float64)
 
     def slope(self, quantity: Quantity, gate: PruneGate) -> float:
-        """What a filter costs, towards the next number of groups: one unit less, or where none may go, one more."""
+        """What a filter costs, towards the next number of groups: one unit less, or where none may go, one more. Of
+        times the most that it costs towards any number below.
+        """
         is_open = gate.gates().detach() > 0
         ranked = torch.where(is_open, 2.0, 0.0) + gate.statistic.detach().clamp(0, 1)
         order = ranked.argsort(descending=True, stable=True).tolist()
         filters = [0, *accumulate(gate.group_size(group) for group in order)]
         groups = int(is_open.sum())
-        other = groups - gate.unit if groups > gate.least else groups + gate.unit
+        others = [groups - gate.unit if groups > gate.least else groups + gate.unit]
+        if quantity.measured and groups > gate.least:
+            others = list(range(groups - gate.unit, gate.least - 1, -gate.unit))
         touched = [e for e in self.plan.layers if gate in (self.feeding(e), self.layers[e.name].own_gate())]
-        now, then = (
-            sum(self.price(quantity, entry, counts) for entry in touched) for counts in ({}, {gate: filters[other]})
-        )
-        return (then - now) / (filters[other] - filters[groups])
+
+        def spent(living: dict[PruneGate, int]) -> float:
+            return sum(self.price(quantity, entry, living) for entry in touched)
+
+        now = spent({})
+        return max((spent({gate: filters[x]}) - now) / (filters[x] - filters[groups]) for x in others)
 
     def cost(self, quantity: Quantity) -> Tensor:
         total = torch.tensor(float(self.total(quantity)), dtype=torch.float64)

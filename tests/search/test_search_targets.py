@@ -24,6 +24,7 @@ from lbs.search.baselines import evenly_pruned, project, two_stage
 from lbs.search.budget import Budget, parameter_groups
 from lbs.search.controller import Controller
 from lbs.search.freeze import freeze, plan_of
+from lbs.search.ledger import NOISE
 from lbs.search.prepare import SearchConfig, prepare
 from lbs.search.quantities import Quantity, packed_bytes, seconds
 from lbs_kernels.errors import PlanError
@@ -118,6 +119,25 @@ def test_a_width_that_is_slower_than_the_one_above_is_stepped_over() -> None:
         Budget(model, latency_ms=0.999 * floor / 1e-3, table=slow_in_the_middle)
 
 
+@pytest.mark.parametrize(("gain", "pays"), [(0.6 * NOISE, False), (2.0 * NOISE, True)])
+def test_bits_that_are_faster_by_no_more_than_measurements_differ_are_no_reason(gain: float, pays: bool) -> None:
+    """Filters are there to be cut as well, so the target is within reach of both."""
+
+    def nearly_alike(problem: Problem) -> float:
+        return problem.macs * 1e-11 * (1.0 if problem.w_bits == problem.a_bits == 8 else 1.0 - gain)
+
+    model = searchable()
+    full = Budget(model, latency_ms=1000.0, table=nearly_alike)
+    look(model, full)
+    result = Budget(model, latency_ms=0.9 * full.ledger.total(full.targets[0].quantity) / 1e-3, table=nearly_alike)
+    outcome = result.finish()
+    plan = plan_of(model)
+    narrow = [entry for entry in plan.layers if (entry.w_bits, entry.a_bits) != (8, 8)]
+    assert outcome.met
+    assert bool(narrow) == pays
+    assert any(entry.kept is not None for entry in plan.layers) or pays
+
+
 def together(problem: Problem) -> float:
     """Seconds that fall only where weights and activations have two bits both, as on one-bit tensor cores."""
     return 1e-6 + problem.macs * (0.2 if (problem.w_bits, problem.a_bits) == (2, 2) else 1.0) * 1e-11
@@ -172,7 +192,7 @@ def test_several_targets_hold_at_once_and_are_printed_side_by_side() -> None:
 
 @pytest.mark.parametrize("kind", ["size", "latency"])
 def test_derivatives_are_increments_between_neighbours(kind: str) -> None:
-    """Against R recomputed from the plan with one gate moved by hand."""
+    """Against R recomputed from the plan with one gate moved by hand; times towards where a filter saves most."""
     model = searchable()
     options: dict[str, Any] = {"size_mb": 0.2} if kind == "size" else {"latency_ms": 1.0, "table": made_up}
     budget = Budget(model, **options)
@@ -195,9 +215,13 @@ def test_derivatives_are_increments_between_neighbours(kind: str) -> None:
     to_two, to_four = by_bits[1] - by_bits[0], total - by_bits[1]
     expected = -s * (1 - s) * torch.tensor([to_two + to_four, to_four], dtype=torch.float64)
     torch.testing.assert_close(of_width.double(), expected, rtol=1e-5, atol=0)
-    layer.prune.hold((0,), -1)
-    slope = (total - measure(model)) / layer.prune.size
-    layer.prune.hold((0,), 0)
+    slopes = []
+    for count in range(1, layer.prune.groups - layer.prune.least + 1):
+        layer.prune.hold(tuple(range(count)), -1)
+        slopes.append((total - measure(model)) / (count * layer.prune.size))
+        layer.prune.hold(tuple(range(count)), 0)
+    slope = slopes[0] if kind == "size" else max(slopes)  # times fall by stairs
+    assert kind == "size" or slope > 1.1 * slopes[0]
     s = torch.sigmoid(layer.prune.statistic.detach() - layer.prune.alpha.detach()).double()
     torch.testing.assert_close(of_filters.double(), -(s * (1 - s)).sum() * layer.prune.size * slope, rtol=1e-5, atol=0)
 
@@ -305,7 +329,7 @@ def test_bits_that_save_nothing_stay_where_filters_have_to_go() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_prices_of_noisy_times_never_rise_with_what_is_narrower(seed: int) -> None:
-    """And they are those that were measured wherever nothing as wide or wider takes less."""
+    """And they are those that were measured wherever nothing as wide or wider takes less, or hardly more."""
 
     def noisy(problem: Problem) -> float:
         return made_up(problem) * (1 + 0.3 * ((zlib.crc32(f"{seed} {problem}".encode()) % 1000) / 1000))
@@ -321,7 +345,7 @@ def test_prices_of_noisy_times_never_rise_with_what_is_narrower(seed: int) -> No
         for row in ledger.rows:
             inputs, outputs, w_bits, a_bits = row.amounts()
             own = noisy(row.entry.problem(inputs, outputs, w_bits=w_bits, a_bits=a_bits))
-            assert row.price(quantity) <= own
+            assert row.price(quantity) <= own / (1 - NOISE)
             measured += row.price(quantity) == own
         for choice in ledger.choices:
             assert all(change >= 0 for change in map(float.__sub__, *_neighbours(ledger.changes(quantity, choice))))

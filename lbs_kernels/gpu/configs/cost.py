@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lbs_kernels.gpu.configs.cuda import GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
+from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
@@ -33,7 +33,6 @@ from lbs_kernels.program.problem import Problem
 
 STEP_BYTES = 32  # of K in one product of bytes
 STEP_BITS = 256  # of K in one product of single bits
-CHUNK_BYTES = 128  # of a row in a stage of the CUDA kernels
 LANES = 128  # of a multiprocessor: instructions of threads that it issues in a clock
 
 
@@ -58,11 +57,20 @@ class Machine:
 # of ResNet-18 and the 58 of ResNet-50 at batch 1 the 122 and 256 us that their compiled kernels let expect.
 H200 = Machine("nvidia-h200", 132, 15.36e15 / 2 / (132 * 32768), 4.17e12, 34.0, 3.4e-6)
 
+# Seconds of a fork of streams and its join in a graph: a guess, some half of a step; none was timed.
+FORK = 1.5e-6
+
 # Read from the disassembly, batch 128 (docs/triton.md, docs/cuda.md).
+LARGE_TILE = (
+    64 * 128
+)  # of Triton's: two blocks of it have room on a multiprocessor, of larger ones one (docs/triton.md)
 GEMM_ISSUE = 48.0  # instructions of a thread per 64 x N x 32 product, activations of 8 bits
 PLANES_ISSUE = (32.0, 5.4)  # and of planes: to begin with, and for each plane
 COPY_ISSUE = 13.0  # for a copy of 16 bytes
 BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
+# A lead, published for this GPU: some 200 clocks to another block's shared memory, which two barriers of a cluster, the
+# sums and what is waited for between them take about once each.
+EXCHANGE_CLOCKS = 800.0
 DEPTHWISE_ISSUE = 1424 / 32 / 9  # for an output and tap
 
 
@@ -103,6 +111,19 @@ def bytes_moved(problem: Problem, config: Any) -> float:
     pixels = problem.batch * problem.height * problem.width
     weights = problem.out_channels * problem.reduction * w_bits
     return (a_bits * (pixels * problem.in_channels + problem.rows * problem.out_channels) + weights) / 8
+
+
+def resident(problem: Problem, config: Any, machine: Machine = H200) -> float | None:
+    """Blocks of a step over those that find room on the machine at once; None for a kernel that is no GEMM."""
+    pixels, filters = _padded(problem, config)
+    if isinstance(config, CudaConfig):
+        places = machine.multiprocessors * (2 if config.tile in config.clusters else 1)
+        blocks = config.count(problem) * config.split
+        return blocks / places if config.tile in config.clusters else min(blocks / places, 1.0)
+    if isinstance(config, GemmConfig):
+        tile = config.block_m * config.block_o
+        return pixels * filters // tile * config.split_k / (machine.multiprocessors * (2 if tile <= LARGE_TILE else 1))
+    return None
 
 
 def _padded(problem: Problem, config: Any) -> tuple[int, int]:
@@ -153,6 +174,12 @@ def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> floa
         copies = config.block_m * 32 / wide * COPY_ISSUE / LANES
     refill = (config.block_m + config.block_o) * CHUNK_BYTES / machine.refill
     epilogue = tile * _epilogue(problem, isinstance(config, S8Config)) / LANES
+    if config.tile in config.clusters:
+        # Blocks share the chunks of a tile and then its outputs; whoever writes has read the sums of all others.
+        rounds = -(-(pixels * filters // tile * config.split) // machine.multiprocessors)
+        own = -(-chunks // config.split)
+        exchange = EXCHANGE_CLOCKS + 2 * 4 * tile / machine.refill
+        return rounds * (max(products / chunks, refill, copies) * own + exchange + epilogue / config.split)
     rounds = -(-(pixels * filters // tile) // machine.multiprocessors)
     # A tile is written under the products of the next, the last one under nothing.
     return rounds * max(products, chunks * max(refill, copies), epilogue) + epilogue

@@ -44,8 +44,8 @@ def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[
       ends every product of bytes before the next begins, there and elsewhere; `wgmma` in CUDA does not. Below 9.0 both
       have `mma.sync`, and nothing is gained.
     - Bytes, csrc/s8, wherever the model finds a tile of them faster: large tiles move fewer bytes for each product, and
-      their epilogue costs nothing. Where there are few tiles, batch 1 or late layers, Triton's split reduction keeps
-      the multiprocessors at work, which the s8 kernels do not have.
+      their epilogue costs nothing. Where there are few tiles, batch 1 or late layers, the blocks of a cluster share the
+      reduction of one, or Triton's programs do, through device memory.
     - Single bits, csrc/onebit, at 2 by 2 bits where the model finds them faster, which it does for 3 x 3 windows. A
       product costs w * a / 8 of one of bytes: a half at 2 by 2, as much at 2 by 4, twice as much at 4 by 4. K is cut
       into 256 bits across taps, so that 64 channels waste none of it.
@@ -64,7 +64,7 @@ def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:
     """
     found: list[S8Config | OneBitConfig] = []
     if s8_form_why_not(problem) is None:
-        found += [S8Config(*tile) for tile in S8Config.tiles]
+        found += S8Config.with_splits(problem)
     if (problem.w_bits, problem.a_bits) == (2, 2) and onebit_form_why_not(problem) is None:
         found += [OneBitConfig(*tile) for tile in OneBitConfig.tiles if tile[0] == "wgmma"]
     return found

@@ -16,7 +16,7 @@ from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cuda
 from lbs_kernels.gpu.configs.cuda import CudaConfig
 from lbs_kernels.gpu.cuda.layout import FilterBlocks
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
 from lbs_kernels.program.epilogue import thresholds
 from lbs_kernels.program.problem import Problem
@@ -109,6 +109,7 @@ def bind_task(
         "w_bits": problem.w_bits,
         "w_odd": step.w_grid == "odd",
         "a_bits": problem.a_bits,
+        "split": config.split,
         "signed": source.signed,
         "stream_type": program.stream_dtype,
         "low": emit.low,
@@ -166,9 +167,9 @@ def launch_of(task: dict[str, Any], config: CudaConfig, device: torch.device, ke
     if device.type != "cuda":
         raise BackendError(f"CUDA kernels run on a GPU, the tensors are on {device}; move them: .to('cuda')")
     index = torch.cuda.current_device() if device.index is None else device.index
-    bound = LAUNCHES[config.kind]()(task, *config.row, index)
+    bound, pdl = LAUNCHES[config.kind]()(task, *config.row, index), overlaps(index)
 
     def launch(inputs: list[Tensor], kept: list[Tensor] = kept) -> None:
-        bound.enqueue(torch.cuda.current_stream(index).cuda_stream)
+        bound.enqueue(torch.cuda.current_stream(index).cuda_stream, pdl)
 
     return launch

@@ -12,6 +12,8 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 # Set by TRITON_INTERPRET=1 before Triton is first imported: kernels run in Python, on CPU tensors.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -20,6 +22,16 @@ WORD = tl.constexpr(32)
 # 1.5 * 2^23: adding it to |t| < 2^22 leaves rint(t), half to even, in the low bits of the float.
 RINT_MAGIC = tl.constexpr(12582912.0)
 RINT_MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def begin_step():
+    """The first statement of every kernel of a step, which may be launched before the kernels in front of it have ended
+    (`gpu/launch.py`): the next one may begin, and this one goes on when they have and what they wrote is visible.
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS
-from lbs_kernels.gpu.triton.common import INTERPRETED, fma
+from lbs_kernels.gpu.triton.common import INTERPRETED, begin_step, fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options, operand_scales
 from lbs_kernels.gpu.triton.gemm_kernel import GemmMeta, GemmOperands, GemmShape
@@ -145,6 +145,7 @@ def natural_order(s0, s1, s2, s3, A_BITS: tl.constexpr, CONFIG: tl.constexpr):
 @triton.jit
 def depthwise_kernel(operands, target, shape, META: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """One tile of pixels and channels."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_C: tl.constexpr = CONFIG.block_c
     A_BITS: tl.constexpr = META.a_bits
@@ -222,6 +223,6 @@ def bind_depthwise(
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.channels, config.block_c),)
     run = functools.partial(
         depthwise_kernel[grid], GemmOperands(*pixel, taps, weights.offset, multiplier, bias), target, shape,
-        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2),
+        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()

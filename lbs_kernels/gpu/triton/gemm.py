@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.gemm import GemmConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, pixel_elements
 from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget
@@ -189,6 +189,6 @@ def bind_gemm(
     run = functools.partial(
         gemm_kernel[gemm_grid(shape, config)], operands, split_target(shape, config, x.device), target, shape,
         META=gemm_meta(weights, shape, config), EMIT=emit_meta, CONFIG=config,
-        **launch_options(config.warps, config.stages),
+        **launch_options(config.warps, config.stages), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu.triton.common import fma
+from lbs_kernels.gpu.triton.common import begin_step, fma
 from lbs_kernels.gpu.triton.emit import emit
 from lbs_kernels.gpu.triton.unpack import (
     add_bytes,
@@ -286,6 +286,7 @@ def finish(acc, operands, row, first, target, shape, EMIT: tl.constexpr, CONFIG:
 @triton.jit
 def gemm_kernel(operands, split, target, shape, META: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """One tile of a convolution or matrix product, or one part of its reduction."""
+    begin_step()
     row, first = tile(shape, CONFIG)
     rows = (shape.filters + CONFIG.block_o - 1) // CONFIG.block_o * CONFIG.block_o
     acc = accumulate(operands, row, first, rows, tl.program_id(1), shape, META, CONFIG)

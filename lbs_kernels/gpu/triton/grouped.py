@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.direct import GroupedConfig
-from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.triton.common import fma
+from lbs_kernels.gpu.launch import Launch, overlaps
+from lbs_kernels.gpu.triton.common import begin_step, fma
 from lbs_kernels.gpu.triton.emit import EmitMeta, EmitTarget, emit
 from lbs_kernels.gpu.triton.gemm import GemmWeights, launch_options
 from lbs_kernels.gpu.triton.gemm_kernel import GemmShape, tile
@@ -61,6 +61,7 @@ def grouped_kernel(
     CONFIG: tl.constexpr,
 ):
     """One tile of a grouped convolution: accumulate, y = fma(float32(acc), multiplier, bias), emit."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_O: tl.constexpr = CONFIG.block_o
     TAPS: tl.constexpr = META.kernel[0] * META.kernel[1]
@@ -120,6 +121,6 @@ def bind_grouped(
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.filters, config.block_o),)
     run = functools.partial(
         grouped_kernel[grid], x, weights.planes, multiplier, bias, target, shape,
-        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2),
+        META=meta, EMIT=emit_meta, CONFIG=config, **launch_options(config.warps, 2), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: run()

@@ -12,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
-from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, load_stream
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, begin_step, load_stream
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import PoolStep, Program, TensorSpec
+
+MEAN_STAGES, MEAN_BYTES = 8, 48 * 1024  # pixels of a mean on their way, and shared memory for them at most
 
 
 class PoolShape(NamedTuple):
@@ -74,6 +76,7 @@ def max_planes_kernel(
     larger = (a > b), from the lowest plane up: where plane p differs it decides, where it does not the planes below do.
     Padding reads as code 0 and so never wins.
     """
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_WORDS: tl.constexpr = (CONFIG.block_c + 31) // 32
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
@@ -115,6 +118,7 @@ def max_planes_kernel(
 @triton.jit
 def max_bytes_kernel(x_ptr, out_ptr, shape, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr):
     """Maximum of codes of 8 bits; their bias does not change their order. Padding reads as code 0 and so never wins."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_C: tl.constexpr = CONFIG.block_c
     row, first = pool_tile(shape.rows, shape.channels, CONFIG)
@@ -139,6 +143,7 @@ def max_stream_kernel(
     x_ptr, target, shape, EMIT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CONFIG: tl.constexpr
 ):
     """Maximum of a stream, emitted; a NaN in the window wins, as in torch."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_C: tl.constexpr = CONFIG.block_c
     DTYPE: tl.constexpr = EMIT.stream_dtype
@@ -161,6 +166,7 @@ def average_stream_kernel(
     CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Mean over windows of a stream: one float32 addition per tap, in row-major order; padding adds 0; emitted."""
+    begin_step()
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_C: tl.constexpr = CONFIG.block_c
     DTYPE: tl.constexpr = EMIT.stream_dtype
@@ -176,8 +182,14 @@ def average_stream_kernel(
 
 
 @triton.jit
-def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constexpr, CONFIG: tl.constexpr):
-    """Global mean: one float32 addition per pixel, in row-major order, then one multiplication; emitted."""
+def mean_kernel(
+    x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constexpr, STAGES: tl.constexpr, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Global mean: one float32 addition per pixel, in row-major order, then one multiplication; emitted.
+
+    STAGES: pixels that are on their way at once, as each is waited for in turn.
+    """
+    begin_step()
     DTYPE: tl.constexpr = EMIT.stream_dtype
     row, first = pool_tile(rows, channels, CONFIG)
     row_mask = row < rows
@@ -185,7 +197,7 @@ def mean_kernel(x_ptr, target, rows, channels, pixels, inverse, EMIT: tl.constex
     mask = row_mask[:, None] & (channel < channels)[None, :]
     start = x_ptr + (row * pixels)[:, None] * channels + channel[None, :]
     total = load_stream(start, mask, DTYPE)
-    for pixel in range(1, pixels):
+    for pixel in tl.range(1, pixels, num_stages=STAGES):
         total += load_stream(start + pixel * channels, mask, DTYPE)
     emit(total * inverse, row, row_mask, first, channels, target, EMIT)
 
@@ -217,7 +229,7 @@ def bind(
     source = program.tensors[step.input]
     shape = pool_shape(problem, source)
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.channels, config.block_c),)
-    common = {"CONFIG": config, "num_warps": config.warps, **LAUNCH_OPTIONS}
+    common = {"CONFIG": config, "num_warps": config.warps, "launch_pdl": overlaps(), **LAUNCH_OPTIONS}
     window = {"KERNEL_H": step.kernel[0], "KERNEL_W": step.kernel[1]}
     x = buffers[step.input]
     if source.form == "codes":
@@ -238,5 +250,7 @@ def bind(
         pixels = problem.height * problem.width
         inverse = float(torch.tensor(1.0 / pixels, dtype=torch.float32))
         sizes = (problem.batch, problem.in_channels, pixels, inverse)
+        stages = max(1, min(MEAN_STAGES, MEAN_BYTES // (4 * config.block_m * config.block_c)))
+        common["STAGES"] = stages
         run = functools.partial(mean_kernel[grid], kernel_view(x), target, *sizes, EMIT=meta, **common)
     return lambda inputs: run()

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.stem import FoldedStep
-from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, fma, load_stream
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, begin_step, fma, load_stream
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program, QuantPackStep
@@ -42,6 +42,7 @@ def quantpack_kernel(
     """One tile of pixels and channels. x: float32 or uint8 [N, C, pixels] or [N, pixels, C] if IMAGE, else a stream
     [rows, C]; multiplier and bias [C] if AFFINE. FOLD: a pixel that is written is two by two of the image.
     """
+    begin_step()
     DTYPE: tl.constexpr = EMIT.stream_dtype
     channels = shape.channels
     channel_blocks = (channels + CONFIG.block_c - 1) // CONFIG.block_c
@@ -100,13 +101,14 @@ def bind(
     last = SourceShape(rows, out_channels, pixels, 1, channels, *rest)
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(out_channels, config.block_c),)
     position = program.inputs.index(step.input) if step.input in program.inputs else None
+    pdl = overlaps()
 
     def launch(inputs: list[Tensor]) -> None:
         x = kernel_view(buffers[step.input]) if position is None else inputs[position]
         quantpack_kernel[grid](
             x, multiplier, bias, target, first if x.is_contiguous() else last,
             IMAGE=position is not None, FOLD=fold, AFFINE=multiplier is not None, EMIT=meta, CONFIG=config,
-            num_warps=config.warps, **LAUNCH_OPTIONS,
+            num_warps=config.warps, launch_pdl=pdl, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
     return launch

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
-from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, load_stream
+from lbs_kernels.gpu.launch import Launch, overlaps
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, begin_step, load_stream
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.operations import resize_taps
 from lbs_kernels.program.problem import Problem
@@ -48,6 +48,7 @@ def blend(a, b, weight):
 @triton.jit
 def resize_kernel(x_ptr, target, down, across, shape, EMIT: tl.constexpr, CONFIG: tl.constexpr):
     """Pixels [BLOCK_M] by channels [BLOCK_C] of what is written, each of four pixels of the input."""
+    begin_step()
     DTYPE: tl.constexpr = EMIT.stream_dtype
     channels = shape.channels
     channel_blocks = (channels + CONFIG.block_c - 1) // CONFIG.block_c
@@ -99,6 +100,6 @@ def bind(
     shape = ResizeShape(problem.rows, source.channels, source.height, source.width, *step.size)
     grid = (triton.cdiv(shape.rows, config.block_m) * triton.cdiv(shape.channels, config.block_c),)
     target, meta = bind_emit(step.emit, program, arrays, buffers)
-    common = {"EMIT": meta, "CONFIG": config, "num_warps": config.warps, **LAUNCH_OPTIONS}
+    common = {"EMIT": meta, "CONFIG": config, "num_warps": config.warps, "launch_pdl": overlaps(), **LAUNCH_OPTIONS}
     run = functools.partial(resize_kernel[grid], kernel_view(x), target, down, across, shape, **common)
     return lambda inputs: run()

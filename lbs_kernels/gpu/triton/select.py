@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
-from lbs_kernels.gpu.launch import Launch
+from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
-from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, load_stream, store_planes
+from lbs_kernels.gpu.triton.common import LAUNCH_OPTIONS, begin_step, load_stream, store_planes
 from lbs_kernels.gpu.triton.emit import bind_emit, emit, kernel_view
 from lbs_kernels.program.planes import WORD, words
 from lbs_kernels.program.problem import Problem
@@ -84,6 +84,7 @@ def select_tile(table_ptr, shape, HOW: tl.constexpr, CONFIG: tl.constexpr):
 @triton.jit
 def select_bytes_kernel(x_ptr, out_ptr, table_ptr, shape, HOW: tl.constexpr, CONFIG: tl.constexpr):
     """Codes of 8 bits."""
+    begin_step()
     row, _, channel, offset, _ = select_tile(table_ptr, shape, HOW, CONFIG)
     mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
     codes = tl.load(x_ptr + offset, mask=mask, other=0)
@@ -93,6 +94,7 @@ def select_bytes_kernel(x_ptr, out_ptr, table_ptr, shape, HOW: tl.constexpr, CON
 @triton.jit
 def select_planes_kernel(x_ptr, out_ptr, table_ptr, shape, BITS: tl.constexpr, HOW: tl.constexpr, CONFIG: tl.constexpr):
     """Codes of 1 to 7 bits, taken out of their words and put into others."""
+    begin_step()
     row, first, channel, offset, entry = select_tile(table_ptr, shape, HOW, CONFIG)
     mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
     there = mask if HOW == "move" else (channel < shape.channels)[None, :]
@@ -110,6 +112,7 @@ def select_planes_kernel(x_ptr, out_ptr, table_ptr, shape, BITS: tl.constexpr, H
 @triton.jit
 def select_stream_kernel(x_ptr, target, table_ptr, shape, EMIT: tl.constexpr, HOW: tl.constexpr, CONFIG: tl.constexpr):
     """Streams, emitted."""
+    begin_step()
     DTYPE: tl.constexpr = EMIT.stream_dtype
     row, first, channel, offset, _ = select_tile(table_ptr, shape, HOW, CONFIG)
     mask = (row < shape.rows)[:, None] & (channel < shape.channels)[None, :]
@@ -151,7 +154,7 @@ def bind(
     sizes = {(program.tensors[index].height, program.tensors[index].width) for index in step.inputs}
     how = "move" if step.moves else "copy" if sizes == {(problem.height, problem.width)} else "repeat"
     grid = (triton.cdiv(problem.rows, config.block_m) * triton.cdiv(problem.out_channels, config.block_c),)
-    common = {"HOW": how, "CONFIG": config, "num_warps": config.warps, **LAUNCH_OPTIONS}
+    common = {"HOW": how, "CONFIG": config, "num_warps": config.warps, "launch_pdl": overlaps(), **LAUNCH_OPTIONS}
     out_pitch = 0 if source.form == "stream" else pixel_elements(program.tensors[step.emit.consumers[0].tensor])
     places = (table.shape[1], *step.block, *step.stride)
     shape = SelectShape(problem.rows, problem.out_channels, problem.height, problem.width, out_pitch, *places)

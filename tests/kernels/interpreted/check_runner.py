@@ -34,7 +34,7 @@ from lbs_kernels.gpu.configs.half import HalfConfig
 from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.stem import FoldedStep, fold_stem
-from lbs_kernels.program.steps import Program
+from lbs_kernels.program.steps import Emit, Program
 from lbs_kernels.run import backends
 from lbs_kernels.run.loaded import clear_runners
 from lbs_kernels.run.reference import ReferenceRunner
@@ -244,6 +244,31 @@ def test_a_folded_stem_is_the_stem(
     s8 = GpuRunner(*fold_stem(program, blob), "cpu", {"step1": S8Config(*S8Config.tiles[-1])})
     assert_same(s8.run(images)[0], ReferenceRunner(program, blob).run(images)[0], "output")
     assert len(launched) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_of_a_recorded_call_stay_where_they_were_written(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a copy where they are float32; a graph owns that memory. Other calls copy."""
+    b = programs.Builder(0, dtype)
+    codes = b.consumer((4, 4, 8), 4)
+    b.quantize(b.image(8, 4, 4), Emit(consumers=(codes,)))
+    pooled, mean = b.stream((4, 4, 6)), b.consumer((1, 1, 6), 4)
+    b.conv(codes.tensor, Emit(stream=pooled), 6, w_bits=2)
+    b.pool(pooled, Emit(consumers=(mean,)), "mean")
+    b.linear(mean.tensor, Emit(stream=b.stream((1, 1, 5), output=True, flat=True)), 5, w_bits=4)
+    program, blob = b.build()
+    runner = GpuRunner(program, blob, "cpu")
+    monkeypatch.setattr(gpu_runner.graph, "keep", lambda thing: None)
+    images = programs.random_inputs(program, 3, 1)
+    (expected,) = ReferenceRunner(program, blob).run(images)
+    for recorded in (False, True):
+        runner.run(images)
+        arena = runner.plan(3).arena.untyped_storage().data_ptr()
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_runner, "capturing", lambda device, recorded=recorded: recorded)
+            (result,) = runner.run(images)
+        assert_same(result, expected, "logits")
+        assert (result.untyped_storage().data_ptr() == arena) == (recorded and dtype == "float32")
 
 
 def test_plans_free_what_they_hold(net: tuple[Program, Tensor]) -> None:

@@ -48,6 +48,8 @@ struct Barrier {
     std::vector<Copy> copies;
 };
 
+struct Cluster;
+
 // What the threads of one block share.
 struct Block {
     Block(int threads, int shared_bytes, int index_, int count_, const Operands& operands_, Timing timing_)
@@ -89,6 +91,15 @@ struct Block {
     int index, count;
     Operands operands;
     Timing timing;
+    bool launched = false;  // the kernel behind this one
+    int ended = 0;          // threads
+    Cluster* cluster = nullptr;
+};
+
+// Thread blocks that run at once and read one another's shared memory.
+struct Cluster {
+    std::vector<Block> blocks;
+    Meeting all;
 };
 
 // A queue of asynchronous operations, finished group by group in the order they were committed.
@@ -131,6 +142,7 @@ public:
         const uintptr_t source = reinterpret_cast<uintptr_t>(from);
         require(!inside || source % kBytes == 0, "model: unaligned source of a copy");
         require(!inside || block_.operands.holds(source, kBytes), "model: a copy from outside the operands");
+        if (inside) check_order(source, kBytes);
         const Copy copy{to, inside ? from : nullptr, kBytes};
         if (block_.timing == Timing::kEarly) gpu::finish(copy);
         else std::memset(to, kPoison, kBytes);
@@ -146,14 +158,40 @@ public:
     }
     void sync() { Fibers::meet(block_.all); }
     void sync_warp() { Fibers::meet(block_.mail[thread_ / 32].meeting); }
+    void launch_dependents() { block_.launched = true; }
+    void wait_for_kernels_before() { waited_ = true; }
+    // What every thread must have done when it ends.
+    void check_end() {
+        require(block_.launched, "model: a kernel that never lets the next one begin");
+        check_waited();
+        ++block_.ended;
+    }
+    void sync_cluster() { Fibers::meet(block_.cluster->all); }
+    // There is no telling whether a block has begun until all have met, and where one has ended its memory is gone.
+    Ints4 load_from(int rank, int byte) {
+        Block& from = block_.cluster->blocks.at(rank);
+        require(block_.cluster->all.times > 0, "model: shared memory of a block that may not have begun");
+        require(from.ended < static_cast<int>(from.mail.size()) * 32, "model: shared memory of a block that has ended");
+        Ints4 four;
+        std::memcpy(&four, from.at(address(byte), 16, 16), sizeof four);
+        return four;
+    }
 
 protected:
     int lane() const { return thread_ % 32; }
+    void check_waited() const {
+        require(waited_, "model: a thread that did not wait for the kernels before");
+    }
+    // Weights are written by no kernel; everything else may be.
+    void check_order(uintptr_t source, uintptr_t count) const {
+        require(waited_ || block_.operands.w.holds(source, count),
+                "model: a copy of what a kernel before may write, without waiting for it");
+    }
 
     Block& block_;
     Groups<Copy> copies_;
     int thread_;
-    bool unpublished_ = false;
+    bool unpublished_ = false, waited_ = false;
 };
 
 // The fences and products of wgmma. `kDot` is what one row and one column of 32 bytes give.
@@ -187,6 +225,7 @@ public:
     template <int kGroups, int kRegisters>
     void finish_products(int (&)[kGroups][kRegisters]) {
         wait_products<0>();
+        check_waited();  // what follows is written
         require(products_.idle(), "model: registers are read before their product was committed");
         fenced_ = false;
     }
@@ -233,15 +272,20 @@ private:
     bool fenced_ = false;
 };
 
-// Runs `run(machine)` for every thread of `blocks` blocks, one block after another.
+// Runs `run(machine)` for every thread of `blocks` blocks, one cluster of `split` blocks after another.
 template <class Machine, class Run>
-void run_blocks(int threads, int shared_bytes, int blocks, const Operands& operands, const Order& order,
-                const Run& run) {
-    for (int index = 0; index < blocks; ++index) {
-        Block block(threads, shared_bytes, index, blocks, operands, order.timing);
-        Fibers::run(threads, order.seed, [&](int thread) {
-            Machine machine(block, thread);
+void run_blocks(int threads, int shared_bytes, int blocks, const Operands& operands, const Order& order, const Run& run,
+                int split = 1) {
+    for (int first = 0; first < blocks; first += split) {
+        Cluster cluster;
+        for (int i = 0; i < split; ++i)
+            cluster.blocks.emplace_back(threads, shared_bytes, first + i, blocks, operands, order.timing);
+        for (Block& block : cluster.blocks) block.cluster = &cluster;
+        cluster.all.count = split * threads;
+        Fibers::run(split * threads, order.seed, [&](int thread) {
+            Machine machine(cluster.blocks[thread / threads], thread % threads);
             run(machine);
+            machine.check_end();
         });
     }
 }

@@ -41,7 +41,9 @@ public:
     template <int kPending>
     void wait_products() {}
     template <int kRegisters>
-    void finish_products(int (&)[kMultiplyGroups][kRegisters]) {}
+    void finish_products(int (&)[kMultiplyGroups][kRegisters]) {
+        check_waited();  // what follows is written
+    }
 
 private:
     const Block::Letter* exchange(const Block::Letter& letter) {

@@ -32,6 +32,7 @@ public:
     void bulk_copy(int byte, const void* from, int bytes, int on) {
         require(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "model: an unaligned bulk copy");
         require(block_.operands.holds(reinterpret_cast<uintptr_t>(from), bytes), "model: a copy from elsewhere");
+        check_order(reinterpret_cast<uintptr_t>(from), bytes);
         Copy copy{block_.at(address(byte), bytes, 16), from, bytes};
         std::memset(copy.to, kPoison, bytes);
         Barrier& to = used(on);
@@ -79,6 +80,13 @@ void run(const Params& params, int blocks, const Operands& operands, const Order
                            [&](auto& model) { run_tiles<T>(model, params); });
 }
 
+template <class T>
+void run_clusters(const Params& params, const Operands& operands, const Order& order) {
+    const int split = 1 << params.split_log;
+    run_blocks<WgmmaModel>(T::kThreads, T::kSharedBytes, params.tiles * split, operands, order,
+                           [&](auto& model) { run_split_tile<T>(model, params); }, split);
+}
+
 }  // namespace
 
 void run_model(const Task& task, const TileRow& row, const Order& order) {
@@ -97,6 +105,14 @@ void run_model(const Task& task, const TileRow& row, const Order& order) {
         return;                                                                                          \
     }
     LBS_S8_TILES(LBS_RUN)
+#undef LBS_RUN
+#define LBS_RUN(machine, groups, filters, stages)                                                           \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) {                                            \
+        if (needs_sums(task)) run_clusters<ClusterTile<filters, stages, true>>(params, operands, order);    \
+        else run_clusters<ClusterTile<filters, stages, false>>(params, operands, order);                    \
+        return;                                                                                             \
+    }
+    LBS_S8_CLUSTER_TILES(LBS_RUN)
 #undef LBS_RUN
 }
 
