@@ -45,9 +45,10 @@ std::vector<FilterCut> cut_filters(int filters, int vectors, int pieces, int k_s
 
 // Whether sums of so many steps are short, and emitted as they are made.
 inline bool is_short(const StepSpec& step, const TensorSpec& source, int k_steps, const EmitPlan& emit) {
-    // Where streams and residuals are read and written, longer ones are faster as tiles.
-    const int most = emit.is_usual && emit.coded.tensor < 0 ? kShortSteps : kShortSteps / 2;
-    return k_steps <= most && emit.is_lean && emit.consumer_count == 1 && !needs_sum(step) && !source.is_signed;
+    // Where streams and residuals of floats are read and written, longer ones are faster as tiles.
+    const int most = emit.is_usual ? kShortSteps : kShortSteps / 2;
+    const bool few = emit.consumer_count == 1 || (emit.consumer_count == 2 && emit.is_usual);
+    return k_steps <= most && emit.is_lean && few && !needs_sum(step) && !source.is_signed;
 }
 
 // Cycles of the direct kernel on one image of [height, width] output pixels, cut as cut_filters cuts it.

@@ -6,6 +6,8 @@
 // tiles of fewer than 24 accumulators leave 20 of them visible.
 #pragma once
 
+#include "bitconv2d/short_kernel.h"
+#include "bitconv2d/taps_kernel.h"
 #include "isa/kernels.h"
 #include "program/emit_tile.h"
 #include "program/plan.h"
@@ -16,38 +18,6 @@ namespace {
 // weights and other programs share: on a Zen 5 with a neighbour, 512 filters of 7 x 7 pixels took 450 us without, 220
 // us with.
 constexpr int kWeightsAhead = 4096;
-
-// One vector of input pixels at `base`; kS pieces, 0 for one offset per lane.
-template <int kS>
-struct PixelLoader {
-    const unsigned char* base[kS > 0 ? kS : 1];
-    uint32_t mask[kS > 0 ? kS : 1];
-    const int32_t* lanes;
-
-    PixelLoader() = default;
-    LBS_INLINE PixelLoader(const unsigned char* in, const lbs::PixelMap& map, int vector) {
-        if constexpr (kS == 0) {
-            base[0] = in;
-            lanes = map.lanes + static_cast<int64_t>(vector) * lbs::kMaxLanes;
-        } else {
-            const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * kS;
-            for (int s = 0; s < kS; ++s) {
-                base[s] = in + piece[s].offset;
-                mask[s] = piece[s].mask;
-            }
-        }
-    }
-    LBS_INLINE Simd::I load(int32_t offset) const {
-        if constexpr (kS == 0) {
-            return Simd::igather(base[0] + offset, lanes);
-        } else {
-            // The first piece starts at lane 0. Slack: what is read past its end others replace, or nobody uses.
-            Simd::I x = Simd::iload(base[0] + offset);
-            for (int s = 1; s < kS; ++s) x = Simd::iload_mask(x, mask[s], base[s] + offset);
-            return x;
-        }
-    }
-};
 
 // dots[(p * kF + f) * L ...] = start[f] + sum over k of weights[k][f] . pixels of vector + p, while `before` is
 // emitted.
@@ -110,104 +80,6 @@ LBS_INLINE void conv_tile_up_to(const lbs::ConvPlan& plan, const unsigned char* 
     conv_tile<kP, kF, kS, kWide>(plan, in, vector, weights, start, dots, fast, before);
 }
 
-// Sums of few products, a lean epilogue behind them: results need not wait in memory, as the processor's reorder
-// buffer holds several tiles of four filters whole. On a Zen 5 an expanding layer of 16 channels takes 100 us instead
-// of 160, one of 128 channels 150 instead of 162, and longer sums are faster as tiles.
-constexpr int kShortBytes = 1 << 14;  // of activations, which one group of four filters after the other reads
-// Vectors that lie side by side, of four channels each, whose lines the processor does not foresee. Stores that miss
-// the cache wait for each other: on a Zen 5, 64 -> 256 channels at 56 x 56 take 244 us without asking, 171 with it.
-constexpr int kShortRun = 32;
-
-// Four filters of a block; Emit: UsualEmit or LeanEmit.
-template <int kS, bool kWide, class Emit>
-struct ShortFilters {
-    const lbs::ConvPlan& plan;
-    const unsigned char* const in;
-    const int8_t* const weights;
-    const int64_t pitch;  // of weights, from step to step
-    const int channel;
-    const int32_t* const start;  // of the sums, or none
-    const FastEmit& fast;
-    const bool asks;  // for the lines of the next four filters
-    const Emit emit;
-
-    LBS_INLINE ShortFilters(const lbs::ConvPlan& plan_, const unsigned char* in_, const lbs::FilterBlock& block,
-                            int filter, const FastEmit& fast_, bool asks_)
-        : plan(plan_),
-          in(in_ + block.in_offset),
-          weights(block.weights + 4 * filter),
-          pitch(4 * block.width),
-          channel(block.first + filter),
-          start(plan_.acc.constant ? plan_.acc.constant + channel : nullptr),
-          fast(fast_),
-          asks(asks_),
-          emit(fast_, channel) {}
-
-    template <int kP>
-    LBS_INLINE void compute(int vector) const {
-        PixelLoader<kS> pixels[kP];
-#pragma GCC unroll 4
-        for (int p = 0; p < kP; ++p) pixels[p] = PixelLoader<kS>(in, plan.map, vector + p);
-        Simd::I acc[kP][4];
-#pragma GCC unroll 4
-        for (int p = 0; p < kP; ++p)
-#pragma GCC unroll 4
-            for (int f = 0; f < 4; ++f) acc[p][f] = start ? Simd::iset(start[f]) : Simd::izero();
-        const int32_t* const offsets = plan.k_offsets;
-        const int steps = plan.k_steps;
-#pragma GCC unroll 4
-        for (int k = 0; k < steps; ++k) {
-            const int8_t* const row = weights + k * pitch;
-            Simd::I x[kP];
-#pragma GCC unroll 4
-            for (int p = 0; p < kP; ++p) x[p] = pixels[p].load(offsets[k]);
-#pragma GCC unroll 4
-            for (int f = 0; f < 4; ++f) {
-                const Simd::I w = Simd::ibroadcast(row + 4 * f);
-#pragma GCC unroll 4
-                for (int p = 0; p < kP; ++p) acc[p][f] = Simd::template dot<kWide>(acc[p][f], x[p], w);
-            }
-        }
-#pragma GCC unroll 4
-        for (int p = 0; p < kP; ++p) {
-            if (__builtin_expect(emit.takes(vector + p, fast.plan->vectors), 1)) {
-                if (asks) emit.ask_next(vector + p);
-                emit.emit(vector + p, acc[p][0], acc[p][1], acc[p][2], acc[p][3]);
-            } else {
-                const Simd::I sums[4] = {acc[p][0], acc[p][1], acc[p][2], acc[p][3]};
-                emit_others(vector + p, sums);
-            }
-        }
-    }
-
-    __attribute__((noinline)) void emit_others(int vector, const Simd::I* sums) const {
-        int32_t dots[4 * Simd::L];
-        for (int f = 0; f < 4; ++f) Simd::istore(dots + f * Simd::L, sums[f]);
-        emit_rare(fast, Tile(fast, channel, 4, vector, 1, dots), 0, 0);
-    }
-};
-
-template <int kS, bool kWide, class Emit>
-void short_blocks(const lbs::ConvPlan& plan, const unsigned char* in, int first, int last, int first_block,
-                  int last_block, const FastEmit& fast) {
-    constexpr int kP = Simd::kShortVectors;
-    int band = kShortBytes / (plan.k_steps * 4 * Simd::L) / kP * kP;
-    if (band < kP) band = kP;
-    const bool asks = band <= kShortRun;
-    for (int begin = first; begin < last; begin += band) {
-        const int end = last - begin < band ? last : begin + band;
-        for (int b = first_block; b < last_block; ++b) {
-            const lbs::FilterBlock& block = plan.blocks[b];
-            for (int f = 0; f < block.width; f += 4) {
-                const ShortFilters<kS, kWide, Emit> filters(plan, in, block, f, fast, asks);
-                int vector = begin;
-                for (; vector + kP <= end; vector += kP) filters.template compute<kP>(vector);
-                for (; vector < end; ++vector) filters.template compute<1>(vector);
-            }
-        }
-    }
-}
-
 // The codes to convolve.
 inline const unsigned char* conv_input(const lbs::ConvPlan& plan, const lbs::RunContext& run, int first, int last) {
     const unsigned char* in = run.tensors[plan.input];
@@ -251,7 +123,7 @@ void conv_blocks(const lbs::ConvPlan& plan, const lbs::RunContext& run, int firs
     const FastEmit fast(plan.acc, plan.emit, run, !plan.acc.shift && !plan.acc.needs_sum);
     const unsigned char* in = conv_input(plan, run, first_vector, last_vector);
     if (plan.is_short) {
-        const auto blocks = fast.is_usual() ? short_blocks<kS, kWide, UsualEmit> : short_blocks<kS, kWide, LeanEmit>;
+        auto* const blocks = plan.tap_weights ? taps_blocks<kS, kWide> : short_blocks_of<kS, kWide>(fast);
         return blocks(plan, in, first_vector, last_vector, first_block, last_block, fast);
     }
     Tile before;  // nothing to emit yet

@@ -94,6 +94,31 @@ void plan_depthwise(const ProgramSpec& program, const StepSpec& step, const Code
     plan.acc = plan_accumulator(program, step, source, channels, sums, store);
 }
 
+void plan_taps(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, Store& store,
+               ConvPlan& plan) {
+    const int channels = program.tensors[static_cast<size_t>(step.input)].channels;
+    const int taps = step.kernel.y * step.kernel.x;
+    const EmitPlan& emit = plan.emit;
+    if (step.groups != channels || emit.channels != channels || !emit.is_usual || emit.consumer_count != 1 ||
+        emit.coded.tensor >= 0 || emit.consumers->map.pieces == 0)
+        return;
+    plan.tap_quads = (taps + 3) / 4;
+    plan.last_alone = taps % 4 == 1;
+    std::vector<int32_t> offsets = window_offsets(layout, step, 1);
+    offsets.resize(static_cast<size_t>(4) * plan.tap_quads, offsets.back());
+    plan.tap_offsets = store.keep(offsets);
+    const std::vector<uint8_t> codes =
+        unpack_weight_codes(program.integers(step.planes), step.w_bits, channels, taps, 1);
+    int8_t* weights = store.make<int8_t>(static_cast<size_t>(layout.groups) * 16 * plan.tap_quads);
+    for (int channel = 0; channel < channels; ++channel)
+        for (int tap = 0; tap < taps; ++tap) {
+            const int quad = channel / 4 * plan.tap_quads + tap / 4;
+            weights[(quad * 4 + channel % 4) * 4 + tap % 4] =
+                static_cast<int8_t>(stored_weight(step, codes[static_cast<size_t>(channel) * taps + tap]));
+        }
+    plan.tap_weights = weights;
+}
+
 int64_t depthwise_scratch(const DepthwisePlan& plan) {
     return int64_t{4} * plan.ring * plan.quads * plan.spread + int64_t{8} * plan.kept + kMaxLanes;
 }

@@ -20,4 +20,9 @@ void plan_depthwise(const ProgramSpec& program, const StepSpec& step, const Code
 // Integers that the kernel keeps per thread.
 int64_t depthwise_scratch(const DepthwisePlan& plan);
 
+// Taps in fours, for a depthwise kernel whose sums are short and whose epilogue is usual; leaves `plan` as it is where
+// that does not hold.
+void plan_taps(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, Store& store,
+               ConvPlan& plan);
+
 }  // namespace lbs

@@ -75,7 +75,7 @@ struct DepthwiseEmit {
     Tile tile;
     const int64_t sums;  // integers from dots to sums, 0: none
     const int vectors;
-    const UsualEmit usual;
+    const UsualEmit<1, false> usual;
 
     LBS_INLINE DepthwiseEmit(const FastEmit& f, int channel, int vector, const int32_t* dots, int pitch, int64_t sums_)
         : fast(f), tile(f, channel, 4, vector, 1, dots), sums(sums_), vectors(f.plan->vectors), usual(f, channel) {

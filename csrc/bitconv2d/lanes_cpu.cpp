@@ -40,6 +40,18 @@ bool suits_lanes(const StepSpec& step, const TensorSpec& source, int height, int
 
 }  // namespace
 
+std::vector<FilterCut> cut_vectors(int filters, const KernelTable& kernels) {
+    const int vectors = vector_count(filters, kernels.lanes);
+    int count = vector_count(vectors, kernels.lanes_vectors);
+    if (count > 1) count += count % 2;  // so that two threads get as much
+    std::vector<FilterCut> cut;
+    for (int b = 0; b < count; ++b) {
+        const int first = vectors * b / count, last = vectors * (b + 1) / count;
+        cut.push_back({first * kernels.lanes, (last - first) * kernels.lanes});
+    }
+    return cut;
+}
+
 // Floats of channels that are not there have no place.
 bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit) {
     return emit.is_lean && !source.is_signed &&
@@ -105,16 +117,17 @@ bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayo
     }
     plan.pixel_offsets = store.keep(offsets);
 
-    const int vectors = vector_count(filters, lanes), per_block = kernels.lanes_vectors;
-    plan.block_count = (vectors + per_block - 1) / per_block;
+    const std::vector<FilterCut> cut = cut_vectors(filters, kernels);
+    plan.block_count = static_cast<int>(cut.size());
     const auto step_bytes = static_cast<size_t>(4 * lanes);
-    int8_t* weights = store.make<int8_t>(static_cast<size_t>(vectors) * static_cast<size_t>(plan.k_steps) * step_bytes);
+    int8_t* weights = store.make<int8_t>(static_cast<size_t>(vector_count(filters, lanes)) *
+                                         static_cast<size_t>(plan.k_steps) * step_bytes);
     LanesBlock* blocks = store.make<LanesBlock>(static_cast<size_t>(plan.block_count));
     const std::vector<uint8_t> codes =
         unpack_weight_codes(program.integers(step.planes), step.w_bits, filters, taps, source.channels);
-    for (int b = 0; b < plan.block_count; ++b) {
-        const int held = std::min(per_block, vectors - b * per_block);
-        blocks[b] = {b * per_block * lanes, held, weights};
+    for (size_t b = 0; b < cut.size(); ++b) {
+        const int held = cut[b].width / lanes;
+        blocks[b] = {cut[b].first, held, weights};
         write_weights(step, codes, filters, source.channels, blocks[b].first, held * lanes, weights);
         weights += static_cast<size_t>(held) * static_cast<size_t>(plan.k_steps) * step_bytes;
     }

@@ -1,6 +1,7 @@
 // Which convolutions put filters on the lanes, and how their weights are laid out for it.
 #pragma once
 
+#include "bitconv2d/bitconv2d_cpu.h"
 #include "isa/kernels.h"
 #include "program/layout.h"
 #include "program/plan.h"
@@ -12,6 +13,10 @@ namespace lbs {
 // are expected to be faster.
 bool plan_lanes(const ProgramSpec& program, const StepSpec& step, const CodeLayout& layout, const KernelTable& kernels,
                 Algorithm algorithm, const EmitPlan& emit, Store& store, LanesPlan& plan);
+
+// Blocks of whole vectors of filters, no two of which differ by more than a vector: one vector alone waits for its
+// dots.
+std::vector<FilterCut> cut_vectors(int filters, const KernelTable& kernels);
 
 // Whether what is made of sums whose filters are on the lanes can be made as they lie.
 bool is_made_in_place(const TensorSpec& source, const KernelTable& kernels, const EmitPlan& emit);

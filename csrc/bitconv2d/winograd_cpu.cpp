@@ -121,15 +121,6 @@ int choose_chunk(const WinogradPlan& plan, int lanes) {
     return best;
 }
 
-// Blocks of whole vectors of filters.
-std::vector<FilterCut> cut_vectors(int filters, const KernelTable& kernels) {
-    std::vector<FilterCut> cut;
-    const int widest = kernels.lanes_vectors * kernels.lanes,
-              all = vector_count(filters, kernels.lanes) * kernels.lanes;
-    for (int first = 0; first < all; first += widest) cut.push_back({first, std::min(widest, all - first)});
-    return cut;
-}
-
 }  // namespace
 
 bool suits_winograd(const StepSpec& step, const TensorSpec& source) {

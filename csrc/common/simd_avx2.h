@@ -60,6 +60,10 @@ struct Simd {
     }
     static I iset(int32_t value) { return _mm256_set1_epi32(value); }
     static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+    static void settle(I& a) { __asm__("" : "+x"(a)); }
+    static I iquarters(const void* p) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    }
     static I ishl(I a, int count) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(count)); }
     static I ipack4(I q0, I q1, I q2, I q3) {
         const I low = _mm256_or_si256(q0, _mm256_slli_epi32(q1, 8));
@@ -91,11 +95,12 @@ struct Simd {
         _mm_maskstore_epi32(reinterpret_cast<int*>(p), mask, _mm256_castsi256_si128(a));
         _mm_maskstore_epi32(reinterpret_cast<int*>(p + pitch), mask, _mm256_extracti128_si256(a, 1));
     }
-    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+    static I iscale_bytes(I x, int least, int most, int factor, int offset, int shift) {
         const I times = _mm256_set1_epi16(static_cast<short>(factor));
         const I plus = _mm256_set1_epi16(static_cast<short>(offset));
         const __m128i by = _mm_cvtsi32_si128(shift);
-        x = _mm256_min_epu8(x, _mm256_set1_epi8(static_cast<char>(most)));
+        x = _mm256_subs_epu8(x, _mm256_set1_epi8(static_cast<char>(least)));
+        x = _mm256_min_epu8(x, _mm256_set1_epi8(static_cast<char>(most - least)));
         const I even = _mm256_and_si256(x, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(x, 8);
         const I low = _mm256_srl_epi16(_mm256_add_epi16(_mm256_mullo_epi16(even, times), plus), by);
         const I high = _mm256_srl_epi16(_mm256_add_epi16(_mm256_mullo_epi16(odd, times), plus), by);
@@ -120,9 +125,12 @@ struct Simd {
         return _mm256_castps_si256(_mm256_blendv_ps(low, high, second));
     }
     static void transpose_bytes(I (&x)[4]) {
-        // Of every four pixels the codes of a channel together, then those of four vectors side by side.
+        // Of every four pixels the codes of a channel together.
         const __m128i place = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         for (I& one : x) one = _mm256_shuffle_epi8(one, _mm256_broadcastsi128_si256(place));
+        interleave_bytes(x);
+    }
+    static void interleave_bytes(I (&x)[4]) {
         const I low01 = _mm256_unpacklo_epi8(x[0], x[1]), low23 = _mm256_unpacklo_epi8(x[2], x[3]);
         const I high01 = _mm256_unpackhi_epi8(x[0], x[1]), high23 = _mm256_unpackhi_epi8(x[2], x[3]);
         x[0] = _mm256_unpacklo_epi16(low01, low23);

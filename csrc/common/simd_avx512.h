@@ -49,6 +49,10 @@ struct Simd {
     }
     static I iset(int32_t value) { return _mm512_set1_epi32(value); }
     static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+    static void settle(I& a) { __asm__("" : "+v"(a)); }
+    static I iquarters(const void* p) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    }
     static I ishl(I a, int count) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(count)); }
     static I ipack4(I q0, I q1, I q2, I q3) {
         const I low = _mm512_or_si512(q0, _mm512_slli_epi32(q1, 8));
@@ -87,11 +91,12 @@ struct Simd {
         store(2, _mm512_extracti32x4_epi32(a, 2));
         store(3, _mm512_extracti32x4_epi32(a, 3));
     }
-    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+    static I iscale_bytes(I x, int least, int most, int factor, int offset, int shift) {
         const I times = _mm512_set1_epi16(static_cast<short>(factor));
         const I plus = _mm512_set1_epi16(static_cast<short>(offset));
         const __m128i by = _mm_cvtsi32_si128(shift);
-        x = _mm512_min_epu8(x, _mm512_set1_epi8(static_cast<char>(most)));
+        x = _mm512_subs_epu8(x, _mm512_set1_epi8(static_cast<char>(least)));
+        x = _mm512_min_epu8(x, _mm512_set1_epi8(static_cast<char>(most - least)));
         const I even = _mm512_and_si512(x, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(x, 8);
         const I low = _mm512_srl_epi16(_mm512_add_epi16(_mm512_mullo_epi16(even, times), plus), by);
         const I high = _mm512_srl_epi16(_mm512_add_epi16(_mm512_mullo_epi16(odd, times), plus), by);
@@ -111,9 +116,12 @@ struct Simd {
     static I imerge(I old, uint32_t mask, I a) { return _mm512_mask_mov_epi32(old, static_cast<__mmask16>(mask), a); }
     static I ipick(I a, I b, I index) { return _mm512_permutex2var_epi32(a, index, b); }
     static void transpose_bytes(I (&x)[4]) {
-        // Of every four pixels the codes of a channel together, then those of four vectors side by side.
+        // Of every four pixels the codes of a channel together.
         const I together = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         for (I& one : x) one = _mm512_shuffle_epi8(one, together);
+        interleave_bytes(x);
+    }
+    static void interleave_bytes(I (&x)[4]) {
         const I low01 = _mm512_unpacklo_epi8(x[0], x[1]), low23 = _mm512_unpacklo_epi8(x[2], x[3]);
         const I high01 = _mm512_unpackhi_epi8(x[0], x[1]), high23 = _mm512_unpackhi_epi8(x[2], x[3]);
         x[0] = _mm512_unpacklo_epi16(low01, low23);

@@ -114,6 +114,10 @@ struct Simd {
     static I isub(I a, I b) {
         return make([&](int i) { return vsubq_s32(a.v[i], b.v[i]); });
     }
+    static void settle(I&) {}
+    static I iquarters(const void* p) {
+        return make_bytes([&](int) { return vld1q_u8(static_cast<const uint8_t*>(p)); });
+    }
     static I ishl(I a, int count) {
         return make([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(count)); });
     }
@@ -148,12 +152,13 @@ struct Simd {
     static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
         for (int i = 0; i < 2; ++i) std::memcpy(p + i * pitch, &a.v[i], 4 * static_cast<size_t>(lanes));
     }
-    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+    static I iscale_bytes(I x, int least, int most, int factor, int offset, int shift) {
         const uint16x8_t times = vdupq_n_u16(static_cast<uint16_t>(factor));
         const uint16x8_t plus = vdupq_n_u16(static_cast<uint16_t>(offset));
         const int16x8_t by = vdupq_n_s16(static_cast<int16_t>(-shift));
         return make_bytes([&](int i) {
-            const uint8x16_t q = vminq_u8(bytes(x.v[i]), vdupq_n_u8(static_cast<uint8_t>(most)));
+            const uint8x16_t beyond = vqsubq_u8(bytes(x.v[i]), vdupq_n_u8(static_cast<uint8_t>(least)));
+            const uint8x16_t q = vminq_u8(beyond, vdupq_n_u8(static_cast<uint8_t>(most - least)));
             const uint16x8_t low = vshlq_u16(vmlaq_u16(plus, vmovl_u8(vget_low_u8(q)), times), by);
             const uint16x8_t high = vshlq_u16(vmlaq_u16(plus, vmovl_u8(vget_high_u8(q)), times), by);
             return vcombine_u8(vmovn_u16(low), vmovn_u16(high));
@@ -194,6 +199,18 @@ struct Simd {
                     vtrnq_u16(vreinterpretq_u16_u8(low.val[j]), vreinterpretq_u16_u8(high.val[j]));
                 x[j].v[i] = vreinterpretq_s32_u16(four.val[0]);
                 x[j + 2].v[i] = vreinterpretq_s32_u16(four.val[1]);
+            }
+        }
+    }
+    static void interleave_bytes(I (&x)[4]) {
+        for (int i = 0; i < 2; ++i) {
+            const auto pair = [&](int k) { return vzipq_u8(bytes(x[k].v[i]), bytes(x[k + 1].v[i])); };
+            const uint8x16x2_t first = pair(0), second = pair(2);
+            for (int j = 0; j < 2; ++j) {
+                const uint16x8x2_t four =
+                    vzipq_u16(vreinterpretq_u16_u8(first.val[j]), vreinterpretq_u16_u8(second.val[j]));
+                x[2 * j].v[i] = vreinterpretq_s32_u16(four.val[0]);
+                x[2 * j + 1].v[i] = vreinterpretq_s32_u16(four.val[1]);
             }
         }
     }

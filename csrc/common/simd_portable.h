@@ -87,6 +87,14 @@ struct Simd {
             a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
         return a;
     }
+    // What a loop has summed, in registers: GCC 12 else moves every sum twice in each step of a loop that calls follow.
+    static void settle(I&) {}
+    // Four lanes, again and again
+    static I iquarters(const void* p) {
+        I r;
+        for (int i = 0; i < L; i += 4) std::memcpy(&r.v[i], p, 16);
+        return r;
+    }
     static I ishl(I a, int count) {
         for (int i = 0; i < L; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << count);
         return a;
@@ -137,11 +145,14 @@ struct Simd {
     static void istore_quarters(unsigned char* p, int64_t pitch, int lanes, I a) {
         for (int i = 0; i < L / 4; ++i) std::memcpy(p + i * pitch, &a.v[4 * i], 4 * static_cast<size_t>(lanes));
     }
-    // Of bytes: (min(x, most) * factor + offset) >> shift; sums fit 16 bits, results a byte
-    static I iscale_bytes(I x, int most, int factor, int offset, int shift) {
+    // Of bytes: ((x, from least to most, - least) * factor + offset) >> shift; sums fit 16 bits, results a byte
+    static I iscale_bytes(I x, int least, int most, int factor, int offset, int shift) {
         uint8_t bytes[4 * L];
         std::memcpy(bytes, x.v, sizeof bytes);
-        for (uint8_t& q : bytes) q = static_cast<uint8_t>(((q < most ? q : most) * factor + offset) >> shift);
+        for (uint8_t& q : bytes) {
+            const int inside = q < least ? least : q < most ? q : most;
+            q = static_cast<uint8_t>(((inside - least) * factor + offset) >> shift);
+        }
         std::memcpy(x.v, bytes, sizeof bytes);
         return x;
     }
@@ -203,6 +214,16 @@ struct Simd {
         for (int j = 0; j < 4; ++j)
             for (int i = 0; i < L; ++i)
                 for (int k = 0; k < 4; ++k) out[j][4 * i + k] = in[k][4 * i + j];
+        std::memcpy(x, out, sizeof out);
+    }
+    static void interleave_bytes(
+        I (&x)[4]) {  // of every four lanes: byte j of lane i of x[k] becomes byte k of lane j of x[i]
+        uint8_t in[4][4 * L], out[4][4 * L];
+        std::memcpy(in, x, sizeof in);
+        for (int four = 0; four < 4 * L; four += 16)
+            for (int i = 0; i < 4; ++i)
+                for (int j = 0; j < 4; ++j)
+                    for (int k = 0; k < 4; ++k) out[i][four + 4 * j + k] = in[k][four + 4 * i + j];
         std::memcpy(x, out, sizeof out);
     }
     static I max_bytes(I a, I b) {

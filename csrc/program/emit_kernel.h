@@ -27,9 +27,9 @@ LBS_INLINE Quad each(Quad a, const Op& op) {
 }
 
 // Codes of what is rounded already.
-LBS_INLINE void add_zero(const lbs::ConsumerPlan& c, Simd::I (&q)[4]) {
-    if (c.zero)
-        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(c.zero));
+LBS_INLINE void add_zero(int zero, Simd::I (&q)[4]) {
+    if (zero)
+        for (int j = 0; j < 4; ++j) q[j] = Simd::iadd(q[j], Simd::iset(zero));
 }
 
 // What codes q - zero stand for.
@@ -56,7 +56,7 @@ LBS_INLINE Simd::I encode4(const lbs::ConsumerPlan& c, int channel, bool positiv
     t = each(t, [&](Simd::F x, int) { return Simd::fmin(x, high); });
     Simd::I q[4] = {Simd::ifromf(t.v[0]), Simd::ifromf(t.v[1]), Simd::ifromf(t.v[2]), Simd::ifromf(t.v[3])};
     if (c.step > 0.0f) y = stood_for(c, q);
-    add_zero(c, q);
+    add_zero(c.zero, q);
     return Simd::ipack4(q[0], q[1], q[2], q[3]);
 }
 
@@ -69,22 +69,26 @@ __attribute__((noinline)) void store_lanes(unsigned char* base, lbs::PixelMap ma
         if (valid >> i & 1) __builtin_memcpy(base + offsets[i], &lanes[i], 4);
 }
 
-LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
-    if (map.pieces == 0) return store_lanes(base, map, vector, valid, word);
-    const lbs::Piece* piece = map.table + static_cast<int64_t>(vector) * map.pieces;
+// Pieces of a vector; of a compressing map the lanes of each one after the other.
+LBS_INLINE void store_cut(unsigned char* base, const lbs::Piece* piece, int pieces, bool compress, Simd::I word) {
     constexpr uint32_t kEven = 0x55555555u & ((1u << Simd::L) - 1u);
-    if (map.compress && piece[0].mask == kEven && piece[1].mask == kEven << 1)
+    if (compress && piece[0].mask == kEven && piece[1].mask == kEven << 1)
         return Simd::istore_apart(base + piece[0].offset, base + piece[1].offset, word);
-    if (!map.compress && map.pieces <= 2) {  // without a branch on whether a row ends here
+    if (!compress && pieces <= 2) {  // without a branch on whether a row ends here
         Simd::istore_mask(base + piece[0].offset, piece[0].mask, word);
-        if (map.pieces == 2) Simd::istore_mask(base + piece[1].offset, piece[1].mask, word);
+        if (pieces == 2) Simd::istore_mask(base + piece[1].offset, piece[1].mask, word);
         return;
     }
-    for (int i = 0; i < map.pieces; ++i) {
+    for (int i = 0; i < pieces; ++i) {
         if (piece[i].mask == 0) break;
-        if (map.compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);
+        if (compress) Simd::istore_compress(base + piece[i].offset, piece[i].mask, word);
         else Simd::istore_mask(base + piece[i].offset, piece[i].mask, word);
     }
+}
+
+LBS_INLINE void store_pieces(unsigned char* base, const lbs::PixelMap& map, int vector, uint32_t valid, Simd::I word) {
+    if (map.pieces == 0) return store_lanes(base, map, vector, valid, word);
+    store_cut(base, map.table + static_cast<int64_t>(vector) * map.pieces, map.pieces, map.compress, word);
 }
 
 // Asks for the lines of a vector that is stored a little later. Stores that miss the cache wait for each other (on
@@ -113,11 +117,15 @@ LBS_INLINE Simd::I load_pieces(const unsigned char* base, const lbs::PixelMap& m
 }
 
 // A residual of codes, of the channels [channel, channel + 4): those past the end lie in the padding.
-LBS_INLINE Simd::I coded_word(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector) {
-    const unsigned char* base =
-        run.tensors[c.tensor] + c.first + static_cast<int64_t>(static_cast<uint32_t>(channel) / 4) * c.group_pitch;
+LBS_INLINE const unsigned char* coded_base(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel) {
+    return run.tensors[c.tensor] + c.first + static_cast<int64_t>(static_cast<uint32_t>(channel) / 4) * c.group_pitch;
+}
+LBS_INLINE Simd::I coded_pieces(const lbs::PixelMap& map, const unsigned char* base, int vector) {
     // Slack: as in load_pieces.
-    return c.map.pieces == 1 ? Simd::iload(base + c.map.table[vector].offset) : load_pieces(base, c.map, vector);
+    return map.pieces == 1 ? Simd::iload(base + map.table[vector].offset) : load_pieces(base, map, vector);
+}
+LBS_INLINE Simd::I coded_word(const lbs::CodedPlan& c, const lbs::RunContext& run, int channel, int vector) {
+    return coded_pieces(c.map, coded_base(c, run, channel), vector);
 }
 
 // What codes of a residual stand for.

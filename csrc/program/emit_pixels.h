@@ -63,7 +63,7 @@ private:
         Simd::I q[4];
         Simd::I lowest = fast.lowest, highest = fast.highest;
         if (fast.only) {
-            unbounded_codes(*e.consumers, Simd::fset(e.consumers->scale), y, q);
+            unbounded_codes(e.consumers->zero, Simd::fset(e.consumers->scale), y, q);
         } else {
             y = through_stream(at, y);
             if (e.consumer_count == 0) return;

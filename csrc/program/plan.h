@@ -45,10 +45,10 @@ struct PixelMap {
 
 enum class StreamType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-// Codes made of another reader's: (min(q, most) * factor + offset) >> shift, which fits 16 bits.
+// Codes made of another reader's: ((q, from least to most, - least) * factor + offset) >> shift, which fits 16 bits.
 struct CodeScale {
     bool holds = false;
-    int most = 0, factor = 0, offset = 0, shift = 0;
+    int least = 0, most = 0, factor = 0, offset = 0, shift = 0;
 };
 
 struct ConsumerPlan {
@@ -164,6 +164,12 @@ struct ConvPlan {
     const int8_t* tiles = nullptr;        // AMX: [ceil(filters / 16)][ceil(k_steps / 16)][16][64]
     bool wide = false;                    // products of a pair may exceed 16 bits
     bool is_short = false;                // few products in a sum, and a lean epilogue
+    // Of a depthwise kernel whose epilogue is usual: int8 [groups][tap_quads][4 channels][4 taps], and bytes from an
+    // output pixel's place to each tap. The last quad may hold one tap alone.
+    const int8_t* tap_weights = nullptr;
+    const int32_t* tap_offsets = nullptr;
+    int tap_quads = 0;
+    bool last_alone = false;
     AccumulatorPlan acc;
     EmitPlan emit;
 };

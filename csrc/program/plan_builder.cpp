@@ -60,16 +60,18 @@ CodeScale code_scale(const ConsumerPlan& first, const ConsumerPlan& other) {
     }
     made.most = 255;
     while (made.most > 0 && codes[made.most - 1] == last) --made.most;
+    while (made.least < made.most && codes[made.least + 1] == codes[0]) ++made.least;
     for (made.shift = 16; last >> (16 - made.shift); --made.shift) {
     }
     const float times = first.step * other.scale * static_cast<float>(1 << made.shift);
     if (!(times < 65535.0f)) return made;
     const int near = static_cast<int>(std::nearbyint(times));
     for (made.factor = std::max(near - 2, 0); made.factor <= near + 2 && !made.holds; made.factor += !made.holds) {
-        int low = 0, high = 65535 - made.most * made.factor;
-        for (int q = 0; q <= made.most; ++q) {
-            low = std::max(low, (codes[q] << made.shift) - q * made.factor);
-            high = std::min(high, ((codes[q] + 1) << made.shift) - 1 - q * made.factor);
+        int low = 0, high = 65535 - (made.most - made.least) * made.factor;
+        for (int q = made.least; q <= made.most; ++q) {
+            const int scaled = (q - made.least) * made.factor;
+            low = std::max(low, (codes[q] << made.shift) - scaled);
+            high = std::min(high, ((codes[q] + 1) << made.shift) - 1 - scaled);
         }
         made.holds = low <= high;
         made.offset = low + (high - low) / 2;
@@ -163,7 +165,10 @@ void ProgramPlan::plan_steps(const std::vector<Algorithm>& algorithms) {
             plan_conv(spec, step, layout, kernels, store, plan.conv);
             plan.conv.emit = bounded(emit, plan.conv.acc);
             plan.conv.is_short = is_short(step, source, plan.conv.k_steps, plan.conv.emit);
-            if (plan.conv.is_short) cut_rows_apart(step, layout, plan.conv);
+            if (plan.conv.is_short) {
+                plan_taps(spec, step, layout, store, plan.conv);
+                cut_rows_apart(step, layout, plan.conv);
+            }
             scratch_bytes = std::max(scratch_bytes, plan.conv.groups * plan.conv.thinned_pitch);
             sum_lanes = std::max(sum_lanes, static_cast<int64_t>(emit.vectors) * kernels.lanes);
             tile_bytes = std::max(tile_bytes, round_up(plan.conv.k_steps, 16) * 128);
@@ -250,7 +255,7 @@ void ProgramPlan::cut_rows_apart(const StepSpec& step, const CodeLayout& layout,
     if (!plan.emit.is_usual || plan.emit.consumer_count > 1 || plan.is_thinned || plan.emit.coded.tensor >= 0 ||
         plan.map.pieces == 1)
         return;
-    if (4 * vectors > 5 * plan.emit.vectors) return;
+    if (4 * vectors > (plan.tap_weights ? 8 : 5) * plan.emit.vectors) return;
     const RowMaps maps = row_maps(store, layout, to, target, step.stride, kernels.lanes);
     if (maps.vectors == 0) return;
     ConsumerPlan* own = store.make<ConsumerPlan>(1);

@@ -7,6 +7,8 @@ no integer holds, other epilogues, longer sums.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from programs import Builder, random_inputs
@@ -104,3 +106,29 @@ def test_numbers_that_no_integer_holds(largest: float, layer: str, isa: str) -> 
         assert torch.equal(native, expected[index])
     last = expected[program.steps[1].emit.consumers[0].tensor][..., -1]
     assert {0, 255} <= set(last.flatten().tolist())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("zeros", [(0, 0), (77, 5), (200, 0)])
+def test_two_readers(zeros: tuple[int, int], reader: str, isa: str) -> None:
+    """Codes that stand for the value, and fewer bits made of them, with a residual of codes and without: the first in
+    one row of pixels, the others as their reader keeps them; 13 filters end within a group.
+    """
+    for size, filters in (((7, 7), 16), ((9, 14), 13), ((3, 28), 20), ((5, 16), 8), ((4, 33), 12)):
+        for coded in (False, True):
+            b = Builder(filters)
+            shape = (*size, filters)
+            image = b.image(filters, *size)
+            codes, held = b.consumer(shape, 8), b.consumer(shape, 8, zero=90, top=2.0)
+            b.quantize(image, Emit(consumers=(codes, held)))
+            wide = b.consumer(shape, 8, zero=zeros[0], stands=True)
+            narrow = b.consumer(shape, 4, zero=zeros[1])
+            emit = Emit(low=None if zeros[0] else 0.0, consumers=(wide, narrow))
+            if coded:
+                emit = replace(emit, residual=held.tensor, residual_step=b.step(held.scale))
+            b.conv(codes.tensor, emit, filters, w_bits=8, kernel=(1, 1), padding=(0, 0), grid="zero")
+            for tensor, window in ((wide.tensor, READERS["1x1"]), (narrow.tensor, READERS[reader])):
+                y = b.stream(b.conv_shape(tensor, 4, **window), output=True)
+                b.conv(tensor, Emit(stream=y), 4, w_bits=4, **window)
+            check(*b.build(), isa, batches=(1, 3), threads=(1, 3))
