@@ -3,8 +3,8 @@
     conv 3 x 3, as many groups as channels -> codes -> conv 1 x 1
 
 What an inverted residual ends with. Its wide codes would be written and read for nothing. The first half of the block
-stays a step of its own: windows share what is expanded, and to compute it again at the edges of tiles costs more
-instructions than its bytes save (docs/triton.md).
+stays a step of its own: nine windows of other threads read what is expanded, which would have to lie in shared memory
+(docs/triton.md says what that would bring).
 
 A pair is one step where, and only where
 

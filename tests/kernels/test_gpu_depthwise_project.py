@@ -217,7 +217,7 @@ def shipped() -> dict[str, tuple[tuple[int, int, int, int], ProjectConfig]]:
     found = {}
     for block in BLOCKS:
         channels, _, size, stride = block
-        for batch in (1, 8, 32, 128, 256):
+        for batch in (1, 32, 128):
             (config,) = project_defaults(problem_at(batch, block))
             kind = replace(config, split=min(config.split, 2))
             exact = size // stride % config.columns == 0

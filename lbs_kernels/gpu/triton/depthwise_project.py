@@ -77,6 +77,12 @@ def code_bytes(acc, multiplier, bias, column, shape, between, BETWEEN: tl.conste
 
 
 @triton.jit
+def with_tile(tiles, tile):
+    """The tiles and one more."""
+    return tiles + (tile,)  # noqa: RUF005  Triton adds tuples, it does not unpack them
+
+
+@triton.jit
 def stacked(tiles, COUNT: tl.constexpr):
     """[R, C, 2, 2, ..] of COUNT tiles [R, C]; the last dimension is the first half or the second."""
     if COUNT == 1:
@@ -148,7 +154,7 @@ def strip_codes(
         b0, b1, b2, b3 = load_column(
             l0, l1, l2, l3, s0, s1, s2, s3, x + 1, there, operands, register, shape, META, not META.exact, ROWS
         )  # fmt: skip
-    tiles = ()  # which Triton unpacks nowhere, but adds
+    tiles = ()
     for j in tl.static_range(COLUMNS):
         if STEP == 2:
             b0, b1, b2, b3 = load_column(
@@ -163,13 +169,13 @@ def strip_codes(
             a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, u0, u1, u2, u3, v0, v1, v2, v3, w0, w1, w2, w3,
             o0, o1, o2, o3, 0, CONFIG,
         )  # fmt: skip
-        tiles = tiles + (code_bytes(acc, multiplier, bias, column, shape, between, BETWEEN),)  # noqa: RUF005
+        tiles = with_tile(tiles, code_bytes(acc, multiplier, bias, column, shape, between, BETWEEN))
         if ROWS == 2:
             acc = row_of(
                 a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, u0, u1, u2, u3, v0, v1, v2, v3, w0, w1, w2, w3,
                 o0, o1, o2, o3, 8, CONFIG,
             )  # fmt: skip
-            tiles = tiles + (code_bytes(acc, multiplier, bias, column, shape, between, BETWEEN),)  # noqa: RUF005
+            tiles = with_tile(tiles, code_bytes(acc, multiplier, bias, column, shape, between, BETWEEN))
         if STEP == 1:
             a0, a1, a2, a3 = b0, b1, b2, b3
             b0, b1, b2, b3 = c0, c1, c2, c3
@@ -289,7 +295,7 @@ def prepare_step(
     step: ProjectedDepthwise, program: Program, arrays: Mapping[str, Tensor], device: torch.device
 ) -> ProjectedWeights:
     """The weights of both layers. Raises FormatError where a sum could overflow."""
-    first, between = step.depthwise, step.between(program)
+    first, between = step.first, step.between(program)
     return ProjectedWeights(
         prepare_gemm(
             arrays[first.planes], first.kernel, first.groups, program.tensors[step.input], device, first.w_grid
@@ -318,7 +324,7 @@ def bind(
     buffers: Mapping[int, Tensor],
 ) -> Launch:
     """One launch of the step, its buffers fixed."""
-    first, own, source = step.depthwise, weights.depthwise, program.tensors[step.input]
+    first, own, source = step.first, weights.depthwise, program.tensors[step.input]
     channels, device = source.channels, buffers[step.input].device
     beyond = (0, -channels % config.block_c)
     codes = torch.nn.functional.pad(own.codes.squeeze(-1), (0, 0, *beyond))
