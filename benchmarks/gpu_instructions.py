@@ -211,7 +211,11 @@ def cuda_row(problem: Any, config: Any) -> Row:
     from disassembly import Loop
     from test_cuda_compile import kernels
 
+    from lbs_kernels import extension
     from lbs_kernels.gpu.layout import byte_pitch
+
+    if extension.cuda is None:
+        raise SystemExit(f"{config} is in CUDA, and its module is missing: {extension.cuda_reason}")
 
     groups = config.block_m // 64
     kernel = next(
