@@ -11,6 +11,7 @@ from typing import Any
 
 import programs
 import pytest
+import torch
 from contenders import assert_same
 from torch import Tensor
 
@@ -19,8 +20,10 @@ from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig
 from lbs_kernels.gpu.depthwise_project import pairs, projected
 from lbs_kernels.gpu.runner import GpuRunner
+from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program
 from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.tune import tuner
 
 
 def fused(program: Program) -> tuple[Program, str]:
@@ -122,3 +125,23 @@ def test_the_trace_of_a_fused_program_is_that_of_the_steps(monkeypatch: pytest.M
     assert len(names) == len(program.steps)
     assert names[2] == names[3]
     assert names[2].startswith("triton:project_")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("depthwise_project", 2, 6, 5, 24, 16, (3, 3), (1, 1), (1, 1)),
+        Problem("stem_pool", 2, 11, 11, 12, 16, (4, 4)),
+    ],
+    ids=str,
+)
+def test_steps_that_stand_for_two_are_tuned(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with the two, under the names of tuning tables; a wrong one is refused."""
+    found = tuner.measure_gpu(problem, torch.device("cpu"), limit=1, rounds=1)
+    assert found.seconds, found.refused
+    assert not found.refused
+    assert kernels.default(problem).name in found.seconds
+    monkeypatch.setattr(tuner, "to_logical", lambda *_: torch.zeros(1, dtype=torch.uint8))
+    refused = tuner.measure_gpu(problem, torch.device("cpu"), limit=1, rounds=1).refused
+    assert set(refused) == set(found.seconds)
+    assert all(tuner.WRONG in reason for reason in refused.values())
