@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from lbs_kernels.gpu.configs.cost import seconds
-from lbs_kernels.gpu.configs.defaults import conv_default, weighted_defaults
+from lbs_kernels.gpu.configs.defaults import conv_default, project_defaults, weighted_defaults
+from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
 from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
 from lbs_kernels.gpu.configs.stem_pool import stem_pool_default
 from lbs_kernels.gpu.layout import BYTE_BITS
@@ -56,6 +57,8 @@ def configurations(step: Step, problem: Problem) -> list[Any]:
     """Of a layer's step on compute capability 9.0, of the kernels that can write what it writes."""
     if problem.op == STEM_POOL:
         return [stem_pool_default(problem)]
+    if problem.op == DEPTHWISE_PROJECT:
+        return list(project_defaults(problem))
     plain = (step.emit.activation, step.emit.gate) == (None, None)
     return list(weighted_defaults(problem, hopper=True)) if plain else [conv_default(problem)]
 

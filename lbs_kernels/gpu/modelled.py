@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
+from lbs_kernels.gpu.configs.cost import H200, Machine, seconds, weight_count
 from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
+from lbs_kernels.gpu.depthwise_project import pairs, projected
 from lbs_kernels.gpu.forms import BATCH, as_kept, configurations, fastest
 from lbs_kernels.gpu.layout import storage
 from lbs_kernels.gpu.stem import fold_steps
@@ -60,7 +61,7 @@ class Modelled:
         """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU; 0 of one
         that another step takes in.
         """
-        kept = as_kept(with_pooled_stem(fold_steps(program)))
+        kept = with_projected(as_kept(with_pooled_stem(fold_steps(program))))
         found = {step.name: self.of_step(step, kept) for step in kept.steps}
         return [found.get(step.name, 0.0) for step in program.steps]
 
@@ -74,7 +75,7 @@ class Modelled:
         everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
         chosen = configurations(step, problem) if weighted and hopper else everywhere
         moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
-        moved += problem.out_channels * problem.reduction * problem.w_bits / 8 if weighted else 0.0
+        moved += weight_count(problem) * problem.w_bits / 8 if weighted else 0.0
         return min(seconds(problem, config, self.machine, moved) for config in chosen)
 
 
@@ -87,12 +88,31 @@ def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool 
     one = pool_stems(program, blob)
     if one is program:
         return program
-    model, ways = Modelled(batch=BATCH), (one, program)
+    return _faster(one, program, hopper)
+
+
+def with_projected(program: Program, hopper: bool = True) -> Program:
+    """The program with depthwise layers and the 1 x 1 layers behind them as one step each, where that takes less time
+    by the model. On compute capability 9.0: elsewhere codes between the two move between threads (docs/triton.md).
+
+    hopper: as `of_step` takes it.
+    """
+    for first, layer in pairs(program):
+        one = projected(program, first, layer)
+        (step,) = (step for step in one.steps if step.name == first.name)
+        if configurations(step, problem_of(step, one, BATCH, "cuda")):  # else registers hold no tile of its filters
+            program = _faster(one, program, hopper)
+    return program
+
+
+def _faster(one: Program, other: Program, hopper: bool) -> Program:
+    """The one whose steps that differ take less time together; `other` where they take as much."""
+    model, ways = Modelled(batch=BATCH), (one, other)
     times = [
-        sum(model.of_step(step, own, hopper) for step in own.steps if step not in other.steps)
-        for own, other in (ways, ways[::-1])
+        sum(model.of_step(step, own, hopper) for step in own.steps if step not in beside.steps)
+        for own, beside in (ways, ways[::-1])
     ]
-    return one if times[0] < times[1] else program
+    return one if times[0] < times[1] else other
 
 
 def modelled(text: str) -> Modelled | None:
