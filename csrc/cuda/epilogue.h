@@ -174,11 +174,11 @@ LBS_HD void store_plane(const Layer& p, const ConsumerTarget& k, int plane, uint
     else reinterpret_cast<uint8_t*>(to)[first % 32 / 8] = static_cast<uint8_t>(bits);
 }
 
-// Planes or biased bytes of a run of codes.
+// Biased bytes, nibbles or planes of a run of codes.
 template <int kRun>
 LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
                         int first) {
-    if (k.as_bytes) {
+    if (k.kept == Kept::kBytes) {
         int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
         constexpr int kStored = kRun < 16 ? kRun : 16;
         LBS_UNROLL for (int c = 0; c < kRun; c += kStored) {
@@ -189,6 +189,14 @@ LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t 
         return;
     }
     if constexpr (kRun >= kLeastOfPlanes) {  // no other task is accepted (task.h)
+        if (k.kept == Kept::kNibbles) {
+            uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first / 8;
+            constexpr int kStored = kRun / 8 < 4 ? kRun / 8 : 4;  // words
+            Bytes<4 * kStored> all;
+            LBS_UNROLL for (int i = 0; i < kStored; ++i) all.v[i] = codes[2 * i] | codes[2 * i + 1] << 4;
+            if (first / 8 < k.pitch) *reinterpret_cast<Bytes<4 * kStored>*>(to) = all;
+            return;
+        }
         LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
             uint32_t bits = 0;
             LBS_UNROLL for (int c = 0; c < kRun; c += 4) {
