@@ -191,10 +191,12 @@ LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t 
     if constexpr (kRun >= kLeastOfPlanes) {  // no other task is accepted (task.h)
         if (k.kept == Kept::kNibbles) {
             uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first / 8;
-            constexpr int kStored = kRun / 8 < 4 ? kRun / 8 : 4;  // words
-            Bytes<4 * kStored> all;
-            LBS_UNROLL for (int i = 0; i < kStored; ++i) all.v[i] = codes[2 * i] | codes[2 * i + 1] << 4;
-            if (first / 8 < k.pitch) *reinterpret_cast<Bytes<4 * kStored>*>(to) = all;
+            constexpr int kWords = kRun < 16 ? 1 : 2;  // stored at once: 16 bytes would spill in the largest tile of bits
+            LBS_UNROLL for (int w = 0; w < kRun / 8; w += kWords) {
+                Bytes<4 * kWords> all;
+                LBS_UNROLL for (int i = 0; i < kWords; ++i) all.v[i] = codes[2 * (w + i)] | codes[2 * (w + i) + 1] << 4;
+                if (first / 8 + w < k.pitch) *reinterpret_cast<Bytes<4 * kWords>*>(to + w) = all;
+            }
             return;
         }
         LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {

@@ -21,26 +21,25 @@ LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
     return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kColumns * kRowBytes);
 }
 
-// How a chunk of the activations of a pixel lies in shared memory.
+// How a chunk of the activations of a pixel lies in shared memory. Nibbles are read by threads, a word of each of eight
+// rows and four threads at once: with a unit of nothing behind every row no two of the 32 words are in one bank, and
+// steps lie at constants.
 template <bool kNibbles_>
 struct PixelRow {
     static constexpr bool kNibbles = kNibbles_;
-    static constexpr int kBytes = kRowBytes / (kNibbles ? 2 : 1);
-    static constexpr int kUnits = kBytes / kUnitBytes;
-    static constexpr int kStepUnits = kUnits / kChunkSteps;
+    static constexpr int kUnits = kRowBytes / kUnitBytes / (kNibbles ? 2 : 1);
+    static constexpr int kPitch = kNibbles ? (kUnits + 1) * kUnitBytes : kRowBytes;
     static constexpr int kTurnRows = 32 / kUnits;  // that a warp copies at once: neighbouring threads fetch whole rows
-    static constexpr int kTurnBytes = kProducerWarps * kTurnRows * kBytes;  // between those of one turn and the next
+    static constexpr int kTurnBytes = kProducerWarps * kTurnRows * kPitch;  // between those of one turn and the next
 
     // Row i of those that warp `warp` of the producer copies. A lane's rows are 16 or 32 apart, so that they differ by
     // nothing but their number: all have the same place in the swizzle.
     LBS_HD static int copied(int warp, int i) {
         return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
     }
-    // Byte of a unit, the row included. Nibbles are read by threads, a word of a step from eight rows at once: a unit
-    // of row r is at place u ^ (r / 2 % 4), and no two of the 32 words are in one bank.
+    // Byte of a unit, the row included.
     LBS_HD static int byte(int row, int unit) {
-        if (!kNibbles) return swizzled_byte(row, unit * 4);
-        return row * kBytes + ((unit ^ (row / 2 & 3)) * kUnitBytes);
+        return kNibbles ? row * kPitch + unit * kUnitBytes : swizzled_byte(row, unit * 4);
     }
 };
 

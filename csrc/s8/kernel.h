@@ -39,7 +39,7 @@ struct Tile {
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
     static constexpr int kRows = kGroups * kWarpgroupRows;
     static constexpr int kWarpRows = kRows / kProducerWarps;  // that a warp of the producer copies
-    static constexpr int kWeightByte = kRows * Row::kBytes;   // in a stage
+    static constexpr int kWeightByte = kRows * Row::kPitch;   // in a stage
     static constexpr int kWeightBytes = kColumns * kRowBytes;
     static constexpr int kStageBytes = kWeightByte + kWeightBytes;
     static constexpr int kWindowByte = kStages * kStageBytes;
@@ -243,8 +243,7 @@ LBS_HD void multiply_bytes(Machine& machine, const Share& share, Sums<T>& sums, 
     at.step();
 }
 
-// The words of a chunk that a thread expands, eight nibbles each: of every step, of two rows of every group. Where they
-// lie in a stage differs from step to step by the swizzle alone.
+// The words of a step that a thread expands, eight nibbles each, of two rows of every group.
 template <class T>
 struct Words {
     uint32_t v[T::kGroups][2];
@@ -257,7 +256,7 @@ LBS_HD void load_words(Machine& machine, int stage, int step, Words<T>& words) {
     LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
         LBS_UNROLL for (int half = 0; half < 2; ++half) {
             const int row = group * kWarpgroupRows + fragment_row(0, 0, 2 * half);
-            words.v[group][half] = machine.load_word(byte + row * T::Row::kBytes);
+            words.v[group][half] = machine.load_word(byte + T::Row::byte(row, 0));
         }
     }
 }

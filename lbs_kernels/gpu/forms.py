@@ -42,11 +42,9 @@ def as_kept(program: Program, measured: Callable[[Problem], float | None] = lamb
     """
     for index, forms in _turnable(program):
         ways = [_with_tensor(program, index, spec) for spec in (program.tensors[index], *forms)]
-        known = [_known(index, one, measured) for one in ways]
-        times = [time for time in known if time is not None]
-        if len(times) < 2:
-            known = times = [_modelled(index, one) for one in ways]
-        program = ways[known.index(min(times))]
+        known = [(time, one) for one in ways if (time := _known(index, one, measured)) is not None]
+        timed = known if len(known) > 1 else [(_modelled(index, one), one) for one in ways]
+        program = min(timed, key=lambda way: way[0])[1]
     return program
 
 
