@@ -211,14 +211,13 @@ def cuda_row(problem: Any, config: Any) -> Row:
     from disassembly import Loop
     from test_cuda_compile import kernels
 
-    from lbs_kernels.gpu.layout import byte_pitch
-
-    groups = config.block_m // 64
+    groups, nibbles = config.block_m // 64, getattr(problem, "nibbles", False)
+    reads = "nibbles" if nibbles else "bytes"
     kernel = next(
         found
         for found in kernels("sm_90a")
-        if (found.family, found.machine, found.groups, found.filters, found.sums)
-        == (config.kind, config.machine, groups, config.block_o, False)
+        if (found.family, found.machine, found.groups, found.filters, getattr(found, "reads", "bytes"), found.sums)
+        == (config.kind, config.machine, groups, config.block_o, reads, False)
     )
     loops = [Loop(tuple(texts)) for texts in kernel.loops("B?I?GMMA")]
     found: Row = {"kernel": f"cuda:{config}", "registers": kernel.registers, "spill_bytes": kernel.stack}
@@ -226,10 +225,11 @@ def cuda_row(problem: Any, config: Any) -> Row:
     found["instruction"] = next(text for text in loops[0].instructions if "GMMA" in text).split()[0]
     found["per_product"] = len(loops[0].instructions) / loops[0].count("IGMMA|BGMMA")
     if config.kind == "s8":
-        reduction = problem.window.taps * byte_pitch(problem.in_channels)
-        steps = -(-reduction // 32)
+        padded = 32 if nibbles else 16  # channels
+        steps = -(-problem.window.taps * -(-problem.in_channels // padded) * padded // 32)
         chunks = -(-steps // 4)
-        last = len(loops[1].instructions) * (steps - 4 * (chunks - 1))
+        turns = -(-(steps - 4 * (chunks - 1)) // (2 if nibbles else 1))  # of the loop of the last chunk
+        last = len(loops[1].instructions) * turns
         found["in_loops"] = len(loops[0].instructions) * (chunks - 1) + last
     return found | {"memory": {name: loops[0].count(text) for name, text in MEMORY.items()}}
 
@@ -262,7 +262,8 @@ def rows(layers: list[str]) -> list[Row]:
         if layer in layers:
             form, config = fastest(problem)
             one = cuda_row if hasattr(config, "machine") else triton_row
-            found.append({"layer": layer, "bits": bits, **one(form, config)})
+            kept = {"nibbles": True} if getattr(form, "nibbles", False) else {}
+            found.append({"layer": layer, "bits": bits, **kept, **one(form, config)})
             print(json.dumps(found[-1]), flush=True)
     return found
 

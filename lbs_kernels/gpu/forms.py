@@ -83,9 +83,16 @@ def fastest(problem: Problem, hopper: bool = True) -> tuple[Problem, Any]:
     problem = folded_problem(problem)
     if not hopper:
         return problem, conv_default(problem)
-    forms = [problem, replace(problem, a_bits=BYTE_BITS), *nibble_form(problem)]
-    choices = ((form, config) for form in forms for config in weighted_defaults(form, hopper=True))
+    choices = ((form, config) for form in every_form(problem) for config in weighted_defaults(form, hopper=True))
     return min(choices, key=lambda choice: seconds(*choice))
+
+
+def every_form(problem: Problem) -> list[Problem]:
+    """A problem, and of a layer with codes below 8 bits the same with bytes and nibbles, where they may be."""
+    if problem.op not in WEIGHTED or not 0 < problem.a_bits < BYTE_BITS:
+        return [problem]
+    fits = accumulator_fits(problem.reduction, problem.w_bits, BYTE_BITS)
+    return [problem, *([replace(problem, a_bits=BYTE_BITS)] if fits else []), *nibble_form(problem)]
 
 
 def nibble_form(problem: Problem) -> list[Problem]:

@@ -166,3 +166,19 @@ def test_kernels_that_cannot_write_a_step_are_not_modelled() -> None:
     assert type(configurations(step, problem)[0]) is S8Config
     active = replace(step, emit=replace(step.emit, activation=Activation("silu")))
     assert configurations(active, problem) == [conv_default(problem)]
+
+
+def test_every_form_is_tuned_where_one_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("bitconv2d", 128, 14, 14, 512, 256, w_bits=4, a_bits=4, device="cuda")
+    assert kernels.forms_on(problem, "cuda") == [problem]  # no GPU
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
+    as_bytes, nibbles = replace(problem, a_bits=8), replace(problem, nibbles=True)
+    assert kernels.forms_on(problem, "cuda") == [problem, as_bytes, nibbles]
+    assert kernels.forms_on(replace(problem, in_channels=16), "cuda")[1:] == [replace(as_bytes, in_channels=16)]
+    assert kernels.forms_on(replace(problem, in_channels=2**20), "cuda")[1:] == [replace(nibbles, in_channels=2**20)]
+    assert kernels.forms_on(as_bytes, "cuda") == [as_bytes]
+    pool = replace(problem, op="pool")
+    assert kernels.forms_on(pool, "cuda") == [pool]
+    assert all(isinstance(choice.config, S8Config) for choice in kernels.candidates(nibbles))
