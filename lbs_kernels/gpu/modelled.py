@@ -70,7 +70,8 @@ class Modelled:
 
 
 def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool = True) -> Program:
-    """The program with a stem and the maximum behind it as one step, where that takes less time by the model.
+    """The program with a stem and the maximum behind it as one step, where that takes less time by the model, with the
+    forms of codes that either allows (`as_kept`): a maximum of codes hands them on as they are.
 
     Args:
         blob: as `pool_stems` takes it. hopper: as `of_step` takes it.
@@ -78,11 +79,8 @@ def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool 
     one = pool_stems(program, blob)
     if one is program:
         return program
-    model, ways = Modelled(batch=BATCH), (one, program)
-    times = [
-        sum(model.of_step(step, own, hopper) for step in own.steps if step not in other.steps)
-        for own, other in (ways, ways[::-1])
-    ]
+    model, ways = Modelled(batch=BATCH), [as_kept(way) if hopper else way for way in (one, program)]
+    times = [sum(model.of_step(step, way, hopper) for step in way.steps) for way in ways]
     return one if times[0] < times[1] else program
 
 
