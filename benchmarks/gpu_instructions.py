@@ -220,7 +220,8 @@ def cuda_row(problem: Any, config: Any) -> Row:
         == (config.kind, config.machine, groups, config.block_o, reads, False)
     )
     loops = [Loop(tuple(texts)) for texts in kernel.loops("B?I?GMMA")]
-    found: Row = {"kernel": f"cuda:{config}", "registers": kernel.registers, "spill_bytes": kernel.stack}
+    name = f"cuda:{config}" + (" of nibbles" if nibbles else "")
+    found: Row = {"kernel": name, "registers": kernel.registers, "spill_bytes": kernel.stack}
     found["shared_bytes"] = shared_bytes(config)
     found["instruction"] = next(text for text in loops[0].instructions if "GMMA" in text).split()[0]
     found["per_product"] = len(loops[0].instructions) / loops[0].count("IGMMA|BGMMA")
@@ -262,8 +263,7 @@ def rows(layers: list[str]) -> list[Row]:
         if layer in layers:
             form, config = fastest(problem)
             one = cuda_row if hasattr(config, "machine") else triton_row
-            kept = {"nibbles": True} if getattr(form, "nibbles", False) else {}
-            found.append({"layer": layer, "bits": bits, **kept, **one(form, config)})
+            found.append({"layer": layer, "bits": bits, **one(form, config)})
             print(json.dumps(found[-1]), flush=True)
     return found
 
