@@ -211,6 +211,11 @@ def cuda_row(problem: Any, config: Any) -> Row:
     from disassembly import Loop
     from test_cuda_compile import kernels
 
+    from lbs_kernels import extension
+
+    if extension.cuda is None:
+        raise SystemExit(f"{config} is in CUDA, and its module is missing: {extension.cuda_reason}")
+
     groups, nibbles = config.block_m // 64, getattr(problem, "nibbles", False)
     reads = "nibbles" if nibbles else "bytes"
     kernel = next(

@@ -68,7 +68,7 @@ def quantize(
     Convert, set ranges from the images, correct norms and biases for the rounding, pack, verify, and compare with the
     float network on the images. With a budget the width of every layer is chosen first, by how far the outputs move
     where it alone is narrower; then the float network is converted anew at these widths. Where filters may go as well,
-    they are chosen alike, and what reads them is fitted to those that stay (`lbs/search/removal.py`).
+    they are chosen alike, and what reads them is fitted to those that stay (`lbs/search/readers.py`).
 
     Arguments:
         model: as `lbs.uniform` takes it, in wrappers or not; it stays as it is. images: float32 [N, C, H, W], or

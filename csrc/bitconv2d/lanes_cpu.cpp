@@ -43,7 +43,7 @@ bool suits_lanes(const StepSpec& step, const TensorSpec& source, int height, int
 std::vector<FilterCut> cut_vectors(int filters, const KernelTable& kernels) {
     const int vectors = vector_count(filters, kernels.lanes);
     int count = vector_count(vectors, kernels.lanes_vectors);
-    if (count > 1) count += count % 2;  // so that two threads get as much
+    if (count > 1 && count < vectors) count += count % 2;  // so that two threads get as much
     std::vector<FilterCut> cut;
     for (int b = 0; b < count; ++b) {
         const int first = vectors * b / count, last = vectors * (b + 1) / count;

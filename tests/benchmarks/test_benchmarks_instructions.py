@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed; install it: pip install triton")
 
 from benchmarks import gpu_instructions, readme_tables
+from lbs_kernels import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = str(ROOT / "tests" / "kernels")
@@ -41,6 +42,7 @@ def test_the_loop_is_parted_where_branches_jump_over_its_rest(monkeypatch: pytes
     assert gpu_instructions.loop_parts(code("MOV R1, 0", "EXIT")) == (2, [])
 
 
+@pytest.mark.skipif(extension.cuda is None, reason=f"CUDA module missing: {extension.cuda_reason}")
 def test_layers_are_counted_and_kept_beside_other_states(tmp_path: Path) -> None:
     """In a process of its own: the command imports the kernels of the tree it is given."""
     file = tmp_path / "instructions.json"
