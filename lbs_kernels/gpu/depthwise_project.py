@@ -49,7 +49,8 @@ class ProjectedDepthwise(ConvStep):
 
     def between(self, program: Program) -> TensorSpec:
         """The codes between the two, as they are multiplied: bytes of any width."""
-        return replace(program.tensors[self.first.emit.consumers[0].tensor], bits=BYTE_BITS)
+        kept = program.tensors[self.first.emit.consumers[0].tensor]
+        return TensorSpec(**{**vars(kept), "bits": BYTE_BITS})
 
 
 def pairs(program: Program) -> Iterator[tuple[ConvStep, ConvStep]]:

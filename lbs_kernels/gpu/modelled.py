@@ -11,20 +11,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu.configs.cost import H200, Machine, seconds, weight_count
-from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
+from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
 from lbs_kernels.gpu.depthwise_project import pairs, projected
-from lbs_kernels.gpu.forms import BATCH, as_kept, configurations, fastest
-from lbs_kernels.gpu.layout import storage
+from lbs_kernels.gpu.forms import BATCH, WEIGHTED, as_kept, configurations, fastest, step_seconds
 from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step, sources
+from lbs_kernels.program.steps import Program, Step
 
 PREFIX = "modelled:"
 MACHINES = {machine.name: machine for machine in (H200,)}
-WEIGHTED = ("bitconv2d", "bitlinear")
 
 
 @dataclass(frozen=True)
@@ -70,17 +67,12 @@ class Modelled:
 
         hopper: on compute capability 9.0, with the kernels in CUDA.
         """
-        problem = problem_of(step, program, self.batch, "cuda")
-        weighted = isinstance(step, ConvStep | LinearStep)
-        everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
-        chosen = configurations(step, problem) if weighted and hopper else everywhere
-        moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
-        moved += weight_count(problem) * problem.w_bits / 8 if weighted else 0.0
-        return min(seconds(problem, config, self.machine, moved) for config in chosen)
+        return step_seconds(step, program, self.batch, self.machine, hopper)
 
 
 def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool = True) -> Program:
-    """The program with a stem and the maximum behind it as one step, where that takes less time by the model.
+    """The program with a stem and the maximum behind it as one step, where that takes less time by the model, with the
+    forms of codes that either allows (`as_kept`): a maximum of codes hands them on as they are.
 
     Args:
         blob: as `pool_stems` takes it. hopper: as `of_step` takes it.
@@ -88,7 +80,8 @@ def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool 
     one = pool_stems(program, blob)
     if one is program:
         return program
-    return _faster(one, program, hopper)
+    ways = (as_kept(one), as_kept(program)) if hopper else (one, program)
+    return one if _faster(*ways, hopper) is ways[0] else program
 
 
 def with_projected(program: Program, hopper: bool = True) -> Program:
@@ -106,12 +99,9 @@ def with_projected(program: Program, hopper: bool = True) -> Program:
 
 
 def _faster(one: Program, other: Program, hopper: bool) -> Program:
-    """The one whose steps that differ take less time together; `other` where they take as much."""
+    """The one whose steps take less time together; `other` where they take as much."""
     model, ways = Modelled(batch=BATCH), (one, other)
-    times = [
-        sum(model.of_step(step, own, hopper) for step in own.steps if step not in beside.steps)
-        for own, beside in (ways, ways[::-1])
-    ]
+    times = [sum(model.of_step(step, way, hopper) for step in way.steps) for way in ways]
     return one if times[0] < times[1] else other
 
 
@@ -131,18 +121,3 @@ def modelled(text: str) -> Modelled | None:
         known = ", ".join(f"{PREFIX}{known}" for known in MACHINES)
         raise FormatError(f"{text!r} is no modelled GPU; there is {known}, with a batch behind it such as :128")
     return Modelled(MACHINES[name], int(batch or 1))
-
-
-def _touched(step: Step) -> list[int]:
-    emit = step.emit
-    read = [*sources(step), emit.gate, emit.residual, emit.stream]
-    return [index for index in read if index is not None] + [consumer.tensor for consumer in emit.consumers]
-
-
-def _bytes(index: int, program: Program, batch: int) -> int:
-    spec = program.tensors[index]
-    dtype, shape = storage(spec, program.stream_dtype, batch)
-    count = 1
-    for size in shape:
-        count *= size
-    return dtype.itemsize * count
