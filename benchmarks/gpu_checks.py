@@ -30,14 +30,14 @@ GPU_TEST = r"mark\.gpu|CONTENDERS"
 # What has changed since it ran on a GPU, or never did: kernels in CUDA, those of bytes before the others; then those of
 # training, and what torch compiles, which takes one process half a minute; at the end the hundreds of tiles that
 # compilers are busy with for minutes.
-FIRST = ("s8", "onebit", "cuda|search_recorded|forms|stem|depthwise", "fakequant|search|half|pack_gpu")
+FIRST = ("s8", "nibbles", "onebit", "cuda|search_recorded|forms|stem|depthwise", "fakequant|search|half|pack_gpu")
 LAST = "triton_gpu"
 # Kernels in CUDA; those in Triton are not ours to sanitize. A few cases of each, as everything runs 10 to 100 times
 # slower, the most telling first: every tile with windows that leave the image, then both epilogues.
-SANITIZED = ("test_onebit_gpu.py", "test_s8_gpu.py")
+SANITIZED = ("test_onebit_gpu.py", "test_s8_gpu.py", "test_nibbles_gpu.py")
 # Each tensor an allocation of its own, so that an access behind its end is one outside every allocation.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-CASES = "2-4-odd or 4-4-outside or w8_zero-outside or codes_alone"
+CASES = "2-4-odd or 4-4-outside or w8_zero-outside or w8a4_zero-outside or codes_alone"
 INTERRUPTED = 8.0  # seconds kept for pytest's words about the failures when its time is up
 SUMMARY = 5.0  # seconds kept for the end of a test and the sanitizer's summary
 

@@ -212,39 +212,45 @@ def cuda_row(problem: Any, config: Any) -> Row:
     from test_cuda_compile import kernels
 
     from lbs_kernels import extension
-    from lbs_kernels.gpu.layout import byte_pitch
 
     if extension.cuda is None:
         raise SystemExit(f"{config} is in CUDA, and its module is missing: {extension.cuda_reason}")
 
-    groups = config.block_m // 64
+    groups, nibbles = config.block_m // 64, getattr(problem, "nibbles", False)
+    reads = "nibbles" if nibbles else "bytes"
     kernel = next(
         found
         for found in kernels("sm_90a")
-        if (found.family, found.machine, found.groups, found.filters, found.sums)
-        == (config.kind, config.machine, groups, config.block_o, False)
+        if (found.family, found.machine, found.groups, found.filters, getattr(found, "reads", "bytes"), found.sums)
+        == (config.kind, config.machine, groups, config.block_o, reads, False)
     )
     loops = [Loop(tuple(texts)) for texts in kernel.loops("B?I?GMMA")]
-    found: Row = {"kernel": f"cuda:{config}", "registers": kernel.registers, "spill_bytes": kernel.stack}
-    found["shared_bytes"] = shared_bytes(config)
+    name = f"cuda:{config}" + (" of nibbles" if nibbles else "")
+    found: Row = {"kernel": name, "registers": kernel.registers, "spill_bytes": kernel.stack}
+    found["shared_bytes"] = shared_bytes(config, nibbles)
     found["instruction"] = next(text for text in loops[0].instructions if "GMMA" in text).split()[0]
     found["per_product"] = len(loops[0].instructions) / loops[0].count("IGMMA|BGMMA")
     if config.kind == "s8":
-        reduction = problem.window.taps * byte_pitch(problem.in_channels)
-        steps = -(-reduction // 32)
+        padded = 32 if nibbles else 16  # channels
+        steps = -(-problem.window.taps * -(-problem.in_channels // padded) * padded // 32)
         chunks = -(-steps // 4)
-        last = len(loops[1].instructions) * (steps - 4 * (chunks - 1))
+        turns = -(-(steps - 4 * (chunks - 1)) // (2 if nibbles else 1))  # of the loop of the last chunk
+        last = len(loops[1].instructions) * turns
         found["in_loops"] = len(loops[0].instructions) * (chunks - 1) + last
     return found | {"memory": {name: loops[0].count(text) for name, text in MEMORY.items()}}
 
 
-def shared_bytes(config: Any) -> int:
-    """Of a kernel in CUDA, as the module launches it."""
+def shared_bytes(config: Any, nibbles: bool) -> int:
+    """Of a kernel in CUDA, as the module launches it. What it tells of csrc/s8 is of kernels that sum codes, which have
+    eight columns of 128 bytes more in every stage; rows of nibbles are 48 bytes shorter.
+    """
     from lbs_kernels import extension
 
     native: Any = extension.cuda
     tiles = getattr(native, f"{config.kind}_tiles")()
-    return next(int(shared) for *row, shared in tiles if tuple(row) == config.row)
+    told = next(int(shared) for *row, shared in tiles if tuple(row) == config.row)
+    less = 8 * 128 + (48 * config.block_m if nibbles else 0)
+    return told - config.stages * less if config.kind == "s8" else told
 
 
 def rows(layers: list[str]) -> list[Row]:

@@ -174,11 +174,11 @@ LBS_HD void store_plane(const Layer& p, const ConsumerTarget& k, int plane, uint
     else reinterpret_cast<uint8_t*>(to)[first % 32 / 8] = static_cast<uint8_t>(bits);
 }
 
-// Planes or biased bytes of a run of codes.
+// Biased bytes, nibbles or planes of a run of codes.
 template <int kRun>
 LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t (&codes)[kRun / 4], int row,
                         int first) {
-    if (k.as_bytes) {
+    if (k.kept == Kept::kBytes) {
         int8_t* to = static_cast<int8_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first;
         constexpr int kStored = kRun < 16 ? kRun : 16;
         LBS_UNROLL for (int c = 0; c < kRun; c += kStored) {
@@ -189,6 +189,16 @@ LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t 
         return;
     }
     if constexpr (kRun >= kLeastOfPlanes) {  // no other task is accepted (task.h)
+        if (k.kept == Kept::kNibbles) {
+            uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first / 8;
+            constexpr int kWords = kRun < 16 ? 1 : 2;  // stored at once: 16 bytes would spill in the largest tile of bits
+            LBS_UNROLL for (int w = 0; w < kRun / 8; w += kWords) {
+                Bytes<4 * kWords> all;
+                LBS_UNROLL for (int i = 0; i < kWords; ++i) all.v[i] = codes[2 * (w + i)] | codes[2 * (w + i) + 1] << 4;
+                if (first / 8 + w < k.pitch) *reinterpret_cast<Bytes<4 * kWords>*>(to + w) = all;
+            }
+            return;
+        }
         LBS_NO_UNROLL for (int plane = 0; plane < k.bits; ++plane) {
             uint32_t bits = 0;
             LBS_UNROLL for (int c = 0; c < kRun; c += 4) {

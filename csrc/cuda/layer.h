@@ -9,14 +9,19 @@ constexpr int kMaxConsumers = 8;
 
 enum class StreamType : int { kFloat32, kFloat16, kBfloat16 };
 
+// How codes lie in memory (gpu/layout.py): planes int32 [M][bits][CW], biased bytes int8 [M][pitch], or nibbles, the
+// codes of eight channels in a word: int32 [M][pitch].
+enum class Kept : int { kPlanes, kBytes, kNibbles };
+constexpr int kNibbleBits = 4;  // at most
+
 // One code tensor that is written (step 6). `levels` is 2^bits - 1. Arrays hold a float for every filter slot.
 struct ConsumerTarget {
-    void* codes;  // planes int32 [M][bits][CW], or biased bytes int8 [M][pitch]
+    void* codes;
     const float* pre_scale;
     const float* pre_bias;
     float scale;
     int bits, pitch, zero;  // pitch: bytes or words of one pixel
-    bool as_bytes;           // those of 8 bits always are
+    Kept kept;              // codes of 8 bits always as bytes
     bool is_signed, relu;
     bool stands;  // (q - zero) * step is y for the consumers behind this one
     float step;

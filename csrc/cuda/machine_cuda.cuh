@@ -64,49 +64,50 @@ private:
 
 #if defined(LBS_HAS_WGMMA)
 
-// d[0 .. 3], d[0 .. 31] or d[0 .. 63] += the product of `instruction` on two matrices in shared memory, by their
-// descriptors.
+// d[0 .. 3], d[0 .. 31] or d[0 .. 63] += the product of `instruction` on what `operands` are called: two matrices in
+// shared memory by their descriptors, or registers and one such matrix. Operands are counted from the last of d on.
 #define LBS_R4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define LBS_R16(d, i) LBS_R4(d, i), LBS_R4(d, i + 4), LBS_R4(d, i + 8), LBS_R4(d, i + 12)
-#define LBS_WGMMA_4(instruction, d, a, b)                                                                        \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction " {%0, %1, %2, %3}, %4, %5, add;\n}" \
-                 : LBS_R4(d, 0)                                                                                  \
-                 : "l"(a), "l"(b))
-#define LBS_WGMMA_24(instruction, d, a, b)                                                \
+#define LBS_WGMMA_4(instruction, d, operands, ...)                          \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction \
+                 " {%0, %1, %2, %3}, " operands ", add;\n}"                 \
+                 : LBS_R4(d, 0)                                             \
+                 : __VA_ARGS__)
+#define LBS_WGMMA_24(instruction, d, operands, ...)                                       \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction               \
                  " {"                                                                     \
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
                  "%16, %17, %18, %19, %20, %21, %22, %23"                                 \
-                 "}, %24, %25, add;\n}"                                                   \
+                 "}, " operands ", add;\n}"                                               \
                  : LBS_R16(d, 0), LBS_R4(d, 16), LBS_R4(d, 20)                            \
-                 : "l"(a), "l"(b))
-#define LBS_WGMMA_32(instruction, d, a, b)                                                        \
+                 : __VA_ARGS__)
+#define LBS_WGMMA_32(instruction, d, operands, ...)                                               \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction                       \
                  " {"                                                                             \
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-                 "}, %32, %33, add;\n}"                                                           \
+                 "}, " operands ", add;\n}"                                                       \
                  : LBS_R16(d, 0), LBS_R16(d, 16)                                                  \
-                 : "l"(a), "l"(b))
-#define LBS_WGMMA_48(instruction, d, a, b)                                                          \
+                 : __VA_ARGS__)
+#define LBS_WGMMA_48(instruction, d, operands, ...)                                                 \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction                         \
                  " {"                                                                               \
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"   \
-                 "}, %48, %49, add;\n}"                                                             \
+                 "}, " operands ", add;\n}"                                                         \
                  : LBS_R16(d, 0), LBS_R16(d, 16), LBS_R16(d, 32)                                    \
-                 : "l"(a), "l"(b))
-#define LBS_WGMMA_64(instruction, d, a, b)                                                          \
+                 : __VA_ARGS__)
+#define LBS_WGMMA_64(instruction, d, operands, ...)                                                 \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n" instruction                         \
                  " {"                                                                               \
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
-                 "}, %64, %65, add;\n}"                                                             \
+                 "}, " operands ", add;\n}"                                                         \
                  : LBS_R16(d, 0), LBS_R16(d, 16), LBS_R16(d, 32), LBS_R16(d, 48)                    \
-                 : "l"(a), "l"(b))
+                 : __VA_ARGS__)
 
 // sm_90a: products run on while the threads go on.
 class WgmmaBlock : public BlockMachine {

@@ -54,11 +54,12 @@ inline void check_task(const Task& t) {
     check_range(static_cast<int64_t>(t.consumers.size()), 0, kMaxConsumers, "the number of consumers");
     for (const ConsumerTarget& k : t.consumers) {
         check_range(k.bits, 1, kMaxBits, "the bits of a consumer");
-        require(k.as_bytes || k.bits < kMaxBits, "CUDA kernel: codes of 8 bits are bytes");
+        require(k.kept == Kept::kBytes || k.bits < kMaxBits, "CUDA kernel: codes of 8 bits are bytes");
+        require(k.kept != Kept::kNibbles || k.bits <= kNibbleBits, "CUDA kernel: nibbles are codes of at most 4 bits");
     }
     const bool residual = t.residual || t.coded.codes;
     require(!t.thresholds || (t.consumers.size() == 1 && !t.stream && !residual && t.consumers[0].bits <= 4 &&
-                                !t.consumers[0].as_bytes),
+                                t.consumers[0].kept == Kept::kPlanes),
             "CUDA kernel: thresholds serve planes of at most 4 bits of one consumer, without stream or residual");
     require(!t.residual || !t.coded.codes, "CUDA kernel: a residual is a stream or codes, not both");
     require(!t.is_signed || (t.pad_h == 0 && t.pad_w == 0), "CUDA kernel: signed codes cannot be padded");

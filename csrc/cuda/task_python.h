@@ -12,7 +12,8 @@
 //     batch, height, width, channels, filters, kernel, stride, padding, dilation, w_bits, w_odd, a_bits, signed
 //     split                            thread blocks of a cluster that share K of a tile, 1 where none do
 //     low, high                        floats or None
-//     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, as_bytes,
+//     consumers                        list of dicts: codes, pre_scale, pre_bias (addresses), scale, bits, kept
+//                                      ("planes", "bytes", "nibbles"),
 //                                      pitch (words or bytes from pixel to pixel), zero, signed, relu, step (None, or
 //                                      a float: the codes stand for the value of the consumers behind them)
 #pragma once
@@ -46,6 +47,13 @@ inline StreamType stream_type(const std::string& name) {
     return StreamType::kBfloat16;
 }
 
+inline Kept kept(const std::string& name) {
+    if (name == "planes") return Kept::kPlanes;
+    if (name == "bytes") return Kept::kBytes;
+    require(name == "nibbles", "CUDA task: codes are kept as '" + name + "'; planes, bytes and nibbles exist");
+    return Kept::kNibbles;
+}
+
 inline bool bound(const pybind11::dict& task, const char* name, float& value) {
     const auto given = field<pybind11::object>(task, name);
     if (given.is_none()) return false;
@@ -60,7 +68,7 @@ inline ConsumerTarget consumer_target(const pybind11::dict& k) {
     target.pre_bias = address<const float>(k, "pre_bias");
     target.scale = field<float>(k, "scale");
     target.bits = field<int>(k, "bits");
-    target.as_bytes = field<bool>(k, "as_bytes");
+    target.kept = kept(field<std::string>(k, "kept"));
     target.pitch = field<int>(k, "pitch");
     target.zero = field<int>(k, "zero");
     target.is_signed = field<bool>(k, "signed");

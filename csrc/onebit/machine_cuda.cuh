@@ -46,8 +46,8 @@ public:
 
     template <int kN>
     __device__ void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) const {
-        if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc", d, a, b);
-        else LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc", d, a, b);
+        if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc", d, "%64, %65", "l"(a), "l"(b));
+        else LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc", d, "%32, %33", "l"(a), "l"(b));
     }
     template <int kN>
     __device__ void multiply(int (&acc)[kMultiplyGroups][kN / 2], int a_byte, int b_byte, int step) {

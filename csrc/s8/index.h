@@ -1,17 +1,15 @@
-// Index arithmetic of the s8 kernel. A chunk is 128 bytes of K: 8 units, 4 multiplications.
+// Index arithmetic of the s8 kernel. A chunk is 128 channels of K, 4 multiplications. Weights are bytes; activations
+// are bytes, or nibbles (layout.py) that threads expand in registers.
 #pragma once
 
 #include "s8/params.h"
 
 namespace lbs::s8 {
 
-constexpr int kChunkUnits = kRowBytes / kUnitBytes;
 constexpr int kChunkSteps = kRowBytes / kStepBytes;
 constexpr int kConsumers = 2;  // groups of 128 threads that multiply
 constexpr int kProducerWarps = kWarpgroup / 32;
-constexpr int kTurnRows = 32 / kChunkUnits;  // rows that a warp copies at once: neighbouring threads fetch whole rows
-constexpr int kTurns = 4;                    // whose windows are read before the first of them is copied
-constexpr int kTurnBytes = kProducerWarps * kTurnRows * kRowBytes;  // that lie between those of one turn and the next
+constexpr int kTurns = 4;  // whose windows are read before the first of them is copied
 
 constexpr int kMostBlocks = 8;  // of a cluster: what every GPU with clusters takes
 
@@ -23,11 +21,31 @@ LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
     return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kColumns * kRowBytes);
 }
 
-// Row i of those that warp `warp` of the producer copies. A lane's rows are 16 apart, so that they differ by nothing
-// but their number: all have the same place in the swizzle.
-LBS_HD int copied_row(int warp, int i) {
-    return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
-}
+// How a chunk of the activations of a pixel lies in shared memory. Nibbles are read by threads, a word of each of eight
+// rows and four threads at once: with a unit of nothing behind every row no two of the 32 words are in one bank, and
+// steps lie at constants.
+template <bool kNibbles_>
+struct PixelRow {
+    static constexpr bool kNibbles = kNibbles_;
+    static constexpr int kUnits = kRowBytes / kUnitBytes / (kNibbles ? 2 : 1);
+    static constexpr int kPitch = kNibbles ? (kUnits + 1) * kUnitBytes : kRowBytes;
+    static constexpr int kTurnRows = 32 / kUnits;  // that a warp copies at once: neighbouring threads fetch whole rows
+    static constexpr int kTurnBytes = kProducerWarps * kTurnRows * kPitch;  // between those of one turn and the next
+
+    // Row i of those that warp `warp` of the producer copies. A lane's rows are 16 or 32 apart, so that they differ by
+    // nothing but their number: all have the same place in the swizzle.
+    LBS_HD static int copied(int warp, int i) {
+        return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
+    }
+    // Byte of a unit, the row included.
+    LBS_HD static int byte(int row, int unit) {
+        return kNibbles ? row * kPitch + unit * kUnitBytes : swizzled_byte(row, unit * 4);
+    }
+};
+
+// Eight nibbles, channels c to c + 7, as the bytes of channels c to c + 3 and of c + 4 to c + 7.
+LBS_HD uint32_t low_nibbles(uint32_t eight) { return eight & 0x0f0f0f0fu; }
+LBS_HD uint32_t high_nibbles(uint32_t eight) { return eight >> 4 & 0x0f0f0f0fu; }
 
 // Chunks of K that follow one another.
 struct Share {
@@ -43,7 +61,7 @@ LBS_HD Share share_of(const Params& p, int rank) {
     return {first, end - first, end == p.chunks ? p.last_steps : kChunkSteps};
 }
 
-// The window of an output pixel with its place in bytes, and the place of 16 channels of a tap relative to a window.
+// The window of an output pixel with its place in bytes, and the place of a unit of a tap relative to a window.
 // Windows may begin before the first pixel: then places wrap around, and back where a tap enters the image.
 LBS_HD Window byte_window(const Params& p, int row) {
     Window window = window_of(p, row);

@@ -13,8 +13,11 @@
 // phase in front of it is over, which may be the other consumer's: so a third kind, `turn`, completes when the other
 // consumer has seen the last chunk of the tile in front arrive. It has then seen all of them.
 //
-// Where sum_scale is not 0, kernels of their own (kSums) multiply the activations by eight columns of ones as well: of
+// Where sum_scale is not 0, kernels of their own (kSummed) multiply the activations by eight columns of ones as well: of
 // a fragment of eight columns a thread holds the sums of the very rows whose products it holds.
+//
+// Nibbles have kernels of their own, too (kNibbles): they are copied as they are, and each thread that multiplies reads
+// those of its fragment of operand A from shared memory and expands them in registers, a step ahead of the products.
 #pragma once
 
 #include "cuda/epilogue.h"
@@ -22,17 +25,21 @@
 
 namespace lbs::s8 {
 
-template <int kGroups_, int kN_, int kStages_, bool kSums_>
+// What a kernel makes of activations.
+enum class Reads : int { kBytes, kSummed, kNibbles };
+
+template <int kGroups_, int kN_, int kStages_, Reads kReads>
 struct Tile {
+    using Row = PixelRow<kReads == Reads::kNibbles>;
     static constexpr int kGroups = kGroups_;  // of 64 pixels, all of one consumer
     static constexpr int kN = kN_;
     static constexpr int kStages = kStages_;
-    static constexpr bool kSums = kSums_;
+    static constexpr bool kSums = kReads == Reads::kSummed;
     static constexpr int kColumns = kN + (kSums ? kSumColumns : 0);
     static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
     static constexpr int kRows = kGroups * kWarpgroupRows;
     static constexpr int kWarpRows = kRows / kProducerWarps;  // that a warp of the producer copies
-    static constexpr int kWeightByte = kRows * kRowBytes;     // in a stage
+    static constexpr int kWeightByte = kRows * Row::kPitch;   // in a stage
     static constexpr int kWeightBytes = kColumns * kRowBytes;
     static constexpr int kStageBytes = kWeightByte + kWeightBytes;
     static constexpr int kWindowByte = kStages * kStageBytes;
@@ -71,7 +78,7 @@ template <class T, class Machine>
 LBS_HD void find_windows(Machine& machine, const Params& p, int first_row) {
     const int warp = machine.thread() / 32, lane = machine.thread() % 32;
     machine.sync_warp();  // nobody copies by the windows of the tile before any more
-    if (lane < T::kWarpRows) warp_windows<T>(machine)[lane] = byte_window(p, first_row + copied_row(warp, lane));
+    if (lane < T::kWarpRows) warp_windows<T>(machine)[lane] = byte_window(p, first_row + T::Row::copied(warp, lane));
     machine.sync_warp();
 }
 
@@ -85,20 +92,22 @@ LBS_HD void copy_weights(Machine& machine, const Params& p, int filter_block, in
 
 template <class T, class Machine>
 LBS_HD void copy_activations(Machine& machine, const Params& p, int chunk, int stage) {
+    using Row = typename T::Row;
+    constexpr int kRowTurns = T::kWarpRows / Row::kTurnRows, kAtOnce = kRowTurns < kTurns ? kRowTurns : kTurns;
     const int byte = stage * T::kStageBytes, warp = machine.thread() / 32, lane = machine.thread() % 32;
     // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
-    const int unit = lane % kChunkUnits, first = lane / kChunkUnits;
-    const Tap tap = tap_of(p, chunk * kChunkUnits + unit);
+    const int unit = lane % Row::kUnits, first = lane / Row::kUnits;
+    const Tap tap = tap_of(p, chunk * Row::kUnits + unit);
     const int8_t* outside = p.border + tap.piece * kUnitBytes;
     const unsigned from = tap_byte(p, tap);
-    const int to = byte + swizzled_byte(copied_row(warp, first), unit * 4);
+    const int to = byte + Row::byte(Row::copied(warp, first), unit);
     const Window* windows = warp_windows<T>(machine) + first;
-    LBS_NO_UNROLL for (int turn = 0; turn < T::kWarpRows / kTurnRows; turn += kTurns) {
-        Window window[kTurns];
-        LBS_UNROLL for (int i = 0; i < kTurns; ++i) window[i] = windows[(turn + i) * kTurnRows];
-        LBS_UNROLL for (int i = 0; i < kTurns; ++i) {
+    LBS_NO_UNROLL for (int turn = 0; turn < kRowTurns; turn += kAtOnce) {
+        Window window[kAtOnce];
+        LBS_UNROLL for (int i = 0; i < kAtOnce; ++i) window[i] = windows[(turn + i) * Row::kTurnRows];
+        LBS_UNROLL for (int i = 0; i < kAtOnce; ++i) {
             const int8_t* inside = p.x + (static_cast<unsigned>(window[i].pixel) + from);
-            machine.template copy<kUnitBytes>(to + (turn + i) * kTurnBytes,
+            machine.template copy<kUnitBytes>(to + (turn + i) * Row::kTurnBytes,
                                               enters(p, window[i], tap) ? inside : outside, true);
         }
     }
@@ -204,7 +213,7 @@ LBS_HD void multiply_step(Machine& machine, Sums<T>& sums, uint64_t stage, int s
 // No condition stands around a product, else the compiler would end each of them where it began: so the last chunk,
 // which may be shorter, has a loop of its own that surely begins. `next`: the barrier of who comes next, or none, -1.
 template <class T, class Machine>
-LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
+LBS_HD void multiply_bytes(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
     int before = -1;  // the stage whose products may still run
     LBS_NO_UNROLL for (int left = share.chunks - 1; left > 0; --left) {
         const uint64_t stage = matrix_descriptor(machine.address(at.stage() * T::kStageBytes));
@@ -229,6 +238,83 @@ LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, P
     } while (++step < share.last_steps);
     machine.finish_products(sums.acc);
     if (T::kSums) machine.finish_products(sums.codes);
+    if (before >= 0) leave<T>(machine, before);
+    leave<T>(machine, at.stage());
+    at.step();
+}
+
+// The words of a step that a thread expands, eight nibbles each, of two rows of every group.
+template <class T>
+struct Words {
+    uint32_t v[T::kGroups][2];
+};
+
+template <class T, class Machine>
+LBS_HD void load_words(Machine& machine, int stage, int step, Words<T>& words) {
+    const int warp = machine.thread() / 32 % 4, lane = machine.thread() % 32;
+    const int byte = stage * T::kStageBytes + T::Row::byte(fragment_row(warp, lane, 0), step) + lane % 4 * 4;
+    LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
+        LBS_UNROLL for (int half = 0; half < 2; ++half) {
+            const int row = group * kWarpgroupRows + fragment_row(0, 0, 2 * half);
+            words.v[group][half] = machine.load_word(byte + T::Row::byte(row, 0));
+        }
+    }
+}
+
+// Operand A of one step: a[0] and a[2] are a row's first and last 16 bytes of K, a[1] and a[3] those eight rows below.
+template <class T>
+struct Expanded {
+    uint32_t a[T::kGroups][4];
+};
+
+// One group of products, whose operand A must not change before the next but one is begun.
+template <class T, class Machine>
+LBS_HD void multiply_words(Machine& machine, Sums<T>& sums, const Words<T>& words, Expanded<T>& expanded, uint64_t b) {
+    LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
+        LBS_UNROLL for (int half = 0; half < 2; ++half) {
+            expanded.a[group][half] = low_nibbles(words.v[group][half]);
+            expanded.a[group][2 + half] = high_nibbles(words.v[group][half]);
+        }
+    }
+    machine.open_products();
+    LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
+        machine.template wgmma<T::kN>(sums.acc[group], expanded.a[group], b);
+    }
+    machine.close_products();
+    machine.template wait_products<1>();
+}
+
+// The same of nibbles: every step is a group of products that runs while the next step is expanded, into the
+// other of two sets of registers. So the steps of the last chunk go by two.
+template <class T, class Machine>
+LBS_HD void multiply_nibbles(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
+    int before = -1;
+    Expanded<T> expanded[2];
+    LBS_NO_UNROLL for (int left = share.chunks - 1; left > 0; --left) {
+        const uint64_t b = matrix_descriptor(machine.address(at.stage() * T::kStageBytes + T::kWeightByte));
+        machine.wait(T::full(at.stage()), at.round());
+        Words<T> words[kChunkSteps];
+        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) load_words(machine, at.stage(), step, words[step]);
+        LBS_UNROLL for (int step = 0; step < kChunkSteps; ++step) {
+            multiply_words(machine, sums, words[step], expanded[step % 2], b + descriptor_step(step * kStepBytes));
+        }
+        if (before >= 0) leave<T>(machine, before);
+        before = at.stage();
+        at.step();
+    }
+    const uint64_t b = matrix_descriptor(machine.address(at.stage() * T::kStageBytes + T::kWeightByte));
+    machine.wait(T::full(at.stage()), at.round());
+    if (next >= 0 && machine.thread() % kWarpgroup == 0) machine.arrive(next);
+    int step = 0;
+    LBS_NO_UNROLL do {
+        Words<T> words[2];
+        LBS_UNROLL for (int i = 0; i < 2; ++i) load_words(machine, at.stage(), step + i, words[i]);
+        LBS_UNROLL for (int i = 0; i < 2; ++i) {
+            multiply_words(machine, sums, words[i], expanded[i], b + descriptor_step((step + i) * kStepBytes));
+        }
+        step += 2;
+    } while (step < share.last_steps);
+    machine.finish_products(sums.acc);
     if (before >= 0) leave<T>(machine, before);
     leave<T>(machine, at.stage());
     at.step();
@@ -280,6 +366,12 @@ LBS_HD void write_tile(const Params& p, int thread, int tile, const Sums<T>& sum
         add_run(p, sums, part, run);
         if (row < p.rows) emit<kRun, T::kN>(p, run, row, first);
     }
+}
+
+template <class T, class Machine>
+LBS_HD void multiply_tile(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
+    if constexpr (T::Row::kNibbles) multiply_nibbles(machine, share, sums, at, next);
+    else multiply_bytes(machine, share, sums, at, next);
 }
 
 // Tiles consumer, consumer + 2, ... of those of this block.

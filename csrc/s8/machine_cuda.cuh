@@ -7,6 +7,22 @@ namespace lbs::s8 {
 
 #if defined(LBS_HAS_WGMMA)
 
+// What operands A and B are called behind so many others: two descriptors, or four registers and one.
+#define LBS_MEMORY(a, b, c, d, e) "%" #a ", %" #b
+#define LBS_REGISTERS(a, b, c, d, e) "{%" #a ", %" #b ", %" #c ", %" #d "}, %" #e
+#define LBS_S8_PRODUCT(kN, d, names, ...)                                                                    \
+    static_assert(kN == 8 || kN == 48 || kN == 64 || kN == 96 || kN == 128, "no such product is written here"); \
+    if constexpr (kN == 8)                                                                                   \
+        LBS_WGMMA_4("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8", d, names(4, 5, 6, 7, 8), __VA_ARGS__); \
+    else if constexpr (kN == 48)                                                                             \
+        LBS_WGMMA_24("wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8", d, names(24, 25, 26, 27, 28), __VA_ARGS__); \
+    else if constexpr (kN == 96)                                                                             \
+        LBS_WGMMA_48("wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8", d, names(48, 49, 50, 51, 52), __VA_ARGS__); \
+    else if constexpr (kN == 128)                                                                            \
+        LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", d, names(64, 65, 66, 67, 68), __VA_ARGS__); \
+    else                                                                                                     \
+        LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8", d, names(32, 33, 34, 35, 36), __VA_ARGS__)
+
 // sm_90a.
 class WgmmaMachine : public gpu::WgmmaBlock {
 public:
@@ -61,13 +77,14 @@ public:
     __device__ void take_registers() const { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
     template <int kN>
     __device__ void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) const {
-        static_assert(kN == 8 || kN == 48 || kN == 64 || kN == 96 || kN == 128, "no such product is written here");
-        if constexpr (kN == 8) LBS_WGMMA_4("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8", d, a, b);
-        else if constexpr (kN == 48) LBS_WGMMA_24("wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8", d, a, b);
-        else if constexpr (kN == 96) LBS_WGMMA_48("wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8", d, a, b);
-        else if constexpr (kN == 128) LBS_WGMMA_64("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8", d, a, b);
-        else LBS_WGMMA_32("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8", d, a, b);
+        LBS_S8_PRODUCT(kN, d, LBS_MEMORY, "l"(a), "l"(b));
     }
+    // Operand A from registers, which stay what they are until the product has been waited for.
+    template <int kN>
+    __device__ void wgmma(int (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) const {
+        LBS_S8_PRODUCT(kN, d, LBS_REGISTERS, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+    __device__ uint32_t load_word(int byte) const { return *reinterpret_cast<const uint32_t*>(shared(byte)); }
 };
 
 #endif

@@ -7,8 +7,8 @@ namespace lbs::s8 {
 
 using namespace gpu;
 
-// Pieces of K are units of 16 channels. Activations are q - 128, and weights what they count as, signed bytes both; but
-// on the odd grid 8 bits count as 2 w + 1.
+// Pieces of K are units of 16 bytes of a pixel. Activations are q - 128, or codes of at most 4 bits as they are, two in
+// a byte; weights what they count as, signed bytes, but on the odd grid 8 bits count as 2 w + 1.
 //
 //     acc = dot_scale * sum of w x + sum_scale * sum of x + offset[o]
 struct Params : Layer {

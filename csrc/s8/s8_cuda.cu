@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) s8_cluster_wgmma(const __grid_
 #endif
 }
 
-using Peak = Tile<2, 128, 4, false>;
+using Peak = Tile<2, 128, 4, Reads::kBytes>;
 constexpr int kPeakThreads = kConsumers * kWarpgroup;
 
 __global__ void __launch_bounds__(kPeakThreads, 1) peak_wgmma(int repeats, int* out) {
@@ -71,20 +71,24 @@ Kernel cluster_kernel_of(int split) {
     return {reinterpret_cast<const void*>(&s8_cluster_wgmma<T>), T::kThreads, T::kSharedBytes, 64, split};
 }
 
-Kernel kernel_of(const TileRow& row, bool sums, int split) {
-#define LBS_KERNEL(machine, groups, filters, stages)                   \
-    if (same_row(row, {#machine, groups, filters, stages, 0}))         \
-        return sums ? kernel_of<Tile<groups, filters, stages, true>>() \
-                    : kernel_of<Tile<groups, filters, stages, false>>();
+template <Reads kReads>
+Kernel kernel_of(const TileRow& row, int split) {
+#define LBS_KERNEL(machine, groups, filters, stages)           \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) \
+        return kernel_of<Tile<groups, filters, stages, kReads>>();
     LBS_S8_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
-#define LBS_KERNEL(machine, groups, filters, stages)                               \
-    if (same_row(row, {#machine, groups, filters, stages, 0}))                     \
-        return sums ? cluster_kernel_of<ClusterTile<filters, stages, true>>(split) \
-                    : cluster_kernel_of<ClusterTile<filters, stages, false>>(split);
+#define LBS_KERNEL(machine, groups, filters, stages)           \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) \
+        return cluster_kernel_of<ClusterTile<filters, stages, kReads>>(split);
     LBS_S8_CLUSTER_TILES(LBS_KERNEL)
 #undef LBS_KERNEL
     return {};  // find_row() knows the rows of the same table only
+}
+
+Kernel kernel_of(const TileRow& row, Reads what, int split) {
+    if (what == Reads::kNibbles) return kernel_of<Reads::kNibbles>(row, split);
+    return what == Reads::kSummed ? kernel_of<Reads::kSummed>(row, split) : kernel_of<Reads::kBytes>(row, split);
 }
 
 }  // namespace
@@ -93,7 +97,7 @@ Launch bind(const Task& task, const TileRow& row, int device) {
     const Params params = make_params(task, row);
     const DeviceGuard guard(device);
     check_capability("s8", false, device);
-    return Launch(params, kernel_of(row, needs_sums(task), task.split), device);
+    return Launch(params, kernel_of(row, reads(task), task.split), device);
 }
 
 int64_t peak_threads(int device) { return int64_t{kPeakThreads} * multiprocessors(device); }

@@ -10,9 +10,9 @@
 
 namespace lbs::s8 {
 
-template <int kN_, int kStages_, bool kSums_>
-struct ClusterTile : Tile<1, kN_, kStages_, kSums_> {
-    using Ring = Tile<1, kN_, kStages_, kSums_>;
+template <int kN_, int kStages_, Reads kReads>
+struct ClusterTile : Tile<1, kN_, kStages_, kReads> {
+    using Ring = Tile<1, kN_, kStages_, kReads>;
     static constexpr int kThreads = 2 * kWarpgroup;  // one group copies, one multiplies; both write
     static constexpr int kRun = kRunOf<Ring>;        // channels
     static constexpr int kThreadRuns = 2 * kN_ / 4 / kRun;

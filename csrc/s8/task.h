@@ -9,23 +9,34 @@ namespace lbs::s8 {
 // Weights of 8 bits on the odd grid, 2 q - 255, are no bytes: they are multiplied as w = q - 128 and count as 2 w + 1.
 inline bool needs_sums(const Task& t) { return t.w_odd && t.w_bits == 8; }
 
+// Codes of at most 4 bits lie two in a byte.
+inline Reads reads(const Task& t) {
+    if (t.a_bits <= kNibbleBits) return Reads::kNibbles;
+    return needs_sums(t) ? Reads::kSummed : Reads::kBytes;
+}
+
 // Parameters of `row` for the task. Raises FormatError for what no kernel serves.
 inline Params make_params(const Task& t, const TileRow& row) {
-    require(t.a_bits == 8, "s8 kernel: activations of " + std::to_string(t.a_bits) + " bits; it takes 8");
+    require(t.a_bits == 8 || (t.a_bits >= 1 && t.a_bits <= kNibbleBits),
+            "s8 kernel: activations of " + std::to_string(t.a_bits) + " bits; it takes 8, or nibbles of at most 4");
+    const bool nibbles = reads(t) == Reads::kNibbles;
+    require(!nibbles || !needs_sums(t), "s8 kernel: weights of 8 bits without a zero multiply bytes, not nibbles");
     require(t.border, "s8 kernel: there is no pixel that padding holds");
     for (const ConsumerTarget& k : t.consumers) {
-        require(k.as_bytes || run_of(row.filters) >= kLeastOfPlanes,
-                "s8 kernel: tiles of " + std::to_string(row.filters) + " filters write bytes and streams, no planes");
+        require(k.kept == Kept::kBytes || run_of(row.filters) >= kLeastOfPlanes,
+                "s8 kernel: tiles of " + std::to_string(row.filters) + " filters write bytes and streams alone");
     }
     Params p{};
-    const int64_t units = (t.channels + kUnitBytes - 1) / kUnitBytes;
-    fill_layer(t, {row.groups * kWarpgroupRows, row.filters, units, kChunkUnits}, p);
+    const int unit_channels = nibbles ? 2 * kUnitBytes : kUnitBytes;
+    const int64_t units = (t.channels + unit_channels - 1) / unit_channels;
+    const int chunk_units = nibbles ? PixelRow<true>::kUnits : PixelRow<false>::kUnits;
+    fill_layer(t, {row.groups * kWarpgroupRows, row.filters, units, chunk_units}, p);
     check_range(t.batch * t.height * t.width * units * kUnitBytes, 0, kMost, "the number of input bytes");
     p.x = static_cast<const int8_t*>(t.x), p.w = static_cast<const int8_t*>(t.w);
     p.border = static_cast<const int8_t*>(t.border);
     p.pitch = static_cast<int>(units) * kUnitBytes;
-    constexpr int kStepUnits = kStepBytes / kUnitBytes;
-    p.last_steps = (p.k_pieces - (p.chunks - 1) * kChunkUnits + kStepUnits - 1) / kStepUnits;
+    const int step_units = chunk_units / kChunkSteps;
+    p.last_steps = (p.k_pieces - (p.chunks - 1) * chunk_units + step_units - 1) / step_units;
     const int most = row.clusters ? kMostBlocks : 1;
     check_range(t.split, 1, p.chunks < most ? p.chunks : most, "the number of thread blocks that share K");
     while (1 << p.split_log < t.split) ++p.split_log;

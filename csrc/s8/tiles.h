@@ -4,7 +4,7 @@
 #include "cuda/tile_row.h"
 #include "s8/split.h"
 
-// row(machine, groups of 64 pixels, filters, stages): two kernels, with sums of codes and without. Stages fill the shared memory of one block: the registers of its
+// row(machine, groups of 64 pixels, filters, stages): three kernels, one of each kind of Reads. Stages of bytes fill the shared memory of one block: the registers of its
 // three groups of threads allow no second one.
 #define LBS_S8_TILES(row) \
     row(wgmma, 2, 128, 6) \
@@ -20,9 +20,9 @@
 namespace lbs::s8 {
 
 #define LBS_ROW(machine, groups, filters, stages) \
-    {#machine, groups, filters, stages, Tile<groups, filters, stages, true>::kSharedBytes},
+    {#machine, groups, filters, stages, Tile<groups, filters, stages, Reads::kSummed>::kSharedBytes},
 #define LBS_CLUSTER_ROW(machine, groups, filters, stages) \
-    {#machine, groups, filters, stages, ClusterTile<filters, stages, true>::kSharedBytes, true},
+    {#machine, groups, filters, stages, ClusterTile<filters, stages, Reads::kSummed>::kSharedBytes, true},
 constexpr TileRow kTileRows[] = {LBS_S8_TILES(LBS_ROW) LBS_S8_CLUSTER_TILES(LBS_CLUSTER_ROW)};
 #undef LBS_ROW
 #undef LBS_CLUSTER_ROW

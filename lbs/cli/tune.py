@@ -21,6 +21,7 @@ from lbs.runs import tuning
 from lbs.search.streams import FLOAT
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import BackendError, LbsError, first_line
+from lbs_kernels.gpu import kernels
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.times import table
 from lbs_kernels.tune import tuner
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     blame = Blame(table.user_path(table.device_slug(str(device))).with_suffix(".broken"))
     measure: Callable[[Problem], tuner.Measured]
     if device.type == "cuda":
+        todo = [form for problem in todo for form in kernels.forms_on(problem, str(device))]
         limit = None if args.every else tuner.NEIGHBOURS
         measure = functools.partial(tuner.measure_gpu, device=device, limit=limit, attempt=blame)
     else:

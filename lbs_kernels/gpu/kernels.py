@@ -30,7 +30,7 @@ from lbs_kernels.gpu.configs.gemm import GemmConfig, gemm_candidates, triton_why
 from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
 from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, stem_pool_candidates
-from lbs_kernels.gpu.forms import as_kept
+from lbs_kernels.gpu.forms import as_kept, every_form
 from lbs_kernels.gpu.modelled import with_pooled_stem, with_projected
 from lbs_kernels.gpu.stem import fold_stem
 from lbs_kernels.program.problem import Problem
@@ -247,7 +247,7 @@ def program_on(
         return program, blob
     program, blob = fold_stem(program, blob)
     hopper, triton = on_hopper(device), families is None or "triton" in families
-    cuda = (families is None or "cuda" in families) and extension.cuda is not None and hopper
+    cuda = (families is None or "cuda" in families) and _keeps(device)
 
     def measured(problem: Problem) -> float | None:
         return choose(problem, families).seconds
@@ -259,6 +259,18 @@ def program_on(
     if triton and hopper:
         program = with_projected(program, cuda, measured)
     return program, blob
+
+
+def forms_on(problem: Problem, device: str) -> list[Problem]:
+    """The problem in every form in which the GPU there may keep its activations: what is measured, so that
+    `program_on` can choose by times.
+    """
+    return every_form(problem) if _keeps(device) else [problem]
+
+
+def _keeps(device: str) -> bool:
+    """Whether codes below 8 bits may be kept otherwise than as planes."""
+    return extension.cuda is not None and on_hopper(device)
 
 
 def why_not_by_family(problem: Problem) -> dict[str, str | None]:

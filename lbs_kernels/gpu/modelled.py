@@ -12,20 +12,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu.configs.cost import H200, Machine, seconds, weight_count
-from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default
+from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
 from lbs_kernels.gpu.depthwise_project import pairs, projected
-from lbs_kernels.gpu.forms import BATCH, as_kept, configurations, fastest
-from lbs_kernels.gpu.layout import storage
+from lbs_kernels.gpu.forms import BATCH, WEIGHTED, as_kept, configurations, fastest, step_seconds
 from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import ConvStep, LinearStep, Program, Step, sources
+from lbs_kernels.program.steps import Program, Step
 
 PREFIX = "modelled:"
 MACHINES = {machine.name: machine for machine in (H200,)}
-WEIGHTED = ("bitconv2d", "bitlinear")
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,7 @@ class Modelled:
 
         hopper: on compute capability 9.0, with the kernels in CUDA.
         """
-        problem = problem_of(step, program, self.batch, "cuda")
-        weighted = isinstance(step, ConvStep | LinearStep)
-        everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
-        chosen = configurations(step, problem) if weighted and hopper else everywhere
-        moved = float(sum(_bytes(index, program, self.batch) for index in {*_touched(step)}))
-        moved += weight_count(problem) * problem.w_bits / 8 if weighted else 0.0
-        return min(seconds(problem, config, self.machine, moved) for config in chosen)
+        return step_seconds(step, program, self.batch, self.machine, hopper)
 
 
 def _unknown(problem: Problem) -> float | None:
@@ -90,7 +81,8 @@ def with_pooled_stem(
     hopper: bool = True,
     measured: Callable[[Problem], float | None] = _unknown,
 ) -> Program:
-    """The program with a stem and the maximum behind it as one step, where that takes less time.
+    """The program with a stem and the maximum behind it as one step, where that takes less time, with the
+    forms of codes that either allows (`as_kept`): a maximum of codes hands them on as they are.
 
     Args:
         blob: as `pool_stems` takes it. hopper: as `of_step` takes it.
@@ -99,7 +91,8 @@ def with_pooled_stem(
     one = pool_stems(program, blob)
     if one is program:
         return program
-    return _faster(one, program, hopper, measured)
+    both = (as_kept(one, measured), as_kept(program, measured)) if hopper else (one, program)
+    return one if _faster(*both, hopper, measured) is both[0] else program
 
 
 def with_projected(
@@ -119,13 +112,16 @@ def with_projected(
 
 
 def _faster(one: Program, other: Program, hopper: bool, measured: Callable[[Problem], float | None]) -> Program:
-    """The one whose steps that differ take less time together; `other` where they take as much."""
-    model, both = Modelled(batch=BATCH), ((one, other), (other, one))
-    differ = [[(step, own) for step in own.steps if step not in beside.steps] for own, beside in both]
-    known = [[measured(problem_of(step, own, BATCH, "cuda")) for step, own in steps] for steps in differ]
+    """The one whose steps take less time together; `other` where they take as much. By times where all steps that
+    differ, in what they do or in the form of their codes, have one.
+    """
+    model, both = Modelled(batch=BATCH), (one, other)
+    steps = [[(step, problem_of(step, own, BATCH, "cuda")) for step in own.steps] for own in both]
+    differ = [[row for row in way if row not in beside] for way, beside in (steps, steps[::-1])]
+    known = [[measured(problem) for _, problem in way] for way in differ]
     times = [sum(time for time in way if time is not None) for way in known]
     if None in (*known[0], *known[1]):
-        times = [sum(model.of_step(step, own, hopper) for step, own in steps) for steps in differ]
+        times = [sum(model.of_step(step, own, hopper) for step in own.steps) for own in both]
     return one if times[0] < times[1] else other
 
 
@@ -158,18 +154,3 @@ def modelled(text: str) -> Modelled | None:
         known = ", ".join(f"{PREFIX}{known}" for known in MACHINES)
         raise FormatError(f"{text!r} is no modelled GPU; there is {known}, with a batch behind it such as :128")
     return Modelled(MACHINES[name], int(batch or 1))
-
-
-def _touched(step: Step) -> list[int]:
-    emit = step.emit
-    read = [*sources(step), emit.gate, emit.residual, emit.stream]
-    return [index for index in read if index is not None] + [consumer.tensor for consumer in emit.consumers]
-
-
-def _bytes(index: int, program: Program, batch: int) -> int:
-    spec = program.tensors[index]
-    dtype, shape = storage(spec, program.stream_dtype, batch)
-    count = 1
-    for size in shape:
-        count *= size
-    return dtype.itemsize * count

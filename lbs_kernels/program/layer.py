@@ -18,6 +18,7 @@ from lbs_kernels.program.steps import (
     ConvStep,
     Emit,
     LinearStep,
+    NibbleSpec,
     PoolStep,
     Program,
     QuantPackStep,
@@ -71,7 +72,7 @@ def _head(problem: Problem) -> tuple[list[TensorSpec], list[Step], dict[str, Ten
     """The image and the step that makes what the layer reads; for quantpack it is the layer."""
     size = (problem.in_channels, problem.height, problem.width)
     form, bits = ("codes", problem.a_bits) if problem.a_bits else ("stream", 0)
-    source = TensorSpec("x", form, *size, bits=bits)  # type: ignore[arg-type]
+    source = _spec(problem)("x", form, *size, bits=bits)  # type: ignore[arg-type]
     emit = Emit(consumers=(Consumer(1, bits, float(_top(bits))),)) if bits else Emit(stream=1)
     name = LAYER if problem.op == "quantpack" else "input"
     return [TensorSpec("image", "image", *size), source], [QuantPackStep(name, 0, emit)], {}
@@ -101,7 +102,7 @@ def _weighted(problem: Problem, tensors: list[TensorSpec]) -> Step:
     if problem.op == "bitlinear":
         tensors.append(TensorSpec("y", "stream", *size, flat=True))
         return LinearStep(LAYER, 1, Emit(stream=RESULT), problem.w_bits, problem.out_channels, *weights)
-    tensors.append(TensorSpec("y", "codes", *size, bits=problem.a_bits))
+    tensors.append(_spec(problem)("y", "codes", *size, bits=problem.a_bits))
     emit = Emit(consumers=(Consumer(RESULT, problem.a_bits, _top(problem.a_bits) / 2),))
     return ConvStep(LAYER, 1, emit, problem.w_bits, *problem.window.fields(), problem.out_channels, *weights)
 
@@ -125,6 +126,11 @@ def _resize(problem: Problem, tensors: list[TensorSpec]) -> Step:
     tensors.append(replace(tensors[1], name="y"))
     size = (problem.height, problem.width)
     return ResizeStep(LAYER, 1, Emit(stream=RESULT), size, scale=(0.5, 0.5), offset=(-0.25, -0.25))
+
+
+def _spec(problem: Problem) -> type[TensorSpec]:
+    """Of the codes that are read and of those that are written."""
+    return NibbleSpec if problem.nibbles else TensorSpec
 
 
 def _grid(problem: Problem) -> WeightGrid:

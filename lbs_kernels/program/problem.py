@@ -26,6 +26,7 @@ class Problem:
 
     Kernel, stride, padding and dilation of a transposed convolution are its own, and its size is that of its input.
     grid: of weights that are not on the usual one of their width, for their times; what chooses kernels leaves it out.
+    nibbles: the activations are kept two in a byte.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Problem:
     a_bits: int = 8
     device: str = "cpu"
     grid: WeightGrid | None = None
+    nibbles: bool = False
 
     @property
     def window(self) -> Window:
@@ -87,7 +89,8 @@ class Problem:
             f"_g{self.groups}" if self.groups > 1 else ""
         )
         grid = "" if self.grid is None else f"_{self.grid}"
-        return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}{grid}_{self.device}"
+        form = "_nibbles" if self.nibbles else ""
+        return f"{self.op}_{size}_{window}{extra}_w{self.w_bits}a{self.a_bits}{grid}{form}_{self.device}"
 
 
 def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem:
@@ -102,7 +105,8 @@ def problem_of(step: Step, program: Program, batch: int, device: str) -> Problem
         filters = program.arrays[step.planes].shape[1]
         window = step.window if isinstance(step, ConvStep) else Window()
         sizes = (batch, height, width, channels, filters)
-        return Problem(step.op, *sizes, *window.fields(), step.w_bits, source.bits, device)
+        bits = (step.w_bits, source.bits)
+        return Problem(step.op, *sizes, *window.fields(), *bits, device, nibbles=source.nibbles)
     if isinstance(step, SelectStep):
         height, width = step.size if step.moves else (height * step.repeat[0], width * step.repeat[1])
         channels = len(step.channels) or sum(program.tensors[index].channels for index in step.inputs)

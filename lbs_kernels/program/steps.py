@@ -49,6 +49,14 @@ class TensorSpec:
     signed: bool = False  # codes only: real value v * (2q - n) / n
     flat: bool = False  # stream only: returned as [N, C] instead of [N, C, 1, 1]
     dtype: Literal["float32", "uint8"] = "float32"  # image only
+    nibbles: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class NibbleSpec(TensorSpec):
+    """Codes of at most 4 bits that a back end keeps two in a byte (gpu/layout.py); in files there are none."""
+
+    nibbles: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,8 @@ def test_the_files_with_gpu_tests_are_found() -> None:
     assert "tests/kernels/test_bitconv2d.py" in found  # through CONTENDERS
     assert "tests/test_plan_json.py" not in found
     assert "tests/cli/test_cli_tune.py" not in found  # it speaks of GPUs and needs none
-    order = ("kernels/test_s8_gpu", "kernels/test_onebit_gpu", "kernels/test_bitconv2d", "kernels/test_triton_gpu")
+    first = ("kernels/test_s8_gpu", "kernels/test_nibbles_gpu", "kernels/test_onebit_gpu")
+    order = (*first, "kernels/test_bitconv2d", "kernels/test_triton_gpu")
     places = [found.index(f"tests/{name}.py") for name in order]
     assert places == sorted(places)
 

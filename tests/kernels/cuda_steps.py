@@ -16,7 +16,7 @@ from torch import Tensor
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.cuda import CudaConfig, OneBitConfig
 from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, storage, to_logical
+from lbs_kernels.gpu.layout import BYTE_BITS, from_logical, nibble_pitch, storage, to_logical
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import ConvStep, LinearStep, Program, TensorSpec
 from lbs_kernels.run.reference import ReferenceRunner
@@ -60,7 +60,10 @@ def served(
 
 
 def input_buffer(codes: Tensor, spec: TensorSpec, device: str) -> Tensor:
-    """Codes in their GPU form; bytes beyond the last channel hold garbage."""
+    """Codes in their GPU form; bytes and nibbles beyond the last channel hold garbage."""
+    if spec.nibbles:
+        rest = (*codes.shape[:-1], 8 * nibble_pitch(spec.channels) - spec.channels)
+        codes = torch.cat([codes, torch.randint(0, 16, rest, dtype=torch.uint8)], dim=-1)
     buffer = from_logical(codes, spec).contiguous()
     if spec.bits == BYTE_BITS:
         rest = buffer[..., spec.channels :]

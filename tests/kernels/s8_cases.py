@@ -10,8 +10,9 @@ import programs
 import torch
 from torch import Tensor
 
+from lbs_kernels.gpu.layout import NIBBLE_BITS
 from lbs_kernels.program.planes import pack_weights
-from lbs_kernels.program.steps import Emit, Program
+from lbs_kernels.program.steps import Emit, NibbleSpec, Program
 
 # K is counted in units of 16 channels under a tap: 8 of them are a chunk, 2 a multiplication.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -53,36 +54,49 @@ READINGS: dict[str, dict[str, Any]] = {
     "w1": {"w_bits": 1, "grid": "odd", "zero": 128},
 }
 
+# The same of activations that are kept as nibbles: every width, zero points, signed codes.
+NIBBLES: dict[str, dict[str, Any]] = {
+    "w8a4": {"w_bits": 8, "grid": "zero", "a_bits": 4},
+    "w8a4_zero": {"w_bits": 8, "grid": "zero", "a_bits": 4, "zero": 11},
+    "w8a3_signed": {"w_bits": 8, "grid": "zero", "a_bits": 3, "signed": True},
+    "w7a4_odd": {"w_bits": 7, "grid": "odd", "a_bits": 4, "zero": 15},
+    "w4a4_odd": {"w_bits": 4, "grid": "odd", "a_bits": 4, "zero": 6},
+    "w4a4_odd_signed": {"w_bits": 4, "grid": "odd", "a_bits": 4, "signed": True},
+    "w2a2_odd": {"w_bits": 2, "grid": "odd", "a_bits": 2, "zero": 1},
+    "w1a1_signed": {"w_bits": 1, "grid": "odd", "a_bits": 1, "signed": True},
+}
+
 
 def random_codes(
-    seed: int, shape: tuple[int, ...], filters: int, kernel: tuple[int, int], w_bits: int
+    seed: int, shape: tuple[int, ...], filters: int, kernel: tuple[int, int], w_bits: int, a_bits: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [N, H, W, C] of 8 bits, with both ends among them, and weight planes."""
+    """Codes uint8 [N, H, W, C], with both ends among them, and weight planes."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    x = torch.randint(0, 1 << a_bits, shape, generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, 1 << w_bits, (filters, *kernel, shape[-1]), generator=generator, dtype=torch.uint8)
-    x.view(-1)[::7] = 255
+    x.view(-1)[::7] = (1 << a_bits) - 1
     codes.view(-1)[::5] = (1 << w_bits) - 1
     codes.view(-1)[::11] = 0
     return x, pack_weights(codes, w_bits)
 
 
 def layer(name: str, reading: str = "w8", seed: int = 0, batch: int | None = None) -> one_step.OneStep:
-    """A convolution of `SHAPES` read as one of `READINGS`, whose stream is float32(acc)."""
+    """A convolution of `SHAPES` read as one of `READINGS` or `NIBBLES`, whose stream is float32(acc)."""
     window = dict(SHAPES[name])
     shape, filters = window.pop("shape"), window.pop("filters")
-    how = dict(READINGS[reading])
-    w_bits = how.pop("w_bits")
+    how = {**READINGS, **NIBBLES}[reading].copy()
+    w_bits, a_bits = how.pop("w_bits"), how.pop("a_bits", 8)
     shape = shape if batch is None else (batch, *shape[1:])
-    x, planes = random_codes(seed, shape, filters, window["kernel"], w_bits)
-    return one_step.conv(x, planes, a_bits=8, **window, **how)
+    x, planes = random_codes(seed, shape, filters, window["kernel"], w_bits, a_bits)
+    made = one_step.conv(x, planes, a_bits=a_bits, **window, **how)
+    return replace(made, program=as_nibbles(made.program))
 
 
-def residuals(filters: int, stream_dtype: str) -> tuple[Program, Tensor]:
+def residuals(filters: int, stream_dtype: str, bits: int = 8) -> tuple[Program, Tensor]:
     """A convolution that adds a stream, clamps, stores and writes codes of all kinds, behind one that makes it."""
     b = programs.Builder(filters, stream_dtype)
     image = b.image(40, 6, 5)
-    codes = b.consumer((6, 5, 40), 8, zero=31)
+    codes = b.consumer((6, 5, 40), bits, zero=31 >> 8 - bits)
     b.quantize(image, Emit(consumers=(codes,)))
     shape = b.conv_shape(codes.tensor, filters)
     residual = b.stream(shape)
@@ -164,6 +178,12 @@ def shortcuts(
         emit = Emit(residual=added, low=0.0, stream=b.stream(shape, output=True) if last else None, consumers=(codes,))
         b.conv(source.tensor, emit, filters, w_bits=4)
     return b.build()
+
+
+def as_nibbles(program: Program) -> Program:
+    """The program whose codes of at most 4 bits are all kept as nibbles."""
+    tensors = (NibbleSpec(**vars(spec)) if 1 <= spec.bits <= NIBBLE_BITS else spec for spec in program.tensors)
+    return replace(program, tensors=tuple(tensors))
 
 
 def all_as_bytes(program: Program) -> Program:

@@ -36,13 +36,17 @@ class Kernel:
     machine: str
     groups: int
     filters: int
-    sums: bool  # of codes as well, by products of eight columns
+    reads: str  # "bytes"; "summed", and codes are summed as well, by products of eight columns; or "nibbles"
     sass: str
     registers: int
     stack: int
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.sass))
+
+    @property
+    def sums(self) -> bool:
+        return self.reads == "summed"
 
     @property
     def threads(self) -> int:
@@ -73,17 +77,20 @@ def ask(option: str, arch: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def sections(text: str) -> dict[tuple[str, str, int, int, bool], str]:
+READS = ("bytes", "summed", "nibbles")  # as csrc/s8/kernel.h counts them
+
+
+def sections(text: str) -> dict[tuple[str, str, int, int, str], str]:
     """Text after the name of every kernel of a table of tiles, up to the next kernel."""
     parts = re.split(r"Function :? ?(\S+?):?\n", text)
     found = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
-        match = re.search(r"(onebit|s8)_(wgmma|mma)I.*?TileILi(\d+)ELi(\d+)ELi\d+E(?:Lb([01])E)?", name)
-        shared = re.search(r"s8_cluster_wgmmaI.*?ClusterTileILi(\d+)ELi\d+ELb([01])E", name)
+        match = re.search(r"(onebit|s8)_(wgmma|mma)I.*?TileILi(\d+)ELi(\d+)ELi\d+E(?:LNS0_5ReadsE(\d)E)?", name)
+        shared = re.search(r"s8_cluster_wgmmaI.*?ClusterTileILi(\d+)ELi\d+ELNS0_5ReadsE(\d)E", name)
         if match:
-            found[match[1], match[2], int(match[3]), int(match[4]), match[5] == "1"] = body
+            found[match[1], match[2], int(match[3]), int(match[4]), READS[int(match[5] or 0)]] = body
         elif shared:
-            found["s8 cluster", "wgmma", 1, int(shared[1]), shared[2] == "1"] = body
+            found["s8 cluster", "wgmma", 1, int(shared[1]), READS[int(shared[2])]] = body
     return found
 
 
@@ -96,9 +103,9 @@ def kernels(arch: str) -> list[Kernel]:
         rows.append(Kernel(*key, sass, registers, stack))
     tiles = {"onebit": extension.cuda.onebit_tiles(), "s8": extension.cuda.s8_tiles()}  # type: ignore[union-attr]
     shared = [(machine, m // 64, o, stages) for machine, m, o, stages in S8Config.clusters]
-    built = {(family, *row[:3], False) for family, rows_of in tiles.items() for row in rows_of if row[:4] not in shared}
-    built |= {("s8", *row[:3], True) for row in tiles["s8"] if row[:4] not in shared}
-    built |= {("s8 cluster", *row[:3], sums) for row in shared for sums in (False, True)}
+    built = {("onebit", *row[:3], "bytes") for row in tiles["onebit"]}
+    built |= {("s8", *row[:3], reads) for row in tiles["s8"] if row[:4] not in shared for reads in READS}
+    built |= {("s8 cluster", *row[:3], reads) for row in shared for reads in READS}
     assert set(code) == built
     return rows
 
@@ -150,7 +157,7 @@ def test_s8_kernels_multiply_bytes_asynchronously() -> None:
 
     In both a group of products may still run when the next is begun.
     """
-    for kernel in s8_kernels():
+    for kernel in (kernel for kernel in s8_kernels() if kernel.reads != "nibbles"):
         product = rf"IGMMA\.64x{kernel.filters}x32\.S8\.S8"
         whole, last = kernel.loops("IGMMA")
         for loop, steps in ((whole, 4), (last, 1)):
@@ -163,9 +170,26 @@ def test_s8_kernels_multiply_bytes_asynchronously() -> None:
         assert kernel.count(r"DEPBAR\.LE gsb0, 0x0") == 1 + kernel.sums  # before accumulators of either kind are read
 
 
+def test_nibbles_are_expanded_in_registers_while_products_run() -> None:
+    """Operand A is registers. Each step is a group of products, of which one may run when the next is begun; a step
+    loads eight nibbles of each of a thread's two rows, and nothing of it is stored.
+    """
+    for kernel in (kernel for kernel in s8_kernels() if kernel.reads == "nibbles"):
+        product = rf"IGMMA\.64x{kernel.filters}x32\.S8\.S8 R\d+, R\d+, gdesc"
+        for loop, steps in zip(kernel.loops("IGMMA"), (4, 2), strict=True):
+            assert sum(bool(re.match(product, text)) for text in loop) == steps * kernel.groups
+            assert [text for text in loop if "DEPBAR" in text] == ["WARPGROUP.DEPBAR.LE gsb0, 0x1"] * steps
+            assert sum("WARPGROUP.ARRIVE" in text for text in loop) == steps
+            assert sum(bool(re.match(r"LDS R", text)) for text in loop) == 2 * steps * kernel.groups
+            assert not [text for text in loop if re.match(r"(LDSM|STS|LDG|IDP|IMMA|BAR|LDL|STL)\b", text)]
+            assert len(loop) <= (21 if kernel.groups == 1 else 16) * steps * kernel.groups, len(loop)
+        assert kernel.count("IGMMA") == 6 * kernel.groups
+        assert kernel.count(r"DEPBAR\.LE gsb0, 0x0") == 1
+
+
 def test_few_instructions_of_s8_kernels_stand_between_products() -> None:
     """Per product of the loop of whole chunks, waiting for the chunk and leaving the one before included."""
-    for kernel in s8_kernels():
+    for kernel in (kernel for kernel in s8_kernels() if kernel.reads != "nibbles"):
         whole = kernel.loops("IGMMA")[0]
         assert len(whole) <= 20 * 4 * kernel.groups, len(whole)
         assert not [text for text in whole if re.match(r"(LDS|LDSM|STS|LDG|IDP|IMMA|BAR)\b", text)]

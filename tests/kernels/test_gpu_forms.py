@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import one_step
 import programs
@@ -18,8 +19,9 @@ from lbs_kernels.gpu.configs import cuda
 from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.configs.defaults import conv_default
 from lbs_kernels.gpu.forms import as_kept, configurations
+from lbs_kernels.gpu.layout import kept
 from lbs_kernels.program.problem import Problem
-from lbs_kernels.program.steps import Activation, ConvStep, Emit, LinearStep, Program, sources
+from lbs_kernels.program.steps import Activation, ConvStep, Emit, LinearStep, Program, WeightGrid, sources
 from lbs_kernels.run.reference import ReferenceRunner
 from lbs_kernels.times import table
 
@@ -72,19 +74,46 @@ def chain(size: int, channels: int, kernel: int, bits: int, **form: object) -> t
     return b.build()[0], codes.tensor
 
 
+def form(program: Program, index: int) -> str:
+    return kept(as_kept(program).tensors[index])
+
+
 def test_the_model_decides_where_nothing_was_measured() -> None:
-    program, codes = chain(28, 128, 3, 4)
-    assert turned(program, as_kept(program)) == [codes]  # products are what it waits for
-    program, codes = chain(28, 128, 3, 2)
-    assert turned(program, as_kept(program)) == []  # single bits are faster
+    assert form(*chain(28, 128, 3, 4)) == "nibbles"  # fewer bytes of operands for each product
+    assert form(*chain(28, 128, 3, 2)) == "planes"  # single bits are faster
+    assert form(*chain(28, 128, 3, 5)) == "bytes"  # products are what it waits for
+    assert form(*chain(56, 64, 1, 4)) == "nibbles"  # memory is
+    assert form(*chain(56, 16, 1, 4)) == "bytes"  # a pixel of nibbles is as large
     program, codes = chain(28, 128, 3, 4)
     for planes, as_bytes, found in ((1e-6, 2e-6, []), (2e-6, 1e-6, [codes])):
         times = {4: planes, 8: as_bytes}
         assert turned(program, as_kept(program, lambda problem, t=times: t[problem.a_bits])) == found
         # A time of one form alone says nothing.
-        assert turned(program, as_kept(program, lambda problem, t=times: t[4] if problem.a_bits == 4 else None)) == [
-            codes
-        ]
+        alone = {(4, False): times[4]}
+        one = as_kept(program, lambda problem, t=alone: t.get((problem.a_bits, problem.nibbles)))
+        assert kept(one.tensors[codes]) == "nibbles"
+    by_form = {(4, False): 3e-6, (8, False): 2e-6, (4, True): 1e-6}
+    assert kept(as_kept(program, lambda p: by_form[p.a_bits, p.nibbles]).tensors[codes]) == "nibbles"
+    by_form[4, True] = 4e-6
+    assert kept(as_kept(program, lambda p: by_form[p.a_bits, p.nibbles]).tensors[codes]) == "bytes"
+
+
+def test_nibbles_where_every_reader_takes_them() -> None:
+    def of_readers(w_bits: int, grid: WeightGrid, signed: bool = False, active: bool = False) -> str:
+        b = programs.Builder(0)
+        codes = b.consumer((56, 56, 64), 4, signed=signed)
+        b.quantize(b.image(64, 56, 56), Emit(consumers=(codes,)))
+        window: dict[str, Any] = {"kernel": (1, 1), "padding": (0, 0)}
+        shape = b.conv_shape(codes.tensor, 64, **window)
+        for bits, own, last in ((4, "odd", None), (w_bits, grid, Activation("silu") if active else None)):
+            emit = Emit(stream=b.stream(shape, output=True), activation=last)
+            b.conv(codes.tensor, emit, 64, w_bits=bits, grid=own, **window)
+        return form(b.build()[0], codes.tensor)
+
+    assert of_readers(4, "odd") == of_readers(8, "zero") == of_readers(4, "odd", signed=True) == "nibbles"
+    assert of_readers(8, "odd") == "bytes"  # whose sums of codes are made of bytes
+    assert of_readers(8, "odd", signed=True) == "planes"
+    assert of_readers(4, "odd", active=True) != "nibbles"  # Triton has the activation
 
 
 def test_sums_that_would_not_fit_keep_planes() -> None:
@@ -97,7 +126,7 @@ def test_sums_that_would_not_fit_keep_planes() -> None:
 
 
 def test_they_are_turned_where_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    program, codes = chain(28, 128, 3, 4)
+    program, codes = chain(28, 128, 3, 5)
     blob = torch.empty(0, dtype=torch.uint8)  # nothing of it is changed
     monkeypatch.setattr(extension, "cuda", ModuleType("module"))
     assert kernels.program_on(program, blob, "cuda")[0] is program  # no GPU
@@ -117,7 +146,7 @@ def test_measured_times_and_modelled_ones_are_not_summed() -> None:
     """Two layers read the codes; of one a time is known, by which planes are far better: the model alone decides."""
     b = programs.Builder(0)
     image = b.image(128, 28, 28)
-    codes = b.consumer((28, 28, 128), 4)
+    codes = b.consumer((28, 28, 128), 5)
     b.quantize(image, Emit(consumers=(codes,)))
     for filters in (128, 96):
         shape = b.conv_shape(codes.tensor, filters, kernel=(3, 3), padding=(1, 1))
@@ -125,7 +154,7 @@ def test_measured_times_and_modelled_ones_are_not_summed() -> None:
         b.conv(codes.tensor, emit, filters, w_bits=4, kernel=(3, 3), padding=(1, 1))
     program = b.build()[0]
     assert turned(program, as_kept(program)) == [codes.tensor]
-    times = {4: 1.0, 8: 2.0}
+    times = {5: 1.0, 8: 2.0}
     part = as_kept(program, lambda problem: times[problem.a_bits] if problem.out_channels == 96 else None)
     assert turned(program, part) == [codes.tensor]
     assert turned(program, as_kept(program, lambda problem: times[problem.a_bits])) == []
@@ -137,3 +166,19 @@ def test_kernels_that_cannot_write_a_step_are_not_modelled() -> None:
     assert type(configurations(step, problem)[0]) is S8Config
     active = replace(step, emit=replace(step.emit, activation=Activation("silu")))
     assert configurations(active, problem) == [conv_default(problem)]
+
+
+def test_every_form_is_tuned_where_one_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("bitconv2d", 128, 14, 14, 512, 256, w_bits=4, a_bits=4, device="cuda")
+    assert kernels.forms_on(problem, "cuda") == [problem]  # no GPU
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "machines", lambda device: ("wgmma", "mma"))
+    as_bytes, nibbles = replace(problem, a_bits=8), replace(problem, nibbles=True)
+    assert kernels.forms_on(problem, "cuda") == [problem, as_bytes, nibbles]
+    assert kernels.forms_on(replace(problem, in_channels=16), "cuda")[1:] == [replace(as_bytes, in_channels=16)]
+    assert kernels.forms_on(replace(problem, in_channels=2**20), "cuda")[1:] == [replace(nibbles, in_channels=2**20)]
+    assert kernels.forms_on(as_bytes, "cuda") == [as_bytes]
+    pool = replace(problem, op="pool")
+    assert kernels.forms_on(pool, "cuda") == [pool]
+    assert all(isinstance(choice.config, S8Config) for choice in kernels.candidates(nibbles))

@@ -190,7 +190,7 @@ def test_tiles_of_more_chunks_than_the_ring_follow_one_another(
 )
 def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Config, stream_dtype: str) -> None:
     program, blob = residuals(filters, stream_dtype)
-    program = program if config.planes else all_as_bytes(program)
+    program = program if config.writes("planes") else all_as_bytes(program)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
@@ -202,7 +202,7 @@ def test_residual_clamp_stream_and_several_consumers(filters: int, config: S8Con
 )
 def test_residuals_of_codes_and_codes_that_stand_for_values(filters: int, config: S8Config) -> None:
     program, blob = coded_residuals(filters)
-    program = program if config.planes else all_as_bytes(program)
+    program = program if config.writes("planes") else all_as_bytes(program)
     assert check_steps(program, blob, programs.random_inputs(program, 2, 1), config=config) == ["step1", "step2"]
 
 
@@ -366,7 +366,7 @@ def test_what_is_refused() -> None:
     source = program.tensors[step.input]
     gated = replace(step, emit=replace(step.emit, gate=0))
     assert "an activation or a gate" in str(step_why_not(gated, source))
-    with pytest.raises(BackendError, match="4 bits and 2 groups; they take 8 bits, one group"):
+    with pytest.raises(BackendError, match=r"4 bits as planes, 2 groups, .* they take bytes and nibbles, one group"):
         prepare_weights(planes, (3, 3), 2, replace(source, bits=4), "cpu", "zero")
     with pytest.raises(FormatError, match="planes have 9 taps; a window of 1 x 3 has 3"):
         prepare_weights(planes, (1, 3), 1, source, "cpu", "zero")
@@ -385,7 +385,8 @@ def test_the_native_side_checks_its_task(monkeypatch: pytest.MonkeyPatch) -> Non
     tasks = launches_on_the_model(monkeypatch)
     check(layer("smallest"), NARROW)
     for change, words in (
-        ({"a_bits": 4}, "activations of 4 bits; it takes 8"),
+        ({"a_bits": 5}, "activations of 5 bits; it takes 8, or nibbles of at most 4"),
+        ({"a_bits": 4, "w_odd": True}, "weights of 8 bits without a zero multiply bytes, not nibbles"),
         ({"border": 0}, "there is no pixel that padding holds"),
         ({"split": 2}, "the number of thread blocks that share K is 2; it takes 1 to 1"),
         ({"batch": 2**28, "channels": 128}, "the number of input bytes is 34359738368"),

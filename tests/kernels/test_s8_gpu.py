@@ -30,7 +30,7 @@ pytestmark = [
 ]
 CONFIGS = [S8Config(*tile) for tile in S8Config.tiles]
 SHARED = S8Config(*S8Config.clusters[0])
-WRITES_PLANES = [config for config in CONFIGS if config.planes]
+WRITES_PLANES = [config for config in CONFIGS if config.writes("planes")]
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_linear(config: S8Config, rows: int) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_residuals_and_several_consumers(config: S8Config, filters: int) -> None:
     for program, blob in (*(residuals(filters, dtype) for dtype in STREAM_DTYPES), coded_residuals(filters)):
-        program = program if config.planes else all_as_bytes(program)
+        program = program if config.writes("planes") else all_as_bytes(program)
         images = programs.random_inputs(program, 70, 1)
         assert check_steps(program, blob, images, "cuda", config) == ["step1", "step2"]
 

@@ -31,6 +31,7 @@ from compiled_layers import (
     square,
 )
 from disassembly import SPLIT, Loop, instructions, main_loop, neighbours_in_a_thread, packed_layouts
+from s8_cases import as_nibbles
 
 from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu.configs.defaults import conv_default
@@ -39,6 +40,7 @@ from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.stem import fold_stem
+from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.problem import problem_of
 from lbs_kernels.program.steps import Emit, QuantPackStep, ResizeStep, SelectStep
 
@@ -366,6 +368,25 @@ def test_narrow_codes_are_written_and_read_as_bytes(tmp_path: Path) -> None:
     assert kept != program
     kernels = compile_steps(kept, blob, batch=32, target="sm_90", folder=tmp_path)
     assert not any(kernel.spill_bytes for kernel in kernels)
+
+
+def test_nibbles_are_written_without_spills(tmp_path: Path) -> None:
+    """By a quantizer, a matrix product, a depthwise layer, and a stem with its maximum."""
+    b = programs.Builder(0, "float16")
+    size = (28, 28, 64)
+    codes, narrow = b.consumer(size, 8), b.consumer(size, 4)
+    b.quantize(b.image(64, 28, 28), Emit(consumers=(codes, narrow)))
+    b.conv(codes.tensor, Emit(low=0.0, consumers=(b.consumer(size, 4),)), 64, w_bits=4)
+    b.conv(codes.tensor, Emit(high=6.0, consumers=(b.consumer(size, 4),)), 64, w_bits=8, groups=64, grid="zero")
+    stem, data = fold_stem(*programs.stem_and_maximum(0, size=(224, 224), filters=64, bits=4, stream_dtype="float16"))
+    found = []
+    for program, blob in (b.build(), (pool_stems(stem, data), data)):
+        program = as_nibbles(program)
+        assert any(spec.nibbles for spec in program.tensors)
+        found += compile_steps(program, blob, batch=32, target="sm_90", folder=tmp_path)
+    for kernel in found:
+        check_exact(kernel)
+    assert {"quantpack_kernel", "gemm_kernel", "stem_pool_kernel"} < {kernel.name for kernel in found}
 
 
 def test_a_cpu_without_the_interpreter_is_refused() -> None:

@@ -8,6 +8,7 @@ A tile takes what its slowest part takes where the parts overlap, and their sum 
     refill      operands from the second-level cache, `refill` bytes a clock and multiprocessor
     issue       instructions of the loop, one a clock for each of four schedulers
     copies      of 16 bytes, by threads that do nothing else
+    expansion   of nibbles by threads that multiply, which the others' epilogue leaves to be issued
     epilogue    instructions for every output
 
 Triton ends every product before the next, so that its issue and its products add up, and its epilogue stands behind
@@ -23,14 +24,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
+from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config, s8_reduction
 from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
 from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_steps, project_tiles
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, column_positions, column_rows
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, stem_pool_steps, stem_pool_tiles
-from lbs_kernels.gpu.layout import PITCH, byte_pitch
+from lbs_kernels.gpu.layout import NIBBLE_BITS, PITCH, byte_pitch
 from lbs_kernels.program.planes import MAX_BITS, WORD, words
 from lbs_kernels.program.problem import Problem
 
@@ -70,6 +71,7 @@ LARGE_TILE = (
 GEMM_ISSUE = 48.0  # instructions of a thread per 64 x N x 32 product, activations of 8 bits
 PLANES_ISSUE = (32.0, 5.4)  # and of planes: to begin with, and for each plane
 COPY_ISSUE = 13.0  # for a copy of 16 bytes
+NIBBLE_ISSUE = 15.1 - 7.2  # of a thread per 64 x N x 32 product, of nibbles beside bytes
 BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
 # A lead, published for this GPU: some 200 clocks to another block's shared memory, which two barriers of a cluster, the
 # sums and what is waited for between them take about once each.
@@ -103,7 +105,7 @@ def executed(problem: Problem, config: Any) -> int:
         steps = reduction_steps(problem, config.block_words, config.block_taps)
         return pixels * filters * steps * WORD * config.step_words
     if isinstance(config, S8Config):
-        return pixels * filters * _up(taps * byte_pitch(problem.in_channels), STEP_BYTES)
+        return pixels * filters * _s8_steps(problem) * STEP_BYTES
     if isinstance(config, OneBitConfig):
         return pixels * filters * _up(taps * words(problem.in_channels) * WORD, STEP_BITS)
     if isinstance(config, DepthwiseConfig):
@@ -129,6 +131,8 @@ def bytes_moved(problem: Problem, config: Any) -> float:
     """Activations read, weights read and codes written, each once, in the form that the kernel keeps them in."""
     as_bytes = isinstance(config, S8Config)
     w_bits, a_bits = (MAX_BITS, MAX_BITS) if as_bytes else (problem.w_bits, problem.a_bits)
+    if problem.nibbles:
+        a_bits = NIBBLE_BITS
     pixels = problem.batch * problem.height * problem.width
     weights = weight_count(problem) * w_bits
     return (a_bits * (pixels * problem.in_channels + problem.rows * problem.out_channels) + weights) / 8
@@ -139,6 +143,11 @@ def weight_count(problem: Problem) -> int:
     if problem.op == DEPTHWISE_PROJECT:
         return problem.in_channels * (problem.window.taps + problem.out_channels)
     return problem.out_channels * problem.reduction
+
+
+def _s8_steps(problem: Problem) -> int:
+    """Products of 32 channels under an output; those of nibbles go by two."""
+    return _up(-(-s8_reduction(problem) // STEP_BYTES), 2 if problem.nibbles else 1)
 
 
 def resident(problem: Problem, config: Any, machine: Machine = H200) -> float | None:
@@ -231,12 +240,14 @@ def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> floa
     tile, taps = config.block_m * config.block_o, problem.window.taps
     groups = config.block_m // GROUP_ROWS
     if isinstance(config, S8Config):
-        reduction, rows = taps * byte_pitch(problem.in_channels), CHUNK_BYTES // 16
-        chunks = reduction / CHUNK_BYTES
-        products = groups * -(-reduction // STEP_BYTES) * config.block_o / 2
-        copies = config.block_m * rows * COPY_ISSUE / LANES
+        operand = CHUNK_BYTES // 2 if problem.nibbles else CHUNK_BYTES  # bytes of a chunk of a pixel
+        chunks = s8_reduction(problem) / CHUNK_BYTES
+        products = groups * _s8_steps(problem) * config.block_o / 2
+        expansion = groups * _s8_steps(problem) * NIBBLE_ISSUE if problem.nibbles else 0.0
+        copies = config.block_m * operand / 16 * COPY_ISSUE / LANES
     else:
         # A chunk holds 512 bits of two planes; copies are of as many words of a pixel as divide its own.
+        operand, expansion = CHUNK_BYTES, 0.0
         pairs = (problem.w_bits // 2) * (problem.a_bits // 2)
         row_words = words(problem.in_channels)
         wide = next(size for size in (4, 2, 1) if row_words % size == 0)
@@ -244,17 +255,18 @@ def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> floa
         steps = -(-taps * row_words * WORD // STEP_BITS)
         products = groups * pairs * 4 * steps * config.block_o / 2
         copies = config.block_m * 32 / wide * COPY_ISSUE / LANES
-    refill = (config.block_m + config.block_o) * CHUNK_BYTES / machine.refill
+    refill = (config.block_m * operand + config.block_o * CHUNK_BYTES) / machine.refill
     epilogue = tile * _epilogue(problem, isinstance(config, S8Config)) / LANES
     if config.tile in config.clusters:
         # Blocks share the chunks of a tile and then its outputs; whoever writes has read the sums of all others.
         rounds = -(-(pixels * filters // tile * config.split) // machine.multiprocessors)
         own = -(-chunks // config.split)
         exchange = EXCHANGE_CLOCKS + 2 * 4 * tile / machine.refill
-        return rounds * (max(products / chunks, refill, copies) * own + exchange + epilogue / config.split)
+        loop = max(products / chunks, refill, copies) * own + expansion / config.split
+        return rounds * (loop + exchange + epilogue / config.split)
     rounds = -(-(pixels * filters // tile) // machine.multiprocessors)
     # A tile is written under the products of the next, the last one under nothing.
-    return rounds * max(products, chunks * max(refill, copies), epilogue) + epilogue
+    return rounds * max(products, chunks * max(refill, copies), epilogue + expansion) + epilogue
 
 
 def _epilogue(problem: Problem, as_bytes: bool = False) -> float:

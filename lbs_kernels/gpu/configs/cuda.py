@@ -11,10 +11,11 @@ from typing import ClassVar, TypeVar
 import torch
 
 from lbs_kernels.gpu.configs.text import match_text
-from lbs_kernels.gpu.layout import byte_pitch
+from lbs_kernels.gpu.layout import NIBBLE_BITS, NIBBLE_CHANNELS, PITCH, Kept
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem
 
+MAX_CONSUMERS = 8  # of a step
 GROUP_ROWS = 64  # pixels of one multiplication of 128 threads
 CHUNK_BYTES = 128  # of a row in a stage
 SPLITS = (1, 2, 4, 8)  # thread blocks of a cluster
@@ -138,14 +139,21 @@ class S8Config(CudaConfig):
 
     @classmethod
     def splits(cls, problem: Problem, tile: tuple[str, int, int, int]) -> tuple[int, ...]:
-        """Each block has a chunk of 128 bytes of the reduction at least."""
-        chunks = -(-problem.window.taps * byte_pitch(problem.in_channels) // CHUNK_BYTES)
+        """Each block has a chunk of 128 channels of the reduction at least."""
+        chunks = -(-s8_reduction(problem) // CHUNK_BYTES)
         return tuple(split for split in SPLITS if split <= chunks) if tile in cls.clusters else (1,)
 
-    @property
-    def planes(self) -> bool:
-        """Whether it writes planes: a thread must have eight neighbouring channels, a byte of each."""
-        return self.block_o % 32 == 0
+    def writes(self, kept: Kept) -> bool:
+        """Whether it writes codes that are kept so: for other forms than bytes a thread must have eight neighbouring
+        channels, a byte of each plane or a word of nibbles.
+        """
+        return kept == "bytes" or self.block_o % 32 == 0
+
+
+def s8_reduction(problem: Problem) -> int:
+    """K of the s8 kernels: channels under every tap, padded to 16 bytes of activations."""
+    unit = NIBBLE_CHANNELS if problem.nibbles else PITCH
+    return problem.window.taps * -(-problem.in_channels // unit) * unit
 
 
 @functools.cache
@@ -168,6 +176,8 @@ def on_hopper(device: str) -> bool:
 
 def onebit_form_why_not(problem: Problem) -> str | None:
     """Why no one-bit kernel serves the bits and groups of `problem` on any GPU, or None."""
+    if problem.nibbles:
+        return "activations are nibbles; the one-bit kernels take planes"
     if problem.w_bits not in BITS or problem.a_bits not in BITS:
         return f"w{problem.w_bits}a{problem.a_bits}; the one-bit kernels take codes of 2 or 4 bits"
     if problem.groups != 1:
@@ -186,8 +196,10 @@ def onebit_why_not(problem: Problem) -> str | None:
 
 def s8_form_why_not(problem: Problem) -> str | None:
     """Why no s8 kernel serves the bits and groups of `problem` on any GPU, or None."""
-    if problem.a_bits != MAX_BITS:
-        return f"activations of {problem.a_bits} bits are planes; the s8 kernels take bytes, of 8 bits"
+    if problem.nibbles and problem.a_bits > NIBBLE_BITS:
+        return f"activations of {problem.a_bits} bits are no nibbles"
+    if not problem.nibbles and problem.a_bits != MAX_BITS:
+        return f"activations of {problem.a_bits} bits are planes; the s8 kernels take bytes, of 8 bits, and nibbles"
     if problem.groups != 1:
         return f"{problem.groups} groups; the s8 kernels take one"
     return None

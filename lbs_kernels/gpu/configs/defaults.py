@@ -58,13 +58,22 @@ def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[
     - Single bits, csrc/onebit, at 2 by 2 bits where the model finds them faster, which it does for 3 x 3 windows. A
       product costs w * a / 8 of one of bytes: a half at 2 by 2, as much at 2 by 4, twice as much at 4 by 4. K is cut
       into 256 bits across taps, so that 64 channels waste none of it.
+    - Nibbles, which are there only where `gpu/forms.py` chose them, are read by csrc/s8 alone.
     """
+    if problem.nibbles:
+        yield from (config for *_, config in _rated(problem))
+        return
     last = conv_default(problem)
     if on_hopper(problem.device) if hopper is None else hopper:
         own = seconds(problem, last)
-        rated = [(seconds(problem, config), executed(problem, config), config) for config in _cuda_configs(problem)]
-        yield from (config for took, _, config in sorted(rated, key=lambda row: row[:2]) if took < own)
+        yield from (config for took, _, config in _rated(problem) if took < own)
     yield from depthwise_defaults(problem) if problem.depthwise else [last]
+
+
+def _rated(problem: Problem) -> list[tuple[float, int, S8Config | OneBitConfig]]:
+    """Seconds, products and configuration of the kernels in CUDA, the fastest first."""
+    rated = [(seconds(problem, config), executed(problem, config), config) for config in _cuda_configs(problem)]
+    return sorted(rated, key=lambda row: row[:2])
 
 
 def _cuda_configs(problem: Problem) -> list[S8Config | OneBitConfig]:

@@ -146,7 +146,7 @@ def triton_why_not(problem: Problem) -> str | None:
     """Why no kernel in Triton that multiplies serves `problem`, or None."""
     if not 1 <= problem.w_bits <= MAX_BITS or not 1 <= problem.a_bits <= MAX_BITS:
         return f"w{problem.w_bits}a{problem.a_bits}; codes have 1 to {MAX_BITS} bits"
-    return None
+    return "activations are nibbles, which csrc/s8 alone reads" if problem.nibbles else None
 
 
 def reduction_steps(problem: Problem, block_words: int, block_taps: int = 1) -> int:

@@ -25,8 +25,8 @@ class HalfConfig:
         return cls()
 
     def why_not(self, problem: Problem) -> str | None:
-        """Nothing is refused."""
-        return None
+        """Activations that are nibbles are not decoded here."""
+        return "activations are nibbles, which csrc/s8 alone reads" if problem.nibbles else None
 
 
 def half_candidates(problem: Problem) -> list[HalfConfig]:

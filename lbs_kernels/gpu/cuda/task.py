@@ -14,15 +14,15 @@ from torch import Tensor
 
 from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.extension import require_cuda
-from lbs_kernels.gpu.configs.cuda import CudaConfig
+from lbs_kernels.gpu.configs.cuda import MAX_CONSUMERS, CudaConfig
 from lbs_kernels.gpu.cuda.layout import FilterBlocks
 from lbs_kernels.gpu.launch import Launch, overlaps
-from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
+from lbs_kernels.gpu.layout import kept as kept_as
+from lbs_kernels.gpu.layout import pixel_elements
 from lbs_kernels.program.epilogue import thresholds
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Consumer, ConvStep, Emit, LinearStep, Program, build_blob
 
-MAX_CONSUMERS = 8
 # What binds a task, by the kind of its configuration.
 LAUNCHES: dict[str, Callable[[], Any]] = {
     "onebit": lambda: require_cuda().onebit_launch,
@@ -82,7 +82,7 @@ def bind_task(
             "pre_bias": slots(consumer.pre_bias),
             "scale": consumer.scale,
             "bits": consumer.bits,
-            "as_bytes": program.tensors[consumer.tensor].bits == BYTE_BITS,
+            "kept": kept_as(program.tensors[consumer.tensor]),
             "pitch": pixel_elements(program.tensors[consumer.tensor]),
             "zero": consumer.zero,
             "signed": consumer.signed,
@@ -133,7 +133,7 @@ def compares(emit: Emit, config: CudaConfig, program: Program) -> bool:
     if len(emit.consumers) != 1 or (emit.residual, emit.stream) != (None, None):
         return False
     (consumer,) = emit.consumers
-    return consumer.bits <= config.thresholds and program.tensors[consumer.tensor].bits < BYTE_BITS
+    return consumer.bits <= config.thresholds and kept_as(program.tensors[consumer.tensor]) == "planes"
 
 
 def threshold_tables(

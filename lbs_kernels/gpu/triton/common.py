@@ -146,6 +146,19 @@ def store_planes(pointer, codes, row, row_mask, first, columns, BITS: tl.constex
         tl.store(target + plane * words, packed, mask=mask)
 
 
+@triton.jit
+def store_nibbles(pointer, pitch, codes, row, row_mask, first):
+    """Nibbles int32 [M, pitch] of codes int32 [R, BLOCK], all below 16 (gpu/layout.py).
+
+    `first` is a multiple of BLOCK, and BLOCK one of 8. Nibbles beyond the last channel are whatever codes they had.
+    """
+    lanes = tl.reshape(codes, [codes.shape[0], codes.shape[1] // 8, 8])
+    place = tl.arange(0, 8)
+    words = tl.sum(lanes << (8 * (place % 4) + 4 * (place // 4))[None, None, :], axis=2)  # disjoint: an OR
+    word = first // 8 + tl.arange(0, codes.shape[1] // 8)
+    tl.store(pointer + row[:, None] * pitch + word[None, :], words, mask=row_mask[:, None] & (word < pitch)[None, :])
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Makes `device` current while kernels are launched; nothing on the CPU (interpreter)."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbs_kernels.gpu.layout import BYTE_BITS, pixel_elements
+from lbs_kernels.gpu.layout import kept, pixel_elements
 from lbs_kernels.gpu.triton.activation import activate
 from lbs_kernels.gpu.triton.common import (
     RINT_MAGIC,
@@ -19,6 +19,7 @@ from lbs_kernels.gpu.triton.common import (
     at_most,
     fma,
     load_stream,
+    store_nibbles,
     store_planes,
     store_stream,
 )
@@ -29,7 +30,7 @@ class ConsumerMeta(NamedTuple):
     """What the compiler knows of one code tensor that a kernel writes."""
 
     bits: int
-    as_bytes: bool  # else planes
+    kept: str  # as planes, bytes or nibbles
     zero: int
     signed: bool
     relu: bool
@@ -54,7 +55,7 @@ class EmitMeta(NamedTuple):
 
 
 class ConsumerTarget(NamedTuple):
-    """Where one code tensor goes: planes int32 [M, bits, CW], or biased bytes int8 [M, pitch]."""
+    """Where one code tensor goes: planes int32 [M, bits, CW], biased bytes int8 or nibbles int32 [M, pitch]."""
 
     codes: Tensor
     pitch: int
@@ -160,7 +161,7 @@ def biased_bytes(t, ZERO: tl.constexpr):
 
 @triton.jit
 def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
-    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as planes or bytes; returns
+    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as codes are kept; returns
     y, or what codes with a step stand for.
     """
     CONSUMER: tl.constexpr = META.consumers[INDEX]
@@ -168,14 +169,16 @@ def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, I
     target = targets[INDEX]
     column = first + tl.arange(0, y.shape[1])
     t = coded(y, column, columns, target, META, INDEX)
-    if CONSUMER.as_bytes:
+    if CONSUMER.kept == "bytes":
         mask = row_mask[:, None] & (column < columns)[None, :]
         place = target.codes + row[:, None] * target.pitch + column[None, :]
         tl.store(place, biased_bytes(t, ZERO), mask=mask)
-    if CONSUMER.stands or not CONSUMER.as_bytes:
+    if CONSUMER.stands or CONSUMER.kept != "bytes":
         codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
-        if not CONSUMER.as_bytes:
+        if CONSUMER.kept == "planes":
             store_planes(target.codes, codes, row, row_mask, first, columns, CONSUMER.bits)
+        if CONSUMER.kept == "nibbles":
+            store_nibbles(target.codes, target.pitch, codes, row, row_mask, first)
     if CONSUMER.stands:
         y = (codes - CONSUMER.zero).to(tl.float32) * target.step
     return y
@@ -256,8 +259,8 @@ def bind_emit(
     def facts(consumer: Consumer) -> ConsumerMeta:
         pre_norm = consumer.pre_scale is not None
         stands = consumer.step is not None
-        as_bytes = program.tensors[consumer.tensor].bits == BYTE_BITS
-        return ConsumerMeta(consumer.bits, as_bytes, consumer.zero, consumer.signed, consumer.relu, pre_norm, stands)
+        form = kept(program.tensors[consumer.tensor])
+        return ConsumerMeta(consumer.bits, form, consumer.zero, consumer.signed, consumer.relu, pre_norm, stands)
 
     written = emit.consumers[0].tensor if emit.stream is None else emit.stream
     pixels = program.tensors[written].height * program.tensors[written].width

@@ -34,7 +34,7 @@ from lbs_kernels.gpu.configs.half import HalfConfig
 from lbs_kernels.gpu.forms import as_kept
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.stem import FoldedStep, fold_stem
-from lbs_kernels.program.steps import Emit, Program
+from lbs_kernels.program.steps import Emit, Program, sources
 from lbs_kernels.run import backends
 from lbs_kernels.run.loaded import clear_runners
 from lbs_kernels.run.reference import ReferenceRunner
@@ -216,6 +216,23 @@ def test_narrow_codes_kept_as_bytes_stay_what_they_are(name: str, family: str, m
     images = programs.random_inputs(program, 2, 4)
     assert_traced(runner, program, blob, images)
     assert len(launched) == (len(served_by_s8) if family == "cuda" else 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["weights_with_a_zero", "imagenet_stem", "many_consumers", "averaged", "selected_streams", "moved_streams"]
+)
+def test_nibbles_written_by_triton_are_read_by_s8(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By depthwise layers, matrix products, quantizers, averages, and selections of streams."""
+    launched = launches_on_the_model(monkeypatch)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    program, blob = programs.CASES[name](seed=2)
+    kept = as_kept(program, lambda problem: 1e-6 if problem.nibbles else 1e-5)
+    nibbles = [index for index, spec in enumerate(kept.tensors) if spec.nibbles]
+    readers = [step.name for step in kept.steps if {*sources(step)} & {*nibbles}]
+    assert readers
+    runner = GpuRunner(kept, blob, "cpu", dict.fromkeys(readers, S8Config(*S8Config.tiles[-1])))
+    assert_traced(runner, program, blob, programs.random_inputs(program, 2, 4))
+    assert len(launched) == len(readers)
 
 
 STEMS = {

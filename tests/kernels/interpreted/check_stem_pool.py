@@ -7,13 +7,19 @@ Started by tests/kernels/test_gpu_stem_pool.py; by hand:
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import programs
 import pytest
 import torch
 from contenders import assert_same
+from gpu_model import launches_on_the_model
+from s8_cases import as_nibbles
 from torch import Tensor
 
+from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
+from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig
 from lbs_kernels.gpu.runner import GpuRunner
 from lbs_kernels.gpu.stem import fold_stem
@@ -51,6 +57,20 @@ def test_every_way_between_the_two(written: str, stream_dtype: str, signs: bool)
 @pytest.mark.parametrize(("written", "bits"), [("stream", 4), ("stream", 2), ("codes", 4), ("codes", 2)])
 def test_narrow_codes(written: str, bits: int) -> None:
     check(*programs.stem_and_maximum(5, written, bits=bits, filters=33, high=None if written == "codes" else 1.1))
+
+
+def test_nibbles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by the one step and read by csrc/s8, on a model of the GPU."""
+    launched = launches_on_the_model(monkeypatch)
+    monkeypatch.setattr(extension, "cuda", ModuleType("module"))
+    program, blob = programs.stem_and_maximum(5, "codes", bits=4, filters=33)
+    one, data = fused(program, blob)
+    one, images = as_nibbles(one), programs.random_inputs(program, 2, 4)
+    assert one.tensors[one.steps[-1].input].nibbles
+    runner = GpuRunner(one, data, "cpu", {one.steps[-1].name: S8Config(*S8Config.tiles[-1])}, whole=False)
+    (expected,) = ReferenceRunner(program, blob).run(images)
+    assert_same(runner.run(images)[0], expected, "output")
+    assert len(launched) == 1
 
 
 # One pixel of the maximum; odd and even maps, whose last window lies inside or reaches out; several tiles of columns.

@@ -179,6 +179,14 @@ public:
 
 protected:
     int lane() const { return thread_ % 32; }
+    // What all lanes of the warp bring together.
+    const Block::Letter* exchange(const Block::Letter& letter) {
+        Block::Mail& mail = block_.mail[thread_ / 32];
+        Block::Letter* letters = mail.letters[exchanges_++ % 2];
+        letters[lane()] = letter;
+        Fibers::meet(mail.meeting);
+        return letters;
+    }
     void check_waited() const {
         require(waited_, "model: a thread that did not wait for the kernels before");
     }
@@ -191,6 +199,7 @@ protected:
     Block& block_;
     Groups<Copy> copies_;
     int thread_;
+    unsigned exchanges_ = 0;
     bool unpublished_ = false, waited_ = false;
 };
 
@@ -205,14 +214,20 @@ public:
         BlockModel::sync();
     }
     void open_products() { fenced_ = true; }
-    void close_products() { products_.commit(); }
+    void close_products() {
+        products_.commit();
+        if (from_registers_) fenced_ = from_registers_ = false;  // what the next products read is written behind it
+    }
     template <int kN>
     void wgmma(int (&d)[kN / 2], uint64_t a, uint64_t b) {
-        require(fenced_, "model: a product without a fence for its registers");
-        const Product product{d, a, b, kN};
-        if (block_.timing == Timing::kEarly) finish(product);
-        products_.add(product);
+        begin({d, a, nullptr, b, kN});
     }
+    template <int kN>
+    void wgmma(int (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+        from_registers_ = true;
+        begin({d, 0, a, b, kN});
+    }
+    uint32_t load_word(int byte) { return block_.word(address(byte)); }
     // All lanes of a warp come back together, when all its products are done.
     template <int kPending>
     void wait_products() {
@@ -238,9 +253,24 @@ protected:
 private:
     struct Product {
         int* d;
-        uint64_t a, b;
+        uint64_t a;
+        const uint32_t* a_registers;  // null: by the descriptor
+        uint64_t b;
         int columns;
     };
+
+    void begin(const Product& product) {
+        require(fenced_, "model: a product without a fence for its registers");
+        if (block_.timing == Timing::kEarly) finish(product);
+        products_.add(product);
+    }
+    // A row of a 64 x 32 operand A in registers: bytes 4 t to 4 t + 3 of lane 4 g + t's first register (row g) or second
+    // (row g + 8), and from byte 16 on of the third and fourth.
+    void gather_row(const Block::Letter* letters, int half, uint64_t (&words)[4]) const {
+        uint32_t parts[8];
+        for (int i = 0; i < 8; ++i) parts[i] = letters[lane() / 4 * 4 + i % 4].words[i / 4 * 2 + half];
+        std::memcpy(words, parts, sizeof parts);
+    }
 
     // Row `row` of a matrix by its descriptor: groups of eight rows, 128 bytes from row to row, and bits 4-6 of the
     // address turned over by bits 7-9.
@@ -260,7 +290,12 @@ private:
     void finish(const Product& product) {
         const int warp = thread_ / 32 % 4, lane = thread_ % 32;
         uint64_t a[2][4], b[4];
-        for (int half = 0; half < 2; ++half) load_row(product.a, 16 * warp + lane / 4 + 8 * half, a[half]);
+        const uint32_t* own = product.a_registers;
+        const Block::Letter* letters = own ? exchange({{own[0], own[1], own[2], own[3]}}) : nullptr;
+        for (int half = 0; half < 2; ++half) {
+            if (letters) gather_row(letters, half, a[half]);
+            else load_row(product.a, 16 * warp + lane / 4 + 8 * half, a[half]);
+        }
         for (int i = 0; i < product.columns / 2; ++i) {
             if (i % 4 >= 2) continue;
             load_row(product.b, i / 4 * 8 + lane % 4 * 2 + i % 2, b);
@@ -269,7 +304,7 @@ private:
     }
 
     Groups<Product> products_;
-    bool fenced_ = false;
+    bool fenced_ = false, from_registers_ = false;
 };
 
 // Runs `run(machine)` for every thread of `blocks` blocks, one cluster of `split` blocks after another.

@@ -44,17 +44,6 @@ public:
     void finish_products(int (&)[kMultiplyGroups][kRegisters]) {
         check_waited();  // what follows is written
     }
-
-private:
-    const Block::Letter* exchange(const Block::Letter& letter) {
-        Block::Mail& mail = block_.mail[thread_ / 32];
-        Block::Letter* letters = mail.letters[exchanges_++ % 2];
-        letters[lane()] = letter;
-        Fibers::meet(mail.meeting);
-        return letters;
-    }
-
-    unsigned exchanges_ = 0;
 };
 
 int count_common(const uint64_t (&a)[4], const uint64_t (&b)[4]) {

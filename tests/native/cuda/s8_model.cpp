@@ -87,6 +87,20 @@ void run_clusters(const Params& params, const Operands& operands, const Order& o
                            [&](auto& model) { run_split_tile<T>(model, params); }, split);
 }
 
+template <Reads kReads>
+void run_row(const TileRow& row, const Params& params, int blocks, const Operands& operands, const Order& order) {
+#define LBS_RUN(machine, groups, filters, stages)              \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) \
+        return run<Tile<groups, filters, stages, kReads>>(params, blocks, operands, order);
+    LBS_S8_TILES(LBS_RUN)
+#undef LBS_RUN
+#define LBS_RUN(machine, groups, filters, stages)              \
+    if (same_row(row, {#machine, groups, filters, stages, 0})) \
+        return run_clusters<ClusterTile<filters, stages, kReads>>(params, operands, order);
+    LBS_S8_CLUSTER_TILES(LBS_RUN)
+#undef LBS_RUN
+}
+
 }  // namespace
 
 void run_model(const Task& task, const TileRow& row, const Order& order) {
@@ -98,22 +112,11 @@ void run_model(const Task& task, const TileRow& row, const Order& order) {
                             {reinterpret_cast<uintptr_t>(task.w), static_cast<uintptr_t>(weight_rows * kRowBytes)},
                             {reinterpret_cast<uintptr_t>(task.border), static_cast<uintptr_t>(params.pitch)}};
     const int blocks = blocks_used(order, params.tiles);
-#define LBS_RUN(machine, groups, filters, stages)                                                        \
-    if (same_row(row, {#machine, groups, filters, stages, 0})) {                                         \
-        if (needs_sums(task)) run<Tile<groups, filters, stages, true>>(params, blocks, operands, order); \
-        else run<Tile<groups, filters, stages, false>>(params, blocks, operands, order);                 \
-        return;                                                                                          \
+    switch (reads(task)) {
+        case Reads::kBytes: return run_row<Reads::kBytes>(row, params, blocks, operands, order);
+        case Reads::kSummed: return run_row<Reads::kSummed>(row, params, blocks, operands, order);
+        case Reads::kNibbles: return run_row<Reads::kNibbles>(row, params, blocks, operands, order);
     }
-    LBS_S8_TILES(LBS_RUN)
-#undef LBS_RUN
-#define LBS_RUN(machine, groups, filters, stages)                                                           \
-    if (same_row(row, {#machine, groups, filters, stages, 0})) {                                            \
-        if (needs_sums(task)) run_clusters<ClusterTile<filters, stages, true>>(params, operands, order);    \
-        else run_clusters<ClusterTile<filters, stages, false>>(params, operands, order);                    \
-        return;                                                                                             \
-    }
-    LBS_S8_CLUSTER_TILES(LBS_RUN)
-#undef LBS_RUN
 }
 
 }  // namespace lbs::s8
