@@ -13,9 +13,9 @@ with those that are there.
 Points are shares of what a call of uniform 8 bits takes, and become milliseconds once, in DIR/points.json. Searched is
 by thresholds that learn, and by measured losses (greedy). Beside them are uniform 8 and 4 bits, both without an even
 share of the filters of every layer that can lose some, too, and 8 bits as `lbs.quantize` makes them without training.
-Fine-tuning is the same for all that are trained.
+Fine-tuning is the same for all that are trained, and so are residual streams (--streams), of 8 bits by default.
 
-    {"version": 1, "level": "milliseconds", "header": {..., "row", "options", "points"},
+    {"version": 1, "level": "milliseconds", "header": {..., "row", "options", "streams", "points"},
      "missing": [what lbs reproduce refused, a point out of reach say, and what was not trained],
      "rows": [{"contender", "seed", "batch", "median", "p20", "p80", "fastest"  (seconds),
                "asked", "estimated"  (seconds at batch 1, null without a target), "top1"  (percent, packed),
@@ -29,7 +29,8 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -76,19 +77,24 @@ class Contender:
         return runs / f"{self.name.replace(' ', '-')}-seed{seed}"
 
 
-def contenders(row: str, points: list[float], search: tuple[str, ...] = ()) -> list[Contender]:
+def contenders(row: str, points: list[float], streams: int, search: tuple[str, ...] = ()) -> list[Contender]:
     """All that are trained, those searched under milliseconds last; `search` are options of these."""
+    alike = ("ranges=filter", f"streams={streams}")
     found = [Contender(f"uniform {bits}", f"{row}-uniform-{bits}") for bits in UNIFORM]
     for bits, share in product(UNIFORM, PRUNED):
         own = ("--finetune", f"uniform_pruned={share}")
         found.append(Contender(f"uniform {bits} without {share:.0%}", f"{row}-uniform-{bits}-pruned", own))
-    found = [Contender(one.name, one.row, (*one.options, "--finetune", "ranges=filter")) for one in found]
+    found = [replace(one, options=(*one.options, *each("--finetune", alike))) for one in found]
     for asked in points:
-        named = [f"latency_ms={asked:g}", "bops=0", "ranges=filter", "max_pruning_ratio=0.5", *search]
-        own = tuple(text for pair in named for text in ("--search", pair))
+        own = each("--search", [f"latency_ms={asked:g}", "bops=0", "max_pruning_ratio=0.5", *alike, *search])
         for how, variant in SEARCHED.items():
             found.append(Contender(f"{how} {asked * 1e3:.1f} us", row + variant, own, asked))
     return found
+
+
+def each(option: str, values: Iterable[str]) -> tuple[str, ...]:
+    """An option with one value after the other, as words of a command line."""
+    return tuple(word for value in values for word in (option, value))
 
 
 def command(*words: str) -> None:
@@ -104,9 +110,9 @@ def points_of(args: argparse.Namespace) -> list[float]:
         model = lbs.models.create(row_named(args.row).network.model).eval()
         layers = lbs.cost.network_layers(model, lbs.models.example(row_named(args.row).network.model))
         problems = [layer.problem for layer in layers.with_bits(8, 8).layers]
-        around = surroundings(problems)
+        around = surroundings(problems, streams=args.streams)
         threads = fastest(around)
-        call = call_seconds(problems, problems, batch=1, threads=threads)
+        call = call_seconds(problems, problems, batch=1, threads=threads, streams=args.streams)
         write_json(path, {"call": call, "threads": threads, "points": [1e3 * call * share for share in args.points]})
     return [float(point) for point in read_json(path)["points"]]
 
@@ -134,13 +140,13 @@ def trained(one: Contender, seed: int, args: argparse.Namespace) -> dict[str, An
     return read_json(record)
 
 
-def untrained(folder: RunFolder) -> dict[str, Any]:
+def untrained(folder: RunFolder, streams: int) -> dict[str, Any]:
     """8 bits without training, of the float network and the data of a run that is finished."""
     if "uniform8" not in folder.results():
         data = network.images_of(network.NetworkCard.read(folder))
         chosen = data.subset(min(CALIBRATION, data.train_count), seed=0)
         images = [lbs.data.normalize(part, data.mean, data.std) for part in chosen.train_x.split(PART)]
-        uniform8_run(folder, images)
+        uniform8_run(folder, images, streams=streams)
     return dict(folder.results()["uniform8"])
 
 
@@ -187,14 +193,14 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     model = row_named(args.row).network.model
     if not args.trained:
-        command("tune", "--shapes", model, "--threads", str(args.threads))
+        command("tune", "--shapes", model, "--threads", str(args.threads), "--streams", str(args.streams))
     points = points_of(args)
-    head = {**header(args), "row": args.row, "options": args.options, "points": points}
+    head = {**header(args), "row": args.row, "options": args.options, "streams": args.streams, "points": points}
     missing: list[str] = []
     done: dict[str, dict[str, Any]] = {}
     files: dict[str, Path] = {}
     for seed in args.seeds:
-        for one in contenders(args.row, points, tuple(args.search)):
+        for one in contenders(args.row, points, args.streams, tuple(args.search)):
             record, folder = trained(one, seed, args), one.folder(args.runs, seed)
             if record is None:
                 missing.append(f"{one.name}, seed {seed}")
@@ -204,7 +210,7 @@ def run(args: argparse.Namespace, path: Path | None) -> None:
             name = f"{one.name}, seed {seed}"
             done[name], files[name] = known(one, seed, record), folder / PACKED
             if UNTRAINED not in done:
-                section = untrained(RunFolder(folder))
+                section = untrained(RunFolder(folder), args.streams)
                 done[UNTRAINED] = {**known(one, seed, record), "contender": UNTRAINED, "bops": None, "bits": [[8, 8]]}
                 done[UNTRAINED] |= {"top1": 100 * section["accuracy"], "bytes": section["bytes"], "pruned_layers": {}}
                 files[UNTRAINED] = folder / UNIFORM8
@@ -242,6 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", help="of the float network; without, every row trains its own, alike")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; the same one goes on with them")
     parser.add_argument("--options", default="", help="schedule and recipe of all rows, as lbs reproduce takes them")
+    parser.add_argument("--streams", type=int, choices=(8, 32), default=8, help="bits of residual streams, of all")
     parser.add_argument("--search", action="append", default=[], metavar="KEY=VALUE", help="of the searches alone")
     parser.add_argument("--points", nargs="+", type=float, default=list(POINTS), help="shares of uniform 8 bits' time")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

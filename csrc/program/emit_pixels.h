@@ -60,19 +60,29 @@ private:
             const Simd::I word = load_four(at);
             y = each(y, [&](Simd::F x, int j) { return Simd::fadd(x, coded_value(c, Simd::ibytes_of(word, j))); });
         }
-        Simd::I q[4];
-        Simd::I lowest = fast.lowest, highest = fast.highest;
         if (fast.only) {
+            Simd::I q[4];
             unbounded_codes(e.consumers->zero, Simd::fset(e.consumers->scale), y, q);
-        } else {
-            y = through_stream(at, y);
-            if (e.consumer_count == 0) return;
-            bounded_integers(fast, y, q);
-            lowest = Simd::izero(), highest = Simd::iset_bytes(255);
+            return store_all_four(at, Simd::ibytes_clamped(q[0], q[1], q[2], q[3], fast.lowest, fast.highest), y);
         }
-        const Simd::I codes = Simd::ibytes_clamped(q[0], q[1], q[2], q[3], lowest, highest);
+        y = through_stream(at, y);
+        if (e.consumer_count > 0) store_all_four(at, bounded(*e.consumers, y), y);
+    }
+
+    // What is stored for a reader, of what the step gives out.
+    LBS_INLINE Simd::I bounded(const lbs::ConsumerPlan& c, Quad y) const {
+        Simd::I q[4];
+        bounded_integers(fast, c, y, q);
+        return Simd::ibytes_clamped(q[0], q[1], q[2], q[3], Simd::izero(), Simd::iset_bytes(255));
+    }
+    // The codes of the first reader, and those of others.
+    LBS_INLINE void store_all_four(const Place& at, Simd::I codes, Quad y) const {
+        const lbs::EmitPlan& e = *fast.plan;
         store_four(at, 0, codes);
-        for (int k = 1; k < e.consumer_count; ++k) store_four(at, k, scaled(e.consumers[k].of_first, codes));
+        for (int k = 1; k < e.consumer_count; ++k) {
+            const lbs::ConsumerPlan& c = e.consumers[k];
+            store_four(at, k, c.of_first.holds ? scaled(c.of_first, codes) : bounded(c, y));
+        }
     }
 
     // Floats of a residual added, bounds, floats stored. Those of an output have no slack.

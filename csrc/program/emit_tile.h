@@ -291,14 +291,24 @@ LBS_INLINE Quad store_stream(const FastEmit& fast, int64_t first, Quad y) {
     return y;
 }
 
-// Step 5 for the first reader where plan.is_lean.
-LBS_INLINE void bounded_integers(const FastEmit& fast, Quad y, Simd::I (&q)[4]) {
-    const lbs::ConsumerPlan& c = *fast.plan->consumers;
+// Step 5 for a reader where plan.is_lean, from what the step gives out.
+LBS_INLINE void bounded_integers(const FastEmit& fast, const lbs::ConsumerPlan& c, Quad y, Simd::I (&q)[4]) {
     y = each(y, [&](Simd::F x, int) { return Simd::fmul(x, Simd::fset(c.scale)); });
     if (!fast.positive) y = each(y, [&](Simd::F x, int) { return Simd::fmax(x, Simd::fset(c.least)); });
     y = each(y, [&](Simd::F x, int) { return Simd::fmin(x, Simd::fset(c.high)); });
     for (int j = 0; j < 4; ++j) q[j] = Simd::ifromf(y.v[j]);
     add_zero(c.zero, q);
+}
+
+// Codes of all readers but the first, whose codes are `word`. Apart, as it takes registers of the rest.
+__attribute__((noinline)) void store_others(const FastEmit& fast, int channel, int vector, Simd::I word, Quad y) {
+    const lbs::EmitPlan& e = *fast.plan;
+    for (const lbs::ConsumerPlan* c = e.consumers + 1; c != e.consumers + e.consumer_count; ++c) {
+        Simd::I q[4];
+        if (!c->of_first.holds) bounded_integers(fast, *c, y, q);
+        store_codes(*c, fast.codes(*c, channel), vector,
+                    c->of_first.holds ? scaled(c->of_first, word) : Simd::ipack4(q[0], q[1], q[2], q[3]));
+    }
 }
 
 // Steps 3 to 6 where plan.is_lean; `first` is where the stream has them.
@@ -315,9 +325,12 @@ LBS_INLINE void emit_values(const FastEmit& fast, int channel, int vector, int64
     }
     y = store_stream(fast, first, y);
     if (e.consumer_count == 0) return;
+    const lbs::ConsumerPlan& c = *e.consumers;
     Simd::I q[4];
-    bounded_integers(fast, y, q);
-    store_all(fast, channel, vector, Simd::ipack4(q[0], q[1], q[2], q[3]));
+    bounded_integers(fast, c, y, q);
+    const Simd::I word = Simd::ipack4(q[0], q[1], q[2], q[3]);
+    store_codes(c, fast.codes(c, channel), vector, word);
+    if (__builtin_expect(e.consumer_count > 1, 0)) store_others(fast, channel, vector, word, y);
 }
 
 // As UsualEmit where plan.is_lean is all that is known.

@@ -107,11 +107,11 @@ struct EmitPlan {
     StreamType stream_type = StreamType::kFloat32;
     ActivationPlan before, behind;  // of gate and residual; at most one is there
     bool is_plain = true;           // neither activation nor gate
-    // Neither, a stream of float32, and at most one reader, of unsigned codes without a norm, besides those whose codes
-    // are made of its codes.
+    // Neither, a stream of float32, and readers of unsigned codes without a norm: the first, and others whose codes are
+    // made of its codes or, where no codes stand for the stream, likewise of floats.
     bool is_lean = false;
-    // No float residual, stream or upper bound either, and numbers that are 32-bit integers once they are rounded, and
-    // a zero is added, though they are not clamped yet.
+    // All others follow the first; no float residual, stream or upper bound, and numbers that are 32-bit integers once
+    // they are rounded, and a zero is added, though they are not clamped yet.
     bool is_usual = false;
     bool has_low = false, has_high = false;
     float low = 0.0f, high = 0.0f;

@@ -233,15 +233,17 @@ EmitPlan ProgramPlan::plan_emit(const StepSpec& step, const TensorSpec& target) 
     }
     plan.consumers = consumers;
     fold_high(plan, consumers);
-    bool follow = true;  // all but the first, the first
-    for (int i = 1; i < plan.consumer_count; ++i) {
+    bool lean = true, follow = true;  // all but the first, the first
+    for (int i = 0; i < plan.consumer_count; ++i) {
         ConsumerPlan& c = consumers[i];
-        if (consumers->step > 0.0f && c.step == 0.0f && !c.gain && !c.shifted) c.of_first = code_scale(*consumers, c);
+        lean = lean && !c.gain && !c.shifted;
+        if (i == 0) continue;
+        if (consumers->step > 0.0f && c.step == 0.0f && lean) c.of_first = code_scale(*consumers, c);
         follow = follow && c.of_first.holds;
+        lean = lean && (c.of_first.holds || (consumers->step == 0.0f && c.step == 0.0f));
     }
-    plan.is_lean = plan.is_plain && (plan.stream < 0 || plan.stream_type == StreamType::kFloat32) && follow &&
-                   (plan.consumer_count == 0 || (!consumers->gain && !consumers->shifted));
-    plan.is_usual = plan.is_lean && !plan.has_high && plan.residual < 0 && plan.stream < 0;
+    plan.is_lean = plan.is_plain && (plan.stream < 0 || plan.stream_type == StreamType::kFloat32) && lean;
+    plan.is_usual = plan.is_lean && follow && !plan.has_high && plan.residual < 0 && plan.stream < 0;
     return plan;
 }
 

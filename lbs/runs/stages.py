@@ -22,6 +22,7 @@ from lbs.runs import network
 from lbs.runs.bench_images import of_data
 from lbs.runs.packed import PACKED, Source, of_run
 from lbs.runs.session import one_writer
+from lbs.search.streams import FLOAT
 from lbs_kernels.device import default_threads
 from lbs_kernels.errors import CheckpointError, DataError, GraphError, LbsError, TrainingError
 from lbs_kernels.times.table import kind
@@ -138,16 +139,19 @@ def verify_run(folder: RunFolder, images: int = 64, strict: bool = False, budget
 
 
 @one_writer
-def uniform8_run(folder: RunFolder, images: list[Tensor], budget: float | None = 1.0) -> dict[str, Any]:
+def uniform8_run(
+    folder: RunFolder, images: list[Tensor], budget: float | None = 1.0, streams: int = FLOAT
+) -> dict[str, Any]:
     """The float network of a run at 8 bits in every layer, with all its filters: what a search is to beat.
 
-    images: batches of training images, float32 [N, C, H, W], for `lbs.quantize`. budget: as for `verify_run`.
+    images: batches of training images, float32 [N, C, H, W]; they and `streams` are for `lbs.quantize`. budget: as for
+        `verify_run`.
     """
     started = time.monotonic()
     source, card = of_run(folder, budget=budget), network.NetworkCard.read(folder)
     if source.float_model is None:
         raise CheckpointError(f"{folder.path} holds no float network; search there with float_epochs or weights")
-    packed = lbs.quantize(source.float_model, images)
+    packed = lbs.quantize(source.float_model, images, streams=streams)
     path = folder.file(UNIFORM8)
     packed.save(path)
     _, served, labels, _, _ = _predictions(source.float_model, packed, network.images_of(card))

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
+from lbs_kernels.gpu.configs.cost import H200, Machine, seconds, weight_count
 from lbs_kernels.gpu.configs.cuda import MAX_CONSUMERS, S8Config
-from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default, weighted_defaults
+from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default, project_defaults, weighted_defaults
+from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
 from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
 from lbs_kernels.gpu.configs.stem_pool import stem_pool_default
 from lbs_kernels.gpu.layout import BYTE_BITS, NIBBLE_BITS, PITCH, kept, nbytes, read_by, written_by
@@ -60,7 +61,7 @@ def step_seconds(step: Step, program: Program, batch: int, machine: Machine = H2
         return min(seconds(problem, config, machine, moved) for config in DEFAULTS[step.op](problem))
     everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
     chosen = configurations(step, problem) if hopper else everywhere
-    moved += problem.out_channels * problem.reduction * problem.w_bits / 8
+    moved += weight_count(problem) * problem.w_bits / 8
     forms = {kept(program.tensors[consumer.tensor]) for consumer in step.emit.consumers}
     able = [one for one in chosen if not isinstance(one, S8Config) or all(map(one.writes, forms))]
     return min(seconds(problem, config, machine, moved) for config in able)
@@ -70,6 +71,8 @@ def configurations(step: Step, problem: Problem) -> list[Any]:
     """Of a layer's step on compute capability 9.0, of the kernels whose epilogue has what it has."""
     if problem.op == STEM_POOL:
         return [stem_pool_default(problem)]
+    if problem.op == DEPTHWISE_PROJECT:
+        return list(project_defaults(problem))
     return list(weighted_defaults(problem, hopper=True)) if _plain(step) else [conv_default(problem)]
 
 

@@ -17,6 +17,8 @@ from lbs_kernels import extension
 from lbs_kernels.errors import BackendError, LbsError
 from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_why_not, s8_why_not
 from lbs_kernels.gpu.configs.defaults import DEFAULTS
+from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
+from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_candidates
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
@@ -29,7 +31,7 @@ from lbs_kernels.gpu.configs.half import HalfConfig, half_candidates
 from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, stem_pool_candidates
 from lbs_kernels.gpu.forms import as_kept, every_form
-from lbs_kernels.gpu.modelled import with_pooled_stem
+from lbs_kernels.gpu.modelled import with_pooled_stem, with_projected
 from lbs_kernels.gpu.stem import fold_stem
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.steps import Program
@@ -86,6 +88,12 @@ def _stem_pool(op: str) -> ModuleType:
     return stem_pool
 
 
+def _depthwise_project(op: str) -> ModuleType:
+    from lbs_kernels.gpu.triton import depthwise_project
+
+    return depthwise_project
+
+
 def _onebit(op: str) -> ModuleType:
     from lbs_kernels.gpu.cuda import onebit
 
@@ -111,6 +119,7 @@ KERNELS: list[Kernel] = [
     Kernel("triton", CONV, DepthwiseConfig, depthwise_candidates, _weighted, triton_why_not),
     Kernel("triton", CONV, GroupedConfig, grouped_candidates, _weighted, triton_why_not),
     Kernel("triton", (STEM_POOL,), StemPoolConfig, stem_pool_candidates, _stem_pool),
+    Kernel("triton", (DEPTHWISE_PROJECT,), ProjectConfig, project_candidates, _depthwise_project),
     Kernel("cuda", WEIGHTED, S8Config, S8Config.candidates, _s8, s8_why_not),
     Kernel("cuda", WEIGHTED, OneBitConfig, OneBitConfig.candidates, _onebit, onebit_why_not),
     Kernel("triton", ELEMENTWISE, ElementwiseConfig, elementwise_candidates, _elementwise),
@@ -231,16 +240,20 @@ def program_on(
     program: Program, blob: Tensor, device: str, families: tuple[str, ...] | None = None
 ) -> tuple[Program, Tensor]:
     """The program as the GPU there runs it, and its blob: its stem folded (`stem.py`), one with the maximum behind
-    it (`stem_pool.py`), with codes as bytes where the s8 kernels may serve (`forms.py`).
+    it (`stem_pool.py`), with codes as bytes where the s8 kernels may serve (`forms.py`), depthwise layers one with
+    those behind them (`depthwise_project.py`).
     """
     if not device.startswith("cuda"):
         return program, blob
     program, blob = fold_stem(program, blob)
+    hopper, triton = on_hopper(device), families is None or "triton" in families
     cuda = (families is None or "cuda" in families) and _keeps(device)
-    if families is None or "triton" in families:
+    if triton:
         program = with_pooled_stem(program, blob, hopper=cuda)
     if cuda:
         program = as_kept(program, lambda problem: choose(problem, families).seconds)
+    if triton and hopper:
+        program = with_projected(program, hopper=cuda)
     return program, blob
 
 

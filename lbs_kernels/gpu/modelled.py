@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lbs_kernels.errors import FormatError
 from lbs_kernels.gpu.configs.cost import H200, Machine, seconds
-from lbs_kernels.gpu.forms import BATCH, WEIGHTED, as_kept, fastest, step_seconds
+from lbs_kernels.gpu.depthwise_project import pairs, projected
+from lbs_kernels.gpu.forms import BATCH, WEIGHTED, as_kept, configurations, fastest, step_seconds
 from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.planes import MAX_BITS
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import Program, Step
 
 PREFIX = "modelled:"
@@ -57,7 +58,7 @@ class Modelled:
         """Seconds of every step of a program for the whole batch, by the bytes that its tensors have on a GPU; 0 of one
         that another step takes in.
         """
-        kept = as_kept(with_pooled_stem(fold_steps(program)))
+        kept = with_projected(as_kept(with_pooled_stem(fold_steps(program))))
         found = {step.name: self.of_step(step, kept) for step in kept.steps}
         return [found.get(step.name, 0.0) for step in program.steps]
 
@@ -79,9 +80,29 @@ def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool 
     one = pool_stems(program, blob)
     if one is program:
         return program
-    model, ways = Modelled(batch=BATCH), [as_kept(way) if hopper else way for way in (one, program)]
+    ways = (as_kept(one), as_kept(program)) if hopper else (one, program)
+    return one if _faster(*ways, hopper) is ways[0] else program
+
+
+def with_projected(program: Program, hopper: bool = True) -> Program:
+    """The program with depthwise layers and the 1 x 1 layers behind them as one step each, where that takes less time
+    by the model. On compute capability 9.0: elsewhere codes between the two move between threads (docs/triton.md).
+
+    hopper: as `of_step` takes it.
+    """
+    for first, layer in pairs(program):
+        one = projected(program, first, layer)
+        (step,) = (step for step in one.steps if step.name == first.name)
+        if configurations(step, problem_of(step, one, BATCH, "cuda")):  # else registers hold no tile of its filters
+            program = _faster(one, program, hopper)
+    return program
+
+
+def _faster(one: Program, other: Program, hopper: bool) -> Program:
+    """The one whose steps take less time together; `other` where they take as much."""
+    model, ways = Modelled(batch=BATCH), (one, other)
     times = [sum(model.of_step(step, way, hopper) for step in way.steps) for way in ways]
-    return one if times[0] < times[1] else program
+    return one if times[0] < times[1] else other
 
 
 def modelled(text: str) -> Modelled | None:

@@ -17,6 +17,7 @@ from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.branches import branches, enqueue
 from lbs_kernels.gpu.configs.cuda import on_hopper
+from lbs_kernels.gpu.depthwise_project import ProjectedDepthwise
 from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.gpu.launch import Launch, in_order
 from lbs_kernels.gpu.layout import arena_view, plan_arena, to_logical
@@ -90,7 +91,9 @@ class GpuRunner:
             program, blob = kernels.program_on(program, blob, str(self.device), families)
         self.program = program
         # Steps that another one takes in -> that one.
-        self._run_by = {step.pool: step.name for step in program.steps if isinstance(step, PooledStem)}
+        self._run_by = {
+            step.takes: step.name for step in program.steps if isinstance(step, PooledStem | ProjectedDepthwise)
+        }
         if self.device.type != "cuda" and not INTERPRETED.value:
             raise BackendError(
                 f"GPU kernels cannot run on {self.device}: they need a CUDA device; move the tensors to one, take "
@@ -294,6 +297,9 @@ class GpuRunner:
         module: Any = choice.kernel.implementation(step.op)
         key = (step.name, module.__name__)
         if key not in self._weights:
+            if isinstance(step, ProjectedDepthwise):
+                self._weights[key] = module.prepare_step(step, self.program, self.arrays, self.device)
+                return self._weights[key]
             kernel, groups = (step.kernel, step.groups) if isinstance(step, ConvStep) else ((1, 1), 1)
             operands = (self.arrays[step.planes], kernel, groups, self.program.tensors[step.input])
             self._weights[key] = module.prepare_weights(*operands, self.device, step.w_grid)

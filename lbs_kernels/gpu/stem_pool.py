@@ -28,12 +28,12 @@ from lbs_kernels.program.steps import ConvStep, Emit, PoolStep, Program, Step, s
 class PooledStem(ConvStep):
     """A folded stem whose `emit` is that of the maximum behind it.
 
-    pool: the name of the step that it takes in. before: what its sums go through in front of the maximum, a clamp and
+    takes: the name of the step that it takes in. before: what its sums go through in front of the maximum, a clamp and
     the rounding to the stream type; None where `emit` does all of it.
     """
 
     op: ClassVar[str] = OP
-    pool: str = ""
+    takes: str = ""
     before: Emit | None = None
 
 
@@ -61,7 +61,7 @@ def _replaced(program: Program, place: int, pool: PoolStep, emit: Emit, before: 
     assert isinstance(step, ConvStep)
     pad = step.padding
     own = {field.name: getattr(step, field.name) for field in fields(ConvStep)}
-    one = PooledStem(**{**own, "emit": emit, "padding": (0, 0)}, pool=pool.name, before=before)
+    one = PooledStem(**{**own, "emit": emit, "padding": (0, 0)}, takes=pool.name, before=before)
     steps: list[Step] = []
     for other in program.steps:
         if isinstance(other, FoldedStep) and other.emit.consumers[0].tensor == step.input:

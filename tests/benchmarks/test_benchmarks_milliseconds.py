@@ -23,7 +23,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_contenders_share_a_recipe_and_have_folders_of_their_own(module: Any) -> None:
-    found = module.contenders("cifar100-resnet20", [0.1, 0.08], ("gate_lr=0.01",))
+    found = module.contenders("cifar100-resnet20", [0.1, 0.08], 8, ("gate_lr=0.01",))
     assert [one.row.removeprefix("cifar100-resnet20") for one in found] == [
         *("-uniform-8", "-uniform-4", "-uniform-8-pruned", "-uniform-8-pruned"),
         *("-uniform-4-pruned", "-uniform-4-pruned", "", "-greedy", "", "-greedy"),

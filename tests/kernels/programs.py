@@ -317,6 +317,54 @@ def stem_and_maximum(
     return b.build()
 
 
+def depthwise_and_layer(
+    seed: int,
+    written: str = "stream",
+    *,
+    channels: int = 40,
+    filters: int = 24,
+    size: tuple[int, int] = (9, 7),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+    w_bits: int = 8,
+    between: int = 8,
+    bits: int = 8,
+    zeros: tuple[int, int] = (0, 0),
+    high: float | None = 2.0,
+    stream_dtype: str = "float32",
+) -> tuple[Program, Tensor]:
+    """A depthwise window of 3 x 3 over bytes, codes of `between` bits, and a 1 x 1 layer, as inverted residuals end.
+
+    written: "stream" and codes of `bits`, "codes" alone, or both behind a "residual" of a stream or one of codes
+    ("coded"). zeros: of the codes that the window reads, and writes.
+    """
+    b = Builder(seed, stream_dtype)
+    x = b.consumer((*size, channels), 8, zero=zeros[0])
+    b.quantize(b.image(channels, *size), Emit(consumers=(x,)))
+    window = {"stride": stride, "padding": padding}
+    height, width, _ = b.conv_shape(x.tensor, channels, **window)
+    shape, layer = (height, width, filters), {"kernel": (1, 1), "padding": (0, 0)}
+    emit, grid = Emit(), "zero" if w_bits == 8 else "odd"
+    if written == "residual":
+        emit = Emit(residual=b.stream(shape))
+        b.conv(x.tensor, Emit(stream=emit.residual), filters, w_bits=4, **window)
+    elif written == "coded":
+        held = b.consumer(shape, 8, zero=70)
+        b.conv(x.tensor, Emit(consumers=(held,)), filters, w_bits=4, **window)
+        emit = Emit(residual=held.tensor, residual_step=b.step(held.scale))
+    middle = b.consumer((height, width, channels), between, zero=zeros[1], top=1.8)
+    b.conv(
+        x.tensor, Emit(low=None if zeros[1] else 0.0, high=high, consumers=(middle,)), channels, w_bits=w_bits,
+        groups=channels, grid=grid, **window,
+    )  # fmt: skip
+    # The sums of the second layer are of codes from 0 to n, whatever byte they are kept in.
+    made = b.consumer(shape, bits)
+    emit = replace(emit, consumers=(made,), stream=None if written == "codes" else b.stream(shape, output=True))
+    b.conv(middle.tensor, emit, filters, w_bits=w_bits, grid=grid, **layer)
+    b.conv(made.tensor, Emit(stream=b.stream((height, width, 6), output=True)), 6, w_bits=4, **layer)
+    return b.build()
+
+
 def one_conv(
     seed: int,
     *,

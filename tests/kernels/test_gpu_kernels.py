@@ -26,6 +26,8 @@ from lbs_kernels.tune import tuner
 
 LAYER = Problem("bitconv2d", 32, 28, 28, 128, 100, (3, 3), (1, 1), (1, 1), w_bits=4, a_bits=4, device="cuda:0")
 STEM = Problem("stem_pool", 32, 115, 115, 12, 64, (4, 4), device="cuda:0")  # of two steps that a GPU runs as one
+PROJECT = Problem("depthwise_project", 32, 28, 28, 192, 32, (3, 3), (1, 1), (1, 1), device="cuda:0")  # of two as well
+PAIRS = {problem.op: problem for problem in (STEM, PROJECT)}
 FAST = GemmConfig(64, 64, 2, 4, 2, weights_first=False)
 
 
@@ -47,7 +49,7 @@ def measured(problem: Problem, **seconds: float) -> None:
 
 @pytest.mark.parametrize("op", sorted(DEFAULTS))
 def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
-    found = kernels.candidates(STEM if op == STEM.op else replace(LAYER, op=op))
+    found = kernels.candidates(PAIRS.get(op, replace(LAYER, op=op)))
     assert len(found) > 5
     for choice in found:
         assert choice.kernel.config.parse(str(choice.config)) == choice.config
@@ -56,7 +58,7 @@ def test_every_configuration_is_read_as_it_is_written(op: str) -> None:
 
 
 def test_every_operation_has_a_default_and_a_kernel() -> None:
-    assert set(DEFAULTS) == {*STEP_TYPES, STEM.op} == {op for kernel in kernels.KERNELS for op in kernel.ops}
+    assert set(DEFAULTS) == {*STEP_TYPES, *PAIRS} == {op for kernel in kernels.KERNELS for op in kernel.ops}
 
 
 def test_the_table_needs_no_triton() -> None:
@@ -68,7 +70,7 @@ from lbs_kernels.gpu import kernels
 from lbs_kernels.program.problem import Problem
 layer = {LAYER!r}
 for op in {sorted(DEFAULTS)}:
-    problem = {STEM!r} if op == "stem_pool" else replace(layer, op=op)
+    problem = {PAIRS!r}.get(op, replace(layer, op=op))
     kernels.choose(problem), kernels.candidates(problem), kernels.why_not_by_family(problem)
 try:
     kernels.choose(layer).kernel.implementation("bitconv2d")

@@ -54,7 +54,7 @@ def test_the_pair_becomes_one_step_whose_image_holds_the_padding(written: str) -
     (stem,) = (step for step in one.steps if isinstance(step, PooledStem))
     (writer,) = (step for step in one.steps if isinstance(step, FoldedStep))
     (pool,) = (step for step in program.steps if isinstance(step, PoolStep))
-    assert (stem.pool, stem.padding, writer.shift) == (pool.name, (0, 0), (3, 3))
+    assert (stem.takes, stem.padding, writer.shift) == (pool.name, (0, 0), (3, 3))
     assert (one.tensors[stem.input].height, one.tensors[stem.input].width) == (19, 18)
     problem = problem_of(stem, one, 2, "cuda")
     assert (problem.op, problem.out_height, problem.out_width) == ("stem_pool", 16, 15)

@@ -1,5 +1,5 @@
-"""The epilogue of sums that read or write streams, and of readers whose codes are made of another's: against the
-reference on every instruction set.
+"""The epilogue of sums that read or write streams, and of several readers, whose codes are made of another's or not:
+against the reference on every instruction set.
 
 Sums of up to 16 steps are emitted as they are made where codes are among the results, others beside the next tile's
 products; maps end in a part of a vector or do not, and filters in a part of a group.
@@ -26,7 +26,10 @@ LAYERS = {  # channels, filters, kernel
     "3x3, 48 filters": (5, 48, 3),
 }
 RESIDUALS = ("none", "floats", "an output", "codes")
-RESULTS = ("stream", "stream and codes", "codes", "codes and codes of them")
+RESULTS = (
+    "stream", "stream and codes", "stream and codes of two scales", "codes", "codes of two scales",
+    "codes and codes of them",
+)  # fmt: skip
 
 
 def net(
@@ -61,6 +64,8 @@ def net(
         consumers.append(b.consumer(shape, 8, zero=zero, stands=results.startswith("codes and")))
     if results.startswith("codes and"):
         consumers.append(b.consumer(shape, 4))
+    elif results.endswith("two scales"):
+        consumers.append(b.consumer(shape, 4, zero=zero // 16, top=1.5))
     stream = b.stream(shape, output=results == "stream") if results.startswith("stream") else None
     emit = Emit(low=bounds[0], high=bounds[1], stream=stream, consumers=tuple(consumers), **added)  # type: ignore[arg-type]
     b.conv(codes.tensor, emit, filters, w_bits=w_bits, **window)  # type: ignore[arg-type]

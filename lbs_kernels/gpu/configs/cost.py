@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
+from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
+from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_steps, project_tiles
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, column_positions, column_rows
 from lbs_kernels.gpu.configs.elementwise import ElementwiseConfig
 from lbs_kernels.gpu.configs.gemm import GemmConfig, reduction_steps
@@ -76,6 +78,12 @@ BYTES_EPILOGUE, PLANES_EPILOGUE = 783 / 64, 1309 / 64  # for an output
 EXCHANGE_CLOCKS = 800.0
 COLUMNS_ISSUE = {1: 14.1, 2: 18.2}  # for an output by strips of columns, its epilogue included, by the step
 DEPTHWISE_ISSUE = 1424 / 32 / 9  # for an output and tap
+# Of a depthwise window with the layer behind it: for an output of the window and for a step, by the window's step; of
+# the rest for a program and for an output.
+PROJECT_ISSUE = {1: (12.2, 165.0), 2: (15.4, 106.0)}
+PROJECT_EPILOGUE = (450.0, 16.5)
+# A lead: what loads from device memory take, which the other program of a multiprocessor may hide.
+LOAD_CLOCKS = 700.0
 # Of a stem with its maximum, tiles of 64 x 64 in 4 warps: a step of 256 bytes of K, and an output of the maximum.
 STEM_ISSUE, STEM_EPILOGUE = 180.0, 750 / 32
 FIRST_LEVEL = 64.0  # bytes a clock of asynchronous copies that the first-level cache serves: half of what loads get
@@ -86,6 +94,9 @@ def executed(problem: Problem, config: Any) -> int:
     if isinstance(config, StemPoolConfig):
         steps = stem_pool_tiles(problem, config) * stem_pool_steps(config)
         return steps * config.block_m * config.block_o * problem.window.taps * byte_pitch(problem.in_channels)
+    if isinstance(config, ProjectConfig):
+        pixels = project_tiles(problem, config) * config.block_m * config.columns * column_rows(problem)
+        return pixels * project_steps(problem, config) * config.block_c * (12 + config.filters)
     if isinstance(config, DepthwiseConfig) and config.columns:
         return _column_outputs(problem, config) * 12  # three sums of four
     pixels, filters = _padded(problem, config)
@@ -123,8 +134,15 @@ def bytes_moved(problem: Problem, config: Any) -> float:
     if problem.nibbles:
         a_bits = NIBBLE_BITS
     pixels = problem.batch * problem.height * problem.width
-    weights = problem.out_channels * problem.reduction * w_bits
+    weights = weight_count(problem) * w_bits
     return (a_bits * (pixels * problem.in_channels + problem.rows * problem.out_channels) + weights) / 8
+
+
+def weight_count(problem: Problem) -> int:
+    """Weights of a layer; of a depthwise window and the 1 x 1 layer behind it, those of both."""
+    if problem.op == DEPTHWISE_PROJECT:
+        return problem.in_channels * (problem.window.taps + problem.out_channels)
+    return problem.out_channels * problem.reduction
 
 
 def resident(problem: Problem, config: Any, machine: Machine = H200) -> float | None:
@@ -152,6 +170,8 @@ def _clocks(problem: Problem, config: Any, machine: Machine) -> float:
         return _cuda_clocks(problem, config, machine)
     if isinstance(config, StemPoolConfig):
         return _stem_pool_clocks(problem, config, machine)
+    if isinstance(config, ProjectConfig):
+        return _project_clocks(problem, config, machine)
     pixels, filters = _padded(problem, config)
     if isinstance(config, GemmConfig):
         tile = config.block_m * config.block_o
@@ -187,6 +207,27 @@ def _stem_pool_clocks(problem: Problem, config: StemPoolConfig, machine: Machine
     step = max(products + STEM_ISSUE * tile / 4096, config.block_m * reduction / cache)
     rounds = -(-stem_pool_tiles(problem, config) // machine.multiprocessors)
     return rounds * (stem_pool_steps(config) * step + config.rows * tile * STEM_EPILOGUE / LANES)
+
+
+def _project_clocks(problem: Problem, config: ProjectConfig, machine: Machine) -> float:
+    """Two programs have room on a multiprocessor: what one waits for its loads, the other works."""
+    strip = config.columns * column_rows(problem)
+    programs = project_tiles(problem, config) * config.split
+    beside = 2 if programs > machine.multiprocessors and config.warps == 4 else 1
+    threads = 32 * config.warps / LANES
+    output, fixed = PROJECT_ISSUE[problem.stride[0]]
+    issue = (output * strip * config.block_c / 4 + fixed) * threads
+    pixels = config.block_m * strip
+    products = max(1, pixels // GROUP_ROWS) * config.block_c // STEP_BYTES * config.filters / 2
+    operands = config.block_c * config.filters / machine.refill
+    own = max(issue + products, operands)
+    step = max(beside * own, own + LOAD_CLOCKS)
+    fixed, output = PROJECT_EPILOGUE
+    epilogue = (fixed + output * strip * config.filters / 4) * threads
+    shared = 8 * pixels * config.filters / machine.refill if config.split > 1 else 0.0
+    steps = -(-project_steps(problem, config) // config.split)
+    rounds = -(-programs // (machine.multiprocessors * beside))
+    return rounds * (steps * step + beside * (epilogue + shared))
 
 
 def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> float:

@@ -7,6 +7,8 @@ from typing import Any
 
 from lbs_kernels.gpu.configs.cost import executed, seconds
 from lbs_kernels.gpu.configs.cuda import OneBitConfig, S8Config, on_hopper, onebit_form_why_not, s8_form_why_not
+from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
+from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_candidates
 from lbs_kernels.gpu.configs.direct import (
     DepthwiseConfig,
     GroupedConfig,
@@ -33,6 +35,11 @@ def pool_default(problem: Problem) -> ElementwiseConfig:
     if 0 < problem.a_bits < MAX_BITS:
         return ElementwiseConfig(128, channel_block(problem.in_channels), warps=4)
     return elementwise_default(problem)
+
+
+def project_defaults(problem: Problem) -> list[ProjectConfig]:
+    """The one that the model finds fastest; none where registers hold no tile."""
+    return sorted(project_candidates(problem), key=lambda config: seconds(problem, config))[:1]
 
 
 def weighted_defaults(problem: Problem, hopper: bool | None = None) -> Iterator[Any]:
@@ -86,6 +93,7 @@ DEFAULTS: dict[str, Callable[[Problem], Iterator[Any]]] = {
     "bitconv2d": weighted_defaults,
     "bitlinear": weighted_defaults,
     STEM_POOL: lambda problem: iter([stem_pool_default(problem)]),
+    DEPTHWISE_PROJECT: lambda problem: iter(project_defaults(problem)),
     "pool": lambda problem: iter([pool_default(problem)]),
     "quantpack": lambda problem: iter([elementwise_default(problem)]),
     "resize": lambda problem: iter([elementwise_default(problem)]),

@@ -112,12 +112,12 @@ def load_column(
 
 
 @triton.jit
-def load_four(pointer, registers, there, META: tl.constexpr):
+def load_four(pointer, registers, there, MASKED: tl.constexpr):
     """Four registers [1, BLOCK_C / 4], one for each channel of four."""
-    w0 = load_registers(pointer, there, META.tail)[None, :]
-    w1 = load_registers(pointer + registers, there, META.tail)[None, :]
-    w2 = load_registers(pointer + 2 * registers, there, META.tail)[None, :]
-    w3 = load_registers(pointer + 3 * registers, there, META.tail)[None, :]
+    w0 = load_registers(pointer, there, MASKED)[None, :]
+    w1 = load_registers(pointer + registers, there, MASKED)[None, :]
+    w2 = load_registers(pointer + 2 * registers, there, MASKED)[None, :]
+    w3 = load_registers(pointer + 3 * registers, there, MASKED)[None, :]
     return w0, w1, w2, w3
 
 
@@ -128,18 +128,24 @@ def three_dots(a, b, c, u, v, w, total, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def write_row(
+def row_of(
     a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, u0, u1, u2, u3, v0, v1, v2, v3, w0, w1, w2, w3, o0, o1, o2, o3,
-    pixel, mask, first, operands, target, shape,
-    SHIFT: tl.constexpr, META: tl.constexpr, EMIT: tl.constexpr, CONFIG: tl.constexpr,
+    SHIFT: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """One output of every position, of columns a, b, c with weights u, v, w, from the offset o on."""
+    """Sums int32 [BLOCK_M, BLOCK_C] of one output of every position, of columns a, b, c with weights u, v, w, from the
+    offset o on.
+    """
     s0 = three_dots(a0, b0, c0, u0, v0, w0, a0 * 0 + o0, SHIFT)
     s1 = three_dots(a1, b1, c1, u1, v1, w1, a0 * 0 + o1, SHIFT)
     s2 = three_dots(a2, b2, c2, u2, v2, w2, a0 * 0 + o2, SHIFT)
     s3 = three_dots(a3, b3, c3, u3, v3, w3, a0 * 0 + o3, SHIFT)
-    acc = natural_order(s0, s1, s2, s3, 8, CONFIG)
-    column = first + tl.arange(0, CONFIG.block_c)
+    return natural_order(s0, s1, s2, s3, 8, CONFIG)
+
+
+@triton.jit
+def write_row(acc, pixel, mask, first, operands, target, shape, META: tl.constexpr, EMIT: tl.constexpr):
+    """The epilogue of one output of every position."""
+    column = first + tl.arange(0, acc.shape[1])
     known = column < shape.channels
     multiplier = load_registers(operands.multiplier + column, known, META.tail)
     bias = load_registers(operands.bias + column, known, META.tail)
@@ -173,10 +179,10 @@ def depthwise_columns_kernel(operands, target, shape, META: tl.constexpr, EMIT: 
     there = register < pitch
     y = out_y * STEP - shape.pad_h
     x = out_x * STEP - shape.pad_w
-    u0, u1, u2, u3 = load_four(operands.w + register, registers, there, META)
-    v0, v1, v2, v3 = load_four(operands.w + 4 * registers + register, registers, there, META)
-    w0, w1, w2, w3 = load_four(operands.w + 8 * registers + register, registers, there, META)
-    o0, o1, o2, o3 = load_four(operands.offset + register, registers, there, META)
+    u0, u1, u2, u3 = load_four(operands.w + register, registers, there, META.tail)
+    v0, v1, v2, v3 = load_four(operands.w + 4 * registers + register, registers, there, META.tail)
+    w0, w1, w2, w3 = load_four(operands.w + 8 * registers + register, registers, there, META.tail)
+    o0, o1, o2, o3 = load_four(operands.offset + register, registers, there, META.tail)
     l0, s0 = line_of(operands, image, y, register, shape, pitch, META)
     l1, s1 = line_of(operands, image, y + 1, register, shape, pitch, META)
     l2, s2 = line_of(operands, image, y + 2, register, shape, pitch, META)
@@ -205,16 +211,18 @@ def depthwise_columns_kernel(operands, target, shape, META: tl.constexpr, EMIT: 
         mask = known
         if not META.exact:
             mask = known & (out_x + j < shape.out_width)
-        write_row(
+        acc = row_of(
             a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, u0, u1, u2, u3, v0, v1, v2, v3, w0, w1, w2, w3,
-            o0, o1, o2, o3, pixel + j, mask, first, operands, target, shape, 0, META, EMIT, CONFIG,
+            o0, o1, o2, o3, 0, CONFIG,
         )  # fmt: skip
+        write_row(acc, pixel + j, mask, first, operands, target, shape, META, EMIT)
         if ROWS == 2:
-            write_row(
+            acc = row_of(
                 a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, u0, u1, u2, u3, v0, v1, v2, v3, w0, w1, w2, w3,
-                o0, o1, o2, o3, pixel + shape.out_width + j, mask & (out_y + 1 < shape.out_height), first,
-                operands, target, shape, 8, META, EMIT, CONFIG,
+                o0, o1, o2, o3, 8, CONFIG,
             )  # fmt: skip
+            below = mask & (out_y + 1 < shape.out_height)
+            write_row(acc, pixel + shape.out_width + j, below, first, operands, target, shape, META, EMIT)
         if STEP == 1:
             a0, a1, a2, a3 = b0, b1, b2, b3
             b0, b1, b2, b3 = c0, c1, c2, c3

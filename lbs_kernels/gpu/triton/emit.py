@@ -120,15 +120,13 @@ def bounded(t, scale, META: tl.constexpr, INDEX: tl.constexpr):
 
 
 @triton.jit
-def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
-    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as codes are kept; returns
-    y, or what codes with a step stand for.
+def coded(y, column, columns, target, META: tl.constexpr, INDEX: tl.constexpr):
+    """t of step 6 for consumer INDEX, whose code is rint(t) + zero, between the bounds of the codes.
+
+    Those are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
     """
     CONSUMER: tl.constexpr = META.consumers[INDEX]
-    BITS: tl.constexpr = CONSUMER.bits
-    LEVELS: tl.constexpr = (1 << BITS) - 1
-    target = targets[INDEX]
-    column = first + tl.arange(0, y.shape[1])
+    LEVELS: tl.constexpr = (1 << CONSUMER.bits) - 1
     u = y
     if CONSUMER.pre_norm:
         column_mask = column < columns
@@ -140,25 +138,45 @@ def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, I
     t = u * target.scale
     if CONSUMER.signed:
         t = t + LEVELS / 2
-    # Bounds of codes are integers, so clamping before rint gives what clamping after it gives, and rint stays in range.
     if META.folds:
         t = bounded(t, target.scale, META, INDEX)
     else:
         t = at_most(at_least(t, -1.0 * CONSUMER.zero), 1.0 * (LEVELS - CONSUMER.zero))
+    return t
+
+
+@triton.jit
+def biased_bytes(t, ZERO: tl.constexpr):
+    """int8 q - 128 of the codes q = rint(t) + ZERO.
+
+    The lowest byte of the float is that of the code. An even number in the constant moves it, and no tie.
+    """
+    EVEN: tl.constexpr = (ZERO - 128) // 2 * 2
+    MAGIC: tl.constexpr = RINT_MAGIC + EVEN
+    byte = (t + MAGIC).to(tl.int32, bitcast=True)
+    if ZERO % 2:
+        byte += 1
+    return byte.to(tl.int8)
+
+
+@triton.jit
+def store_codes(y, row, row_mask, first, columns, targets, META: tl.constexpr, INDEX: tl.constexpr):
+    """Step 6 for consumer INDEX: q = clamp(rint(u * scale (+ n / 2)) + zero, 0, n), written as codes are kept; returns
+    y, or what codes with a step stand for.
+    """
+    CONSUMER: tl.constexpr = META.consumers[INDEX]
+    ZERO: tl.constexpr = CONSUMER.zero
+    target = targets[INDEX]
+    column = first + tl.arange(0, y.shape[1])
+    t = coded(y, column, columns, target, META, INDEX)
     if CONSUMER.kept == "bytes":
         mask = row_mask[:, None] & (column < columns)[None, :]
         place = target.codes + row[:, None] * target.pitch + column[None, :]
-        # The lowest byte of the float is that of the code. An even number in the constant moves it, and no tie.
-        EVEN: tl.constexpr = (CONSUMER.zero - 128) // 2 * 2
-        MAGIC: tl.constexpr = RINT_MAGIC + EVEN
-        byte = (t + MAGIC).to(tl.int32, bitcast=True)
-        if CONSUMER.zero % 2:
-            byte += 1
-        tl.store(place, byte.to(tl.int8), mask=mask)
+        tl.store(place, biased_bytes(t, ZERO), mask=mask)
     if CONSUMER.stands or CONSUMER.kept != "bytes":
         codes = (t + RINT_MAGIC).to(tl.int32, bitcast=True) - RINT_MAGIC_BITS + CONSUMER.zero
         if CONSUMER.kept == "planes":
-            store_planes(target.codes, codes, row, row_mask, first, columns, BITS)
+            store_planes(target.codes, codes, row, row_mask, first, columns, CONSUMER.bits)
         if CONSUMER.kept == "nibbles":
             store_nibbles(target.codes, target.pitch, codes, row, row_mask, first)
     if CONSUMER.stands:

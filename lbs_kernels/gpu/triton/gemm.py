@@ -169,8 +169,12 @@ def split_target(shape: GemmShape, config: GemmConfig, device: torch.device) -> 
     """Workspace of one launch; every launch leaves it as zero as it found it."""
     if config.split_k == 1:
         return None
-    tiles = tile_count(shape.rows, shape.filters, config)
-    partial = torch.zeros((tiles, config.block_m, config.block_o), dtype=torch.int32, device=device)
+    return workspace(tile_count(shape.rows, shape.filters, config), config.block_m * config.block_o, device)
+
+
+def workspace(tiles: int, sums: int, device: torch.device) -> SplitTarget:
+    """Of programs that share tiles of so many sums."""
+    partial = torch.zeros((tiles, sums), dtype=torch.int32, device=device)
     return SplitTarget(partial, torch.zeros(tiles, dtype=torch.int32, device=device))
 
 

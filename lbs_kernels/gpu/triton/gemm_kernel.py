@@ -88,7 +88,7 @@ class GemmOperands(NamedTuple):
 class SplitTarget(NamedTuple):
     """Where programs that share a tile meet; both hold zeros between launches."""
 
-    partial: Tensor  # int32 [tiles, BLOCK_M, BLOCK_O]
+    partial: Tensor  # int32 [tiles, BLOCK_M * BLOCK_O]
     arrived: Tensor  # int32 [tiles]
 
 
