@@ -231,12 +231,10 @@ def cuda_row(problem: Any, config: Any) -> Row:
     found["instruction"] = next(text for text in loops[0].instructions if "GMMA" in text).split()[0]
     found["per_product"] = len(loops[0].instructions) / loops[0].count("IGMMA|BGMMA")
     if config.kind == "s8":
-        padded = 32 if nibbles else 16  # channels
-        steps = -(-problem.window.taps * -(-problem.in_channels // padded) * padded // 32)
+        steps = -(-problem.window.taps * -(-problem.in_channels // 16) * 16 // 32)
         chunks = -(-steps // 4)
-        turns = -(-(steps - 4 * (chunks - 1)) // (2 if nibbles else 1))  # of the loop of the last chunk
-        last = len(loops[1].instructions) * turns
-        found["in_loops"] = len(loops[0].instructions) * (chunks - 1) + last
+        last = len(loops[1].instructions) / (2 if nibbles else 1) * (steps - 4 * (chunks - 1))
+        found["in_loops"] = round(len(loops[0].instructions) * (chunks - 1) + last)
     return found | {"memory": {name: loops[0].count(text) for name, text in MEMORY.items()}}
 
 

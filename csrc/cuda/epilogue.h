@@ -191,7 +191,7 @@ LBS_HD void store_codes(const Layer& p, const ConsumerTarget& k, const uint32_t 
     if constexpr (kRun >= kLeastOfPlanes) {  // no other task is accepted (task.h)
         if (k.kept == Kept::kNibbles) {
             uint32_t* to = static_cast<uint32_t*>(k.codes) + static_cast<int64_t>(row) * k.pitch + first / 8;
-            constexpr int kWords = kRun < 16 ? 1 : 2;  // stored at once: 16 bytes would spill in the largest tile of bits
+            constexpr int kWords = kRun < 16 ? 1 : 2;  // at once: 16 bytes would spill in the largest tile of bits
             LBS_UNROLL for (int w = 0; w < kRun / 8; w += kWords) {
                 Bytes<4 * kWords> all;
                 LBS_UNROLL for (int i = 0; i < kWords; ++i) all.v[i] = codes[2 * (w + i)] | codes[2 * (w + i) + 1] << 4;

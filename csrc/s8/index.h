@@ -9,7 +9,8 @@ namespace lbs::s8 {
 constexpr int kChunkSteps = kRowBytes / kStepBytes;
 constexpr int kConsumers = 2;  // groups of 128 threads that multiply
 constexpr int kProducerWarps = kWarpgroup / 32;
-constexpr int kTurns = 4;  // whose windows are read before the first of them is copied
+constexpr int kNeighbours = 4;  // rows of a warp that follow one another
+constexpr int kTurns = 4;       // of copies, whose windows are read before the first of them is copied
 
 constexpr int kMostBlocks = 8;  // of a cluster: what every GPU with clusters takes
 
@@ -21,26 +22,23 @@ LBS_HD int64_t weight_block(const Params& p, int filter_block, int chunk) {
     return (static_cast<int64_t>(filter_block) * p.chunks + chunk) * (kColumns * kRowBytes);
 }
 
+// Row i of those that warp `warp` of the producer copies. A lane's rows are 16 or 32 apart, so that they differ by
+// nothing but their number: all have the same place in the swizzle.
+LBS_HD int copied_row(int warp, int i) {
+    return i / kNeighbours * (kProducerWarps * kNeighbours) + warp * kNeighbours + i % kNeighbours;
+}
+
 // How a chunk of the activations of a pixel lies in shared memory. Nibbles are read by threads, a word of each of eight
 // rows and four threads at once: with a unit of nothing behind every row no two of the 32 words are in one bank, and
 // steps lie at constants.
 template <bool kNibbles_>
 struct PixelRow {
     static constexpr bool kNibbles = kNibbles_;
-    static constexpr int kUnits = kRowBytes / kUnitBytes / (kNibbles ? 2 : 1);
-    static constexpr int kPitch = kNibbles ? (kUnits + 1) * kUnitBytes : kRowBytes;
-    static constexpr int kTurnRows = 32 / kUnits;  // that a warp copies at once: neighbouring threads fetch whole rows
-    static constexpr int kTurnBytes = kProducerWarps * kTurnRows * kPitch;  // between those of one turn and the next
+    static constexpr int kBytes = kNibbles ? kRowBytes / 2 : kRowBytes;
+    static constexpr int kPitch = kNibbles ? kBytes + kUnitBytes : kRowBytes;
 
-    // Row i of those that warp `warp` of the producer copies. A lane's rows are 16 or 32 apart, so that they differ by
-    // nothing but their number: all have the same place in the swizzle.
-    LBS_HD static int copied(int warp, int i) {
-        return i / kTurnRows * (kProducerWarps * kTurnRows) + warp * kTurnRows + i % kTurnRows;
-    }
-    // Byte of a unit, the row included.
-    LBS_HD static int byte(int row, int unit) {
-        return kNibbles ? row * kPitch + unit * kUnitBytes : swizzled_byte(row, unit * 4);
-    }
+    // Byte of a row's byte `at`, at the start of a word.
+    LBS_HD static int byte(int row, int at) { return kNibbles ? row * kPitch + at : swizzled_byte(row, at / 4); }
 };
 
 // Eight nibbles, channels c to c + 7, as the bytes of channels c to c + 3 and of c + 4 to c + 7.
@@ -61,16 +59,17 @@ LBS_HD Share share_of(const Params& p, int rank) {
     return {first, end - first, end == p.chunks ? p.last_steps : kChunkSteps};
 }
 
-// The window of an output pixel with its place in bytes, and the place of a unit of a tap relative to a window.
+// The window of an output pixel with its place in bytes, and the place of a piece of a tap relative to a window.
 // Windows may begin before the first pixel: then places wrap around, and back where a tap enters the image.
 LBS_HD Window byte_window(const Params& p, int row) {
     Window window = window_of(p, row);
     window.pixel = static_cast<int>(static_cast<unsigned>(window.pixel) * static_cast<unsigned>(p.pitch));
     return window;
 }
+template <int kPiece>
 LBS_HD unsigned tap_byte(const Params& p, const Tap& tap) {
     return static_cast<unsigned>(tap.pixel) * static_cast<unsigned>(p.pitch) +
-           static_cast<unsigned>(tap.piece * kUnitBytes);
+           static_cast<unsigned>(tap.piece * kPiece);
 }
 
 }  // namespace lbs::s8

@@ -13,8 +13,8 @@
 // phase in front of it is over, which may be the other consumer's: so a third kind, `turn`, completes when the other
 // consumer has seen the last chunk of the tile in front arrive. It has then seen all of them.
 //
-// Where sum_scale is not 0, kernels of their own (kSummed) multiply the activations by eight columns of ones as well: of
-// a fragment of eight columns a thread holds the sums of the very rows whose products it holds.
+// Where sum_scale is not 0, kernels of their own (kSummed) multiply the activations by eight columns of ones as well:
+// of a fragment of eight columns a thread holds the sums of the very rows whose products it holds.
 //
 // Nibbles have kernels of their own, too (kNibbles): they are copied as they are, and each thread that multiplies reads
 // those of its fragment of operand A from shared memory and expands them in registers, a step ahead of the products.
@@ -78,7 +78,7 @@ template <class T, class Machine>
 LBS_HD void find_windows(Machine& machine, const Params& p, int first_row) {
     const int warp = machine.thread() / 32, lane = machine.thread() % 32;
     machine.sync_warp();  // nobody copies by the windows of the tile before any more
-    if (lane < T::kWarpRows) warp_windows<T>(machine)[lane] = byte_window(p, first_row + T::Row::copied(warp, lane));
+    if (lane < T::kWarpRows) warp_windows<T>(machine)[lane] = byte_window(p, first_row + copied_row(warp, lane));
     machine.sync_warp();
 }
 
@@ -90,25 +90,29 @@ LBS_HD void copy_weights(Machine& machine, const Params& p, int filter_block, in
                       p.w + weight_block<T::kColumns>(p, filter_block, chunk), T::kWeightBytes, T::full(stage));
 }
 
-template <class T, class Machine>
+// In pieces of kPiece bytes.
+template <class T, int kPiece, class Machine>
 LBS_HD void copy_activations(Machine& machine, const Params& p, int chunk, int stage) {
     using Row = typename T::Row;
-    constexpr int kRowTurns = T::kWarpRows / Row::kTurnRows, kAtOnce = kRowTurns < kTurns ? kRowTurns : kTurns;
+    constexpr int kPieces = Row::kBytes / kPiece;  // of a row
+    constexpr int kTurnRows = 32 / kPieces;        // that a warp copies at once
+    constexpr int kTurnBytes = kProducerWarps * kTurnRows * Row::kPitch;  // between those of one turn and the next
+    constexpr int kRowTurns = T::kWarpRows / kTurnRows, kAtOnce = kRowTurns < kTurns ? kRowTurns : kTurns;
     const int byte = stage * T::kStageBytes, warp = machine.thread() / 32, lane = machine.thread() % 32;
     // Outside the image a pixel of the code of 0 is read; behind the end of K any bytes, the weights there are 0.
-    const int unit = lane % Row::kUnits, first = lane / Row::kUnits;
-    const Tap tap = tap_of(p, chunk * Row::kUnits + unit);
-    const int8_t* outside = p.border + tap.piece * kUnitBytes;
-    const unsigned from = tap_byte(p, tap);
-    const int to = byte + Row::byte(Row::copied(warp, first), unit);
+    const int piece = lane % kPieces, first = lane / kPieces;
+    const Tap tap = tap_of(p, chunk * kPieces + piece);
+    const int8_t* outside = p.border + tap.piece * kPiece;
+    const unsigned from = tap_byte<kPiece>(p, tap);
+    const int to = byte + Row::byte(copied_row(warp, first), piece * kPiece);
     const Window* windows = warp_windows<T>(machine) + first;
     LBS_NO_UNROLL for (int turn = 0; turn < kRowTurns; turn += kAtOnce) {
         Window window[kAtOnce];
-        LBS_UNROLL for (int i = 0; i < kAtOnce; ++i) window[i] = windows[(turn + i) * Row::kTurnRows];
+        LBS_UNROLL for (int i = 0; i < kAtOnce; ++i) window[i] = windows[(turn + i) * kTurnRows];
         LBS_UNROLL for (int i = 0; i < kAtOnce; ++i) {
             const int8_t* inside = p.x + (static_cast<unsigned>(window[i].pixel) + from);
-            machine.template copy<kUnitBytes>(to + (turn + i) * Row::kTurnBytes,
-                                              enters(p, window[i], tap) ? inside : outside, true);
+            machine.template copy<kPiece>(to + (turn + i) * kTurnBytes,
+                                          enters(p, window[i], tap) ? inside : outside, true);
         }
     }
     machine.commit_copies();
@@ -151,7 +155,11 @@ LBS_HD void produce_tile(Machine& machine, const Params& p, const TilePlace& pla
         machine.wait(T::empty(made.at.stage()), 1 - made.at.round());  // the phase before the first counts as complete
         if (made.begun > 0) --made.begun;
         else copy_weights<T>(machine, p, place.filter_block, share.first + chunk, made.at.stage());
-        copy_activations<T>(machine, p, share.first + chunk, made.at.stage());
+        if (T::Row::kNibbles && p.piece < kUnitBytes) {
+            copy_activations<T, kUnitBytes / 2>(machine, p, share.first + chunk, made.at.stage());
+        } else {
+            copy_activations<T, kUnitBytes>(machine, p, share.first + chunk, made.at.stage());
+        }
         made.at.step();
         if (made.under_way == T::kAhead) publish_chunk<T, T::kAhead>(machine, made.oldest);
         else ++made.under_way;
@@ -252,7 +260,8 @@ struct Words {
 template <class T, class Machine>
 LBS_HD void load_words(Machine& machine, int stage, int step, Words<T>& words) {
     const int warp = machine.thread() / 32 % 4, lane = machine.thread() % 32;
-    const int byte = stage * T::kStageBytes + T::Row::byte(fragment_row(warp, lane, 0), step) + lane % 4 * 4;
+    const int word = step * kUnitBytes + lane % 4 * 4;
+    const int byte = stage * T::kStageBytes + T::Row::byte(fragment_row(warp, lane, 0), word);
     LBS_UNROLL for (int group = 0; group < T::kGroups; ++group) {
         LBS_UNROLL for (int half = 0; half < 2; ++half) {
             const int row = group * kWarpgroupRows + fragment_row(0, 0, 2 * half);
@@ -285,7 +294,7 @@ LBS_HD void multiply_words(Machine& machine, Sums<T>& sums, const Words<T>& word
 }
 
 // The same of nibbles: every step is a group of products that runs while the next step is expanded, into the
-// other of two sets of registers. So the steps of the last chunk go by two.
+// other of two sets of registers.
 template <class T, class Machine>
 LBS_HD void multiply_nibbles(Machine& machine, const Share& share, Sums<T>& sums, Place<T>& at, int next) {
     int before = -1;
@@ -307,13 +316,13 @@ LBS_HD void multiply_nibbles(Machine& machine, const Share& share, Sums<T>& sums
     if (next >= 0 && machine.thread() % kWarpgroup == 0) machine.arrive(next);
     int step = 0;
     LBS_NO_UNROLL do {
-        Words<T> words[2];
-        LBS_UNROLL for (int i = 0; i < 2; ++i) load_words(machine, at.stage(), step + i, words[i]);
-        LBS_UNROLL for (int i = 0; i < 2; ++i) {
-            multiply_words(machine, sums, words[i], expanded[i], b + descriptor_step((step + i) * kStepBytes));
-        }
-        step += 2;
-    } while (step < share.last_steps);
+        Words<T> words;
+        load_words(machine, at.stage(), step, words);
+        multiply_words(machine, sums, words, expanded[0], b + descriptor_step(step * kStepBytes));
+        if (++step == share.last_steps) break;
+        load_words(machine, at.stage(), step, words);
+        multiply_words(machine, sums, words, expanded[1], b + descriptor_step(step * kStepBytes));
+    } while (++step < share.last_steps);
     machine.finish_products(sums.acc);
     if (before >= 0) leave<T>(machine, before);
     leave<T>(machine, at.stage());

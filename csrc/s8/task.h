@@ -27,16 +27,19 @@ inline Params make_params(const Task& t, const TileRow& row) {
                 "s8 kernel: tiles of " + std::to_string(row.filters) + " filters write bytes and streams alone");
     }
     Params p{};
-    const int unit_channels = nibbles ? 2 * kUnitBytes : kUnitBytes;
-    const int64_t units = (t.channels + unit_channels - 1) / unit_channels;
-    const int chunk_units = nibbles ? PixelRow<true>::kUnits : PixelRow<false>::kUnits;
-    fill_layer(t, {row.groups * kWarpgroupRows, row.filters, units, chunk_units}, p);
-    check_range(t.batch * t.height * t.width * units * kUnitBytes, 0, kMost, "the number of input bytes");
+    const int64_t sixteens = (t.channels + 15) / 16;
+    const bool wide = nibbles && sixteens % 2 == 0;  // pieces of 32 channels
+    const int64_t pieces = wide ? sixteens / 2 : sixteens;
+    p.piece = nibbles && !wide ? kUnitBytes / 2 : kUnitBytes;
+    const int chunk_pieces = (nibbles ? PixelRow<true>::kBytes : PixelRow<false>::kBytes) / p.piece;
+    fill_layer(t, {row.groups * kWarpgroupRows, row.filters, pieces, chunk_pieces}, p);
+    const int64_t pitch = (pieces * p.piece + kUnitBytes - 1) / kUnitBytes * kUnitBytes;
+    check_range(t.batch * t.height * t.width * pitch, 0, kMost, "the number of input bytes");
     p.x = static_cast<const int8_t*>(t.x), p.w = static_cast<const int8_t*>(t.w);
     p.border = static_cast<const int8_t*>(t.border);
-    p.pitch = static_cast<int>(units) * kUnitBytes;
-    const int step_units = chunk_units / kChunkSteps;
-    p.last_steps = (p.k_pieces - (p.chunks - 1) * chunk_units + step_units - 1) / step_units;
+    p.pitch = static_cast<int>(pitch);
+    const int step_pieces = chunk_pieces / kChunkSteps;
+    p.last_steps = (p.k_pieces - (p.chunks - 1) * chunk_pieces + step_pieces - 1) / step_pieces;
     const int most = row.clusters ? kMostBlocks : 1;
     check_range(t.split, 1, p.chunks < most ? p.chunks : most, "the number of thread blocks that share K");
     while (1 << p.split_log < t.split) ++p.split_log;

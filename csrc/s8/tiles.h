@@ -4,8 +4,8 @@
 #include "cuda/tile_row.h"
 #include "s8/split.h"
 
-// row(machine, groups of 64 pixels, filters, stages): three kernels, one of each kind of Reads. Stages of bytes fill the shared memory of one block: the registers of its
-// three groups of threads allow no second one.
+// row(machine, groups of 64 pixels, filters, stages): three kernels, one of each kind of Reads. Stages of bytes fill the
+// shared memory of one block: the registers of its three groups of threads allow no second one.
 #define LBS_S8_TILES(row) \
     row(wgmma, 2, 128, 6) \
     row(wgmma, 1, 128, 8) \

@@ -72,11 +72,20 @@ def test_geometry(config: S8Config, name: str) -> None:
     check(layer(name, "w8a4_zero" if SHAPES[name].get("padding") else "w8a4"), config)
 
 
-# A step is 32 channels, a chunk 128; the last chunk goes by two steps. 48, 96, 176 and 352 are left of pruned layers.
+# A step is 32 channels, a chunk 128; copies are of 32 channels, or of 16 where a pixel has an odd number of them. 48,
+# 96, 176 and 352 are left of pruned layers.
 @pytest.mark.parametrize("channels", [1, 16, 31, 32, 33, 48, 64, 65, 96, 97, 127, 128, 129, 176, 192, 352, 1152])
 @pytest.mark.parametrize("config", [WIDE, NARROW], ids=str)
 def test_reductions(config: S8Config, channels: int) -> None:
     check(pointwise(channels, 24, 70, channels), config)
+
+
+@pytest.mark.parametrize("channels", [48, 96, 176])
+@pytest.mark.parametrize("config", [WIDE, NARROW, BY_FOURS], ids=str)
+def test_steps_run_across_taps(config: S8Config, channels: int) -> None:
+    x, planes = random_codes(channels, (1, 6, 5, channels), 50, (3, 3), 4, 4)
+    made = one_step.conv(x, planes, a_bits=4, kernel=(3, 3), padding=(1, 1), zero=3)
+    check(replace(made, program=as_nibbles(made.program)), config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config, s8_reduction
+from lbs_kernels.gpu.configs.cuda import CHUNK_BYTES, GROUP_ROWS, CudaConfig, OneBitConfig, S8Config
 from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
 from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_steps, project_tiles
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, column_positions, column_rows
@@ -105,7 +105,7 @@ def executed(problem: Problem, config: Any) -> int:
         steps = reduction_steps(problem, config.block_words, config.block_taps)
         return pixels * filters * steps * WORD * config.step_words
     if isinstance(config, S8Config):
-        return pixels * filters * _s8_steps(problem) * STEP_BYTES
+        return pixels * filters * _up(taps * byte_pitch(problem.in_channels), STEP_BYTES)
     if isinstance(config, OneBitConfig):
         return pixels * filters * _up(taps * words(problem.in_channels) * WORD, STEP_BITS)
     if isinstance(config, DepthwiseConfig):
@@ -143,11 +143,6 @@ def weight_count(problem: Problem) -> int:
     if problem.op == DEPTHWISE_PROJECT:
         return problem.in_channels * (problem.window.taps + problem.out_channels)
     return problem.out_channels * problem.reduction
-
-
-def _s8_steps(problem: Problem) -> int:
-    """Products of 32 channels under an output; those of nibbles go by two."""
-    return _up(-(-s8_reduction(problem) // STEP_BYTES), 2 if problem.nibbles else 1)
 
 
 def resident(problem: Problem, config: Any, machine: Machine = H200) -> float | None:
@@ -241,10 +236,13 @@ def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> floa
     groups = config.block_m // GROUP_ROWS
     if isinstance(config, S8Config):
         operand = CHUNK_BYTES // 2 if problem.nibbles else CHUNK_BYTES  # bytes of a chunk of a pixel
-        chunks = s8_reduction(problem) / CHUNK_BYTES
-        products = groups * _s8_steps(problem) * config.block_o / 2
-        expansion = groups * _s8_steps(problem) * NIBBLE_ISSUE if problem.nibbles else 0.0
-        copies = config.block_m * operand / 16 * COPY_ISSUE / LANES
+        reduction = taps * byte_pitch(problem.in_channels)
+        chunks = reduction / CHUNK_BYTES
+        steps = groups * -(-reduction // STEP_BYTES)
+        products, expansion = steps * config.block_o / 2, steps * NIBBLE_ISSUE if problem.nibbles else 0.0
+        # Copies are of 16 channels, of nibbles of 32 where pixels have pairs of them.
+        copied = 32 if problem.nibbles and reduction // taps % 32 == 0 else 16
+        copies = config.block_m * CHUNK_BYTES / copied * COPY_ISSUE / LANES
     else:
         # A chunk holds 512 bits of two planes; copies are of as many words of a pixel as divide its own.
         operand, expansion = CHUNK_BYTES, 0.0

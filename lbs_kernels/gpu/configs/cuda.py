@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 import torch
 
 from lbs_kernels.gpu.configs.text import match_text
-from lbs_kernels.gpu.layout import NIBBLE_BITS, NIBBLE_CHANNELS, PITCH, Kept
+from lbs_kernels.gpu.layout import NIBBLE_BITS, Kept, byte_pitch
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem
 
@@ -140,7 +140,7 @@ class S8Config(CudaConfig):
     @classmethod
     def splits(cls, problem: Problem, tile: tuple[str, int, int, int]) -> tuple[int, ...]:
         """Each block has a chunk of 128 channels of the reduction at least."""
-        chunks = -(-s8_reduction(problem) // CHUNK_BYTES)
+        chunks = -(-problem.window.taps * byte_pitch(problem.in_channels) // CHUNK_BYTES)
         return tuple(split for split in SPLITS if split <= chunks) if tile in cls.clusters else (1,)
 
     def writes(self, kept: Kept) -> bool:
@@ -148,12 +148,6 @@ class S8Config(CudaConfig):
         channels, a byte of each plane or a word of nibbles.
         """
         return kept == "bytes" or self.block_o % 32 == 0
-
-
-def s8_reduction(problem: Problem) -> int:
-    """K of the s8 kernels: channels under every tap, padded to 16 bytes of activations."""
-    unit = NIBBLE_CHANNELS if problem.nibbles else PITCH
-    return problem.window.taps * -(-problem.in_channels // unit) * unit
 
 
 @functools.cache

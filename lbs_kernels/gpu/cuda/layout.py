@@ -11,11 +11,10 @@ One-bit kernels flatten K over (tap, word) and cut it into chunks of 16 words. A
 
 The s8 kernels flatten it over (tap, channel), channels padded to 16 for each tap, and cut it into chunks of 128 bytes.
 Bytes of filters and channels that do not exist are 0. Kernels that sum codes find eight more columns in every block,
-which hold 1 where a channel exists. Where activations are nibbles, channels are padded to 32 and stand in the order in
-which threads expand them: thread t of four has word t of the 32, its first channels in front, all threads' last ones
-behind.
+which hold 1 where a channel exists. Where activations are nibbles, every 32 bytes of a row are in the order in which
+threads expand them: thread t of four has word t of 16 bytes, its low halves in front, the high ones behind all of them.
 
-    byte 16 h + 4 t + j of 32 = channel 8 t + 4 h + j
+    byte 16 h + 4 t + j of 32 = what would be byte 8 t + 4 h + j
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu.layout import NIBBLE_CHANNELS, byte_pitch
+from lbs_kernels.gpu.layout import byte_pitch
 
 ROW_BYTES = 128
 UNIT_BYTES = 16
@@ -148,13 +147,8 @@ class S8Layout(FilterBlocks):
     nibbles: bool = False  # the activations
 
     @property
-    def pitch(self) -> int:
-        """Channels of a tap with their padding."""
-        return -(-self.channels // NIBBLE_CHANNELS) * NIBBLE_CHANNELS if self.nibbles else byte_pitch(self.channels)
-
-    @property
     def chunks(self) -> int:
-        return -(-self.taps * self.pitch // ROW_BYTES)
+        return -(-self.taps * byte_pitch(self.channels) // ROW_BYTES)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -175,10 +169,9 @@ class S8Layout(FilterBlocks):
 
     def _flat(self, weights: Tensor) -> Tensor:
         """[O, bytes of all chunks] of [O, T, C]."""
-        flat = torch.nn.functional.pad(weights, (0, self.pitch - self.channels)).flatten(1)
-        if self.nibbles:
-            flat = flat.unflatten(1, (-1, 4, 2, 4)).transpose(2, 3).flatten(1)
-        return torch.nn.functional.pad(flat, (0, self.chunks * ROW_BYTES - flat.shape[1]))
+        flat = torch.nn.functional.pad(weights, (0, byte_pitch(self.channels) - self.channels)).flatten(1)
+        flat = torch.nn.functional.pad(flat, (0, self.chunks * ROW_BYTES - flat.shape[1]))
+        return flat.unflatten(1, (-1, 4, 2, 4)).transpose(2, 3).flatten(1) if self.nibbles else flat
 
     def inverse(self, laid_out: Tensor) -> Tensor:
         """int8 [O, T, C] of what `forward` made."""
@@ -187,8 +180,8 @@ class S8Layout(FilterBlocks):
             .transpose(1, 2)
             .reshape(self.slots, self.chunks * ROW_BYTES)
         )
-        kept = flat[: self.filters, : self.taps * self.pitch]
         if self.nibbles:
-            kept = kept.unflatten(1, (-1, 2, 4, 4)).transpose(2, 3)
-        kept = kept.reshape(self.filters, self.taps, self.pitch)
+            flat = flat.unflatten(1, (-1, 2, 4, 4)).transpose(2, 3).flatten(1)
+        pitch = byte_pitch(self.channels)
+        kept = flat[: self.filters, : self.taps * pitch].reshape(self.filters, self.taps, pitch)
         return kept[..., : self.channels].contiguous()

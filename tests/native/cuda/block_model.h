@@ -264,8 +264,8 @@ private:
         if (block_.timing == Timing::kEarly) finish(product);
         products_.add(product);
     }
-    // A row of a 64 x 32 operand A in registers: bytes 4 t to 4 t + 3 of lane 4 g + t's first register (row g) or second
-    // (row g + 8), and from byte 16 on of the third and fourth.
+    // A row of a 64 x 32 operand A in registers: bytes 4 t to 4 t + 3 are the first register of lane 4 g + t (row g) or
+    // the second (row g + 8), and those from byte 16 on the third and fourth.
     void gather_row(const Block::Letter* letters, int half, uint64_t (&words)[4]) const {
         uint32_t parts[8];
         for (int i = 0; i < 8; ++i) parts[i] = letters[lane() / 4 * 4 + i % 4].words[i / 4 * 2 + half];
