@@ -19,7 +19,7 @@ from disassembly import main_loop
 from test_triton_interpreted import HERE, run_interpreted
 
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu import kernels, modelled
+from lbs_kernels.gpu import forms, kernels
 from lbs_kernels.gpu.configs.cost import bytes_moved, executed, seconds
 from lbs_kernels.gpu.configs.defaults import project_defaults
 from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_candidates, project_steps, project_tiles
@@ -184,7 +184,7 @@ def test_the_model_chooses_and_counts_the_pair_as_one(monkeypatch: pytest.Monkey
     wide, _ = programs.depthwise_and_layer(0, channels=96, filters=320, size=(7, 7))
     assert list(pairs(wide))
     assert with_projected(wide) is wide  # no tile holds its filters
-    monkeypatch.setattr(modelled, "seconds", lambda problem, *_: 1.0 + (problem.op == "depthwise_project"))
+    monkeypatch.setattr(forms, "seconds", lambda problem, *_: 1.0 + (problem.op == "depthwise_project"))
     assert with_projected(program) is program
 
 

@@ -241,8 +241,8 @@ def _cuda_clocks(problem: Problem, config: CudaConfig, machine: Machine) -> floa
         steps = groups * -(-reduction // STEP_BYTES)
         products, expansion = steps * config.block_o / 2, steps * NIBBLE_ISSUE if problem.nibbles else 0.0
         # Copies are of 16 channels, of nibbles of 32 where pixels have pairs of them.
-        wide = problem.nibbles and reduction // taps % 32 == 0
-        copies = config.block_m * CHUNK_BYTES / (32 if wide else 16) * COPY_ISSUE / LANES
+        copied = 32 if problem.nibbles and reduction // taps % 32 == 0 else 16
+        copies = config.block_m * CHUNK_BYTES / copied * COPY_ISSUE / LANES
     else:
         # A chunk holds 512 bits of two planes; copies are of as many words of a pixel as divide its own.
         operand, expansion = CHUNK_BYTES, 0.0
