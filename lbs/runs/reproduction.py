@@ -16,9 +16,10 @@ from lbs.runs.rows import Row, row_named
 from lbs.runs.session import one_writer
 from lbs.runs.stages import pack_run, verify_run
 from lbs.train import distributed
-from lbs_kernels.errors import LbsError
+from lbs_kernels.errors import LbsError, TrainingError
 
 RECORD = "record.json"
+_NETWORK = ("exclude", "streams")  # options of a search that its fine-tuning has too
 Options = dict[str, dict[str, Any]]
 C = TypeVar("C", bound=RunConfig)
 
@@ -37,8 +38,23 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool, processe
             asked = {**_of_row(row, kind.command), **asked}
         if kind is SearchRun and "mode" in asked:
             mode_settings(asked["mode"])  # before anything is trained
+        if kind is FinetuneRun and row.search is not None:
+            asked = {**_of_search(named), **asked}
         wanted.append((kind, asked))
     return {config.command: config for config in open_runs(wanted, folder, resume, processes=processes)}
+
+
+def _of_search(named: Options) -> dict[str, Any]:
+    """What fine-tuning takes over of what was named for the search. Raises TrainingError where both differ."""
+    found = {key: value for key, value in named["search"].items() if key in _NETWORK}
+    for key, value in found.items():
+        own = named["finetune"].get(key, value)
+        if own != value:
+            raise TrainingError(
+                f"--finetune {key}={own} of a network that is searched with {key}={value}; leave out --finetune {key}, "
+                "which is that of the search"
+            )
+    return found
 
 
 def row_of(folder: RunFolder) -> Row:

@@ -23,6 +23,7 @@ from lbs.runs import network
 from lbs.runs.packed import PACKED
 from lbs.search.streams import FLOAT
 from lbs_kernels.errors import LbsError, PlanError
+from lbs_kernels.gpu.modelled import ways
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.times import table
 from lbs_kernels.times.table import TuningTable
@@ -94,12 +95,12 @@ def plan_problems(plan: Plan, batches: Iterable[int], device: str) -> list[Probl
 
 
 def step_problems(packed: PackedModel, batches: Iterable[int], device: str) -> list[Problem]:
-    """The steps of a packed network, and its layers that are on unusual grids once more, as estimates ask for them."""
+    """The steps of a packed network, and its layers that are on unusual grids once more, as estimates ask for them. Of
+    a GPU also the steps it may run in their place.
+    """
+    programs = [way for program in packed.programs for way in (ways(program) if device != "cpu" else [program])]
     steps = [
-        problem_of(step, program, batch, device)
-        for batch in batches
-        for program in packed.programs
-        for step in program.steps
+        problem_of(step, program, batch, device) for batch in batches for program in programs for step in program.steps
     ]
     layers = [] if packed.plan is None else plan_problems(packed.plan, batches, device)
     return steps + [layer for layer in layers if layer.grid is not None]

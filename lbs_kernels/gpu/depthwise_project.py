@@ -48,7 +48,7 @@ class ProjectedDepthwise(ConvStep):
         return self.depthwise
 
     def between(self, program: Program) -> TensorSpec:
-        """The codes between the two, as they are multiplied: bytes of any width."""
+        """The codes between the two, as they are multiplied: bytes, whatever they were kept as."""
         kept = program.tensors[self.first.emit.consumers[0].tensor]
         return TensorSpec(**{**vars(kept), "bits": BYTE_BITS})
 

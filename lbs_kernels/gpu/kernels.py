@@ -248,12 +248,16 @@ def program_on(
     program, blob = fold_stem(program, blob)
     hopper, triton = on_hopper(device), families is None or "triton" in families
     cuda = (families is None or "cuda" in families) and _keeps(device)
+
+    def measured(problem: Problem) -> float | None:
+        return choose(problem, families).seconds
+
     if triton:
-        program = with_pooled_stem(program, blob, hopper=cuda)
+        program = with_pooled_stem(program, blob, cuda, measured)
     if cuda:
-        program = as_kept(program, lambda problem: choose(problem, families).seconds)
+        program = as_kept(program, measured)
     if triton and hopper:
-        program = with_projected(program, hopper=cuda)
+        program = with_projected(program, cuda, measured)
     return program, blob
 
 

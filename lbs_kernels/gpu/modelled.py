@@ -6,6 +6,7 @@ one: they are no measurement, and where the GPU is at hand `lbs tune` replaces t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -70,39 +71,71 @@ class Modelled:
         return step_seconds(step, program, self.batch, self.machine, hopper)
 
 
-def with_pooled_stem(program: Program, blob: Tensor | None = None, hopper: bool = True) -> Program:
-    """The program with a stem and the maximum behind it as one step, where that takes less time by the model, with the
+def _unknown(problem: Problem) -> float | None:
+    return None
+
+
+def with_pooled_stem(
+    program: Program,
+    blob: Tensor | None = None,
+    hopper: bool = True,
+    measured: Callable[[Problem], float | None] = _unknown,
+) -> Program:
+    """The program with a stem and the maximum behind it as one step, where that takes less time, with the
     forms of codes that either allows (`as_kept`): a maximum of codes hands them on as they are.
 
     Args:
         blob: as `pool_stems` takes it. hopper: as `of_step` takes it.
+        measured: seconds of a problem, where they are known. Where one of the three steps lacks one, all are modelled.
     """
     one = pool_stems(program, blob)
     if one is program:
         return program
-    ways = (as_kept(one), as_kept(program)) if hopper else (one, program)
-    return one if _faster(*ways, hopper) is ways[0] else program
+    both = (as_kept(one, measured), as_kept(program, measured)) if hopper else (one, program)
+    return one if _faster(*both, hopper, measured) is both[0] else program
 
 
-def with_projected(program: Program, hopper: bool = True) -> Program:
-    """The program with depthwise layers and the 1 x 1 layers behind them as one step each, where that takes less time
-    by the model. On compute capability 9.0: elsewhere codes between the two move between threads (docs/triton.md).
+def with_projected(
+    program: Program, hopper: bool = True, measured: Callable[[Problem], float | None] = _unknown
+) -> Program:
+    """The program with depthwise layers and the 1 x 1 layers behind them as one step each, where that takes less time.
+    On compute capability 9.0: elsewhere codes between the two move between threads (docs/triton.md).
 
-    hopper: as `of_step` takes it.
+    hopper, measured: as `with_pooled_stem` takes them.
     """
     for first, layer in pairs(program):
         one = projected(program, first, layer)
         (step,) = (step for step in one.steps if step.name == first.name)
         if configurations(step, problem_of(step, one, BATCH, "cuda")):  # else registers hold no tile of its filters
-            program = _faster(one, program, hopper)
+            program = _faster(one, program, hopper, measured)
     return program
 
 
-def _faster(one: Program, other: Program, hopper: bool) -> Program:
-    """The one whose steps take less time together; `other` where they take as much."""
-    model, ways = Modelled(batch=BATCH), (one, other)
-    times = [sum(model.of_step(step, way, hopper) for step in way.steps) for way in ways]
+def _faster(one: Program, other: Program, hopper: bool, measured: Callable[[Problem], float | None]) -> Program:
+    """The one whose steps take less time together; `other` where they take as much. By times where all steps that
+    differ, in what they do or in the form of their codes, have one.
+    """
+    model, both = Modelled(batch=BATCH), (one, other)
+    steps = [[(step, problem_of(step, own, BATCH, "cuda")) for step in own.steps] for own in both]
+    differ = [[row for row in way if row not in beside] for way, beside in (steps, steps[::-1])]
+    known = [[measured(problem) for _, problem in way] for way in differ]
+    times = [sum(time for time in way if time is not None) for way in known]
+    if None in (*known[0], *known[1]):
+        times = [sum(model.of_step(step, own, hopper) for step in own.steps) for own in both]
     return one if times[0] < times[1] else other
+
+
+def ways(program: Program) -> list[Program]:
+    """The program, and as a GPU may run it: with its stem folded and codes as bytes, and with every pair of steps as
+    one that there is a kernel for. What is measured of all of them decides.
+    """
+    kept = as_kept(fold_steps(program))
+    one = pool_stems(kept)
+    for first, layer in pairs(one):
+        found = projected(one, first, layer)
+        (step,) = (step for step in found.steps if step.name == first.name)
+        one = found if configurations(step, problem_of(step, found, BATCH, "cuda")) else one
+    return [program, kept, one]
 
 
 def modelled(text: str) -> Modelled | None:

@@ -20,6 +20,8 @@ from lbs_kernels.errors import BackendError, FormatError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.kernels import Choice
 from lbs_kernels.gpu.layout import to_logical
+from lbs_kernels.gpu.pair_layer import OPS as PAIR_OPS
+from lbs_kernels.gpu.pair_layer import pair_layer
 from lbs_kernels.program.layer import LAYER, layer_program, result_of
 from lbs_kernels.program.problem import Problem
 from lbs_kernels.program.window import Window
@@ -63,11 +65,18 @@ class Layer:
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self.problem, self.device = problem, device
-        self.program, self.blob = layer_program(problem)
-        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
+        pair = pair_layer(problem) if problem.op in PAIR_OPS else None
+        if pair is None:
+            self.program, self.blob = layer_program(problem)
+            self.result = result_of(problem)
+        else:
+            self.program, self.blob, self.result = pair.program, pair.blob, pair.result
+        # What a GPU runs: two steps that are one there.
+        self.on_gpu = (self.program, self.blob) if pair is None else (pair.one, pair.one_blob)
+        spec = self.program.tensors[self.program.inputs[0]]
+        shape = (problem.batch, spec.channels, spec.height, spec.width)
         self.image = torch.rand(shape, dtype=torch.float32, device=device)
-        self.step = [step.name for step in self.program.steps].index(LAYER)
-        self.result = result_of(problem)
+        self.step = [step.name for step in self.on_gpu[0].steps].index(LAYER)
         self.checked = sorted({0, problem.batch - 1})
         trace: dict[int, Tensor] = {}
         ReferenceRunner(self.program, self.blob.to(device)).run([self.image[self.checked]], trace)
@@ -77,7 +86,7 @@ class Layer:
         """The step's launch with one GPU kernel, after its result was compared. Raises WrongResultError."""
         from lbs_kernels.gpu.runner import GpuRunner  # needs Triton; the CPU's part does not
 
-        runner = GpuRunner(self.program, self.blob, self.device, {LAYER: choice.config})
+        runner = GpuRunner(*self.on_gpu, self.device, {LAYER: choice.config})
         plan = runner.plan(self.problem.batch)
         for launch in plan.launches[: self.step + 1]:  # a step behind it may take its result's memory
             launch([self.image])

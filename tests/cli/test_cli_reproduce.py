@@ -22,7 +22,7 @@ from lbs.config import FinetuneRun, SearchRun
 from lbs.plan import Plan
 from lbs.run_folder import RunFolder, write_sealed
 from lbs.runs import rows
-from lbs.runs.reproduction import schedule_text
+from lbs.runs.reproduction import Options, open_row, schedule_text
 from lbs.train import checkpoint
 from lbs.train.trainer import Trainer
 from lbs_kernels.errors import LbsError
@@ -325,6 +325,10 @@ def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
             "--finetune teacher_weights=other.safetensors",
             "is for 7 classes",
         ),
+        (
+            "reproduce tiny --search streams=8 --finetune streams=32",
+            "--finetune streams=32 of a network that is searched with streams=8; leave out --finetune streams",
+        ),
         ("reproduce tiny --search mode=backwards --weights ok.safetensors", "mode=backwards is not known; use joint"),
     ],
 )
@@ -414,6 +418,13 @@ def test_options_on_the_command_line() -> None:
             setting(SearchRun, text)
     with pytest.raises(LbsError, match="give KEY=VALUE"):
         setting(SearchRun, "gain")
+
+
+def test_fine_tuning_has_what_makes_the_network_from_the_search(tmp_path: Path) -> None:
+    named: Options = {"common": {}, "float": {}, "search": {"streams": 8, "exclude": ("fc",)}, "finetune": {}}
+    configs = open_row(rows._row(TINY, "joint", {}, ""), named, RunFolder(tmp_path), resume=False)
+    assert isinstance(configs["finetune"], FinetuneRun)
+    assert (configs["finetune"].streams, configs["finetune"].exclude) == (8, ("fc",))
 
 
 def test_every_row_is_listed_with_what_was_published(lbs_command: Command) -> None:

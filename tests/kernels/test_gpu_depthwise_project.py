@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import programs
@@ -18,17 +19,22 @@ from compiled_layers import check_gemm, check_order, launches
 from disassembly import main_loop
 from test_triton_interpreted import HERE, run_interpreted
 
+from lbs.runs import tuning
 from lbs_kernels.errors import FormatError
-from lbs_kernels.gpu import forms, kernels
+from lbs_kernels.gpu import forms, kernels, modelled
 from lbs_kernels.gpu.configs.cost import bytes_moved, executed, seconds
 from lbs_kernels.gpu.configs.defaults import project_defaults
 from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig, project_candidates, project_steps, project_tiles
 from lbs_kernels.gpu.depthwise_project import ProjectedDepthwise, pairs, projected
 from lbs_kernels.gpu.modelled import Modelled, with_projected
+from lbs_kernels.gpu.pair_layer import OPS, pair_layer
+from lbs_kernels.program.checks import check_program
+from lbs_kernels.program.layer import LAYER
 from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import Activation, Consumer, Program
 
 BLOCK = Problem("depthwise_project", 128, 28, 28, 192, 32, (3, 3), (1, 1), (1, 1), device="cuda")
+STEM = Problem("stem_pool", 2, 19, 19, 12, 64, (4, 4), device="cuda")
 # Channels, filters, size and step of the inverted residuals of MobileNetV2.
 BLOCKS = [
     (32, 16, 112, 1),
@@ -186,6 +192,47 @@ def test_the_model_chooses_and_counts_the_pair_as_one(monkeypatch: pytest.Monkey
     assert with_projected(wide) is wide  # no tile holds its filters
     monkeypatch.setattr(forms, "seconds", lambda problem, *_: 1.0 + (problem.op == "depthwise_project"))
     assert with_projected(program) is program
+
+
+def test_measured_times_decide_where_all_three_are_known() -> None:
+    program, _ = programs.depthwise_and_layer(0, channels=192, filters=32, size=(28, 28))
+    times = {"depthwise_project": 3.0, (3, 3): 1.0, (1, 1): 1.0}
+
+    def measured(problem: Problem) -> float | None:
+        assert problem.batch == 128
+        return times.get(problem.op, times.get(problem.kernel))
+
+    assert with_projected(program, measured=measured) is program  # the model would take it
+    times["depthwise_project"] = 1.5
+    assert with_projected(program, measured=measured) == fused(program)
+    times = {"depthwise_project": 3.0, (3, 3): 1.0}
+    assert with_projected(program, measured=measured) == fused(program)  # by the model
+
+
+def test_both_ways_are_tuned() -> None:
+    """Steps as they are, with a folded stem and codes as bytes, and every pair as one; also of codes below 8 bits."""
+    for between in (8, 4):
+        program, _ = programs.depthwise_and_layer(0, between=between, w_bits=between)
+        apart, kept, one = modelled.ways(program)
+        assert apart is program
+        assert len(kept.steps) == len(program.steps)
+        assert one == fused(kept)
+    stem, _ = programs.stem_and_maximum(0)
+    assert [step.op for step in modelled.ways(stem)[2].steps] == ["quantpack", "stem_pool"]
+    packed: Any = SimpleNamespace(programs=[program, stem], plan=None)
+    alone = {"quantpack", "bitconv2d", "pool"}
+    assert {problem.op for problem in tuning.step_problems(packed, [1], "cpu")} == alone
+    assert {problem.op for problem in tuning.step_problems(packed, [1], "cuda")} == {*alone, *OPS}
+
+
+@pytest.mark.parametrize("problem", [replace(BLOCK, batch=2), replace(BLOCK, stride=(2, 2), w_bits=4), STEM], ids=str)
+def test_what_is_tuned_is_the_step_of_that_problem(problem: Problem) -> None:
+    pair = pair_layer(problem)
+    (step,) = (step for step in pair.one.steps if step.name == LAYER)
+    assert problem_of(step, pair.one, problem.batch, "cuda") == problem
+    assert pair.result in [consumer.tensor for consumer in step.emit.consumers]
+    assert len(pair.one.steps) == len(pair.program.steps) - 1
+    check_program(pair.program)
 
 
 def test_interpreted_kernels_equal_the_reference(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ Started by tests/kernels/test_gpu_depthwise_project.py; by hand:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import programs
 import pytest
+import torch
 from contenders import assert_same
 from torch import Tensor
 
@@ -18,9 +20,12 @@ from lbs_kernels.errors import BackendError
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig
 from lbs_kernels.gpu.depthwise_project import pairs, projected
+from lbs_kernels.gpu.layout import to_logical
 from lbs_kernels.gpu.runner import GpuRunner
-from lbs_kernels.program.steps import Program
+from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import NibbleSpec, Program
 from lbs_kernels.run.reference import ReferenceRunner
+from lbs_kernels.tune import tuner
 
 
 def fused(program: Program) -> tuple[Program, str]:
@@ -63,6 +68,24 @@ def test_whatever_is_written(written: str, stream_dtype: str) -> None:
 )
 def test_bits(case: dict[str, Any]) -> None:
     check(*programs.depthwise_and_layer(5, **case))
+
+
+def test_codes_that_were_nibbles() -> None:
+    """Between the two, where they are bytes in registers, and behind them, where they are written so."""
+    program, blob = programs.depthwise_and_layer(5, "codes", between=4, bits=4, channels=33, filters=20)
+    images = programs.random_inputs(program, 2, 4)
+    (first, layer), *_ = pairs(program)
+    kept = {layer.input, layer.emit.consumers[0].tensor}
+    specs = (NibbleSpec(**vars(spec)) if index in kept else spec for index, spec in enumerate(program.tensors))
+    one = projected(replace(program, tensors=tuple(specs)), first, layer)
+    runner = GpuRunner(replace(one, steps=one.steps[:2]), blob, "cpu", whole=False)
+    plan = runner.plan(2)
+    for launch in plan.launches:
+        launch(images)
+    index = layer.emit.consumers[0].tensor
+    trace: dict[int, Tensor] = {}
+    ReferenceRunner(program, blob).run(images, trace)
+    assert_same(to_logical(plan.buffers[index], one.tensors[index]), trace[index], "nibbles")
 
 
 # One pixel; odd and even sides, whose last strip reaches beyond the image or not; without padding, or on one side.
@@ -122,3 +145,23 @@ def test_the_trace_of_a_fused_program_is_that_of_the_steps(monkeypatch: pytest.M
     assert len(names) == len(program.steps)
     assert names[2] == names[3]
     assert names[2].startswith("triton:project_")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("depthwise_project", 2, 6, 5, 24, 16, (3, 3), (1, 1), (1, 1)),
+        Problem("stem_pool", 2, 11, 11, 12, 16, (4, 4)),
+    ],
+    ids=str,
+)
+def test_steps_that_stand_for_two_are_tuned(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with the two, under the names of tuning tables; a wrong one is refused."""
+    found = tuner.measure_gpu(problem, torch.device("cpu"), limit=1, rounds=1)
+    assert found.seconds, found.refused
+    assert not found.refused
+    assert kernels.default(problem).name in found.seconds
+    monkeypatch.setattr(tuner, "to_logical", lambda *_: torch.zeros(1, dtype=torch.uint8))
+    refused = tuner.measure_gpu(problem, torch.device("cpu"), limit=1, rounds=1).refused
+    assert set(refused) == set(found.seconds)
+    assert all(tuner.WRONG in reason for reason in refused.values())
