@@ -51,8 +51,8 @@ def _of_search(named: Options) -> dict[str, Any]:
         own = named["finetune"].get(key, value)
         if own != value:
             raise TrainingError(
-                f"--finetune {key}={own} of a network that is searched with {key}={value}; leave out --finetune {key}, "
-                "which is that of the search"
+                f"{key}={own} for fine-tuning, of a network that is searched with {key}={value}; "
+                "name it for the search alone"
             )
     return found
 
