@@ -113,8 +113,12 @@ def points_of(args: argparse.Namespace) -> list[float]:
         around = surroundings(problems, streams=args.streams)
         threads = fastest(around)
         call = call_seconds(problems, problems, batch=1, threads=threads, streams=args.streams)
-        write_json(path, {"call": call, "threads": threads, "points": [1e3 * call * share for share in args.points]})
-    return [float(point) for point in read_json(path)["points"]]
+        points = [1e3 * call * share for share in args.points]
+        write_json(path, {"call": call, "threads": threads, "streams": args.streams, "points": points})
+    found = read_json(path)
+    if found["streams"] != args.streams:
+        raise SystemExit(f"{args.runs} holds runs with --streams {found['streams']}; give that, or another folder")
+    return [float(point) for point in found["points"]]
 
 
 def trained(one: Contender, seed: int, args: argparse.Namespace) -> dict[str, Any] | None:

@@ -58,8 +58,8 @@ def problems() -> dict[tuple[str, str], Any]:
 
 
 def triton_row(problem: Any, config: Any) -> Row:
-    """The launch of a layer (`compiled`). Instructions of a thread for one tile; where nothing of
-    the tensor core is there, all of them, as such kernels are unrolled.
+    """Instructions of a thread for one tile; where nothing of the tensor core is there, all of them, as such kernels
+    are unrolled.
     """
     from disassembly import Loop, instructions, main_loop
 

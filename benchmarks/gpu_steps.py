@@ -12,10 +12,10 @@ import torch
 import lbs
 import lbs.models
 from benchmarks import gpu_device, gpu_nets
+from lbs_kernels.gpu.forms import WEIGHTED
 from lbs_kernels.gpu.modelled import Modelled
 from lbs_kernels.program.problem import Problem
 
-LAYERS = ("bitconv2d", "bitlinear")  # what can be tuned
 NETWORKS = (("resnet18", "w8a8"), ("resnet18", "w4a4"), ("resnet50", "w8a8"), ("resnet50", "w4a4"))
 BATCHES = (128, 1)
 ROUNDS = 7
@@ -84,6 +84,6 @@ def costliest(rows: list[dict[str, Any]], count: int) -> list[Problem]:
     largest = max((row["batch"] for row in rows), default=0)
     for row in rows:
         problem = Problem(**{key: tuple(v) if isinstance(v, list) else v for key, v in row["problem"].items()})
-        if problem.op in LAYERS and row["batch"] == largest:
+        if problem.op in WEIGHTED and row["batch"] == largest:
             taken[problem] = max(taken.get(problem, 0.0), row["seconds"] or row["modelled_seconds"])
     return sorted(taken, key=lambda problem: taken[problem], reverse=True)[:count]

@@ -33,7 +33,7 @@ bool is_depthwise(const ProgramSpec& program, const StepSpec& step, const CodeLa
                   int lanes) {
     const TensorSpec& source = program.tensors[static_cast<size_t>(step.input)];
     if (step.groups != source.channels || program.array(step.planes).shape[1] != source.channels) return false;
-    // As sums over four channels each, three of them times zero, which need no codes to be spread.
+    // Short windows need no codes to be spread: taps in fours (plan_taps), or sums over four channels each.
     const int taps = step.kernel.y * step.kernel.x;
     if (taps <= kShortTaps && is_short(step, source, taps, emit)) return false;
     if (layout.phases != step.stride.x || layout.is_row) return false;
@@ -99,7 +99,7 @@ void plan_taps(const ProgramSpec& program, const StepSpec& step, const CodeLayou
     const int channels = program.tensors[static_cast<size_t>(step.input)].channels;
     const int taps = step.kernel.y * step.kernel.x;
     const EmitPlan& emit = plan.emit;
-    if (step.groups != channels || emit.channels != channels || !emit.is_usual || emit.consumer_count != 1 ||
+    if (plan.is_thinned || step.groups != channels || emit.channels != channels || !emit.is_usual || emit.consumer_count != 1 ||
         emit.coded.tensor >= 0 || emit.consumers->map.pieces == 0)
         return;
     plan.tap_quads = (taps + 3) / 4;

@@ -216,8 +216,8 @@ struct Simd {
                 for (int k = 0; k < 4; ++k) out[j][4 * i + k] = in[k][4 * i + j];
         std::memcpy(x, out, sizeof out);
     }
-    static void interleave_bytes(
-        I (&x)[4]) {  // of every four lanes: byte j of lane i of x[k] becomes byte k of lane j of x[i]
+    // Of every four lanes: byte j of lane i of x[k] becomes byte k of lane j of x[i].
+    static void interleave_bytes(I (&x)[4]) {
         uint8_t in[4][4 * L], out[4][4 * L];
         std::memcpy(in, x, sizeof in);
         for (int four = 0; four < 4 * L; four += 16)

@@ -28,7 +28,8 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool, processe
     """The configuration of each phase by its command: the row's, changed by what the user named.
 
     Raises:
-        TrainingError: a run that goes on was begun with other options; they are listed. PlanError: an unknown mode.
+        TrainingError: a run that goes on was begun with other options; they are listed. Or fine-tuning would have
+            another network than its search. PlanError: an unknown mode.
     """
     kinds: list[type[RunConfig]] = [FloatRun, *([SearchRun] if row.search is not None else []), FinetuneRun]
     wanted = []
@@ -39,19 +40,21 @@ def open_row(row: Row, named: Options, folder: RunFolder, resume: bool, processe
         if kind is SearchRun and "mode" in asked:
             mode_settings(asked["mode"])  # before anything is trained
         if kind is FinetuneRun and row.search is not None:
-            asked = {**_of_search(named), **asked}
+            asked = {**_of_search(row, named, resume), **asked}
         wanted.append((kind, asked))
     return {config.command: config for config in open_runs(wanted, folder, resume, processes=processes)}
 
 
-def _of_search(named: Options) -> dict[str, Any]:
-    """What fine-tuning takes over of what was named for the search. Raises TrainingError where both differ."""
-    found = {key: value for key, value in named["search"].items() if key in _NETWORK}
-    for key, value in found.items():
-        own = named["finetune"].get(key, value)
-        if own != value:
+def _of_search(row: Row, named: Options, resume: bool) -> dict[str, Any]:
+    """What fine-tuning takes over of its search, but for what a run that goes on holds already."""
+    asked = named["search"] if resume else {**_of_row(row, SearchRun.command), **named["search"]}
+    found = {key: asked[key] for key in _NETWORK if key in asked}
+    for key in () if resume else _NETWORK:
+        searched = found.get(key, getattr(SearchRun, key))
+        own = named["finetune"].get(key, searched)
+        if own != searched:
             raise TrainingError(
-                f"{key}={own} for fine-tuning, of a network that is searched with {key}={value}; "
+                f"{key}={own} for fine-tuning, of a network that is searched with {key}={searched}; "
                 "name it for the search alone"
             )
     return found

@@ -240,8 +240,8 @@ def program_on(
     program: Program, blob: Tensor, device: str, families: tuple[str, ...] | None = None
 ) -> tuple[Program, Tensor]:
     """The program as the GPU there runs it, and its blob: its stem folded (`stem.py`), one with the maximum behind
-    it (`stem_pool.py`), with codes as bytes where the s8 kernels may serve (`forms.py`), depthwise layers one with
-    those behind them (`depthwise_project.py`).
+    it (`stem_pool.py`), with codes as bytes or nibbles where the s8 kernels may serve (`forms.py`), depthwise layers
+    one with those behind them (`depthwise_project.py`).
     """
     if not device.startswith("cuda"):
         return program, blob

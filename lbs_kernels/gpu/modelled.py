@@ -126,8 +126,8 @@ def _faster(one: Program, other: Program, hopper: bool, measured: Callable[[Prob
 
 
 def ways(program: Program) -> list[Program]:
-    """The program, and as a GPU may run it: with its stem folded and codes as bytes, and with every pair of steps as
-    one that there is a kernel for. What is measured of all of them decides.
+    """The program, and as a GPU may run it: with its stem folded and codes as bytes or nibbles, and with every pair of
+    steps as one that there is a kernel for. What is measured of all of them decides.
     """
     kept = as_kept(fold_steps(program))
     one = pool_stems(kept)

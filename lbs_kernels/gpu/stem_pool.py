@@ -11,7 +11,6 @@ The fold takes the padding in as well: the image that is written has room for ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lbs_kernels.gpu.configs.stem_pool import OP, PAD, STEP, TAPS, WINDOW
-from lbs_kernels.gpu.layout import BYTE_BITS
+from lbs_kernels.gpu.layout import BYTE_BITS, read_by, written_by
 from lbs_kernels.gpu.stem import FoldedStep
-from lbs_kernels.program.steps import ConvStep, Emit, PoolStep, Program, Step, sources
+from lbs_kernels.program.steps import ConvStep, Emit, PoolStep, Program, Step
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,14 @@ def _replaced(program: Program, place: int, pool: PoolStep, emit: Emit, before: 
 
 def _maximum(program: Program, step: ConvStep) -> PoolStep | None:
     """The maximum that reads what `step` writes, where nothing else does and it writes nothing else."""
-    written = [consumer.tensor for consumer in step.emit.consumers]
-    written += [] if step.emit.stream is None else [step.emit.stream]
+    written = written_by(step)
     if len(written) != 1 or written[0] in program.outputs:
         return None
-    readers = [other for other in program.steps if written[0] in _read(other)]
+    readers = [other for other in program.steps if written[0] in read_by(other)]
     if len(readers) != 1 or not isinstance(readers[0], PoolStep) or readers[0].input != written[0]:
         return None
     pool, sides = readers[0], ((TAPS, TAPS), (STEP, STEP), (PAD, PAD))
     return pool if pool.kind == "max" and (pool.kernel, pool.stride, pool.padding) == sides else None
-
-
-def _read(step: Step) -> Iterator[int]:
-    yield from sources(step)
-    yield from (index for index in (step.emit.gate, step.emit.residual) if index is not None)
 
 
 def _folded(program: Program, step: ConvStep) -> bool:

@@ -329,6 +329,10 @@ def test_a_streamed_folder_makes_a_row_and_goes_on_in_the_middle_of_an_epoch(
             "reproduce tiny --search streams=8 --finetune streams=32",
             "streams=32 for fine-tuning, of a network that is searched with streams=8; name it for the search alone",
         ),
+        (
+            "reproduce tiny --finetune streams=8",
+            "streams=8 for fine-tuning, of a network that is searched with streams=32",
+        ),
         ("reproduce tiny --search mode=backwards --weights ok.safetensors", "mode=backwards is not known; use joint"),
     ],
 )

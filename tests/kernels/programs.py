@@ -287,13 +287,14 @@ def stem_and_maximum(
     filters: int = 20,
     signs: bool = True,
     bits: int = 8,
+    w_bits: int = 8,
     high: float | None = None,
     stream_dtype: str = "float32",
 ) -> tuple[Program, Tensor]:
     """A window of 7 x 7 that steps by two and a maximum of 3 x 3 behind it, of what is `written` between the two.
 
     stream: the maximum writes a stream and codes of `bits`. codes: a maximum of codes of `bits`. clamped: of a stream,
-    clamped again, written as codes alone. Filters have multipliers of both signs, or of one.
+    clamped again, written as codes alone. Filters have weights of `w_bits`, multipliers of both signs, or of one.
     """
     b = Builder(seed, stream_dtype)
     image = b.image(3, *size)
@@ -304,7 +305,7 @@ def stem_and_maximum(
     wide = b.consumer(shape, bits) if written == "codes" else None
     between = b.stream(shape) if wide is None else wide.tensor
     emit = Emit(low=0.0, high=high, stream=between) if wide is None else Emit(low=0.0, high=high, consumers=(wide,))
-    b.conv(codes.tensor, emit, filters, w_bits=8, grid="zero", **window)
+    b.conv(codes.tensor, emit, filters, w_bits=w_bits, grid="zero", **window)
     multiplier = next(key for key in b.arrays if key.startswith("multiplier"))
     b.arrays[multiplier] = b.arrays[multiplier] if signs else b.arrays[multiplier].abs()
     pool = b.conv_shape(between, filters, (3, 3), (2, 2), (1, 1))

@@ -109,6 +109,22 @@ def test_numbers_that_no_integer_holds(largest: float, layer: str, isa: str) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_one_channel_that_is_thinned(isa: str) -> None:
+    """As many groups as channels, one; another reader pads the codes, and knows no stride."""
+    b = Builder(2)
+    image = b.image(1, 10, 13)
+    codes = b.consumer((10, 13, 1), 8)
+    b.quantize(image, Emit(consumers=(codes,)))
+    window = {"kernel": (1, 1), "padding": (0, 0), "stride": (3, 3)}
+    made = b.consumer(b.conv_shape(codes.tensor, 1, **window), 8)
+    b.conv(codes.tensor, Emit(low=0.0, consumers=(made,)), 1, w_bits=8, grid="zero", **window)  # type: ignore[arg-type]
+    for tensor in (codes.tensor, made.tensor):
+        y = b.stream(b.conv_shape(tensor, 3, padding=(1, 1)), output=True)
+        b.conv(tensor, Emit(stream=y), 3, w_bits=4, padding=(1, 1))
+    check(*b.build(), isa, batches=(1, 3), threads=(1, 2))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("zeros", [(0, 0), (77, 5), (200, 0)])
 def test_two_readers(zeros: tuple[int, int], reader: str, isa: str) -> None:

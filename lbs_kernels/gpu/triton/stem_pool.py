@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lbs_kernels.gpu.configs.stem_pool import StemPoolConfig, pooled, stem_pool_tiles
 from lbs_kernels.gpu.launch import Launch, overlaps
-from lbs_kernels.gpu.layout import BYTE_BITS, PITCH
+from lbs_kernels.gpu.layout import PITCH
 from lbs_kernels.gpu.stem_pool import PooledStem
 from lbs_kernels.gpu.triton.common import as_stream, at_least, at_most, begin_step, fma
 from lbs_kernels.gpu.triton.emit import bind_emit, emit
@@ -153,7 +153,7 @@ def window_bytes(weights: GemmWeights, filters: int) -> Tensor:
     """int8 [filters, 256]: taps of 16 bytes; channels and filters beyond the last weigh 0."""
     own, taps, channels = weights.codes.shape
     byte = torch.zeros(filters, taps, PITCH, dtype=torch.int8)
-    byte[:own, :, :channels] = centre_bytes(weights.codes, BYTE_BITS, "zero").view(torch.int8)
+    byte[:own, :, :channels] = centre_bytes(weights.codes, weights.bits, weights.grid).view(torch.int8)
     return byte.flatten(1)
 
 

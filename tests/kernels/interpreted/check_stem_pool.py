@@ -59,6 +59,11 @@ def test_narrow_codes(written: str, bits: int) -> None:
     check(*programs.stem_and_maximum(5, written, bits=bits, filters=33, high=None if written == "codes" else 1.1))
 
 
+@pytest.mark.parametrize("w_bits", [3, 4, 7])
+def test_narrow_weights(w_bits: int) -> None:
+    check(*programs.stem_and_maximum(6, w_bits=w_bits))
+
+
 def test_nibbles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by the one step and read by csrc/s8, on a model of the GPU."""
     launched = launches_on_the_model(monkeypatch)
