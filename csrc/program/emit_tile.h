@@ -393,8 +393,8 @@ inline void emit_tile(const FastEmit& fast, const Tile& tile) {
         for (int f = 0; f < tile.filters; f += 4) emit_quad(fast, tile, p, f);
 }
 
-// Floats of an image that are asked for ahead, two rows of 224 or so: it comes from a cache or memory that the program's
-// weights and maps share.
+// Floats of an image that are asked for ahead, two rows of 224 or so: it comes from a cache or memory that the
+// program's weights and maps share.
 constexpr int kImageAhead = 512;
 
 // A constant for the same reason as kNoCodes.
