@@ -110,7 +110,7 @@ def test_channels_and_filters(channels: int, filters: int) -> None:
         ProjectConfig(32, 32, 0, 8, 2),
         ProjectConfig(64, 32, 0, 4, 2),
         ProjectConfig(32, 64, 32, 4, 2),
-        ProjectConfig(32, 32, 0, 4, 4, 3),
+        ProjectConfig(32, 32, 0, 4, 2, 3),
         ProjectConfig(32, 64, 16, 4, 2, 2),
         ProjectConfig(64, 32, 16, 8, 2, 2),
         ProjectConfig(64, 64, 32, 4, 1),
