@@ -29,11 +29,13 @@ MOST = 10.0  # percent of the bit operations: of published points, those that ar
 MODELS = {"cifar_resnet20": "cifar100-resnet20", "cifar_resnet56": "cifar100-resnet56"}
 # Way -> color and marker: colors of Okabe and Ito, which all eyes tell apart, and shapes besides.
 SEARCHED, UNTRAINED = "searched (bits and filters)", "lbs.quantize, no training"
+EVENLY = "uniform, evenly pruned"
 WAYS = {
     SEARCHED: ("#0072B2", "o"),
     "greedy": ("#D55E00", "^"),
     "uniform 4 bits, fine-tuned": ("#000000", "s"),
     "uniform 8 bits, fine-tuned": ("#CC79A7", "v"),
+    EVENLY: ("#E69F00", "P"),
     UNTRAINED: ("#009E73", "D"),
     "published": ("#777777", "*"),
 }
@@ -41,6 +43,7 @@ VARIANTS = {"joint": SEARCHED, "greedy": "greedy", **{f"uniform-{n}": f"uniform 
 CONTENDERS = {
     "searched": SEARCHED,
     "greedy": "greedy",
+    **{f"uniform {n} without": EVENLY for n in (4, 8)},
     **{f"uniform {n}": f"uniform {n} bits, fine-tuned" for n in (4, 8)},
     "8 bits, not": UNTRAINED,
 }
@@ -112,7 +115,7 @@ def draw(found: Points, path: Path, **options: Any) -> None:
         shown = [way for way in WAYS if any(way in one[cost] for one in found.values() for cost in costs)]
         handles = [Line2D([], [], linestyle="", label=way, **_look(way)) for way in shown]
         figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
-        figure.tight_layout(rect=(0, 0.55 / size[1], 1, 1))
+        figure.tight_layout(rect=(0, (0.1 + 0.23 * -(-len(shown) // 3)) / size[1], 1, 1))
         figure.savefig(path, facecolor="white", **options)
         plt.close(figure)
 
@@ -142,7 +145,7 @@ def _panel(panel: Any, ways: Mapping[str, list[tuple[float, float, float, float]
         panel.xaxis.set_minor_locator(FixedLocator([]))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     else:
-        panel.set_xlim(left=0)
+        panel.margins(x=0.1)
 
 
 def told(found: Mapping[str, Any]) -> str:
