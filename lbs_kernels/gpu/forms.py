@@ -21,6 +21,7 @@ from lbs_kernels.gpu.configs.cost import H200, Machine, seconds, weight_count
 from lbs_kernels.gpu.configs.cuda import MAX_CONSUMERS, S8Config
 from lbs_kernels.gpu.configs.defaults import DEFAULTS, conv_default, project_defaults, weighted_defaults
 from lbs_kernels.gpu.configs.depthwise_project import OP as DEPTHWISE_PROJECT
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, depthwise_defaults, strips_why_not
 from lbs_kernels.gpu.configs.stem_pool import OP as STEM_POOL
 from lbs_kernels.gpu.configs.stem_pool import stem_pool_default
 from lbs_kernels.gpu.layout import BYTE_BITS, NIBBLE_BITS, PITCH, kept, nbytes, read_by, written_by
@@ -60,11 +61,9 @@ def step_seconds(step: Step, program: Program, batch: int, machine: Machine = H2
     if not _weighted(step):
         return min(seconds(problem, config, machine, moved) for config in DEFAULTS[step.op](problem))
     everywhere = [conv_default(problem)] if step.op in WEIGHTED else [*DEFAULTS[step.op](problem)]
-    chosen = configurations(step, problem) if hopper else everywhere
+    chosen = configurations(step, problem) if hopper or problem.depthwise else everywhere
     moved += weight_count(problem) * problem.w_bits / 8
-    forms = {kept(program.tensors[consumer.tensor]) for consumer in step.emit.consumers}
-    able = [one for one in chosen if not isinstance(one, S8Config) or all(map(one.writes, forms))]
-    return min(seconds(problem, config, machine, moved) for config in able)
+    return min(seconds(problem, config, machine, moved) for config in chosen if _serves(step, config, program))
 
 
 def configurations(step: Step, problem: Problem) -> list[Any]:
@@ -73,6 +72,8 @@ def configurations(step: Step, problem: Problem) -> list[Any]:
         return [stem_pool_default(problem)]
     if problem.op == DEPTHWISE_PROJECT:
         return list(project_defaults(problem))
+    if problem.depthwise:
+        return list(depthwise_defaults(problem))
     return list(weighted_defaults(problem, hopper=True)) if _plain(step) else [conv_default(problem)]
 
 
@@ -138,6 +139,15 @@ def _with_tensor(program: Program, index: int, spec: TensorSpec) -> Program:
 
 def _weighted(step: Step) -> bool:
     return isinstance(step, ConvStep | LinearStep)
+
+
+def _serves(step: Step, config: Any, program: Program) -> bool:
+    """Whether a configuration can run a step, beyond what its problem says."""
+    if isinstance(config, S8Config):
+        return all(config.writes(kept(program.tensors[consumer.tensor])) for consumer in step.emit.consumers)
+    if isinstance(config, DepthwiseConfig) and isinstance(step, ConvStep | LinearStep):
+        return strips_why_not(step, config, program) is None
+    return True
 
 
 def _plain(step: Step) -> bool:

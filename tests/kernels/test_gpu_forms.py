@@ -16,11 +16,13 @@ from s8_cases import random_codes
 from lbs_kernels import extension
 from lbs_kernels.gpu import kernels
 from lbs_kernels.gpu.configs import cuda
+from lbs_kernels.gpu.configs.cost import H200, seconds
 from lbs_kernels.gpu.configs.cuda import S8Config
 from lbs_kernels.gpu.configs.defaults import conv_default
-from lbs_kernels.gpu.forms import as_kept, configurations
-from lbs_kernels.gpu.layout import kept
-from lbs_kernels.program.problem import Problem
+from lbs_kernels.gpu.configs.direct import depthwise_default
+from lbs_kernels.gpu.forms import as_kept, configurations, step_seconds
+from lbs_kernels.gpu.layout import kept, nbytes, written_by
+from lbs_kernels.program.problem import Problem, problem_of
 from lbs_kernels.program.steps import Activation, ConvStep, Emit, LinearStep, Program, WeightGrid, sources
 from lbs_kernels.run.reference import ReferenceRunner
 from lbs_kernels.times import table
@@ -166,6 +168,18 @@ def test_kernels_that_cannot_write_a_step_are_not_modelled() -> None:
     assert type(configurations(step, problem)[0]) is S8Config
     active = replace(step, emit=replace(step.emit, activation=Activation("silu")))
     assert configurations(active, problem) == [conv_default(problem)]
+
+
+def test_strips_of_columns_are_not_modelled_where_they_do_not_serve() -> None:
+    """With an activation a depthwise layer takes the time of the kernel that has it."""
+    program = programs.depthwise_and_layer(0, channels=96, filters=24, size=(28, 28))[0]
+    step = next(step for step in program.steps if isinstance(step, ConvStep) and step.groups > 1)
+    active = replace(step, emit=replace(step.emit, activation=Activation("silu")))
+    problem = problem_of(active, program, 128, "cuda")
+    assert step_seconds(step, program, 128) < step_seconds(active, program, 128)
+    moved = 128 * sum(nbytes(program.tensors[i], program.stream_dtype, 1) for i in (step.input, *written_by(step)))
+    moved += problem.out_channels * problem.reduction
+    assert step_seconds(active, program, 128) == seconds(problem, depthwise_default(problem), H200, moved)
 
 
 def test_every_form_is_tuned_where_one_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

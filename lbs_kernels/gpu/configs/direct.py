@@ -10,6 +10,7 @@ from lbs_kernels.device import GPUS
 from lbs_kernels.gpu.configs.text import match_text
 from lbs_kernels.program.planes import MAX_BITS, WORD, words
 from lbs_kernels.program.problem import Problem
+from lbs_kernels.program.steps import ConvStep, LinearStep, Program
 
 BLOCKS = 2 * GPUS["sm_90"].multiprocessors  # with fewer of them some would idle, so tiles shrink
 COLUMNS = (8, 7, 4, 2, 1)  # of a strip, the longest first: neighbours share what they read
@@ -69,6 +70,26 @@ class DepthwiseConfig:
         if self.warps > 8 or self.columns > COLUMNS[0] or self.block_m * self.block_c > 16 * 32 * self.warps:
             return f"{self}: at most 8 warps, {COLUMNS[0]} columns, and 16 channels for each thread"
         return None
+
+
+def strips_why_not(step: ConvStep | LinearStep, config: DepthwiseConfig, program: Program) -> str | None:
+    """Why a configuration of columns cannot run a step, beyond what its problem says; None of any other.
+
+    Strips of columns sum products of bytes alone. With an activation or a gate it was not read whether they spill;
+    those of 16 channels a thread do where more than bytes is written (Triton 3.7.1).
+    """
+    if not config.columns:
+        return None
+    if program.tensors[step.input].signed or (step.w_bits == MAX_BITS and step.w_grid == "odd"):
+        return f"{config}: {step.name} sums more than products of bytes; take columns of 0"
+    emit = step.emit
+    if (emit.activation, emit.gate) != (None, None):
+        return f"{config}: {step.name} has an activation or a gate; take columns of 0"
+    alone = emit.stream is None and emit.residual is None and len(emit.consumers) == 1
+    plain = alone and emit.consumers[0].pre_scale is None
+    if config.wide and not (plain and program.tensors[emit.consumers[0].tensor].bits == MAX_BITS):
+        return f"{config}: {step.name} writes more than bytes, which spills; take twice the warps"
+    return None
 
 
 @dataclass(frozen=True)

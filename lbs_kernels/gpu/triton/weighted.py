@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig
+from lbs_kernels.gpu.configs.direct import DepthwiseConfig, GroupedConfig, strips_why_not
 from lbs_kernels.gpu.configs.gemm import GemmConfig
 from lbs_kernels.gpu.launch import Launch
-from lbs_kernels.gpu.layout import BYTE_BITS
 from lbs_kernels.gpu.triton.depthwise import bind_depthwise
 from lbs_kernels.gpu.triton.depthwise_columns import bind_columns
 from lbs_kernels.gpu.triton.emit import bind_emit
@@ -24,23 +23,8 @@ __all__ = ["bind", "prepare_weights", "writes_why_not"]
 def writes_why_not(
     step: ConvStep | LinearStep, config: GemmConfig | DepthwiseConfig | GroupedConfig, program: Program
 ) -> str | None:
-    """Why a configuration cannot run a step, beyond what its problem says.
-
-    Strips of columns sum products of bytes alone. With an activation or a gate it was not read whether they spill;
-    those of 16 channels a thread do where more than bytes is written (Triton 3.7.1).
-    """
-    if not isinstance(config, DepthwiseConfig) or not config.columns:
-        return None
-    if program.tensors[step.input].signed or (step.w_bits == BYTE_BITS and step.w_grid == "odd"):
-        return f"{config}: {step.name} sums more than products of bytes; take columns of 0"
-    emit = step.emit
-    if (emit.activation, emit.gate) != (None, None):
-        return f"{config}: {step.name} has an activation or a gate; take columns of 0"
-    alone = emit.stream is None and emit.residual is None and len(emit.consumers) == 1
-    plain = alone and emit.consumers[0].pre_scale is None
-    if config.wide and not (plain and program.tensors[emit.consumers[0].tensor].bits == BYTE_BITS):
-        return f"{config}: {step.name} writes more than bytes, which spills; take twice the warps"
-    return None
+    """Why a configuration cannot run a step, beyond what its problem says."""
+    return strips_why_not(step, config, program) if isinstance(config, DepthwiseConfig) else None
 
 
 def bind(
