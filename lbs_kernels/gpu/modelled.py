@@ -19,7 +19,7 @@ from lbs_kernels.gpu.stem import fold_steps
 from lbs_kernels.gpu.stem_pool import pool_stems
 from lbs_kernels.program.planes import MAX_BITS
 from lbs_kernels.program.problem import Problem, problem_of
-from lbs_kernels.program.steps import Program, Step
+from lbs_kernels.program.steps import ConvStep, Program, Step
 
 PREFIX = "modelled:"
 MACHINES = {machine.name: machine for machine in (H200,)}
@@ -104,11 +104,16 @@ def with_projected(
     hopper, measured: as `with_pooled_stem` takes them.
     """
     for first, layer in pairs(program):
-        one = projected(program, first, layer)
-        (step,) = (step for step in one.steps if step.name == first.name)
-        if configurations(step, problem_of(step, one, BATCH, "cuda")):  # else registers hold no tile of its filters
-            program = _faster(one, program, hopper, measured)
+        one = _with_pair(program, first, layer)
+        program = program if one is program else _faster(one, program, hopper, measured)
     return program
+
+
+def _with_pair(program: Program, first: ConvStep, layer: ConvStep) -> Program:
+    """The program with these two steps as one, and as it is where registers hold no tile of the filters."""
+    one = projected(program, first, layer)
+    (step,) = (step for step in one.steps if step.name == first.name)
+    return one if configurations(step, problem_of(step, one, BATCH, "cuda")) else program
 
 
 def _faster(one: Program, other: Program, hopper: bool, measured: Callable[[Problem], float | None]) -> Program:
@@ -132,9 +137,7 @@ def ways(program: Program) -> list[Program]:
     kept = as_kept(fold_steps(program))
     one = pool_stems(kept)
     for first, layer in pairs(one):
-        found = projected(one, first, layer)
-        (step,) = (step for step in found.steps if step.name == first.name)
-        one = found if configurations(step, problem_of(step, found, BATCH, "cuda")) else one
+        one = _with_pair(one, first, layer)
     return [program, kept, one]
 
 

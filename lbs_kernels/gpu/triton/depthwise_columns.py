@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lbs_kernels.gpu.configs.depthwise_project import ProjectConfig
 from lbs_kernels.gpu.configs.direct import DepthwiseConfig, column_positions, column_rows
 from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.triton.common import begin_step, fma
@@ -230,7 +231,7 @@ def depthwise_columns_kernel(operands, target, shape, META: tl.constexpr, EMIT: 
             a0, a1, a2, a3 = c0, c1, c2, c3
 
 
-def columns_meta(problem: Problem, config: DepthwiseConfig) -> ColumnsMeta:
+def columns_meta(problem: Problem, config: DepthwiseConfig | ProjectConfig) -> ColumnsMeta:
     """The facts of a problem for one configuration."""
     exact = problem.out_width % config.columns == 0
     whole = exact and problem.out_height % column_rows(problem) == 0

@@ -26,8 +26,8 @@ from lbs_kernels.gpu.depthwise_project import ProjectedDepthwise
 from lbs_kernels.gpu.launch import Launch, overlaps
 from lbs_kernels.gpu.triton.common import begin_step, fma
 from lbs_kernels.gpu.triton.depthwise_columns import (
-    ColumnsMeta,
     column_registers,
+    columns_meta,
     line_of,
     load_column,
     load_four,
@@ -346,12 +346,6 @@ def bind(
     between, facts = bind_emit(first.emit, program, arrays, nowhere)
     filters = problem.out_channels
     run = filters & -filters
-    exact = problem.out_width % config.columns == 0
-    whole = exact and problem.out_height % column_rows(problem) == 0
-    columns = ColumnsMeta(
-        problem.stride[0], padded=problem.padding != (0, 0) or not whole, tail=channels % config.block_c != 0,
-        exact=exact,
-    )  # fmt: skip
     split = None
     if config.split > 1:
         pixels = config.block_m * config.columns * column_rows(problem)
@@ -359,8 +353,8 @@ def bind(
     launch = functools.partial(
         depthwise_project_kernel[(project_tiles(problem, config), config.split)],
         operands, project, split, between.consumers[0], target, gemm_shape(problem, source), filters // run,
-        META=columns, PROJECT=ProjectMeta(operand_scales(weights.project)[0], run), BETWEEN=facts, EMIT=meta,
-        CONFIG=config,
+        META=columns_meta(problem, config), PROJECT=ProjectMeta(operand_scales(weights.project)[0], run),
+        BETWEEN=facts, EMIT=meta, CONFIG=config,
         **launch_options(config.warps, 1), launch_pdl=overlaps(),
     )  # fmt: skip
     return lambda inputs: launch()
