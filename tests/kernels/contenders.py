@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from programs import random_inputs
 from torch import Tensor
 
 from lbs_kernels.device import isa_reasons
+from lbs_kernels.program.steps import Program
 from lbs_kernels.run.backends import why_not
+from lbs_kernels.run.reference import ReferenceRunner
 
 
 def _contender(backend: str, device: str) -> object:
@@ -50,3 +54,16 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
         found, wanted = actual.cpu()[place].item(), expected.cpu()[place].item()
         share = float(wrong.float().mean())
         pytest.fail(f"{what} differs in {share:.2%} of its elements, first at {place}: {found}, expected {wanted}")
+
+
+def assert_traced(runner: Any, program: Program, blob: Tensor) -> None:
+    """Outputs and every tensor on the way are those of the reference, of two images."""
+    images = random_inputs(program, 2, 4)
+    expected: dict[int, Tensor] = {}
+    actual: dict[int, Tensor] = {}
+    outputs = ReferenceRunner(program, blob).run(images, expected)
+    for result, output in zip(runner.run(images, actual), outputs, strict=True):
+        assert_same(result, output, "output")
+    assert set(actual) == set(expected)
+    for index in expected:
+        assert_same(actual[index], expected[index], f"tensor {index}")

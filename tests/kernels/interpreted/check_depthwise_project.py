@@ -13,7 +13,7 @@ from typing import Any
 import programs
 import pytest
 import torch
-from contenders import assert_same
+from contenders import assert_same, assert_traced
 from torch import Tensor
 
 from lbs_kernels.errors import BackendError
@@ -132,15 +132,7 @@ def test_the_trace_of_a_fused_program_is_that_of_the_steps(monkeypatch: pytest.M
     program, blob = programs.depthwise_and_layer(13, "residual")
     monkeypatch.setattr(kernels, "program_on", lambda program, blob, *_: (fused(program)[0], blob))
     runner = GpuRunner(program, blob, "cpu")
-    images = programs.random_inputs(program, 2, 4)
-    expected: dict[int, Tensor] = {}
-    actual: dict[int, Tensor] = {}
-    outputs = ReferenceRunner(program, blob).run(images, expected)
-    for result, output in zip(runner.run(images, actual), outputs, strict=True):
-        assert_same(result, output, "output")
-    assert set(actual) == set(expected)
-    for index in expected:
-        assert_same(actual[index], expected[index], f"tensor {index}")
+    assert_traced(runner, program, blob)
     names = [kernel.name for kernel in runner.kernels(2)]
     assert len(names) == len(program.steps)
     assert names[2] == names[3]

@@ -12,7 +12,7 @@ from types import ModuleType
 import programs
 import pytest
 import torch
-from contenders import assert_same
+from contenders import assert_same, assert_traced
 from gpu_model import launches_on_the_model
 from s8_cases import as_nibbles
 from torch import Tensor
@@ -105,15 +105,7 @@ def test_the_trace_of_a_fused_program_is_that_of_the_steps(monkeypatch: pytest.M
     program, blob = programs.stem_and_maximum(11)
     monkeypatch.setattr(kernels, "program_on", lambda program, blob, *_: fused(program, blob))
     runner = GpuRunner(program, blob, "cpu")
-    images = programs.random_inputs(program, 2, 4)
-    expected: dict[int, Tensor] = {}
-    actual: dict[int, Tensor] = {}
-    outputs = ReferenceRunner(program, blob).run(images, expected)
-    for result, output in zip(runner.run(images, actual), outputs, strict=True):
-        assert_same(result, output, "output")
-    assert set(actual) == set(expected)
-    for index in expected:
-        assert_same(actual[index], expected[index], f"tensor {index}")
+    assert_traced(runner, program, blob)
     names = [kernel.name for kernel in runner.kernels(2)]
     assert len(names) == len(program.steps)
     assert names[1] == names[2]
